@@ -1,0 +1,1 @@
+"""Edit open-weight models with forward passes only: prune, unlearn, verify."""
