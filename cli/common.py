@@ -1,0 +1,83 @@
+"""What the verbs share: option types, the device, progress on stderr, JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from modhifi.errors import ModhifiError
+
+if TYPE_CHECKING:
+    import torch
+
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda", "mps"], typer.Option("--device", help="Where to run; auto takes a GPU if there is one.")
+]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="The type of weights and activations.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="The seed of everything random.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output directory that is not empty.")]
+
+Report = Callable[[str, int, int], None]
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called ``name``, where ``auto`` is cuda, mps or cpu, whichever there is first.
+
+    Raises ModhifiError if the device is not available.
+    """
+    import torch
+
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available.get(name, False):
+        raise ModhifiError(f"the device {name!r} is not available here; use --device auto or --device cpu")
+    return torch.device(name)
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Report]:
+    """Yield ``report(stage, done, total)``, which draws one bar a stage on stderr.
+
+    Draws nothing with ``quiet`` or where stderr is not a terminal. rich honours NO_COLOR.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    # isatty and not rich's own test, which FORCE_COLOR overrides: bars have no place in a log.
+    hidden = quiet or not sys.stderr.isatty()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=hidden) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def print_json(payload: Any) -> None:
+    """Print ``payload`` on stdout as JSON; numbers that are not finite, which JSON does not know, become null."""
+    print(json.dumps(_finite(payload), indent=2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,96 @@
+"""The `modhifi` command: its verbs, and the one place where errors become exit codes.
+
+A verb is a function in a file of its own, registered below. Its file imports only typer and `.common` at the top and
+everything heavy inside the function, so that `modhifi --help` stays quick. It raises ModhifiError for what the user can
+mend and never prints a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from modhifi.errors import ModhifiError
+
+from .env import env, version
+
+BAD_INPUT, OUR_BUG, INTERRUPTED = 2, 3, 130
+
+
+class ErrorMapping(TyperGroup):
+    """Run the verb and turn what it raises into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, typer.Abort):
+            _say("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # The reader of our output went away (`modhifi ... | head`): nothing to report, and no one to report it to.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except Exception as error:
+            known = one_line(error)
+            if known is not None:
+                _say(f"error: {known}")
+                raise typer.Exit(getattr(error, "exit_code", BAD_INPUT)) from None
+            if hasattr(error, "exit_code"):
+                # typer's own: usage errors, which it prints itself, and exits.
+                raise
+            traceback.print_exc()
+            _say("this is a bug of modhifi; please report it with the lines above and the output of `modhifi env`")
+            raise typer.Exit(OUR_BUG) from None
+
+
+def one_line(error: Exception) -> str | None:
+    """What to tell the user about an error that is not a bug; None if it may be one."""
+    if isinstance(error, ModhifiError):
+        text = str(error)
+    elif isinstance(error, OSError):
+        text = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+        text = "out of memory; use fewer samples or --device cpu"
+    elif type(error).__name__ == "SafetensorError":
+        # How safetensors reports a full disk or a damaged file.
+        text = str(error)
+    else:
+        return None
+    return " ".join(text.split())
+
+
+def _say(text: str) -> None:
+    print(f"modhifi: {text}", file=sys.stderr)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"modhifi {version('modhifi')}")
+        raise typer.Exit()
+
+
+app = typer.Typer(
+    cls=ErrorMapping, name="modhifi", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+
+
+@app.callback()
+def options(
+    wanted: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Edit open-weight models with forward passes only: prune, unlearn, verify."""
+
+
+app.command()(env)
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="modhifi")

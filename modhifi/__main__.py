@@ -1,0 +1,5 @@
+"""`python -m modhifi`, which is what `accelerate launch -m modhifi` needs."""
+
+from modhifi.cli.main import main
+
+main()
