@@ -1,0 +1,168 @@
+"""From watched operations to groups: which channel numbers are one component, and which components share a fate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .groups import Group, Role, Slice
+
+
+@dataclass(frozen=True)
+class Event:
+    """Channel numbers met at one place; ``place`` is a module or parameter, ``parts`` asks for equal counts per part."""
+
+    place: str
+    role: Role | None
+    ids: Tensor
+    parts: int = 1
+    reason: str | None = None
+
+
+class Couplings:
+    """Collects what a trace sees. Channel numbers ("atoms") are handed out by :meth:`produce` and :meth:`parameter`."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.events: list[Event] = []
+        self.edges: list[tuple[Tensor, Tensor]] = []
+        self.made: dict[str, Tensor] = {}
+
+    def fresh(self, width: int) -> Tensor:
+        self.count += width
+        return torch.arange(self.count - width, self.count)
+
+    def produce(self, module: str, width: int, parts: int) -> Tensor:
+        """New channels written by ``module``; called twice, the same ones."""
+        if module not in self.made:
+            self.made[module] = self.fresh(width)
+            self.events.append(Event(module, "producer", self.made[module], parts))
+        return self.made[module]
+
+    def parameter(self, name: str, width: int) -> Tensor:
+        if name not in self.made:
+            self.made[name] = self.fresh(width)
+            self.events.append(Event(name, "along", self.made[name]))
+        return self.made[name]
+
+    def _meet(self, place: str, role: Role, ids: Tensor, parts: int = 1) -> None:
+        for event in self.events:
+            if event.place == place and event.role == role:
+                if len(event.ids) == len(ids):
+                    self.unite(event.ids, ids)
+                else:
+                    self.freeze(ids, f"{place} is used with two widths")
+                return
+        self.events.append(Event(place, role, ids, parts))
+
+    def read(self, module: str, ids: Tensor, parts: int) -> None:
+        self._meet(module, "reader", ids, parts)
+
+    def along(self, module: str, ids: Tensor) -> None:
+        self._meet(module, "along", ids)
+
+    def chunk(self, ids: Tensor, parts: int) -> None:
+        self.events.append(Event("chunk", None, ids, parts))
+
+    def unite(self, a: Tensor, b: Tensor) -> None:
+        self.edges.append((a, b))
+
+    def freeze(self, ids: Tensor, reason: str) -> None:
+        self.events.append(Event("frozen", None, ids, reason=reason))
+
+    def freeze_everything(self, reason: str) -> None:
+        self.freeze(torch.arange(self.count), reason)
+
+    # -- assembling ------------------------------------------------------------------------------------------------
+    def components(self) -> np.ndarray:
+        """Component label of every atom: the least atom number it is coupled with."""
+        label = np.arange(self.count)
+        if not self.edges:
+            return label
+        a = torch.cat([e[0] for e in self.edges]).numpy()
+        b = torch.cat([e[1] for e in self.edges]).numpy()
+        while True:
+            low = np.minimum(label[a], label[b])
+            before = label.copy()
+            np.minimum.at(label, a, low)
+            np.minimum.at(label, b, low)
+            np.minimum.at(label, before[a], low)
+            np.minimum.at(label, before[b], low)
+            label = label[label]
+            if (label == before).all():
+                return label
+
+    def groups(self) -> tuple[Group, ...]:
+        """Components with the same producers, readers and fate, as groups in order of first production."""
+        label = self.components()
+        places: dict[int, list[tuple[int, int]]] = {}
+        for number, event in enumerate(self.events):
+            ids = event.ids.numpy()
+            for component, count in zip(*np.unique(label[ids[ids >= 0]], return_counts=True), strict=True):
+                places.setdefault(int(component), []).append((number, int(count)))
+        families: dict[tuple[tuple[int, int], ...], list[int]] = {}
+        for component, signature in sorted(places.items()):
+            families.setdefault(tuple(signature), []).append(component)
+        return tuple(
+            group
+            for signature, members in families.items()
+            if (group := self._group(signature, np.array(members), label)) is not None
+        )
+
+    def _group(self, signature: tuple[tuple[int, int], ...], members: np.ndarray, label: np.ndarray) -> Group | None:
+        slices: list[Slice] = []
+        reasons: list[str] = []
+        partition: np.ndarray | None = None
+        for number, count in signature:
+            event = self.events[number]
+            if event.reason is not None:
+                reasons.append(event.reason)
+                continue
+            owner = np.where(event.ids.numpy() >= 0, label[event.ids.numpy()], -1)
+            positions = np.flatnonzero(np.isin(owner, members))
+            order = np.argsort(owner[positions], kind="stable")
+            index = positions[order].reshape(len(members), count)
+            if event.role is not None:
+                slices.append(Slice(event.place, event.role, torch.from_numpy(index)))
+            if event.parts > 1:
+                partition, reason = _refine(partition, index // (len(owner) // event.parts), event)
+                if reason:
+                    reasons.append(reason)
+        producers = [s for s in slices if s.role == "producer"]
+        if not producers:
+            return None
+        if not reasons and not any(s.role == "reader" for s in slices):
+            reasons.append("nothing that modhifi can edit reads these channels")
+        if not reasons and len(members) < 2:
+            reasons.append("a single component cannot lose any")
+        return Group(
+            name=producers[0].module,
+            n=len(members),
+            slices=tuple(slices),
+            partition=None if partition is None else torch.from_numpy(partition),
+            refused="; ".join(dict.fromkeys(reasons)) or None,
+        )
+
+
+def _refine(old: np.ndarray | None, parts: np.ndarray, event: Event) -> tuple[np.ndarray | None, str | None]:
+    """Add the wish for equal counts per part to a partition: ``parts`` is ``(n, m)``, part of each position."""
+    place = event.place if event.role else "a chunk"
+    if (np.sort(parts, axis=1) == np.arange(event.parts).repeat(parts.shape[1] // event.parts or 1)[: parts.shape[1]]).all():
+        if parts.shape[1] % event.parts == 0:
+            return old, None  # every component stands in every part alike
+    if (parts != parts[:, :1]).any():
+        return old, f"a component spans several conv groups of {place}"
+    new = parts[:, 0]
+    counts = np.bincount(new, minlength=event.parts)
+    if (counts != counts[0]).any():
+        return old, f"the conv groups of {place} hold different numbers of these components"
+    if old is None:
+        return new.copy(), None
+    pairs = np.unique(np.stack([old, new]), axis=1)
+    for finer, coarser in ((old, new), (new, old)):
+        if len(np.unique(finer)) == pairs.shape[1] and len(np.unique(finer)) % len(np.unique(coarser)) == 0:
+            return finer.copy(), None
+    return old, f"{place} and another operation divide these components differently"

@@ -1,0 +1,132 @@
+"""Subset Fidelity and what is derived from it, from one second-moment matrix per reader. Pure: tensors in, tensors out.
+
+Conventions: ``weight`` float64 ``(out, d)``; ``second`` float64 ``(d, d)``, the covariance of the reader's input where
+a bias or a BatchNorm can take the mean, the uncentred Gram where nothing can; ``blocks`` int64 ``(n, m)``, the m
+columns of each of n components. Source: arXiv 2511.19566; docs/method.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def output_energy(weight: Tensor, second: Tensor) -> Tensor:
+    """``E‖Y_c‖² = W_c S W_cᵀ`` of every output channel, ``(out,)``."""
+    return ((weight @ second) * weight).sum(1)
+
+
+def _parts(weight: Tensor, second: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``⟨Y_c, A_ci⟩`` and ``E‖A_ci‖²``, both ``(out, n)``, and ``E‖Y_c‖²``, ``(out,)``."""
+    product = weight @ second
+    inner = (weight * product)[:, blocks].sum(2)
+    own = torch.einsum("cim,imk,cik->ci", weight[:, blocks], second[blocks[:, :, None], blocks[:, None, :]], weight[:, blocks])
+    return inner, own, (weight * product).sum(1)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Quotient that is 0 where the denominator carries no energy."""
+    alive = denominator > denominator.abs().amax().clamp_min(torch.finfo(denominator.dtype).tiny) * 1e-14
+    return torch.where(alive, numerator / torch.where(alive, denominator, 1.0), torch.zeros_like(numerator))
+
+
+def singleton_fidelity(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
+    """Fidelity of each component alone, ``s_ci = ⟨Y_c,A_ci⟩² / (E‖A_ci‖² E‖Y_c‖²)``, ``(out, n)`` in [0, 1].
+
+    0 where a contribution or the whole channel has no energy.
+    """
+    inner, own, energy = _parts(weight, second, blocks)
+    return _ratio(inner.square(), own * energy[:, None]).clamp(0.0, 1.0)
+
+
+def singleton_scale(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
+    """The best scalar for each component alone, ``α_ci = ⟨Y_c,A_ci⟩ / E‖A_ci‖²``, ``(out, n)``."""
+    inner, own, _ = _parts(weight, second, blocks)
+    return _ratio(inner, own)
+
+
+def similarity(weight: Tensor, second: Tensor, blocks: Tensor, channel: int) -> Tensor:
+    """The paper's component-similarity matrix ``Q_c[i,j] = W_ciᵀ S_ij W_cj`` of one output channel, ``(n, n)``."""
+    row = weight[channel]
+    rows, columns = blocks[:, None, :, None], blocks[None, :, None, :]
+    return torch.einsum("im,ijmk,jk->ij", row[blocks], second[rows, columns], row[blocks])
+
+
+def subset_fidelity(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor) -> Tensor:
+    """Share of each output channel's energy that the kept components explain with the best scalars, ``(out,)``.
+
+    ``FS_c(C) = max_δ 1 − E‖Y_c − Σ_{i∈C} δ_i A_ci‖² / E‖Y_c‖²``; 1 for a channel without energy. Computed with a
+    pseudo-inverse: a ridge would break monotonicity. ``kept`` int64 ``(k,)``.
+    """
+    result = torch.ones(len(weight), dtype=weight.dtype)
+    energy = output_energy(weight, second)
+    for channel in range(len(weight)):
+        if energy[channel] <= energy.amax() * 1e-14:
+            continue
+        q = similarity(weight, second, blocks, channel)
+        target = q.sum(1)[kept]
+        explained = target @ torch.linalg.pinv(q[kept][:, kept], hermitian=True) @ target
+        result[channel] = (explained / q.sum()).clamp(0.0, 1.0)
+    return result
+
+
+def compensation(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor, ridge: float = 1e-4) -> Tensor:
+    """The paper's scalars ``δ*_C = 1 + Q_CC⁻¹ Q_CC̄ 1`` of the kept components, ``(out, k)``.
+
+    ``ridge`` is in units of the mean diagonal of ``Q_CC``; 0 uses the pseudo-inverse.
+    """
+    rest = torch.ones(len(blocks), dtype=torch.bool)
+    rest[kept] = False
+    scales = torch.ones(len(weight), len(kept), dtype=weight.dtype)
+    for channel in range(len(weight)):
+        q = similarity(weight, second, blocks, channel)
+        own, gap = q[kept][:, kept], q[kept][:, rest].sum(1)
+        damping = ridge * own.diagonal().mean()
+        if damping > 0:
+            scales[channel] += torch.linalg.solve(own + damping * torch.eye(len(kept), dtype=own.dtype), gap)
+        else:
+            scales[channel] += torch.linalg.pinv(own, hermitian=True) @ gap
+    return scales
+
+
+def energy_score(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
+    """How much of the reader's output energy each component explains alone, ``Σ_c E‖Y_c‖² s_ci``, ``(n,)``."""
+    return (singleton_fidelity(weight, second, blocks) * output_energy(weight, second)[:, None]).sum(0)
+
+
+def wanda_score(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
+    """Energy of each contribution summed over channels, ``Σ_c E‖A_ci‖²``, ``(n,)``.
+
+    For one column per component this is weight norm² times activation norm² (structured Wanda), and the squared row
+    norms of the Cholesky factor of the summed similarity (the paper's shortcut for language models).
+    """
+    return _parts(weight, second, blocks)[1].sum(0)
+
+
+def top_hifi(singletons: Tensor, k: int) -> Tensor:
+    """Union over output channels of the k components of highest singleton fidelity, bool ``(n,)`` (the paper's NAIVE)."""
+    member = torch.zeros(singletons.shape[1], dtype=torch.bool)
+    if k > 0:
+        member[singletons.topk(min(k, singletons.shape[1]), dim=1).indices.reshape(-1)] = True
+    return member
+
+
+def hifi_size(weight: Tensor, second: Tensor, blocks: Tensor, eta: float) -> Tensor:
+    """Size of the smallest NAIVE set of fidelity at least ``eta`` per output channel, int64 ``(out,)``.
+
+    Components are taken in order of singleton fidelity; the fidelity of the set is exact (bisection, as it is monotone).
+    """
+    singles = singleton_fidelity(weight, second, blocks)
+    order = singles.argsort(dim=1, descending=True, stable=True)
+    sizes = torch.zeros(len(weight), dtype=torch.int64)
+    energy = output_energy(weight, second)
+    for channel in range(len(weight)):
+        if energy[channel] <= energy.amax() * 1e-14:
+            continue
+        low, high = 1, len(blocks)
+        while low < high:
+            middle = (low + high) // 2
+            fidelity = subset_fidelity(weight[channel : channel + 1], second, blocks, order[channel, :middle])
+            low, high = (low, middle) if fidelity[0] >= eta else (middle + 1, high)
+        sizes[channel] = low
+    return sizes

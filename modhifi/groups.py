@@ -1,0 +1,141 @@
+"""Components that live or die together: what a traced model couples, as plain index arrays.
+
+A *component* is the unit that can be removed: a channel, a neuron, a head. A *group* is a set of components with the
+same producers and readers. Everything downstream (moments, selection, surgery) works on these dataclasses alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Role = Literal["producer", "reader", "along"]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where a group's components stand in one module.
+
+    ``index`` is int64 ``(n, m)``: the ``m`` channel positions of each of the ``n`` components, on the output axis of a
+    producer, on the input axis of a reader, on the only channel axis of a module (or parameter) that the components
+    pass along (a norm, a depthwise conv, a layer scale).
+    """
+
+    module: str
+    role: Role
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """``n`` components that can be removed one by one, each from every slice at once.
+
+    ``partition`` is int64 ``(n,)`` where equally many components must be kept per label (conv groups, chunks).
+    ``refused`` says why nothing of the group may be removed. ``attributes`` are integers of modules that count
+    components: ``(module, attribute, amount per component)``.
+    """
+
+    name: str
+    n: int
+    slices: tuple[Slice, ...]
+    partition: Tensor | None = None
+    refused: str | None = None
+    kind: str = "channels"
+    attributes: tuple[tuple[str, str, int], ...] = ()
+
+    def of(self, role: Role) -> tuple[Slice, ...]:
+        return tuple(s for s in self.slices if s.role == role)
+
+    @property
+    def readers(self) -> tuple[Slice, ...]:
+        return self.of("reader")
+
+    @property
+    def producers(self) -> tuple[Slice, ...]:
+        return self.of("producer")
+
+    @property
+    def coupled(self) -> bool:
+        """Whether several producers write the components into the same places (a residual width)."""
+        return len({s.module for s in self.producers}) > 1 and self.kind == "channels"
+
+    @property
+    def step(self) -> int:
+        """The least number of components that can be removed at once: one per label of the partition."""
+        return 1 if self.partition is None else int(self.partition.unique().numel())
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A conv or linear map of the model: its multiply-adds per sample and what takes the mean of its input.
+
+    ``sink`` is ``"bias"``, the qualified name of the BatchNorm that alone reads the output, or ``None``.
+    """
+
+    module: str
+    macs: int
+    sink: str | None
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Everything known of a model's couplings: groups (refused ones included) and operators by module name."""
+
+    groups: tuple[Group, ...]
+    operators: dict[str, Operator] = field(default_factory=dict)
+
+    @property
+    def prunable(self) -> tuple[Group, ...]:
+        return tuple(g for g in self.groups if g.refused is None)
+
+    @property
+    def refused(self) -> tuple[Group, ...]:
+        return tuple(g for g in self.groups if g.refused is not None)
+
+    def select(self, names: Iterable[str]) -> Structure:
+        """The same structure with every prunable group that is not named refused as excluded by the user."""
+        wanted = set(names)
+        groups = tuple(
+            g if g.refused or g.name in wanted else replace(g, refused="excluded on request") for g in self.groups
+        )
+        return replace(self, groups=groups)
+
+
+def operator_modules(model: nn.Module, groups: Iterable[Group]) -> Iterator[tuple[str, nn.Module]]:
+    """The distinct reader modules of some groups, in order of first appearance."""
+    seen: set[str] = set()
+    for group in groups:
+        for piece in group.readers:
+            if piece.module not in seen:
+                seen.add(piece.module)
+                yield piece.module, model.get_submodule(piece.module)
+
+
+def conv_groups(module: nn.Module) -> int:
+    """Number of conv groups of an operator: 1 for everything but a grouped conv."""
+    return int(getattr(module, "groups", 1) or 1) if hasattr(module, "kernel_size") else 1
+
+
+def reader_columns(module: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of a reader's weight matrix that belong to each component.
+
+    ``index`` int64 ``(n, m)`` are input channels. Returns the conv group ``(n,)`` of each component and its columns
+    ``(n, m * kernel positions)`` inside that conv group's matrix, in im2col order (channel, then kernel position).
+    """
+    kernel = 1
+    for size in getattr(module, "kernel_size", ()):
+        kernel *= int(size)
+    groups = conv_groups(module)
+    total = int(getattr(module, "in_channels", 0)) or int(index.max()) + 1
+    width = total // groups if groups > 1 else total
+    if groups > 1:
+        owner = index[:, 0] // width
+        local = index % width
+    else:
+        owner, local = torch.zeros(len(index), dtype=torch.int64), index
+    columns = local[:, :, None] * kernel + torch.arange(kernel)
+    return owner, columns.reshape(len(index), -1)

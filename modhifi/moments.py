@@ -1,0 +1,234 @@
+"""Streaming moments of what each reader reads: one mean and one Gram matrix, from forward passes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Conv2dSame, pad_same
+from torch import Tensor, nn
+
+from .groups import conv_groups
+
+
+@dataclass(frozen=True)
+class Moments:
+    """First and second moment of a reader's input rows (tokens, or im2col patches), per conv group.
+
+    ``n`` rows; ``mean`` float64 ``(G, d)``; ``cov`` float64 ``(G, d, d)``, the covariance around that mean. Columns are
+    in im2col order: channel, then kernel position. Padding counts as the zeros it is.
+    """
+
+    n: int
+    mean: Tensor
+    cov: Tensor
+
+    @property
+    def gram(self) -> Tensor:
+        """The uncentred second moment ``E[x xᵀ]``, float64 ``(G, d, d)``."""
+        return self.cov + self.mean[:, :, None] * self.mean[:, None, :]
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both samples together, exact up to rounding (pairwise update)."""
+        n = self.n + other.n
+        gap = other.mean - self.mean
+        share = other.n / n
+        cov = self.cov * (1 - share) + other.cov * share
+        cov += (share * (1 - share)) * gap[:, :, None] * gap[:, None, :]
+        return Moments(n, self.mean + share * gap, cov)
+
+
+class Accumulator:
+    """Sums of ``x - shift`` and its products, ``shift`` fixed to the first rows' mean; float32 products, float64 sums."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.shift: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        """``rows`` ``(G, d, r)``: r new rows, stored as columns."""
+        wide = torch.float64 if rows.device.type != "mps" else torch.float32
+        if self.shift is None:
+            self.shift = rows.mean(2)
+            width = rows.shape[1]
+            self.first = torch.zeros(rows.shape[:2], dtype=wide, device=rows.device)
+            self.second = torch.zeros((rows.shape[0], width, width), dtype=wide, device=rows.device)
+        rows = rows - self.shift[:, :, None]
+        self.n += rows.shape[2]
+        self.first += rows.sum(2, dtype=wide)
+        turned = rows.transpose(1, 2)
+        # only the upper triangle, strip by strip: the product is symmetric
+        strip = max(512, rows.shape[1] // 8)
+        for start in range(0, rows.shape[1], strip):
+            self.second[:, start : start + strip, start:] += rows[:, start : start + strip] @ turned[:, :, start:]
+
+    def finish(self) -> Moments:
+        assert self.shift is not None
+        first, second = self.first.double() / self.n, self.second.double() / self.n
+        upper = torch.triu(second)
+        second = upper + torch.triu(upper, 1).transpose(1, 2)
+        return Moments(self.n, first + self.shift.double(), second - first[:, :, None] * first[:, None, :])
+
+
+def spread_positions(total: int, wanted: int, start: int, count: int, seed: int) -> Tensor:
+    """Which of ``total`` positions to look at in samples ``start .. start + count``: int64 ``(count, wanted)``.
+
+    A seeded permutation is dealt out in turn, so a sample's positions depend only on the seed and on its number, not
+    on batches or processes, and all positions are visited equally often.
+    """
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed * 1_000_003 + total))
+    offsets = (torch.arange(start, start + count) * wanted)[:, None] + torch.arange(wanted)
+    return order[offsets % total]
+
+
+def reader_rows(module: nn.Module, x: Tensor, positions_for: Any = None, keep: Tensor | None = None) -> Tensor:
+    """The input rows of an operator as ``(G, d, rows)``.
+
+    ``x`` is the operator's input; ``positions_for(total)`` returns int64 ``(batch, p)`` positions to take, or None for
+    all; ``keep`` bool, the shape of ``x`` without its last axis, masks tokens (padding) out.
+    """
+    if not hasattr(module, "kernel_size"):
+        rows = x.reshape(x.shape[0], -1, x.shape[-1])
+        if keep is not None:
+            return rows[keep.reshape(rows.shape[:2])].float().T[None]
+        chosen = positions_for(rows.shape[1]) if positions_for else None
+        if chosen is not None:
+            rows = torch.stack([r[i] for r, i in zip(rows, chosen.to(x.device), strict=True)])
+        return rows.reshape(-1, x.shape[-1]).float().T[None]
+    x, kernel, stride, dilation = _padded(module, x)
+    batch, channels = x.shape[:2]
+    sizes = [
+        (n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)
+    ]
+    strides = [math.prod(x.shape[2 + i + 1 :]) for i in range(len(kernel))]
+    corner, offset = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    for size, step, k, s, d in zip(sizes, strides, kernel, stride, dilation, strict=True):
+        corner = (corner[:, None] + torch.arange(size) * s * step).reshape(-1)
+        offset = (offset[:, None] + torch.arange(k) * d * step).reshape(-1)
+    chosen = positions_for(len(corner)) if positions_for else None
+    flat = x.reshape(batch, channels, -1)
+    pieces = []
+    for item in range(batch):
+        at = corner if chosen is None else corner[chosen[item]]
+        index = (offset[:, None] + at).reshape(-1).to(x.device)
+        pieces.append(flat[item].index_select(1, index).reshape(channels * len(offset), len(at)))
+    groups = conv_groups(module)
+    return torch.cat(pieces, 1).float().reshape(groups, channels * len(offset) // groups, -1)
+
+
+def _padded(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    kernel, stride, dilation = tuple(module.kernel_size), tuple(module.stride), tuple(module.dilation)
+    if isinstance(module, Conv2dSame):
+        x = pad_same(x, kernel, stride, dilation)
+    elif any(pads := module._reversed_padding_repeated_twice):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(x, list(pads), mode=mode)
+    return x, kernel, stride, dilation
+
+
+def needed_rows(columns: int, rows_per_column: int | None) -> int | None:
+    return None if rows_per_column is None else rows_per_column * columns
+
+
+class MomentCollector:
+    """Owns forward hooks on readers and accumulates their moments while the model runs.
+
+    Use as a context manager; call :meth:`start` before each batch with the number of its first sample. With
+    ``rows_per_column`` r and ``samples`` in all, a reader of d columns looks at ``ceil(r d / samples)`` positions per
+    sample (all of them where the sample has fewer): a Gram of d columns needs a small multiple of d rows, not every
+    position of every image.
+    """
+
+    def __init__(
+        self, readers: dict[str, nn.Module], *, samples: int, rows_per_column: int | None = None, seed: int = 0
+    ) -> None:
+        self.readers = readers
+        self.samples = samples
+        self.rows_per_column = rows_per_column
+        self.seed = seed
+        self.first = 0
+        self.keep: Tensor | None = None
+        self.sums = {name: Accumulator() for name in readers}
+        self.handles: list[Any] = []
+
+    def start(self, first: int, keep: Tensor | None = None) -> None:
+        self.first, self.keep = first, keep
+
+    def __enter__(self) -> MomentCollector:
+        for name, module in self.readers.items():
+            self.handles.append(module.register_forward_pre_hook(lambda m, args, name=name: self._see(name, m, args[0])))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def _see(self, name: str, module: nn.Module, x: Tensor) -> None:
+        def positions(total: int) -> Tensor | None:
+            if self.rows_per_column is None:
+                return None
+            columns = module.weight[0].numel() if hasattr(module, "kernel_size") else x.shape[-1]
+            wanted = math.ceil(self.rows_per_column * columns / self.samples)
+            if wanted >= total:
+                return None
+            return spread_positions(total, wanted, self.first, len(x), self.seed)
+
+        self.sums[name].add(reader_rows(module, x.detach(), positions, self.keep))
+
+    def moments(self) -> dict[str, Moments]:
+        return {name: sums.finish() for name, sums in self.sums.items() if sums.n}
+
+
+@contextmanager
+def batch_statistics(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Let every BatchNorm normalise by its batch while its running statistics stay untouched.
+
+    The outputs of each BatchNorm then have the channel means and variances that the stored affine parameters
+    prescribe, whatever is fed in (docs/method.md, synthetic data).
+    """
+    norms = [
+        m for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None and active
+    ]
+    before = [(m.momentum, m.num_batches_tracked.clone() if m.num_batches_tracked is not None else None) for m in norms]
+    for norm in norms:
+        norm.training, norm.momentum = True, 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.training, norm.momentum = False, momentum
+            if count is not None and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.copy_(count)
+
+
+@torch.no_grad()
+def collect(
+    model: nn.Module,
+    run: Any,
+    batches: Iterable[Tensor],
+    readers: dict[str, nn.Module],
+    *,
+    samples: int,
+    rows_per_column: int | None = None,
+    use_batch_statistics: bool = False,
+    seed: int = 0,
+) -> dict[str, Moments]:
+    """Moments of every reader over ``batches`` of model-ready inputs, in one forward pass each.
+
+    ``run(batch)`` runs the model. Raises nothing of its own; a reader that was never called is missing from the result.
+    """
+    collector = MomentCollector(readers, samples=samples, rows_per_column=rows_per_column, seed=seed)
+    first = 0
+    with collector, batch_statistics(model, use_batch_statistics):
+        for batch in batches:
+            collector.start(first)
+            run(batch)
+            first += len(batch)
+    return collector.moments()
