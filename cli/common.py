@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 DeviceOption = Annotated[
-    Literal["auto", "cpu", "cuda", "mps"], typer.Option("--device", help="Where to run; auto takes a GPU if there is one.")
+    Literal["auto", "cpu", "cuda", "mps"],
+    typer.Option("--device", help="Where to run; auto takes a GPU if there is one."),
 ]
 DtypeOption = Annotated[
     Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="The type of weights and activations.")

@@ -50,16 +50,13 @@ class ErrorMapping(TyperGroup):
 
 def one_line(error: Exception) -> str | None:
     """What to tell the user about an error that is not a bug; None if it may be one."""
-    if isinstance(error, ModhifiError):
-        text = str(error)
-    elif isinstance(error, OSError):
-        text = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
-        text = "out of memory; use fewer samples or --device cpu"
-    elif type(error).__name__ == "SafetensorError":
-        # How safetensors reports a full disk or a damaged file.
-        text = str(error)
-    else:
+    # Names and not classes: importing torch or safetensors here would slow every command down.
+    kind, text = type(error).__name__, str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    elif isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
+        text = "out of memory; use fewer samples, or --device cpu for a GPU's"
+    elif not isinstance(error, ModhifiError | OSError) and kind != "SafetensorError":
         return None
     return " ".join(text.split())
 
