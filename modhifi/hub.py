@@ -1,0 +1,157 @@
+"""Fetch models from the Hugging Face hub at a fixed commit, and put every failure in one line a person can act on."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+from modhifi.errors import ModhifiError
+
+DESCRIPTION = ["*.json", "*.txt", "*.model", "*.jinja", "README.md"]
+# Sub-folders and Mistral's second copy of the weights hold other formats of the same model.
+OTHER_FORMATS = ["*/*", "consolidated*"]
+
+
+def split_revision(name: str, revision: str | None) -> tuple[str, str | None]:
+    """``ORG/NAME@REVISION`` to its two parts; raises ModhifiError if ``revision`` says something else."""
+    name, _, pinned = name.partition("@")
+    if pinned and revision and pinned != revision:
+        raise ModhifiError(f"{name} is pinned to two revisions, {pinned} and {revision}; give one of them")
+    return name, pinned or revision
+
+
+def fetch_description(repo: str, revision: str | None, *, code: bool = False) -> Path:
+    """Download configuration, tokenizer, processor and card of a hub model, not its weights.
+
+    Returns the folder of the hub's cache, whose name is the resolved commit. ``code`` includes Python files, which
+    only a caller that trusts remote code may ask for. A model in the cache is found without a network too.
+    Raises ModhifiError for an unknown, private or gated model, an unknown revision, and no network.
+    """
+    from huggingface_hub import snapshot_download
+
+    wanted = DESCRIPTION + ["*.py"] * code
+    with explained(f"hf:{repo}", repo, revision):
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=OTHER_FORMATS))
+
+
+def fetch_weights(repo: str, commit: str, gguf_file: str | None = None) -> None:
+    """Download the weights of a hub model at a commit: one GGUF file, else safetensors, else ``pytorch_model*.bin``.
+
+    Raises ModhifiError if the model has no such file or the download fails.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    with explained(f"hf:{repo}", repo, commit):
+        if gguf_file is not None:
+            hf_hub_download(repo, gguf_file, revision=commit)
+            return
+        for pattern in ("*.safetensors", "pytorch_model*.bin"):
+            folder = snapshot_download(repo, revision=commit, allow_patterns=[pattern], ignore_patterns=OTHER_FORMATS)
+            if any(Path(folder).glob(pattern)):
+                return
+    raise ModhifiError(f"hf:{repo} has no safetensors or pytorch_model.bin weights; is another format's name meant "
+                       "(gguf_file), or another repository?")  # fmt: skip
+
+
+def resolve_commit(repo: str, revision: str | None) -> str:
+    """The commit, 40 hex digits, that a revision (default: the main branch) of a hub model stands for now.
+
+    Without a network the cache answers. Raises ModhifiError as ``fetch_description`` does.
+    """
+    from huggingface_hub import HfApi
+
+    with explained(f"hf:{repo}", repo, revision):
+        return str(HfApi().resolve_revision(repo, revision=revision).resolved)
+
+
+def fetch_licence(repo: str, commit: str) -> str | None:
+    """The licence that the model card of a hub model states; None if there is no card or it states none."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return card_licence(Path(hf_hub_download(repo, "README.md", revision=commit)))
+    except Exception:  # a missing card must never stop a model that loads
+        return None
+
+
+def card_licence(card: Path) -> str | None:
+    """The licence in the metadata block of a model card (README.md); None if there is none or it cannot be read."""
+    from huggingface_hub import metadata_load
+
+    try:
+        licence = (metadata_load(card) or {}).get("license") if card.is_file() else None
+    except Exception:  # cards are written by hand: a broken one says nothing about the model
+        return None
+    return None if licence is None else str(licence)
+
+
+@contextmanager
+def explained(what: str, repo: str | None = None, revision: str | None = None) -> Iterator[None]:
+    """Turn whatever a loading library raises inside the block into one ModhifiError line that starts from ``what``."""
+    try:
+        yield
+    except ModhifiError:
+        raise
+    except Exception as error:
+        raise ModhifiError(_line(error, what, repo or what, revision)) from error
+
+
+def _line(error: BaseException, what: str, repo: str, revision: str | None) -> str:
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    chain = list(_causes(error))
+
+    def caused_by(*kinds: type[BaseException]) -> BaseException | None:
+        return next((e for e in chain if isinstance(e, kinds)), None)
+
+    login = "log in with `hf auth login`"
+    if caused_by(hub.GatedRepoError):
+        return f"{what} is gated: accept its terms at {constants.ENDPOINT}/{repo}, then {login} (or set HF_TOKEN)"
+    if caused_by(hub.RevisionNotFoundError):
+        return f"{what} has no revision {revision!r}; give a branch, a tag or a full commit"
+    if caused_by(hub.RepositoryNotFoundError):
+        return f"there is no {what} on the hub, or it is private; check the name, or {login} if you have access"
+    if caused_by(hub.HFValidationError):
+        return f"{what} is not a name the hub can have; write hf:ORG/NAME or hf:ORG/NAME@REVISION"
+    if missing := caused_by(hub.RemoteEntryNotFoundError):
+        return f"{what} lacks a file: {first_line(missing, 'Entry Not Found')}"
+    refused = caused_by(hub.HfHubHTTPError)
+    status = getattr(getattr(refused, "response", None), "status_code", None)
+    if status in (401, 403):
+        return f"the hub refused access to {what} ({status}); {login} with an account that may read it"
+    if status:
+        return f"the hub at {constants.ENDPOINT} answered {status} for {what}; try again later"
+    if caused_by(hub.OfflineModeIsEnabled):
+        return f"{what} is not in the cache and HF_HUB_OFFLINE forbids a download; unset it or give a local directory"
+    unreachable = (hub.LocalEntryNotFoundError, hub.RevisionResolutionError, ConnectionError, TimeoutError, URLError)
+    if caused_by(*unreachable) or any(type(e).__module__.startswith("httpx") for e in chain):
+        return (
+            f"cannot reach the hub at {constants.ENDPOINT} and {what} is not in the cache; check the network "
+            "(HF_ENDPOINT names another hub) or give a local directory"
+        )
+    if caused_by(pickle.UnpicklingError) or any("weights_only" in str(e) for e in chain):
+        return f"{what}: the weight file is a pickle that holds code or is broken; convert it to safetensors"
+    if any("trust_remote_code" in str(e) for e in chain):
+        return f"{what} brings its own Python code, which is not run; pass trust_remote_code if you trust it"
+    return f"cannot load {what}: {first_line(error)}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def first_line(error: Any, containing: str = "") -> str:
+    """The first line of a library's message that says something, at most 300 characters of it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and containing in line]
+    line = lines[0] if lines else type(error).__name__
+    # "Error(s) in loading state_dict for ResNet:" says nothing without the line that follows it.
+    if line.endswith(":") and len(lines) > 1:
+        line = f"{line} {lines[1]}"
+    return line[:300]

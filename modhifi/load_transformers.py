@@ -1,0 +1,173 @@
+"""Load transformers' models from a directory (local, or a snapshot of the hub) or already built."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto as auto
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+
+from modhifi import hub
+from modhifi.errors import ModhifiError
+from modhifi.load import LoadedModel, Preprocess, frozen, random_pixels
+
+HEADS: tuple[tuple[str, Any, str], ...] = (
+    ("AutoModelForImageClassification", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, "image"),
+    ("AutoModelForCausalLM", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "text"),
+    ("AutoModelForSequenceClassification", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "encoder"),
+    ("AutoModelForMaskedLM", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "encoder"),
+)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+                   "sentencepiece.bpe.model", "tokenizer_config.json")  # fmt: skip
+
+
+def from_directory(
+    directory: Path, source: str, pretrained: bool, trust_remote_code: bool, gguf_file: str | None
+) -> LoadedModel:
+    """Load the model a directory holds with the Auto class that its configuration's ``architectures`` name.
+
+    Weights keep the checkpoint's dtype; a GGUF file is dequantised to float32. Raises ModhifiError if transformers
+    cannot load it, if it has an encoder and a decoder, or if it would have to run code that is not trusted.
+    """
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if gguf_file:
+        common["gguf_file"] = gguf_file
+    report: dict[str, Any] = {}
+    with hub.explained(source), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.from_pretrained(str(directory), **common)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ModhifiError(f"{source} has an encoder and a decoder, which is not supported; give a model with one")
+        maker = getattr(transformers, auto_class(config))
+        if pretrained:
+            model, report = maker.from_pretrained(str(directory), dtype="auto", output_loading_info=True, **common)
+        else:
+            model = maker.from_config(config, trust_remote_code=trust_remote_code)
+    if gguf_file:
+        model = _without_quantiser(model)
+    loaded = describe(frozen(model), source, directory, **common)
+    loaded.info["licence"] = hub.card_licence(directory / "README.md")
+    if missing := sorted(report.get("missing_keys", ())):
+        loaded.info["notes"].append(f"not in the checkpoint, newly initialised: {', '.join(missing)}")
+    return loaded
+
+
+def auto_class(config: Any) -> str:
+    """The name of the Auto class that keeps the head of the first architecture a configuration names."""
+    for architecture in config.architectures or ():
+        for name, mapping, _ in HEADS:
+            known = {c for value in mapping.values() for c in ([value] if isinstance(value, str) else value)}
+            if architecture in known or str((getattr(config, "auto_map", None) or {}).get(name, "")).endswith(
+                f".{architecture}"
+            ):
+                return name
+    return "AutoModel"
+
+
+def describe(model: Any, source: str, directory: Path | None, **common: Any) -> LoadedModel:
+    """A built transformers model with preprocessing or tokenizer from ``directory``, an example and a description.
+
+    Raises ModhifiError if the model reads neither pixels nor token ids.
+    """
+    config, notes = model.config, list[str]()
+    transform = tokenizer = labels = None
+    kind = _kind(model, config)
+    if kind == "image":
+        transform = _image_transform(config, directory, notes)
+        example = random_pixels(tuple(transform(Image.new("RGB", (320, 320))).shape))
+    elif kind in ("text", "encoder"):
+        vocabulary = int(config.get_text_config().vocab_size)
+        example = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
+        tokenizer = _tokenizer(directory, notes, **common)
+    else:
+        raise ModhifiError(f"{source} reads {model.main_input_name!r}; only pixels and token ids are supported")
+    architecture = (config.architectures or [type(model).__name__])[0]
+    if architecture != type(model).__name__:
+        notes.append(f"loaded as {type(model).__name__}: the head of {architecture} is left out")
+    if type(model).__name__.endswith("Classification"):
+        names = [str(config.id2label.get(i, i)) for i in range(config.num_labels)]
+        labels = None if all(n == f"LABEL_{i}" for i, n in enumerate(names)) else tuple(names)
+    info = {
+        "architecture": type(model).__name__,
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "config": config.to_dict(),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "tokenizer_class": tokenizer and type(tokenizer).__name__,
+        "processor_class": transform and transform.processor and type(transform.processor).__name__,
+        "revision": None,
+        "licence": None,
+        "libraries": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "notes": notes,
+    }
+    info = json.loads(json.dumps(info, default=str))
+    return LoadedModel(model, source, "transformers", kind, example, transform, tokenizer, labels, info)
+
+
+def _kind(model: Any, config: Any) -> str | None:
+    if model.main_input_name == "pixel_values":
+        return "image"
+    if model.main_input_name != "input_ids":
+        return None
+    causal = {c for value in HEADS[1][1].values() for c in ([value] if isinstance(value, str) else value)}
+    mapped = str((getattr(config, "auto_map", None) or {}).get(HEADS[1][0], "")).endswith(f".{type(model).__name__}")
+    return "text" if type(model).__name__ in causal or mapped else "encoder"
+
+
+def _image_transform(config: Any, directory: Path | None, notes: list[str]) -> Preprocess:
+    mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
+    if directory is not None and (directory / "preprocessor_config.json").is_file():
+        with hub.explained(str(directory / "preprocessor_config.json")):
+            processor = transformers.AutoImageProcessor.from_pretrained(str(directory))
+        return Preprocess(partial(_process, processor), mode, processor)
+    size = getattr(config, "image_size", None) or 224
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    family = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type)
+    names = list(family.values()) if isinstance(family, dict) else []
+    default = getattr(transformers, names[0], None) if names else None
+    mean, std = getattr(default, "image_mean", None), getattr(default, "image_std", None)
+    if mean is None or std is None:
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    if mode == "L":
+        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
+    notes.append(
+        f"no preprocessor_config.json: images are resized to {size[0]} x {size[1]} and normalised with the mean "
+        f"{tuple(mean)} and standard deviation {tuple(std)} usual for {config.model_type}, which may not be the model's"
+    )
+    channels = 1 if mode == "L" else 3
+    pipeline = create_transform((channels, *size), is_training=False, mean=tuple(mean), std=tuple(std), crop_pct=1.0)
+    return Preprocess(pipeline, mode)
+
+
+def _process(processor: Any, image: Image.Image) -> Tensor:
+    pixels: Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    return pixels.float()
+
+
+def _tokenizer(directory: Path | None, notes: list[str], **common: Any) -> Any | None:
+    # Without its files transformers builds an empty tokenizer of the family, which maps every text to nothing.
+    if directory is None or not ("gguf_file" in common or any((directory / f).is_file() for f in TOKENIZER_FILES)):
+        notes.append("no tokenizer files")
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(directory), **common)
+    except Exception as error:  # a model can be measured on token ids without it
+        notes.append(f"no tokenizer: {hub.first_line(error)}")
+        return None
+
+
+def _without_quantiser(model: Any) -> nn.Module:
+    """The same weights in a fresh model: one that came from GGUF refuses to be saved."""
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fresh: nn.Module = type(model)(config)
+    fresh.load_state_dict(model.state_dict(), assign=True)
+    return fresh
