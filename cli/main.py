@@ -27,7 +27,10 @@ class ErrorMapping(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            # Here and not at exit, where a closed pipe could no longer be caught.
+            sys.stdout.flush()
+            return result
         except (KeyboardInterrupt, typer.Abort):
             _say("interrupted")
             raise typer.Exit(INTERRUPTED) from None

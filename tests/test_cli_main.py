@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import typer
+from safetensors import SafetensorError
+from typer.testing import CliRunner
+
+from modhifi.cli.common import print_json, progress, resolve_device
+from modhifi.cli.main import ErrorMapping, app
+from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
+
+
+def raising(error: BaseException) -> Any:
+    """What a user sees of a command that raises ``error``."""
+    failing = typer.Typer(cls=ErrorMapping, pretty_exceptions_enable=False)
+    failing.callback()(lambda: None)
+
+    @failing.command()
+    def fail() -> None:
+        raise error
+
+    return CliRunner().invoke(failing, ["fail"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (ModhifiError("no such model 'x'; try another"), 2, "error: no such model 'x'; try another"),
+        (ModhifiError("two\n  lines"), 2, "error: two lines"),
+        (GateFailed("FAIL: 3 flips"), 1, "error: FAIL: 3 flips"),
+        (SelfTestFailed("R2 > R1"), 3, "error: R2 > R1"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/x"), 2, "error: No space left on device: out/x"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), 2, "error: Read-only file system"),
+        (PermissionError(errno.EACCES, "Permission denied", "/out"), 2, "error: Permission denied: /out"),
+        (SafetensorError("I/O error: No space left"), 2, "error: I/O error: No space left"),
+        (torch.OutOfMemoryError("tried to allocate 2 GiB"), 2, "error: out of memory"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_an_error_is_one_line_and_its_exit_code(error: BaseException, code: int, text: str) -> None:
+    result = raising(error)
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"modhifi: {text}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_bug_of_ours_shows_its_traceback() -> None:
+    result = raising(ZeroDivisionError("division by zero"))
+    assert result.exit_code == 3
+    assert "ZeroDivisionError: division by zero" in result.stderr
+    assert "modhifi env" in result.stderr
+
+
+def test_exits_and_usage_errors_stay_what_they_are() -> None:
+    assert raising(typer.Exit(0)).exit_code == 0
+    assert raising(typer.Exit(1)).exit_code == 1
+    result = raising(typer.BadParameter("not a number"))
+    assert result.exit_code == 2
+    assert "not a number" in result.stderr
+    assert CliRunner().invoke(app, ["no-such-verb"]).exit_code == 2
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    # The pipe's reading end is closed before the command prints, as `modhifi env | true` does.
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "modhifi", "env"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 0
+    assert "Error" not in done.stderr and "modhifi:" not in done.stderr
+
+
+def test_env_names_versions_and_hardware() -> None:
+    result = CliRunner().invoke(app, ["env", "--json"])
+    assert result.exit_code == 0
+    facts = json.loads(result.stdout)
+    assert facts["torch"] == torch.__version__.split("+")[0] or facts["torch"] == torch.__version__
+    assert facts["device"] in ("cpu", "cuda", "mps")
+    assert facts["cores"] >= 1
+    text = CliRunner().invoke(app, ["env"]).stdout
+    assert [line.split()[0] for line in text.splitlines()] == list(facts)
+
+
+def test_json_knows_no_infinity(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"bound": float("inf"), "values": (1.5, float("nan")), "n": 3})
+    assert json.loads(capsys.readouterr().out) == {"bound": None, "values": [1.5, None], "n": 3}
+
+
+def test_a_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert resolve_device("auto") == torch.device("cpu")
+    with pytest.raises(ModhifiError, match="cuda"):
+        resolve_device("cuda")
+
+
+def test_auto_prefers_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto") == torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("terminal", "quiet", "drawn"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_progress_is_drawn_on_a_terminal_only(
+    terminal: bool, quiet: bool, drawn: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    step: Callable[[str, int, int], None]
+    with progress(quiet) as step:
+        step("collect", 1, 2)
+        step("collect", 2, 2)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert ("collect" in captured.err) is drawn
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_progress_honours_no_color(
+    no_color: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    with progress(False) as step:
+        step("collect", 2, 2)
+    assert (re.search(r"\x1b\[(\d;)?3\d", capsys.readouterr().err) is None) is no_color
