@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from modhifi import hub
 from modhifi.errors import ModhifiError
 
+DESCRIPTIONS = ("config.json", "modhifi.json")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -133,7 +134,7 @@ def load_model(
         repo, revision = hub.split_revision(name.removeprefix("hf:"), revision)
         directory = hub.fetch_description(repo, revision, code=trust_remote_code)
         refuse_quantised_config(directory, f"hf:{repo}")
-        if pretrained or gguf_file:
+        if gguf_file or (pretrained and any((directory / f).is_file() for f in DESCRIPTIONS)):
             hub.fetch_weights(repo, directory.name, gguf_file)
         loaded = _from_directory(directory, f"hf:{repo}", pretrained, args, trust_remote_code, gguf_file)
         loaded = replace(loaded, info=loaded.info | {"repository": repo, "revision": directory.name})

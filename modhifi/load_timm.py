@@ -81,7 +81,8 @@ def describe(model: nn.Module, source: str) -> LoadedModel:
     else:
         notes.append(f"no image transform: the model wants {size[0]} channels")
     # Where the weights lay is of no use to a reader elsewhere, and the labels have a field of their own.
-    hidden = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"} | {"label_names", "label_descriptions"}
+    where = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"}
+    hidden = where | {"label_names", "label_descriptions"}
     info = {
         "architecture": cfg.get("architecture"),
         "tag": cfg.get("tag"),

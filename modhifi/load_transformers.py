@@ -46,7 +46,8 @@ def from_directory(
         config = transformers.AutoConfig.from_pretrained(str(directory), **common)
         if getattr(config, "is_encoder_decoder", False):
             raise ModhifiError(f"{source} has an encoder and a decoder, which is not supported; give a model with one")
-        maker = getattr(transformers, auto_class(config))
+        # A GGUF file holds a causal language model and names no architecture of transformers.
+        maker = getattr(transformers, "AutoModelForCausalLM" if gguf_file else auto_class(config))
         if pretrained:
             model, report = maker.from_pretrained(str(directory), dtype="auto", output_loading_info=True, **common)
         else:

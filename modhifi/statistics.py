@@ -134,8 +134,9 @@ def quantile_lower(values: Tensor, q: float, alpha: float) -> float:
 
 
 def settling_n_rate(events: int, n: int, tolerance: float, alpha: float) -> int | None:
-    """About how many units settle whether a rate is within a tolerance, if the observed rate persists; None if none do.
+    """About how many units settle whether a rate is within a tolerance, if the observed rate persists.
 
+    None where no number does, or none up to 10^8: the rate is too close to the tolerance.
     Also for quantiles: "the q quantile is at most t" says that at most a share 1 - q of units exceeds t.
     """
     _check_count(events, n, alpha)
@@ -156,7 +157,10 @@ def settling_n_rate(events: int, n: int, tolerance: float, alpha: float) -> int 
 def settling_n_mean(
     values: Tensor, tolerance: float, alpha: float, low: float = 0.0, high: float = 1.0
 ) -> int | None:
-    """About how many units settle whether a mean is within a tolerance, if mean and variance persist (Bernstein)."""
+    """About how many units settle whether a mean is within a tolerance, if mean and variance persist (Bernstein).
+
+    None where no number up to 10^8 does.
+    """
     x = _unit_interval(values, alpha, low, high)
     gap = abs((tolerance - low) / (high - low) - float(x.mean()))
     variance = float(x.var()) if len(x) > 1 else 0.25

@@ -1,0 +1,58 @@
+"""New weights for the kept columns. Pure: moments and a kept set in, a full-size weight and a shift out.
+
+The edited weight keeps its shape, with zeros in the removed columns; surgery cuts them out afterwards. The shift is
+``(W − Ŵ) μ``: it is added to a bias or taken from a BatchNorm's running mean (docs/method.md, least squares).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import ModhifiError
+from .fidelity import compensation
+
+
+def least_squares(weight: Tensor, second: Tensor, kept: Tensor, ridge: float = 1e-4) -> Tensor:
+    """``Ŵ_K = (W S_{:,K} + λW_K)(S_KK + λI)⁻¹``, zero elsewhere.
+
+    ``weight`` float64 ``(out, d)``, ``second`` float64 ``(d, d)``, ``kept`` bool ``(d,)``; λ is ``ridge`` times the mean
+    diagonal of S. Damping grows tenfold, at most four times, if the factorisation fails. Returns ``(out, d)``.
+    """
+    result = torch.zeros_like(weight)
+    inner = second[kept][:, kept]
+    scale = float(second.diagonal().mean()) or 1.0
+    eye = torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
+    for attempt in range(5):
+        damping = ridge * 10**attempt * scale
+        factor, info = torch.linalg.cholesky_ex(inner + damping * eye)
+        if not int(info):
+            target = weight @ second[:, kept] + damping * weight[:, kept]
+            result[:, kept] = torch.cholesky_solve(target.T, factor).T
+            return result
+    raise ModhifiError("a Gram matrix is not positive definite even with strong damping; use more calibration samples")
+
+
+def scaled(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor, ridge: float = 1e-4) -> Tensor:
+    """The paper's compensation: each kept block of each output channel times its scalar δ*.
+
+    ``blocks`` int64 ``(n, m)``, ``kept`` bool ``(n,)``. Columns outside every block stay as they are.
+    """
+    chosen = torch.nonzero(kept).flatten()
+    result = weight.clone()
+    result[:, blocks[~kept].reshape(-1)] = 0
+    scales = compensation(weight, second, blocks, chosen, ridge)
+    for at, component in enumerate(chosen.tolist()):
+        result[:, blocks[component]] = weight[:, blocks[component]] * scales[:, at : at + 1]
+    return result
+
+
+def masked(weight: Tensor, kept: Tensor) -> Tensor:
+    """No compensation: zeros in the removed columns. ``kept`` bool ``(d,)``."""
+    return weight * kept
+
+
+def local_error(weight: Tensor, edited: Tensor, second: Tensor) -> float:
+    """Expected squared change of the reader's output, ``tr[(W−Ŵ) S (W−Ŵ)ᵀ]`` (the mean being restored, if S is Σ)."""
+    gap = weight - edited
+    return max(0.0, float(((gap @ second) * gap).sum()))

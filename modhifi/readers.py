@@ -1,0 +1,65 @@
+"""What selection and compensation need of one reader, as tensors: its weight matrix, its S, its components' columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .groups import Group, Structure, conv_groups, reader_columns
+from .moments import Moments
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One reader as seen by one group.
+
+    ``weight`` float64 ``(G, o, d)``; ``second`` float64 ``(G, d, d)``: the matrix S that applies (covariance where a
+    bias or BatchNorm takes the mean, uncentred Gram otherwise); ``owner`` int64 ``(n,)``, the conv group of each
+    component; ``columns`` int64 ``(n, m)`` inside it.
+    """
+
+    weight: Tensor
+    second: Tensor
+    owner: Tensor
+    columns: Tensor
+
+    def parts(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Per conv group: weight ``(o, d)``, S ``(d, d)``, numbers of its components, their columns."""
+        result = []
+        for g in range(len(self.weight)):
+            mine = torch.nonzero(self.owner == g).flatten()
+            result.append((self.weight[g], self.second[g], mine, self.columns[mine]))
+        return result
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """An operator's weight as float64 ``(G, out / G, d)``, columns in im2col order."""
+    weight = module.weight.detach().double()
+    if isinstance(module, Conv1D):
+        return weight.T[None]
+    groups = conv_groups(module)
+    return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
+def write_weight(module: nn.Module, matrix: Tensor) -> None:
+    """Inverse of :func:`weight_matrix`: store ``(G, out / G, d)`` in the module, in the module's dtype."""
+    flat = matrix.reshape(-1, matrix.shape[-1])
+    value = flat.T if isinstance(module, Conv1D) else flat.reshape(module.weight.shape)
+    module.weight.data.copy_(value)
+
+
+def reader_of(model: nn.Module, structure: Structure, group: Group, module: str, moments: Moments) -> Reader:
+    """Assemble the :class:`Reader` of one group at one of its reader modules."""
+    layer = model.get_submodule(module)
+    piece = next(s for s in group.readers if s.module == module)
+    owner, columns = reader_columns(layer, piece.index)
+    centred = structure.operators[module].sink is not None
+    return Reader(weight_matrix(layer), moments.cov if centred else moments.gram, owner, columns)
+
+
+def readers_of(model: nn.Module, structure: Structure, group: Group, moments: dict[str, Moments]) -> list[Reader]:
+    """All readers of a group, in order."""
+    return [reader_of(model, structure, group, s.module, moments[s.module]) for s in group.readers]

@@ -1,0 +1,202 @@
+"""In which order a group's components go, and what that costs. Pure.
+
+Every selector returns a :class:`Curve`; costs are squared local errors after least squares over all kept columns, so
+curves of different selectors and groups can be compared and allocated together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import ModhifiError
+from .fidelity import energy_score, hifi_size, singleton_fidelity, top_hifi, wanda_score
+from .readers import Reader
+
+
+@dataclass(frozen=True)
+class Curve:
+    """``order`` int64 ``(r,)``: components in order of removal; ``cost`` float64 ``(r + 1,)``: total squared local
+    error of the group's readers after removing the first j; ``energy``: output energy of those readers."""
+
+    order: Tensor
+    cost: Tensor
+    energy: float
+
+
+class Elimination:
+    """Optimal Brain Surgeon on blocks: exact removal costs and updates for one group (docs/method.md, selection).
+
+    With ``H = (S + λI)⁻¹``, removing the columns I costs ``tr[W_I H_II⁻¹ W_Iᵀ]``; afterwards
+    ``W ← W − W_I H_II⁻¹ H_I,:`` and ``H ← H − H_:,I H_II⁻¹ H_I,:``. Several readers add their costs.
+    """
+
+    def __init__(self, readers: list[Reader], ridge: float) -> None:
+        self.n = len(readers[0].owner)
+        self.places: list[tuple[Tensor, Tensor]] = []
+        self.state: list[list[list[Tensor]]] = []
+        for reader in readers:
+            parts = []
+            position = torch.full((self.n,), -1, dtype=torch.int64)
+            for weight, second, mine, columns in reader.parts():
+                position[mine] = torch.arange(len(mine))
+                parts.append([damped_inverse(second, ridge), weight.clone(), columns.clone(), mine.clone()])
+            self.state.append(parts)
+
+    def costs(self) -> Tensor:
+        """Cost of removing each remaining component alone; infinity for the removed ones. ``(n,)``."""
+        total = torch.full((self.n,), math.inf, dtype=torch.float64)
+        first = True
+        for parts in self.state:
+            for inverse, weight, columns, mine in parts:
+                if not len(mine):
+                    continue
+                block = inverse[columns[:, :, None], columns[:, None, :]]
+                piece = weight.T[columns]
+                alone = (torch.linalg.solve(block, piece) * piece).sum((1, 2)).clamp_min(0)
+                total[mine] = alone if first else total[mine] + alone
+            first = False
+        return total
+
+    def remove(self, chosen: Tensor) -> float:
+        """Remove components jointly and return the exact joint cost."""
+        cost = 0.0
+        for parts in self.state:
+            for part in parts:
+                inverse, weight, columns, mine = part
+                gone = torch.isin(mine, chosen)
+                if not bool(gone.any()):
+                    continue
+                index = columns[gone].reshape(-1)
+                stay = torch.ones(len(inverse), dtype=torch.bool)
+                stay[index] = False
+                block, cross = inverse[index][:, index], inverse[index][:, stay]
+                factor = torch.linalg.solve(block, torch.cat([weight[:, index].T, cross], 1))
+                update, cross_update = factor[:, : len(weight)], factor[:, len(weight) :]
+                cost += float((update * weight[:, index].T).sum())
+                renumber = torch.cumsum(stay, 0) - 1
+                part[0] = inverse[stay][:, stay].addmm_(cross.T, cross_update, alpha=-1)
+                part[1] = weight[:, stay].addmm_(update.T, cross, alpha=-1)
+                part[2] = renumber[columns[~gone]]
+                part[3] = mine[~gone]
+        return max(cost, 0.0)
+
+
+def damped_inverse(second: Tensor, ridge: float) -> Tensor:
+    """``(S + λI)⁻¹`` with λ = ``ridge`` times the mean diagonal.
+
+    If the Cholesky factorisation fails, λ grows tenfold up to four times; then it is an error.
+    """
+    scale = float(second.diagonal().mean()) or 1.0
+    eye = torch.eye(len(second), dtype=second.dtype, device=second.device)
+    for attempt in range(5):
+        factor, info = torch.linalg.cholesky_ex(second + (ridge * 10**attempt * scale) * eye)
+        if not int(info):
+            return torch.cholesky_inverse(factor)
+    raise ModhifiError("a Gram matrix is not positive definite even with strong damping; use more calibration samples")
+
+
+def eliminate(
+    readers: list[Reader],
+    *,
+    keep_at_least: int,
+    order: Tensor | None = None,
+    partition: Tensor | None = None,
+    ridge: float = 1e-4,
+    steps: int = 32,
+) -> Curve:
+    """Backward elimination down to ``keep_at_least`` components; greedy (``obs``), or along a given order.
+
+    About ``n / steps`` components go at a time, equally many per label of ``partition`` int64 ``(n,)``.
+    """
+    state = Elimination(readers, ridge)
+    n = state.n
+    labels = torch.zeros(n, dtype=torch.int64) if partition is None else torch.unique(partition, return_inverse=True)[1]
+    count = int(labels.max()) + 1
+    energy = sum(float(((r.weight @ r.second) * r.weight).sum()) for r in readers)
+    gone: list[Tensor] = []
+    cost = [0.0]
+    rank = None
+    if order is not None:
+        rank = torch.empty(n, dtype=torch.float64)
+        rank[order] = torch.arange(len(order), dtype=torch.float64)
+    removed = 0
+    while n - removed - count >= max(keep_at_least, count):
+        alone = state.costs()
+        ranking = alone if rank is None else torch.where(alone.isinf(), alone, rank)
+        each = max(1, n // (steps * count))
+        each = min(each, (n - removed - max(keep_at_least, count)) // count)
+        chosen = torch.cat(
+            [mine[ranking[mine].argsort(stable=True)[:each]] for mine in (torch.nonzero(labels == k).flatten() for k in range(count))]
+        )
+        chosen = chosen[ranking[chosen].argsort(stable=True)]
+        spent = state.remove(chosen)
+        weights = alone[chosen].cumsum(0) / alone[chosen].sum().clamp_min(1e-300)
+        cost.extend((cost[-1] + spent * weights).tolist() if spent > 0 else [cost[-1]] * len(chosen))
+        gone.append(chosen)
+        removed += len(chosen)
+    return Curve(torch.cat(gone) if gone else torch.empty(0, dtype=torch.int64), torch.tensor(cost, dtype=torch.float64), energy)
+
+
+def _summed(readers: list[Reader], score: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    total = torch.zeros(len(readers[0].owner), dtype=torch.float64)
+    for reader in readers:
+        for weight, second, mine, columns in reader.parts():
+            if len(mine):
+                total[mine] += score(weight, second, columns)
+    return total
+
+
+def _weight_norm(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
+    return weight.square().sum(0)[blocks].sum(1)
+
+
+def naive_rank(readers: list[Reader]) -> Tensor:
+    """For each component the least k at which it enters some output channel's top-k of singleton fidelity, ``(n,)``.
+
+    Ties are broken by the largest singleton fidelity: keeping the components of lowest rank is keeping the union of
+    the channels' NAIVE HiFi sets of size k.
+    """
+    n = len(readers[0].owner)
+    best = torch.full((n,), float(n), dtype=torch.float64)
+    for reader in readers:
+        for weight, second, mine, columns in reader.parts():
+            if not len(mine):
+                continue
+            singles = singleton_fidelity(weight, second, columns)
+            places = singles.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            entry = places.min(0).values + 1 - singles.amax(0).clamp(0, 1) * 0.999
+            best[mine] = torch.minimum(best[mine], entry.double())
+    return best
+
+
+def hifi_union(readers: list[Reader], eta: float) -> Tensor:
+    """Union over readers and output channels of the smallest NAIVE sets of fidelity ``eta``: bool ``(n,)``."""
+    member = torch.zeros(len(readers[0].owner), dtype=torch.bool)
+    for reader in readers:
+        for weight, second, mine, columns in reader.parts():
+            if len(mine):
+                singles = singleton_fidelity(weight, second, columns)
+                for channel, size in enumerate(hifi_size(weight, second, columns, eta)):
+                    member[mine] |= top_hifi(singles[channel : channel + 1], int(size))
+    return member
+
+
+def removal_order(selector: str, readers: list[Reader], seed: int) -> Tensor | None:
+    """Components from first to last to go, int64 ``(n,)``; None for ``obs``, which finds its order while removing."""
+    if selector == "obs":
+        return None
+    n = len(readers[0].owner)
+    if selector == "random":
+        return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    if selector == "naive":
+        return naive_rank(readers).argsort(descending=True, stable=True)
+    scores = {"energy": energy_score, "wanda": wanda_score, "cholesky": wanda_score, "magnitude": _weight_norm}
+    if selector not in scores:
+        known = ", ".join(["obs", "naive", *scores, "random"])
+        raise ModhifiError(f"unknown selector '{selector}'; choose one of {known}")
+    return _summed(readers, scores[selector]).argsort(stable=True)

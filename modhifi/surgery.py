@@ -1,0 +1,140 @@
+"""The only file that changes a module's shape."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .groups import Structure, conv_groups
+from .plan import Plan
+from .readers import weight_matrix, write_weight
+
+
+def removed_positions(structure: Structure, plan: Plan) -> dict[tuple[str, str], Tensor]:
+    """Channel positions to cut, by (module or parameter, role)."""
+    gone: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+    for group in structure.groups:
+        if group.name in plan.kept:
+            out = ~plan.mask(group)
+            for piece in group.slices:
+                gone[piece.module, piece.role].append(piece.index[out].reshape(-1))
+    return {key: torch.cat(pieces) for key, pieces in gone.items()}
+
+
+def mask_readers(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
+    """A copy of the model, all shapes kept, in which no reader sees the removed components (the mask oracle)."""
+    model = copy.deepcopy(model)
+    for (name, role), positions in removed_positions(structure, plan).items():
+        if role != "reader":
+            continue
+        module = model.get_submodule(name)
+        matrix = weight_matrix(module)
+        channels = matrix.shape[0] * matrix.shape[2] // kernel_size(module)
+        matrix = matrix.reshape(matrix.shape[0], matrix.shape[1], channels // matrix.shape[0], -1)
+        per = channels // matrix.shape[0]
+        matrix[positions // per, :, positions % per] = 0
+        write_weight(module, matrix.flatten(2))
+    return model
+
+
+def kernel_size(module: nn.Module) -> int:
+    size = 1
+    for k in getattr(module, "kernel_size", ()):
+        size *= int(k)
+    return size
+
+
+def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
+    """Cut the removed components out of the model, in place, and return it.
+
+    Weights, biases, norms and counting attributes of every producer, reader and module along the way are sliced; no
+    value changes. The plan must fit (:meth:`Plan.check`).
+    """
+    plan.check(structure)
+    gone = removed_positions(structure, plan)
+    for name in dict.fromkeys(name for name, _ in gone):
+        none = torch.empty(0, dtype=torch.int64)
+        outputs = gone.get((name, "producer"), none)
+        inputs = gone.get((name, "reader"), none)
+        along = gone.get((name, "along"), none)
+        owner, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(owner)
+        if isinstance(getattr(parent, leaf), nn.Parameter):
+            _shrink_parameter(parent, leaf, along)
+        elif len(along):
+            _shrink_along(model.get_submodule(name), along)
+        else:
+            _shrink_operator(model.get_submodule(name), inputs, outputs)
+    for group in structure.groups:
+        if group.name in plan.kept:
+            for name, attribute, amount in group.attributes:
+                setattr(model.get_submodule(name), attribute, amount * len(plan.kept[group.name]))
+    return model
+
+
+def _stay(total: int, gone: Tensor) -> Tensor:
+    stay = torch.ones(total, dtype=torch.bool)
+    stay[gone] = False
+    return stay
+
+
+def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+    old = getattr(module, name)
+    value = value.contiguous()
+    if isinstance(old, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=old.requires_grad)
+    setattr(module, name, value)
+
+
+def _shrink_parameter(parent: nn.Module, leaf: str, gone: Tensor) -> None:
+    value = getattr(parent, leaf).data
+    dim = next(d for d, size in enumerate(value.shape) if size > 1)
+    stay = torch.nonzero(_stay(value.shape[dim], gone)).flatten()
+    _replace(parent, leaf, value.index_select(dim, stay.to(value.device)))
+    _set(parent, "num_parameters", len(stay))
+
+
+def _set(module: nn.Module, attribute: str, value: int) -> None:
+    if hasattr(module, attribute):
+        setattr(module, attribute, value)
+
+
+def _shrink_along(module: nn.Module, gone: Tensor) -> None:
+    """A norm, or a depthwise conv (whose positions are those of its output)."""
+    reference = module.weight if getattr(module, "weight", None) is not None else module.running_mean
+    stay = _stay(len(reference), gone).to(reference.device)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        value = getattr(module, name, None)
+        if value is not None:
+            _replace(module, name, value.data[stay])
+    width = int(stay.sum())
+    if hasattr(module, "kernel_size"):
+        inputs = width * module.in_channels // module.out_channels
+        module.in_channels, module.out_channels, module.groups = inputs, width, inputs
+    for attribute in ("num_features", "num_channels"):
+        _set(module, attribute, width)
+    if isinstance(module, nn.GroupNorm):
+        module.num_groups = width
+
+
+def _shrink_operator(module: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+    if isinstance(module, Conv1D):
+        stay_in, stay_out = _stay(module.nx, inputs), _stay(module.nf, outputs)
+        _replace(module, "weight", module.weight.data[stay_in][:, stay_out])
+        _replace(module, "bias", module.bias.data[stay_out])
+        module.nx, module.nf = int(stay_in.sum()), int(stay_out.sum())
+        return
+    weight, groups = module.weight.data, conv_groups(module)
+    stay_out = _stay(weight.shape[0], outputs).to(weight.device)
+    stay_in = _stay(weight.shape[1] * groups, inputs).to(weight.device)
+    rows, columns = stay_out.view(groups, -1), stay_in.view(groups, -1)
+    parts = [part[r][:, c] for part, r, c in zip(weight.chunk(groups), rows, columns, strict=True)]
+    _replace(module, "weight", torch.cat(parts))
+    if getattr(module, "bias", None) is not None:
+        _replace(module, "bias", module.bias.data[stay_out])
+    for attribute, stay in (("in_channels", stay_in), ("in_features", stay_in), ("out_channels", stay_out), ("out_features", stay_out)):
+        _set(module, attribute, int(stay.sum()))
