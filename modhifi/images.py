@@ -144,14 +144,14 @@ def _opener(path: Path) -> Callable[[], Image.Image]:
     return lambda: Image.open(path)
 
 
-def _gather(
-    items: Sequence[_Item], source: str, note: str, loaded: LoadedModel, n: int, seed: int
-) -> Samples:
+def _gather(items: Sequence[_Item], source: str, note: str, loaded: LoadedModel, n: int, seed: int) -> Samples:
     """Read items in a seeded random order until `n` readable ones with different pixels are found."""
     shape = image_shape(loaded)
     transform = loaded.transform
     if transform is None:
-        raise ModhifiError(f"{loaded.source} has no preprocessing for image files; load it from timm, the hub or a directory")
+        raise ModhifiError(
+            f"{loaded.source} has no preprocessing for image files; load it from timm, the hub or a directory"
+        )
     keep = min(n, len(items)) * int(np.prod(shape)) * 4 <= CACHE_BYTES
 
     def read(item: _Item) -> _Read:

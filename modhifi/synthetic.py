@@ -222,7 +222,7 @@ def _clothe(rng: np.random.Generator, regions: NDArray[np.int32], count: int) ->
     y, x = _axes(height, width)
     colours = palette(rng, count)
     angle = rng.uniform(0, 2 * np.pi, count)
-    waves = 2 * np.pi * np.exp(rng.uniform(np.log(3), np.log(min(height, width) / 4), count))
+    waves = 2 * np.pi * np.exp(rng.uniform(np.log(3), np.log(max(3.0, min(height, width) / 4)), count))
     stripe = rng.exponential(0.07, count) * (rng.random(count) < 0.4)
     grain, shade = rng.exponential(0.06, count), rng.normal(0, 0.25, (2, count))
     table = np.stack([waves * np.cos(angle), waves * np.sin(angle), stripe, grain, *shade]).astype(np.float32)
@@ -251,11 +251,12 @@ def _colour_curve(rng: np.random.Generator, value: Array) -> Array:
     else:
         at = np.linspace(0, 1, len(knots))
         curve = np.stack([np.interp(fine, at, knots[:, c]) for c in range(3)], axis=1)
-    return np.asarray(curve.astype(np.float32)[(np.clip(value, 0, 1) * 255).astype(np.uint8)], np.float32)
+    shades = np.asarray(curve, np.float32)
+    return np.take(shades, (np.clip(value, 0, 1) * 255).astype(np.uint8), axis=0)
 
 
 def _blur(field: Array, radius: float) -> Array:
-    """Gaussian blur of a float field ``(height, width)`` with values in [0, 16): 8-bit steps are fine for a density."""
+    """Gaussian blur of a field ``(height, width)`` with values in [0, 16), in steps of 1/16: enough for a density."""
     image = Image.fromarray((np.clip(field, 0, 15.9) * 16).astype(np.uint8))
     return np.asarray(image.filter(ImageFilter.GaussianBlur(radius)), np.float32) / 16
 

@@ -1,0 +1,60 @@
+"""Look at samples: a sheet of pictures for reports, and PNG files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from modhifi.data import Samples, normalisation
+from modhifi.errors import ModhifiError
+from modhifi.load import LoadedModel
+
+
+def picture(samples: Samples, loaded: LoadedModel, index: int) -> Image.Image:
+    """Item `index` as the RGB image that the model sees, its normalisation undone."""
+    mean, std = normalisation(loaded)
+    pixels = (samples.load(index) * std + mean).clamp(0, 1).mul(255).round()
+    array: NDArray[np.uint8] = pixels.permute(1, 2, 0).numpy().astype(np.uint8)
+    return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).convert("RGB")
+
+
+def contact_sheet(samples: Samples, loaded: LoadedModel, n: int = 64, tile: int = 112) -> Image.Image:
+    """The first `n` samples in a nearly square grid, on white, each at most `tile` pixels high and wide.
+
+    Raises ModhifiError if the model takes no images.
+    """
+    count = min(n, len(samples))
+    columns = math.ceil(math.sqrt(count))
+    cell = tile + 2
+    sheet = Image.new("RGB", (columns * cell, math.ceil(count / columns) * cell), "white")
+    for i in range(count):
+        image = picture(samples, loaded, i)
+        if max(image.size) > tile:
+            image.thumbnail((tile, tile))
+        sheet.paste(image, (i % columns * cell + 1, i // columns * cell + 1))
+    return sheet
+
+
+def materialise(samples: Samples, loaded: LoadedModel, out_dir: Path) -> list[Path]:
+    """Write every sample as a PNG file at the model's input size, in a folder named after its label if it has one.
+
+    The directory can be read back as ``images:DIR``. Raises ModhifiError if it is not empty or cannot be written.
+    """
+    try:
+        if out_dir.exists() and any(out_dir.iterdir()):
+            raise ModhifiError(f"{out_dir} is not empty; give a new directory")
+        written = []
+        for i in range(len(samples)):
+            folder = out_dir if samples.labels is None else out_dir / str(int(samples.labels[i]))
+            folder.mkdir(parents=True, exist_ok=True)
+            written.append(folder / f"{i:06d}.png")
+            picture(samples, loaded, i).save(written[-1])
+    except OSError as error:
+        raise ModhifiError(
+            f"cannot write to {out_dir}: {error.strerror or error}; check space and permissions"
+        ) from error
+    return written
