@@ -17,7 +17,10 @@ from typer.core import TyperGroup
 
 from modhifi.errors import ModhifiError
 
+from .check import check
 from .env import env, version
+from .prune import prune
+from .score import score
 
 BAD_INPUT, OUR_BUG, INTERRUPTED = 2, 3, 130
 
@@ -88,7 +91,8 @@ def options(
     """Edit open-weight models with forward passes only: prune, unlearn, verify."""
 
 
-app.command()(env)
+for verb in (prune, score, check, env):
+    app.command()(verb)
 
 
 def main() -> None:

@@ -19,6 +19,14 @@ def least_squares(weight: Tensor, second: Tensor, kept: Tensor, ridge: float = 1
     ``weight`` float64 ``(out, d)``, ``second`` float64 ``(d, d)``, ``kept`` bool ``(d,)``; λ is ``ridge`` times the mean
     diagonal of S. Damping grows tenfold, at most four times, if the factorisation fails. Returns ``(out, d)``.
     """
+    return least_squares_towards(weight, second, second, kept, ridge)
+
+
+def least_squares_towards(weight: Tensor, cross: Tensor, second: Tensor, kept: Tensor, ridge: float = 1e-4) -> Tensor:
+    """``Ŵ_K = (W C_{:,K} + λW_K)(S_KK + λI)⁻¹``: the target is ``W x_d`` where the input is ``x_p``.
+
+    ``cross`` float64 ``(d, d)`` is ``C = E[x_d x_pᵀ]``, ``second`` is ``S`` of ``x_p``, both centred or both not.
+    """
     result = torch.zeros_like(weight)
     inner = second[kept][:, kept]
     scale = float(second.diagonal().mean()) or 1.0
@@ -27,7 +35,7 @@ def least_squares(weight: Tensor, second: Tensor, kept: Tensor, ridge: float = 1
         damping = ridge * 10**attempt * scale
         factor, info = torch.linalg.cholesky_ex(inner + damping * eye)
         if not int(info):
-            target = weight @ second[:, kept] + damping * weight[:, kept]
+            target = weight @ cross[:, kept] + damping * weight[:, kept]
             result[:, kept] = torch.cholesky_solve(target.T, factor).T
             return result
     raise ModhifiError("a Gram matrix is not positive definite even with strong damping; use more calibration samples")

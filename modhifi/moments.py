@@ -131,10 +131,6 @@ def _padded(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int,
     return x, kernel, stride, dilation
 
 
-def needed_rows(columns: int, rows_per_column: int | None) -> int | None:
-    return None if rows_per_column is None else rows_per_column * columns
-
-
 class MomentCollector:
     """Owns forward hooks on readers and accumulates their moments while the model runs.
 
@@ -169,17 +165,18 @@ class MomentCollector:
             handle.remove()
         self.handles.clear()
 
-    def _see(self, name: str, module: nn.Module, x: Tensor) -> None:
-        def positions(total: int) -> Tensor | None:
-            if self.rows_per_column is None:
-                return None
-            columns = module.weight[0].numel() if hasattr(module, "kernel_size") else x.shape[-1]
-            wanted = math.ceil(self.rows_per_column * columns / self.samples)
-            if wanted >= total:
-                return None
-            return spread_positions(total, wanted, self.first, len(x), self.seed)
+    def positions(self, module: nn.Module, x: Tensor, total: int) -> Tensor | None:
+        """Which of an input's ``total`` rows per sample to look at, int64 ``(batch, p)``; None for all."""
+        if self.rows_per_column is None:
+            return None
+        columns = module.weight[0].numel() if hasattr(module, "kernel_size") else x.shape[-1]
+        wanted = math.ceil(self.rows_per_column * columns / self.samples)
+        return None if wanted >= total else spread_positions(total, wanted, self.first, len(x), self.seed)
 
-        self.sums[name].add(reader_rows(module, x.detach(), positions, self.keep))
+    def _see(self, name: str, module: nn.Module, x: Tensor) -> None:
+        x = x.detach()
+        rows = reader_rows(module, x, lambda total: self.positions(module, x, total), self.keep)
+        self.sums[name].add(rows)
 
     def moments(self) -> dict[str, Moments]:
         return {name: sums.finish() for name, sums in self.sums.items() if sums.n}

@@ -1,0 +1,261 @@
+"""`modhifi prune`: one command from a model to a smaller one with its report."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from modhifi.errors import ModhifiError
+
+from .common import DeviceOption, ForceOption, JsonOption, QuietOption, SeedOption, print_json, progress, resolve_device
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="timm:NAME, hf:ORG/NAME[@REVISION], or a directory.")
+]
+ModelArgOption = Annotated[
+    list[str] | None, typer.Option("--model-arg", metavar="KEY=VALUE", help="Argument for timm.create_model; repeat it.")
+]
+WeightsOption = Annotated[
+    str | None, typer.Option("--weights", metavar="FILE", help="A .safetensors or .pth file for timm:NAME.")
+]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="Revision of a hub model.")]
+RandomOption = Annotated[
+    bool, typer.Option("--random-weights", help="Do not download weights; for structure and speed only.")
+]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="A GGUF file of the model; it is dequantised.")]
+DataOption = Annotated[
+    str, typer.Option("--data", help="Calibration data: images:DIR, hf:DATASET[:SPLIT] or synthetic[:KIND].")
+]
+SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Number of calibration samples.")]
+
+
+def model_source(
+    name: str,
+    model_arg: list[str] | None,
+    weights: str | None,
+    revision: str | None,
+    random_weights: bool,
+    trust: bool,
+    gguf_file: str | None,
+) -> dict[str, Any]:
+    """The recipe's `model` part; values of --model-arg are read as YAML."""
+    import yaml
+
+    args = {}
+    for item in model_arg or []:
+        key, found, value = item.partition("=")
+        if not found or not key:
+            raise ModhifiError(f"--model-arg takes KEY=VALUE, not {item!r}")
+        args[key] = yaml.safe_load(value)
+    return {
+        "name": name,
+        "args": args,
+        "pretrained": not random_weights,
+        "weights": weights,
+        "revision": revision,
+        "trust_remote_code": trust,
+        "gguf_file": gguf_file,
+    }
+
+
+def prune(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="timm:NAME, hf:ORG/NAME[@REVISION], or a directory.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Directory to write; its parent must exist.")] = None,
+    ratio: Annotated[str | None, typer.Option("--ratio", help="Share of components removed, such as 0.5.")] = None,
+    params: Annotated[str | None, typer.Option("--params", help="Share of parameters kept, such as 0.5x.")] = None,
+    flops: Annotated[str | None, typer.Option("--flops", help="Share of FLOPs kept, such as 0.5x.")] = None,
+    data: DataOption = "synthetic",
+    samples: SamplesOption = 256,
+    evaluate: Annotated[
+        str | None, typer.Option("--evaluate", help="Held-out data; by default a disjoint part of --data.")
+    ] = None,
+    evaluation_samples: Annotated[int, typer.Option("--evaluation-samples", min=1)] = 256,
+    selector: Annotated[
+        Literal["obs", "naive", "energy", "wanda", "cholesky", "magnitude", "random"],
+        typer.Option("--selector", help="How components are chosen."),
+    ] = "obs",
+    compensate: Annotated[
+        Literal["lstsq", "delta", "none"], typer.Option("--compensate", help="What makes up for the removed ones.")
+    ] = "lstsq",
+    allocate: Annotated[
+        Literal["energy", "amplification"],
+        typer.Option("--allocate", help="Weight of each group's error: its own energy, or its measured effect."),
+    ] = "energy",
+    layout: Annotated[
+        Literal["global", "uniform"], typer.Option("--layout", help="Allocate over all groups, or the same share each.")
+    ] = "global",
+    sequential: Annotated[
+        Literal["own", "dense"] | None,
+        typer.Option("--sequential", help="Re-collect on the pruned prefix, towards the layer's own or dense output."),
+    ] = None,
+    eta: Annotated[
+        float | None, typer.Option("--eta", help="Instead of a budget: keep HiFi sets of this fidelity.")
+    ] = None,
+    floor: Annotated[float, typer.Option("--floor", help="Least share of a group that stays.")] = 0.1,
+    round_to: Annotated[int, typer.Option("--round-to", min=1, help="Kept widths are multiples of this.")] = 1,
+    ridge: Annotated[float, typer.Option("--ridge", help="Damping, in units of a Gram's mean diagonal.")] = 1e-4,
+    rows_per_column: Annotated[
+        int, typer.Option("--rows-per-column", min=0, help="Rows a Gram looks at per column; 0 takes all.")
+    ] = 4,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Prune only groups of this pattern; repeat it.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Leave groups of this pattern alone.")] = None,
+    coupled: Annotated[
+        bool, typer.Option("--coupled/--inner-only", help="Also prune channels coupled by residual additions.")
+    ] = True,
+    reestimate_bn: Annotated[
+        bool, typer.Option("--reestimate-bn", help="Re-estimate BatchNorm on the calibration data (real data only).")
+    ] = False,
+    export: Annotated[
+        list[str] | None, typer.Option("--export", help="Also write onnx or pt2 into the artefact; repeat it.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; --set changes its values.")] = None,
+    set_values: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=1", help="Change a recipe value.")] = None,
+    plan: Annotated[Path | None, typer.Option("--plan", help="Replay a plan (JSON of --dry-run --json).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the predicted size; write nothing.")] = False,
+    model_arg: ModelArgOption = None,
+    weights: WeightsOption = None,
+    revision: RevisionOption = None,
+    random_weights: RandomOption = False,
+    trust_remote_code: TrustOption = False,
+    gguf_file: GgufOption = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=2)] = 32,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+    force: ForceOption = False,
+) -> None:
+    """Make a model physically smaller, without its training data, labels or gradients."""
+    import json
+    import shlex
+
+    from modhifi.export import export_kinds
+    from modhifi.pipeline import run_prune
+    from modhifi.plan import Plan
+    from modhifi.recipe import apply_overrides, parse_recipe, read_yaml
+
+    if recipe is not None:
+        content = read_yaml(recipe)
+        if model is not None:
+            content["model"] = {**(content.get("model") or {}), "name": model}
+    elif model is None:
+        raise ModhifiError("give a MODEL (timm:NAME, hf:ORG/NAME or a directory), or --recipe FILE")
+    else:
+        content = {
+            "model": model_source(model, model_arg, weights, revision, random_weights, trust_remote_code, gguf_file),
+            "data": {
+                "source": data,
+                "samples": samples,
+                "evaluate": evaluate,
+                "evaluation_samples": evaluation_samples,
+            },
+            "budget": {"ratio": ratio, "params": params, "flops": flops},
+            "method": {
+                "selector": selector,
+                "compensate": compensate,
+                "allocate": allocate,
+                "layout": layout,
+                "sequential": sequential,
+                "eta": eta,
+                "floor": floor,
+                "round_to": round_to,
+                "ridge": ridge,
+                "rows_per_column": rows_per_column or None,
+                "only": only or [],
+                "exclude": exclude or [],
+                "coupled": coupled,
+                "reestimate_batchnorm": reestimate_bn,
+            },
+            "seed": seed,
+            "batch_size": batch_size,
+            "device": device,
+        }
+    if out is not None:
+        content["out"] = str(out)
+    parsed = parse_recipe(apply_overrides(content, set_values or []), str(recipe) if recipe else "the options")
+    if parsed.out is None and not dry_run:
+        raise ModhifiError("give --out DIR for the pruned model, or --dry-run to see the plan only")
+    replayed = None
+    if plan is not None:
+        try:
+            loaded_plan = json.loads(plan.read_text())
+            replayed = Plan.from_json(loaded_plan.get("plan", loaded_plan))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModhifiError(f"{plan} holds no plan ({error}); give the JSON of --dry-run --json") from None
+    with progress(quiet or as_json) as report:
+        result = run_prune(
+            parsed,
+            device=resolve_device(parsed.device),
+            dry_run=dry_run,
+            force=force,
+            plan=replayed,
+            export=export_kinds(export or []),
+            progress=report,
+            command=shlex.join(["modhifi", *sys.argv[1:]]),
+        )
+    if as_json:
+        print_json({**result.report, "plan": result.plan.to_json(), "path": str(result.path) if result.path else None})
+    else:
+        show(result.report, result.path)
+
+
+def show(report: dict[str, Any], path: Path | None) -> None:
+    """The run on one screen."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for warning in report["warnings"]:
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    if "before_after" in report:
+        table = Table("", "before", "after", "change", title=report["title"])
+        for row in report["before_after"]:
+            table.add_row(*table_row(row))
+        console.print(table)
+        errors = report["errors"]
+        worst = max(report["groups"], key=lambda g: g["relative_error"])
+        console.print(
+            f"measured on {errors['n']} held-out samples: output error {errors['relative_error']:.3g} of the output "
+            f"energy, mean KL {errors['kl']:.3g} nats; largest local error {worst['relative_error']:.3g} ({worst['name']})",
+            highlight=False,
+        )
+        for verdict in report.get("verdicts", []):
+            console.print(f"{verdict['name']}: {verdict['verdict']} {verdict['text']}", highlight=False)
+    else:
+        table = Table("group", "kind", "components", "kept", "predicted local error", title=report["title"])
+        for g in report["groups"]:
+            table.add_row(g["name"], g["kind"], str(g["n"]), str(g["kept"]), f"{g['relative_error']:.3g}")
+        console.print(table)
+        reached = report["budget"]["reached"]
+        console.print(
+            f"predicted: {reached['macs']:.3f}x of the FLOPs, {reached['parameters']:.3f}x of the parameters, "
+            f"{reached['components']:.3f}x of the components; nothing was written"
+        )
+    if report["refused"]:
+        console.print(f"{len(report['refused'])} groups cannot be pruned; `modhifi check` says why")
+    if path is not None:
+        console.print(f"model and report: {path}/report.html", soft_wrap=True)
+
+
+def table_row(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    def number(value: float | None) -> str:
+        if value is None:
+            return "not measured"
+        if row["unit"].startswith("share"):
+            return f"{value:.2%}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+    change = row["change"]
+    if change is None:
+        shown = ""
+    elif row["unit"].startswith("share"):
+        shown = f"{100 * (row['after'] - row['before']):+.2f} points"
+    else:
+        shown = f"x {change:.3f}"
+    return row["name"], number(row["before"]), number(row["after"]), shown

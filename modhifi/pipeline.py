@@ -1,0 +1,297 @@
+"""A whole pruning run, from recipe to artefact: read top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import measure
+from .artifact import check_output, save_artifact, verify_reload
+from .data import Samples, load_samples, warn_degenerate
+from .errors import ModhifiError
+from .load import LoadedModel, load_model
+from .plan import Plan
+from .pruning import (
+    Progress,
+    Pruned,
+    find_structure,
+    prune_model,
+    reestimate_batchnorm,
+    silent,
+)
+from .recipe import ModelSource, PruneRecipe, dump_recipe
+from .sizes import sizes_of
+
+
+@dataclass
+class Clock:
+    """Seconds spent in each stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """``report`` is JSON-able; ``model`` and ``path`` are None after a dry run."""
+
+    report: dict[str, Any]
+    plan: Plan
+    model: nn.Module | None = None
+    path: Path | None = None
+
+
+def load_source(source: ModelSource) -> LoadedModel:
+    """Load what a recipe names."""
+    return load_model(
+        source.name,
+        pretrained=source.pretrained,
+        model_args=source.args,
+        weights=source.weights,
+        revision=source.revision,
+        gguf_file=source.gguf_file,
+        trust_remote_code=source.trust_remote_code,
+    )
+
+
+def load_data(recipe: PruneRecipe, loaded: LoadedModel) -> tuple[Samples, Samples]:
+    """Calibration and held-out samples, disjoint by content.
+
+    Raises ModhifiError where too few samples are left for either.
+    """
+    data, seed = recipe.data, recipe.seed
+    if data.evaluate is not None:
+        calibration = load_samples(data.source, loaded, n=data.samples, seed=seed)
+        seen = set(calibration.hashes)
+        held = load_samples(data.evaluate, loaded, n=data.evaluation_samples + len(seen), seed=seed)
+        fresh = [i for i, h in enumerate(held.hashes) if h not in seen][: data.evaluation_samples]
+        if not fresh:
+            raise ModhifiError("every evaluation sample is also a calibration sample; give other data to --evaluate")
+        return calibration, held if len(fresh) == len(held) else held.subset(fresh)
+    both = load_samples(data.source, loaded, n=data.samples + data.evaluation_samples, seed=seed)
+    if len(both) < 4:
+        raise ModhifiError(f"{len(both)} usable samples are too few to calibrate and to check; give at least 4")
+    cut = min(data.samples, round(len(both) * data.samples / (data.samples + data.evaluation_samples)))
+    return both.subset(range(cut)), both.subset(range(cut, len(both)))
+
+
+def run_prune(
+    recipe: PruneRecipe,
+    *,
+    device: torch.device | str = "cpu",
+    dry_run: bool = False,
+    force: bool = False,
+    plan: Plan | None = None,
+    export: tuple[str, ...] = (),
+    progress: Progress = silent,
+    command: str = "",
+) -> PruneResult:
+    """Run a pruning recipe. Writes nothing before everything is computed, and nothing at all with ``dry_run``."""
+    clock = Clock()
+    budget = None if plan is not None or recipe.method.eta is not None else recipe.budget.parse()
+    out = None if dry_run or recipe.out is None else Path(recipe.out)
+    if out is not None:
+        check_output(out, force)
+    with clock.stage("load"):
+        loaded = load_source(recipe.model)
+        loaded.model.to(device)
+        calibration, held = load_data(recipe, loaded)
+        warnings = [*warn_degenerate(calibration), *_skipped(calibration)]
+    with clock.stage("prune"):
+        pruned = prune_model(loaded, calibration, budget, recipe.settings(), plan=plan, progress=progress)
+        if recipe.method.reestimate_batchnorm:
+            reestimate_batchnorm(pruned.model, loaded, calibration, recipe.batch_size)
+    report = _describe(recipe, loaded, calibration, held, pruned, warnings, command)
+    if dry_run:
+        report["timing"] = clock.seconds
+        return PruneResult(report, pruned.plan)
+    with clock.stage("measure"):
+        report |= measure_run(loaded, pruned.model, held, recipe.batch_size, progress)
+        report["before_after"] = _before_after(loaded, pruned.model, report)
+    path = None
+    if out is not None:
+        with clock.stage("save"):
+            report["timing"] = clock.seconds
+            path = save_artifact(
+                out,
+                pruned.model,
+                loaded,
+                pruned.structure,
+                pruned.plan,
+                manifest={
+                    "task": "prune",
+                    "seed": recipe.seed,
+                    "calibration": {"fingerprint": calibration.fingerprint(), "hashes": list(calibration.hashes)},
+                    "held_out": {"fingerprint": held.fingerprint(), "hashes": list(held.hashes)},
+                    "metrics": {k: report[k] for k in ("errors", "size") if k in report},
+                },
+                recipe=dump_recipe(recipe),
+                report=report,
+                force=force,
+            )
+        with clock.stage("reload"):
+            batch = next(held.batches(min(4, len(held))))
+            with torch.no_grad():
+                expected = loaded.logits(batch, pruned.model.cpu())
+            verify_reload(path, batch, expected)
+    report["timing"] = clock.seconds
+    return PruneResult(report, pruned.plan, pruned.model, path)
+
+
+def _skipped(samples: Samples) -> list[str]:
+    if not samples.skipped:
+        return []
+    names = "; ".join(f"{name} ({reason})" for name, reason in samples.skipped[:10])
+    more = f"; and {len(samples.skipped) - 10} more" if len(samples.skipped) > 10 else ""
+    return [f"{len(samples.skipped)} unreadable items were skipped: {names}{more}"]
+
+
+def _describe(
+    recipe: PruneRecipe,
+    loaded: LoadedModel,
+    calibration: Samples,
+    held: Samples,
+    pruned: Pruned,
+    warnings: list[str],
+    command: str,
+) -> dict[str, Any]:
+    structure, plan = pruned.structure, pruned.plan
+    sizes = sizes_of(loaded.model, structure)
+    widths = {g.name: len(plan.kept.get(g.name, range(g.n))) for g in structure.prunable}
+    dense = {g.name: g.n for g in structure.prunable}
+    by_reader = {e.reader: e for e in pruned.errors}
+    groups = []
+    for g in structure.prunable:
+        errors = [by_reader[s.module] for s in g.readers if s.module in by_reader] if g.name in plan.kept else []
+        local, energy = sum(e.error for e in errors), sum(e.energy for e in errors)
+        groups.append(
+            {
+                "name": g.name,
+                "kind": "coupled channels" if g.coupled else g.kind,
+                "n": g.n,
+                "kept": widths[g.name],
+                "local_error": local if errors else 0.0,
+                "relative_error": local / energy if energy > 0 else 0.0,
+                "amplification": None,
+            }
+        )
+    reached = {
+        "components": sizes.components(widths) / sizes.components(dense),
+        "parameters": sizes.parameters(widths) / sizes.parameters(dense),
+        "macs": sizes.macs(widths) / sizes.macs(dense),
+    }
+    return {
+        "schema_version": 1,
+        "title": f"modhifi prune {loaded.source}",
+        "task": "prune",
+        "model": {"source": loaded.source, "framework": loaded.framework, **_plain(loaded.info)},
+        "data": {
+            "calibration": calibration.description,
+            "held_out": held.description,
+            "calibration_samples": len(calibration),
+            "held_out_samples": len(held),
+        },
+        "settings": recipe.model_dump(mode="json"),
+        "budget": {**recipe.budget.model_dump(), "reached": reached},
+        "groups": groups,
+        "refused": [{"name": g.name, "n": g.n, "reason": g.refused} for g in structure.refused],
+        "warnings": warnings,
+        "command": command,
+    }
+
+
+def _plain(info: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: info.get(k) for k in ("architecture", "revision", "licence", "notes") if info.get(k)}
+
+
+def measure_run(
+    loaded: LoadedModel, edited: nn.Module, held: Samples, batch_size: int, progress: Progress = silent
+) -> dict[str, Any]:
+    """Everything measured on the held-out samples and on this device, before and after."""
+    device = next(edited.parameters()).device
+    one = next(held.batches(1)).to(device)
+    progress("checking", 0, 3)
+    comparison = measure.compare(
+        loaded.logits, lambda b: loaded.logits(b, edited), held, batch_size=batch_size, device=device
+    )
+    errors: dict[str, Any] = comparison.summary()
+    if held.labels is not None:
+        errors["accuracy_before"] = measure.accuracy(loaded.logits, held, batch_size=batch_size, device=device)
+        errors["accuracy_after"] = measure.accuracy(
+            lambda b: loaded.logits(b, edited), held, batch_size=batch_size, device=device
+        )
+    progress("checking", 1, 3)
+    size = {
+        "parameters": [measure.count_parameters(loaded.model), measure.count_parameters(edited)],
+        "flops": [measure.count_flops(loaded.model, one), measure.count_flops(edited, one)],
+    }
+    progress("checking", 2, 3)
+    latency = measure.compare_latency({"before": loaded.model, "after": edited}, one, rounds=9)
+    progress("checking", 3, 3)
+    return {
+        "errors": errors,
+        "size": size,
+        "latency": {name: vars(value) for name, value in latency.items()},
+    }
+
+
+def _before_after(loaded: LoadedModel, edited: nn.Module, report: dict[str, Any]) -> list[dict[str, Any]]:
+    def row(name: str, before: float | None, after: float | None, unit: str) -> dict[str, Any]:
+        change = None if before in (None, 0) or after is None else after / before  # type: ignore[operator]
+        return {"name": name, "before": before, "after": after, "unit": unit, "change": change}
+
+    errors, size, latency = report["errors"], report["size"], report["latency"]
+    return [
+        row("top-1 accuracy", errors.get("accuracy_before"), errors.get("accuracy_after"), "share of held-out samples"),
+        row("agreement with the original", 1.0, errors["agreement"], "share of held-out samples"),
+        row("FLOPs", *size["flops"], "per sample"),
+        row("parameters", *size["parameters"], ""),
+        row("latency, batch of 1", latency["before"]["median"] * 1e3, latency["after"]["median"] * 1e3, "ms"),
+    ]
+
+
+def check_model(loaded: LoadedModel) -> dict[str, Any]:
+    """What can be pruned of a model and what not, as JSON-able data."""
+    structure = find_structure(loaded)
+    sizes = sizes_of(loaded.model, structure)
+    dense = {g.name: g.n for g in structure.prunable}
+    touching = sizes.touching()
+    groups = []
+    for g in structure.prunable:
+        local = touching[g.name]
+        half = {**dense, g.name: max(g.step, g.n // 2 // g.step * g.step)}
+        groups.append(
+            {
+                "name": g.name,
+                "kind": "coupled channels" if g.coupled else g.kind,
+                "n": g.n,
+                "step": g.step,
+                "readers": [s.module for s in g.readers],
+                "producers": [s.module for s in g.producers],
+                "parameters_saved_by_half": local.parameters(dense) - local.parameters(half),
+                "macs_saved_by_half": local.macs(dense) - local.macs(half),
+            }
+        )
+    total = sizes.parameters(dense)
+    return {
+        "model": loaded.source,
+        "parameters": total,
+        "groups": groups,
+        "refused": [{"name": g.name, "n": g.n, "reason": g.refused} for g in structure.refused],
+        "prunable": bool(groups),
+    }
+

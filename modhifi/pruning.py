@@ -1,0 +1,406 @@
+"""Prune one model: moments, curves, plan, compensated weights. The stages of a run, each callable on its own."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from .allocate import Budget, allocate
+from .compensate import least_squares, local_error, masked, scaled
+from .data import Samples
+from .errors import ModhifiError
+from .groups import Group, Structure, operator_modules
+from .load import LoadedModel
+from .moments import Moments, collect
+from .plan import Plan
+from .readers import readers_of, weight_matrix, write_weight
+from .selection import Curve, eliminate, hifi_union, removal_order
+from .sizes import sizes_of
+from .sequential import edit_sequentially, joint_moments
+from .surgery import kernel_size, removed_positions, shrink
+from .tracing import trace
+
+Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """A progress callback that does nothing."""
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """How to prune. ``ridge`` is in units of a Gram's mean diagonal; ``rows_per_column`` bounds the rows a Gram looks at
+    (None: every position); ``floor`` is the least share of a group that stays."""
+
+    selector: str = "obs"
+    compensate: str = "lstsq"
+    layout: str = "global"
+    weighting: str = "energy"
+    sequential: str | None = None
+    floor: float = 0.1
+    round_to: int = 1
+    ridge: float = 1e-4
+    rows_per_column: int | None = 4
+    eta: float | None = None
+    only: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    coupled: bool = True
+    seed: int = 0
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """Squared local error of one reader's output and its energy, both expected per row on the calibration data."""
+
+    reader: str
+    error: float
+    energy: float
+
+    @property
+    def relative(self) -> float:
+        return self.error / self.energy if self.energy > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """``model`` is physically smaller; ``dense_shape`` holds the same function in the dense model's shapes."""
+
+    model: nn.Module
+    dense_shape: nn.Module
+    structure: Structure
+    plan: Plan
+    curves: Mapping[str, Curve]
+    errors: tuple[LayerError, ...]
+
+
+def find_structure(loaded: LoadedModel) -> Structure:
+    """Trace the model on its example batch."""
+    return trace(loaded.model, lambda model: loaded.logits(loaded.example, model))
+
+
+def choose_groups(structure: Structure, settings: PruneSettings) -> Structure:
+    """Keep the prunable groups that ``only`` and ``exclude`` (shell patterns on names) and ``coupled`` allow.
+
+    Raises ModhifiError for a pattern that matches nothing and where no group is left.
+    """
+    names = [g.name for g in structure.groups]
+    for pattern in (*settings.only, *settings.exclude):
+        if not fnmatch.filter(names, pattern):
+            raise ModhifiError(f"the pattern '{pattern}' matches no group; `modhifi check` lists them")
+    chosen = [
+        g.name
+        for g in structure.prunable
+        if (not settings.only or any(fnmatch.fnmatch(g.name, p) for p in settings.only))
+        and not any(fnmatch.fnmatch(g.name, p) for p in settings.exclude)
+        and (settings.coupled or not g.coupled)
+    ]
+    if not chosen:
+        raise ModhifiError("no group of this model can be pruned with these settings; `modhifi check` says why")
+    return structure.select(chosen)
+
+
+def measure_moments(
+    loaded: LoadedModel,
+    structure: Structure,
+    samples: Samples,
+    settings: PruneSettings,
+    progress: Progress = silent,
+) -> dict[str, Moments]:
+    """Moments of every reader of a prunable group, in one forward pass per sample."""
+    readers = dict(operator_modules(loaded.model, structure.prunable))
+
+    def batches() -> Iterable[Tensor]:
+        for done, batch in enumerate(samples.batches(settings.batch_size)):
+            progress("measuring", min(len(samples), done * settings.batch_size), len(samples))
+            yield batch
+        progress("measuring", len(samples), len(samples))
+
+    found = collect(
+        loaded.model,
+        loaded.logits,
+        batches(),
+        readers,
+        samples=len(samples),
+        rows_per_column=settings.rows_per_column,
+        use_batch_statistics=samples.synthetic,
+        seed=settings.seed,
+    )
+    missing = [name for name in readers if name not in found]
+    if missing:
+        raise ModhifiError(f"the layer '{missing[0]}' was never run on the calibration data; exclude its group")
+    return found
+
+
+def removal_curves(
+    model: nn.Module,
+    structure: Structure,
+    moments: Mapping[str, Moments],
+    settings: PruneSettings,
+    progress: Progress = silent,
+) -> dict[str, Curve]:
+    """For each prunable group the order of removal and what it costs."""
+    curves = {}
+    for number, group in enumerate(structure.prunable):
+        progress("scoring", number, len(structure.prunable))
+        readers = readers_of(model, structure, group, moments)
+        curves[group.name] = eliminate(
+            readers,
+            keep_at_least=max(group.step, int(settings.floor * group.n)),
+            order=removal_order(settings.selector, readers, settings.seed),
+            partition=group.partition,
+            ridge=settings.ridge,
+        )
+    progress("scoring", len(structure.prunable), len(structure.prunable))
+    return curves
+
+
+def hifi_plan(
+    model: nn.Module, structure: Structure, moments: Mapping[str, Moments], settings: PruneSettings
+) -> Plan:
+    """Keep in every group the union of its output channels' smallest NAIVE HiFi sets of fidelity ``eta``."""
+    assert settings.eta is not None
+    kept = {}
+    for group in structure.prunable:
+        if group.partition is not None:
+            continue
+        member = hifi_union(readers_of(model, structure, group, moments), settings.eta)
+        if not bool(member.all()):
+            kept[group.name] = tuple(torch.nonzero(member).flatten().tolist())
+    return Plan(kept)
+
+
+def make_plan(
+    model: nn.Module,
+    structure: Structure,
+    curves: Mapping[str, Curve],
+    budget: Budget,
+    settings: PruneSettings,
+    weights: Mapping[str, float] | None = None,
+) -> Plan:
+    """Allocate the budget over the groups."""
+    return allocate(
+        structure.prunable,
+        curves,
+        sizes_of(model, structure),
+        budget,
+        layout=settings.layout,
+        floor=settings.floor,
+        round_to=settings.round_to,
+        weights=weights,
+    )
+
+
+def edit_readers(
+    model: nn.Module, structure: Structure, plan: Plan, moments: Mapping[str, Moments], settings: PruneSettings
+) -> tuple[LayerError, ...]:
+    """Write compensated weights, zero in the removed columns, into every reader of a removed component, in place.
+
+    Shapes stay. Biases, or the running mean of the BatchNorm behind, take the change of the mean.
+    """
+    errors = []
+    for (name, role), positions in removed_positions(structure, plan).items():
+        if role == "reader":
+            errors.append(edit_reader(model, structure, name, positions, moments[name], settings))
+    return tuple(errors)
+
+
+def edit_reader(
+    model: nn.Module, structure: Structure, name: str, positions: Tensor, moments: Moments, settings: PruneSettings
+) -> LayerError:
+    """Compensate one reader for the loss of some input channels (``positions``), in place."""
+    module = model.get_submodule(name)
+    sink = structure.operators[name].sink
+    weight = weight_matrix(module)
+    groups, _, columns = weight.shape
+    kernel = kernel_size(module)
+    second = moments.cov if sink is not None else moments.gram
+    channels = torch.ones(groups * columns // kernel, dtype=torch.bool)
+    channels[positions] = False
+    kept = channels.view(groups, -1).to(weight.device)
+    edited, error, energy = torch.empty_like(weight), 0.0, 0.0
+    for g in range(groups):
+        wide = kept[g].repeat_interleave(kernel)
+        if settings.compensate == "lstsq":
+            edited[g] = least_squares(weight[g], second[g], wide, settings.ridge)
+        elif settings.compensate == "delta":
+            blocks = torch.arange(columns, device=weight.device).view(-1, kernel)
+            edited[g] = scaled(weight[g], second[g], blocks, kept[g], settings.ridge)
+        elif settings.compensate == "none":
+            edited[g] = masked(weight[g], wide)
+        else:
+            raise ModhifiError(f"unknown compensation '{settings.compensate}'; choose lstsq, delta or none")
+        error += local_error(weight[g], edited[g], second[g])
+        energy += local_error(weight[g], torch.zeros_like(weight[g]), second[g])
+    write_weight(module, edited)
+    if settings.compensate != "none" and sink is not None:
+        shift = ((weight - edited) @ moments.mean[:, :, None]).reshape(-1)
+        if sink == "bias":
+            module.bias.data.add_(shift.to(module.bias.dtype))
+        else:
+            norm = model.get_submodule(sink)
+            norm.running_mean.data.sub_(shift.to(norm.running_mean.dtype))
+    return LayerError(name, error, energy)
+
+
+def amplification(
+    loaded: LoadedModel,
+    structure: Structure,
+    curves: Mapping[str, Curve],
+    moments: Mapping[str, Moments],
+    settings: PruneSettings,
+    probe: Tensor,
+    share: float = 0.3,
+    progress: Progress = silent,
+) -> dict[str, float]:
+    """Squared output change per unit of squared local error when one group alone loses ``share`` of its components.
+
+    ``probe`` is one batch of model-ready inputs. For classifiers and language models the output change is the
+    Kullback-Leibler divergence to the dense model, else the mean squared error. One forward pass of the probe per group.
+    """
+    model = loaded.model
+    with torch.no_grad():
+        dense = loaded.logits(probe)
+        weights = {}
+        for number, group in enumerate(structure.prunable):
+            progress("probing", number, len(structure.prunable))
+            curve = curves[group.name]
+            removed = min(len(curve.order), max(group.step, int(share * group.n) // group.step * group.step))
+            stay = torch.ones(group.n, dtype=torch.bool)
+            stay[curve.order[:removed]] = False
+            plan = Plan({group.name: tuple(torch.nonzero(stay).flatten().tolist())})
+            saved = _remember(model, structure, group)
+            edit_readers(model, structure, plan, moments, settings)
+            changed = loaded.logits(probe)
+            _restore(model, saved)
+            weights[group.name] = output_change(dense, changed) / max(float(curve.cost[removed]), 1e-300)
+    progress("probing", len(structure.prunable), len(structure.prunable))
+    return weights
+
+
+def output_change(dense: Tensor, changed: Tensor) -> float:
+    """Mean Kullback-Leibler divergence between two sets of logits ``(..., classes)``, in nats."""
+    p, q = dense.float().log_softmax(-1), changed.float().log_softmax(-1)
+    return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))
+
+
+def _touched(structure: Structure, group: Group) -> list[str]:
+    names = []
+    for piece in group.readers:
+        sink = structure.operators[piece.module].sink
+        names += [f"{piece.module}.weight"]
+        if sink is not None:
+            names += [f"{piece.module}.bias" if sink == "bias" else f"{sink}.running_mean"]
+    return names
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf).data  # type: ignore[no-any-return]
+
+
+def _remember(model: nn.Module, structure: Structure, group: Group) -> dict[str, Tensor]:
+    return {name: _tensor(model, name).clone() for name in _touched(structure, group)}
+
+
+def _restore(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    for name, value in saved.items():
+        _tensor(model, name).copy_(value)
+
+
+def apply_plan(
+    loaded: LoadedModel,
+    structure: Structure,
+    plan: Plan,
+    moments: Mapping[str, Moments],
+    settings: PruneSettings,
+    samples: Samples | None = None,
+    progress: Progress = silent,
+) -> Pruned:
+    """Compensate and cut: the edited model in the dense shapes and in its own.
+
+    ``samples`` are needed with ``settings.sequential``, which runs them once more for every reader.
+    """
+    plan.check(structure)
+    if settings.sequential is None:
+        dense_shape = copy.deepcopy(loaded.model)
+        errors = edit_readers(dense_shape, structure, plan, moments, settings)
+    else:
+        if settings.compensate != "lstsq" or samples is None:
+            raise ModhifiError("--sequential goes with --compensate lstsq only")
+
+        def moments_of(edited: nn.Module, reader: str) -> Moments:
+            assert samples is not None
+            return joint_moments(
+                loaded.model,
+                edited,
+                reader,
+                loaded.logits,
+                samples.batches(settings.batch_size),
+                samples=len(samples),
+                rows_per_column=settings.rows_per_column,
+                use_batch_statistics=samples.synthetic,
+                seed=settings.seed,
+            )
+
+        dense_shape, found = edit_sequentially(
+            loaded.model, structure, plan, moments_of, settings.sequential, settings.ridge, progress
+        )
+        errors = tuple(LayerError(*e) for e in found)
+    return Pruned(shrink(copy.deepcopy(dense_shape), structure, plan), dense_shape, structure, plan, {}, errors)
+
+
+def prune_model(
+    loaded: LoadedModel,
+    samples: Samples,
+    budget: Budget | None,
+    settings: PruneSettings = PruneSettings(),
+    *,
+    plan: Plan | None = None,
+    progress: Progress = silent,
+) -> Pruned:
+    """The whole method on one loaded model, which itself stays as it is.
+
+    ``budget`` None is allowed with ``settings.eta`` (keep HiFi sets) or with a given ``plan`` (replay it).
+    """
+    structure = choose_groups(find_structure(loaded), settings)
+    if plan is not None:
+        plan.check(structure)
+        structure = structure.select(plan.kept)
+    moments = measure_moments(loaded, structure, samples, settings, progress)
+    curves: dict[str, Curve] = {}
+    if plan is None and settings.eta is not None:
+        plan = hifi_plan(loaded.model, structure, moments, settings)
+    elif plan is None:
+        if budget is None:
+            raise ModhifiError("give a budget: --ratio, --params or --flops")
+        curves = removal_curves(loaded.model, structure, moments, settings, progress)
+        weights = None
+        if settings.weighting == "amplification":
+            probe = torch.stack([samples.load(i) for i in range(min(settings.batch_size, len(samples)))])
+            weights = amplification(loaded, structure, curves, moments, settings, probe, progress=progress)
+        elif settings.weighting != "energy":
+            raise ModhifiError(f"unknown weighting '{settings.weighting}'; choose energy or amplification")
+        plan = make_plan(loaded.model, structure, curves, budget, settings, weights)
+    return replace(apply_plan(loaded, structure, plan, moments, settings, samples, progress), curves=curves)
+
+
+@torch.no_grad()
+def reestimate_batchnorm(model: nn.Module, loaded: LoadedModel, samples: Samples, batch_size: int) -> None:
+    """Replace every BatchNorm's running statistics by those of ``samples``, in place (plain average over batches)."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum, norm.training = None, True
+    for batch in samples.batches(batch_size):
+        loaded.logits(batch, model)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum, norm.training = momentum, False
+
+

@@ -1,0 +1,108 @@
+"""Scores of every component of a model: what `modhifi score` prints and writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .data import load_samples
+from .fidelity import energy_score, singleton_fidelity
+from .load import LoadedModel
+from .pruning import PruneSettings, Progress, choose_groups, find_structure, measure_moments, removal_curves, silent
+from .readers import readers_of
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """Scores of a group's n components, float64 ``(n,)`` each.
+
+    ``singleton``: largest singleton fidelity over the readers' output channels; ``energy``: energy score summed over
+    readers; ``cost``: cumulative squared local error at the component's removal; ``rank``: when it is removed (0 first,
+    n for those that stay to the end). ``total`` is the readers' output energy.
+    """
+
+    group: str
+    singleton: Tensor
+    energy: Tensor
+    cost: Tensor
+    rank: Tensor
+    total: float
+
+    def free(self) -> int:
+        """How many components can go at a joint cost under a millionth of the output energy."""
+        return int((self.cost <= 1e-6 * self.total).sum())
+
+    def half_cost(self) -> float:
+        """Share of the readers' output energy that removing half of the components costs."""
+        removed = self.cost[self.rank < len(self.rank) // 2]
+        return float(removed.max()) / self.total if len(removed) and self.total > 0 else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "group": self.group,
+            "output_energy": self.total,
+            **{k: getattr(self, k).tolist() for k in ("singleton", "energy", "cost", "rank")},
+        }
+
+
+def score_model(
+    loaded: LoadedModel, data: str, samples: int, seed: int = 0, progress: Progress = silent
+) -> list[GroupScores]:
+    """Score every prunable group of a model on one data source, one forward pass per sample."""
+    settings = PruneSettings(seed=seed, floor=1e-9)
+    structure = choose_groups(find_structure(loaded), settings)
+    chosen = load_samples(data, loaded, n=samples, seed=seed)
+    moments = measure_moments(loaded, structure, chosen, settings, progress)
+    curves = removal_curves(loaded.model, structure, moments, settings, progress)
+    result = []
+    for group in structure.prunable:
+        single, energy = torch.zeros(group.n, dtype=torch.float64), torch.zeros(group.n, dtype=torch.float64)
+        for reader in readers_of(loaded.model, structure, group, moments):
+            for weight, second, mine, columns in reader.parts():
+                if len(mine):
+                    best = singleton_fidelity(weight, second, columns).amax(0).cpu()
+                    single[mine] = torch.maximum(single[mine], best)
+                    energy[mine] += energy_score(weight, second, columns).cpu()
+        curve = curves[group.name]
+        cost = torch.full((group.n,), float("inf"), dtype=torch.float64)
+        rank = torch.full((group.n,), group.n, dtype=torch.int64)
+        cost[curve.order], rank[curve.order] = curve.cost[1:], torch.arange(len(curve.order))
+        result.append(GroupScores(group.name, single, energy, cost, rank, curve.energy))
+    return result
+
+
+def write_scores(scores: list[GroupScores], path: Path) -> None:
+    """Write ``.json``, ``.csv`` or ``.safetensors``, through a temporary sibling."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        if path.suffix == ".json":
+            finite = [{k: _finite(v) for k, v in s.to_json().items()} for s in scores]
+            Path(name).write_text(json.dumps(finite, indent=1))
+        elif path.suffix == ".csv":
+            with open(name, "w", newline="") as file:
+                table = csv.writer(file)
+                table.writerow(["group", "component", "singleton", "energy", "cost", "rank"])
+                for s in scores:
+                    rows = zip(s.singleton.tolist(), s.energy.tolist(), s.cost.tolist(), s.rank.tolist(), strict=True)
+                    table.writerows([s.group, i, *row] for i, row in enumerate(rows))
+        else:
+            fields = ("singleton", "energy", "cost", "rank")
+            save_file({f"{s.group}.{k}": getattr(s, k).contiguous() for s in scores for k in fields}, name)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    return [None if v == float("inf") else v for v in value] if isinstance(value, list) else value

@@ -1,0 +1,111 @@
+"""How many multiply-adds and parameters a model has as a function of its groups' widths. Pure but for one look at shapes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from .groups import Structure
+
+
+@dataclass(frozen=True)
+class Term:
+    """One module: ``macs`` and ``weights`` scale with both widths, ``others`` (bias, norm) with the output width.
+
+    ``inputs`` and ``outputs`` map group names to channel positions per component; the totals are the dense widths.
+    """
+
+    macs: int
+    weights: int
+    others: int
+    inputs: Mapping[str, int]
+    input_total: int
+    outputs: Mapping[str, int]
+    output_total: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Size of the model for any widths: ``full`` maps group names to their dense number of components."""
+
+    terms: tuple[Term, ...]
+    full: Mapping[str, int]
+    fixed_parameters: int
+
+    def macs(self, widths: Mapping[str, int]) -> float:
+        """Multiply-adds per sample of the convs and linear maps."""
+        return sum(t.macs * self._share(t.inputs, t.input_total, widths) * self._share(t.outputs, t.output_total, widths) for t in self.terms)
+
+    def parameters(self, widths: Mapping[str, int]) -> float:
+        """Number of parameters."""
+        total = float(self.fixed_parameters)
+        for t in self.terms:
+            out = self._share(t.outputs, t.output_total, widths)
+            total += t.weights * self._share(t.inputs, t.input_total, widths) * out + t.others * out
+        return total
+
+    def components(self, widths: Mapping[str, int]) -> float:
+        """Number of components in all groups."""
+        return float(sum(widths.get(name, n) for name, n in self.full.items()))
+
+    def _share(self, positions: Mapping[str, int], total: int, widths: Mapping[str, int]) -> float:
+        lost = sum(m * (self.full[g] - widths.get(g, self.full[g])) for g, m in positions.items())
+        return (total - lost) / total if total else 1.0
+
+    def touching(self) -> dict[str, Sizes]:
+        """For each group the terms that its width changes: what a greedy step needs to look at."""
+        found: dict[str, list[Term]] = defaultdict(list)
+        for term in self.terms:
+            for name in {*term.inputs, *term.outputs}:
+                found[name].append(term)
+        return {name: Sizes(tuple(terms), self.full, 0) for name, terms in found.items()}
+
+
+def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
+    """Read the shapes of every module that a prunable group touches, and of every operator."""
+    inputs: dict[str, dict[str, int]] = defaultdict(dict)
+    outputs: dict[str, dict[str, int]] = defaultdict(dict)
+    places = dict.fromkeys(structure.operators)
+    for group in structure.prunable:
+        for piece in group.slices:
+            places[piece.module] = None
+            table = inputs if piece.role == "reader" else outputs
+            table[piece.module][group.name] = piece.index.shape[1]
+    terms, counted = [], 0
+    for name in places:
+        owner, _, leaf = name.rpartition(".")
+        thing = getattr(model.get_submodule(owner), leaf)
+        if isinstance(thing, nn.Parameter):
+            terms.append(Term(0, 0, thing.numel(), {}, 0, outputs[name], thing.numel()))
+            counted += thing.numel()
+            continue
+        own = {k: p.numel() for k, p in thing.named_parameters(recurse=False)}
+        weights = own.get("weight", 0)
+        operator = structure.operators.get(name)
+        out_total = len(thing.bias) if getattr(thing, "bias", None) is not None else _width(thing, "out")
+        along = operator is None or not inputs[name] and _width(thing, "in") == 0
+        counted += sum(own.values())
+        terms.append(
+            Term(
+                0 if operator is None else operator.macs,
+                0 if along else weights,
+                sum(own.values()) - (0 if along else weights),
+                inputs[name],
+                _width(thing, "in"),
+                outputs[name],
+                out_total,
+            )
+        )
+    total = sum(p.numel() for p in model.parameters())
+    return Sizes(tuple(terms), {g.name: g.n for g in structure.prunable}, total - counted)
+
+
+def _width(module: nn.Module, side: str) -> int:
+    names = ("in_channels", "in_features", "nx") if side == "in" else ("out_channels", "out_features", "nf", "num_features", "num_channels")
+    for name in names:
+        if hasattr(module, name):
+            return int(getattr(module, name))
+    return len(module.weight) if side == "out" and getattr(module, "weight", None) is not None else 0
