@@ -158,7 +158,7 @@ def check_weights(model: nn.Module, source: str) -> None:
             module, "qweight"
         ):
             _refuse_quantised(source, f"module {name!r} is a {type(module).__name__}")
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
     for name, tensor in parameters.items():
         if tensor.dtype not in FLOATS or type(tensor.data).__module__.startswith("torchao"):
             _refuse_quantised(source, f"parameter {name!r} is {tensor.dtype}")

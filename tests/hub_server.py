@@ -57,7 +57,7 @@ class HubServer:
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+            # HTTP/1.0, the default here, closes every connection: after stop() nobody is answered any more.
 
             def do_HEAD(self) -> None:
                 self._answer()
