@@ -1,0 +1,248 @@
+"""Local rules: how far an operation's output can move when its clean input moves by at most a radius.
+
+A radius bounds the Euclidean norm of a change. It is a tensor whose shape is a prefix of the activations' shape: (b,)
+bounds each sample as a whole, (b, t) each token's vector. The axes after the prefix share the radius. Every rule is
+pure, computes in float64, rounds up past its own rounding error, and returns a float64 radius of the same prefix.
+Source: docs/method.md, R2 (certified-local).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modhifi.bounds import spectral_norms
+from modhifi.errors import ModhifiError
+from modhifi.lipschitz import SLOPES
+
+# Sums of fewer than a million float64 terms are good to 1e-10.
+_UP = 1 + 1e-9
+
+
+def linear_rule(radius: Tensor, norm: float | Tensor, own_error: Tensor | float = 0.0) -> Tensor:
+    """`norm * radius + own_error`: any operator with a constant; a modified reader adds its own measured error."""
+    return (radius.double() * norm + own_error) * _UP
+
+
+def residual_rule(*radii: Tensor) -> Tensor:
+    """The radius of a sum: the sum of the radii."""
+    return torch.stack([radius.double() for radius in radii]).sum(0) * _UP
+
+
+def concat_rule(*radii: Tensor) -> Tensor:
+    """The radius of a concatenation: the root of the sum of squares."""
+    return _length(torch.stack([radius.double() for radius in radii]), 0) * _UP
+
+
+def gather_rule(radius: Tensor) -> Tensor:
+    """From a radius for each token (b, t) to one for the whole sample (b,): the root of the sum of squares."""
+    return _length(radius.double().flatten(1), 1) * _UP
+
+
+def norm_rule(z: Tensor, radius: Tensor, gamma: Tensor | None, eps: float, *, centred: bool) -> Tensor:
+    """RMSNorm (`centred=False`) or LayerNorm (`centred=True`) over the last axis of z (..., d).
+
+    With `s = sqrt(mean z^2 + eps)` the output moves by at most
+    `max|gamma| * min(2 sqrt(d), 2 r / (s + max(sqrt(eps), s - r / sqrt(d))))`. Vectors that share a radius (a prefix
+    shorter than (...)) are bounded by the worst among them. GroupNorm: reshape to (b, groups, rest) and `gamma=None`,
+    then multiply by max|gamma|. Raises ModhifiError on z without a last axis to normalise.
+    """
+    if z.ndim <= radius.ndim:
+        raise ModhifiError(f"a radius of shape {tuple(radius.shape)} leaves no axis of {tuple(z.shape)} to normalise")
+    z, r = z.double(), radius.double()
+    d, largest = z.shape[-1], z.abs()
+    if centred:
+        z = z - z.mean(-1, keepdim=True)
+    # Taking the mean away cancels digits of the largest entries: what may be lost of s is taken off first.
+    lost = 1e-14 * largest.amax(-1) if centred else 0.0
+    vectors = _shared((z.pow(2).mean(-1) + eps).sqrt() * (1 - 1e-12) - lost, radius)
+    s = vectors.amin(-1).clamp(min=math.sqrt(eps))
+    moved = torch.clamp(s - r / math.sqrt(d), min=math.sqrt(eps))
+    relative = torch.where(r > 0, 2 * r / (s + moved).clamp(min=1e-300), torch.zeros_like(r))
+    ceiling = 2 * math.sqrt(d * vectors.shape[-1])
+    top = 1.0 if gamma is None else float(gamma.detach().abs().double().max())
+    return torch.clamp(relative, max=ceiling) * (top * _UP)
+
+
+def product_rule(a: Tensor, u: Tensor, radius_a: Tensor, radius_u: Tensor) -> Tensor:
+    """The elementwise product a * u of two activations (..., d) that move by their own radii."""
+    ra, ru = radius_a.double(), radius_u.double()
+    return (_largest(u, ru) * ra + _largest(a, ra) * ru + ra * ru) * _UP
+
+
+def gated_rule(
+    gate: Tensor, up: Tensor, radius_gate: Tensor, radius_up: Tensor, slopes: tuple[float, float] = SLOPES["silu"]
+) -> Tensor:
+    """`phi(gate) * up` (SwiGLU, GeGLU): gate is the clean input of phi, `slopes` those of phi, with phi(0) = 0."""
+    c = max(abs(slopes[0]), abs(slopes[1]))
+    # From phi(0) = 0; the known ones are evaluated instead.
+    activated = gate.double().abs() * c
+    if slopes == SLOPES["silu"]:
+        activated = F.silu(gate.double())
+    elif slopes in (SLOPES["gelu"], SLOPES["gelu_tanh"]):
+        activated = F.gelu(gate.double(), approximate="tanh" if slopes == SLOPES["gelu_tanh"] else "none")
+    return product_rule(activated, up, radius_gate.double() * c, radius_up)
+
+
+def squeeze_excite_rule(
+    x: Tensor, gate: Tensor, radius_x: Tensor, radius_gate: Tensor, ceiling: float = math.inf
+) -> Tensor:
+    """`x * gate`, x (b, c, *size), gate (b, c), radii (b,); `ceiling` is the gate's largest value (1 for a sigmoid)."""
+    rx, rg = radius_x.double(), radius_gate.double()
+    clean = gate.double().flatten(1).abs().amax(1)
+    channel = _length(x.double().flatten(2), 2).amax(1)
+    # x'g' - xg = (x' - x) g' + x (g' - g); a change of the gate scales whole channels.
+    return (torch.clamp(clean + rg, max=ceiling) * rx + channel * rg) * _UP
+
+
+def scores_rule(
+    q: Tensor, k: Tensor, radius_q: Tensor, radius_k: Tensor, scale: float, allowed: Tensor | None = None
+) -> Tensor:
+    """How far each attention score can move: (b, h, t), the largest change over the keys that each query may see.
+
+    q (b, h, t, e), k (b, h, j, e) after rotary embedding (an isometry), radii (b, h, t) and (b, h, j), `allowed` a
+    boolean mask broadcastable to (b, h, t, j). Grouped-query attention: repeat keys, values and radii for each head.
+    """
+    rq, rk = radius_q.double(), radius_k.double()
+    nq, nk = _length(q.double(), -1), _length(k.double(), -1)
+    each = nq[..., :, None] * rk[..., None, :] + rq[..., :, None] * (nk + rk)[..., None, :]
+    if allowed is not None:
+        each = each.masked_fill(~allowed, 0.0)
+    return each.amax(-1) * abs(scale) * _UP
+
+
+def attention_rule(
+    scores: Tensor, v: Tensor, radius_scores: Tensor, radius_v: Tensor, allowed: Tensor | None = None
+) -> Tensor:
+    """Softmax attention: each head's output `o_i = sum_j p_ij v_j` for each query, radius (b, h, t).
+
+    scores (b, h, t, j) are the clean logits after scaling, position bias and mask; v (b, h, j, e); `radius_scores`
+    (b, h, t) from `scores_rule`; `radius_v` (b, h, j); `allowed` is a boolean mask broadcastable to scores (True:
+    attended), -inf scores count as masked as well (a key at a finite score counts as attended: looser, still sound).
+    The rule is the smaller of `max_j r_j + 2 tanh(r/2) max_j |v_j - o_i|` and forms that weigh the keys by their
+    clean probabilities.
+    """
+    seen = torch.isfinite(scores) if allowed is None else torch.isfinite(scores) & allowed
+    s, values, rv, r = scores.double(), v.double(), radius_v.double()[..., None, :], radius_scores.double()
+    # tanh is 1 there already, and exp stays finite.
+    r = r.clamp(max=100.0)
+    # A query without any key has the same output whatever moves.
+    p = torch.softmax(s.masked_fill(~seen, -math.inf), -1).nan_to_num(0.0)
+    # Distances from differences, not from squared norms: cancellation would break the bound.
+    distance = torch.cdist(p @ values, values, compute_mode="donot_use_mm_for_euclid_dist")
+    far = distance.masked_fill(~seen, 0.0).amax(-1)
+    largest = rv.expand_as(s).masked_fill(~seen, 0.0).amax(-1)
+    smallest = rv.expand_as(s).masked_fill(~seen, math.inf).amin(-1)
+    shift = torch.tanh(r / 2)
+    moved = torch.minimum(largest, (p * rv).sum(-1) + shift * (largest - smallest).clamp(min=0))
+    # Each probability keeps within a factor exp(2r) of the clean one.
+    turned = torch.minimum(2 * shift * far, torch.expm1(2 * r) * (p * distance).sum(-1))
+    return (moved + turned) * _UP
+
+
+def heads_rule(radius: Tensor) -> Tensor:
+    """From each head's radius (b, h, t) to that of the concatenated heads (b, t)."""
+    return _length(radius.double(), 1) * _UP
+
+
+def may_be_active(z: Tensor, radius: Tensor, row_norms: Tensor | float = 1.0) -> Tensor:
+    """ReLU units (bool, shape of z) that are not off for every input within the radius.
+
+    z is the clean pre-activation. With `row_norms` (broadcastable to z's trailing axes) the radius is that of the
+    linear layer's input, and unit i moves by at most `row_norms[i] * radius`; with 1 it is the pre-activation's own.
+    """
+    reach = radius.double().reshape(*radius.shape, *[1] * (z.ndim - radius.ndim)) * row_norms
+    return z.double() + reach * _UP > 0
+
+
+def linear_relu_rule(weight: Tensor, z: Tensor, radius: Tensor, norm: float = math.inf) -> Tensor:
+    """`relu(W x + b)`: weight (h, d), clean pre-activation z (..., h), radius (...) of x.
+
+    Units that stay off cannot move: their rows are dropped and the exact norm of the others is taken, one
+    factorisation for each distinct pattern. `norm` is the whole weight's norm if known.
+    """
+    w = weight.detach().double()
+    active = may_be_active(z, radius, w.norm(dim=1) * _UP).flatten(0, -2)
+    patterns, index = torch.unique(active, dim=0, return_inverse=True)
+    norms = torch.stack([spectral_norms(w[pattern]) for pattern in patterns])
+    return radius.double() * norms[index].reshape(radius.shape).clamp(max=norm) * _UP
+
+
+def masked_conv_norms(
+    weight: Tensor, active: Tensor, *, stride: int | Sequence[int] = 1, dilation: int = 1, norm: float = math.inf
+) -> Tensor:
+    """Norms (b,) of an ungrouped convolution whose outputs outside `active` (b, out, h, w) are dropped.
+
+    The squared norm of the remaining rows is at most the largest absolute row sum of their Gram matrix, which is the
+    kernel's autocorrelation; zero padding only takes from it. Never above `norm`, the whole operator's bound; sharper
+    only where few units are left.
+    """
+    if dilation != 1:
+        return torch.full((len(active),), norm, dtype=torch.float64)
+    w = weight.detach().double()
+    reach = [k - 1 for k in w.shape[2:]]
+    strides = [stride] * len(reach) if isinstance(stride, int) else list(stride)
+    auto = F.conv2d(w, w, padding=(reach[0], reach[1])).abs()
+    # Outputs one stride apart read patches `stride` pixels apart: every stride-th lag, lag zero in the middle.
+    auto = auto[:, :, reach[0] % strides[0] :: strides[0], reach[1] % strides[1] :: strides[1]]
+    mask = active.double()
+    sums = F.conv2d(mask, auto, padding=(auto.shape[2] // 2, auto.shape[3] // 2)) * mask
+    return sums.flatten(1).amax(1).sqrt().clamp(max=norm) * _UP
+
+
+def conv_relu_rule(
+    weight: Tensor, z: Tensor, radius: Tensor, norm: float, *, stride: int | Sequence[int] = 1
+) -> Tensor:
+    """`relu(conv(x))`: clean pre-activation z (b, out, h, w), radius (b,) of x, `norm` the convolution's bound."""
+    rows = weight.detach().double().flatten(1).norm(dim=1)[:, None, None] * _UP
+    active = may_be_active(z, radius, rows)
+    return radius.double() * masked_conv_norms(weight, active, stride=stride, norm=norm) * _UP
+
+
+def max_pool_rule(
+    z: Tensor,
+    radius: Tensor,
+    kernel: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+) -> Tensor:
+    """Two-dimensional max pooling of z (b, c, h, w), radius (b,): counts only inputs that can become a maximum.
+
+    Two inputs change places only if they lie within sqrt(2) radius of each other; the factor is the root of the
+    largest number of windows in which one input is a candidate. For ceil_mode or dilation use `max_pool_constant`.
+    """
+    ph, pw = (padding, padding) if isinstance(padding, int) else padding
+    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+    stride = kernel if stride is None else stride
+    padded = F.pad(z.double(), (pw, pw, ph, ph), value=-math.inf).flatten(0, 1)[:, None]
+    size = (padded.shape[-2], padded.shape[-1])
+    # unfold multiplies nothing, so the infinities survive it.
+    windows = F.unfold(padded, kernel, stride=stride)
+    reach = (radius.double() * math.sqrt(2) * _UP).repeat_interleave(z.shape[1])[:, None, None]
+    candidates = (windows >= windows.amax(1, keepdim=True) - reach).double()
+    count = F.fold(candidates, size, kernel, stride=stride).reshape(len(z), -1).amax(1)
+    return radius.double() * count.sqrt() * _UP
+
+
+def cannot_flip(logits: Tensor, radius: Tensor) -> Tensor:
+    """Samples (b,) whose top-1 class stays: the margin of logits (b, classes) exceeds sqrt(2) times the radius."""
+    top = logits.double().topk(2, dim=-1).values
+    return top[..., 0] - top[..., 1] > math.sqrt(2) * radius.double() * _UP
+
+
+def _shared(values: Tensor, radius: Tensor) -> Tensor:
+    """Values with every axis after the radius's prefix flattened into one."""
+    return values.reshape(*radius.shape, -1)
+
+
+def _length(values: Tensor, dim: int) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(values, dim=dim)
+    return length
+
+
+def _largest(values: Tensor, radius: Tensor) -> Tensor:
+    return _shared(values.double().abs(), radius).amax(-1)
