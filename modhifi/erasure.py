@@ -204,6 +204,31 @@ def erase_writers(
     return Edit(original - change, change @ retain_mean[:width] if centred else None, used)
 
 
+@dataclass(frozen=True)
+class Norm:
+    """The four vectors ``(channels,)`` float64 of a BatchNorm in eval mode."""
+
+    gamma: Tensor
+    beta: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
+def settle_norm(norm: Norm, mean: Tensor, variance: Tensor, eps: float) -> Norm:
+    """The same function written with other statistics: ``mean`` and ``variance`` ``(channels,)`` of its input now.
+
+    Behind an edited operator the stored statistics are those of the original; whoever re-estimates them on retain data
+    rescales the edit and may bring the class back. Settled on the edited network's own retain statistics, the output
+    is unchanged and such a re-estimation finds what is stored. ``gamma' = gamma sqrt((variance + eps) / (old + eps))``,
+    ``beta' = beta + gamma (mean - old) / sqrt(old variance + eps)``. Limits: it closes this one way back, it erases
+    nothing. Source: ours.
+    """
+    gain = norm.gamma.double() / torch.sqrt(norm.variance.double() + eps)
+    mean, variance = mean.double(), variance.double()
+    beta = norm.beta.double() + gain * (mean - norm.mean.double())
+    return Norm(gain * torch.sqrt(variance + eps), beta, mean, variance)
+
+
 def about(gram: Tensor, mean: Tensor, origin: Tensor) -> Tensor:
     """The second moment about ``origin`` of samples with this Gram and mean."""
     cross = torch.outer(mean.double(), origin.double())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from modhifi.erasure import (
     Edit,
+    Norm,
     about,
     erase,
     erase_writers,
@@ -24,11 +25,13 @@ from modhifi.erasure import (
     mean_diagonal,
     pooled,
     scatter_directions,
+    settle_norm,
 )
 from modhifi.errors import ModhifiError
 
 __all__ = [
     "Edit",
+    "Norm",
     "contrastive",
     "erase",
     "erase_writers",
@@ -40,6 +43,7 @@ __all__ = [
     "pooled",
     "projection",
     "scatter_directions",
+    "settle_norm",
 ]
 
 # The bias that closes an output: finite in half precision, and zero after any softmax.
