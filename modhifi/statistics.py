@@ -154,9 +154,7 @@ def settling_n_rate(events: int, n: int, tolerance: float, alpha: float) -> int 
     return _smallest(settled, n)
 
 
-def settling_n_mean(
-    values: Tensor, tolerance: float, alpha: float, low: float = 0.0, high: float = 1.0
-) -> int | None:
+def settling_n_mean(values: Tensor, tolerance: float, alpha: float, low: float = 0.0, high: float = 1.0) -> int | None:
     """About how many units settle whether a mean is within a tolerance, if mean and variance persist (Bernstein).
 
     None where no number up to 10^8 does.

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modhifi.lipschitz import (
+    activation_constant,
+    activation_slopes,
+    batchnorm_constant,
+    concatenation,
+    fold_batchnorm,
+    input_box,
+    minkowski,
+    norm_constant,
+    residual,
+)
+
+FUNCTIONS = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardtanh": F.hardtanh,
+    "softplus": F.softplus,
+    "logsigmoid": F.logsigmoid,
+    "softsign": F.softsign,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "mish": F.mish,
+    "selu": F.selu,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "celu": F.celu,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_slopes_of_activations_hold_and_are_tight(name: str) -> None:
+    x = torch.linspace(-20, 20, 400_001, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(FUNCTIONS[name](x).sum(), x)
+    low, high = activation_slopes(name) or (math.nan, math.nan)
+    assert low <= float(slope.min()) and float(slope.max()) <= high
+    # softsign reaches its smallest slope slowly.
+    assert float(slope.max()) == pytest.approx(high, abs=3e-3) and float(slope.min()) == pytest.approx(low, abs=3e-3)
+
+
+def test_parametric_and_unknown_activations() -> None:
+    assert activation_slopes("leaky_relu", 0.2) == (0.2, 1.0)
+    assert activation_slopes("prelu", [-2.0, 0.5]) == (-2.0, 1.0)
+    assert activation_slopes("elu", 3.0) == (0.0, 3.0)
+    assert activation_constant("prelu", [-2.0, 0.5]) == 2.0
+    assert activation_constant("gelu") == 1.128905
+    assert activation_slopes("max_min") is None
+    assert activation_constant("square") is None
+
+
+def max_min(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], -1)
+
+
+def group_sort(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (-1, 3)).sort(-1).values.flatten(-2)
+
+
+def householder(x: Tensor) -> Tensor:
+    axis = torch.tensor([0.6, -0.8], dtype=x.dtype)
+    pairs = x.unflatten(-1, (-1, 2))
+    along = pairs @ axis
+    return torch.where(along[..., None] > 0, pairs, pairs - 2 * along[..., None] * axis).flatten(-2)
+
+
+@pytest.mark.parametrize("activation", [max_min, group_sort, householder])
+def test_activations_that_keep_distances(activation) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(10_000, 6, generator=generator, dtype=torch.float64)
+    step = torch.randn(10_000, 6, generator=generator, dtype=torch.float64)
+    y = x + step * torch.rand(10_000, 1, generator=generator)
+    ratio = (activation(x) - activation(y)).norm(dim=1) / (x - y).norm(dim=1)
+    constant = activation_constant(activation.__name__)
+    assert constant == 1.0 and float(ratio.max()) <= constant + 1e-12
+    assert float(ratio.max()) > 0.999
+
+
+def test_norms_and_batchnorm() -> None:
+    gamma, variance = torch.tensor([1.0, -3.0]), torch.tensor([4.0, 1.0])
+    assert norm_constant(gamma, 1e-4) == pytest.approx(300)
+    assert norm_constant(None, 0.0) == math.inf
+    assert batchnorm_constant(gamma, variance, 0.0) == pytest.approx(3)
+    conv, norm = torch.nn.Conv2d(3, 2, 3, bias=False), torch.nn.BatchNorm2d(2).eval()
+    norm.running_var = variance
+    with torch.no_grad():
+        norm.weight.copy_(gamma)
+        x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        folded = F.conv2d(x.double(), fold_batchnorm(conv.weight, norm.weight, norm.running_var, norm.eps))
+        assert torch.allclose(norm(conv(x)).double(), folded, atol=1e-5)
+
+
+def test_compositions() -> None:
+    assert residual(1.0, 2.5) == pytest.approx(3.5)
+    assert concatenation(3.0, 4.0) == pytest.approx(5.0)
+    errors = [torch.tensor([1.0, 0.0]), torch.tensor([4.0, 4.0])]
+    assert minkowski([2.0, 1.0], errors) == pytest.approx(2 * math.sqrt(0.5) + 2)
+
+
+def test_input_box_holds_every_image() -> None:
+    mean, std = torch.tensor([0.4, 0.5]), torch.tensor([0.2, 0.5])
+    centre, radius = input_box(mean, std, (3, 4))
+    pixels = torch.randint(0, 2, (500, 2, 3, 4), generator=torch.Generator().manual_seed(0)).double()
+    images = (pixels - mean.reshape(2, 1, 1)) / std.reshape(2, 1, 1)
+    distance = (images - centre).flatten(1).norm(dim=1)
+    assert float(distance.max()) <= radius and float(distance.min()) == pytest.approx(radius)
