@@ -163,19 +163,6 @@ def test_erase_refuses_to_erase_the_mean_without_a_place_for_it() -> None:
         um.erase(random_weight(1), gram, mean, 2 * mean[None], mean, centred=False)
 
 
-def test_blend_is_linear_between_nothing_and_the_edit() -> None:
-    rows = samples(2)
-    mean, gram = moments(torch.cat(rows))
-    weight = random_weight(2)
-    edit = um.erase(weight, gram, mean, rows[0].mean(0)[None], torch.cat(rows[1:]).mean(0))
-    assert edit.shift is not None
-    none, half, full = (edit.blend(weight, t) for t in (0.0, 0.5, 1.0))
-    torch.testing.assert_close(none.weight, weight)
-    torch.testing.assert_close(full.weight, edit.weight)
-    torch.testing.assert_close(half.weight, (weight + edit.weight) / 2)
-    torch.testing.assert_close(half.shift, edit.shift / 2)
-
-
 def test_damping_rises_in_recorded_steps() -> None:
     gram = torch.diag(torch.tensor([1.0, 1.0, -0.005])).double()
     zero, gone, retain = torch.zeros(3), torch.tensor([[1.0, 0.0, 1.0]]), torch.tensor([0.0, 1.0, 0.0])
@@ -294,21 +281,3 @@ def test_erase_writers_exact_refuses_inputs_that_do_not_carry_the_class() -> Non
     stream = [x @ weight.T + 1.0 * (c == 0) for c, x in enumerate(same)]
     with pytest.raises(ModhifiError, match="leave the writer out"):
         um.erase_writers(weight, *joint_moments(same, stream, 1), exact=True)
-
-
-def test_settle_norm_keeps_the_function_and_survives_a_re_estimation() -> None:
-    norm = torch.nn.BatchNorm1d(DIM, momentum=None).double()
-    x = torch.cat(samples(0))
-    for seed, vector in enumerate((norm.weight, norm.bias, norm.running_mean)):
-        assert vector is not None
-        vector.data.copy_(random_weight(seed, DIM, 1)[:, 0])
-    assert norm.running_mean is not None and norm.running_var is not None
-    before = norm.eval()(x).detach()
-    old = um.Norm(norm.weight.detach(), norm.bias.detach(), norm.running_mean, norm.running_var)
-    new = um.settle_norm(old, x.mean(0), x.var(0), norm.eps)
-    norm.weight.data, norm.bias.data = new.gamma, new.beta
-    norm.running_mean, norm.running_var = new.mean.clone(), new.variance.clone()
-    torch.testing.assert_close(norm(x).detach(), before)
-    norm.reset_running_stats()
-    norm.train()(x)
-    torch.testing.assert_close(norm.eval()(x).detach(), before)

@@ -125,3 +125,34 @@ def test_head_mask_refuses_impossible_classes() -> None:
         um.head_mask(random_weight(0), None, [OUT])
     with pytest.raises(ModhifiError, match="every class"):
         um.head_mask(random_weight(0), None, range(OUT))
+
+
+def test_blend_is_linear_between_nothing_and_the_edit() -> None:
+    rows = samples(2)
+    mean, gram = moments(torch.cat(rows))
+    weight = random_weight(2)
+    edit = um.erase(weight, gram, mean, rows[0].mean(0)[None], torch.cat(rows[1:]).mean(0))
+    assert edit.shift is not None
+    none, half, full = (edit.blend(weight, t) for t in (0.0, 0.5, 1.0))
+    torch.testing.assert_close(none.weight, weight)
+    torch.testing.assert_close(full.weight, edit.weight)
+    torch.testing.assert_close(half.weight, (weight + edit.weight) / 2)
+    torch.testing.assert_close(half.shift, edit.shift / 2)
+
+
+def test_settle_norm_keeps_the_function_and_survives_a_re_estimation() -> None:
+    norm = torch.nn.BatchNorm1d(DIM, momentum=None).double()
+    x = torch.cat(samples(0))
+    for seed, vector in enumerate((norm.weight, norm.bias, norm.running_mean)):
+        assert vector is not None
+        vector.data.copy_(random_weight(seed, DIM, 1)[:, 0])
+    assert norm.running_mean is not None and norm.running_var is not None
+    before = norm.eval()(x).detach()
+    old = um.Norm(norm.weight.detach(), norm.bias.detach(), norm.running_mean, norm.running_var)
+    new = um.settle_norm(old, x.mean(0), x.var(0), norm.eps)
+    norm.weight.data, norm.bias.data = new.gamma, new.beta
+    norm.running_mean, norm.running_var = new.mean.clone(), new.variance.clone()
+    torch.testing.assert_close(norm(x).detach(), before)
+    norm.reset_running_stats()
+    norm.train()(x)
+    torch.testing.assert_close(norm.eval()(x).detach(), before)
