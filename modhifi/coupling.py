@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from .groups import Group, Role, Slice
 
 @dataclass(frozen=True)
 class Event:
-    """Channel numbers met at one place; ``place`` is a module or parameter, ``parts`` asks for equal counts per part."""
+    """Channel numbers met at one place, a module or a parameter; ``parts`` asks for equal counts in every part."""
 
     place: str
     role: Role | None
@@ -68,7 +68,12 @@ class Couplings:
         self.events.append(Event("chunk", None, ids, parts))
 
     def unite(self, a: Tensor, b: Tensor) -> None:
-        self.edges.append((a, b))
+        """Let position i of ``a`` and of ``b`` share one fate; -1 stands for a channel that must stay."""
+        alone = torch.cat([a[(b < 0) & (a >= 0)], b[(a < 0) & (b >= 0)]])
+        if len(alone):
+            self.freeze(alone, "these channels are combined with channels that must stay")
+        both = (a >= 0) & (b >= 0)
+        self.edges.append((a[both], b[both]))
 
     def freeze(self, ids: Tensor, reason: str) -> None:
         self.events.append(Event("frozen", None, ids, reason=reason))
@@ -106,11 +111,14 @@ class Couplings:
         families: dict[tuple[tuple[int, int], ...], list[int]] = {}
         for component, signature in sorted(places.items()):
             families.setdefault(tuple(signature), []).append(component)
-        return tuple(
-            group
-            for signature, members in families.items()
-            if (group := self._group(signature, np.array(members), label)) is not None
-        )
+        groups: dict[str, Group] = {}
+        for signature, members in families.items():
+            group = self._group(signature, np.array(members), label)
+            if group is not None:
+                same = sum(name.partition("#")[0] == group.name for name in groups)
+                name = f"{group.name}#{same + 1}" if same else group.name
+                groups[name] = replace(group, name=name)
+        return tuple(groups.values())
 
     def _group(self, signature: tuple[tuple[int, int], ...], members: np.ndarray, label: np.ndarray) -> Group | None:
         slices: list[Slice] = []
@@ -136,8 +144,8 @@ class Couplings:
             return None
         if not reasons and not any(s.role == "reader" for s in slices):
             reasons.append("nothing that modhifi can edit reads these channels")
-        if not reasons and len(members) < 2:
-            reasons.append("a single component cannot lose any")
+        if not reasons and len(members) < 2 * (1 if partition is None else len(np.unique(partition))):
+            reasons.append("a single component, or one in each part, cannot be removed")
         return Group(
             name=producers[0].module,
             n=len(members),
@@ -150,9 +158,9 @@ class Couplings:
 def _refine(old: np.ndarray | None, parts: np.ndarray, event: Event) -> tuple[np.ndarray | None, str | None]:
     """Add the wish for equal counts per part to a partition: ``parts`` is ``(n, m)``, part of each position."""
     place = event.place if event.role else "a chunk"
-    if (np.sort(parts, axis=1) == np.arange(event.parts).repeat(parts.shape[1] // event.parts or 1)[: parts.shape[1]]).all():
-        if parts.shape[1] % event.parts == 0:
-            return old, None  # every component stands in every part alike
+    each, left = divmod(parts.shape[1], event.parts)
+    if not left and event.role != "reader" and (np.sort(parts, axis=1) == np.arange(event.parts).repeat(each)).all():
+        return old, None  # every component stands in every part alike
     if (parts != parts[:, :1]).any():
         return old, f"a component spans several conv groups of {place}"
     new = parts[:, 0]

@@ -8,63 +8,39 @@ a reason: no operation is ever guessed to be elementwise.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
 
 from .coupling import Couplings
 from .groups import Operator, Structure
-
-ELEMENTWISE = frozenset(
-    """relu relu_ relu6 silu silu_ gelu sigmoid sigmoid_ tanh tanh_ hardswish hardswish_ hardsigmoid hardsigmoid_
-    hardtanh hardtanh_ leaky_relu leaky_relu_ elu elu_ selu celu mish mish_ softplus softsign logsigmoid clamp clamp_
-    clip exp sqrt rsqrt abs neg square pow __pow__ __neg__ erf dropout dropout_ feature_dropout dropout1d dropout2d
-    dropout3d alpha_dropout contiguous clone detach to float half bfloat16 double type type_as requires_grad_
-    quick_gelu cpu cuda""".split()
+from .operations import (
+    BINARY,
+    CONVS,
+    ELEMENTWISE,
+    JOINS,
+    METADATA,
+    MIXING,
+    MOVEMENT,
+    PLACED,
+    POOLING,
+    REDUCTION,
+    Axis,
+    Call,
+    operation_name,
+    tensors_in,
 )
-MOVEMENT = frozenset(
-    """view reshape flatten unflatten permute transpose swapaxes movedim unsqueeze squeeze expand expand_as repeat
-    chunk split tensor_split split_with_sizes __getitem__ narrow select unbind roll flip t mT T view_as reshape_as
-    cat concat concatenate stack""".split()
-)
-BINARY = frozenset(
-    """add add_ __add__ __radd__ __iadd__ sub sub_ __sub__ __rsub__ __isub__ rsub mul mul_ __mul__ __rmul__ __imul__ div
-    div_ __truediv__ __rtruediv__ __div__ true_divide maximum minimum multiply addcmul""".split()
-)
-POOLING = frozenset(
-    """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool2d interpolate upsample
-    boolean_dispatch _max_pool2d max_pool2d_with_indices""".split()
-)
-REDUCTION = frozenset("mean sum amax amin".split())
-CONVS = frozenset("conv1d conv2d conv3d".split())
-METADATA = frozenset("size dim numel __len__ stride is_floating_point item tolist data_ptr is_contiguous".split())
-# operations that read the channel axis as a whole: named so that the refusal says what it is
-MIXING = {
-    "layer_norm": "a LayerNorm normalises across these channels",
-    "rms_norm": "an RMSNorm normalises across these channels",
-    "group_norm": "a GroupNorm normalises across these channels",
-    "softmax": "a softmax runs across these channels",
-    "normalize": "a normalisation runs across these channels",
-}
 
-
-@dataclass(frozen=True)
-class Axis:
-    """Components along one axis of a tensor: ``ids`` int64 ``(size of that axis,)``."""
-
-    dim: int
-    ids: Tensor
-
-
-class Unobserved(Exception):
-    pass
+# these prepare their input themselves (padding, a view) before they run their operator
+PREPARING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, Conv1D)
 
 
 class ChannelTracer(TorchFunctionMode):
@@ -72,331 +48,312 @@ class ChannelTracer(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.model = model
         self.couplings = Couplings()
         self.records: dict[int, Axis | None] = {}
-        self.alive: list[Any] = []
+        self.alive: list[Tensor] = []
         self.uses: Counter[int] = Counter()
         self.written_by: dict[int, str] = {}
-        self.norm_of: dict[str, tuple[str, int]] = {}
+        self.norms: dict[str, list[tuple[str, int]]] = defaultdict(list)
+        self.calls: Counter[str] = Counter()
         self.macs: Counter[str] = Counter()
         self.biased: dict[str, bool] = {}
-        self.path: list[str] = []
+        self.path: list[tuple[str, int]] = []
+        self.samples = 0
         self.names: dict[int, str] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self.names.setdefault(id(tensor), name)
             self.remember(tensor, None)
         self.parameters = {id(p) for p in model.parameters()}
+        holders: dict[int, set[int]] = defaultdict(set)
+        for name, tensor in model.named_parameters(remove_duplicate=False):
+            holders[id(tensor)].add(id(model.get_submodule(name.rpartition(".")[0])))
+        self.tied = {key for key, modules in holders.items() if len(modules) > 1}
 
     # -- records ---------------------------------------------------------------------------------------------------
     def remember(self, tensor: Tensor, record: Axis | None) -> None:
         self.records[id(tensor)] = record
         self.alive.append(tensor)
 
-    def record(self, value: Any) -> Axis | None:
-        if not isinstance(value, Tensor):
-            return None
-        if id(value) not in self.records:
-            raise Unobserved
-        found = self.records[id(value)]
-        if found is None and id(value) in self.parameters:
-            wide = [d for d, size in enumerate(value.shape) if size > 1]
+    def record(self, tensor: Tensor) -> Axis | None:
+        """What is known of a tensor; a parameter with one wide axis gets components of its own at first sight."""
+        if id(tensor) not in self.records:
+            self.couplings.freeze_everything(f"an operation before {self.where} could not be observed")
+            self.remember(tensor, None)
+        found = self.records[id(tensor)]
+        if found is None and id(tensor) in self.parameters and id(tensor) not in self.tied:
+            wide = [d for d, size in enumerate(tensor.shape) if size > 1]
             if len(wide) == 1:
-                found = Axis(wide[0], self.couplings.parameter(self.names[id(value)], value.shape[wide[0]]))
-                self.records[id(value)] = found
+                found = Axis(wide[0], self.couplings.parameter(self.names[id(tensor)], tensor.shape[wide[0]]))
+                self.records[id(tensor)] = found
         return found
 
     @property
     def where(self) -> str:
-        return self.path[-1] if self.path else "the top level"
+        return self.path[-1][0] if self.path and self.path[-1][0] else "the top level"
 
     def freeze(self, record: Axis | None, reason: str) -> None:
         if record is not None:
             self.couplings.freeze(record.ids, f"{reason} ({self.where})")
 
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Keep ``path`` the stack of modules being run, each with the tensor it received."""
+
+        def enter(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            received = next(tensors_in((args, kwargs)), None)
+            if not self.samples and received is not None and received.ndim:
+                self.samples = len(received)
+            self.path.append((name, id(received)))
+
+        handles: list[Any] = []
+        for name, module in self.model.named_modules():
+            handles.append(
+                module.register_forward_pre_hook(lambda m, a, k, name=name: enter(name, a, k), with_kwargs=True)
+            )
+            handles.append(module.register_forward_hook(lambda *_: (self.path.pop(), None)[1], always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.path.clear()
+
     # -- dispatch --------------------------------------------------------------------------------------------------
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        name = operation_name(func)
+        if name in METADATA:
+            return func(*args, **kwargs)
         inputs = list(tensors_in((args, kwargs)))
         # in-place operations overwrite the record of their input: read it before running
-        before: dict[int, Axis | None] = {}
-        name = getattr(func, "__name__", str(func))
-        interesting = name not in METADATA
-        if interesting:
-            for tensor in inputs:
-                try:
-                    before[id(tensor)] = self.record(tensor)
-                except Unobserved:
-                    self.couplings.freeze_everything(f"an operation before {self.where} could not be observed")
-                    self.remember(tensor, None)
-                    before[id(tensor)] = None
+        axes = {id(tensor): self.record(tensor) for tensor in inputs}
         out = func(*args, **kwargs)
-        if not interesting:
-            return out
         outputs = list(tensors_in(out))
+        call = Call(name, func, args, kwargs, inputs, outputs, axes)
         if not outputs:
+            if getattr(func, "__name__", "") != "__get__":
+                self.unknown(call)
             return out
         self.uses.update({id(t) for t in inputs})
-        tracked = [t for t in inputs if before.get(id(t)) is not None]
-        if name == "__get__":
-            name = "T" if any(o.shape != i.shape for o, i in zip(outputs, inputs, strict=False)) else "to"
-        elif name == "__set__":
-            self.unknown(tracked, before, "assignment")
-            return out
-        if not tracked and name not in CONVS and name not in ("linear", "addmm", "batch_norm"):
-            for tensor in outputs:
-                self.remember(tensor, None)
-            return out
-        with torch._C.DisableTorchFunction():
-            results = self.rule(name, func, args, kwargs, inputs, outputs, before)
+        results: list[Axis | None] = [None] * len(outputs)
+        if call.known or name in CONVS or name in ("linear", "addmm"):
+            with torch._C.DisableTorchFunction():
+                results = self.rule(call)
         for tensor, record in zip(outputs, results, strict=True):
             self.remember(tensor, record)
         return out
 
-    def rule(self, name, func, args, kwargs, inputs, outputs, before) -> list[Axis | None]:  # type: ignore[no-untyped-def]
-        tracked = [t for t in inputs if before.get(id(t)) is not None]
-        get = lambda t: before.get(id(t)) if isinstance(t, Tensor) else None  # noqa: E731
+    def rule(self, call: Call) -> list[Axis | None]:
+        """The records of a call's outputs."""
+        name, known = call.name, call.known
         if name in CONVS:
-            return [self.conv(args, kwargs, outputs[0], get)]
+            return [self.conv(call)]
         if name == "linear":
-            return [self.linear(args, kwargs, outputs[0], get, transposed=False)]
-        if name == "addmm" and len(args) == 3:
-            swapped = (args[1], args[2], args[0])
-            return [self.linear(swapped, kwargs, outputs[0], get, transposed=True)]
+            return [self.linear(call, call.argument(0, "input"), call.argument(1, "weight"), call.argument(2, "bias"))]
+        if name == "addmm" and len(call.args) == 3:
+            bias, x, weight = call.args
+            return [self.linear(call, x, weight, bias, transposed=True)]
         if name in ("batch_norm", "instance_norm"):
-            return [self.batch_norm(args, kwargs, outputs[0], get)]
+            return [self.batch_norm(call)]
         if name == "prelu":
-            return [self.prelu(args[1], get(args[0]))]
-        first = get(inputs[0]) if inputs else None
+            return [self.prelu(call.args[1], call.axis(call.args[0]))]
+        first = call.axis(call.inputs[0]) if call.inputs else None
         if name in MIXING:
-            return [self.mixing(name, args, kwargs, first)]
-        if name in ELEMENTWISE and len(tracked) == 1 and outputs[0].shape == tracked[0].shape:
-            return [get(tracked[0])]
+            return [self.mixing(call, first)]
+        if name in ("type_as", "data"):
+            return [first]
+        if name in ELEMENTWISE and len(known) == 1 and call.outputs[0].shape == known[0][0].shape:
+            if all(t.numel() == 1 for t in call.inputs if t is not known[0][0]):
+                return [known[0][1]]
         if name in BINARY:
-            return self.binary(inputs, outputs, before)
+            return self.binary(call)
         if name in POOLING and first is not None and first.dim == 1:
-            return [first] * len(outputs)
-        if name == "pad" and first is not None and outputs[0].shape[first.dim] == inputs[0].shape[first.dim]:
-            pads = args[1] if len(args) > 1 else kwargs["pad"]
-            if inputs[0].ndim - len(pads) // 2 > first.dim:
+            return [first] * len(call.outputs)
+        if name == "pad" and first is not None:
+            pads = call.argument(1, "pad")
+            if call.inputs[0].ndim - len(pads) // 2 > first.dim:
                 return [first]
         if name in REDUCTION and first is not None:
-            return [self.reduce(args, kwargs, inputs[0], outputs[0], first)]
+            return [self.reduce(call, first)]
         if name in MOVEMENT:
-            return self.move(name, func, args, kwargs, inputs, outputs, before)
-        return self.unknown(tracked, before, name, len(outputs))
+            return self.move(call)
+        return self.unknown(call)
 
     # -- rules -----------------------------------------------------------------------------------------------------
-    def unknown(self, tracked, before, name, count: int = 0) -> list[Axis | None]:  # type: ignore[no-untyped-def]
-        for tensor in tracked:
-            self.freeze(before[id(tensor)], f"the operation '{name}' is not understood")
-        return [None] * count
+    def refuse(self, call: Call, reason: str) -> list[Axis | None]:
+        for _, axis in call.known:
+            self.freeze(axis, reason)
+        return [None] * len(call.outputs)
 
-    def owner(self, weight: Any) -> str | None:
-        name = self.names.get(id(weight))
-        return name.rpartition(".")[0] if name and name.endswith((".weight", ".running_mean")) else None
+    def unknown(self, call: Call) -> list[Axis | None]:
+        return self.refuse(call, f"the operation '{call.name}' is not understood")
 
-    def conv(self, args, kwargs, out, get) -> Axis | None:  # type: ignore[no-untyped-def]
-        x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
-        bias = args[2] if len(args) > 2 else kwargs.get("bias")
-        groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
-        module, record = self.owner(weight), get(x)
-        if module is None:
-            self.freeze(record, "a convolution computes its weight")
+    def operator(self, x: Tensor, weight: Tensor) -> tuple[str, str | None]:
+        """The module that owns an operator's weight, and what stands against editing it there, if anything does."""
+        name = self.names.get(id(weight), "")
+        owner = name.rpartition(".")[0]
+        if not name.endswith(".weight") or id(weight) not in self.parameters:
+            return "", "an operator computes its weight"
+        module = self.model.get_submodule(owner)
+        if not isinstance(module, (_ConvNd, nn.Linear, Conv1D)):
+            return "", f"a {type(module).__name__} is no layer that modhifi can edit"
+        if id(weight) in self.tied:
+            return owner, "the weight is shared with another layer"
+        if not self.path or self.path[-1][0] != owner:
+            return owner, f"the weight of {owner} is used outside that layer"
+        if type(module) not in PREPARING and self.path[-1][1] != id(x):
+            return owner, "the layer changes its input before its operator"
+        return owner, None
+
+    def conv(self, call: Call) -> Axis | None:
+        x, weight = call.argument(0, "input"), call.argument(1, "weight")
+        groups = call.argument(6, "groups", 1)
+        module, obstacle = self.operator(x, weight)
+        record = call.axis(x)
+        if obstacle:
+            self.freeze(record, obstacle)
             return None
-        if record is not None and (record.dim != 1 or x.ndim == weight.ndim - 1):
+        if record is not None and (record.dim != 1 or x.ndim < weight.ndim):
             self.freeze(record, "a convolution runs across these channels")
             record = None
-        self.macs[module] += out[0].numel() * weight[0].numel()
-        if groups > 1 and groups == x.shape[1]:
-            if record is None:
-                return Axis(1, self.couplings.produce(module, weight.shape[0], groups))
+        out = call.outputs[0]
+        self.macs[module] += out.numel() * weight[0].numel()
+        if record is not None and groups > 1 and groups == x.shape[1]:
             ids = record.ids.repeat_interleave(weight.shape[0] // groups)
             self.couplings.along(module, ids)
             return Axis(1, ids)
-        if record is not None:
-            self.couplings.read(module, record.ids, groups)
-        self.biased[module] = bias is not None
-        self.written_by[id(out)] = module
-        return Axis(1, self.couplings.produce(module, weight.shape[0], groups))
+        return self.product(module, record, out, 1, groups, call.argument(2, "bias"))
 
-    def linear(self, args, kwargs, out, get, transposed) -> Axis | None:  # type: ignore[no-untyped-def]
-        x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
-        bias = args[2] if len(args) > 2 else kwargs.get("bias")
-        module, record = self.owner(weight), get(x)
-        if module is None or (transposed and type(weight) is not nn.Parameter):
-            self.freeze(record, "a linear map computes its weight")
+    def linear(self, call: Call, x: Tensor, weight: Tensor, bias: Any, transposed: bool = False) -> Axis | None:
+        module, obstacle = self.operator(x, weight)
+        record = call.axis(x)
+        if obstacle is None and transposed and not isinstance(self.model.get_submodule(module), Conv1D):
+            obstacle = "a linear map stores its weight transposed"
+        if obstacle:
+            self.freeze(record, obstacle)
             return None
-        last = x.ndim - 1
-        if record is not None and record.dim != last:
+        if record is not None and record.dim != x.ndim - 1:
             self.freeze(record, "a linear map runs across another axis")
             record = None
-        self.macs[module] += out[0].numel() * x.shape[-1] if x.ndim > 1 else out.numel() * x.shape[-1]
+        out = call.outputs[0]
+        self.macs[module] += out.numel() * x.shape[-1]
+        return self.product(module, record, out, out.ndim - 1, 1, bias)
+
+    def product(self, module: str, record: Axis | None, out: Tensor, dim: int, groups: int, bias: Any) -> Axis:
         if record is not None:
-            self.couplings.read(module, record.ids, 1)
+            self.couplings.read(module, record.ids, groups)
+        self.calls[module] += 1
         self.biased[module] = bias is not None
         self.written_by[id(out)] = module
-        return Axis(out.ndim - 1, self.couplings.produce(module, out.shape[-1], 1))
+        return Axis(dim, self.couplings.produce(module, out.shape[dim], groups))
 
-    def batch_norm(self, args, kwargs, out, get) -> Axis | None:  # type: ignore[no-untyped-def]
-        x = args[0]
-        values = [*args[1:5], *kwargs.values()]
-        owners = [o for o in (self.owner(v) for v in values if isinstance(v, Tensor)) if o]
-        record = get(x)
+    def batch_norm(self, call: Call) -> Axis | None:
+        x = call.args[0]
+        record = call.axis(x)
+        tensors = [v for v in (*call.args[1:], *call.kwargs.values()) if isinstance(v, Tensor)]
+        owners = {self.names.get(id(t), "").rpartition(".")[0] for t in tensors}
         if record is None:
             return None
-        if record.dim != 1 or not owners:
-            self.freeze(record, "a BatchNorm runs across another axis")
+        if record.dim != 1 or len(owners) != 1 or self.tied & {id(t) for t in tensors}:
+            self.freeze(record, "a BatchNorm has no statistics of its own for these channels")
             return None
-        self.couplings.along(owners[0], record.ids)
+        owner = owners.pop()
+        self.couplings.along(owner, record.ids)
+        self.calls[owner] += 1
         if id(x) in self.written_by:
-            self.norm_of[self.written_by[id(x)]] = (owners[0], id(x))
+            self.norms[self.written_by[id(x)]].append((owner, id(x)))
         return record
 
     def prelu(self, weight: Tensor, record: Axis | None) -> Axis | None:
         if record is not None and weight.numel() > 1:
-            self.couplings.unite(self.couplings.parameter(self.names[id(weight)], weight.numel()), record.ids)
+            slopes = self.record(weight)
+            if slopes is None or record.dim != 1:
+                self.freeze(record, "a PReLU has no slopes of its own for these channels")
+            else:
+                self.couplings.unite(slopes.ids, record.ids)
         return record
 
-    def mixing(self, name, args, kwargs, first) -> Axis | None:  # type: ignore[no-untyped-def]
-        x = args[0]
+    def mixing(self, call: Call, first: Axis | None) -> Axis | None:
+        x, name = call.args[0], call.name
         if first is None:
             return None
         if name in ("layer_norm", "rms_norm"):
-            shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
-            mixed = first.dim >= x.ndim - len(shape)
+            mixed = first.dim >= x.ndim - len(call.argument(1, "normalized_shape"))
         elif name == "group_norm":
-            count = args[1] if len(args) > 1 else kwargs["num_groups"]
-            weight = args[2] if len(args) > 2 else kwargs.get("weight")
-            mixed = first.dim != 1 or count != x.shape[1]
-            if not mixed and self.owner(weight):
-                self.couplings.along(self.owner(weight), first.ids)
+            weight = call.argument(2, "weight")
+            owner = self.names.get(id(weight), "").rpartition(".")[0]
+            mixed = first.dim != 1 or call.argument(1, "num_groups") != x.shape[1] or not owner
+            if not mixed:
+                self.couplings.along(owner, first.ids)
         else:
-            dim = args[1] if len(args) > 1 and args[1] is not None else kwargs.get("dim", 1 if name == "normalize" else -1)
-            mixed = dim is None or dim % x.ndim == first.dim
+            dim = call.argument(2, "dim", 1) if name == "normalize" else call.argument(1, "dim")
+            mixed = not isinstance(dim, int) or dim % x.ndim == first.dim
         if mixed:
             self.freeze(first, MIXING[name])
         return first
 
-    def reduce(self, args, kwargs, x, out, first) -> Axis | None:  # type: ignore[no-untyped-def]
-        dims = args[1] if len(args) > 1 else kwargs.get("dim")
-        keep = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
-        if dims is None:
+    def reduce(self, call: Call, first: Axis) -> Axis | None:
+        x = call.inputs[0]
+        dims = call.argument(1, "dim")
+        if not isinstance(dims, (int, tuple, list)):
             dims = tuple(range(x.ndim))
-        dims = {d % x.ndim for d in ((dims,) if isinstance(dims, int) else dims)}
-        if first.dim in dims:
+        reduced = {d % x.ndim for d in ((dims,) if isinstance(dims, int) else dims)}
+        if first.dim in reduced:
             self.freeze(first, "a mean or sum runs across these channels")
             return None
-        return Axis(first.dim if keep else first.dim - sum(d < first.dim for d in dims), first.ids)
+        kept = call.argument(2, "keepdim", False)
+        return Axis(first.dim if kept else first.dim - sum(d < first.dim for d in reduced), first.ids)
 
-    def binary(self, inputs, outputs, before) -> list[Axis | None]:  # type: ignore[no-untyped-def]
-        out = outputs[0]
-        kept: Axis | None = None
-        for tensor in inputs:
-            record = before.get(id(tensor))
-            if record is None:
-                continue
-            moved = Axis(record.dim + out.ndim - tensor.ndim, record.ids)
-            if len(moved.ids) != out.shape[moved.dim]:
-                self.freeze(moved, "a single channel multiplies all others")
-            elif kept is None:
-                kept = moved
-            elif kept.dim != moved.dim:
-                self.freeze(kept, "two tensors with channels on different axes are combined")
-                self.freeze(moved, "two tensors with channels on different axes are combined")
-                kept = None
+    def binary(self, call: Call) -> list[Axis | None]:
+        out = call.outputs[0]
+        axes = [(t, Axis(a.dim + out.ndim - t.ndim, a.ids)) for t, a in call.known]
+        wide = []
+        for _, axis in axes:
+            if len(axis.ids) == out.shape[axis.dim]:
+                wide.append(axis)
             else:
-                self.couplings.unite(kept.ids, moved.ids)
-        for tensor in inputs:
-            if kept is not None and before.get(id(tensor)) is None and tensor.ndim:
-                dim = kept.dim - (out.ndim - tensor.ndim)
-                if dim >= 0 and tensor.shape[dim] > 1:
-                    self.freeze(kept, "a fixed or unknown tensor spans these channels")
-                    return [None] * len(outputs)
-        return [kept] * len(outputs)
+                self.freeze(axis, "a single channel multiplies all others")
+        if not wide:
+            return [None] * len(call.outputs)
+        first, *others = wide
+        if any(axis.dim != first.dim for axis in others):
+            return self.refuse(call, "two tensors with channels on different axes are combined")
+        for tensor in call.inputs:
+            dim = first.dim - (out.ndim - tensor.ndim)
+            if call.axis(tensor) is None and dim >= 0 and tensor.shape[dim] > 1:
+                return self.refuse(call, "a fixed or unknown tensor spans these channels")
+        for axis in others:
+            self.couplings.unite(first.ids, axis.ids)
+        return [first] * len(call.outputs)
 
-    def move(self, name, func, args, kwargs, inputs, outputs, before) -> list[Axis | None]:  # type: ignore[no-untyped-def]
-        tracked = [t for t in inputs if before.get(id(t)) is not None]
-        if any(t.ndim and before.get(id(t)) is None for t in inputs):
-            # joined with something that carries no components, or indexed by a tensor
-            if name not in ("cat", "concat", "concatenate"):
-                return self.unknown(tracked, before, name, len(outputs))
-        full = {id(t): spread(before[id(t)], t) for t in tracked}
-        fixed = {id(t): torch.full_like(t, -1, dtype=torch.int64) for t in inputs if id(t) not in full}
-        ids = list(tensors_in(func(*swap(args, full | fixed), **swap(kwargs, full | fixed))))
-        results = [detect(i) for i in ids]
-        if any(r is None or bool((r.ids < 0).all()) for r in results):
-            for tensor in tracked:
-                self.freeze(before[id(tensor)], f"'{name}' folds these channels into another shape")
-            return [None] * len(outputs)
-        source = before[id(tracked[0])]
-        if name in ("chunk", "tensor_split", "split", "split_with_sizes", "__getitem__", "narrow", "select", "unbind"):
-            cut = sum(len(r.ids) for r in results) if len(results) > 1 else len(results[0].ids)
-            parted = any(len(r.ids) != len(source.ids) for r in results)
-            if parted and name in ("chunk",) and cut == len(source.ids) and len({len(r.ids) for r in results}) == 1:
-                self.couplings.chunk(source.ids, len(results))
-            elif parted:
-                self.freeze(source, f"'{name}' cuts these channels at fixed places")
-                return [None] * len(outputs)
+    def move(self, call: Call) -> list[Axis | None]:
+        known = call.known
+        if len(known) < sum(t.ndim > 0 for t in call.inputs) and call.name not in JOINS:
+            return self.unknown(call)  # joined with something that carries no components, or indexed by a tensor
+        results = [axis for axis in call.moved() if axis is not None and bool((axis.ids >= 0).any())]
+        if len(results) < len(call.outputs):
+            return self.refuse(call, f"'{call.name}' folds these channels into another shape")
+        source = known[0][1].ids
+        if call.name in PLACED and not all(torch.equal(axis.ids, source) for axis in results):
+            pieces = torch.cat([axis.ids for axis in results])
+            equal = len({len(axis.ids) for axis in results}) == 1
+            if call.name != "chunk" or not equal or not torch.equal(pieces, source):
+                return self.refuse(call, f"'{call.name}' takes these channels from fixed places")
+            self.couplings.chunk(source, len(results))
         return list(results)
 
 
-# -- helpers -------------------------------------------------------------------------------------------------------
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-
-
-def swap(value: Any, table: dict[int, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return table.get(id(value), value)
-    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-        return type(value)(swap(v, table) for v in value)
-    if isinstance(value, dict):
-        return {k: swap(v, table) for k, v in value.items()}
-    return value
-
-
-def spread(record: Axis, like: Tensor) -> Tensor:
-    shape = [1] * like.ndim
-    shape[record.dim] = len(record.ids)
-    return record.ids.view(shape).expand(like.shape)
-
-
-def detect(ids: Tensor) -> Axis | None:
-    """The one axis along which component numbers vary, or None."""
-    for dim, size in enumerate(ids.shape):
-        if size < 2:
-            continue
-        vector = ids.movedim(dim, 0).reshape(size, -1)[:, 0]
-        shape = [1] * ids.ndim
-        shape[dim] = size
-        if bool((ids == vector.view(shape)).all()):
-            return Axis(dim, vector.clone()) if bool((vector != vector[0]).any()) else None
-    return None
-
-
-@contextmanager
-def follow_modules(model: nn.Module, path: list[str]) -> Iterator[None]:
-    """Keep ``path`` the stack of module names being run."""
-
-    def leave(*_: Any) -> None:
-        path.pop()
-
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda m, a, name=name: path.append(name)))
-        handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _operators(tracer: ChannelTracer) -> Iterable[Operator]:
+    for module, macs in tracer.macs.items():
+        sink = "bias" if tracer.biased.get(module) else None
+        norms = tracer.norms.get(module, [])
+        if sink is None and len(norms) == 1 and tracer.calls[module] == 1:
+            norm, written = norms[0]
+            has_mean = getattr(tracer.model.get_submodule(norm), "running_mean", None) is not None
+            if has_mean and tracer.calls[norm] == 1 and tracer.uses[written] == 1:
+                sink = norm
+        yield Operator(module, macs // max(1, tracer.samples), sink)
 
 
 def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Structure:
@@ -405,20 +362,11 @@ def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Structure:
     The model must be in eval mode. Costs one forward pass; nothing of the model is changed.
     """
     tracer = ChannelTracer(model)
-    with torch.no_grad(), follow_modules(model, tracer.path), tracer:
+    with torch.no_grad(), tracer.following(), tracer:
         outputs = run(model)
-    tracer.path.clear()
     for tensor in tensors_in(outputs if isinstance(outputs, (Tensor, list, tuple, dict)) else vars(outputs)):
+        tracer.uses[id(tensor)] += 1
         record = tracer.records.get(id(tensor))
         if record is not None:
             tracer.couplings.freeze(record.ids, "these channels are the model's output")
-    operators = {}
-    for module, macs in tracer.macs.items():
-        sink = "bias" if tracer.biased.get(module) else None
-        if sink is None and module in tracer.norm_of:
-            norm, tensor_id = tracer.norm_of[module]
-            behind = model.get_submodule(norm)
-            if tracer.uses[tensor_id] == 1 and getattr(behind, "running_mean", None) is not None:
-                sink = norm
-        operators[module] = Operator(module, macs, sink)
-    return Structure(tracer.couplings.groups(), operators)
+    return Structure(tracer.couplings.groups(), {o.module: o for o in _operators(tracer)})
