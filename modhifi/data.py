@@ -15,8 +15,10 @@ from modhifi import synthetic
 from modhifi.errors import ModhifiError
 from modhifi.load import LoadedModel
 
-# Images drawn for every one kept when a synthetic set is balanced.
+# Images drawn for every one kept when a synthetic set is balanced, as far as their pixels stay within the budget:
+# 1,337 candidates of 224x224, 16,384 of 64x64. Pixels, not seconds, so that a run can be repeated on any machine.
 CANDIDATES = 3
+CANDIDATE_PIXELS = 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +70,9 @@ def load_samples(spec: str, loaded: LoadedModel, *, n: int, seed: int = 0, balan
 
     `spec` is ``images:DIR`` (class folders, or images alone), ``hf:DATASET[:SPLIT]`` (split ``train`` if not said) or
     ``synthetic[:KIND]`` (``mixed``, any of `modhifi.synthetic.KINDS`). At most `n` items are used, chosen and ordered
-    by `seed`. `balanced` concerns synthetic images for classifiers: three candidates are drawn for each image kept, and
-    the set kept is spread over the classes that the model itself predicts; it costs ``3 n`` forward passes.
+    by `seed`. `balanced` concerns synthetic images for classifiers: three candidates are drawn for each image kept
+    (fewer for large images, see `CANDIDATE_PIXELS`), and the set kept is spread over the classes that the model itself
+    predicts; it costs one forward pass for each candidate. Other models get the first `n` images.
 
     Raises ModhifiError for a source that is unknown, missing or has nothing readable, and for a model without images.
     """
@@ -190,7 +193,7 @@ def _drawn(kind: str, loaded: LoadedModel, n: int, seed: int, balanced: bool) ->
         return ((image if channels == 3 else image.mean(dim=0, keepdim=True)) - mean) / std
 
     balanced = balanced and class_count(loaded) is not None
-    total = n * CANDIDATES if balanced else n
+    total = min(n * CANDIDATES, max(n, CANDIDATE_PIXELS // (height * width))) if balanced else n
     samples = Samples(
         load=load,
         hashes=tuple(synthetic.identity(kind, seed, i, height, width) for i in range(total)),
@@ -199,4 +202,4 @@ def _drawn(kind: str, loaded: LoadedModel, n: int, seed: int, balanced: bool) ->
         description=f"synthetic:{kind}, {total} images of {height}x{width}, seed {seed}",
         synthetic=True,
     )
-    return balance(samples, loaded, n) if balanced else samples
+    return balance(samples, loaded, n) if total > n else samples

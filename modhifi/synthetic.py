@@ -251,8 +251,8 @@ def _colour_curve(rng: np.random.Generator, value: Array) -> Array:
     else:
         at = np.linspace(0, 1, len(knots))
         curve = np.stack([np.interp(fine, at, knots[:, c]) for c in range(3)], axis=1)
-    shades = np.asarray(curve, np.float32)
-    return np.take(shades, (np.clip(value, 0, 1) * 255).astype(np.uint8), axis=0)
+    shades: Array = curve.astype(np.float32)
+    return shades[(np.clip(value, 0, 1) * 255).astype(np.uint8)]
 
 
 def _blur(field: Array, radius: float) -> Array:

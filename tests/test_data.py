@@ -281,6 +281,12 @@ def test_synthetic_is_balanced_by_default() -> None:
     assert default.names != load_samples("synthetic", loaded, n=40, balanced=False).names
 
 
+def test_balancing_large_sets_stays_within_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "CANDIDATE_PIXELS", 50 * 16 * 16)
+    assert "40 of: synthetic:mixed, 50 images" in load_samples("synthetic", stand_in(), n=40).description
+    assert "synthetic:mixed, 60 images of 16x16, seed 0" == load_samples("synthetic", stand_in(), n=60).description
+
+
 def test_balance_needs_a_classifier() -> None:
     backbone = stand_in(model=nn.Conv2d(3, 4, 1))
     with pytest.raises(ModhifiError, match="no classifier"):
