@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from modhifi.errors import ModhifiError
 
 from .check import check
+from .demo import demo
 from .env import env, version
 from .prune import prune
 from .score import score
@@ -91,7 +92,7 @@ def options(
     """Edit open-weight models with forward passes only: prune, unlearn, verify."""
 
 
-for verb in (prune, score, check, env):
+for verb in (prune, score, check, demo, env):
     app.command()(verb)
 
 

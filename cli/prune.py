@@ -86,7 +86,7 @@ def prune(
     allocate: Annotated[
         Literal["energy", "amplification"],
         typer.Option("--allocate", help="Weight of each group's error: its own energy, or its measured effect."),
-    ] = "energy",
+    ] = "amplification",
     layout: Annotated[
         Literal["global", "uniform"], typer.Option("--layout", help="Allocate over all groups, or the same share each.")
     ] = "global",
@@ -135,7 +135,6 @@ def prune(
     import json
     import shlex
 
-    from modhifi.export import export_kinds
     from modhifi.pipeline import run_prune
     from modhifi.plan import Plan
     from modhifi.recipe import apply_overrides, parse_recipe, read_yaml
@@ -195,7 +194,7 @@ def prune(
             dry_run=dry_run,
             force=force,
             plan=replayed,
-            export=export_kinds(export or []),
+            export=tuple(export or []),
             progress=report,
             command=shlex.join(["modhifi", *sys.argv[1:]]),
         )
@@ -210,13 +209,16 @@ def show(report: dict[str, Any], path: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from modhifi.report import change, number
+
     console = Console()
     for warning in report["warnings"]:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
     if "before_after" in report:
         table = Table("", "before", "after", "change", title=report["title"])
         for row in report["before_after"]:
-            table.add_row(*table_row(row))
+            values = (number(row["before"], row["unit"]), number(row["after"], row["unit"]))
+            table.add_row(row["name"], *values, change(row))
         console.print(table)
         errors = report["errors"]
         worst = max(report["groups"], key=lambda g: g["relative_error"])
@@ -241,21 +243,3 @@ def show(report: dict[str, Any], path: Path | None) -> None:
         console.print(f"{len(report['refused'])} groups cannot be pruned; `modhifi check` says why")
     if path is not None:
         console.print(f"model and report: {path}/report.html", soft_wrap=True)
-
-
-def table_row(row: dict[str, Any]) -> tuple[str, str, str, str]:
-    def number(value: float | None) -> str:
-        if value is None:
-            return "not measured"
-        if row["unit"].startswith("share"):
-            return f"{value:.2%}"
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-    change = row["change"]
-    if change is None:
-        shown = ""
-    elif row["unit"].startswith("share"):
-        shown = f"{100 * (row['after'] - row['before']):+.2f} points"
-    else:
-        shown = f"x {change:.3f}"
-    return row["name"], number(row["before"]), number(row["after"]), shown

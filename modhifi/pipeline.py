@@ -13,9 +13,12 @@ import torch
 from torch import nn
 
 from . import measure
-from .artifact import check_output, save_artifact, verify_reload
+from .artifact import check_output, describe_data, save_artifact, verify_reload
+from .contact_sheet import contact_sheet
 from .data import Samples, load_samples, warn_degenerate
 from .errors import ModhifiError
+from .export import SUFFIXES, check_export
+from .export import export as export_model
 from .load import LoadedModel, load_model
 from .plan import Plan
 from .pruning import (
@@ -26,7 +29,8 @@ from .pruning import (
     reestimate_batchnorm,
     silent,
 )
-from .recipe import ModelSource, PruneRecipe, dump_recipe
+from .recipe import ModelSource, PruneRecipe
+from .report import data_uri
 from .sizes import sizes_of
 
 
@@ -106,6 +110,8 @@ def run_prune(
     out = None if dry_run or recipe.out is None else Path(recipe.out)
     if out is not None:
         check_output(out, force)
+    for kind in export:
+        check_export(kind)
     with clock.stage("load"):
         loaded = load_source(recipe.model)
         loaded.model.to(device)
@@ -121,7 +127,9 @@ def run_prune(
         return PruneResult(report, pruned.plan)
     with clock.stage("measure"):
         report |= measure_run(loaded, pruned.model, held, recipe.batch_size, progress)
-        report["before_after"] = _before_after(loaded, pruned.model, report)
+        report["before_after"] = _before_after(report)
+        if loaded.kind == "image":
+            report["contact_sheet"] = data_uri(contact_sheet(calibration, loaded, n=48, tile=64))
     path = None
     if out is not None:
         with clock.stage("save"):
@@ -135,11 +143,11 @@ def run_prune(
                 manifest={
                     "task": "prune",
                     "seed": recipe.seed,
-                    "calibration": {"fingerprint": calibration.fingerprint(), "hashes": list(calibration.hashes)},
-                    "held_out": {"fingerprint": held.fingerprint(), "hashes": list(held.hashes)},
+                    "calibration": describe_data(calibration),
+                    "held_out": describe_data(held),
                     "metrics": {k: report[k] for k in ("errors", "size") if k in report},
                 },
-                recipe=dump_recipe(recipe),
+                recipe=recipe.model_dump(mode="json"),
                 report=report,
                 force=force,
             )
@@ -148,6 +156,9 @@ def run_prune(
             with torch.no_grad():
                 expected = loaded.logits(batch, pruned.model.cpu())
             verify_reload(path, batch, expected)
+        for kind in export:
+            with clock.stage(f"export {kind}"):
+                export_model(pruned.model, batch, path / f"model{SUFFIXES[kind]}", kind)
     report["timing"] = clock.seconds
     return PruneResult(report, pruned.plan, pruned.model, path)
 
@@ -249,18 +260,17 @@ def measure_run(
     }
 
 
-def _before_after(loaded: LoadedModel, edited: nn.Module, report: dict[str, Any]) -> list[dict[str, Any]]:
-    def row(name: str, before: float | None, after: float | None, unit: str) -> dict[str, Any]:
-        change = None if before in (None, 0) or after is None else after / before  # type: ignore[operator]
-        return {"name": name, "before": before, "after": after, "unit": unit, "change": change}
+def _before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
+    def row(name: str, before: float | None, after: float | None, unit: str = "") -> dict[str, Any]:
+        return {"name": name, "before": before, "after": after, "unit": unit}
 
     errors, size, latency = report["errors"], report["size"], report["latency"]
     return [
-        row("top-1 accuracy", errors.get("accuracy_before"), errors.get("accuracy_after"), "share of held-out samples"),
-        row("agreement with the original", 1.0, errors["agreement"], "share of held-out samples"),
-        row("FLOPs", *size["flops"], "per sample"),
-        row("parameters", *size["parameters"], ""),
-        row("latency, batch of 1", latency["before"]["median"] * 1e3, latency["after"]["median"] * 1e3, "ms"),
+        row("top-1 accuracy", errors.get("accuracy_before"), errors.get("accuracy_after"), "%"),
+        row("agreement with the original", 1.0, errors["agreement"], "%"),
+        row("FLOPs per sample", *size["flops"]),
+        row("parameters", *size["parameters"]),
+        row("latency, one sample", latency["before"]["median"], latency["after"]["median"], "s"),
     ]
 
 

@@ -25,6 +25,9 @@ from .sequential import edit_sequentially, joint_moments
 from .surgery import kernel_size, removed_positions, shrink
 from .tracing import trace
 
+# fewest and most samples that probe the effect of one group
+PROBES = (8, 32)
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -40,7 +43,7 @@ class PruneSettings:
     selector: str = "obs"
     compensate: str = "lstsq"
     layout: str = "global"
-    weighting: str = "energy"
+    weighting: str = "amplification"
     sequential: str | None = None
     floor: float = 0.1
     round_to: int = 1
@@ -381,10 +384,12 @@ def prune_model(
             raise ModhifiError("give a budget: --ratio, --params or --flops")
         curves = removal_curves(loaded.model, structure, moments, settings, progress)
         weights = None
-        if settings.weighting == "amplification":
-            probe = torch.stack([samples.load(i) for i in range(min(settings.batch_size, len(samples)))])
+        if settings.weighting == "amplification" and settings.layout == "global":
+            # in all about as many forward passes as the calibration itself
+            probes = min(len(samples), max(PROBES[0], min(PROBES[1], len(samples) // len(structure.prunable))))
+            probe = torch.stack([samples.load(i) for i in range(probes)])
             weights = amplification(loaded, structure, curves, moments, settings, probe, progress=progress)
-        elif settings.weighting != "energy":
+        elif settings.weighting not in ("energy", "amplification"):
             raise ModhifiError(f"unknown weighting '{settings.weighting}'; choose energy or amplification")
         plan = make_plan(loaded.model, structure, curves, budget, settings, weights)
     return replace(apply_plan(loaded, structure, plan, moments, settings, samples, progress), curves=curves)

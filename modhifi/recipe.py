@@ -58,7 +58,7 @@ class Method(Strict):
 
     selector: Literal["obs", "naive", "energy", "wanda", "cholesky", "magnitude", "random"] = "obs"
     compensate: Literal["lstsq", "delta", "none"] = "lstsq"
-    allocate: Literal["energy", "amplification"] = "energy"
+    allocate: Literal["energy", "amplification"] = "amplification"
     layout: Literal["global", "uniform"] = "global"
     sequential: Literal["own", "dense"] | None = None
     eta: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -1,0 +1,56 @@
+"""`modhifi demo`: the main job on a small real model and real images that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import DeviceOption, ForceOption, JsonOption, QuietOption, print_json, progress, resolve_device
+from .prune import show
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Directory to write.")] = Path("modhifi-demo"),
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+    force: ForceOption = False,
+) -> None:
+    """Prune the bundled CIFAR-10 ResNet to half its FLOPs, reload it and report what that did. Offline, CPU is enough."""
+    import shlex
+    import sys
+    from importlib.resources import as_file, files
+
+    from modhifi.pipeline import run_prune
+    from modhifi.recipe import parse_recipe
+
+    with as_file(files("modhifi") / "demo") as place, progress(quiet or as_json) as report:
+        recipe = parse_recipe(
+            {
+                "model": {"name": str(place / "model")},
+                "data": {
+                    "source": f"images:{place / 'images' / 'calibration'}",
+                    "samples": 500,
+                    "evaluate": f"images:{place / 'images' / 'test'}",
+                    "evaluation_samples": 500,
+                },
+                "budget": {"flops": "0.5x"},
+                "batch_size": 100,
+                "out": str(out),
+            }
+        )
+        result = run_prune(
+            recipe,
+            device=resolve_device(device),
+            force=force,
+            progress=report,
+            command=shlex.join(["modhifi", *sys.argv[1:]]),
+        )
+    if as_json:
+        print_json({**result.report, "path": str(result.path)})
+        return
+    show(result.report, result.path)
+    seconds = result.report["timing"]
+    typer.echo(f"took {sum(seconds.values()):.0f} s, of which pruning {seconds['prune']:.0f} s")

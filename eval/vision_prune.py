@@ -1,0 +1,221 @@
+"""Pruning conv nets without training: a ladder of methods, peers, and the cost of scoring.
+
+    MODHIFI_DATA=DIR python eval/vision_prune.py [--part ladder|further|imagenet|cost]
+
+Without a part all of them run, and parts whose data or packages are missing say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from dataclasses import replace
+
+import torch
+from common import Missing, cifar10, efficientnet_lite0, reference, write_results
+from torch import nn
+
+from modhifi import measure
+from modhifi.allocate import Budget
+from modhifi.data import Samples, load_samples
+from modhifi.load import LoadedModel, load_model
+from modhifi.pruning import PruneSettings, prune_model, reestimate_batchnorm
+
+LADDER = [
+    ("magnitude", "none"), ("naive", "none"), ("energy", "none"), ("naive", "delta"), ("energy", "delta"),
+    ("magnitude", "lstsq"), ("naive", "lstsq"), ("energy", "lstsq"), ("obs", "lstsq"),
+]
+
+
+def cached(samples: Samples) -> Samples:
+    """The same samples, loaded once."""
+    items = [samples.load(i) for i in range(len(samples))]
+    return replace(samples, load=items.__getitem__)
+
+
+def accuracy(loaded: LoadedModel, model: nn.Module, samples: Samples) -> float:
+    return 100 * measure.accuracy(lambda b: loaded.logits(b, model), samples, batch_size=200)
+
+
+def flops_share(loaded: LoadedModel, model: nn.Module) -> float:
+    x = loaded.example[:1]
+    return measure.count_flops(model, x) / measure.count_flops(loaded.model, x)
+
+
+def cifar(test: int = 2000) -> tuple[LoadedModel, Samples, Samples]:
+    loaded, root = reference("resnet"), cifar10()
+    calibration = cached(load_samples(f"images:{root / 'train'}", loaded, n=1000))
+    held = cached(load_samples(f"images:{root / 'test'}", loaded, n=test))
+    return loaded, calibration, held
+
+
+def inner(ratio: float, **settings: object) -> tuple[Budget, PruneSettings]:
+    return Budget("components", 1 - ratio), PruneSettings(layout="uniform", coupled=False, **settings)  # type: ignore[arg-type]
+
+
+def ladder() -> None:
+    loaded, calibration, held = cifar()
+    dense = accuracy(loaded, loaded.model, held)
+    rows = [{"method": "dense", "removed": 0.0, "accuracy": dense, "FLOPs kept": 1.0}]
+    for ratio in (0.25, 0.5, 0.75):
+        for selector, compensate in LADDER:
+            pruned = prune_model(loaded, calibration, *inner(ratio, selector=selector, compensate=compensate))
+            rows.append(row(loaded, pruned.model, calibration, held, f"{selector} + {compensate}", ratio))
+        for name, model in torch_pruning(loaded, ratio, flops_share(loaded, pruned.model)):
+            rows.append(row(loaded, model, calibration, held, name, ratio))
+    write_results(
+        "vision_prune_ladder", rows, ["method", "removed", "FLOPs kept", "accuracy", "accuracy, BatchNorm re-estimated"],
+        f"""# Ladder of methods, no training
+The reference ResNet on {len(held)} CIFAR-10 test images; the same share of the inner channels of every block removed; {len(calibration)}
+unlabelled training images. `naive` is the paper's selection, `delta` its compensation. Torch-Pruning prunes magnitudes on its own
+choice of groups, down to the FLOPs of the rows above. Command: `python eval/vision_prune.py --part ladder`.""",
+    )
+
+
+def row(
+    loaded: LoadedModel, model: nn.Module, calibration: Samples, held: Samples, name: str, ratio: float
+) -> dict[str, object]:
+    result = {"method": name, "removed": ratio, "FLOPs kept": flops_share(loaded, model), "accuracy": accuracy(loaded, model, held)}
+    again = copy.deepcopy(model)
+    reestimate_batchnorm(again, loaded, calibration, 100)
+    result["accuracy, BatchNorm re-estimated"] = accuracy(loaded, again, held)
+    print(result, flush=True)
+    return result
+
+
+def torch_pruning(loaded: LoadedModel, ratio: float, flops: float) -> list[tuple[str, nn.Module]]:
+    """Torch-Pruning's magnitude pruner, local and global, without fine-tuning, to the same FLOPs by bisection."""
+    try:
+        import torch_pruning as tp
+    except ImportError:
+        print("Torch-Pruning is not installed (pip install torch-pruning): its rows are left out")
+        return []
+    result = []
+    for scope in (False, True):
+        low, high, best = 0.0, 0.95, None
+        for _ in range(9):
+            middle = (low + high) / 2
+            model = copy.deepcopy(loaded.model).requires_grad_(True)
+            ignored = [m for m in model.modules() if isinstance(m, nn.Linear)]
+            pruner = tp.pruner.MagnitudePruner(
+                model, loaded.example[:1], importance=tp.importance.GroupMagnitudeImportance(p=2),
+                pruning_ratio=middle, global_pruning=scope, ignored_layers=ignored,
+            )
+            pruner.step()
+            share = flops_share(loaded, model)
+            if best is None or abs(share - flops) < best[0]:
+                best = (abs(share - flops), model)
+            low, high = (middle, high) if share > flops else (low, middle)
+        assert best is not None
+        result.append((f"Torch-Pruning magnitude, {'global' if scope else 'local'}", best[1].requires_grad_(False).eval()))
+    return result
+
+
+FURTHER: list[tuple[str, dict[str, object]]] = [
+    ("obs + lstsq, inner, uniform", dict(layout="uniform", coupled=False)),
+    ("obs + lstsq, all groups, uniform", dict(layout="uniform")),
+    ("obs + lstsq, inner, global by energy", dict(coupled=False)),
+    ("obs + lstsq, inner, global by amplification", dict(coupled=False, weighting="amplification")),
+    ("obs + lstsq, all groups, global by energy", dict()),
+    ("obs + lstsq, all groups, global by amplification", dict(weighting="amplification")),
+    ("the same, ridge 1e-3", dict(weighting="amplification", ridge=1e-3)),
+    ("the same, ridge 1e-2", dict(weighting="amplification", ridge=1e-2)),
+    ("the same, ridge 1e-5", dict(weighting="amplification", ridge=1e-5)),
+    ("the same, 2 rows per column", dict(weighting="amplification", rows_per_column=2)),
+    ("the same, 16 rows per column", dict(weighting="amplification", rows_per_column=16)),
+    ("the same, sequential, own target", dict(weighting="amplification", sequential="own")),
+    ("the same, sequential, dense target", dict(weighting="amplification", sequential="dense")),
+]
+
+
+def further() -> None:
+    loaded, calibration, held = cifar()
+    rows = []
+    for keep in (0.75, 0.5, 0.35):
+        for name, settings in FURTHER:
+            pruned = prune_model(loaded, calibration, Budget("macs", keep), PruneSettings(**settings))  # type: ignore[arg-type]
+            rows.append(row(loaded, pruned.model, calibration, held, name, 1 - keep))
+    write_results(
+        "vision_prune_further", rows, ["method", "FLOPs kept", "accuracy", "accuracy, BatchNorm re-estimated"],
+        f"""# What goes further, at equal FLOPs
+The reference ResNet ({accuracy(loaded, loaded.model, held):.2f} % on {len(held)} test images), {len(calibration)} unlabelled training images, no training.
+"The same" is all groups, global by amplification. Command: `python eval/vision_prune.py --part further`.""",
+    )
+
+
+IMAGENET: list[tuple[str, dict[str, object]]] = [
+    ("energy, all groups", dict()),
+    ("energy, inner", dict(coupled=False)),
+    ("uniform, inner", dict(coupled=False, layout="uniform")),
+    ("amplification, all groups", dict(weighting="amplification")),
+    ("amplification, inner", dict(weighting="amplification", coupled=False)),
+    ("amplification, inner, ridge 1e-3", dict(weighting="amplification", coupled=False, ridge=1e-3)),
+    ("amplification, inner, ridge 1e-2", dict(weighting="amplification", coupled=False, ridge=1e-2)),
+    ("amplification, inner, 16 rows per column", dict(weighting="amplification", coupled=False, rows_per_column=16)),
+    ("amplification, inner, sequential dense", dict(weighting="amplification", coupled=False, sequential="dense")),
+]
+
+
+def imagenet() -> None:
+    from common import imagenet_sample
+
+    loaded = efficientnet_lite0()
+    images = load_samples(f"images:{imagenet_sample()}", loaded, n=500)
+    calibration, held = cached(images.subset(range(250))), cached(images.subset(range(250, 500)))
+    rows = [{"method": "dense", "FLOPs kept": 1.0, "top-1": accuracy(loaded, loaded.model, held), "agreement": 100.0}]
+    for name, settings in IMAGENET:
+        pruned = prune_model(loaded, calibration, Budget("macs", 0.8), PruneSettings(**settings))  # type: ignore[arg-type]
+        found = measure.compare(loaded.logits, lambda b, p=pruned: loaded.logits(b, p.model), held)  # type: ignore[misc]
+        rows.append({
+            "method": name, "FLOPs kept": flops_share(loaded, pruned.model), "top-1": accuracy(loaded, pruned.model, held),
+            "agreement": 100 * float(found.agreement.mean()), "relative output error": found.relative_error,
+        })
+        print(rows[-1], flush=True)
+    write_results(
+        "vision_prune_imagenet", rows, ["method", "FLOPs kept", "top-1", "agreement", "relative output error"],
+        """# tf_efficientnet_lite0 with ImageNet weights, FLOPs x 0.8
+250 ImageNet samples for calibration, the other 250 for the figures; agreement is with the dense model's top-1, in percent.
+Command: `python eval/vision_prune.py --part imagenet`.""",
+    )
+
+
+def cost() -> None:
+    """Time of collecting, scoring, planning and editing over that of plain forward passes, ResNet-50, 224 px."""
+    loaded = load_model("timm:resnet50", pretrained=False, model_args={"zero_init_last": False})
+    calibration = cached(load_samples("synthetic", loaded, n=256, balanced=False))
+    rows = []
+    for name, settings in (
+        ("obs + lstsq, default", PruneSettings()),
+        ("obs + lstsq, inner channels", PruneSettings(coupled=False)),
+        ("obs + lstsq, amplification", PruneSettings(weighting="amplification", batch_size=8)),
+    ):
+        start = time.perf_counter()
+        with torch.no_grad():
+            for batch in calibration.batches(32):
+                loaded.logits(batch)
+        forward = time.perf_counter() - start
+        start = time.perf_counter()
+        prune_model(loaded, calibration, Budget("macs", 0.5), settings)
+        whole = time.perf_counter() - start
+        rows.append({"run": name, "forward s": forward, "prune s": whole, "ratio": whole / forward})
+        print(rows[-1], flush=True)
+    write_results(
+        "vision_prune_cost", rows, ["run", "forward s", "prune s", "ratio"],
+        """# Cost of a whole prune over plain forward passes
+ResNet-50 (random weights) at 224 px, 256 images: wall time of collecting, scoring, planning and editing over that of plain forward
+passes over the same images, measured next to each other. Command: `python eval/vision_prune.py --part cost`.""",
+    )
+
+
+PARTS = {"ladder": ladder, "further": further, "imagenet": imagenet, "cost": cost}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=PARTS)
+    wanted = parser.parse_args().part
+    for part in [wanted] if wanted else PARTS:
+        try:
+            PARTS[part]()
+        except Missing as missing:
+            print(f"{part}: not run: {missing}")
