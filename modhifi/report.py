@@ -1,0 +1,195 @@
+"""One run as ``report.json`` and as one self-contained page, ``report.html``, which can be rendered from it again.
+
+The schema, version 1; every part but ``title`` may be missing, and what is missing was not measured:
+
+* ``schema_version``, ``title``, ``task``, ``command`` (text; the command that repeats the run)
+* ``model``, ``data``, ``settings``, ``errors``: names and values, one level of nesting allowed;
+  ``summary``: a sentence
+* ``before_after``: ``{name, before, after, unit, change?}``; with the unit ``%`` values are shares in [0, 1], with
+  ``s`` and ``B`` seconds and bytes; ``change`` is text and computed where it is missing
+* ``groups``: ``{name, kind, n, kept, local_error, relative_error, amplification}``; ``kept`` is a number of components,
+  ``local_error`` squared, ``relative_error`` its share of the readers' output energy
+* ``refused``: ``{name, reason}``; ``verdicts``: ``{name, verdict, text}``; ``warnings``: sentences
+* ``timing``: seconds by stage; ``contact_sheet``: a PNG picture as a data URI (:func:`data_uri`)
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from PIL import Image
+
+SCHEMA_VERSION = 1
+NOT_MEASURED = "not measured"
+PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
+SMALL = ((1.0, ""), (1e-3, "m"), (1e-6, "µ"))
+# Drawn with these, then replaced by what follows the page's light or dark colours.
+INK, STRONG, FAINT = "#010203", "#010204", "#010205"
+COLOURS = {INK: "currentColor", STRONG: "var(--accent)", FAINT: "var(--faint)"}
+LABELLED_ROWS = 80
+
+
+def render_html(report: Mapping[str, Any]) -> str:
+    """The page of a report: no network, no script, readable on a phone and on paper, in light and dark."""
+    environment = Environment(
+        loader=PackageLoader("modhifi", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number, "plain": plain, "tone": tone}
+    groups = report.get("groups") or []
+    rows = [{**row, "change": change(row)} for row in report.get("before_after") or []]
+    charts = {"widths": _widths(groups), "errors": _errors(groups)}
+    template = environment.get_template("report.html.j2")
+    page: str = template.render(report=report, rows=rows, groups=groups, charts=charts)
+    return page
+
+
+def number(value: Any, unit: str = "") -> str:
+    """A value as people read it: ``11.69 M``, ``91.3 %`` (of a share), ``12.3 ms``; None says ``not measured``."""
+    if value is None:
+        return NOT_MEASURED
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return f"{value} {unit}".strip()
+    if not math.isfinite(value):
+        return "infinite" if math.isinf(value) else NOT_MEASURED
+    if unit == "%":
+        return f"{100 * value:.2f} %"
+    size = abs(value)
+    if unit == "s" and 0 < size < 1:
+        scale, prefix = next(((s, p) for s, p in SMALL if size >= s), SMALL[-1])
+        return f"{value / scale:.3g} {prefix}{unit}"
+    if size >= 1e6:
+        scale, prefix = next((s, p) for s, p in PREFIXES if size >= s)
+        if size / scale < 1e4:
+            return f"{value / scale:.4g} {prefix}{unit}"
+    text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return f"{text} {unit}".strip()
+
+
+def plain(value: Any) -> str:
+    """A setting or other given value, digits untouched."""
+    if value is None:
+        return "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(v) for v in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
+
+
+def change(row: Mapping[str, Any]) -> str:
+    """The change of a before/after row: in points for shares, in percent for other numbers, empty if it has none."""
+    if row.get("change") is not None:
+        return str(row["change"])
+    before, after = row.get("before"), row.get("after")
+    if not all(isinstance(v, int | float) and math.isfinite(v) for v in (before, after)):
+        return ""
+    if row.get("unit") == "%":
+        text = f"{100 * (after - before):+.2f} points"
+    else:
+        text = f"{100 * (after / before - 1):+.1f} %" if before else ""
+    return text.replace("-", "−")
+
+
+def tone(verdict: str) -> str:
+    """The colour of a verdict: good, bad or open."""
+    word = str(verdict).upper()
+    return "good" if word.startswith("PASS") else "bad" if word.startswith(("FAIL", "LEAK")) else "open"
+
+
+def data_uri(image: Image.Image) -> str:
+    """A picture as a PNG data URI of at most 256 colours, small enough for a page."""
+    buffer = io.BytesIO()
+    image.convert("RGB").quantize(256).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def jsonable(value: Any) -> Any:
+    """The value with tuples as lists, tensors and numpy numbers as plain ones, paths as text.
+
+    NaN becomes null; an infinity, which JSON has not got, the text ``Infinity`` or ``-Infinity``.
+    """
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, str | bool | int) or value is None:
+        return value
+    if isinstance(value, float):
+        if math.isinf(value):
+            return "Infinity" if value > 0 else "-Infinity"
+        return None if math.isnan(value) else value
+    if hasattr(value, "tolist"):
+        return jsonable(value.tolist())
+    if isinstance(value, Sequence | set | frozenset):
+        return [jsonable(v) for v in value]
+    return str(value)
+
+
+# -- charts ------------------------------------------------------------------------------------------------------------
+def _widths(groups: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """How many components every group had and keeps."""
+    drawn = [g for g in groups if g.get("n")]
+    if not drawn:
+        return None
+    return _bars(
+        [str(g["name"]) for g in drawn],
+        [(FAINT, [1.0 for _ in drawn]), (STRONG, [g["kept"] / g["n"] for g in drawn])],
+        [f"{g['kept']} of {g['n']}" for g in drawn],
+        "share of components kept",
+    )
+
+
+def _errors(groups: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """The error that every group causes at its readers."""
+    drawn = [g for g in groups if isinstance(g.get("relative_error"), int | float)]
+    if not drawn:
+        return None
+    values = [float(g["relative_error"]) for g in drawn]
+    texts = [f"{100 * v:.2g} %" for v in values]
+    return _bars([str(g["name"]) for g in drawn], [(STRONG, values)], texts, "share of output energy lost")
+
+
+def _bars(names: Sequence[str], layers: Sequence[tuple[str, list[float]]], texts: Sequence[str], label: str) -> Markup:
+    """One horizontal bar a row, later layers over earlier ones, as inline SVG no wider than a phone."""
+    n = len(names)
+    dense = n > LABELLED_ROWS
+    height = 0.55 + (0.2 * n if not dense else 16.0)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "modhifi", "font.size": 8.5}):
+        figure = Figure(figsize=(4.1, height), layout="constrained")
+        axes = figure.add_subplot()
+        rows = range(n)
+        for colour, values in layers:
+            axes.barh(rows, values, height=0.72, color=colour, linewidth=0)
+        top = max(max(values) for _, values in layers) or 1.0
+        axes.set_xlim(0, 1.32 * top)
+        axes.set_ylim(n - 0.4, -0.6)
+        step = math.ceil(n / LABELLED_ROWS)
+        shown = rows[::step]
+        axes.set_yticks(shown, [_shorten(names[i]) for i in shown])
+        for i in shown:
+            end = max(values[i] for _, values in layers)
+            axes.text(end + 0.015 * top, i, texts[i], va="center", color=INK, fontsize=8)
+        axes.set_xticks([])
+        axes.set_xlabel(label, color=INK)
+        axes.tick_params(colors=INK, length=0)
+        for side in axes.spines.values():
+            side.set_visible(False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for drawn, themed in COLOURS.items():
+        svg = svg.replace(drawn, themed)
+    # Escaped by matplotlib already.
+    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
+
+
+def _shorten(name: str, limit: int = 24) -> str:
+    half = (limit - 1) // 2
+    return name if len(name) <= limit else f"{name[:half]}…{name[-half:]}"
