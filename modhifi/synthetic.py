@@ -258,7 +258,7 @@ def _colour_curve(rng: np.random.Generator, value: Array) -> Array:
 def _blur(field: Array, radius: float) -> Array:
     """Gaussian blur of a field ``(height, width)`` with values in [0, 16), in steps of 1/16: enough for a density."""
     image = Image.fromarray((np.clip(field, 0, 15.9) * 16).astype(np.uint8))
-    return np.asarray(image.filter(ImageFilter.GaussianBlur(radius)), np.float32) / 16
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(radius))).astype(np.float32) / np.float32(16)
 
 
 KINDS: dict[str, Drawer] = {
