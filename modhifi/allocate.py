@@ -36,13 +36,13 @@ class Budget:
             raise ModhifiError("give exactly one of --ratio, --params and --flops, for example --flops 0.5x")
         name, value = chosen[0]
         if name == "ratio":
-            share = float(value)  # type: ignore[arg-type]
+            share = float(value)
             if not 0 < share < 1:
-                raise ModhifiError(f"--ratio is the share of components removed, between 0 and 1 (exclusive), not {value}")
+                raise ModhifiError(f"--ratio is the share of components removed, above 0 and below 1, not {value}")
             return cls("components", 1 - share)
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*x?\s*", str(value))
         if not match or not 0 < float(match.group(1)) < 1:
-            raise ModhifiError(f"--{name} is the share of the model kept, between 0x and 1x (exclusive), such as 0.5x, not {value!r}")
+            raise ModhifiError(f"--{name} is the share of the model kept, above 0x and below 1x, not {value!r}")
         return cls("parameters" if name == "params" else "macs", float(match.group(1)))
 
     def size(self, sizes: Sizes, widths: Mapping[str, int]) -> float:
@@ -81,27 +81,23 @@ def allocate(
     ``uniform``: every group keeps the same share. Raises :class:`ModhifiError` where floors and rounding leave the
     budget out of reach.
     """
-    dense = {g.name: g.n for g in groups}
-    target = budget.keep * budget.size(sizes, dense)
-    lowest = {g.name: least_width(g, floor, round_to) for g in groups}
-    lowest = {g.name: max(lowest[g.name], g.n - len(curves[g.name].order)) for g in groups}
-    reach = budget.size(sizes, lowest) / budget.size(sizes, dense)
-    if reach > budget.keep * 1.02:
-        raise ModhifiError(
-            f"no allocation keeps only {budget.keep:.3g}x of the {_NAMES[budget.measure]}: with every prunable group at its "
-            f"least width {reach:.3g}x remains; ask for more, lower the floor, or prune more groups"
-        )
-    choose = {"global": _greedy, "uniform": _uniform}
-    if layout not in choose:
+    if layout not in _LAYOUTS:
         raise ModhifiError(f"unknown layout '{layout}'; choose global or uniform")
-    widths = choose[layout](groups, curves, sizes, budget, target, lowest, round_to, weights)
-    if layout == "global":
-        widths = _settle(groups, sizes, budget, target, lowest, round_to, widths)
-    reached = budget.size(sizes, widths) / budget.size(sizes, dense)
-    if abs(reached / budget.keep - 1) > 0.02:
+    lowest = {g.name: max(least_width(g, floor, round_to), g.n - len(curves[g.name].order)) for g in groups}
+    problem = _Problem(groups, curves, sizes, budget, lowest, round_to, weights)
+    what, keep = _NAMES[budget.measure], budget.keep
+    reach = problem.size(lowest) / problem.dense
+    if reach > keep * 1.02:
         raise ModhifiError(
-            f"the nearest to {budget.keep:.3g}x of the {_NAMES[budget.measure]} that the allowed widths give is {reached:.3g}x; "
-            f"ask for that, or round less"
+            f"no allocation keeps only {keep:.3g}x of the {what}: with every prunable group at its least width "
+            f"{reach:.3g}x remains; ask for more, lower the floor, or prune more groups"
+        )
+    widths = _LAYOUTS[layout](problem)
+    reached = problem.size(widths) / problem.dense
+    if abs(reached / keep - 1) > 0.02:
+        raise ModhifiError(
+            f"the nearest to {keep:.3g}x of the {what} that the allowed widths give is {reached:.3g}x; ask for that, "
+            f"or round less"
         )
     return plan_for(groups, curves, widths)
 
@@ -122,73 +118,104 @@ def plan_for(groups: tuple[Group, ...], curves: Mapping[str, Curve], widths: Map
     return Plan(kept, cost)
 
 
-def _greedy(groups, curves, sizes, budget, target, lowest, round_to, weights) -> dict[str, int]:  # type: ignore[no-untyped-def]
-    widths = {g.name: g.n for g in groups}
-    total = budget.size(sizes, widths)
-    touching = sizes.touching() if budget.measure != "components" else {}
-    by_name = {g.name: g for g in groups}
+@dataclass(frozen=True)
+class _Problem:
+    """What an allocation has to solve; ``lowest`` is the least width of every group."""
 
-    def proposal(name: str) -> tuple[float, int, float] | None:
-        """Price, next width and saving of a group's best next cut, looking ahead for a convex price."""
-        group, curve = by_name[name], curves[name]
-        step = step_of(group, round_to)
-        here = widths[name]
-        weight = weights[name] if weights is not None else 1.0 / max(curve.energy, 1e-300)
+    groups: tuple[Group, ...]
+    curves: Mapping[str, Curve]
+    sizes: Sizes
+    budget: Budget
+    lowest: Mapping[str, int]
+    round_to: int
+    weights: Mapping[str, float] | None
+
+    def size(self, widths: Mapping[str, int]) -> float:
+        return self.budget.size(self.sizes, widths)
+
+    @property
+    def full(self) -> dict[str, int]:
+        return {g.name: g.n for g in self.groups}
+
+    @property
+    def dense(self) -> float:
+        return self.size(self.full)
+
+    @property
+    def target(self) -> float:
+        return self.budget.keep * self.dense
+
+    def step(self, group: Group) -> int:
+        return step_of(group, self.round_to)
+
+    def price(self, group: Group, here: int, width: int) -> float:
+        """Weighted cost of going from one width to a smaller one."""
+        curve = self.curves[group.name]
+        weight = 1.0 / max(curve.energy, 1e-300) if self.weights is None else self.weights[group.name]
+        return float(curve.cost[group.n - width] - curve.cost[group.n - here]) * weight
+
+
+def _greedy(problem: _Problem) -> dict[str, int]:
+    widths, target = problem.full, problem.target
+    total = problem.size(widths)
+    touching = problem.sizes.touching() if problem.budget.measure != "components" else {}
+    by_name = {g.name: g for g in problem.groups}
+
+    def proposal(name: str) -> tuple[float, int] | None:
+        """Price per unit saved and next width of a group's best next cut, looking ahead for a convex price."""
+        group, here, step = by_name[name], widths[name], problem.step(by_name[name])
+        local = touching.get(name, problem.sizes)
+        before = problem.budget.size(local, widths)
         least = max(1, math.ceil(group.n / (64 * step))) * step
         first = here - (here % step or step)
-        best: tuple[float, int, float] | None = None
+        best: tuple[float, int] | None = None
         for ahead in (1, 2, 4, 8):
-            width = first - (ahead * least - step) if ahead * least > step else first
-            width -= width % step
-            if width < lowest[name]:
-                width = lowest[name]
-            if width >= here:
+            width = first - max(0, ahead * least - step)
+            width = max(width - width % step, problem.lowest[name])
+            saved = before - problem.budget.size(local, {**widths, name: width})
+            if width >= here or saved <= 0:
                 continue
-            local = touching.get(name, sizes)
-            saved = budget.size(local, widths) - budget.size(local, {**widths, name: width})
-            if saved <= 0:
-                continue
-            cost = float(curve.cost[group.n - width] - curve.cost[group.n - here]) * weight
-            if best is None or cost / saved < best[0] * (1 - 1e-9):
-                best = (cost / saved, width, saved)
+            rate = problem.price(group, here, width) / saved
+            if best is None or rate < best[0] * (1 - 1e-9):
+                best = (rate, width)
         return best
 
-    heap = [(p[0], name, p[1]) for name in widths if (p := proposal(name)) is not None]
+    heap = [(found[0], name) for name in widths if (found := proposal(name)) is not None]
     heapq.heapify(heap)
     while total > target and heap:
-        _, name, width = heapq.heappop(heap)
-        fresh = proposal(name)
+        _, name = heapq.heappop(heap)
+        fresh = proposal(name)  # earlier cuts of neighbours have changed what this one saves
         if fresh is None:
             continue
         if heap and fresh[0] > heap[0][0] * (1 + 1e-9):
-            heapq.heappush(heap, (fresh[0], name, fresh[1]))
+            heapq.heappush(heap, (fresh[0], name))
             continue
-        old = widths[name]
-        widths[name] = fresh[1]
-        now = budget.size(sizes, widths)
-        if now < target:
-            widths[name] = _closest(by_name[name], old, fresh[1], round_to, lambda w, n=name: abs(budget.size(sizes, {**widths, n: w}) - target))  # type: ignore[misc]
+        choices = [widths[name], *range(fresh[1], widths[name], problem.step(by_name[name]))]
+        sizes = {width: problem.size({**widths, name: width}) for width in choices}
+        if sizes[fresh[1]] < target:
+            widths[name] = min(choices, key=lambda width, sizes=sizes: abs(sizes[width] - target))  # type: ignore[misc]
             break
-        total = now
+        widths[name], total = fresh[1], sizes[fresh[1]]
         following = proposal(name)
         if following is not None:
-            heapq.heappush(heap, (following[0], name, following[1]))
-    return widths
+            heapq.heappush(heap, (following[0], name))
+    return _settle(problem, widths)
 
 
-def _settle(groups, sizes, budget, target, lowest, round_to, widths) -> dict[str, int]:  # type: ignore[no-untyped-def]
+def _settle(problem: _Problem, widths: dict[str, int]) -> dict[str, int]:
     """Move single groups by single steps while that brings the size nearer to a target missed by over 0.5 %."""
-    miss = abs(budget.size(sizes, widths) - target)
+    target = problem.target
+    miss = abs(problem.size(widths) - target)
     for _ in range(8):
         if miss <= 0.005 * target:
             break
         best = (miss, "", 0)
-        for group in groups:
-            step = step_of(group, round_to)
-            for width in (widths[group.name] // step * step + step, -(-widths[group.name] // step) * step - step):
+        for group in problem.groups:
+            here, step = widths[group.name], problem.step(group)
+            for width in (here // step * step + step, -(-here // step) * step - step):
                 width = min(width, group.n)
-                if width >= lowest[group.name]:
-                    gap = abs(budget.size(sizes, {**widths, group.name: width}) - target)
+                if width >= problem.lowest[group.name]:
+                    gap = abs(problem.size({**widths, group.name: width}) - target)
                     best = min(best, (gap, group.name, width))
         if best[0] >= miss:
             break
@@ -197,22 +224,20 @@ def _settle(groups, sizes, budget, target, lowest, round_to, widths) -> dict[str
     return widths
 
 
-def _closest(group: Group, high: int, low: int, round_to: int, miss: Callable[[int], float]) -> int:
-    step = step_of(group, round_to)
-    return min([high, *range(low, high, step)], key=miss)
-
-
-def _uniform(groups, curves, sizes, budget, target, lowest, round_to, weights) -> dict[str, int]:  # type: ignore[no-untyped-def]
+def _uniform(problem: _Problem) -> dict[str, int]:
     def at(share: float) -> dict[str, int]:
         widths = {}
-        for group in groups:
-            step = step_of(group, round_to)
+        for group in problem.groups:
+            step = problem.step(group)
             width = round(share * group.n / step) * step
-            widths[group.name] = min(group.n, max(lowest[group.name], width))
+            widths[group.name] = min(group.n, max(problem.lowest[group.name], width))
         return widths
 
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if budget.size(sizes, at(middle)) < target else (low, middle)
-    return min((at(low), at(high)), key=lambda w: abs(budget.size(sizes, w) - target))
+        low, high = (middle, high) if problem.size(at(middle)) < problem.target else (low, middle)
+    return min((at(low), at(high)), key=lambda widths: abs(problem.size(widths) - problem.target))
+
+
+_LAYOUTS: dict[str, Callable[[_Problem], dict[str, int]]] = {"global": _greedy, "uniform": _uniform}

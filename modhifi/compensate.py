@@ -16,8 +16,8 @@ from .fidelity import compensation
 def least_squares(weight: Tensor, second: Tensor, kept: Tensor, ridge: float = 1e-4) -> Tensor:
     """``Ŵ_K = (W S_{:,K} + λW_K)(S_KK + λI)⁻¹``, zero elsewhere.
 
-    ``weight`` float64 ``(out, d)``, ``second`` float64 ``(d, d)``, ``kept`` bool ``(d,)``; λ is ``ridge`` times the mean
-    diagonal of S. Damping grows tenfold, at most four times, if the factorisation fails. Returns ``(out, d)``.
+    ``weight`` float64 ``(out, d)``, ``second`` float64 ``(d, d)``, ``kept`` bool ``(d,)``; λ is ``ridge`` times the
+    mean diagonal of S. Damping grows tenfold, at most four times, if the factorisation fails. Returns ``(out, d)``.
     """
     return least_squares_towards(weight, second, second, kept, ridge)
 

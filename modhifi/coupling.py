@@ -103,14 +103,14 @@ class Couplings:
     def groups(self) -> tuple[Group, ...]:
         """Components with the same producers, readers and fate, as groups in order of first production."""
         label = self.components()
-        places: dict[int, list[tuple[int, int]]] = {}
+        met: dict[int, list[tuple[int, int]]] = {}
         for number, event in enumerate(self.events):
             ids = event.ids.numpy()
             for component, count in zip(*np.unique(label[ids[ids >= 0]], return_counts=True), strict=True):
-                places.setdefault(int(component), []).append((number, int(count)))
+                met.setdefault(int(component), []).append((number, int(count)))
         families: dict[tuple[tuple[int, int], ...], list[int]] = {}
-        for component, signature in sorted(places.items()):
-            families.setdefault(tuple(signature), []).append(component)
+        for component, places in sorted(met.items()):
+            families.setdefault(tuple(places), []).append(component)
         groups: dict[str, Group] = {}
         for signature, members in families.items():
             group = self._group(signature, np.array(members), label)

@@ -2,7 +2,8 @@
 
 Conventions: ``weight`` float64 ``(out, d)``; ``second`` float64 ``(d, d)``, the covariance of the reader's input where
 a bias or a BatchNorm can take the mean, the uncentred Gram where nothing can; ``blocks`` int64 ``(n, m)``, the m
-columns of each of n components. Source: arXiv 2511.19566; docs/method.md.
+columns of each of n components. Where the blocks do not cover every column (a reader of a concatenation), ``Y_c`` is
+the part of the output that the blocks make: the rest stays as it is. Source: arXiv 2511.19566; docs/method.md.
 """
 
 from __future__ import annotations
@@ -16,17 +17,27 @@ def output_energy(weight: Tensor, second: Tensor) -> Tensor:
     return ((weight @ second) * weight).sum(1)
 
 
+def _ordered(weight: Tensor, second: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns of the blocks alone, block after block: weight ``(out, n m)`` and second moment ``(n m, n m)``."""
+    columns = blocks.reshape(-1)
+    if len(columns) == len(second) and bool((columns == torch.arange(len(columns), device=columns.device)).all()):
+        return weight, second
+    return weight[:, columns], second[columns][:, columns]
+
+
 def _parts(weight: Tensor, second: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``⟨Y_c, A_ci⟩`` and ``E‖A_ci‖²``, both ``(out, n)``, and ``E‖Y_c‖²``, ``(out,)``."""
-    product = weight @ second
-    inner = (weight * product)[:, blocks].sum(2)
-    own = torch.einsum("cim,imk,cik->ci", weight[:, blocks], second[blocks[:, :, None], blocks[:, None, :]], weight[:, blocks])
-    return inner, own, (weight * product).sum(1)
+    n, m = blocks.shape
+    inside = second[blocks[:, :, None], blocks[:, None, :]]
+    weight, second = _ordered(weight, second, blocks)
+    inner = (weight * (weight @ second)).view(-1, n, m).sum(2)
+    pieces = weight.view(-1, n, m)
+    return inner, torch.einsum("cim,imk,cik->ci", pieces, inside, pieces), inner.sum(1)
 
 
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Quotient that is 0 where the denominator carries no energy."""
-    alive = denominator > denominator.abs().amax().clamp_min(torch.finfo(denominator.dtype).tiny) * 1e-14
+def _ratio(numerator: Tensor, denominator: Tensor, scale: Tensor) -> Tensor:
+    """Quotient that is 0 where the denominator is nothing but rounding beside ``scale``."""
+    alive = denominator > scale.abs() * 1e-14
     return torch.where(alive, numerator / torch.where(alive, denominator, 1.0), torch.zeros_like(numerator))
 
 
@@ -36,20 +47,25 @@ def singleton_fidelity(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor
     0 where a contribution or the whole channel has no energy.
     """
     inner, own, energy = _parts(weight, second, blocks)
-    return _ratio(inner.square(), own * energy[:, None]).clamp(0.0, 1.0)
+    alone = _ratio(inner.square(), own, own.amax(1, keepdim=True))
+    return _ratio(alone, energy[:, None].expand_as(own), own.sum(1, keepdim=True)).clamp(0.0, 1.0)
 
 
 def singleton_scale(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
     """The best scalar for each component alone, ``α_ci = ⟨Y_c,A_ci⟩ / E‖A_ci‖²``, ``(out, n)``."""
     inner, own, _ = _parts(weight, second, blocks)
-    return _ratio(inner, own)
+    return _ratio(inner, own, own.amax(1, keepdim=True))
 
 
 def similarity(weight: Tensor, second: Tensor, blocks: Tensor, channel: int) -> Tensor:
     """The paper's component-similarity matrix ``Q_c[i,j] = W_ciᵀ S_ij W_cj`` of one output channel, ``(n, n)``."""
-    row = weight[channel]
-    rows, columns = blocks[:, None, :, None], blocks[None, :, None, :]
-    return torch.einsum("im,ijmk,jk->ij", row[blocks], second[rows, columns], row[blocks])
+    weight, second = _ordered(weight[channel : channel + 1], second, blocks)
+    return _similarity(weight[0], second, len(blocks))
+
+
+def _similarity(row: Tensor, second: Tensor, n: int) -> Tensor:
+    half = (second * row).view(len(row), n, -1).sum(2)
+    return (half * row[:, None]).view(n, -1, n).sum(1)
 
 
 def subset_fidelity(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor) -> Tensor:
@@ -58,15 +74,16 @@ def subset_fidelity(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor
     ``FS_c(C) = max_δ 1 − E‖Y_c − Σ_{i∈C} δ_i A_ci‖² / E‖Y_c‖²``; 1 for a channel without energy. Computed with a
     pseudo-inverse: a ridge would break monotonicity. ``kept`` int64 ``(k,)``.
     """
-    result = torch.ones(len(weight), dtype=weight.dtype)
-    energy = output_energy(weight, second)
-    for channel in range(len(weight)):
-        if energy[channel] <= energy.amax() * 1e-14:
+    result = torch.ones(len(weight), dtype=weight.dtype, device=weight.device)
+    weight, second = _ordered(weight, second, blocks)
+    for channel, row in enumerate(weight):
+        q = _similarity(row, second, len(blocks))
+        energy = q.sum()
+        if energy <= q.diagonal().sum() * 1e-14:
             continue
-        q = similarity(weight, second, blocks, channel)
         target = q.sum(1)[kept]
         explained = target @ torch.linalg.pinv(q[kept][:, kept], hermitian=True) @ target
-        result[channel] = (explained / q.sum()).clamp(0.0, 1.0)
+        result[channel] = (explained / energy).clamp(0.0, 1.0)
     return result
 
 
@@ -75,15 +92,17 @@ def compensation(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor, r
 
     ``ridge`` is in units of the mean diagonal of ``Q_CC``; 0 uses the pseudo-inverse.
     """
-    rest = torch.ones(len(blocks), dtype=torch.bool)
+    rest = torch.ones(len(blocks), dtype=torch.bool, device=weight.device)
     rest[kept] = False
-    scales = torch.ones(len(weight), len(kept), dtype=weight.dtype)
-    for channel in range(len(weight)):
-        q = similarity(weight, second, blocks, channel)
+    scales = torch.ones(len(weight), len(kept), dtype=weight.dtype, device=weight.device)
+    eye = torch.eye(len(kept), dtype=weight.dtype, device=weight.device)
+    weight, second = _ordered(weight, second, blocks)
+    for channel, row in enumerate(weight):
+        q = _similarity(row, second, len(blocks))
         own, gap = q[kept][:, kept], q[kept][:, rest].sum(1)
-        damping = ridge * own.diagonal().mean()
+        damping = ridge * own.diagonal().mean() if len(kept) else torch.zeros(())
         if damping > 0:
-            scales[channel] += torch.linalg.solve(own + damping * torch.eye(len(kept), dtype=own.dtype), gap)
+            scales[channel] += torch.linalg.solve(own + damping * eye, gap)
         else:
             scales[channel] += torch.linalg.pinv(own, hermitian=True) @ gap
     return scales
@@ -91,7 +110,8 @@ def compensation(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor, r
 
 def energy_score(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
     """How much of the reader's output energy each component explains alone, ``Σ_c E‖Y_c‖² s_ci``, ``(n,)``."""
-    return (singleton_fidelity(weight, second, blocks) * output_energy(weight, second)[:, None]).sum(0)
+    _, _, energy = _parts(weight, second, blocks)
+    return (singleton_fidelity(weight, second, blocks) * energy[:, None]).sum(0)
 
 
 def wanda_score(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
@@ -104,7 +124,7 @@ def wanda_score(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
 
 
 def top_hifi(singletons: Tensor, k: int) -> Tensor:
-    """Union over output channels of the k components of highest singleton fidelity, bool ``(n,)`` (the paper's NAIVE)."""
+    """Union over output channels of the k components of highest singleton fidelity, bool ``(n,)`` (paper's NAIVE)."""
     member = torch.zeros(singletons.shape[1], dtype=torch.bool)
     if k > 0:
         member[singletons.topk(min(k, singletons.shape[1]), dim=1).indices.reshape(-1)] = True
@@ -114,14 +134,13 @@ def top_hifi(singletons: Tensor, k: int) -> Tensor:
 def hifi_size(weight: Tensor, second: Tensor, blocks: Tensor, eta: float) -> Tensor:
     """Size of the smallest NAIVE set of fidelity at least ``eta`` per output channel, int64 ``(out,)``.
 
-    Components are taken in order of singleton fidelity; the fidelity of the set is exact (bisection, as it is monotone).
+    Components are taken in order of singleton fidelity; the set's fidelity is exact (bisection, as it is monotone).
     """
     singles = singleton_fidelity(weight, second, blocks)
     order = singles.argsort(dim=1, descending=True, stable=True)
     sizes = torch.zeros(len(weight), dtype=torch.int64)
-    energy = output_energy(weight, second)
     for channel in range(len(weight)):
-        if energy[channel] <= energy.amax() * 1e-14:
+        if not bool(singles[channel].any()):
             continue
         low, high = 1, len(blocks)
         while low < high:

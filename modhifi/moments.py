@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Moments:
 
 
 class Accumulator:
-    """Sums of ``x - shift`` and its products, ``shift`` fixed to the first rows' mean; float32 products, float64 sums."""
+    """Sums of ``x - shift`` and its products; ``shift`` is the first rows' mean, products float32, sums float64."""
 
     def __init__(self) -> None:
         self.n = 0
@@ -124,7 +125,7 @@ def reader_rows(module: nn.Module, x: Tensor, positions_for: Any = None, keep: T
 def _padded(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     kernel, stride, dilation = tuple(module.kernel_size), tuple(module.stride), tuple(module.dilation)
     if isinstance(module, Conv2dSame):
-        x = pad_same(x, kernel, stride, dilation)
+        x = pad_same(x, list(kernel), list(stride), list(dilation))
     elif any(pads := module._reversed_padding_repeated_twice):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = F.pad(x, list(pads), mode=mode)
@@ -157,7 +158,8 @@ class MomentCollector:
 
     def __enter__(self) -> MomentCollector:
         for name, module in self.readers.items():
-            self.handles.append(module.register_forward_pre_hook(lambda m, args, name=name: self._see(name, m, args[0])))
+            see = partial(self._see, name)
+            self.handles.append(module.register_forward_pre_hook(lambda m, args, see=see: see(m, args[0])))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -169,7 +171,7 @@ class MomentCollector:
         """Which of an input's ``total`` rows per sample to look at, int64 ``(batch, p)``; None for all."""
         if self.rows_per_column is None:
             return None
-        columns = module.weight[0].numel() if hasattr(module, "kernel_size") else x.shape[-1]
+        columns = module.get_parameter("weight")[0].numel() if hasattr(module, "kernel_size") else x.shape[-1]
         wanted = math.ceil(self.rows_per_column * columns / self.samples)
         return None if wanted >= total else spread_positions(total, wanted, self.first, len(x), self.seed)
 

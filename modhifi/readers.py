@@ -37,7 +37,7 @@ class Reader:
 
 def weight_matrix(module: nn.Module) -> Tensor:
     """An operator's weight as float64 ``(G, out / G, d)``, columns in im2col order."""
-    weight = module.weight.detach().double()
+    weight: Tensor = module.get_parameter("weight").detach().double()
     if isinstance(module, Conv1D):
         return weight.T[None]
     groups = conv_groups(module)
@@ -46,9 +46,8 @@ def weight_matrix(module: nn.Module) -> Tensor:
 
 def write_weight(module: nn.Module, matrix: Tensor) -> None:
     """Inverse of :func:`weight_matrix`: store ``(G, out / G, d)`` in the module, in the module's dtype."""
-    flat = matrix.reshape(-1, matrix.shape[-1])
-    value = flat.T if isinstance(module, Conv1D) else flat.reshape(module.weight.shape)
-    module.weight.data.copy_(value)
+    flat, weight = matrix.reshape(-1, matrix.shape[-1]), module.get_parameter("weight")
+    weight.data.copy_(flat.T if isinstance(module, Conv1D) else flat.reshape(weight.shape))
 
 
 def reader_of(model: nn.Module, structure: Structure, group: Group, module: str, moments: Moments) -> Reader:

@@ -130,16 +130,16 @@ def eliminate(
         ranking = alone if rank is None else torch.where(alone.isinf(), alone, rank)
         each = max(1, n // (steps * count))
         each = min(each, (n - removed - max(keep_at_least, count)) // count)
-        chosen = torch.cat(
-            [mine[ranking[mine].argsort(stable=True)[:each]] for mine in (torch.nonzero(labels == k).flatten() for k in range(count))]
-        )
-        chosen = chosen[ranking[chosen].argsort(stable=True)]
+        members = [torch.nonzero(labels == k).flatten() for k in range(count)]
+        # one of each part in turn: every multiple of the number of parts is a valid place to stop
+        chosen = torch.stack([m[ranking[m].argsort(stable=True)[:each]] for m in members], 1).reshape(-1)
         spent = state.remove(chosen)
         weights = alone[chosen].cumsum(0) / alone[chosen].sum().clamp_min(1e-300)
         cost.extend((cost[-1] + spent * weights).tolist() if spent > 0 else [cost[-1]] * len(chosen))
         gone.append(chosen)
         removed += len(chosen)
-    return Curve(torch.cat(gone) if gone else torch.empty(0, dtype=torch.int64), torch.tensor(cost, dtype=torch.float64), energy)
+    removal = torch.cat(gone) if gone else torch.empty(0, dtype=torch.int64)
+    return Curve(removal, torch.tensor(cost, dtype=torch.float64), energy)
 
 
 def _summed(readers: list[Reader], score: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""How many multiply-adds and parameters a model has as a function of its groups' widths. Pure but for one look at shapes."""
+"""Multiply-adds and parameters as a function of the groups' widths. Pure but for one look at the model's shapes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ class Sizes:
 
     def macs(self, widths: Mapping[str, int]) -> float:
         """Multiply-adds per sample of the convs and linear maps."""
-        return sum(t.macs * self._share(t.inputs, t.input_total, widths) * self._share(t.outputs, t.output_total, widths) for t in self.terms)
+        return sum(
+            t.macs * self._share(t.inputs, t.input_total, widths) * self._share(t.outputs, t.output_total, widths)
+            for t in self.terms
+        )
 
     def parameters(self, widths: Mapping[str, int]) -> float:
         """Number of parameters."""
@@ -104,8 +107,14 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
 
 
 def _width(module: nn.Module, side: str) -> int:
-    names = ("in_channels", "in_features", "nx") if side == "in" else ("out_channels", "out_features", "nf", "num_features", "num_channels")
-    for name in names:
+    for name in _WIDTHS[side]:
         if hasattr(module, name):
             return int(getattr(module, name))
-    return len(module.weight) if side == "out" and getattr(module, "weight", None) is not None else 0
+    weight = getattr(module, "weight", None)
+    return len(weight) if side == "out" and weight is not None else 0
+
+
+_WIDTHS = {
+    "in": ("in_channels", "in_features", "nx"),
+    "out": ("out_channels", "out_features", "nf", "num_features", "num_channels"),
+}

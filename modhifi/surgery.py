@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ def _set(module: nn.Module, attribute: str, value: int) -> None:
         setattr(module, attribute, value)
 
 
-def _shrink_along(module: nn.Module, gone: Tensor) -> None:
+def _shrink_along(module: Any, gone: Tensor) -> None:
     """A norm, or a depthwise conv (whose positions are those of its output)."""
     reference = module.weight if getattr(module, "weight", None) is not None else module.running_mean
     stay = _stay(len(reference), gone).to(reference.device)
@@ -121,7 +122,7 @@ def _shrink_along(module: nn.Module, gone: Tensor) -> None:
         module.num_groups = width
 
 
-def _shrink_operator(module: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+def _shrink_operator(module: Any, inputs: Tensor, outputs: Tensor) -> None:
     if isinstance(module, Conv1D):
         stay_in, stay_out = _stay(module.nx, inputs), _stay(module.nf, outputs)
         _replace(module, "weight", module.weight.data[stay_in][:, stay_out])
@@ -136,5 +137,6 @@ def _shrink_operator(module: nn.Module, inputs: Tensor, outputs: Tensor) -> None
     _replace(module, "weight", torch.cat(parts))
     if getattr(module, "bias", None) is not None:
         _replace(module, "bias", module.bias.data[stay_out])
-    for attribute, stay in (("in_channels", stay_in), ("in_features", stay_in), ("out_channels", stay_out), ("out_features", stay_out)):
-        _set(module, attribute, int(stay.sum()))
+    for kind in ("channels", "features"):
+        _set(module, f"in_{kind}", int(stay_in.sum()))
+        _set(module, f"out_{kind}", int(stay_out.sum()))
