@@ -150,10 +150,9 @@ def normalisation(loaded: LoadedModel) -> tuple[Tensor, Tensor]:
     """
     channels, height, width = image_shape(loaded)
     if loaded.transform is not None:
-        black, white = (
-            loaded.transform(Image.new("RGB", (width, height), colour))[:, height // 2, width // 2]
-            for colour in ("black", "white")
-        )
+        plain = [loaded.transform(Image.new("RGB", (width, height), colour)) for colour in ("black", "white")]
+        # The centre, because a transform may pad.
+        black, white = (image[:, image.shape[1] // 2, image.shape[2] // 2] for image in plain)
         std = 1 / (white - black)
         mean = -black * std
     else:
