@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-
 from modhifi.errors import GateFailed
 
-from .common import JsonOption, print_json
+from .common import JsonOption, print_json, stdout_console
 from .prune import (
     GgufOption,
     ModelArgOption,
@@ -43,10 +42,9 @@ def check(
 
 
 def _show(found: dict) -> None:  # type: ignore[type-arg]
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = stdout_console()
     table = Table(
         "group", "kind", "components", "step", "readers", "parameters", "multiply-adds",
         title=f"{found['model']}: what half of each group would save, alone",

@@ -15,6 +15,7 @@ from modhifi.errors import ModhifiError
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda", "mps"],
@@ -67,6 +68,13 @@ def progress(quiet: bool) -> Iterator[Report]:
             bars.update(tasks[stage], completed=done, total=total)
 
         yield report
+
+
+def stdout_console() -> Console:
+    """A rich console for tables: as wide as the terminal, and wide enough for whole names where there is none."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def print_json(payload: Any) -> None:

@@ -43,6 +43,9 @@ class ErrorMapping(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except Exception as error:
+            if _interrupted(error):
+                _say("interrupted")
+                raise typer.Exit(INTERRUPTED) from None
             known = one_line(error)
             if known is not None:
                 _say(f"error: {known}")
@@ -53,6 +56,15 @@ class ErrorMapping(TyperGroup):
             traceback.print_exc()
             _say("this is a bug of modhifi; please report it with the lines above and the output of `modhifi env`")
             raise typer.Exit(OUR_BUG) from None
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: extension modules turn one that meets their import into something else."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def one_line(error: Exception) -> str | None:

@@ -10,7 +10,17 @@ import typer
 
 from modhifi.errors import ModhifiError
 
-from .common import DeviceOption, ForceOption, JsonOption, QuietOption, SeedOption, print_json, progress, resolve_device
+from .common import (
+    DeviceOption,
+    ForceOption,
+    JsonOption,
+    QuietOption,
+    SeedOption,
+    print_json,
+    progress,
+    resolve_device,
+    stdout_console,
+)
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="timm:NAME, hf:ORG/NAME[@REVISION], or a directory.")
@@ -206,12 +216,11 @@ def prune(
 
 def show(report: dict[str, Any], path: Path | None) -> None:
     """The run on one screen."""
-    from rich.console import Console
     from rich.table import Table
 
     from modhifi.report import change, number
 
-    console = Console()
+    console = stdout_console()
     for warning in report["warnings"]:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
     if "before_after" in report:

@@ -9,7 +9,16 @@ import typer
 
 from modhifi.errors import ModhifiError
 
-from .common import DeviceOption, JsonOption, QuietOption, SeedOption, print_json, progress, resolve_device
+from .common import (
+    DeviceOption,
+    JsonOption,
+    QuietOption,
+    SeedOption,
+    print_json,
+    progress,
+    resolve_device,
+    stdout_console,
+)
 from .prune import (
     DataOption,
     GgufOption,
@@ -57,7 +66,6 @@ def score(
     if as_json:
         print_json([s.to_json() for s in scores])
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("group", "components", "best singleton", "mean singleton", "free to remove", "half costs")
@@ -66,4 +74,4 @@ def score(
             s.group, str(len(s.singleton)), f"{float(s.singleton.max()):.3f}", f"{float(s.singleton.mean()):.3f}",
             str(s.free()), f"{s.half_cost():.2%} of the energy",
         )
-    Console().print(table)
+    stdout_console().print(table)

@@ -1,0 +1,42 @@
+"""Fixtures shared by the tests of whole runs: a tiny timm model on disk and a folder of small images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.models import save_for_hf
+
+ARGS = dict(stem_type="deep", stem_width=4, channels=(8, 16, 16, 16), zero_init_last=False)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ResNet with random weights and lively BatchNorm statistics, 4 classes, 32 px, in timm's own format."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=4, **ARGS)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    model.pretrained_cfg.update(input_size=(3, 32, 32), fixed_input_size=True, crop_pct=1.0, label_names=["a", "b", "c", "d"])
+    directory = tmp_path_factory.mktemp("models") / "tiny-resnet"
+    save_for_hf(model, str(directory), model_args=ARGS, safe_serialization=True)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def image_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four class folders of twelve 32 px images each."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for name in "abcd":
+        (root / name).mkdir()
+        for i in range(12):
+            coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize((32, 32)).save(root / name / f"{i}.png")
+    return root

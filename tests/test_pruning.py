@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from modhifi import measure
+from modhifi.allocate import Budget
+from modhifi.data import Samples, load_samples
+from modhifi.errors import ModhifiError
+from modhifi.load import LoadedModel, load_model
+from modhifi.pruning import (
+    PruneSettings,
+    amplification,
+    choose_groups,
+    find_structure,
+    measure_moments,
+    prune_model,
+    reestimate_batchnorm,
+    removal_curves,
+)
+
+
+@pytest.fixture(scope="module")
+def loaded(model_dir: Path) -> LoadedModel:
+    return load_model(model_dir)
+
+
+@pytest.fixture(scope="module")
+def samples(loaded: LoadedModel, image_dir: Path) -> Samples:
+    return load_samples(f"images:{image_dir}", loaded, n=48)
+
+
+def logits(loaded: LoadedModel, model: torch.nn.Module, samples: Samples) -> torch.Tensor:
+    with torch.no_grad():
+        return loaded.logits(next(samples.batches(16)), model)
+
+
+@pytest.mark.parametrize("budget", [Budget("components", 0.5), Budget("macs", 0.5), Budget("parameters", 0.5)])
+@pytest.mark.parametrize("layout", ["global", "uniform"])
+def test_budgets_are_met_and_both_shapes_agree(
+    loaded: LoadedModel, samples: Samples, budget: Budget, layout: str
+) -> None:
+    before = copy.deepcopy(loaded.model.state_dict())
+    pruned = prune_model(loaded, samples, budget, PruneSettings(layout=layout, weighting="energy"))
+    torch.testing.assert_close(
+        logits(loaded, pruned.model, samples), logits(loaded, pruned.dense_shape, samples), rtol=1e-4, atol=1e-5
+    )
+    if budget.measure == "macs":
+        reached = measure.count_flops(pruned.model, loaded.example) / measure.count_flops(loaded.model, loaded.example)
+    elif budget.measure == "parameters":
+        reached = measure.count_parameters(pruned.model) / measure.count_parameters(loaded.model)
+    else:
+        kept = sum(len(pruned.plan.kept.get(g.name, range(g.n))) for g in pruned.structure.prunable)
+        reached = kept / sum(g.n for g in pruned.structure.prunable)
+    assert abs(reached / budget.keep - 1) <= 0.02
+    assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
+
+
+def test_predicted_local_error_is_the_error_that_is_made(loaded: LoadedModel, samples: Samples) -> None:
+    """The curve's cost and the measured local error agree where one group alone loses components."""
+    structure = choose_groups(find_structure(loaded), PruneSettings(only=("layer3.1.conv1",)))
+    settings = PruneSettings(only=("layer3.1.conv1",), ridge=1e-8)
+    pruned = prune_model(loaded, samples, Budget("components", 0.5), settings)
+    name = structure.prunable[0].name
+    assert pruned.errors[0].error == pytest.approx(pruned.plan.removal_cost[name], rel=1e-3)
+    assert 0 < pruned.errors[0].relative < 1
+
+
+def test_better_methods_make_smaller_local_errors(loaded: LoadedModel, samples: Samples) -> None:
+    def local(selector: str, compensate: str) -> float:
+        settings = PruneSettings(selector=selector, compensate=compensate, layout="uniform", coupled=False)
+        pruned = prune_model(loaded, samples, Budget("components", 0.5), settings)
+        return sum(e.error for e in pruned.errors)
+
+    assert local("obs", "lstsq") < local("naive", "lstsq") < local("naive", "delta") < local("naive", "none")
+
+
+@pytest.mark.parametrize("target", ["own", "dense"])
+def test_sequential_is_one_shot_for_the_first_reader(loaded: LoadedModel, samples: Samples, target: str) -> None:
+    """Nothing is pruned before the first edited reader: all targets coincide there."""
+    only = PruneSettings(only=("layer2.0.conv1",))
+    once = prune_model(loaded, samples, Budget("components", 0.5), only)
+    again = prune_model(loaded, samples, Budget("components", 0.5), PruneSettings(only=only.only, sequential=target))
+    torch.testing.assert_close(
+        logits(loaded, once.model, samples), logits(loaded, again.model, samples), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_sequential_towards_the_dense_output_lowers_the_output_error(loaded: LoadedModel, samples: Samples) -> None:
+    def error(sequential: str | None) -> float:
+        settings = PruneSettings(layout="uniform", sequential=sequential)
+        pruned = prune_model(loaded, samples, Budget("macs", 0.5), settings)
+        return measure.compare(loaded.logits, lambda b: loaded.logits(b, pruned.model), samples).relative_error
+
+    assert error("dense") < error(None)
+
+
+def test_amplification_is_the_measured_effect_of_one_group(loaded: LoadedModel, samples: Samples) -> None:
+    settings = PruneSettings(only=("layer4.1.conv1", "layer1.0.conv1"))
+    structure = choose_groups(find_structure(loaded), settings)
+    moments = measure_moments(loaded, structure, samples, settings)
+    curves = removal_curves(loaded.model, structure, moments, settings)
+    probe = next(samples.batches(16))
+    before = copy.deepcopy(loaded.model.state_dict())
+    weights = amplification(loaded, structure, curves, moments, settings, probe)
+    assert set(weights) == {g.name for g in structure.prunable} and all(w > 0 for w in weights.values())
+    assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
+
+
+def test_hifi_sets_of_full_fidelity_keep_every_useful_component(loaded: LoadedModel, samples: Samples) -> None:
+    settings = PruneSettings(eta=0.5, selector="naive", compensate="delta", coupled=False)
+    some = prune_model(loaded, samples, None, settings)
+    most = prune_model(loaded, samples, None, PruneSettings(eta=0.99, coupled=False))
+    sizes = [sum(len(k) for k in p.plan.kept.values()) + sum(g.n for g in p.structure.prunable if g.name not in p.plan.kept) for p in (some, most)]
+    assert sizes[0] < sizes[1]
+
+
+def test_a_plan_is_replayed(loaded: LoadedModel, samples: Samples) -> None:
+    first = prune_model(loaded, samples, Budget("macs", 0.6), PruneSettings(weighting="energy"))
+    second = prune_model(loaded, samples, None, PruneSettings(), plan=first.plan)
+    assert second.plan.kept == first.plan.kept
+    torch.testing.assert_close(logits(loaded, first.model, samples), logits(loaded, second.model, samples))
+
+
+def test_patterns_choose_groups(loaded: LoadedModel) -> None:
+    structure = find_structure(loaded)
+    assert {g.name for g in choose_groups(structure, PruneSettings(only=("layer2*",))).prunable} == {
+        g.name for g in structure.prunable if g.name.startswith("layer2")
+    }
+    assert not any(g.coupled for g in choose_groups(structure, PruneSettings(coupled=False)).prunable)
+    with pytest.raises(ModhifiError, match="matches no group"):
+        choose_groups(structure, PruneSettings(exclude=("nothing*",)))
+    with pytest.raises(ModhifiError, match="no group"):
+        choose_groups(structure, PruneSettings(exclude=("*",)))
+
+
+def test_reestimated_statistics_are_those_of_the_data(loaded: LoadedModel, samples: Samples) -> None:
+    model = copy.deepcopy(loaded.model)
+    reestimate_batchnorm(model, loaded, samples, 48)
+    seen: list[torch.Tensor] = []
+    model.bn1.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad():
+        loaded.logits(next(samples.batches(48)), model)
+    torch.testing.assert_close(model.bn1.running_mean, seen[0].mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert not model.bn1.training
