@@ -37,13 +37,10 @@ class Elimination:
 
     def __init__(self, readers: list[Reader], ridge: float) -> None:
         self.n = len(readers[0].owner)
-        self.places: list[tuple[Tensor, Tensor]] = []
         self.state: list[list[list[Tensor]]] = []
         for reader in readers:
             parts = []
-            position = torch.full((self.n,), -1, dtype=torch.int64)
             for weight, second, mine, columns in reader.parts():
-                position[mine] = torch.arange(len(mine))
                 parts.append([damped_inverse(second, ridge), weight.clone(), columns.clone(), mine.clone()])
             self.state.append(parts)
 
@@ -57,7 +54,7 @@ class Elimination:
                     continue
                 block = inverse[columns[:, :, None], columns[:, None, :]]
                 piece = weight.T[columns]
-                alone = (torch.linalg.solve(block, piece) * piece).sum((1, 2)).clamp_min(0)
+                alone = (torch.linalg.solve(block, piece) * piece).sum((1, 2)).clamp_min(0).cpu()
                 total[mine] = alone if first else total[mine] + alone
             first = False
         return total
@@ -147,7 +144,7 @@ def _summed(readers: list[Reader], score: Callable[[Tensor, Tensor, Tensor], Ten
     for reader in readers:
         for weight, second, mine, columns in reader.parts():
             if len(mine):
-                total[mine] += score(weight, second, columns)
+                total[mine] += score(weight, second, columns).cpu()
     return total
 
 
@@ -167,7 +164,7 @@ def naive_rank(readers: list[Reader]) -> Tensor:
         for weight, second, mine, columns in reader.parts():
             if not len(mine):
                 continue
-            singles = singleton_fidelity(weight, second, columns)
+            singles = singleton_fidelity(weight, second, columns).cpu()
             places = singles.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
             entry = places.min(0).values + 1 - singles.amax(0).clamp(0, 1) * 0.999
             best[mine] = torch.minimum(best[mine], entry.double())
@@ -180,7 +177,7 @@ def hifi_union(readers: list[Reader], eta: float) -> Tensor:
     for reader in readers:
         for weight, second, mine, columns in reader.parts():
             if len(mine):
-                singles = singleton_fidelity(weight, second, columns)
+                singles = singleton_fidelity(weight, second, columns).cpu()
                 for channel, size in enumerate(hifi_size(weight, second, columns, eta)):
                     member[mine] |= top_hifi(singles[channel : channel + 1], int(size))
     return member
