@@ -46,14 +46,25 @@ def _show(found: dict) -> None:  # type: ignore[type-arg]
 
     console = stdout_console()
     table = Table(
-        "group", "kind", "components", "step", "readers", "parameters", "multiply-adds",
+        "group",
+        "kind",
+        "components",
+        "step",
+        "readers",
+        "parameters",
+        "multiply-adds",
         title=f"{found['model']}: what half of each group would save, alone",
     )
     for g in found["groups"]:
         readers = g["readers"][0] + (f" and {len(g['readers']) - 1} more" if len(g["readers"]) > 1 else "")
         table.add_row(
-            g["name"], g["kind"], str(g["n"]), str(g["step"]), readers,
-            f"{g['parameters_saved_by_half']:,.0f}", f"{g['macs_saved_by_half']:,.0f}",
+            g["name"],
+            g["kind"],
+            str(g["n"]),
+            str(g["step"]),
+            readers,
+            f"{g['parameters_saved_by_half']:,.0f}",
+            f"{g['macs_saved_by_half']:,.0f}",
         )
     console.print(table)
     if found["refused"]:
@@ -62,5 +73,3 @@ def _show(found: dict) -> None:  # type: ignore[type-arg]
             refused.add_row(g["name"], str(g["n"]), g["reason"])
         console.print(refused)
     console.print(f"{len(found['groups'])} groups can be pruned, {len(found['refused'])} cannot")
-
-

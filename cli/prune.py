@@ -26,7 +26,8 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="timm:NAME, hf:ORG/NAME[@REVISION], or a directory.")
 ]
 ModelArgOption = Annotated[
-    list[str] | None, typer.Option("--model-arg", metavar="KEY=VALUE", help="Argument for timm.create_model; repeat it.")
+    list[str] | None,
+    typer.Option("--model-arg", metavar="KEY=VALUE", help="Argument for timm.create_model; repeat it."),
 ]
 WeightsOption = Annotated[
     str | None, typer.Option("--weights", metavar="FILE", help="A .safetensors or .pth file for timm:NAME.")
@@ -113,7 +114,9 @@ def prune(
     rows_per_column: Annotated[
         int, typer.Option("--rows-per-column", min=0, help="Rows a Gram looks at per column; 0 takes all.")
     ] = 4,
-    only: Annotated[list[str] | None, typer.Option("--only", help="Prune only groups of this pattern; repeat it.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Prune only groups of this pattern; repeat it.")
+    ] = None,
     exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Leave groups of this pattern alone.")] = None,
     coupled: Annotated[
         bool, typer.Option("--coupled/--inner-only", help="Also prune channels coupled by residual additions.")
@@ -125,9 +128,13 @@ def prune(
         list[str] | None, typer.Option("--export", help="Also write onnx or pt2 into the artefact; repeat it.")
     ] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; --set changes its values.")] = None,
-    set_values: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=1", help="Change a recipe value.")] = None,
+    set_values: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=1", help="Change a recipe value.")
+    ] = None,
     plan: Annotated[Path | None, typer.Option("--plan", help="Replay a plan (JSON of --dry-run --json).")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the predicted size; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and the predicted size; write nothing.")
+    ] = False,
     model_arg: ModelArgOption = None,
     weights: WeightsOption = None,
     revision: RevisionOption = None,
@@ -248,7 +255,10 @@ def show(report: dict[str, Any], path: Path | None) -> None:
             f"predicted: {reached['macs']:.3f}x of the FLOPs, {reached['parameters']:.3f}x of the parameters, "
             f"{reached['components']:.3f}x of the components; nothing was written"
         )
-    if report["refused"]:
-        console.print(f"{len(report['refused'])} groups cannot be pruned; `modhifi check` says why")
+    refused = [
+        g for g in report["refused"] if "the model's output" not in g["reason"] and "on request" not in g["reason"]
+    ]
+    if refused:
+        console.print(f"{len(refused)} group(s) cannot be pruned; `modhifi check` says why")
     if path is not None:
         console.print(f"model and report: {path}/report.html", soft_wrap=True)

@@ -71,7 +71,11 @@ def score(
     table = Table("group", "components", "best singleton", "mean singleton", "free to remove", "half costs")
     for s in scores:
         table.add_row(
-            s.group, str(len(s.singleton)), f"{float(s.singleton.max()):.3f}", f"{float(s.singleton.mean()):.3f}",
-            str(s.free()), f"{s.half_cost():.2%} of the energy",
+            s.group,
+            str(len(s.singleton)),
+            f"{float(s.singleton.max()):.3f}",
+            f"{float(s.singleton.mean()):.3f}",
+            str(s.free()),
+            f"{s.half_cost():.2%} of the energy",
         )
     stdout_console().print(table)

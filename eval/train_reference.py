@@ -68,7 +68,9 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     rows = torch.arange(h).expand(n, h) + dy[:, None]
     out = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
     cy, cx = torch.randint(0, h, (2, n), generator=generator)
-    hole = ((torch.arange(h) - cy[:, None]).abs() < 4)[:, :, None] & ((torch.arange(w) - cx[:, None]).abs() < 4)[:, None, :]
+    hole = ((torch.arange(h) - cy[:, None]).abs() < 4)[:, :, None] & ((torch.arange(w) - cx[:, None]).abs() < 4)[
+        :, None, :
+    ]
     return out.masked_fill(hole[:, None], 120)
 
 
@@ -89,7 +91,9 @@ def train(name: str, data: Path, out: Path, without: int | None, epochs: int | N
         kept = labels != without
         images, labels = images[kept], labels[kept]
 
-    model = timm.create_model(spec["arch"], num_classes=len(classes), **spec["args"]).to(memory_format=torch.channels_last)
+    model = timm.create_model(spec["arch"], num_classes=len(classes), **spec["args"]).to(
+        memory_format=torch.channels_last
+    )
     batch = 128
     steps = epochs * (len(images) // batch)
     decay = [p for p in model.parameters() if p.ndim > 1]
@@ -114,18 +118,36 @@ def train(name: str, data: Path, out: Path, without: int | None, epochs: int | N
             schedule.step()
         sample = slice(None, None, 1 if epoch == epochs - 1 else 5)
         accuracy = (predict(model, test_images[sample], size).argmax(1) == test_labels[sample]).float().mean().item()
-        print(f"{name} epoch {epoch + 1}/{epochs} loss {loss.item():.3f} test {accuracy:.4f} {time.time() - start:.0f}s", flush=True)
+        print(
+            f"{name} epoch {epoch + 1}/{epochs} loss {loss.item():.3f} test {accuracy:.4f} {time.time() - start:.0f}s",
+            flush=True,
+        )
 
     model.pretrained_cfg.update(
-        input_size=(3, size, size), mean=MEAN, std=STD, crop_pct=1.0, interpolation="bicubic",
-        fixed_input_size=True, label_names=classes, num_classes=len(classes), license="apache-2.0",
+        input_size=(3, size, size),
+        mean=MEAN,
+        std=STD,
+        crop_pct=1.0,
+        interpolation="bicubic",
+        fixed_input_size=True,
+        label_names=classes,
+        num_classes=len(classes),
+        license="apache-2.0",
     )
     model = model.to(memory_format=torch.contiguous_format).half()
     save_for_hf(model, out, model_args=spec["args"], safe_serialization=True)
     correct = predict(model.float().eval(), test_images, size).argmax(1) == test_labels
     per_class = [correct[test_labels == c].float().mean().item() for c in range(len(classes))]
-    record = dict(reference=name, arch=spec["arch"], epochs=epochs, seed=seed, without=without,
-                  accuracy=correct.float().mean().item(), per_class=per_class, train_seconds=time.time() - start)
+    record = dict(
+        reference=name,
+        arch=spec["arch"],
+        epochs=epochs,
+        seed=seed,
+        without=without,
+        accuracy=correct.float().mean().item(),
+        per_class=per_class,
+        train_seconds=time.time() - start,
+    )
     (out / "training.json").write_text(json.dumps(record, indent=1))
     print(json.dumps(record))
 

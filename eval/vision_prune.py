@@ -23,8 +23,15 @@ from modhifi.load import LoadedModel, load_model
 from modhifi.pruning import PruneSettings, prune_model, reestimate_batchnorm
 
 LADDER = [
-    ("magnitude", "none"), ("naive", "none"), ("energy", "none"), ("naive", "delta"), ("energy", "delta"),
-    ("magnitude", "lstsq"), ("naive", "lstsq"), ("energy", "lstsq"), ("obs", "lstsq"),
+    ("magnitude", "none"),
+    ("naive", "none"),
+    ("energy", "none"),
+    ("naive", "delta"),
+    ("energy", "delta"),
+    ("magnitude", "lstsq"),
+    ("naive", "lstsq"),
+    ("energy", "lstsq"),
+    ("obs", "lstsq"),
 ]
 
 
@@ -65,7 +72,9 @@ def ladder() -> None:
         for name, model in torch_pruning(loaded, ratio, flops_share(loaded, pruned.model)):
             rows.append(row(loaded, model, calibration, held, name, ratio))
     write_results(
-        "vision_prune_ladder", rows, ["method", "removed", "FLOPs kept", "accuracy", "accuracy, BatchNorm re-estimated"],
+        "vision_prune_ladder",
+        rows,
+        ["method", "removed", "FLOPs kept", "accuracy", "accuracy, BatchNorm re-estimated"],
         f"""# Ladder of methods, no training
 The reference ResNet on {len(held)} CIFAR-10 test images; the same share of the inner channels of every block removed; {len(calibration)}
 unlabelled training images. `naive` is the paper's selection, `delta` its compensation. Torch-Pruning prunes magnitudes on its own
@@ -76,7 +85,12 @@ choice of groups, down to the FLOPs of the rows above. Command: `python eval/vis
 def row(
     loaded: LoadedModel, model: nn.Module, calibration: Samples, held: Samples, name: str, ratio: float
 ) -> dict[str, object]:
-    result = {"method": name, "removed": ratio, "FLOPs kept": flops_share(loaded, model), "accuracy": accuracy(loaded, model, held)}
+    result = {
+        "method": name,
+        "removed": ratio,
+        "FLOPs kept": flops_share(loaded, model),
+        "accuracy": accuracy(loaded, model, held),
+    }
     again = copy.deepcopy(model)
     reestimate_batchnorm(again, loaded, calibration, 100)
     result["accuracy, BatchNorm re-estimated"] = accuracy(loaded, again, held)
@@ -99,8 +113,12 @@ def torch_pruning(loaded: LoadedModel, ratio: float, flops: float) -> list[tuple
             model = copy.deepcopy(loaded.model).requires_grad_(True)
             ignored = [m for m in model.modules() if isinstance(m, nn.Linear)]
             pruner = tp.pruner.MagnitudePruner(
-                model, loaded.example[:1], importance=tp.importance.GroupMagnitudeImportance(p=2),
-                pruning_ratio=middle, global_pruning=scope, ignored_layers=ignored,
+                model,
+                loaded.example[:1],
+                importance=tp.importance.GroupMagnitudeImportance(p=2),
+                pruning_ratio=middle,
+                global_pruning=scope,
+                ignored_layers=ignored,
             )
             pruner.step()
             share = flops_share(loaded, model)
@@ -108,7 +126,9 @@ def torch_pruning(loaded: LoadedModel, ratio: float, flops: float) -> list[tuple
                 best = (abs(share - flops), model)
             low, high = (middle, high) if share > flops else (low, middle)
         assert best is not None
-        result.append((f"Torch-Pruning magnitude, {'global' if scope else 'local'}", best[1].requires_grad_(False).eval()))
+        result.append(
+            (f"Torch-Pruning magnitude, {'global' if scope else 'local'}", best[1].requires_grad_(False).eval())
+        )
     return result
 
 
@@ -137,7 +157,9 @@ def further() -> None:
             pruned = prune_model(loaded, calibration, Budget("macs", keep), PruneSettings(**settings))  # type: ignore[arg-type]
             rows.append(row(loaded, pruned.model, calibration, held, name, 1 - keep))
     write_results(
-        "vision_prune_further", rows, ["method", "FLOPs kept", "accuracy", "accuracy, BatchNorm re-estimated"],
+        "vision_prune_further",
+        rows,
+        ["method", "FLOPs kept", "accuracy", "accuracy, BatchNorm re-estimated"],
         f"""# What goes further, at equal FLOPs
 The reference ResNet ({accuracy(loaded, loaded.model, held):.2f} % on {len(held)} test images), {len(calibration)} unlabelled training images, no training.
 "The same" is all groups, global by amplification. Command: `python eval/vision_prune.py --part further`.""",
@@ -167,13 +189,20 @@ def imagenet() -> None:
     for name, settings in IMAGENET:
         pruned = prune_model(loaded, calibration, Budget("macs", 0.8), PruneSettings(**settings))  # type: ignore[arg-type]
         found = measure.compare(loaded.logits, lambda b, p=pruned: loaded.logits(b, p.model), held)  # type: ignore[misc]
-        rows.append({
-            "method": name, "FLOPs kept": flops_share(loaded, pruned.model), "top-1": accuracy(loaded, pruned.model, held),
-            "agreement": 100 * float(found.agreement.mean()), "relative output error": found.relative_error,
-        })
+        rows.append(
+            {
+                "method": name,
+                "FLOPs kept": flops_share(loaded, pruned.model),
+                "top-1": accuracy(loaded, pruned.model, held),
+                "agreement": 100 * float(found.agreement.mean()),
+                "relative output error": found.relative_error,
+            }
+        )
         print(rows[-1], flush=True)
     write_results(
-        "vision_prune_imagenet", rows, ["method", "FLOPs kept", "top-1", "agreement", "relative output error"],
+        "vision_prune_imagenet",
+        rows,
+        ["method", "FLOPs kept", "top-1", "agreement", "relative output error"],
         """# tf_efficientnet_lite0 with ImageNet weights, FLOPs x 0.8
 250 ImageNet samples for calibration, the other 250 for the figures; agreement is with the dense model's top-1, in percent.
 Command: `python eval/vision_prune.py --part imagenet`.""",
@@ -201,7 +230,9 @@ def cost() -> None:
         rows.append({"run": name, "forward s": forward, "prune s": whole, "ratio": whole / forward})
         print(rows[-1], flush=True)
     write_results(
-        "vision_prune_cost", rows, ["run", "forward s", "prune s", "ratio"],
+        "vision_prune_cost",
+        rows,
+        ["run", "forward s", "prune s", "ratio"],
         """# Cost of a whole prune over plain forward passes
 ResNet-50 (random weights) at 224 px, 256 images: wall time of collecting, scoring, planning and editing over that of plain forward
 passes over the same images, measured next to each other. Command: `python eval/vision_prune.py --part cost`.""",

@@ -1,1 +1,35 @@
 """Edit open-weight models with forward passes only: prune, unlearn, verify."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modhifi.artifact import load as load
+
+# The public functions: name, file of the package. They are imported at first use, so that `import modhifi` stays quick.
+PUBLIC = {"load": "artifact"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'modhifi' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"modhifi.{PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PUBLIC})
+
+
+class _Package(ModuleType):
+    """Importing a file of the package, `modhifi.load` say, must not hide the function of the same name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in PUBLIC and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -103,9 +103,7 @@ def reader_rows(module: nn.Module, x: Tensor, positions_for: Any = None, keep: T
         return rows.reshape(-1, x.shape[-1]).float().T[None]
     x, kernel, stride, dilation = _padded(module, x)
     batch, channels = x.shape[:2]
-    sizes = [
-        (n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)
-    ]
+    sizes = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)]
     strides = [math.prod(x.shape[2 + i + 1 :]) for i in range(len(kernel))]
     corner, offset = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     for size, step, k, s, d in zip(sizes, strides, kernel, stride, dilation, strict=True):
@@ -192,7 +190,8 @@ def batch_statistics(model: nn.Module, active: bool = True) -> Iterator[None]:
     prescribe, whatever is fed in (docs/method.md, synthetic data).
     """
     norms = [
-        m for m in model.modules()
+        m
+        for m in model.modules()
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None and active
     ]
     before = [(m.momentum, m.num_batches_tracked.clone() if m.num_batches_tracked is not None else None) for m in norms]

@@ -304,4 +304,3 @@ def check_model(loaded: LoadedModel) -> dict[str, Any]:
         "refused": [{"name": g.name, "n": g.n, "reason": g.refused} for g in structure.refused],
         "prunable": bool(groups),
     }
-

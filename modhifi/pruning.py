@@ -20,8 +20,8 @@ from .moments import Moments, collect
 from .plan import Plan
 from .readers import readers_of, weight_matrix, write_weight
 from .selection import Curve, eliminate, hifi_union, removal_order
-from .sizes import sizes_of
 from .sequential import edit_sequentially, joint_moments
+from .sizes import sizes_of
 from .surgery import kernel_size, removed_positions, shrink
 from .tracing import trace
 
@@ -163,9 +163,7 @@ def removal_curves(
     return curves
 
 
-def hifi_plan(
-    model: nn.Module, structure: Structure, moments: Mapping[str, Moments], settings: PruneSettings
-) -> Plan:
+def hifi_plan(model: nn.Module, structure: Structure, moments: Mapping[str, Moments], settings: PruneSettings) -> Plan:
     """Keep in every group the union of its output channels' smallest NAIVE HiFi sets of fidelity ``eta``."""
     assert settings.eta is not None
     kept = {}
@@ -407,5 +405,3 @@ def reestimate_batchnorm(model: nn.Module, loaded: LoadedModel, samples: Samples
         loaded.logits(batch, model)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum, norm.training = momentum, False
-
-

@@ -17,7 +17,7 @@ from torch import Tensor
 from .data import load_samples
 from .fidelity import energy_score, singleton_fidelity
 from .load import LoadedModel
-from .pruning import PruneSettings, Progress, choose_groups, find_structure, measure_moments, removal_curves, silent
+from .pruning import Progress, PruneSettings, choose_groups, find_structure, measure_moments, removal_curves, silent
 from .readers import readers_of
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from .compensate import least_squares_towards
 from .groups import Structure
 from .moments import Accumulator, MomentCollector, Moments, batch_statistics, reader_rows
+from .plan import Plan
 from .readers import weight_matrix, write_weight
 from .surgery import kernel_size, removed_positions
-from .plan import Plan
 
 
 class _Reached(Exception):

@@ -23,7 +23,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
-    model.pretrained_cfg.update(input_size=(3, 32, 32), fixed_input_size=True, crop_pct=1.0, label_names=["a", "b", "c", "d"])
+    model.pretrained_cfg.update(
+        input_size=(3, 32, 32), fixed_input_size=True, crop_pct=1.0, label_names=["a", "b", "c", "d"]
+    )
     directory = tmp_path_factory.mktemp("models") / "tiny-resnet"
     save_for_hf(model, str(directory), model_args=ARGS, safe_serialization=True)
     return directory

@@ -32,13 +32,23 @@ def common(model_dir: Path, image_dir: Path) -> list[object]:
 
 def test_prune_writes_a_model_that_loads(model_dir: Path, image_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
-    code, stdout, stderr = run(*common(model_dir, image_dir), "--flops", "0.5x", "--out", out, "--json", "--export", "pt2")
+    code, stdout, stderr = run(
+        *common(model_dir, image_dir), "--flops", "0.5x", "--out", out, "--json", "--export", "pt2"
+    )
     assert code == 0, stderr
     report = json.loads(stdout)
     assert abs(report["size"]["flops"][1] / report["size"]["flops"][0] / 0.5 - 1) <= 0.02
     assert report["errors"]["n"] == 16 and 0 <= report["errors"]["agreement"] <= 1
     names = {p.name for p in out.iterdir()}
-    assert names >= {"model.safetensors", "modhifi.json", "recipe.yaml", "README.md", "report.json", "report.html", "model.pt2"}
+    assert names >= {
+        "model.safetensors",
+        "modhifi.json",
+        "recipe.yaml",
+        "README.md",
+        "report.json",
+        "report.html",
+        "model.pt2",
+    }
     model = modhifi.load(out)
     assert type(model).__module__.startswith("timm.") and not model.training
     assert sum(p.numel() for p in model.parameters()) == report["size"]["parameters"][1]
@@ -65,13 +75,27 @@ def test_dry_run_writes_nothing_and_its_plan_can_be_replayed(model_dir: Path, im
     assert code == 0 and not list(tmp_path.iterdir())
     (tmp_path / "plan.json").write_text(stdout)
     plan = json.loads(stdout)["plan"]["kept"]
-    code, stdout, stderr = run(*common(model_dir, image_dir), "--plan", tmp_path / "plan.json", "--out", tmp_path / "out", "--json")
+    code, stdout, stderr = run(
+        *common(model_dir, image_dir), "--plan", tmp_path / "plan.json", "--out", tmp_path / "out", "--json"
+    )
     assert code == 0, stderr
     assert json.loads(stdout)["plan"]["kept"] == plan
 
 
 def test_synthetic_data_needs_nothing(model_dir: Path, tmp_path: Path) -> None:
-    code, stdout, stderr = run("prune", model_dir, "--ratio", "0.3", "--samples", 32, "--evaluation-samples", 16, "--out", tmp_path / "out", "--json")
+    code, stdout, stderr = run(
+        "prune",
+        model_dir,
+        "--ratio",
+        "0.3",
+        "--samples",
+        32,
+        "--evaluation-samples",
+        16,
+        "--out",
+        tmp_path / "out",
+        "--json",
+    )
     assert code == 0, stderr
     assert "synthetic" in json.loads(stdout)["data"]["calibration"]
 
@@ -89,7 +113,9 @@ def test_check_prints_groups_and_refusals(model_dir: Path) -> None:
 @pytest.mark.parametrize("ending", ["json", "csv", "safetensors"])
 def test_score_writes_a_file(model_dir: Path, image_dir: Path, tmp_path: Path, ending: str) -> None:
     out = tmp_path / f"scores.{ending}"
-    code, stdout, stderr = run("score", model_dir, "--data", f"images:{image_dir}", "--samples", 24, "--out", out, "--quiet")
+    code, stdout, stderr = run(
+        "score", model_dir, "--data", f"images:{image_dir}", "--samples", 24, "--out", out, "--quiet"
+    )
     assert code == 0, stderr
     assert "layer1.0.conv1" in stdout
     if ending == "safetensors":

@@ -114,7 +114,10 @@ def test_hifi_sets_of_full_fidelity_keep_every_useful_component(loaded: LoadedMo
     settings = PruneSettings(eta=0.5, selector="naive", compensate="delta", coupled=False)
     some = prune_model(loaded, samples, None, settings)
     most = prune_model(loaded, samples, None, PruneSettings(eta=0.99, coupled=False))
-    sizes = [sum(len(k) for k in p.plan.kept.values()) + sum(g.n for g in p.structure.prunable if g.name not in p.plan.kept) for p in (some, most)]
+    sizes = [
+        sum(len(k) for k in p.plan.kept.values()) + sum(g.n for g in p.structure.prunable if g.name not in p.plan.kept)
+        for p in (some, most)
+    ]
     assert sizes[0] < sizes[1]
 
 

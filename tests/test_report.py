@@ -122,9 +122,10 @@ def test_the_same_report_gives_the_same_page():
     ("value", "unit", "text"),
     [
         (None, "%", "not measured"), (0.913, "%", "91.30 %"), (0.0123, "s", "12.3 ms"), (2e-5, "s", "20 µs"),
-        (3, "s", "3 s"), (0.0, "s", "0 s"), (0, "B", "0 B"), (46_800_000, "B", "46.8 MB"), (1_817_000_000, "F", "1.817 GF"),
-        (11_689_512, "", "11.69 M"), (11_690, "", "11,690"), (0.012346, "", "0.01235"), (math.nan, "", "not measured"),
-        (math.inf, "", "infinite"), (1e38, "", "1e+38"), ("Infinity", "", "Infinity"),
+        (3, "s", "3 s"), (0.0, "s", "0 s"), (0, "B", "0 B"), (46_800_000, "B", "46.8 MB"),
+        (1_817_000_000, "FLOP", "1.817 GFLOP"), (11_689_512, "", "11.69 M"),
+        (11_690, "", "11,690"), (0.012346, "", "0.01235"),
+        (math.nan, "", "not measured"), (math.inf, "", "infinite"), (1e38, "", "1e+38"), ("Infinity", "", "Infinity"),
     ],
 )  # fmt: skip
 def test_numbers(value, unit, text):
