@@ -1,0 +1,300 @@
+"""An edited model as a directory: weights, manifest, recipe, card and report; written whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from modhifi.errors import ModhifiError
+from modhifi.load import LoadedModel, frozen, load_model
+from modhifi.output import check_output, staging
+from modhifi.reload import verify_reload
+from modhifi.skeleton import build_skeleton, fill, is_stock, own_config, read_config, record, reshape
+
+if TYPE_CHECKING:
+    from modhifi.data import Samples
+    from modhifi.groups import Structure
+    from modhifi.plan import Plan
+
+__all__ = [
+    "check_output", "describe_data", "load", "load_artifact", "read_manifest", "save_artifact", "state_hash",
+    "verify_reload", "weights_match",
+]  # fmt: skip
+SCHEMA_VERSION = 1
+MANIFEST = "modhifi.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD = "5GB"
+PACKAGES = ("modhifi", "torch", "timm", "transformers", "safetensors")
+
+
+def save_artifact(
+    out: str | Path,
+    edited: nn.Module,
+    loaded: LoadedModel,
+    structure: Structure | None,
+    plan: Plan | None,
+    *,
+    manifest: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    report: Mapping[str, Any],
+    force: bool = False,
+) -> Path:
+    """Write ``edited``, which was made from ``loaded``, as a directory that :func:`load_artifact` reads; its path.
+
+    ``manifest`` holds what the caller knows (task, seed, data, metrics, verdicts); what can be read off the models is
+    added. ``structure`` and ``plan`` name the components kept, if any were removed. Everything is written beside
+    ``out`` and moved into place at the end: an error or an interrupt leaves nothing behind, and what ``force`` replaces
+    stays until then. Raises ModhifiError where :func:`check_output` does or if the disk is full.
+    """
+    # Drawing libraries, which loading an artefact does without.
+    from modhifi.card import model_card
+    from modhifi.report import jsonable, render_html
+
+    out = Path(out).expanduser().absolute()
+    check_output(out, force)
+    framework, changes = record(loaded, edited)
+    recipe, report = jsonable(dict(recipe)), jsonable(dict(report))
+    with staging(out) as directory:
+        weights = _write_weights(directory, edited)
+        stock = _write_ecosystem_files(directory, edited, loaded, framework, changes)
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            **manifest,
+            "base": _base(loaded),
+            "model": _model_entry(loaded, framework, changes),
+            "groups": _groups(structure, plan),
+            "weights": weights,
+            "recipe": recipe,
+            "versions": _versions(),
+        }
+        content = jsonable(content)
+        _write_json(directory / MANIFEST, content)
+        _write_json(directory / "report.json", report)
+        (directory / "report.html").write_text(render_html(report), encoding="utf-8")
+        (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
+        (directory / "README.md").write_text(model_card(out.name, content, report, stock), encoding="utf-8")
+    return out
+
+
+def load_artifact(directory: str | Path, skeleton: nn.Module | None = None) -> LoadedModel:
+    """Rebuild the model of an artefact: eval mode, on the CPU, plain modules of its own library.
+
+    ``skeleton`` is the dense module, for an artefact made from a module that neither timm nor transformers builds; it
+    is copied. Weights that are not those once saved are told in ``info["notes"]``. Raises ModhifiError for a directory
+    that is no artefact, one of a newer modhifi, a missing skeleton and weights that do not fit.
+    """
+    directory = Path(directory).expanduser()
+    manifest = read_manifest(directory)
+    entry, base = manifest["model"], manifest["base"]
+    framework, info = entry["framework"], entry["info"]
+    config = read_config(directory) if framework == "transformers" and skeleton is None else None
+    if skeleton is not None:
+        model = frozen(copy.deepcopy(skeleton).cpu())
+    elif framework == "torch":
+        raise ModhifiError(f"{directory} was made from a module of your own ({info['architecture']}); pass that dense "
+                           "module: modhifi.load(directory, skeleton=module)")  # fmt: skip
+    else:
+        model = build_skeleton(framework, info, config)
+    model = fill(reshape(model, entry["differences"]), _read_weights(directory), manifest["weights"]["tied"],
+                 str(directory))  # fmt: skip
+    loaded = _describe(model, framework, directory, entry)
+    notes = list(loaded.info["notes"])
+    if not weights_match(directory):
+        notes.append(f"the weights in {directory} are not those that were saved: their hash differs from {MANIFEST}")
+    artifact = {"task": manifest.get("task"), "base": base, "weights": manifest["weights"],
+                "differences": entry["differences"]}  # fmt: skip
+    known = {key: base[key] for key in ("repository", "revision", "licence") if key in base}
+    labels = tuple(entry["labels"]) if entry["labels"] else None
+    return replace(loaded, labels=labels, info=loaded.info | known | {"notes": notes, "artifact": artifact})
+
+
+def load(directory: str | Path, *, skeleton: nn.Module | None = None) -> nn.Module:
+    """The model of an artefact directory as a plain torch module in eval mode, on the CPU.
+
+    ``skeleton`` and errors: see :func:`load_artifact`.
+    """
+    return load_artifact(directory, skeleton).model
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """The content of ``modhifi.json``; ModhifiError if it is missing, broken or of a newer modhifi."""
+    path = Path(directory) / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = int(manifest["schema_version"])
+    except OSError as error:
+        raise ModhifiError(f"{directory} is no modhifi artefact: it has no readable {MANIFEST}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModhifiError(f"{path} is broken; restore the file") from error
+    if version > SCHEMA_VERSION:
+        raise ModhifiError(f"{path} has schema version {version} and this modhifi reads up to {SCHEMA_VERSION}; "
+                           "upgrade modhifi")  # fmt: skip
+    return manifest
+
+
+def weights_match(directory: str | Path) -> bool:
+    """Whether the weight files are, by their SHA-256, those that the manifest was written for."""
+    files = read_manifest(directory)["weights"]["files"]
+    return all((path := Path(directory) / name).is_file() and _sha256(path) == sha for name, sha in files.items())
+
+
+def describe_data(samples: Samples) -> dict[str, Any]:
+    """The fingerprint of a set of samples for a manifest: one hash per item, so that an overlap can be found."""
+    return {
+        "description": samples.description,
+        "n": len(samples),
+        "fingerprint": samples.fingerprint(),
+        "hashes": list(samples.hashes),
+        "synthetic": samples.synthetic,
+        "skipped": [list(item) for item in samples.skipped],
+    }
+
+
+def state_hash(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a model's state dict: 64 hex digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+def _write_weights(directory: Path, model: nn.Module) -> dict[str, Any]:
+    """Write the state dict in its own dtypes, shared tensors once, and describe it for the manifest."""
+    state: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and key in seen:
+            tied[name] = seen[key]
+            continue
+        seen[key] = name
+        plain = tensor.detach().cpu().contiguous()
+        # A view on a larger storage would be taken for a tensor shared with its neighbours.
+        whole = plain.untyped_storage().nbytes() == plain.nbytes
+        state[name] = plain if whole else plain.clone()
+    save_torch_state_dict(state, directory, max_shard_size=SHARD)
+    files = sorted(directory.glob("*.safetensors"))
+    return {"files": {path.name: _sha256(path) for path in files}, "tied": tied}
+
+
+def _write_ecosystem_files(
+    directory: Path, edited: nn.Module, loaded: LoadedModel, framework: str, changes: dict[str, Any]
+) -> str | None:
+    """Configuration, tokenizer, image processor; returns the Auto class whose ``from_pretrained`` loads the result."""
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(str(directory))
+    processor = getattr(loaded.transform, "processor", None)
+    if processor is not None:
+        processor.save_pretrained(str(directory))
+    if framework == "timm":
+        # The dense architecture's: timm's own loading then stops at the first tensor that has another shape.
+        from timm.models._hub import save_config_for_hf
+
+        save_config_for_hf(edited, str(directory / "config.json"))
+    elif framework == "transformers":
+        from modhifi.load_transformers import auto_class
+
+        config = own_config(edited)
+        config.save_pretrained(str(directory))
+        if getattr(edited, "generation_config", None) is not None and edited.can_generate():  # type: ignore[operator]
+            edited.generation_config.save_pretrained(str(directory))  # type: ignore[union-attr,operator]
+        return auto_class(config) if is_stock(edited, loaded, config, changes) else None
+    return None
+
+
+def _base(loaded: LoadedModel) -> dict[str, Any]:
+    """The open model that everything started from, through however many edits."""
+    if "artifact" in loaded.info:
+        artifact = loaded.info["artifact"]
+        parent = {"source": loaded.source, "task": artifact["task"], "files": artifact["weights"]["files"]}
+        return {**artifact["base"], "edits_before": [*artifact["base"].get("edits_before", []), parent]}
+    known = {key: loaded.info.get(key) for key in ("repository", "revision", "licence")}
+    return {"source": loaded.source, **known, "sha256": state_hash(loaded.model)}
+
+
+def _model_entry(loaded: LoadedModel, framework: str, changes: dict[str, Any]) -> dict[str, Any]:
+    kept = ("architecture", "tag", "class", "model_args", "pretrained_cfg", "config", "dtype", "libraries")
+    return {
+        "framework": framework,
+        "kind": loaded.kind,
+        "info": {key: loaded.info[key] for key in kept if key in loaded.info},
+        "labels": list(loaded.labels) if loaded.labels else None,
+        "example": {"shape": list(loaded.example.shape), "dtype": str(loaded.example.dtype).removeprefix("torch.")},
+        "differences": changes,
+    }
+
+
+def _groups(structure: Structure | None, plan: Plan | None) -> list[dict[str, Any]]:
+    if structure is None or plan is None:
+        return []
+    return [
+        {"name": g.name, "kind": g.kind, "n": g.n, "kept": list(plan.kept.get(g.name, range(g.n)))}
+        for g in structure.prunable
+    ]
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+def _read_weights(directory: Path) -> dict[str, Tensor]:
+    try:
+        index = directory / INDEX
+        names = [WEIGHTS]
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        # Copies: matrix products may round differently where the memory is not aligned as torch aligns it.
+        return {k: v.clone() for name in names for k, v in load_file(directory / name).items()}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModhifiError(f"cannot read the weights in {directory}: {error}; restore the files") from error
+
+
+def _describe(model: nn.Module, framework: str, directory: Path, entry: dict[str, Any]) -> LoadedModel:
+    source = str(directory)
+    if framework == "timm":
+        from modhifi import load_timm
+
+        return load_timm.describe(model, source)
+    if framework == "transformers":
+        from modhifi import load_transformers
+
+        return load_transformers.describe(model, source, directory)
+    shape, dtype = entry["example"]["shape"], getattr(torch, entry["example"]["dtype"])
+    example = torch.zeros(shape, dtype=dtype)
+    if dtype.is_floating_point:
+        example = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return replace(load_model(model, example=example), source=source)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

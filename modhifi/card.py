@@ -1,0 +1,93 @@
+"""The model card: README.md with the metadata that the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from modhifi.report import change, number
+
+PIPELINES = {"image": "image-classification", "text": "text-generation", "encoder": "feature-extraction"}
+HEADS = {"SequenceClassification": "text-classification", "MaskedLM": "fill-mask"}
+TAGS = {"prune": "pruned", "unlearn": "unlearned"}
+
+
+def model_card(name: str, manifest: Mapping[str, Any], report: Mapping[str, Any], stock: str | None) -> str:
+    """The card of an artefact called ``name``, from its manifest and report.
+
+    ``stock`` is the Auto class whose ``from_pretrained`` loads it, None if only modhifi does.
+    """
+    base, model = manifest["base"], manifest["model"]
+    task = str(manifest.get("task", "edit"))
+    framework = model["framework"]
+    tags = ["modhifi", TAGS.get(task, "edited")] + [framework] * (framework != "torch")
+    metadata = ModelCardData(
+        base_model=base.get("repository"),
+        library_name="transformers" if stock else "modhifi",
+        pipeline_tag=_pipeline(model),
+        tags=tags,
+        **_licence(base.get("licence")),
+    )
+    source = f"`{base['source']}`"
+    if base.get("repository"):
+        source += f", [{base['repository']}](https://huggingface.co/{base['repository']})"
+    if base.get("revision"):
+        source += f" at commit `{base['revision']}`"
+    parts = [
+        f"---\n{metadata.to_yaml()}\n---\n",
+        f"# {name}\n",
+        f"{model['info'].get('architecture')}, {TAGS.get(task, 'edited')} with modhifi from {source}, "
+        "with forward passes only.\n",
+        f"Licence of the base model: {base.get('licence') or 'not stated'}.\n",
+        "## Load\n",
+        _snippet(framework, stock),
+        *_results(report),
+        "## Files\n",
+        "`modhifi.json`: what was kept and measured; `recipe.yaml`: repeats the run; `report.html`: shows it.\n",
+    ]
+    if task == "unlearn":
+        parts.append("Suppression is not erasure: a class-unlearned model is no proof of data deletion.\n")
+    return "\n".join(parts)
+
+
+def _pipeline(model: Mapping[str, Any]) -> str | None:
+    architecture = str(model["info"].get("architecture"))
+    if model["kind"] == "image" and model["info"].get("model_args", {}).get("num_classes") == 0:
+        return "image-feature-extraction"
+    return next((tag for head, tag in HEADS.items() if head in architecture), PIPELINES.get(model["kind"]))
+
+
+def _licence(licence: str | None) -> dict[str, Any]:
+    """The hub knows licences by lower-case identifiers; any other one has a name beside ``other``."""
+    if licence is None:
+        return {}
+    if re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", licence):
+        return {"license": licence}
+    return {"license": "other", "license_name": licence}
+
+
+def _snippet(framework: str, stock: str | None) -> str:
+    if stock:
+        code = f'from transformers import {stock}\n\nmodel = {stock}.from_pretrained(".")  # this directory'
+    elif framework == "torch":
+        code = 'import modhifi\n\nmodel = modhifi.load(".", skeleton=dense)  # this directory, the module before'
+    else:
+        code = 'import modhifi\n\nmodel = modhifi.load(".")  # this directory: a plain torch module in eval mode'
+    return f"```python\n{code}\n```\n"
+
+
+def _results(report: Mapping[str, Any]) -> list[str]:
+    rows = report.get("before_after") or []
+    if not rows:
+        return []
+    lines = ["| | before | after | change |", "|---|---|---|---|"]
+    for row in rows:
+        unit = row.get("unit") or ""
+        cells = [row["name"], number(row.get("before"), unit), number(row.get("after"), unit), change(row)]
+        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+    for verdict in report.get("verdicts") or []:
+        lines += ["", f"**{verdict['verdict']}** {verdict['name']}. {verdict.get('text') or ''}".rstrip()]
+    return ["## Before and after\n", "\n".join(lines) + "\n"]

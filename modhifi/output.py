@@ -1,0 +1,71 @@
+"""Where an artefact goes: asked for before the work, filled in a sibling, moved into place at the end."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from modhifi.errors import ModhifiError
+
+
+def check_output(out: str | Path, force: bool = False) -> None:
+    """Raise ModhifiError if an artefact could not be written to ``out``: ask before the work, not after it."""
+    out = Path(out).expanduser().absolute()
+    if out.exists() and not out.is_dir():
+        raise ModhifiError(f"{out} is a file; give a directory")
+    if out.is_dir() and any(out.iterdir()):
+        if not force:
+            raise ModhifiError(f"{out} is not empty; give another directory, or --force to replace it")
+        # Replacing a directory deletes all that is in it.
+        if any(place.is_relative_to(out.resolve()) for place in (Path.cwd(), Path.home())):
+            raise ModhifiError(f"{out} holds the current or the home directory and is not replaced; give another one")
+    place = out if _stays(out) else out.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ModhifiError(f"cannot write to {place}; give --out a directory that can be written")
+
+
+def _stays(out: Path) -> bool:
+    """Whether ``out`` exists and cannot be replaced as a whole: a mount point, or in a parent that is not ours."""
+    return out.is_dir() and (os.path.ismount(out) or not os.access(out.parent, os.W_OK | os.X_OK))
+
+
+@contextmanager
+def staging(out: Path) -> Iterator[Path]:
+    """A directory to fill, which takes the place of ``out`` if the block ends well and vanishes if it does not."""
+    place = out if _stays(out) else out.parent
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=place) as folder:
+            # mkdtemp's own directory is private to this user: the artefact is a plain one inside it.
+            fresh, old = Path(folder) / "new", Path(folder) / "old"
+            fresh.mkdir()
+            yield fresh
+            old.mkdir()
+            if place == out:
+                _move([path for path in out.iterdir() if path != Path(folder)], old)
+                _move(list(fresh.iterdir()), out)
+            elif out.exists():
+                kept = old / out.name
+                os.replace(out, kept)
+                try:
+                    os.replace(fresh, out)
+                except BaseException:
+                    os.replace(kept, out)
+                    raise
+            else:
+                os.replace(fresh, out)
+    except (OSError, SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ModhifiError(f"cannot write {out}: {why}; check space and permissions") from error
+
+
+def _move(paths: list[Path], to: Path) -> None:
+    for path in paths:
+        os.replace(path, to / path.name)
