@@ -44,6 +44,8 @@ class Plan:
             if name not in groups:
                 raise ModhifiError(f"the plan names a group '{name}' that this model lacks; is it the same model?")
             group = groups[name]
+            if group.refused is not None:
+                raise ModhifiError(f"'{name}' cannot be pruned: {group.refused}; take it out of the plan")
             if not kept or max(kept) >= group.n or min(kept) < 0 or len(set(kept)) != len(kept):
                 raise ModhifiError(f"the plan keeps components of '{name}' that do not exist; is it the same model?")
             if group.partition is not None:

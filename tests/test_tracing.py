@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+from modhifi.groups import Group, Structure
+from modhifi.tracing import trace
+
+
+def structure_of(name: str) -> Structure:
+    model, x = tiny.pattern(name)
+    return trace(model, lambda model: model(x))
+
+
+def group(structure: Structure, name: str) -> Group:
+    return next(g for g in structure.groups if g.name == name)
+
+
+def places(found: Group) -> dict[str, list[str]]:
+    return {role: [s.module for s in found.of(role)] for role in ("producer", "along", "reader")}  # type: ignore
+
+
+def test_plain_chain():
+    structure = structure_of("plain")
+    assert places(group(structure, "stem.0")) == dict(producer=["stem.0"], along=["stem.1"], reader=["conv.0"])
+    assert places(group(structure, "conv.0")) == dict(producer=["conv.0"], along=["conv.1"], reader=["head"])
+    assert [g.n for g in structure.prunable] == [8, 6]
+    assert [(g.name, g.refused) for g in structure.refused] == [("head", "these channels are the model's output")]
+
+
+def test_multiply_adds_count_one_sample_and_tell_where_the_mean_goes():
+    operators = structure_of("plain").operators
+    assert {name: o.macs for name, o in operators.items()} == {
+        "stem.0": 12 * 12 * 3 * 9 * 8, "conv.0": 6 * 6 * 8 * 9 * 6, "head": 6 * 5,
+    }  # fmt: skip
+    assert {name: o.sink for name, o in operators.items()} == {"stem.0": "stem.1", "conv.0": "conv.1", "head": "bias"}
+
+
+def test_residual_width_is_one_group():
+    structure = structure_of("residual")
+    wide = group(structure, "stem.0")
+    assert places(wide) == dict(
+        producer=["stem.0", "second.0"], along=["stem.1", "second.1"], reader=["first.0", "head"]
+    )
+    assert wide.coupled and not group(structure, "first.0").coupled
+
+
+@pytest.mark.parametrize("name, multiplier", [("depthwise", 1), ("depthwise x2", 2)])
+def test_depthwise_convolutions_are_passed_along(name: str, multiplier: int):
+    found = group(structure_of(name), "stem.0")
+    assert places(found) == dict(
+        producer=["stem.0"], along=["stem.1", "depthwise.0", "depthwise.1"], reader=["point.0"]
+    )
+    expected = torch.arange(8 * multiplier).view(8, multiplier)
+    assert torch.equal(found.readers[0].index, expected)
+
+
+def test_grouped_convolutions_ask_for_equal_parts():
+    structure = structure_of("grouped")
+    parts = torch.arange(3).repeat_interleave(4)
+    for name in ("inner.0", "grouped.0"):
+        found = group(structure, name)
+        assert found.refused is None and found.step == 3
+        assert torch.equal(found.partition, parts)
+
+
+def test_gates_couple_what_they_multiply():
+    structure = structure_of("gate")
+    assert places(group(structure, "stem.0")) == dict(
+        producer=["stem.0", "expand"], along=["stem.1"], reader=["reduce", "conv.0"]
+    )
+    assert places(group(structure, "reduce"))["reader"] == ["expand"]
+
+
+def test_concatenations_shift_positions():
+    structure = structure_of("dense")
+    assert places(group(structure, "stem.0"))["reader"] == ["one.0", "two.0", "three.0"]
+    at = {s.module: s.index.flatten().tolist() for s in group(structure, "one.0").readers}
+    assert at == {"two.0": [8, 9, 10, 11], "three.0": [11, 12, 13, 14]}  # the image stands first in the second one
+
+
+def test_flattening_gives_every_channel_its_pixels():
+    found = group(structure_of("flat"), "stem.0").readers[0]
+    assert found.module == "hidden"
+    assert torch.equal(found.index, torch.arange(72).view(8, 9))
+
+
+def test_chunks():
+    paired = group(structure_of("glu"), "both.0")
+    assert paired.n == 6 and paired.partition is None
+    assert torch.equal(paired.producers[0].index, torch.stack([torch.arange(6), torch.arange(6, 12)], 1))
+    apart = group(structure_of("halves"), "both.0")
+    assert apart.n == 12 and torch.equal(apart.partition, torch.arange(2).repeat_interleave(6))
+
+
+def test_parameters_on_the_channel_axis():
+    assert "scale" in places(group(structure_of("layer scale"), "stem.0"))["along"]
+    assert places(group(structure_of("prelu"), "stem.0"))["along"] == ["stem.1", "act.weight"]
+
+
+def test_a_layer_called_twice_ties_its_input_to_its_output():
+    structure = structure_of("twice")
+    assert places(group(structure, "stem.0"))["producer"] == ["stem.0", "shared"]
+    assert structure.operators["shared"].sink is None  # two BatchNorms stand behind it
+
+
+@pytest.mark.parametrize(
+    "name, refused, reason",
+    [
+        ("group norm", "stem.0", "a GroupNorm normalises across these channels (norm)"),
+        ("layer norm", "stem", "a LayerNorm normalises across these channels (norm)"),
+        ("shuffle", "first.0", "'view' folds these channels into another shape"),
+        ("unknown", "inner.0", "the operation 'cumsum' is not understood"),
+        ("roll", "inner.0", "'roll' takes these channels from fixed places"),
+        ("reordered", "inner.0", "'__getitem__' takes these channels from fixed places"),
+        ("split", "inner.0", "'split' takes these channels from fixed places"),
+        ("power", "inner.0", "the operation 'pow' is not understood"),
+        ("tied", "stem", "the weight is shared with another layer"),
+        ("assigned", "inner.0", "'__getitem__' takes these channels from fixed places"),
+        ("own forward", "inner.0", "the weight of conv is used outside that layer"),
+    ],
+)
+def test_what_is_refused_and_that_the_rest_is_not(name: str, refused: str, reason: str):
+    structure = structure_of(name)
+    assert reason in str(group(structure, refused).refused)
+    others = {g.name for g in structure.refused} - {refused, "head"}
+    assert not others
+    assert structure.prunable or name == "tied"
+
+
+def test_a_batchnorm_takes_the_mean_only_where_it_alone_reads():
+    class Peek(tiny.Plain):
+        def body(self, x: Tensor) -> Tensor:
+            raw = self.conv[0](x)
+            return torch.relu(self.conv[1](raw)) + raw
+
+    model, x = tiny.randomise(Peek()), torch.randn(2, 3, 12, 12)
+    assert trace(model, lambda model: model(x)).operators["conv.0"].sink is None
+
+
+def test_one_batchnorm_behind_two_convolutions_takes_no_mean():
+    class Sharing(tiny.Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.norm = tiny.conv(8, 8), tiny.conv(8, 8), nn.BatchNorm2d(8)
+
+        def body(self, x: Tensor) -> Tensor:
+            return self.norm(self.two(torch.relu(self.norm(self.one(x)))))
+
+    model, x = tiny.randomise(Sharing()), torch.randn(2, 3, 12, 12)
+    operators = trace(model, lambda model: model(x)).operators
+    assert operators["one"].sink is None and operators["two"].sink is None
+
+
+def test_adding_channels_of_the_input_keeps_them_all():
+    class Skip(tiny.Net):
+        """The image takes part in a sum through a concatenation."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.five, self.conv = tiny.conv_bn(8, 5), tiny.conv_bn(8, 8)
+
+        def forward(self, image: Tensor) -> Tensor:
+            x = self.stem(image)
+            return self.head((self.conv(x) + torch.cat([image, self.five(x)], 1)).mean((2, 3)))
+
+    model, x = tiny.randomise(Skip()), torch.randn(2, 3, 12, 12)
+    structure = trace(model, lambda model: model(x))
+    stay, free = group(structure, "conv.0"), group(structure, "conv.0#2")  # one convolution, two fates
+    assert stay.n == 3 and "combined with channels that must stay" in str(stay.refused)
+    assert free.n == 5 and free.refused is None and places(free)["producer"] == ["conv.0", "five.0"]
+
+
+def test_nothing_is_changed_and_no_hook_is_left():
+    model, x = tiny.pattern("gate")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    expected = model(x)
+    trace(model, lambda model: model(x))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model(x), expected)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["mixnet_s", "convnext_atto"])
+def test_refusals_of_real_architectures_name_the_operation(name: str):
+    model, x = tiny.architecture(name)
+    structure = trace(model, lambda model: model(x))
+    reasons = " ".join(str(g.refused) for g in structure.refused)
+    assert {"mixnet_s": "'split' takes", "convnext_atto": "a LayerNorm normalises"}[name] in reasons
+    assert len(structure.prunable) >= 12
