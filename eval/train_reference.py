@@ -123,6 +123,9 @@ def train(name: str, data: Path, out: Path, without: int | None, epochs: int | N
             flush=True,
         )
 
+    # what the architecture's published weights say of themselves is not true of these
+    for key in ("tag", "origin_url", "paper_ids", "test_input_size", "test_crop_pct"):
+        model.pretrained_cfg.pop(key, None)
     model.pretrained_cfg.update(
         input_size=(3, size, size),
         mean=MEAN,
