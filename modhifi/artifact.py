@@ -72,7 +72,7 @@ def save_artifact(
     with staging(out) as directory:
         weights = _write_weights(directory, edited)
         stock = _write_ecosystem_files(directory, edited, loaded, framework, changes)
-        content = {
+        content = jsonable({
             "schema_version": SCHEMA_VERSION,
             **manifest,
             "base": _base(loaded),
@@ -81,8 +81,7 @@ def save_artifact(
             "weights": weights,
             "recipe": recipe,
             "versions": _versions(),
-        }
-        content = jsonable(content)
+        })  # fmt: skip
         _write_json(directory / MANIFEST, content)
         _write_json(directory / "report.json", report)
         (directory / "report.html").write_text(render_html(report), encoding="utf-8")

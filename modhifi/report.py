@@ -89,7 +89,7 @@ def change(row: Mapping[str, Any]) -> str:
     if row.get("change") is not None:
         return str(row["change"])
     before, after = row.get("before"), row.get("after")
-    if not all(isinstance(v, int | float) and math.isfinite(v) for v in (before, after)):
+    if not isinstance(before, int | float) or not isinstance(after, int | float) or not math.isfinite(before + after):
         return ""
     if row.get("unit") == "%":
         text = f"{100 * (after - before):+.2f} points"
