@@ -28,6 +28,27 @@ class Curve:
     energy: float
 
 
+@dataclass
+class _Part:
+    """One conv group of one reader while components go: live rows of ``inverse`` and ``weight``, the rest is stale."""
+
+    inverse: Tensor
+    weight: Tensor
+    columns: Tensor
+    mine: Tensor
+    live: Tensor
+
+    def compact(self) -> None:
+        """Drop the stale rows once they are a quarter: copying at every step would cost more than the updates."""
+        if self.live.sum() > 0.75 * len(self.live):
+            return
+        at = torch.nonzero(self.live).flatten().to(self.inverse.device)
+        self.inverse = self.inverse.index_select(0, at).index_select(1, at)
+        self.weight = self.weight.index_select(1, at)
+        self.columns = (torch.cumsum(self.live, 0) - 1)[self.columns]
+        self.live = torch.ones(len(at), dtype=torch.bool)
+
+
 class Elimination:
     """Optimal Brain Surgeon on blocks: exact removal costs and updates for one group (docs/method.md, selection).
 
@@ -37,49 +58,52 @@ class Elimination:
 
     def __init__(self, readers: list[Reader], ridge: float) -> None:
         self.n = len(readers[0].owner)
-        self.state: list[list[list[Tensor]]] = []
-        for reader in readers:
-            parts = []
-            for weight, second, mine, columns in reader.parts():
-                parts.append([damped_inverse(second, ridge), weight.clone(), columns.clone(), mine.clone()])
-            self.state.append(parts)
+        self.state = [
+            [
+                _Part(
+                    damped_inverse(second, ridge),
+                    weight.clone(),
+                    columns,
+                    mine,
+                    torch.ones(len(second), dtype=torch.bool),
+                )
+                for weight, second, mine, columns in reader.parts()
+                if len(mine)
+            ]
+            for reader in readers
+        ]
 
     def costs(self) -> Tensor:
         """Cost of removing each remaining component alone; infinity for the removed ones. ``(n,)``."""
         total = torch.full((self.n,), math.inf, dtype=torch.float64)
-        first = True
-        for parts in self.state:
-            for inverse, weight, columns, mine in parts:
-                if not len(mine):
+        for number, parts in enumerate(self.state):
+            for part in parts:
+                if not len(part.mine):
                     continue
-                block = inverse[columns[:, :, None], columns[:, None, :]]
-                piece = weight.T[columns]
-                alone = (torch.linalg.solve(block, piece) * piece).sum((1, 2)).clamp_min(0).cpu()
-                total[mine] = alone if first else total[mine] + alone
-            first = False
+                block = part.inverse[part.columns[:, :, None], part.columns[:, None, :]]
+                piece = part.weight.T[part.columns]
+                energy = piece @ piece.transpose(1, 2)
+                alone = torch.linalg.solve(block, energy).diagonal(dim1=1, dim2=2).sum(1).clamp_min(0).cpu()
+                total[part.mine] = alone if not number else total[part.mine] + alone
         return total
 
     def remove(self, chosen: Tensor) -> float:
         """Remove components jointly and return the exact joint cost."""
         cost = 0.0
-        for parts in self.state:
-            for part in parts:
-                inverse, weight, columns, mine = part
-                gone = torch.isin(mine, chosen)
-                if not bool(gone.any()):
-                    continue
-                index = columns[gone].reshape(-1)
-                stay = torch.ones(len(inverse), dtype=torch.bool)
-                stay[index] = False
-                block, cross = inverse[index][:, index], inverse[index][:, stay]
-                factor = torch.linalg.solve(block, torch.cat([weight[:, index].T, cross], 1))
-                update, cross_update = factor[:, : len(weight)], factor[:, len(weight) :]
-                cost += float((update * weight[:, index].T).sum())
-                renumber = torch.cumsum(stay, 0) - 1
-                part[0] = inverse[stay][:, stay].addmm_(cross.T, cross_update, alpha=-1)
-                part[1] = weight[:, stay].addmm_(update.T, cross, alpha=-1)
-                part[2] = renumber[columns[~gone]]
-                part[3] = mine[~gone]
+        for part in (p for parts in self.state for p in parts):
+            gone = torch.isin(part.mine, chosen)
+            if not bool(gone.any()):
+                continue
+            index = part.columns[gone].reshape(-1)
+            cross, pieces = part.inverse[index], part.weight[:, index]
+            factor = torch.linalg.solve(cross[:, index], torch.cat([pieces.T, cross], 1))
+            update, cross_update = factor[:, : len(pieces)], factor[:, len(pieces) :]
+            cost += float((update * pieces.T).sum())
+            part.inverse.addmm_(cross.T, cross_update, alpha=-1)
+            part.weight.addmm_(update.T, cross, alpha=-1)
+            part.live[index] = False
+            part.columns, part.mine = part.columns[~gone], part.mine[~gone]
+            part.compact()
         return max(cost, 0.0)
 
 
@@ -93,7 +117,8 @@ def damped_inverse(second: Tensor, ridge: float) -> Tensor:
     for attempt in range(5):
         factor, info = torch.linalg.cholesky_ex(second + (ridge * 10**attempt * scale) * eye)
         if not int(info):
-            return torch.cholesky_inverse(factor)
+            # cholesky_inverse does half the work, but on busy cores its threads wait for each other forever
+            return torch.cholesky_solve(eye, factor)
     raise ModhifiError("a Gram matrix is not positive definite even with strong damping; use more calibration samples")
 
 
