@@ -1,0 +1,170 @@
+"""Follow the branches of a network from their last operator to the addition that joins them to the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .operations import CONVS, ELEMENTWISE, METADATA, MOVEMENT, operation_name, swap, tensors_in
+
+ADDITIONS = frozenset("add add_ __add__ __radd__ __iadd__".split())
+PRODUCTS = frozenset("mul mul_ __mul__ __rmul__ __imul__ multiply".split())
+UNCHANGED = frozenset(
+    """dropout dropout_ feature_dropout dropout1d dropout2d dropout3d contiguous clone detach to float half bfloat16
+    double type type_as requires_grad_ cpu cuda""".split()
+)
+
+
+@dataclass(frozen=True)
+class Trail:
+    """Where a tensor comes from: an operator (``module``) or an addition, with ``index`` of the origin's elements."""
+
+    index: Tensor
+    module: str | None
+    addition: int | None = None
+    norm: str | None = None
+    gains: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Addition:
+    number: int
+    time: int
+    where: str
+    trail: Trail | None
+    size: int
+
+
+@dataclass
+class BranchWatcher(TorchFunctionMode):
+    """Follows one forward pass on two samples."""
+
+    model: nn.Module
+    depth: dict[int, int] = field(default_factory=dict)
+    trails: dict[int, Trail] = field(default_factory=dict)
+    alive: list[Any] = field(default_factory=list)
+    names: dict[int, str] = field(default_factory=dict)
+    operators: dict[str, tuple[int, bool, int, Trail | None, int]] = field(default_factory=dict)
+    sinks: dict[str, str] = field(default_factory=dict)
+    norms: dict[str, int] = field(default_factory=dict)
+    additions: list[Addition] = field(default_factory=list)
+    path: list[str] = field(default_factory=list)
+    time: int = 0
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.names = {id(p): name for name, p in self.model.named_parameters()}
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = operation_name(func)
+        if name in METADATA:
+            return func(*args, **kwargs)
+        inputs = list(tensors_in((args, kwargs)))
+        before = [(self.depth.get(id(t)), self.trails.get(id(t)), self.names.get(id(t))) for t in inputs]
+        out = func(*args, **kwargs)
+        outputs = list(tensors_in(out))
+        if not outputs:
+            return out
+        self.time += 1
+        self.alive += [inputs, outputs]
+        deepest = max((d for d, _, _ in before if d is not None), default=None)
+        found: list[Trail | None] = [None] * len(outputs)
+        with torch._C.DisableTorchFunction():
+            if name in CONVS or name in ("linear", "addmm"):
+                deepest = (deepest or 0) + 1
+                found = [self.operator(name, args, kwargs, before, inputs, outputs[0], deepest)]
+            elif name in ADDITIONS:
+                found = [self.addition(before, inputs, outputs[0])]
+                self.count += 1
+            else:
+                found = self.follow(name, func, args, kwargs, before, inputs, outputs)
+        for tensor, trail in zip(outputs, found, strict=True):
+            self.trails.pop(id(tensor), None)
+            if deepest is not None:
+                self.depth[id(tensor)] = deepest
+            if trail is not None:
+                self.trails[id(tensor)] = trail
+        return out
+
+    def operator(
+        self, name: str, args: Any, kwargs: Any, before: list[Any], inputs: list[Tensor], out: Tensor, depth: int
+    ) -> Trail | None:
+        place = 2 if name == "addmm" else 1
+        weight = args[place] if len(args) > place else kwargs.get("weight")
+        owner, _, kind = self.names.get(id(weight), "").rpartition(".")
+        if kind != "weight" or not owner:
+            return None
+        x = next((b for t, b in zip(inputs, before, strict=True) if b[0] is not None), None)
+        biased = getattr(self.model.get_submodule(owner), "bias", None) is not None
+        self.operators[owner] = (self.time, biased, out.numel() // 2, x[1] if x else None, depth)
+        return Trail(torch.arange(out.numel()).view(out.shape), owner)
+
+    def addition(self, before: list[Any], inputs: list[Tensor], out: Tensor) -> Trail | None:
+        active = [(b, t) for b, t in zip(before, inputs, strict=True) if b[0] is not None]
+        if len(active) < 2 or any(t.shape != out.shape for _, t in active):
+            # A constant (a position embedding, a bias) changes no position.
+            trail = active[0][0][1] if len(active) == 1 and active[0][1].shape == out.shape else None
+            return trail if trail is not None and trail.module is None else None
+        # The deeper operand is the branch, the other one the skip (which may end in an operator of its own).
+        best = max((b for b, _ in active), key=lambda b: (b[0], b[1] is not None))[1]
+        where = self.path[-1] if self.path else ""
+        self.additions.append(Addition(self.count, self.time, where, best, out.numel() // 2))
+        return Trail(torch.arange(out.numel()).view(out.shape), None, self.count)
+
+    def follow(
+        self,
+        name: str,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        before: list[Any],
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+    ) -> list[Trail | None]:
+        none: list[Trail | None] = [None] * len(outputs)
+        if name in MOVEMENT or name in UNCHANGED:
+            if len(inputs) == 1 and before[0][0] is None and before[0][2] and outputs[0].numel() == inputs[0].numel():
+                self.names[id(outputs[0])] = before[0][2]  # a layer scale in another shape
+            trail = before[0][1] if before else None
+            if trail is None:
+                return none
+            if name in UNCHANGED:
+                return [trail] * len(outputs)
+            # A view of the same elements, whatever the strides of the index are.
+            move = Tensor.reshape if name == "view" else func
+            try:
+                moved = list(tensors_in(move(*swap(args, {id(inputs[0]): trail.index}), **kwargs)))
+            except (RuntimeError, TypeError, IndexError):
+                return none
+            return [replace(trail, index=index) for index in moved] if len(moved) == len(outputs) else none
+        trail = next((b[1] for b in before if b[0] is not None and b[1] is not None), None)
+        if name == "batch_norm":
+            return [self.batch_norm(before, trail)]
+        if trail is None or len(outputs) != 1 or outputs[0].shape != trail.index.shape:
+            return none
+        if trail.module is None:
+            # On the way from the stream to the classifier only positions matter.
+            single = sum(b[0] is not None for b in before) == 1
+            return [trail] if single and (name in ELEMENTWISE or name in ("layer_norm", "rms_norm")) else none
+        others = [b for b in before if b[1] is not trail]
+        if name in PRODUCTS and len(others) == 1 and others[0][0] is None and others[0][2]:
+            return [replace(trail, gains=(*trail.gains, others[0][2]))]
+        return none
+
+    def batch_norm(self, before: list[Any], trail: Trail | None) -> Trail | None:
+        owners = {name.rpartition(".")[0] for _, _, name in before if name}
+        if len(owners) != 1:
+            return None
+        owner = owners.pop()
+        self.norms[owner] = self.time
+        if trail is None or trail.module is None or trail.norm or trail.gains:
+            return trail if trail is not None and trail.module is None else None
+        self.sinks.setdefault(trail.module, owner)
+        return replace(trail, norm=owner)

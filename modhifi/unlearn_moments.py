@@ -1,0 +1,157 @@
+"""Moments of retained and of forgotten samples, apart, from one forward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import Samples
+from .groups import conv_groups
+from .load import LoadedModel
+from .moments import Accumulator, Moments, reader_rows, spread_positions
+from .unlearn_sites import Streams, Writer
+
+# A Gram of d columns looks at about this many rows per column in every population.
+ROWS_PER_COLUMN = 8
+
+
+@torch.no_grad()
+def passes(
+    loaded: LoadedModel, model: nn.Module, samples: Samples, batch_size: int
+) -> Iterator[tuple[int, Callable[[], Tensor]]]:
+    """For every batch the number of its first sample and a function that runs the model on it."""
+    first = 0
+    for batch in samples.batches(batch_size):
+        yield first, lambda batch=batch: loaded.logits(batch, model)  # type: ignore[misc]
+        first += len(batch)
+
+
+class Populations:
+    """One accumulator for each population: 0 the retained samples, j the j-th forgotten class; -1 is left out."""
+
+    def __init__(self, groups: Tensor, seed: int = 0) -> None:
+        self.groups = groups
+        self.seed = seed
+        self.counts = [int((groups == j).sum()) for j in range(int(groups.max()) + 1)]
+        self.sums = [Accumulator() for _ in self.counts]
+
+    def positions(self, first: int, batch: int, total: int, columns: int) -> Tensor:
+        """Which of ``total`` positions to look at in every sample of a batch, int64 ``(batch, p)``."""
+        wanted = min(total, math.ceil(ROWS_PER_COLUMN * columns / max(1, min(self.counts))))
+        return spread_positions(total, wanted, first, batch, self.seed)
+
+    def add(self, first: int, rows: Tensor) -> None:
+        """``rows`` ``(G, d, batch, p)``; a large population looks at fewer of the ``p`` positions of each sample."""
+        groups = self.groups[first : first + rows.shape[2]].to(rows.device)
+        for j, (sums, count) in enumerate(zip(self.sums, self.counts, strict=True)):
+            wanted = math.ceil(ROWS_PER_COLUMN * rows.shape[1] / max(1, count))
+            mine = rows[:, :, groups == j, :wanted]
+            if mine.shape[2]:
+                sums.add(mine.flatten(2))
+
+    def moments(self) -> list[Moments]:
+        found = [sums.finish() for sums in self.sums]
+        return [Moments(m.n, m.mean.cpu(), m.cov.cpu()) for m in found]
+
+
+@torch.no_grad()
+def reader_moments(
+    loaded: LoadedModel, model: nn.Module, samples: Samples, groups: Tensor, modules: list[str], batch_size: int
+) -> dict[str, list[Moments]]:
+    """The moments of what the named operators read, one for each population of ``groups`` int64 ``(n,)``."""
+    found = {name: Populations(groups) for name in modules}
+    first, count = 0, 0
+
+    def see(name: str, layer: nn.Module, x: Tensor) -> None:
+        found[name].add(
+            first, _input_rows(layer, x.detach(), count, lambda t, d: found[name].positions(first, count, t, d))
+        )
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: see(name, m, args[0]))
+        for name in modules
+    ]
+    try:
+        for first, run in passes(loaded, model, samples, batch_size):
+            count = min(batch_size, len(samples) - first)
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: populations.moments() for name, populations in found.items()}
+
+
+@torch.no_grad()
+def joint_moments(
+    loaded: LoadedModel,
+    model: nn.Module,
+    samples: Samples,
+    groups: Tensor,
+    writer: Writer,
+    focus: Tensor | None,
+    batch_size: int,
+) -> list[Moments]:
+    """The moments of the rows ``[x, s]`` of a writer's input and its stream, one for each population.
+
+    Only positions that reach the stream count, and only those of ``focus`` where the stream has them.
+    """
+    populations = Populations(groups)
+    layer: Any = model.get_submodule(writer.site.module)
+    open_positions = torch.nonzero(writer.rows[:, 0] >= 0).flatten()
+    if focus is not None and writer.addition is not None and int(focus.max()) < len(writer.rows):
+        open_positions = focus
+    held: dict[str, Any] = {}
+    first, count = 0, 0
+
+    def keep(_: nn.Module, args: Any) -> None:
+        with torch._C.DisableTorchFunction():
+            x = args[0].detach()
+            columns = layer.weight[0].numel() if hasattr(layer, "kernel_size") else x.shape[-1]
+            held["at"] = open_positions[
+                populations.positions(first, count, len(open_positions), columns + writer.rows.shape[1])
+            ]
+            held["x"] = _input_rows(layer, x, count, lambda *_: held["at"])
+
+    def join(stream: Tensor) -> None:
+        with torch._C.DisableTorchFunction():
+            flat = stream.detach().reshape(count, -1)
+            place = writer.rows[held["at"]].to(flat.device)
+            s = flat.gather(1, place.flatten(1)).view(place.shape).permute(2, 0, 1).float()
+            populations.add(first, torch.cat([held["x"], s[None]], 1))
+
+    hooks = [layer.register_forward_pre_hook(keep)]
+    if writer.addition is None:
+        hooks.append(layer.register_forward_hook(lambda _, __, out: join(out)))
+    streams = Streams({} if writer.addition is None else {writer.addition: join})
+    try:
+        for first, run in passes(loaded, model, samples, batch_size):
+            count = min(batch_size, len(samples) - first)
+            with streams:
+                streams.count = 0
+                run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return populations.moments()
+
+
+def _input_rows(layer: Any, x: Tensor, count: int, choose: Callable[[int, int], Tensor]) -> Tensor:
+    """An operator's input rows at chosen positions of ``count`` samples, ``(G, d, count, p)``."""
+    if not hasattr(layer, "kernel_size"):
+        # Windows of one sample stand one after another on the first axis.
+        rows = x.reshape(count, -1, x.shape[-1])
+        at = choose(rows.shape[1], x.shape[-1]).to(x.device)
+        return rows.gather(1, at[:, :, None].expand(-1, -1, x.shape[-1])).permute(2, 0, 1).float()[None]
+    columns = layer.weight[0].numel()
+    chosen: list[Tensor] = []
+
+    def positions(total: int) -> Tensor:
+        chosen.append(choose(total, columns))
+        return chosen[0]
+
+    rows = reader_rows(layer, x, positions)
+    return rows.reshape(conv_groups(layer), rows.shape[1], count, -1)

@@ -1,0 +1,90 @@
+"""BatchNorm around a class edit: settle the statistics, or re-estimate them as an attacker would."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import Samples
+from .erasure import Norm, settle_norm
+from .load import LoadedModel
+from .unlearn_moments import passes
+
+
+def batch_norms(model: nn.Module) -> list[str]:
+    """The BatchNorms with running statistics, by name."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return [name for name, m in model.named_modules() if isinstance(m, kind) and m.running_mean is not None]
+
+
+@torch.no_grad()
+def settle_norms(
+    loaded: LoadedModel, model: nn.Module, samples: Samples, names: Sequence[str], batch_size: int
+) -> None:
+    """Give the named norms of ``model`` the statistics of ``samples``, in place, without changing what they compute."""
+    known = set(batch_norms(model))
+    names = [n for n in names if n in known and model.get_submodule(n).weight is not None]
+    found = _statistics(loaded, model, samples, names, batch_size)
+    for name, (mean, variance) in found.items():
+        norm: Any = model.get_submodule(name)
+        old = Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        new = settle_norm(old, mean, variance, norm.eps)
+        for place, value in zip(
+            (norm.weight, norm.bias, norm.running_mean, norm.running_var),
+            (new.gamma, new.beta, new.mean, new.variance),
+            strict=True,
+        ):
+            place.copy_(value.to(place))
+
+
+@torch.no_grad()
+def recall(loaded: LoadedModel, model: nn.Module, samples: Samples, batch_size: int) -> nn.Module | None:
+    """A copy whose BatchNorms are re-estimated on ``samples``, all at once, as training mode does; None without any."""
+    if not batch_norms(model):
+        return None
+    result = copy.deepcopy(model)
+    norms: list[Any] = [result.get_submodule(name) for name in batch_norms(result)]
+    kept = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum, norm.training = None, True
+    for _, run in passes(loaded, result, samples, batch_size):
+        run()
+    for norm, momentum in zip(norms, kept, strict=True):
+        norm.momentum, norm.training = momentum, False
+    return result
+
+
+def _statistics(
+    loaded: LoadedModel, model: nn.Module, samples: Samples, names: Sequence[str], batch_size: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and unbiased variance ``(channels,)`` float64 of what the named norms receive."""
+    sums: dict[str, list[Any]] = {name: [0, 0.0, 0.0] for name in names}
+
+    def see(name: str, x: Tensor) -> None:
+        rows = x.detach().double().transpose(0, 1).flatten(1)
+        entry = sums[name]
+        entry[0] += rows.shape[1]
+        entry[1] = entry[1] + rows.sum(1)
+        entry[2] = entry[2] + rows.square().sum(1)
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+        for name in names
+    ]
+    try:
+        for _, run in passes(loaded, model, samples, batch_size):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    result = {}
+    for name, (n, first, second) in sums.items():
+        if n > 1:
+            mean = first / n
+            result[name] = mean, (second / n - mean.square()).clamp_min(0) * (n / (n - 1))
+    return result

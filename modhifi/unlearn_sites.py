@@ -1,0 +1,217 @@
+"""Where a network can be made to forget: what writes into its residual stream, and what reads, from one forward pass.
+
+A *writer* is the last operator of a residual branch: conv (and its BatchNorm), or linear map (and its layer scale),
+whose output is added to the skip. Behind the last addition, and in nets without any, every operator but the classifier
+is a writer of its own output. Beside each writer stands the map from the positions of its output to those of the
+stream, followed element by element through every view, permutation, roll and window of the branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .branches import ADDITIONS, BranchWatcher, Trail
+from .errors import ModhifiError
+from .groups import conv_groups
+from .load import LoadedModel
+from .operations import operation_name
+
+# A joint Gram of more columns than this takes over half a gigabyte.
+MOST_COLUMNS = 8192
+
+
+@dataclass(frozen=True)
+class Site:
+    """An operator in its block; ``sink`` is ``"bias"``, the BatchNorm behind it, or None: what takes a mean."""
+
+    module: str
+    block: str
+    sink: str | None
+
+
+@dataclass(frozen=True)
+class Writer:
+    """An operator that writes into a stream.
+
+    ``norm`` is the BatchNorm and ``gains`` are the parameters (layer scales) between its output and the stream.
+    ``addition`` numbers the addition whose result is the stream; None where the stream is the operator's own output.
+    ``rows`` is int64 ``(positions, out)``: the element of one sample's flattened stream that each output element of
+    the operator is added to, -1 for positions that are cut away before.
+    """
+
+    site: Site
+    norm: str | None
+    gains: tuple[str, ...]
+    addition: int | None
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The operators of a classifier in execution order, its blocks in order, its writers, norms and classifiers.
+
+    ``focus`` int64: the only positions of the last stream that the classifier reads (a class token), or None for all.
+    ``refused``: additions that no writer was found for, with the reason.
+    """
+
+    readers: tuple[Site, ...]
+    writers: tuple[Writer, ...]
+    norms: tuple[tuple[str, str], ...]
+    heads: tuple[str, ...]
+    focus: Tensor | None
+    refused: tuple[tuple[str, str], ...]
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The blocks that hold a writer, from the input to the head."""
+        return tuple(dict.fromkeys(w.site.block for w in self.writers))
+
+    def last(self, depth: int) -> tuple[str, ...]:
+        """The last ``depth`` blocks, all of them if there are fewer."""
+        return self.blocks[-depth:] if depth > 0 else ()
+
+
+def find_sites(loaded: LoadedModel) -> Sites:
+    """Watch one forward pass of a classifier on its two example inputs.
+
+    Raises ModhifiError for a model that is no classifier: one whose output is not ``(batch, classes)`` with at least
+    two classes, written by a linear operator.
+    """
+    if loaded.kind == "text":
+        raise ModhifiError(f"{loaded.source} is a language model: it has no classes to forget; give a classifier")
+    model = loaded.model
+    watcher = BranchWatcher(model)
+    handles = [
+        m.register_forward_pre_hook(lambda *_, name=name: watcher.path.append(name))
+        for name, m in model.named_modules()
+    ] + [m.register_forward_hook(lambda *_: (watcher.path.pop(), None)[1]) for _, m in model.named_modules()]
+    example = loaded.example.clone()
+    watcher.depth[id(example)] = 0
+    watcher.alive.append(example)
+    try:
+        with torch.no_grad(), watcher:
+            logits = loaded.logits(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if logits.ndim != 2 or logits.shape[1] < 2 or not watcher.operators:
+        raise ModhifiError(
+            f"{loaded.source} has outputs {tuple(logits.shape[1:])} and no classes to forget; give a classifier of at "
+            "least two classes"
+        )
+    return _assemble(model, watcher, logits)
+
+
+def _assemble(model: nn.Module, watcher: BranchWatcher, logits: Tensor) -> Sites:
+    # Two classifiers may be averaged: that addition is no stream.
+    additions = [a for a in watcher.additions if a.size > logits.shape[1]]
+    final = additions[-1].time if additions else -1
+    order = sorted(watcher.operators.items(), key=lambda item: item[1][0])
+    tail = [name for name, (time, *_) in order if time > final]
+    heads = tuple(
+        n for n in tail if watcher.operators[n][2] == logits.shape[1] and _outputs(model, n) == logits.shape[1]
+    )
+    if not heads:
+        raise ModhifiError("the classifier of this model was not found: its output comes from no linear operator")
+
+    written: list[tuple[int, Writer]] = []
+    refused: list[tuple[str, str]] = []
+
+    def add(module: str, time: int, trail: Trail | None, addition: int | None, size: int) -> None:
+        layer: Any = model.get_submodule(module)
+        columns = (
+            layer.weight[0].numel()
+            if hasattr(layer, "kernel_size")
+            else layer.weight.numel() // _outputs(model, module)
+        )
+        if conv_groups(layer) > 1:
+            refused.append((module, "it is a grouped convolution"))
+        elif columns + _outputs(model, module) > MOST_COLUMNS:
+            refused.append((module, f"its {columns} input columns are too many"))
+        else:
+            site = Site(module, block_of(module), _sink(watcher, module))
+            rows = _rows(model, watcher, module, trail, size)
+            written.append(
+                (time, Writer(site, trail.norm if trail else None, trail.gains if trail else (), addition, rows))
+            )
+
+    for a in additions:
+        if a.trail is None or a.trail.module is None:
+            refused.append((a.where, "no operator alone writes the branch that is added here"))
+        else:
+            add(a.trail.module, a.time, a.trail, a.number, a.size)
+    for name in tail:
+        if name not in heads:
+            add(name, watcher.operators[name][0], None, None, watcher.operators[name][2])
+
+    # An operator belongs to the next writer's block; what comes behind the last writer stands alone.
+    def block(name: str, time: int) -> str:
+        return next((w.site.block for t, w in written if t >= time), block_of(name))
+
+    readers = tuple(Site(n, block(n, entry[0]), _sink(watcher, n)) for n, entry in order)
+    norms = tuple((n, block(n, time)) for n, time in sorted(watcher.norms.items(), key=lambda item: item[1]))
+    behind = [trail for name in tail if (trail := watcher.operators[name][3]) is not None]
+    return Sites(readers, tuple(w for _, w in written), norms, heads, _focus(behind, written), tuple(refused))
+
+
+def block_of(module: str) -> str:
+    """The innermost numbered ancestor of a module (``layer4.1`` of ``layer4.1.conv2``), itself if there is none."""
+    parts = module.split(".")
+    numbered = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbered[-1] + 1]) if numbered else module
+
+
+def _outputs(model: nn.Module, module: str) -> int:
+    layer: Any = model.get_submodule(module)
+    return int(getattr(layer, "out_features", 0) or getattr(layer, "out_channels", 0) or layer.nf)
+
+
+def _sink(watcher: BranchWatcher, module: str) -> str | None:
+    return "bias" if watcher.operators[module][1] else watcher.sinks.get(module)
+
+
+def _rows(model: nn.Module, watcher: BranchWatcher, module: str, trail: Trail | None, size: int) -> Tensor:
+    """See :class:`Writer`: the operator's output as positions by channels, each element's place in the stream."""
+    produced, channels = watcher.operators[module][2], _outputs(model, module)
+    place = torch.arange(produced)
+    if trail is not None:
+        place = torch.full((produced,), -1)
+        first = trail.index.reshape(2, -1)[0]
+        if int(first.max()) < produced:
+            place[first] = torch.arange(size)
+    if hasattr(model.get_submodule(module), "kernel_size"):
+        return place.view(channels, -1).T.contiguous()
+    return place.view(-1, channels)
+
+
+def _focus(behind: list[Trail], written: list[tuple[int, Writer]]) -> Tensor | None:
+    """The positions of the last stream that reach an operator behind it, where they are some and not all."""
+    streams = [w for _, w in written if w.addition is not None]
+    found = [t.index.reshape(2, -1)[0] for t in behind if streams and t.addition == streams[-1].addition]
+    if not found:
+        return None
+    seen = torch.isin(streams[-1].rows, torch.cat(found)).all(1)
+    return None if bool(seen.all()) or not bool(seen.any()) else torch.nonzero(seen).flatten()
+
+
+class Streams(TorchFunctionMode):
+    """While active, hands the results of the numbered additions of a forward pass to their callbacks."""
+
+    def __init__(self, wanted: Mapping[int, Callable[[Tensor], None]]) -> None:
+        super().__init__()
+        self.wanted = wanted
+        self.count = 0
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if operation_name(func) in ADDITIONS and isinstance(out, Tensor):
+            if self.count in self.wanted:
+                self.wanted[self.count](out)
+            self.count += 1
+        return out
