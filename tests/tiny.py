@@ -338,7 +338,7 @@ def pattern(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
     return model, torch.randn(shape, dtype=torch.float64)
 
 
-def architecture(name: str, size: int = 64, classes: int = 10, seed: int = 0) -> tuple[nn.Module, Tensor]:
+def architecture(name: str, size: int = 40, classes: int = 10, seed: int = 0) -> tuple[nn.Module, Tensor]:
     """A narrow version of a timm architecture in float64 and eval mode, and an input batch of 2."""
     torch.manual_seed(seed)
     if name == "vgg16_bn":  # timm gives no handle on its widths
