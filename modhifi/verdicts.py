@@ -1,0 +1,120 @@
+"""From bounds to verdicts: the order of precedence of docs/method.md, and what to say beside each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
+from modhifi.ladder_units import QUANTILE, Statistical, Units
+from modhifi.statistics import divided_alpha, settling_n_mean, settling_n_rate
+
+PASSING = ("PASS-CERTIFIED", "PASS-STATISTICAL", "PASS-ON-SAMPLES")
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """What the user allows.
+
+    ``max_flip``: the share of inputs whose top-1 may change. ``max_error``: the Euclidean change of the output that at
+    most one input in twenty may exceed. ``not_a_sample``: the held-out units were not drawn at random, so that only
+    what was measured on them may be said.
+    """
+
+    max_flip: float | None = None
+    max_error: float | None = None
+    confidence: float = 0.95
+    not_a_sample: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_flip is not None and not 0 <= self.max_flip <= 1:
+            raise ModhifiError(f"--max-flip {self.max_flip} is no share; give a number between 0 and 1")
+        if self.max_error is not None and not 0 <= self.max_error < math.inf:
+            raise ModhifiError(f"--max-error {self.max_error} is no error; give a number of at least 0")
+        divided_alpha(self.confidence)
+
+    @property
+    def alpha(self) -> float:
+        """The error probability of one bound: both tolerances together hold at the confidence asked for."""
+        given = sum(t is not None for t in (self.max_flip, self.max_error))
+        return divided_alpha(self.confidence, max(1, given))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of the report. ``settling_n`` is how many held-out units would settle an INCONCLUSIVE one."""
+
+    name: str
+    verdict: str
+    text: str
+    settling_n: int | None = None
+
+
+def self_test(violations: tuple[str, ...], samples: int) -> Verdict:
+    """Measured <= R2 <= R1 on the very samples the bounds were computed from."""
+    if violations:
+        return Verdict("self-test", "BUG", "; ".join(violations))
+    if samples == 0:
+        return Verdict("self-test", "not measured", "no sample was walked")
+    return Verdict("self-test", "HOLDS", f"measured <= R2 <= R1 on each of {samples} samples")
+
+
+def judge(tolerances: Tolerances, found: Statistical, units: Units, every_input: float | None) -> tuple[Verdict, ...]:
+    """One verdict for each tolerance given; ``every_input`` is R1 in its every-input form where there is one."""
+    verdicts = []
+    alpha = found.alpha
+    if (tau := tolerances.max_flip) is not None:
+        if units.positions == 1:
+            settling = settling_n_rate(int(units.flips.sum()), len(units), tau, alpha)
+        else:
+            settling = settling_n_mean(units.flips, tau, alpha)
+        what = "inputs whose top-1 changes" if units.positions == 1 else "positions of a unit whose top-1 changes"
+        certified = every_input == 0
+        name = f"max flip {tau:g}"
+        verdicts.append(_verdict(name, tau, tolerances, found, found.flips, certified, settling, what, percent=True))
+    if (tau := tolerances.max_error) is not None:
+        above = int((units.error > tau).sum())
+        settling = settling_n_rate(above, len(units), 1 - QUANTILE, alpha)
+        certified = every_input is not None and every_input <= tau
+        what = f"{QUANTILE:.0%} quantile of the output's change"
+        name = f"max error {tau:g}"
+        verdicts.append(_verdict(name, tau, tolerances, found, found.error_quantile, certified, settling, what))
+    return tuple(verdicts)
+
+
+def _verdict(
+    name: str, tau: float, tolerances: Tolerances, found: Statistical, interval: object, certified: bool,
+    settling: int | None, what: str, percent: bool = False,
+) -> Verdict:  # fmt: skip
+    from modhifi.ladder_units import Interval
+
+    assert isinstance(interval, Interval)
+
+    def show(value: float) -> str:
+        return f"{100 * value:.3g} %" if percent else f"{value:.4g}"
+
+    measured = f"{what}: {show(interval.measured)} measured on {found.n} units"
+    if tolerances.not_a_sample:
+        verdict = "PASS-ON-SAMPLES" if interval.measured <= tau else "FAIL"
+        return Verdict(name, verdict, f"{measured}; nothing is claimed beyond them")
+    sure = f"{100 * (1 - found.alpha):.4g} % confidence"
+    if interval.lower > tau:
+        return Verdict(name, "FAIL", f"{measured}, at least {show(interval.lower)} with {sure}")
+    if certified:
+        return Verdict(name, "PASS-CERTIFIED", f"{measured}; proven for every input of the box (R1)")
+    if interval.upper <= tau:
+        return Verdict(name, "PASS-STATISTICAL", f"{measured}, at most {show(interval.upper)} with {sure}")
+    more = (
+        f"about {settling:,} units would settle it" if settling else "no number of units can be named that settles it"
+    )
+    return Verdict(name, "INCONCLUSIVE", f"{measured}, at most {show(interval.upper)} with {sure}; {more}", settling)
+
+
+def enforce(verdicts: tuple[Verdict, ...]) -> None:
+    """Raise SelfTestFailed for a bug of ours, GateFailed where a tolerance failed or stayed open; in that order."""
+    for verdict in verdicts:
+        if verdict.verdict == "BUG":
+            raise SelfTestFailed(f"the bound's self-test failed, a bug of modhifi: {verdict.text}")
+    for verdict in verdicts:
+        if verdict.verdict in ("FAIL", "INCONCLUSIVE"):
+            raise GateFailed(f"{verdict.name}: {verdict.verdict}: {verdict.text}")

@@ -1,0 +1,328 @@
+"""The ladder of bounds on how far an edited model's outputs moved, each rung labelled with what it rests on.
+
+R1 and R2 are form B: errors of the modified layers on clean activations, behind them the modified tails. They and R4
+are computed in float64 on the first held-out units, R3 on all of them in the models' own type.
+Source: docs/method.md, the error bound; docs/bounds.md says how to read it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modhifi.data import Samples, normalisation
+from modhifi.errors import ModhifiError
+from modhifi.ladder_affine import Norms
+from modhifi.ladder_hybrids import LayerShare, hybrid_changes
+from modhifi.ladder_units import Statistical, Units, run_units, statistical
+from modhifi.ladder_walk import Walk, walk
+from modhifi.lipschitz import input_box, minkowski
+from modhifi.load import LoadedModel
+from modhifi.local_bounds import cannot_flip
+from modhifi.report import jsonable
+from modhifi.verdicts import Tolerances, Verdict, enforce, judge, self_test
+
+# Above the rounding of two float64 passes; the rules themselves round up. A model that computes parts of itself in
+# float32 is blurred by some 1e-6 of its output.
+RELATIVE_SLACK, OUTPUT_SLACK = 1e-6, 1e-6
+WALK_BATCH = 8
+Progress = Callable[[str, int, int], None]
+# Where, names of the modified parameters, root mean square of the own error, global constant of the modified tail.
+Layer = tuple[str, tuple[str, ...], float, float]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One figure of the ladder. ``value`` is a Euclidean change of the output unless the name says otherwise; None with
+    the reason in ``note`` where it is not available. ``informative``: below the error of the mean output."""
+
+    name: str
+    value: float | None
+    informative: bool
+    assumption: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Certified:
+    """R1, R2 and what was measured on the walked samples, float64 (n,); root mean squares go into the rungs."""
+
+    measured: Tensor
+    local: Tensor
+    theorem: Tensor
+    expected: float
+    every_input: float | None
+    cannot_flip: float
+    layers: tuple[Layer, ...]
+    missing: Mapping[str, str]
+    scale: float
+
+    def violations(self) -> tuple[str, ...]:
+        """Where measured <= R2 <= R1 does not hold on a sample; empty for sound bounds."""
+        slack = OUTPUT_SLACK * self.scale
+        found = []
+        for name, low, high in (("measured > R2", self.measured, self.local), ("R2 > R1", self.local, self.theorem)):
+            over = low - high * (1 + RELATIVE_SLACK) - slack
+            # Infinite minus infinite: a rung that is not available violates nothing.
+            over = torch.where(high.isinf(), torch.full_like(over, -math.inf), over)
+            if bool((over > 0).any()):
+                i = int(over.argmax())
+                found.append(f"{name} on sample {i}: {float(low[i]):.6g} > {float(high[i]):.6g}")
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class BoundReport:
+    """The whole ladder. ``layers`` tells which layer spends the error (R4)."""
+
+    rungs: tuple[Rung, ...]
+    layers: tuple[LayerShare, ...]
+    telescoping_gap: float | None
+    verdicts: tuple[Verdict, ...]
+    statistical: Statistical
+    tolerances: Tolerances
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """``verdicts`` for the report's table, everything else under ``bounds``; both JSON-able."""
+        content: dict[str, Any] = jsonable(asdict(self))
+        verdicts = [v for v in content.pop("verdicts")]
+        for rung in self.rungs:
+            verdict = "not available" if rung.value is None else "INFORMATIVE" if rung.informative else "VACUOUS"
+            shown = "" if rung.value is None else f"{rung.value:.4g}; "
+            text = f"{shown}{rung.assumption}" + (f" ({rung.note})" if rung.note else "")
+            verdicts.append({"name": rung.name, "verdict": verdict, "text": text})
+        return {"verdicts": verdicts, "bounds": content}
+
+    def enforce(self) -> None:
+        """Raise SelfTestFailed (exit code 3) or GateFailed (1) as the verdicts ask for."""
+        enforce(self.verdicts)
+
+
+def verify_model(
+    loaded: LoadedModel,
+    edited: nn.Module,
+    dense_shape: nn.Module | None,
+    held: Samples,
+    tolerances: Tolerances | None = None,
+    *,
+    walked: int | None = None,
+    batch_size: int = 32,
+    progress: Progress = lambda stage, done, total: None,
+) -> BoundReport:
+    """Compute every rung for ``edited``, made from ``loaded.model``, on held-out samples that calibrated nothing.
+
+    ``dense_shape`` holds the same function as ``edited`` in the original's shapes (zero columns where components went);
+    without it R1, R2 and R4 are not available. ``walked`` samples are walked for them (default: 16 images, 1 text).
+    Raises ModhifiError for models in train mode and outputs that are not finite (GateFailed for the edited model's).
+    """
+    tolerances = tolerances or Tolerances()
+    for name, model in (("original", loaded.model), ("edited", edited)):
+        if any(m.training for m in model.modules()):
+            raise ModhifiError(f"the {name} model is in train mode, where outputs are random; call .eval() first")
+    device = next(edited.parameters()).device
+    progress("bounding", 0, 3)
+    dense_run = partial(_moved, loaded, loaded.model, device)
+    units = run_units(dense_run, partial(_moved, loaded, edited, device), held, batch_size)
+    found = statistical(units, tolerances.alpha)
+    progress("bounding", 1, 3)
+    rungs, layers, gap, violations, every, count = _certify(loaded, edited, dense_shape, held, units, walked)
+    progress("bounding", 3, 3)
+    verdicts = (self_test(violations, count), *judge(tolerances, found, units, every))
+    warnings = []
+    if held.synthetic:
+        warnings.append("the held-out data is synthetic: the statistical bounds speak of that distribution only")
+    return BoundReport(
+        (*rungs, *_statistical_rungs(found, units)), layers, gap, verdicts, found, tolerances, tuple(warnings)
+    )
+
+
+def _moved(loaded: LoadedModel, model: nn.Module, device: torch.device, batch: Tensor) -> Tensor:
+    return loaded.logits(batch.to(device), model)
+
+
+def _certify(
+    loaded: LoadedModel,
+    edited: nn.Module,
+    dense_shape: nn.Module | None,
+    held: Samples,
+    units: Units,
+    walked: int | None,
+) -> tuple[tuple[Rung, ...], tuple[LayerShare, ...], float | None, tuple[str, ...], float | None, int]:
+    count = min(len(held), (16 if units.positions == 1 else 1) if walked is None else walked)
+    reason = "no sample was walked" if count == 0 else ""
+    if dense_shape is None:
+        reason = "the edited model is not known in the original's shapes"
+    if not reason and dense_shape is not None:
+        dense, twin = _double(loaded.model), _double(dense_shape)
+        batch = torch.stack([held.load(i) for i in range(count)])
+        batch = batch.double() if batch.is_floating_point() else batch
+        try:
+            same = _same_function(loaded, edited, twin, batch[:2])
+        except RuntimeError:
+            same = False
+        if not same:
+            reason = "the edited model could not be rebuilt in the original's shapes"
+    if reason:
+        names = ("R1 theorem form", "R1 every input", "R2 certified-local", "R4 measured")
+        return tuple(Rung(n, None, False, "not available", reason) for n in names), (), None, (), None, 0
+    certified = certify(loaded, dense, twin, batch)
+    changes, after, before = hybrid_changes(dense, twin, [p for _, p, _, _ in certified.layers], loaded.logits, batch)
+    telescoped = torch.stack(changes).sum(0) if changes else torch.zeros_like(after)
+    gap = float((telescoped - (after - before)).abs().max())
+    layers = tuple(
+        _share(where, error, constant, change)
+        for (where, _, error, constant), change in zip(certified.layers, changes, strict=True)
+    )
+    violations = certified.violations()
+    limit = OUTPUT_SLACK * certified.scale
+    if gap > limit:
+        violations += (f"the telescoped differences miss the whole change by {gap:.3g}",)
+    if float((after - _logits(loaded, dense, batch)).abs().max()) > limit:
+        violations += ("undoing every modified layer does not give back the original",)
+    rungs = _certified_rungs(certified, units.constant_error)
+    return rungs, layers, gap, violations, certified.every_input, count
+
+
+def certify(loaded: LoadedModel, dense: nn.Module, twin: nn.Module, batch: Tensor) -> Certified:
+    """R1 and R2 on a batch, for two float64 models of the same shapes; in the first walk goes the box's centre."""
+    box = _box(loaded, batch)
+    norms = Norms(whole_box=box is not None)
+    inputs = batch if box is None else torch.cat([box[0][None], batch])
+    walks = [walk(dense, twin, loaded.logits, part, norms) for part in inputs.split(WALK_BATCH)]
+    first = walks[0]
+    outputs = torch.cat([w.output for w in walks])
+    measured = (
+        (torch.cat([_logits(loaded, twin, part) for part in inputs.split(WALK_BATCH)]) - outputs).flatten(1).norm(dim=1)
+    )
+    errors = [torch.cat([w.sources[k].errors for w in walks]) for k in range(len(first.sources))]
+    constants = first.constants
+    theorem = sum(
+        (_times(c, e) for c, e in zip(constants, errors, strict=True)), torch.zeros(len(inputs), dtype=torch.float64)
+    )
+    if first.lost:
+        theorem = torch.full_like(theorem, math.inf)
+    local = torch.cat([w.local for w in walks])
+    skip = 0 if box is None else 1
+    missing = {k: v for w in reversed(walks) for k, v in w.missing.items()}
+    every = None
+    if not first.sources and not first.lost:
+        every = 0.0
+    elif box is not None and not first.lost:
+        every = sum(
+            _scalar(c, float(e[0]) + s.reach * box[1]) for c, e, s in zip(constants, errors, first.sources, strict=True)
+        )
+        every = every * (1 + 1e-9) if math.isfinite(every) else None
+    elif box is None and "every input" not in missing:
+        missing["every input"] = "no input box is known (images with a fixed normalisation have one)"
+    outputs = outputs[skip:]
+    flips = cannot_flip(outputs, local[skip:]) if outputs.ndim == 2 and outputs.shape[1] > 1 else torch.zeros(1)
+    rms = [math.sqrt(sum(w.sources[k].squared for w in walks) / len(inputs)) for k in range(len(first.sources))]
+    layers = tuple((s.where, s.parameters, r, c) for s, r, c in zip(first.sources, rms, constants, strict=True))
+    layers += _unwalked(dense, twin, layers)
+    expected = math.inf
+    if all(map(math.isfinite, constants)) and not first.lost:
+        expected = minkowski(constants, [e[skip:] for e in errors])
+    scale = float(outputs.flatten(1).norm(dim=1).max())
+    return Certified(
+        measured[skip:],
+        local[skip:],
+        theorem[skip:],
+        expected,
+        every,
+        float(flips.double().mean()),
+        layers,
+        missing,
+        scale,
+    )
+
+
+def _certified_rungs(found: Certified, constant_error: float) -> tuple[Rung, ...]:
+    def rung(name: str, value: float | None, assumption: str, key: str) -> Rung:
+        value = None if value is None or not math.isfinite(value) else value
+        note = "" if value is not None else f"not available: {found.missing.get(key, 'the constants overflow')}"
+        return Rung(name, value, value is not None and value < constant_error, assumption, note)
+
+    n = len(found.measured)
+    certain = f"{100 * found.cannot_flip:.3g} % of them proven not to flip"
+    return (
+        rung("R1 every input", found.every_input, "global constants, operator norms of the edit, the whole input box; "
+             "holds for every input", "every input"),
+        rung("R1 theorem form", found.expected, f"global constants of the modified tails times errors measured on {n} "
+             "samples; root mean square over them", "R1"),
+        rung("R2 certified-local", _rms(found.local), f"propagated from the clean activations of {n} samples; root "
+             f"mean square over them; {certain}", "R2"),
+        rung("R4 measured", _rms(found.measured), f"measured on {n} samples, root mean square; no guarantee", "R4"),
+    )  # fmt: skip
+
+
+def _statistical_rungs(found: Statistical, units: Units) -> tuple[Rung, ...]:
+    sure = f"{found.n} independent held-out units, {100 * (1 - found.alpha):.4g} % confidence, each bound by itself"
+    names = ("R3 share of flips", "R3 total variation", f"R3 {found.quantile:.0%} quantile of the change")
+    rungs = []
+    for name, interval in zip(names, (found.flips, found.variation, found.error_quantile), strict=True):
+        value = interval.upper if math.isfinite(interval.upper) else None
+        note = f"measured {interval.measured:.4g}, at least {interval.lower:.4g}"
+        if value is None:
+            note += "; too few units for an upper bound"
+        rungs.append(Rung(name, value, interval.informative, f"{interval.method}, {sure}", note))
+    return tuple(rungs)
+
+
+def _share(where: str, error: float, constant: float, change: Tensor) -> LayerShare:
+    moved = _rms(change.flatten(1).norm(dim=1))
+    return LayerShare(where, error, moved, moved / error if error > 0 else 0.0, constant)
+
+
+def _unwalked(dense: nn.Module, twin: nn.Module, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """Modified parameters that no rule met, by module; their own error is not known, their effect can be measured."""
+    theirs = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
+    named = {name for _, names, _, _ in layers for name in names}
+    groups: dict[str, list[str]] = {}
+    for name, tensor in [*dense.named_parameters(), *dense.named_buffers()]:
+        if name not in named and not torch.equal(tensor, theirs[name]):
+            groups.setdefault(name.rpartition(".")[0], []).append(name)
+    return tuple((module, tuple(names), math.nan, math.inf) for module, names in groups.items())
+
+
+def _box(loaded: LoadedModel, batch: Tensor) -> tuple[Tensor, float] | None:
+    if loaded.transform is None or batch.ndim != 4:
+        return None
+    mean, std = normalisation(loaded)
+    return input_box(mean, std, list(batch.shape[2:]))
+
+
+def _double(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).cpu().double()
+
+
+@torch.no_grad()
+def _logits(loaded: LoadedModel, model: nn.Module, batch: Tensor) -> Tensor:
+    return loaded.logits(batch, model)
+
+
+def _same_function(loaded: LoadedModel, edited: nn.Module, twin: nn.Module, batch: Tensor) -> bool:
+    ours, theirs = _logits(loaded, _double(edited), batch), _logits(loaded, twin, batch)
+    return float((ours - theirs).norm()) <= 1e-6 * float(theirs.norm())
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt()) if len(values) else 0.0
+
+
+def _times(constant: float, errors: Tensor) -> Tensor:
+    return errors * constant if math.isfinite(constant) else torch.where(errors > 0, math.inf, 0.0).double()
+
+
+def _scalar(constant: float, error: float) -> float:
+    return 0.0 if constant == 0 or error == 0 else constant * error
+
+
+__all__ = ["BoundReport", "Certified", "Rung", "Tolerances", "Verdict", "Walk", "certify", "verify_model"]
