@@ -43,6 +43,7 @@ LADDER = [
     ("naive", "lstsq"),
     ("energy", "lstsq"),
     ("obs", "lstsq"),
+    ("obs", "lstsq, sequential dense"),
 ]
 
 
@@ -78,7 +79,9 @@ def ladder() -> None:
     rows = [{"method": "dense", "removed": 0.0, "accuracy": dense, "FLOPs kept": 1.0}]
     for ratio in (0.25, 0.5, 0.75):
         for selector, compensate in LADDER:
-            pruned = prune_model(loaded, calibration, *inner(ratio, selector=selector, compensate=compensate))
+            kind, _, sequential = compensate.partition(", sequential ")
+            method = inner(ratio, selector=selector, compensate=kind, sequential=sequential or None)
+            pruned = prune_model(loaded, calibration, *method)
             rows.append(row(loaded, pruned.model, calibration, held, f"{selector} + {compensate}", ratio))
         for name, model in torch_pruning(loaded, ratio, flops_share(loaded, pruned.model)):
             rows.append(row(loaded, model, calibration, held, name, ratio))
@@ -162,7 +165,7 @@ FURTHER: list[tuple[str, dict[str, object]]] = [
 def further() -> None:
     loaded, calibration, held = cifar()
     rows = []
-    for keep in (0.75, 0.5, 0.35):
+    for keep in (0.5, 0.35):
         for name, settings in FURTHER:
             pruned = prune_model(loaded, calibration, Budget("macs", keep), PruneSettings(**settings))  # type: ignore[arg-type]
             rows.append(row(loaded, pruned.model, calibration, held, name, 1 - keep))
@@ -209,15 +212,12 @@ def after_norm(loaded: LoadedModel, calibration: Samples, keep: float) -> nn.Mod
 
 
 IMAGENET: list[tuple[str, dict[str, object]]] = [
-    ("energy, all groups", dict(weighting="energy")),
-    ("energy, inner", dict(coupled=False, weighting="energy")),
+    ("amplification, inner, sequential dense", dict(coupled=False, sequential="dense")),
+    ("amplification, inner", dict(coupled=False)),
+    ("amplification, inner, ridge 1e-3", dict(coupled=False, ridge=1e-3)),
     ("uniform, inner", dict(coupled=False, layout="uniform")),
-    ("amplification, all groups", dict(weighting="amplification")),
-    ("amplification, inner", dict(weighting="amplification", coupled=False)),
-    ("amplification, inner, ridge 1e-3", dict(weighting="amplification", coupled=False, ridge=1e-3)),
-    ("amplification, inner, ridge 1e-2", dict(weighting="amplification", coupled=False, ridge=1e-2)),
-    ("amplification, inner, 16 rows per column", dict(weighting="amplification", coupled=False, rows_per_column=16)),
-    ("amplification, inner, sequential dense", dict(weighting="amplification", coupled=False, sequential="dense")),
+    ("amplification, all groups", dict()),
+    ("energy, inner", dict(coupled=False, weighting="energy")),
 ]
 
 
