@@ -113,7 +113,7 @@ def prune(
     ridge: Annotated[float, typer.Option("--ridge", help="Damping, in units of a Gram's mean diagonal.")] = 1e-4,
     rows_per_column: Annotated[
         int, typer.Option("--rows-per-column", min=0, help="Rows a Gram looks at per column; 0 takes all.")
-    ] = 4,
+    ] = 2,
     only: Annotated[
         list[str] | None, typer.Option("--only", help="Prune only groups of this pattern; repeat it.")
     ] = None,
@@ -236,15 +236,8 @@ def show(report: dict[str, Any], path: Path | None) -> None:
             values = (number(row["before"], row["unit"]), number(row["after"], row["unit"]))
             table.add_row(row["name"], *values, change(row))
         console.print(table)
-        errors = report["errors"]
-        worst = max(report["groups"], key=lambda g: g["relative_error"])
-        console.print(
-            f"measured on {errors['n']} held-out samples: output error {errors['relative_error']:.3g} of the output "
-            f"energy, mean KL {errors['kl']:.3g} nats; largest local error {worst['relative_error']:.3g} ({worst['name']})",
-            highlight=False,
-        )
         for verdict in report.get("verdicts", []):
-            console.print(f"{verdict['name']}: {verdict['verdict']} {verdict['text']}", highlight=False)
+            console.print(f"{verdict['verdict']} ({verdict['name']}): {verdict['text']}", highlight=False)
     else:
         table = Table("group", "kind", "components", "kept", "predicted local error", title=report["title"])
         for g in report["groups"]:

@@ -155,7 +155,7 @@ FURTHER: list[tuple[str, dict[str, object]]] = [
     ("all groups, global by amplification", dict()),
     ("the same, ridge 1e-3", dict(ridge=1e-3)),
     ("the same, ridge 1e-5", dict(ridge=1e-5)),
-    ("the same, 2 rows per column", dict(rows_per_column=2)),
+    ("the same, 4 rows per column", dict(rows_per_column=4)),
     ("the same, 16 rows per column", dict(rows_per_column=16)),
     ("the same, sequential, own target", dict(sequential="own")),
     ("the same, sequential, dense target", dict(sequential="dense")),

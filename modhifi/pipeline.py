@@ -128,6 +128,7 @@ def run_prune(
     with clock.stage("measure"):
         report |= measure_run(loaded, pruned.model, held, recipe.batch_size, progress)
         report["before_after"] = _before_after(report)
+        report["verdicts"] = [_measured(report)]
         if loaded.kind == "image":
             report["contact_sheet"] = data_uri(contact_sheet(calibration, loaded, n=48, tile=64))
     path = None
@@ -272,6 +273,19 @@ def _before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
         row("parameters", *size["parameters"]),
         row("latency, one sample", latency["before"]["median"], latency["after"]["median"], "s"),
     ]
+
+
+def _measured(report: dict[str, Any]) -> dict[str, str]:
+    """What was measured, in a sentence: an observation on these samples, not a bound."""
+    errors = report["errors"]
+    worst = max(report["groups"], key=lambda g: g["relative_error"])
+    return {
+        "name": "local and global errors",
+        "verdict": "MEASURED",
+        "text": f"on {errors['n']} held-out samples the output moved by {errors['relative_error']:.3g} of its energy (mean KL "
+        f"{errors['kl']:.3g} nats); the largest local error is {worst['relative_error']:.3g} of the energy, at the readers of "
+        f"{worst['name']}; measured, not bounded",
+    }
 
 
 def check_model(loaded: LoadedModel) -> dict[str, Any]:

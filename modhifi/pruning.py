@@ -26,7 +26,7 @@ from .surgery import kernel_size, removed_positions, shrink
 from .tracing import trace
 
 # fewest and most samples that probe the effect of one group
-PROBES = (8, 32)
+PROBES = (4, 32)
 
 Progress = Callable[[str, int, int], None]
 
@@ -48,7 +48,7 @@ class PruneSettings:
     floor: float = 0.1
     round_to: int = 1
     ridge: float = 1e-4
-    rows_per_column: int | None = 4
+    rows_per_column: int | None = 2
     eta: float | None = None
     only: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -383,8 +383,8 @@ def prune_model(
         curves = removal_curves(loaded.model, structure, moments, settings, progress)
         weights = None
         if settings.weighting == "amplification" and settings.layout == "global":
-            # in all about as many forward passes as the calibration itself
-            probes = min(len(samples), max(PROBES[0], min(PROBES[1], len(samples) // len(structure.prunable))))
+            # in all about half as many forward passes as the calibration itself
+            probes = min(len(samples), max(PROBES[0], min(PROBES[1], len(samples) // (2 * len(structure.prunable)))))
             probe = torch.stack([samples.load(i) for i in range(probes)])
             weights = amplification(loaded, structure, curves, moments, settings, probe, progress=progress)
         elif settings.weighting not in ("energy", "amplification"):

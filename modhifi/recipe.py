@@ -65,7 +65,7 @@ class Method(Strict):
     floor: Share = 0.1
     round_to: Annotated[int, Field(ge=1)] = 1
     ridge: Annotated[float, Field(gt=0)] = 1e-4
-    rows_per_column: Annotated[int, Field(ge=1)] | None = 4
+    rows_per_column: Annotated[int, Field(ge=1)] | None = 2
     only: list[str] = []
     exclude: list[str] = []
     coupled: bool = True
