@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -17,25 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi.data import Samples, normalisation
+from modhifi.data import Samples
 from modhifi.errors import ModhifiError
-from modhifi.ladder_affine import Norms
+from modhifi.ladder_certified import OUTPUT_SLACK, Certified, certify, logits_of
 from modhifi.ladder_hybrids import LayerShare, hybrid_changes
 from modhifi.ladder_units import Statistical, Units, run_units, statistical
-from modhifi.ladder_walk import Walk, walk
-from modhifi.lipschitz import input_box, minkowski
 from modhifi.load import LoadedModel
-from modhifi.local_bounds import cannot_flip
 from modhifi.report import jsonable
 from modhifi.verdicts import Tolerances, Verdict, enforce, judge, self_test
 
-# Above the rounding of two float64 passes; the rules themselves round up. A model that computes parts of itself in
-# float32 is blurred by some 1e-6 of its output.
-RELATIVE_SLACK, OUTPUT_SLACK = 1e-6, 1e-6
-WALK_BATCH = 8
 Progress = Callable[[str, int, int], None]
-# Where, names of the modified parameters, root mean square of the own error, global constant of the modified tail.
-Layer = tuple[str, tuple[str, ...], float, float]
 
 
 @dataclass(frozen=True)
@@ -48,34 +39,6 @@ class Rung:
     informative: bool
     assumption: str
     note: str = ""
-
-
-@dataclass(frozen=True)
-class Certified:
-    """R1, R2 and what was measured on the walked samples, float64 (n,); root mean squares go into the rungs."""
-
-    measured: Tensor
-    local: Tensor
-    theorem: Tensor
-    expected: float
-    every_input: float | None
-    cannot_flip: float
-    layers: tuple[Layer, ...]
-    missing: Mapping[str, str]
-    scale: float
-
-    def violations(self) -> tuple[str, ...]:
-        """Where measured <= R2 <= R1 does not hold on a sample; empty for sound bounds."""
-        slack = OUTPUT_SLACK * self.scale
-        found = []
-        for name, low, high in (("measured > R2", self.measured, self.local), ("R2 > R1", self.local, self.theorem)):
-            over = low - high * (1 + RELATIVE_SLACK) - slack
-            # Infinite minus infinite: a rung that is not available violates nothing.
-            over = torch.where(high.isinf(), torch.full_like(over, -math.inf), over)
-            if bool((over > 0).any()):
-                i = int(over.argmax())
-                found.append(f"{name} on sample {i}: {float(low[i]):.6g} > {float(high[i]):.6g}")
-        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -185,63 +148,10 @@ def _certify(
     limit = OUTPUT_SLACK * certified.scale
     if gap > limit:
         violations += (f"the telescoped differences miss the whole change by {gap:.3g}",)
-    if float((after - _logits(loaded, dense, batch)).abs().max()) > limit:
+    if float((after - logits_of(loaded, dense, batch)).abs().max()) > limit:
         violations += ("undoing every modified layer does not give back the original",)
     rungs = _certified_rungs(certified, units.constant_error)
     return rungs, layers, gap, violations, certified.every_input, count
-
-
-def certify(loaded: LoadedModel, dense: nn.Module, twin: nn.Module, batch: Tensor) -> Certified:
-    """R1 and R2 on a batch, for two float64 models of the same shapes; in the first walk goes the box's centre."""
-    box = _box(loaded, batch)
-    norms = Norms(whole_box=box is not None)
-    inputs = batch if box is None else torch.cat([box[0][None], batch])
-    walks = [walk(dense, twin, loaded.logits, part, norms) for part in inputs.split(WALK_BATCH)]
-    first = walks[0]
-    outputs = torch.cat([w.output for w in walks])
-    measured = (
-        (torch.cat([_logits(loaded, twin, part) for part in inputs.split(WALK_BATCH)]) - outputs).flatten(1).norm(dim=1)
-    )
-    errors = [torch.cat([w.sources[k].errors for w in walks]) for k in range(len(first.sources))]
-    constants = first.constants
-    theorem = sum(
-        (_times(c, e) for c, e in zip(constants, errors, strict=True)), torch.zeros(len(inputs), dtype=torch.float64)
-    )
-    if first.lost:
-        theorem = torch.full_like(theorem, math.inf)
-    local = torch.cat([w.local for w in walks])
-    skip = 0 if box is None else 1
-    missing = {k: v for w in reversed(walks) for k, v in w.missing.items()}
-    every = None
-    if not first.sources and not first.lost:
-        every = 0.0
-    elif box is not None and not first.lost:
-        every = sum(
-            _scalar(c, float(e[0]) + s.reach * box[1]) for c, e, s in zip(constants, errors, first.sources, strict=True)
-        )
-        every = every * (1 + 1e-9) if math.isfinite(every) else None
-    elif box is None and "every input" not in missing:
-        missing["every input"] = "no input box is known (images with a fixed normalisation have one)"
-    outputs = outputs[skip:]
-    flips = cannot_flip(outputs, local[skip:]) if outputs.ndim == 2 and outputs.shape[1] > 1 else torch.zeros(1)
-    rms = [math.sqrt(sum(w.sources[k].squared for w in walks) / len(inputs)) for k in range(len(first.sources))]
-    layers = tuple((s.where, s.parameters, r, c) for s, r, c in zip(first.sources, rms, constants, strict=True))
-    layers += _unwalked(dense, twin, layers)
-    expected = math.inf
-    if all(map(math.isfinite, constants)) and not first.lost:
-        expected = minkowski(constants, [e[skip:] for e in errors])
-    scale = float(outputs.flatten(1).norm(dim=1).max())
-    return Certified(
-        measured[skip:],
-        local[skip:],
-        theorem[skip:],
-        expected,
-        every,
-        float(flips.double().mean()),
-        layers,
-        missing,
-        scale,
-    )
 
 
 def _certified_rungs(found: Certified, constant_error: float) -> tuple[Rung, ...]:
@@ -281,48 +191,14 @@ def _share(where: str, error: float, constant: float, change: Tensor) -> LayerSh
     return LayerShare(where, error, moved, moved / error if error > 0 else 0.0, constant)
 
 
-def _unwalked(dense: nn.Module, twin: nn.Module, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
-    """Modified parameters that no rule met, by module; their own error is not known, their effect can be measured."""
-    theirs = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
-    named = {name for _, names, _, _ in layers for name in names}
-    groups: dict[str, list[str]] = {}
-    for name, tensor in [*dense.named_parameters(), *dense.named_buffers()]:
-        if name not in named and not torch.equal(tensor, theirs[name]):
-            groups.setdefault(name.rpartition(".")[0], []).append(name)
-    return tuple((module, tuple(names), math.nan, math.inf) for module, names in groups.items())
-
-
-def _box(loaded: LoadedModel, batch: Tensor) -> tuple[Tensor, float] | None:
-    if loaded.transform is None or batch.ndim != 4:
-        return None
-    mean, std = normalisation(loaded)
-    return input_box(mean, std, list(batch.shape[2:]))
-
-
 def _double(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).cpu().double()
 
 
-@torch.no_grad()
-def _logits(loaded: LoadedModel, model: nn.Module, batch: Tensor) -> Tensor:
-    return loaded.logits(batch, model)
-
-
 def _same_function(loaded: LoadedModel, edited: nn.Module, twin: nn.Module, batch: Tensor) -> bool:
-    ours, theirs = _logits(loaded, _double(edited), batch), _logits(loaded, twin, batch)
+    ours, theirs = logits_of(loaded, _double(edited), batch), logits_of(loaded, twin, batch)
     return float((ours - theirs).norm()) <= 1e-6 * float(theirs.norm())
 
 
 def _rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt()) if len(values) else 0.0
-
-
-def _times(constant: float, errors: Tensor) -> Tensor:
-    return errors * constant if math.isfinite(constant) else torch.where(errors > 0, math.inf, 0.0).double()
-
-
-def _scalar(constant: float, error: float) -> float:
-    return 0.0 if constant == 0 or error == 0 else constant * error
-
-
-__all__ = ["BoundReport", "Certified", "Rung", "Tolerances", "Verdict", "Walk", "certify", "verify_model"]

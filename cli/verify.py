@@ -1,0 +1,105 @@
+"""`modhifi verify`: how far did the outputs of an edited model move, and is that within a tolerance?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .common import DeviceOption, JsonOption, QuietOption, SeedOption, print_json, progress, resolve_device
+from .prune import ModelArgOption, RandomOption, RevisionOption, TrustOption, WeightsOption, model_source
+
+MaxFlipOption = Annotated[
+    float | None, typer.Option("--max-flip", help="Largest share of inputs whose top-1 may change, such as 0.05.")
+]
+MaxErrorOption = Annotated[
+    float | None,
+    typer.Option("--max-error", help="Largest change of the output (Euclidean) that 95 % of inputs must keep to."),
+]
+ConfidenceOption = Annotated[float, typer.Option("--confidence", help="Confidence of the statistical bounds.")]
+NotASampleOption = Annotated[
+    bool, typer.Option("--not-a-sample", help="The data was not drawn at random: claim nothing beyond it.")
+]
+
+
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An artefact of prune or unlearn.")],
+    against: Annotated[str, typer.Option("--against", metavar="MODEL", help="The original it was made from.")],
+    data: Annotated[str, typer.Option("--data", help="Held-out data: images:DIR, hf:DATASET[:SPLIT] or synthetic.")],
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Number of held-out samples.")] = 1000,
+    walked: Annotated[
+        int | None,
+        typer.Option("--walked", min=0, help="Samples for the certified rungs; by default 16 images, 1 text."),
+    ] = None,
+    max_flip: MaxFlipOption = None,
+    max_error: MaxErrorOption = None,
+    confidence: ConfidenceOption = 0.95,
+    not_a_sample: NotASampleOption = False,
+    allow_overlap: Annotated[
+        bool,
+        typer.Option("--allow-overlap", help="Also take samples that calibrated the model; bounds then mean less."),
+    ] = False,
+    model_arg: ModelArgOption = None,
+    weights: WeightsOption = None,
+    revision: RevisionOption = None,
+    random_weights: RandomOption = False,
+    trust_remote_code: TrustOption = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Bound how far an edited model's outputs moved: every rung labelled, with a verdict on each tolerance.
+
+    Exit code 0 where every tolerance given is met, 1 where one is not or stays open, 3 if the self-test fails.
+    """
+    from modhifi.recipe import ModelSource
+    from modhifi.verdicts import Tolerances
+    from modhifi.verify_artifact import verify_artifact
+
+    source = model_source(against, model_arg, weights, revision, random_weights, trust_remote_code, None)
+    with progress(quiet or as_json) as report:
+        found = verify_artifact(
+            directory,
+            ModelSource(**source),
+            data,
+            Tolerances(max_flip, max_error, confidence, not_a_sample),
+            samples=samples,
+            walked=walked,
+            allow_overlap=allow_overlap,
+            batch_size=batch_size,
+            seed=seed,
+            device=resolve_device(device),
+            progress=report,
+        )
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _show(str(directory), found.to_json())
+    found.enforce()
+
+
+def _show(title: str, found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for warning in found["bounds"]["warnings"]:
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    table = Table("", "verdict", "", title=f"how far the outputs of {title} moved")
+    for row in found["verdicts"]:
+        table.add_row(row["name"], row["verdict"], row["text"])
+    console.print(table)
+    layers = sorted(found["bounds"]["layers"], key=lambda layer: -layer["change"])
+    if layers:
+        spent = Table("layer", "own error", "change of the output", "amplification", "its global bound")
+        for layer in layers[:10]:
+            figures = (layer[k] for k in ("local", "change", "amplification", "constant"))
+            spent.add_row(layer["where"] or "(top level)", *(_figure(f) for f in figures))
+        console.print(spent)
+
+
+def _figure(value: Any) -> str:
+    return "not available" if not isinstance(value, int | float) else f"{value:.3g}"

@@ -1,0 +1,142 @@
+"""R1 and R2 of two networks of the same shapes, and what was measured on the same samples.
+
+Form B throughout: errors of the modified layers on clean activations, behind them the modified tails.
+Source: docs/method.md, the error bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from modhifi.data import normalisation
+from modhifi.ladder_affine import Norms
+from modhifi.ladder_bound import UP
+from modhifi.ladder_walk import Walk, walk
+from modhifi.lipschitz import input_box, minkowski
+from modhifi.load import LoadedModel
+from modhifi.local_bounds import cannot_flip
+
+# Above the rounding of two float64 passes; the rules themselves round up. A model that computes parts of itself in
+# float32 is blurred by some 1e-6 of its output.
+RELATIVE_SLACK, OUTPUT_SLACK = 1e-6, 1e-6
+WALK_BATCH = 8
+# Where, names of the modified parameters, root mean square of the own error, global constant of the modified tail.
+Layer = tuple[str, tuple[str, ...], float, float]
+
+
+@dataclass(frozen=True)
+class Certified:
+    """R1, R2 and what was measured on the walked samples, float64 (n,); root mean squares go into the rungs."""
+
+    measured: Tensor
+    local: Tensor
+    theorem: Tensor
+    expected: float
+    every_input: float | None
+    cannot_flip: float
+    layers: tuple[Layer, ...]
+    missing: Mapping[str, str]
+    scale: float
+
+    def violations(self) -> tuple[str, ...]:
+        """Where measured <= R2 <= R1 does not hold on a sample; empty for sound bounds."""
+        slack = OUTPUT_SLACK * self.scale
+        found = []
+        for name, low, high in (("measured > R2", self.measured, self.local), ("R2 > R1", self.local, self.theorem)):
+            over = low - high * (1 + RELATIVE_SLACK) - slack
+            # Infinite minus infinite: a rung that is not available violates nothing.
+            over = torch.where(high.isinf(), torch.full_like(over, -math.inf), over)
+            if bool((over > 0).any()):
+                i = int(over.argmax())
+                found.append(f"{name} on sample {i}: {float(low[i]):.6g} > {float(high[i]):.6g}")
+        return tuple(found)
+
+
+def certify(loaded: LoadedModel, dense: nn.Module, twin: nn.Module, batch: Tensor) -> Certified:
+    """R1 and R2 on a batch, for two float64 models of the same shapes.
+
+    Where the input has a box, its centre is walked as well: every input's error exceeds the one there by at most the
+    norm of the edit times how far a reader's input can be from it.
+    """
+    box = _box(loaded, batch)
+    norms = Norms(whole_box=box is not None)
+    parts = batch.split(WALK_BATCH)
+    walks = [walk(dense, twin, loaded.logits, part, norms) for part in parts]
+    first, outputs = walks[0], torch.cat([w.output for w in walks])
+    moved = torch.cat([logits_of(loaded, twin, part) for part in parts]) - outputs
+    sources = range(len(first.sources))
+    errors = [torch.cat([w.sources[k].errors for w in walks]) for k in sources]
+    rms = [math.sqrt(sum(w.sources[k].squared for w in walks) / len(batch)) for k in sources]
+    layers = tuple((s.where, s.parameters, r, c) for s, r, c in zip(first.sources, rms, first.constants, strict=True))
+    theorem, expected = torch.full((len(batch),), math.inf, dtype=torch.float64), math.inf
+    if not any(w.lost for w in walks):
+        terms = [_times(c, e) for c, e in zip(first.constants, errors, strict=True)]
+        theorem = torch.stack([torch.zeros(len(batch), dtype=torch.float64), *terms]).sum(0) * UP
+        if all(map(math.isfinite, first.constants)):
+            expected = minkowski(first.constants, errors)
+    missing = {k: v for w in reversed(walks) for k, v in w.missing.items()}
+    every = None
+    if not first.sources and not first.lost:
+        every = 0.0
+    elif box is None:
+        missing.setdefault("every input", "no input box is known (images with a fixed normalisation have one)")
+    else:
+        every = _everywhere(walk(dense, twin, loaded.logits, box[0][None], norms), box[1])
+    local = torch.cat([w.local for w in walks])
+    certain = cannot_flip(outputs, local) if outputs.ndim == 2 and outputs.shape[1] > 1 else torch.zeros(1)
+    return Certified(
+        measured=moved.flatten(1).norm(dim=1),
+        local=local,
+        theorem=theorem,
+        expected=expected,
+        every_input=every,
+        cannot_flip=float(certain.double().mean()),
+        layers=layers + _unwalked(dense, twin, layers),
+        missing=missing,
+        scale=float(outputs.flatten(1).norm(dim=1).max()),
+    )
+
+
+def _everywhere(centre: Walk, radius: float) -> float | None:
+    """R1 for every input within a radius of the walked one."""
+    if centre.lost:
+        return None
+    terms = [
+        constant * (float(source.errors[0]) + source.reach * radius)
+        for constant, source in zip(centre.constants, centre.sources, strict=True)
+        if constant > 0
+    ]
+    total = math.fsum(terms) * UP if all(map(math.isfinite, terms)) else math.inf
+    return total if math.isfinite(total) else None
+
+
+def _unwalked(dense: nn.Module, twin: nn.Module, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """Modified parameters that no rule met, by module; their own error is not known, their effect can be measured."""
+    theirs = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
+    named = {name for _, names, _, _ in layers for name in names}
+    groups: dict[str, list[str]] = {}
+    for name, tensor in [*dense.named_parameters(), *dense.named_buffers()]:
+        if name not in named and not torch.equal(tensor, theirs[name]):
+            groups.setdefault(name.rpartition(".")[0], []).append(name)
+    return tuple((module, tuple(names), math.nan, math.inf) for module, names in groups.items())
+
+
+def _box(loaded: LoadedModel, batch: Tensor) -> tuple[Tensor, float] | None:
+    if loaded.transform is None or batch.ndim != 4:
+        return None
+    mean, std = normalisation(loaded)
+    return input_box(mean, std, list(batch.shape[2:]))
+
+
+@torch.no_grad()
+def logits_of(loaded: LoadedModel, model: nn.Module, batch: Tensor) -> Tensor:
+    return loaded.logits(batch, model)
+
+
+def _times(constant: float, errors: Tensor) -> Tensor:
+    return errors * constant if math.isfinite(constant) else torch.where(errors > 0, math.inf, 0.0).double()

@@ -1,0 +1,105 @@
+"""A cut model back in the shapes of its original: the same function, zero columns where components went.
+
+Removed channels count once, at their readers: the producers keep the original's rows, which nobody reads any more.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from modhifi.errors import ModhifiError
+from modhifi.groups import Structure, conv_groups
+from modhifi.plan import Plan
+from modhifi.surgery import removed_positions
+
+
+def plan_of(manifest: Mapping[str, Any]) -> Plan:
+    """The components that an artefact kept, from its manifest."""
+    groups = manifest.get("groups") or []
+    return Plan({g["name"]: tuple(g["kept"]) for g in groups if len(g["kept"]) < g["n"]})
+
+
+def expand(small: nn.Module, dense: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
+    """The inverse of :func:`modhifi.surgery.shrink`: ``small`` in the shapes of ``dense``, which stays as it is.
+
+    Raises ModhifiError where the two do not fit under this plan: another original, other modules, other widths.
+    """
+    plan.check(structure)
+    model = copy.deepcopy(dense).cpu()
+    ours, theirs = model.state_dict(), {k: v.detach().cpu() for k, v in small.state_dict().items()}
+    if ours.keys() != theirs.keys():
+        other = sorted(ours.keys() ^ theirs.keys())[0]
+        raise ModhifiError(
+            f"the original has another architecture ({other} is in one of the two only); give the right one"
+        )
+    gone = removed_positions(structure, plan)
+    done = set()
+    for name in dict.fromkeys(name for name, _ in gone):
+        none = torch.empty(0, dtype=torch.int64)
+        inputs, outputs = gone.get((name, "reader"), none), gone.get((name, "producer"), none)
+        along = gone.get((name, "along"), none)
+        owner, _, leaf = name.rpartition(".")
+        if isinstance(getattr(model.get_submodule(owner), leaf), nn.Parameter):
+            done.add(name)
+            dim = next(d for d, size in enumerate(ours[name].shape) if size > 1)
+            _fill(ours[name].movedim(dim, 0), theirs[name].movedim(dim, 0), along, name)
+            continue
+        module = model.get_submodule(name)
+        for leaf in ("weight", "bias", "running_mean", "running_var"):
+            key = f"{name}.{leaf}"
+            if key not in ours:
+                continue
+            done.add(key)
+            if leaf == "weight" and not len(along):
+                _operator(module, ours[key], theirs[key], inputs, outputs, name)
+            else:
+                _fill(ours[key], theirs[key], along if len(along) else outputs, name)
+    for key, value in theirs.items():
+        if key not in done:
+            _same_shape(ours[key], value, key)
+            ours[key].copy_(value)
+    return model
+
+
+def _fill(target: Tensor, value: Tensor, gone: Tensor, name: str) -> None:
+    stay = _stay(len(target), gone)
+    _same_shape(target[stay], value, name)
+    target[stay] = value.to(target.dtype)
+
+
+def _operator(module: nn.Module, target: Tensor, value: Tensor, inputs: Tensor, outputs: Tensor, name: str) -> None:
+    """Writes the kept block; removed input columns become zero, removed output rows stay the original's."""
+    if isinstance(module, Conv1D):
+        target, value, groups = target.T, value.T, 1
+    else:
+        groups = conv_groups(module)
+    rows = _stay(target.shape[0], outputs).view(groups, -1)
+    columns = _stay(target.shape[1] * groups, inputs).view(groups, -1)
+    if len(value) % groups:
+        raise ModhifiError(f"'{name}' has other widths than the original under this plan; is it the same model?")
+    for part, small, row, column in zip(target.chunk(groups), value.chunk(groups), rows, columns, strict=True):
+        part[:, ~column] = 0
+        block = part[row]
+        _same_shape(block[:, column], small, name)
+        block[:, column] = small.to(part.dtype)
+        part[row] = block
+
+
+def _stay(total: int, gone: Tensor) -> Tensor:
+    stay = torch.ones(total, dtype=torch.bool)
+    stay[gone] = False
+    return stay
+
+
+def _same_shape(ours: Tensor, theirs: Tensor, name: str) -> None:
+    if ours.shape != theirs.shape:
+        raise ModhifiError(
+            f"'{name}' is {tuple(theirs.shape)} and must be {tuple(ours.shape)} for this original; give the one it was "
+            "made from"
+        )

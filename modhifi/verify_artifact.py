@@ -1,0 +1,87 @@
+"""Check an artefact against its original on data it was not made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modhifi.artifact import load_artifact, read_manifest, state_hash, weights_match
+from modhifi.data import Samples, load_samples
+from modhifi.errors import ModhifiError
+from modhifi.load import LoadedModel
+from modhifi.pipeline import load_source
+from modhifi.pruning import find_structure
+from modhifi.rebuild import expand, plan_of
+from modhifi.recipe import ModelSource
+from modhifi.skeleton import same_modules
+from modhifi.verdicts import Tolerances
+from modhifi.verify import BoundReport, Progress, verify_model
+
+
+def verify_artifact(
+    directory: str | Path,
+    against: ModelSource,
+    data: str,
+    tolerances: Tolerances,
+    *,
+    samples: int = 1000,
+    walked: int | None = None,
+    allow_overlap: bool = False,
+    batch_size: int = 32,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress = lambda stage, done, total: None,
+) -> BoundReport:
+    """The ladder of bounds for an artefact directory.
+
+    Raises ModhifiError where its weights are not those that were saved, where ``against`` is another model than the one
+    it was made from, and where held-out samples took part in the calibration (unless ``allow_overlap``).
+    """
+    manifest = read_manifest(directory)
+    if not weights_match(directory):
+        raise ModhifiError(
+            f"the weights in {directory} are not those that were saved: their hash differs from the manifest's; "
+            "restore the files or make the artefact again"
+        )
+    edited, original = load_artifact(directory), load_source(against)
+    if not same_modules(original.model, edited.model):
+        raise ModhifiError(
+            f"{against.name} has another architecture than {directory}; give the model it was made from, "
+            f"{manifest['base'].get('source')}"
+        )
+    expected = manifest["base"].get("sha256")
+    if expected is not None and state_hash(original.model) != expected:
+        raise ModhifiError(f"{against.name} has other weights than the model {directory} was made from; give that one")
+    held = held_out(manifest, load_samples(data, original, n=samples, seed=seed), allow_overlap)
+    dense_shape = None
+    if manifest.get("groups"):
+        dense_shape = expand(edited.model, original.model, find_structure(original), plan_of(manifest))
+    elif _same_shapes(original, edited):
+        dense_shape = edited.model
+    original.model.to(device)
+    edited.model.to(device)
+    return verify_model(
+        original, edited.model, dense_shape, held, tolerances, walked=walked, batch_size=batch_size, progress=progress
+    )
+
+
+def held_out(manifest: dict[str, Any], samples: Samples, allow_overlap: bool = False) -> Samples:
+    """The samples, if none of them took part in the making of the artefact.
+
+    Raises ModhifiError otherwise, unless ``allow_overlap``.
+    """
+    seen = set(manifest.get("calibration", {}).get("hashes", []))
+    common = [name for name, item in zip(samples.names, samples.hashes, strict=True) if item in seen]
+    if common and not allow_overlap:
+        raise ModhifiError(
+            f"{len(common)} of {len(samples)} samples calibrated this model ({common[0]}): bounds need data it has not "
+            "seen; give other data, or --allow-overlap"
+        )
+    return samples
+
+
+def _same_shapes(original: LoadedModel, edited: LoadedModel) -> bool:
+    ours, theirs = original.model.state_dict(), edited.model.state_dict()
+    return {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
