@@ -17,11 +17,14 @@ from typer.core import TyperGroup
 
 from modhifi.errors import ModhifiError
 
+from .audit import audit
 from .check import check
 from .demo import demo
 from .env import env, version
 from .prune import prune
 from .score import score
+from .unlearn import unlearn
+from .verify import verify
 
 BAD_INPUT, OUR_BUG, INTERRUPTED = 2, 3, 130
 
@@ -104,7 +107,7 @@ def options(
     """Edit open-weight models with forward passes only: prune, unlearn, verify."""
 
 
-for verb in (prune, score, check, demo, env):
+for verb in (prune, unlearn, verify, audit, score, check, demo, env):
     app.command()(verb)
 
 

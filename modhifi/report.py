@@ -9,6 +9,7 @@ The schema, version 1; every part but ``title`` may be missing, and what is miss
   ``s`` and ``B`` seconds and bytes; ``change`` is text and computed where it is missing
 * ``groups``: ``{name, kind, n, kept, local_error, relative_error, amplification}``; ``kept`` is a number of components,
   ``local_error`` squared, ``relative_error`` its share of the readers' output energy
+* ``tables``: ``{title, columns, rows, unit?}``; a row is a name and a value for each further column
 * ``refused``: ``{name, reason}``; ``verdicts``: ``{name, verdict, text}``; ``warnings``: sentences
 * ``timing``: seconds by stage; ``contact_sheet``: a PNG picture as a data URI (:func:`data_uri`)
 """

@@ -1,0 +1,215 @@
+"""Forget and retain samples: from class folders, or unlabelled images that the model labels itself."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .data import Samples, class_count, load_samples
+from .errors import ModhifiError
+from .load import LoadedModel
+
+# An image that the model itself labels counts where its top class has this probability, and leads by this much.
+CONFIDENCE, MARGIN = 0.5, 0.2
+# A class mean of fewer samples says little about the class.
+FEWEST = 16
+
+
+@dataclass(frozen=True)
+class UnlearnData:
+    """Three disjoint, labelled sets: what the edit sees, what the attacks learn from, what everything is tested on.
+
+    ``groups`` int64 ``(n,)`` of the edit set: 0 retained, j the j-th forgotten class, -1 unused.
+    """
+
+    edit: Samples
+    groups: Tensor
+    fit: Samples
+    test: Samples
+    notes: tuple[str, ...]
+
+
+def count_classes(loaded: LoadedModel) -> int:
+    """The number of classes of an image classifier. Raises ModhifiError for any other model."""
+    classes = None if loaded.kind == "text" else class_count(loaded)
+    if classes is None:
+        kind = "a language model" if loaded.kind == "text" else "no image classifier of two or more classes"
+        raise ModhifiError(f"{loaded.source} is {kind}: there is no class to forget; give a classifier")
+    return classes
+
+
+def find_classes(wanted: Sequence[str], loaded: LoadedModel) -> tuple[int, ...]:
+    """Class indices for indices or names (whole labels, or any of their comma-separated synonyms), in the given order.
+
+    One string may hold several, separated by commas. Raises ModhifiError for a class that does not exist, naming the
+    nearest, and where no class would be left.
+    """
+    total = count_classes(loaded)
+    known: dict[str, int] = {}
+    for index, label in enumerate(loaded.labels or ()):
+        for name in (label, *label.split(",")):
+            known.setdefault(name.strip().lower(), index)
+    found: list[int] = []
+    for text in wanted:
+        whole = text.strip().lower() in known
+        for part in [text] if whole else text.split(","):
+            found.append(_class(part.strip(), known, total, loaded))
+    found = list(dict.fromkeys(found))
+    if not found:
+        raise ModhifiError("no class to forget; give --forget with a class index or name")
+    if len(found) > total - 2:
+        raise ModhifiError(f"{len(found)} of {total} classes would be forgotten; leave at least two to tell apart")
+    return tuple(found)
+
+
+def _class(name: str, known: dict[str, int], total: int, loaded: LoadedModel) -> int:
+    if name.isdecimal():
+        if int(name) >= total:
+            raise ModhifiError(f"class {name} does not exist; {loaded.source} has classes 0 to {total - 1}")
+        return int(name)
+    if name.lower() in known:
+        return known[name.lower()]
+    if not known:
+        raise ModhifiError(f"{loaded.source} has no class names, so '{name}' means nothing; use 0 to {total - 1}")
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"it knows {', '.join(list(known)[:5])}, …"
+    raise ModhifiError(f"{loaded.source} has no class '{name}'; {hint}")
+
+
+def label_samples(loaded: LoadedModel, samples: Samples, batch_size: int) -> tuple[Samples, str | None]:
+    """The samples with labels: their own, or the model's predictions where it is sure; and a remark on the latter."""
+    if samples.labels is not None:
+        return samples, None
+    with torch.no_grad():
+        outputs = [loaded.logits(b).float().softmax(1).cpu() for b in samples.batches(batch_size)]
+    top = torch.cat(outputs).topk(2, 1)
+    sure = (top.values[:, 0] >= CONFIDENCE) & (top.values[:, 0] - top.values[:, 1] >= MARGIN)
+    kept = torch.nonzero(sure).flatten()
+    remark = (
+        f"no labels: {len(kept)} of {len(samples)} images were labelled by the model itself (probability at least "
+        f"{CONFIDENCE:g}, leading by {MARGIN:g}), so accuracy here is agreement with the original"
+    )
+    return replace(samples.subset(kept), labels=top.indices[kept, 0]), remark
+
+
+def load_unlearn_data(
+    loaded: LoadedModel,
+    classes: Sequence[int],
+    *,
+    source: str,
+    samples: int,
+    forget_source: str | None = None,
+    evaluate: str | None = None,
+    evaluation_samples: int = 2000,
+    earlier: Sequence[int] = (),
+    seed: int = 0,
+    batch_size: int = 64,
+) -> UnlearnData:
+    """Load, label and split.
+
+    ``forget_source`` holds samples of the forgotten classes alone; those in ``source`` are then dropped with a note.
+    Without ``evaluate`` half of ``source`` (and of ``forget_source``) is set aside for the attacks and the test.
+    ``earlier`` classes, forgotten in rounds before, are in no population. Raises ModhifiError where a forgotten class
+    has fewer than ``FEWEST`` samples in a set, or the others together have.
+    """
+    notes: list[str] = []
+
+    def load(spec: str, n: int) -> Samples:
+        loaded_samples, remark = label_samples(loaded, load_samples(spec, loaded, n=n, seed=seed), batch_size)
+        if loaded_samples.skipped:
+            notes.append(f"{len(loaded_samples.skipped)} unreadable items of {spec} were skipped")
+        notes.extend([remark] if remark else [])
+        return loaded_samples
+
+    both = load(source, samples if evaluate else 2 * samples)
+    if forget_source is not None:
+        forgotten = _forget_set(loaded, forget_source, classes, samples, seed, batch_size)
+        both = _with_forget(both, forgotten, classes, notes)
+    if evaluate is not None:
+        edit, rest = both, _fresh(load(evaluate, evaluation_samples), both)
+    else:
+        # Every second item of each class: either part holds every class in the same share.
+        first = _alternate(both)
+        edit, rest = both.subset(torch.nonzero(first).flatten()), both.subset(torch.nonzero(~first).flatten())
+    half = _alternate(rest)
+    fit, test = rest.subset(torch.nonzero(half).flatten()), rest.subset(torch.nonzero(~half).flatten())
+    if earlier:
+        notes.append(f"classes {', '.join(map(str, earlier))} were forgotten before and count as neither")
+    groups = populations(edit, classes, earlier)
+    for name, part in (("edit", edit), ("attacks", fit), ("test", test)):
+        _require(name, populations(part, classes, earlier), classes, loaded)
+    return UnlearnData(edit, groups, fit, test, tuple(notes))
+
+
+def populations(samples: Samples, classes: Sequence[int], earlier: Sequence[int] = ()) -> Tensor:
+    """The population of each labelled sample, int64 ``(n,)``: 0 retained, j the j-th forgotten class, -1 neither."""
+    assert samples.labels is not None
+    groups = torch.zeros(len(samples), dtype=torch.int64)
+    for index in earlier:
+        groups[samples.labels == index] = -1
+    for number, index in enumerate(classes, start=1):
+        groups[samples.labels == index] = number
+    return groups
+
+
+def class_name(loaded: LoadedModel, index: int) -> str:
+    """The label of a class where the model has one, else its number."""
+    return loaded.labels[index] if loaded.labels and index < len(loaded.labels) else str(index)
+
+
+def _require(name: str, groups: Tensor, classes: Sequence[int], loaded: LoadedModel) -> None:
+    for number, index in enumerate(classes, start=1):
+        have = int((groups == number).sum())
+        if have < FEWEST:
+            raise ModhifiError(
+                f"{have} samples of the class {class_name(loaded, index)} are left for the {name} part, and at least "
+                f"{FEWEST} are needed in each of edit, attacks and test; raise --samples or give --forget-data"
+            )
+    if int((groups == 0).sum()) < FEWEST:
+        raise ModhifiError(f"fewer than {FEWEST} samples of retained classes for the {name} part; give more --data")
+
+
+def _forget_set(loaded: LoadedModel, spec: str, classes: Sequence[int], n: int, seed: int, batch_size: int) -> Samples:
+    found = load_samples(spec, loaded, n=2 * n, seed=seed)
+    if found.labels is None and len(classes) == 1:
+        return replace(found, labels=torch.full((len(found),), classes[0]))
+    return label_samples(loaded, found, batch_size)[0]
+
+
+def _with_forget(retain: Samples, forgotten: Samples, classes: Sequence[int], notes: list[str]) -> Samples:
+    assert retain.labels is not None and forgotten.labels is not None
+    seen = set(forgotten.hashes)
+    inside = torch.isin(retain.labels, torch.tensor(list(classes)))
+    again = torch.tensor([h in seen for h in retain.hashes], dtype=torch.bool)
+    if bool((inside | again).any()):
+        notes.append(f"{int((inside | again).sum())} samples of the forgotten classes in the retain data were left out")
+    kept = retain.subset(torch.nonzero(~(inside | again)).flatten())
+    own = forgotten.subset(torch.nonzero(torch.isin(forgotten.labels, torch.tensor(list(classes)))).flatten())
+    assert kept.labels is not None and own.labels is not None
+    return Samples(
+        load=lambda i: kept.load(i) if i < len(kept) else own.load(i - len(kept)),
+        hashes=kept.hashes + own.hashes,
+        labels=torch.cat([kept.labels, own.labels]),
+        names=kept.names + own.names,
+        description=f"{kept.description}; forget: {own.description}",
+        synthetic=kept.synthetic or own.synthetic,
+        skipped=kept.skipped + own.skipped,
+    )
+
+
+def _fresh(samples: Samples, seen: Samples) -> Samples:
+    used = set(seen.hashes)
+    return samples.subset(i for i, h in enumerate(samples.hashes) if h not in used)
+
+
+def _alternate(samples: Samples) -> Tensor:
+    """True for every second item of each class, bool ``(n,)``."""
+    assert samples.labels is not None
+    result = torch.zeros(len(samples), dtype=torch.bool)
+    for label in samples.labels.unique():
+        result[torch.nonzero(samples.labels == label).flatten()[::2]] = True
+    return result

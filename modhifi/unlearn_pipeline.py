@@ -1,0 +1,365 @@
+"""A whole unlearning run, and an audit on its own, from recipe to report: read top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .artifact import check_output, describe_data, save_artifact, state_hash, verify_reload
+from .audit import MEASURES, audit
+from .data import Samples
+from .errors import ModhifiError
+from .load import LoadedModel, load_model
+from .pipeline import Clock, load_source
+from .unlearn import Forgotten, Progress, blend, fit_strength, forget, settled_names, silent
+from .unlearn_data import UnlearnData, class_name, count_classes, find_classes, label_samples, load_unlearn_data
+from .unlearn_data import populations as populations_of
+from .unlearn_moments import passes
+from .unlearn_norms import settle_norms
+from .unlearn_recipe import UnlearnRecipe
+from .unlearn_sites import Sites, find_sites
+
+
+@dataclass(frozen=True)
+class UnlearnResult:
+    """``report`` is JSON-able; ``path`` is None where nothing was to be written."""
+
+    report: dict[str, Any]
+    model: nn.Module
+    path: Path | None = None
+
+
+def run_unlearn(
+    recipe: UnlearnRecipe,
+    *,
+    device: torch.device | str = "cpu",
+    force: bool = False,
+    progress: Progress = silent,
+    command: str = "",
+) -> UnlearnResult:
+    """Run an unlearning recipe: load, edit, fit the strength, attack, save, reload."""
+    clock = Clock()
+    out = None if recipe.out is None else Path(recipe.out)
+    if out is not None:
+        check_output(out, force)
+    with clock.stage("load"):
+        loaded = load_source(recipe.model)
+        loaded.model.to(device)
+        classes = find_classes(recipe.forget, loaded)
+        earlier = [c for c in forgotten_before(loaded) if c not in classes]
+        sites = find_sites(loaded)
+        data = _load_data(recipe, loaded, classes, earlier)
+        reference = _load_reference(recipe.reference, device)
+        members = _load_members(recipe.data.members, loaded, recipe)
+    with clock.stage("edit"):
+        found = forget(loaded, sites, data.edit, data.groups, recipe.settings(), classes, progress)
+    strength, loss = 1.0, None
+    if recipe.method.retain_budget is not None:
+        with clock.stage("fit strength"):
+            found, strength, loss = _within_budget(recipe, loaded, sites, data, found, classes, earlier)
+    with clock.stage("audit"):
+        attacked = audit(
+            loaded,
+            found.model,
+            sites,
+            data,
+            classes,
+            plain=found.plain,
+            reference=reference,
+            members=members,
+            earlier=earlier,
+            batch_size=recipe.batch_size,
+            progress=progress,
+        )
+    report = _describe(recipe, loaded, data, found, attacked, command)
+    report["strength"] = {"of_the_full_edit": strength, "retain_loss_on_held_out": loss}
+    if strength == 0.0:
+        report["warnings"].append("no strength of this method stays within the retain budget: nothing was changed")
+    path = None
+    if out is not None:
+        with clock.stage("save"):
+            report["timing"] = clock.seconds
+            everything = sorted({*classes, *forgotten_before(loaded)})
+            path = save_artifact(
+                out,
+                found.model,
+                loaded,
+                None,
+                None,
+                manifest={
+                    "task": "unlearn",
+                    "seed": recipe.seed,
+                    "forgotten": [{"index": c, "name": class_name(loaded, c)} for c in everything],
+                    "calibration": describe_data(data.edit),
+                    "held_out": describe_data(data.test),
+                    "metrics": attacked["rows"]["edited"],
+                },
+                recipe=recipe.model_dump(mode="json"),
+                report=report,
+                force=force,
+            )
+        with clock.stage("reload"):
+            batch = next(data.test.batches(min(4, len(data.test))))
+            with torch.no_grad():
+                expected = loaded.logits(batch, found.model.cpu())
+            verify_reload(path, batch, expected)
+    report["timing"] = clock.seconds
+    return UnlearnResult(report, found.model, path)
+
+
+def run_audit(
+    directory: str,
+    *,
+    source: str,
+    forget_names: Sequence[str] = (),
+    original: str | None = None,
+    forget_source: str | None = None,
+    reference: str | None = None,
+    members: str | None = None,
+    samples: int = 2000,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Attack a model that was made to forget; ``original`` and the classes come from its manifest unless given.
+
+    Raises ModhifiError where the original is unknown, or is not the model that the manifest's hash names.
+    """
+    edited = load_model(directory)
+    base = edited.info.get("artifact", {}).get("base")
+    if original is None and base is None:
+        raise ModhifiError(f"{directory} has no manifest; give the model before the edit with --original")
+    loaded = load_model(original or base["source"], **({} if original else _arguments(edited, base)))
+    notes = []
+    if base is not None and base.get("sha256") not in (None, state_hash(loaded.model)):
+        if original is None:
+            raise ModhifiError(f"{base['source']} is not the model that {directory} was made from; give --original")
+        notes.append(f"{original} is not the model that the manifest names as the base; it stands in for it")
+    known = {k: tuple(v.shape) for k, v in loaded.model.state_dict().items()}
+    if known != {k: tuple(v.shape) for k, v in edited.model.state_dict().items()}:
+        raise ModhifiError(f"{loaded.source} has other shapes than {directory}; give the model before the edit")
+    loaded.model.to(device)
+    edited.model.to(device)
+    names = list(forget_names) or [str(c) for c in forgotten_before(edited)]
+    if not names:
+        raise ModhifiError(f"{directory} does not say which classes it forgot; give --forget")
+    classes = find_classes(names, loaded)
+    data = load_unlearn_data(
+        loaded,
+        classes,
+        source=source,
+        samples=samples,
+        forget_source=forget_source,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    member_set = None
+    if members is not None:
+        member_set = label_samples(loaded, _load(members, loaded, samples, seed), batch_size)[0]
+    attacked = audit(
+        loaded,
+        edited.model,
+        find_sites(loaded),
+        data,
+        classes,
+        reference=_load_reference(reference, device),
+        members=member_set,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return {
+        "schema_version": 1,
+        "title": f"modhifi audit {directory}",
+        "task": "audit",
+        "model": {"source": directory, "original": loaded.source},
+        **shown(attacked),
+        "data": {"source": data.test.description, "test_samples": len(data.test), "fit_samples": len(data.fit)},
+        "warnings": [*data.notes, *notes],
+    }
+
+
+def forgotten_before(loaded: LoadedModel) -> list[int]:
+    """The classes that the artefact a model was loaded from has forgotten already."""
+    if "artifact" not in loaded.info:
+        return []
+    from .artifact import read_manifest
+
+    return [entry["index"] for entry in read_manifest(loaded.source).get("forgotten", [])]
+
+
+def shown(attacked: Mapping[str, Any]) -> dict[str, Any]:
+    """An audit as the parts that a report shows: rows, tables, verdict."""
+    rows = attacked["rows"]
+    names = list(rows)
+    measured = [key for key in MEASURES if any(rows[n].get(key) is not None for n in names)]
+    tables = [
+        {
+            "title": "Attacks, model by model",
+            "columns": ["share of test images", *names],
+            "unit": "%",
+            "rows": [[MEASURES[key], *(rows[n].get(key) for n in names)] for key in measured],
+        },
+        {
+            "title": "Forgotten classes found by a linear probe, block by block",
+            "columns": ["block", *names],
+            "unit": "%",
+            "rows": [[b["block"], *(b.get(n) for n in names)] for b in attacked["blocks"]],
+        },
+        {
+            "title": "Accuracy by class",
+            "columns": ["class", *names],
+            "unit": "%",
+            "rows": [[c["class"], *(c.get(n) for n in names)] for c in attacked["classes"]],
+        },
+    ]
+    kept = [c for c in attacked["classes"] if c["class"] not in attacked["forgotten"]]
+    worst = min(kept, key=lambda c: c["edited"] - c["original"])
+    return {
+        "summary": attacked["conclusion"],
+        "verdicts": [{"name": "forgetting", "verdict": attacked["verdict"], "text": attacked["conclusion"]}],
+        "before_after": [
+            {"name": MEASURES[key], "before": rows["original"].get(key), "after": rows["edited"].get(key), "unit": "%"}
+            for key in MEASURES
+            if key not in ("worst_loss", "recall_plain", "membership", "original_head")
+        ]
+        + [
+            {
+                "name": f"worst retained class ({worst['class']})",
+                "before": worst["original"],
+                "after": worst["edited"],
+                "unit": "%",
+            }
+        ],
+        "errors": {
+            "KL to the original on retained images, nats": rows["edited"]["kl"],
+            "membership AUC on forgotten classes": rows["edited"]["membership"],
+            "forgotten images go to": {m["class"]: _percentages(m["to"]) for m in attacked["moved"]},
+        },
+        "tables": tables,
+        "audit": dict(attacked),
+    }
+
+
+def _percentages(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
+
+
+def _arguments(edited: LoadedModel, base: Mapping[str, Any]) -> dict[str, Any]:
+    """What it takes to load the base of an artefact again."""
+    if str(base["source"]).startswith("timm:") and edited.info.get("model_args"):
+        return {"model_args": edited.info["model_args"]}
+    return {}
+
+
+def _load(spec: str, loaded: LoadedModel, n: int, seed: int) -> Samples:
+    from .data import load_samples
+
+    return load_samples(spec, loaded, n=n, seed=seed)
+
+
+def _load_data(
+    recipe: UnlearnRecipe, loaded: LoadedModel, classes: Sequence[int], earlier: Sequence[int]
+) -> UnlearnData:
+    data = recipe.data
+    return load_unlearn_data(
+        loaded,
+        classes,
+        source=data.source,
+        samples=data.samples,
+        forget_source=data.forget,
+        evaluate=data.evaluate,
+        evaluation_samples=data.evaluation_samples,
+        earlier=earlier,
+        seed=recipe.seed,
+        batch_size=recipe.batch_size,
+    )
+
+
+def _load_members(spec: str | None, loaded: LoadedModel, recipe: UnlearnRecipe) -> Samples | None:
+    if spec is None:
+        return None
+    found = _load(spec, loaded, recipe.data.samples, recipe.seed)
+    return label_samples(loaded, found, recipe.batch_size)[0]
+
+
+def _load_reference(name: str | None, device: torch.device | str) -> tuple[LoadedModel, Sites] | None:
+    if name is None:
+        return None
+    loaded = load_model(name)
+    count_classes(loaded)
+    loaded.model.to(device)
+    return loaded, find_sites(loaded)
+
+
+def _within_budget(
+    recipe: UnlearnRecipe,
+    loaded: LoadedModel,
+    sites: Sites,
+    data: UnlearnData,
+    found: Forgotten,
+    classes: Sequence[int],
+    earlier: Sequence[int],
+) -> tuple[Forgotten, float, float]:
+    """The largest share of the edit that costs no more retain accuracy than allowed, on held-out retained images."""
+    budget = recipe.method.retain_budget
+    assert budget is not None and data.fit.labels is not None
+    kept = data.fit.subset(torch.nonzero(populations_of(data.fit, classes, earlier) == 0).flatten())
+    assert kept.labels is not None
+
+    def right(model: nn.Module) -> float:
+        outputs = [run().argmax(1).cpu() for _, run in passes(loaded, model, kept, recipe.batch_size)]
+        return float((torch.cat(outputs) == kept.labels).double().mean())
+
+    before = right(loaded.model)
+    strength, loss = fit_strength(lambda s: before - right(blend(loaded.model, found.plain, s)), budget)
+    if strength == 1.0:
+        return found, strength, loss
+    plain = blend(loaded.model, found.plain, strength)
+    model = blend(plain, plain, 1.0)
+    names = settled_names(sites, [r.module for r in found.records])
+    if recipe.method.settle and names and strength > 0:
+        retained = data.edit.subset(torch.nonzero(data.groups == 0).flatten())
+        settle_norms(loaded, model, retained, names, recipe.batch_size)
+    return Forgotten(model, plain, found.records, found.left_out), strength, loss
+
+
+def _describe(
+    recipe: UnlearnRecipe,
+    loaded: LoadedModel,
+    data: UnlearnData,
+    found: Forgotten,
+    attacked: Mapping[str, Any],
+    command: str,
+) -> dict[str, Any]:
+    values = recipe.settings().filled()
+    left_out = [f"{name} was left out: {reason}" for name, reason in dict(found.left_out).items()]
+    return {
+        "schema_version": 1,
+        "title": f"modhifi unlearn {loaded.source}",
+        "task": "unlearn",
+        "model": {"source": loaded.source, "framework": loaded.framework},
+        **shown(attacked),
+        "data": {
+            "edit": data.edit.description,
+            "edit_samples": len(data.edit),
+            "forget_samples": int((data.groups > 0).sum()),
+            "fit_samples": len(data.fit),
+            "test_samples": len(data.test),
+        },
+        "settings": {
+            **recipe.model_dump(mode="json", exclude={"data", "method"}),
+            "method": recipe.method.name,
+            "depth": values.depth,
+            "passes": values.passes,
+            "strength": f"{values.strength:g} ({values.unit})",
+        },
+        "edits": [{"module": r.module, "change": r.change, "damping": r.damping} for r in found.records],
+        "warnings": [*data.notes, *left_out],
+        "command": command,
+    }
