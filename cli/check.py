@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from modhifi.errors import GateFailed
 
 from .common import JsonOption, print_json, stdout_console
@@ -41,7 +43,7 @@ def check(
         raise GateFailed("nothing of this model can be pruned; the reasons are above")
 
 
-def _show(found: dict) -> None:  # type: ignore[type-arg]
+def _show(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = stdout_console()

@@ -18,7 +18,7 @@ def demo(
     as_json: JsonOption = False,
     force: ForceOption = False,
 ) -> None:
-    """Prune the bundled CIFAR-10 ResNet to half its FLOPs, reload it and report what that did. Offline, CPU is enough."""
+    """Prune the bundled CIFAR-10 ResNet to half its FLOPs and report what that did; offline, on any CPU."""
     import shlex
     import sys
     from importlib.resources import as_file, files

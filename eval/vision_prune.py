@@ -90,9 +90,9 @@ def ladder() -> None:
         rows,
         ["method", "removed", "FLOPs kept", "accuracy", "accuracy, BatchNorm re-estimated"],
         f"""# Ladder of methods, no training
-The reference ResNet on {len(held)} CIFAR-10 test images; the same share of the inner channels of every block removed; {len(calibration)}
-unlabelled training images. `naive` is the paper's selection, `delta` its compensation. Torch-Pruning prunes magnitudes on its own
-choice of groups, down to the FLOPs of the rows above. Command: `python eval/vision_prune.py --part ladder`.""",
+The reference ResNet on {len(held)} CIFAR-10 test images; the same share of the inner channels of every block removed;
+{len(calibration)} unlabelled training images. `naive` is the paper's selection, `delta` its compensation. Torch-Pruning prunes
+magnitudes on its own choice of groups, down to the FLOPs of the rows above. Command: `python eval/vision_prune.py --part ladder`.""",
     )
 
 
@@ -179,8 +179,8 @@ def further() -> None:
         rows,
         ["method", "FLOPs kept", "accuracy", "accuracy, BatchNorm re-estimated"],
         f"""# What goes further, at equal FLOPs
-`obs + lstsq` on the reference ResNet ({accuracy(loaded, loaded.model, held):.2f} % on {len(held)} test images), {len(calibration)}
-unlabelled training images, no training. "The same" is all groups, global by amplification.
+`obs + lstsq` on the reference ResNet ({accuracy(loaded, loaded.model, held):.2f} % on {len(held)} test images),
+{len(calibration)} unlabelled training images, no training. "The same" is all groups, global by amplification.
 Command: `python eval/vision_prune.py --part further`.""",
     )
 
@@ -212,12 +212,12 @@ def after_norm(loaded: LoadedModel, calibration: Samples, keep: float) -> nn.Mod
 
 
 IMAGENET: list[tuple[str, dict[str, object]]] = [
-    ("amplification, inner, sequential dense", dict(coupled=False, sequential="dense")),
     ("amplification, inner", dict(coupled=False)),
     ("amplification, inner, ridge 1e-3", dict(coupled=False, ridge=1e-3)),
     ("uniform, inner", dict(coupled=False, layout="uniform")),
     ("amplification, all groups", dict()),
     ("energy, inner", dict(coupled=False, weighting="energy")),
+    ("amplification, inner, sequential dense", dict(coupled=False, sequential="dense")),
 ]
 
 
@@ -246,8 +246,8 @@ def imagenet() -> None:
         rows,
         ["method", "FLOPs kept", "top-1", "agreement", "relative output error"],
         """# tf_efficientnet_lite0 with ImageNet weights, FLOPs x 0.8
-250 ImageNet samples for calibration, the other 250 for the figures; agreement is with the dense model's top-1, in percent.
-Command: `python eval/vision_prune.py --part imagenet`.""",
+250 ImageNet samples for calibration, the other 250 for the figures; agreement is with the dense model's top-1, in
+percent. Command: `python eval/vision_prune.py --part imagenet`.""",
     )
 
 
@@ -276,8 +276,8 @@ def cost() -> None:
         rows,
         ["run", "forward s", "prune s", "ratio"],
         """# Cost of a whole prune over plain forward passes
-ResNet-50 (random weights) at 224 px, 256 images: wall time of collecting, scoring, planning and editing over that of plain forward
-passes over the same images, measured next to each other. Command: `python eval/vision_prune.py --part cost`.""",
+ResNet-50 (random weights) at 224 px, 256 images: wall time of collecting, scoring, planning and editing over that of
+plain forward passes over the same images, measured next to each other. Command: `python eval/vision_prune.py --part cost`.""",
     )
 
 

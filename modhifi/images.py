@@ -124,7 +124,7 @@ def match_labels(names: Sequence[str], loaded: LoadedModel) -> tuple[dict[str, i
     elif classes == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names):
         from timm.data.imagenet_info import ImageNetInfo
 
-        synsets: list[str] = ImageNetInfo("imagenet-1k").label_names()  # type: ignore[no-untyped-call]
+        synsets: list[str] = ImageNetInfo("imagenet-1k").label_names()
         order = {synset: i for i, synset in enumerate(synsets)}
         indices = {name: order.get(name, classes) for name in names}
     elif classes is None or classes == len(names):

@@ -282,9 +282,9 @@ def _measured(report: dict[str, Any]) -> dict[str, str]:
     return {
         "name": "local and global errors",
         "verdict": "MEASURED",
-        "text": f"on {errors['n']} held-out samples the output moved by {errors['relative_error']:.3g} of its energy (mean KL "
-        f"{errors['kl']:.3g} nats); the largest local error is {worst['relative_error']:.3g} of the energy, at the readers of "
-        f"{worst['name']}; measured, not bounded",
+        "text": f"on {errors['n']} held-out samples the output moved by {errors['relative_error']:.3g} of its energy "
+        f"(mean KL {errors['kl']:.3g} nats); the largest local error is {worst['relative_error']:.3g} of the energy, "
+        f"at the readers of {worst['name']}; measured, not bounded",
     }
 
 

@@ -18,7 +18,7 @@ from .groups import Group, Structure, operator_modules
 from .load import LoadedModel
 from .moments import Moments, collect
 from .plan import Plan
-from .readers import readers_of, weight_matrix, write_weight
+from .readers import absorb_mean, readers_of, weight_matrix, write_weight
 from .selection import Curve, eliminate, hifi_union, removal_order
 from .sequential import edit_sequentially, joint_moments
 from .sizes import sizes_of
@@ -37,8 +37,11 @@ def silent(stage: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class PruneSettings:
-    """How to prune. ``ridge`` is in units of a Gram's mean diagonal; ``rows_per_column`` bounds the rows a Gram looks at
-    (None: every position); ``floor`` is the least share of a group that stays."""
+    """How to prune.
+
+    ``ridge`` is in units of a Gram's mean diagonal; ``rows_per_column`` bounds the rows a Gram looks at (None: every
+    position); ``floor`` is the least share of a group that stays.
+    """
 
     selector: str = "obs"
     compensate: str = "lstsq"
@@ -241,11 +244,7 @@ def edit_reader(
     write_weight(module, edited)
     if settings.compensate != "none" and sink is not None:
         shift = ((weight - edited) @ moments.mean[:, :, None]).reshape(-1)
-        if sink == "bias":
-            module.bias.data.add_(shift.to(module.bias.dtype))
-        else:
-            norm = model.get_submodule(sink)
-            norm.running_mean.data.sub_(shift.to(norm.running_mean.dtype))
+        absorb_mean(model, name, sink, shift)
     return LayerError(name, error, energy)
 
 
@@ -261,8 +260,8 @@ def amplification(
 ) -> dict[str, float]:
     """Squared output change per unit of squared local error when one group alone loses ``share`` of its components.
 
-    ``probe`` is one batch of model-ready inputs. For classifiers and language models the output change is the
-    Kullback-Leibler divergence to the dense model, else the mean squared error. One forward pass of the probe per group.
+    ``probe`` is one batch of model-ready inputs; the output change is the
+    Kullback-Leibler divergence to the dense model. One forward pass of the probe per group.
     """
     model = loaded.model
     with torch.no_grad():
@@ -302,7 +301,7 @@ def _touched(structure: Structure, group: Group) -> list[str]:
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
     owner, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf).data  # type: ignore[no-any-return]
+    return getattr(model.get_submodule(owner), leaf).data
 
 
 def _remember(model: nn.Module, structure: Structure, group: Group) -> dict[str, Tensor]:

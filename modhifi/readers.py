@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,20 @@ def write_weight(module: nn.Module, matrix: Tensor) -> None:
     weight.data.copy_(flat.T if isinstance(module, Conv1D) else flat.reshape(weight.shape))
 
 
+def absorb_mean(model: nn.Module, reader: str, sink: str, shift: Tensor) -> None:
+    """Give a reader's lost mean output, ``shift`` float64 ``(out,)``, back at its sink, in place.
+
+    ``sink`` is ``"bias"`` (the shift is added to the reader's own) or the name of the BatchNorm behind it (the shift is
+    taken from its running mean).
+    """
+    if sink == "bias":
+        bias: Tensor = model.get_submodule(reader).bias.data  # type: ignore[assignment]
+        bias.add_(shift.to(bias.dtype))
+    else:
+        mean: Tensor = model.get_submodule(sink).running_mean.data  # type: ignore[assignment]
+        mean.sub_(shift.to(mean.dtype))
+
+
 def reader_of(model: nn.Module, structure: Structure, group: Group, module: str, moments: Moments) -> Reader:
     """Assemble the :class:`Reader` of one group at one of its reader modules."""
     layer = model.get_submodule(module)
@@ -59,6 +74,6 @@ def reader_of(model: nn.Module, structure: Structure, group: Group, module: str,
     return Reader(weight_matrix(layer), moments.cov if centred else moments.gram, owner, columns)
 
 
-def readers_of(model: nn.Module, structure: Structure, group: Group, moments: dict[str, Moments]) -> list[Reader]:
+def readers_of(model: nn.Module, structure: Structure, group: Group, moments: Mapping[str, Moments]) -> list[Reader]:
     """All readers of a group, in order."""
     return [reader_of(model, structure, group, s.module, moments[s.module]) for s in group.readers]

@@ -13,7 +13,7 @@ from .compensate import least_squares_towards
 from .groups import Structure
 from .moments import Accumulator, MomentCollector, Moments, batch_statistics, reader_rows
 from .plan import Plan
-from .readers import weight_matrix, write_weight
+from .readers import absorb_mean, weight_matrix, write_weight
 from .surgery import kernel_size, removed_positions
 
 
@@ -113,11 +113,7 @@ def edit_sequentially(
         write_weight(module, result)
         if sink is not None:
             shift = (weight @ both.mean[:, want, None] - result @ both.mean[:, d:, None]).reshape(-1)
-            if sink == "bias":
-                module.bias.data.add_(shift.to(module.bias.dtype))
-            else:
-                norm = edited.get_submodule(sink)
-                norm.running_mean.data.sub_(shift.to(norm.running_mean.dtype))
+            absorb_mean(edited, name, sink, shift)
         errors.append((name, max(0.0, error), energy))
     progress("compensating", len(ordered), len(ordered))
     return edited, errors
