@@ -110,16 +110,42 @@ class Elimination:
 def damped_inverse(second: Tensor, ridge: float) -> Tensor:
     """``(S + λI)⁻¹`` with λ = ``ridge`` times the mean diagonal.
 
-    If the Cholesky factorisation fails, λ grows tenfold up to four times; then it is an error.
+    If the matrix is not positive definite, λ grows tenfold up to four times; then it is an error.
     """
     scale = float(second.diagonal().mean()) or 1.0
-    eye = torch.eye(len(second), dtype=second.dtype, device=second.device)
     for attempt in range(5):
-        factor, info = torch.linalg.cholesky_ex(second + (ridge * 10**attempt * scale) * eye)
-        if not int(info):
-            # cholesky_inverse does half the work, but on busy cores its threads wait for each other forever
-            return torch.cholesky_solve(eye, factor)
+        damped = second.clone()
+        damped.diagonal().add_(ridge * 10**attempt * scale)
+        inverse = _inverse(damped)
+        if inverse is not None:
+            return inverse
     raise ModhifiError("a Gram matrix is not positive definite even with strong damping; use more calibration samples")
+
+
+def _inverse(matrix: Tensor) -> Tensor | None:
+    """Inverse of a positive definite matrix by halves, nearly all of it in matrix products; None if it is not one.
+
+    LAPACK's own (``cholesky_inverse``) does less work, but on busy cores its threads wait for each other.
+    """
+    n = len(matrix)
+    if n <= 256:
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        return None if int(info) else torch.cholesky_inverse(factor)
+    half = n // 2
+    head = _inverse(matrix[:half, :half])
+    if head is None:
+        return None
+    cross = head @ matrix[:half, half:]
+    tail = _inverse(matrix[half:, half:] - matrix[half:, :half] @ cross)
+    if tail is None:
+        return None
+    result = torch.empty_like(matrix)
+    result[half:, half:] = tail
+    corner = cross @ -tail
+    result[:half, half:] = corner
+    result[half:, :half] = corner.T
+    result[:half, :half] = head.addmm_(corner, cross.T, alpha=-1)
+    return result
 
 
 def eliminate(
@@ -129,7 +155,7 @@ def eliminate(
     order: Tensor | None = None,
     partition: Tensor | None = None,
     ridge: float = 1e-4,
-    steps: int = 32,
+    steps: int = 24,
 ) -> Curve:
     """Backward elimination down to ``keep_at_least`` components; greedy (``obs``), or along a given order.
 
