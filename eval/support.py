@@ -1,0 +1,213 @@
+"""Which timm architectures modhifi can prune, and does the cut model compute what it should?
+
+    python eval/support.py                    # all of them; writes eval/results/support.md and support.json
+    python eval/support.py resnet18 dla34     # some of them, printed only
+
+No weights are downloaded: normalisation statistics, affine parameters and layer scales are drawn at random, so that
+nothing is trivially zero. For each architecture the groups are traced, all prunable ones are cut to 60 % at once, and
+the outputs of the cut model are compared, in float64, with the full-size model whose readers see the same components
+only (the mask oracle).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import re
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from modhifi.groups import Group, Structure
+from modhifi.plan import Plan
+from modhifi.surgery import mask_readers, shrink
+from modhifi.tracing import trace
+
+ARCHITECTURES = """
+    resnet18 resnet50 resnet26t resnext50_32x4d wide_resnet50_2 seresnet50 ecaresnet26t skresnet18 resnest14d
+    res2net50_14w_8s resnetv2_50 resnetblur50 gernet_s tresnet_m nf_resnet26 nf_regnet_b0 botnet26t_256
+    vgg11_bn vgg16_bn densenet121 dpn48b dla34 hrnet_w18_small cspresnet50 cspdarknet53 darknet53 vovnet39a
+    ese_vovnet19b_dw selecsls42b inception_v3 inception_v4 legacy_xception xception41 mobilenetv1_100
+    mobilenetv2_100 mobilenetv3_small_100 mobilenetv3_large_100 mobilenetv4_conv_small mobileone_s0 repvgg_a0
+    mnasnet_100 semnasnet_075 fbnetc_100 spnasnet_100 hardcorenas_a lcnet_050 tinynet_e mixnet_s ghostnet_100
+    ghostnetv2_100 repghostnet_050 rexnet_100 efficientnet_b0 efficientnet_es tf_efficientnet_lite0
+    tf_efficientnetv2_b0 regnetx_002 regnety_008 regnetz_005 convnext_atto convnextv2_atto inception_next_atto
+    edgenext_xx_small fastvit_t8 starnet_s1 hgnetv2_b0 repvit_m0_9
+""".split()
+
+CUT = 0.6
+TOLERANCE = 1e-9
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Support:
+    """What was found for one architecture; ``touched`` is a share of its conv and linear weights."""
+
+    architecture: str
+    resolution: int | None = None
+    parameters: int = 0
+    parameters_after: int = 0
+    touched: float = 0.0
+    prunable: int = 0
+    refused: int = 0
+    oracle_error: float | None = None
+    change: float | None = None
+    reasons: dict[str, int] = field(default_factory=dict)
+    failure: str | None = None
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Random normalisation statistics and affine parameters; layer scales near one."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5)
+    for module in model.modules():
+        if "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), nn.Parameter):
+            module.weight.uniform_(0.5, 1.5)
+            if isinstance(getattr(module, "bias", None), nn.Parameter):
+                module.bias.normal_(0, 0.1)
+        for name in ("gamma", "ls1", "ls2", "layer_scale"):
+            if isinstance(getattr(module, name, None), nn.Parameter):
+                getattr(module, name).uniform_(0.5, 1.5)
+    return model.eval().requires_grad_(False).double()
+
+
+def runnable(model: nn.Module, own: int) -> Tensor:
+    """A batch of two at 96 pixels, or at the model's own resolution if it does not run at 96."""
+    for size in (96, own):
+        x = torch.randn(2, 3, size, size, dtype=torch.float64)
+        try:
+            model(x)
+            return x
+        except (RuntimeError, AssertionError, ValueError):
+            if size == own:
+                raise
+    raise AssertionError
+
+
+def cut(group: Group) -> tuple[int, ...]:
+    """A random 60 % of a group's components, equally many per part, at least one of each and never all."""
+    labels = torch.zeros(group.n, dtype=torch.int64) if group.partition is None else group.partition
+    kept: list[int] = []
+    for label in labels.unique():
+        mine = torch.nonzero(labels == label).flatten()
+        kept += mine[torch.randperm(len(mine))[: max(1, min(len(mine) - 1, int(CUT * len(mine))))]].tolist()
+    return tuple(sorted(kept))
+
+
+def touched_share(model: nn.Module, structure: Structure) -> float:
+    places = {piece.module for group in structure.prunable for piece in group.slices}
+    kinds = (nn.modules.conv._ConvNd, nn.Linear)
+    weights = {name: m.weight.numel() for name, m in model.named_modules() if isinstance(m, kinds)}
+    return sum(n for name, n in weights.items() if name in places) / sum(weights.values())
+
+
+def reasons_of(structure: Structure) -> dict[str, int]:
+    """How many groups each reason refuses, the reasons without the places they were met at."""
+    count: Counter[str] = Counter()
+    for group in structure.refused:
+        bare = (re.sub(r" \([^()]*\)$", "", part) for part in str(group.refused).split("; "))
+        count.update(set(bare))
+    return dict(count.most_common())
+
+
+@torch.no_grad()
+def examine(name: str) -> Support:
+    """Trace one architecture and hold its cut version against the oracle."""
+    torch.manual_seed(0)
+    try:
+        model = randomise(timm.create_model(name, pretrained=False))
+        x = runnable(model, model.pretrained_cfg["input_size"][-1])
+        structure = trace(model, lambda model: model(x))
+        plan = Plan({group.name: cut(group) for group in structure.prunable})
+        dense, masked = model(x), mask_readers(model, structure, plan)(x)
+        small = shrink(copy.deepcopy(model), structure, plan)
+        error = float((small(x) - masked).norm() / masked.norm())
+        change = float((dense - masked).norm() / dense.norm())
+    except Exception as problem:  # the table is to show what fails, whatever it is
+        return Support(name, failure=f"{type(problem).__name__}: {str(problem).splitlines()[0]}")
+    return Support(
+        architecture=name,
+        resolution=x.shape[-1],
+        parameters=sum(p.numel() for p in model.parameters()),
+        parameters_after=sum(p.numel() for p in small.parameters()),
+        touched=touched_share(model, structure),
+        prunable=len(structure.prunable),
+        refused=len(structure.refused),
+        oracle_error=error if plan.kept else None,
+        change=change,
+        reasons=reasons_of(structure),
+    )
+
+
+def line(row: Support) -> str:
+    if row.failure:
+        return f"| {row.architecture} | | | | | failed | {row.failure} |"
+    reasons = {k: v for k, v in row.reasons.items() if k != "these channels are the model's output"}
+    why = "; ".join(f"{reason} ({number})" for reason, number in reasons.items())
+    oracle = "nothing to cut" if row.oracle_error is None else f"{row.oracle_error:.0e}"
+    return (
+        f"| {row.architecture} | {row.resolution} | {row.parameters / 1e6:.2f} → {row.parameters_after / 1e6:.2f} | "
+        f"{100 * row.touched:.0f} % | {row.prunable} / {row.refused} | {oracle} | {why} |"
+    )
+
+
+def table(rows: list[Support]) -> str:
+    passed = [r for r in rows if r.oracle_error is not None and r.oracle_error <= TOLERANCE]
+    return "\n".join(
+        [
+            "# Supported timm architectures",
+            "",
+            f"Written by `python eval/support.py` (timm {timm.__version__}, torch {torch.__version__}, "
+            f"Python {platform.python_version()}). {len(rows)} architectures, random weights; "
+            f"{len(passed)} have prunable groups and pass the oracle.",
+            "",
+            "* **parameters**: in millions, dense and with every prunable group cut to 60 %.",
+            "* **share**: of all conv and linear weights, those in layers that at least one prunable group writes,",
+            "  reads or passes along (such a layer gets smaller when that group does).",
+            "* **groups**: prunable / refused. The group of the class scores is always refused.",
+            f"* **oracle**: relative difference, float64, between the cut model and the full-size one masked at its "
+            f"readers; to pass, at most {TOLERANCE:.0e}.",
+            "* **refused because**: reasons other than being the model's output, with the number of groups (a group",
+            "  can have several).",
+            "",
+            "| architecture | pixels | parameters | share | groups | oracle | refused because |",
+            "|---|---:|---:|---:|---:|---:|---|",
+            *map(line, rows),
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="timm architectures (default: the list in this file)")
+    names = parser.parse_args().names
+    rows = []
+    for name in names or ARCHITECTURES:
+        rows.append(examine(name))
+        print(line(rows[-1]), file=sys.stderr, flush=True)
+    if names:
+        print(table(rows))
+        return
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "support.md").write_text(table(rows), encoding="utf-8")
+    record = {"timm": timm.__version__, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
+    (RESULTS / "support.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    wrong = [r.architecture for r in rows if r.failure or (r.oracle_error or 0) > TOLERANCE]
+    if wrong:
+        raise SystemExit(f"failed: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    main()
