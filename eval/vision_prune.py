@@ -257,9 +257,8 @@ def cost() -> None:
     calibration = cached(load_samples("synthetic", loaded, n=256, balanced=False))
     rows = []
     for name, settings in (
-        ("obs + lstsq, default", PruneSettings()),
+        ("obs + lstsq, all groups", PruneSettings()),
         ("obs + lstsq, inner channels", PruneSettings(coupled=False)),
-        ("obs + lstsq, amplification", PruneSettings(weighting="amplification", batch_size=8)),
     ):
         start = time.perf_counter()
         with torch.no_grad():

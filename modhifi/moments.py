@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from .groups import conv_groups
 
+# Narrow readers see at least this many rows in all: pixels are far from Gaussian, and a few hundred of them overfit.
+LEAST_ROWS = 8192
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -134,9 +137,9 @@ class MomentCollector:
     """Owns forward hooks on readers and accumulates their moments while the model runs.
 
     Use as a context manager; call :meth:`start` before each batch with the number of its first sample. With
-    ``rows_per_column`` r and ``samples`` in all, a reader of d columns looks at ``ceil(r d / samples)`` positions per
-    sample (all of them where the sample has fewer): a Gram of d columns needs a small multiple of d rows, not every
-    position of every image.
+    ``rows_per_column`` r and ``samples`` in all, a reader of d columns looks at ``ceil(max(r d, 8192) / samples)``
+    positions per sample (all of them where the sample has fewer): a Gram of d columns needs a small multiple of d
+    rows, not every position of every image.
     """
 
     def __init__(
@@ -170,7 +173,7 @@ class MomentCollector:
         if self.rows_per_column is None:
             return None
         columns = module.get_parameter("weight")[0].numel() if hasattr(module, "kernel_size") else x.shape[-1]
-        wanted = math.ceil(self.rows_per_column * columns / self.samples)
+        wanted = math.ceil(max(self.rows_per_column * columns, LEAST_ROWS) / self.samples)
         return None if wanted >= total else spread_positions(total, wanted, self.first, len(x), self.seed)
 
     def _see(self, name: str, module: nn.Module, x: Tensor) -> None:

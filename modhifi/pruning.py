@@ -18,7 +18,7 @@ from .groups import Group, Structure, operator_modules
 from .load import LoadedModel
 from .moments import Moments, collect
 from .plan import Plan
-from .readers import absorb_mean, readers_of, weight_matrix, write_weight
+from .readers import absorb_mean, applied_second, readers_of, weight_matrix, write_weight
 from .selection import Curve, eliminate, hifi_union, removal_order
 from .sequential import edit_sequentially, joint_moments
 from .sizes import sizes_of
@@ -223,7 +223,7 @@ def edit_reader(
     weight = weight_matrix(module)
     groups, _, columns = weight.shape
     kernel = kernel_size(module)
-    second = moments.cov if sink is not None else moments.gram
+    second, measured = applied_second(moments, sink), moments.cov if sink is not None else moments.gram
     channels = torch.ones(groups * columns // kernel, dtype=torch.bool)
     channels[positions] = False
     kept = channels.view(groups, -1).to(weight.device)
@@ -239,8 +239,8 @@ def edit_reader(
             edited[g] = masked(weight[g], wide)
         else:
             raise ModhifiError(f"unknown compensation '{settings.compensate}'; choose lstsq, delta or none")
-        error += local_error(weight[g], edited[g], second[g])
-        energy += local_error(weight[g], torch.zeros_like(weight[g]), second[g])
+        error += local_error(weight[g], edited[g], measured[g])
+        energy += local_error(weight[g], torch.zeros_like(weight[g]), measured[g])
     write_weight(module, edited)
     if settings.compensate != "none" and sink is not None:
         shift = ((weight - edited) @ moments.mean[:, :, None]).reshape(-1)

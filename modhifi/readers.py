@@ -65,13 +65,45 @@ def absorb_mean(model: nn.Module, reader: str, sink: str, shift: Tensor) -> None
         mean.sub_(shift.to(mean.dtype))
 
 
+def applied_second(moments: Moments, sink: str | None) -> Tensor:
+    """The matrix S to solve with, float64 ``(G, d, d)``: covariance where a sink takes the mean, else the Gram.
+
+    A Gram of fewer rows than columns knows nothing of most directions, and removing them would look free. So S is
+    shrunk towards a multiple of the identity by the share that Oracle Approximating Shrinkage (Chen, Wiesel, Eldar,
+    Hero, IEEE Transactions on Signal Processing 2010) derives from the number of rows; it vanishes as rows grow.
+    """
+    second = moments.cov if sink is not None else moments.gram
+    return shrunk(second, shrinkage(second, moments.n), mean_diagonal(second))
+
+
+def mean_diagonal(second: Tensor) -> Tensor:
+    """``tr S / d``, ``(G,)``."""
+    return second.diagonal(dim1=1, dim2=2).mean(1)
+
+
+def shrinkage(second: Tensor, rows: int) -> Tensor:
+    """The share of the identity in :func:`applied_second`, float64 ``(G,)`` in [0, 1]."""
+    d = second.shape[-1]
+    trace = second.diagonal(dim1=1, dim2=2).sum(1)
+    squares = second.square().sum((1, 2))
+    gap = (rows + 1 - 2 / d) * (squares - trace.square() / d)
+    share = ((1 - 2 / d) * squares + trace.square()) / gap.clamp_min(1e-300)
+    return torch.where(gap > 0, share, torch.ones_like(share)).clamp(0.0, 1.0)
+
+
+def shrunk(second: Tensor, share: Tensor, scale: Tensor) -> Tensor:
+    """``(1 − share) S + share · scale · I``; ``second`` ``(G, d, d)``, ``share`` and ``scale`` ``(G,)``."""
+    result = second * (1 - share[:, None, None])
+    result.diagonal(dim1=1, dim2=2).add_((share * scale)[:, None])
+    return result
+
+
 def reader_of(model: nn.Module, structure: Structure, group: Group, module: str, moments: Moments) -> Reader:
     """Assemble the :class:`Reader` of one group at one of its reader modules."""
     layer = model.get_submodule(module)
     piece = next(s for s in group.readers if s.module == module)
     owner, columns = reader_columns(layer, piece.index)
-    centred = structure.operators[module].sink is not None
-    return Reader(weight_matrix(layer), moments.cov if centred else moments.gram, owner, columns)
+    return Reader(weight_matrix(layer), applied_second(moments, structure.operators[module].sink), owner, columns)
 
 
 def readers_of(model: nn.Module, structure: Structure, group: Group, moments: Mapping[str, Moments]) -> list[Reader]:

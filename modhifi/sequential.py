@@ -13,7 +13,7 @@ from .compensate import least_squares_towards
 from .groups import Structure
 from .moments import Accumulator, MomentCollector, Moments, batch_statistics, reader_rows
 from .plan import Plan
-from .readers import absorb_mean, weight_matrix, write_weight
+from .readers import absorb_mean, mean_diagonal, shrinkage, shrunk, weight_matrix, write_weight
 from .surgery import kernel_size, removed_positions
 
 
@@ -103,10 +103,12 @@ def edit_sequentially(
         joint = both.cov if sink is not None else both.gram
         # which input the layer should answer to: the dense model's, or the pruned prefix's own
         want = slice(0, d) if target == "dense" else slice(d, 2 * d)
+        share, scale = shrinkage(joint[:, d:, d:], both.n), mean_diagonal(joint[:, d:, d:])
+        solved_cross, solved_own = shrunk(joint[:, want, d:], share, scale), shrunk(joint[:, d:, d:], share, scale)
         result, error, energy = torch.empty_like(weight), 0.0, 0.0
         for g in range(groups):
+            result[g] = least_squares_towards(weight[g], solved_cross[g], solved_own[g], kept[g], ridge)
             cross, own, goal = joint[g, want, d:], joint[g, d:, d:], joint[g, want, want]
-            result[g] = least_squares_towards(weight[g], cross, own, kept[g], ridge)
             gain = float(((weight[g] @ goal) * weight[g]).sum())
             error += gain + float(((result[g] @ own - 2 * weight[g] @ cross) * result[g]).sum())
             energy += gain

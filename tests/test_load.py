@@ -502,7 +502,7 @@ def downloads(tmp_path_factory: pytest.TempPathFactory) -> types.SimpleNamespace
         ("never seen without network", ["hf:org/other"], {}),
     ]
     with HubServer(models) as server:
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "http", "HTTP"))} | {
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "http", "HTTP"))} | {
             "HF_ENDPOINT": server.url, "HF_HOME": str(root / "home"), "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1",
         }  # fmt: skip
         command = [sys.executable, "-c", DOWNLOADS, json.dumps(cases), TOKEN]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
+from modhifi import moments
 from modhifi.moments import (
     Accumulator,
     MomentCollector,
@@ -139,7 +140,8 @@ def test_merging_is_exact():
     close(right.finish().merge(left.finish()), of_rows(rows), rtol=1e-6)
 
 
-def test_positions_depend_on_the_sample_and_not_on_the_batch():
+def test_positions_depend_on_the_sample_and_not_on_the_batch(monkeypatch):
+    monkeypatch.setattr(moments, "LEAST_ROWS", 1)
     module = nn.Conv2d(4, 6, 3, padding=1)
     x = example(module)
     whole = gathered(module, [x], rows_per_column=1, seed=5)
@@ -165,7 +167,8 @@ def test_positions_are_visited_equally_often():
     assert torch.equal(at[7:11], spread_positions(12, 5, start=7, count=4, seed=1))
 
 
-def test_sub_sampling_estimates_the_moments_of_all_positions():
+def test_sub_sampling_estimates_the_moments_of_all_positions(monkeypatch):
+    monkeypatch.setattr(moments, "LEAST_ROWS", 1)
     module = nn.Conv2d(2, 3, 3, padding=1)
     generator = torch.Generator().manual_seed(0)
     x = F.avg_pool2d(torch.randn(300, 2, 14, 14, generator=generator), 3, stride=1)
@@ -228,8 +231,8 @@ def test_collecting_over_a_model(synthetic: bool):
     for handle in handles:
         handle.remove()
     assert found["grouped.0"].cov.shape == (3, 36, 36) and found["head"].cov.shape == (1, 6, 6)
-    for name, moments in found.items():
-        close(moments, of_rows(torch.cat(seen[name], 2)))
+    for name, seen_moments in found.items():
+        close(seen_moments, of_rows(torch.cat(seen[name], 2)))
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
@@ -237,3 +240,9 @@ def test_a_reader_that_never_ran_is_missing():
     model, x = tiny.pattern("plain")
     found = collect(model, model, [x], {"head": model.head, "idle": nn.Linear(2, 2)}, samples=2)
     assert set(found) == {"head"}
+
+
+def test_narrow_readers_see_many_rows_all_the_same():
+    module = nn.Conv2d(2, 3, 3, padding=1)
+    x = torch.randn(4, 2, 14, 14, generator=torch.Generator().manual_seed(0))
+    assert gathered(module, [x], rows_per_column=1).n == 4 * 14 * 14  # under the least number of rows: all there are

@@ -8,6 +8,7 @@ import torch
 
 from modhifi import measure
 from modhifi.allocate import Budget
+from modhifi.compensate import local_error
 from modhifi.data import Samples, load_samples
 from modhifi.errors import ModhifiError
 from modhifi.load import LoadedModel, load_model
@@ -21,6 +22,7 @@ from modhifi.pruning import (
     reestimate_batchnorm,
     removal_curves,
 )
+from modhifi.readers import applied_second, shrinkage, weight_matrix
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +62,25 @@ def test_budgets_are_met_and_both_shapes_agree(
 
 
 def test_predicted_local_error_is_the_error_that_is_made(loaded: LoadedModel, samples: Samples) -> None:
-    """The curve's cost and the measured local error agree where one group alone loses components."""
-    structure = choose_groups(find_structure(loaded), PruneSettings(only=("layer3.1.conv1",)))
+    """The curve's cost is the local error of the weights written, in the matrix that was solved with."""
     settings = PruneSettings(only=("layer3.1.conv1",), ridge=1e-8)
+    structure = choose_groups(find_structure(loaded), settings)
     pruned = prune_model(loaded, samples, Budget("components", 0.5), settings)
-    name = structure.prunable[0].name
-    assert pruned.errors[0].error == pytest.approx(pruned.plan.removal_cost[name], rel=1e-3)
+    reader, name = structure.prunable[0].readers[0].module, structure.prunable[0].name
+    before, after = (weight_matrix(m.get_submodule(reader))[0] for m in (loaded.model, pruned.dense_shape))
+    moments = measure_moments(loaded, structure, samples, settings)[reader]
+    second = applied_second(moments, structure.operators[reader].sink)[0]
+    assert local_error(before, after, second) == pytest.approx(pruned.plan.removal_cost[name], rel=1e-3)
     assert 0 < pruned.errors[0].relative < 1
+
+
+def test_few_rows_shrink_towards_the_identity_and_many_do_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shares = []
+    for rows in (20, 200, 20000):
+        x = torch.randn(rows, 50, generator=generator, dtype=torch.float64) * torch.linspace(0.1, 3, 50)
+        shares.append(float(shrinkage((x.T @ x / rows)[None], rows)))
+    assert 1 > shares[0] > shares[1] > shares[2] > 0 and shares[2] < 0.01
 
 
 def test_better_methods_make_smaller_local_errors(loaded: LoadedModel, samples: Samples) -> None:
