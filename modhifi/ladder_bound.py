@@ -214,11 +214,12 @@ def moved_rule(run: Callable[[Tensor], Tensor], x: Tensor, bound: Bound, duplica
 
     With ``duplicates`` the operation may copy elements; the largest number of copies enters as its root.
     """
-    numbers = torch.arange(bound.radius.numel()).view(bound.radius.shape).expand(x.shape)
-    where = run(numbers)
+    # Numbers laid out in memory as x is: a view of x must be one of them.
+    layout = torch.empty_like(x, dtype=torch.int64)
+    where = run(layout.copy_(torch.arange(bound.radius.numel()).view(bound.radius.shape))).clone()
     copies = 1
     if duplicates and where.numel():
-        elements = run(torch.arange(x.numel()).view(x.shape)).reshape(-1)
+        elements = run(layout.copy_(torch.arange(x.numel()).view(x.shape))).reshape(-1)
         copies = int(elements.bincount().max())
     constant = math.sqrt(copies) * (1 + 1e-12 if copies > 1 else 1.0)
     if where.numel() == 0:

@@ -54,6 +54,9 @@ class Certified:
             if bool((over > 0).any()):
                 i = int(over.argmax())
                 found.append(f"{name} on sample {i}: {float(low[i]):.6g} > {float(high[i]):.6g}")
+        spread = float(self.theorem.square().mean().sqrt())
+        if spread > self.expected * (1 + RELATIVE_SLACK) + slack:
+            found.append(f"R1 over the samples, {spread:.6g}, exceeds its bound in expectation, {self.expected:.6g}")
         return tuple(found)
 
 
@@ -78,13 +81,13 @@ def certify(loaded: LoadedModel, dense: nn.Module, twin: nn.Module, batch: Tenso
         terms = [_times(c, e) for c, e in zip(first.constants, errors, strict=True)]
         theorem = torch.stack([torch.zeros(len(batch), dtype=torch.float64), *terms]).sum(0) * UP
         if all(map(math.isfinite, first.constants)):
-            expected = minkowski(first.constants, errors)
+            expected = minkowski(first.constants, [e.square() for e in errors]) * UP
     missing = {k: v for w in reversed(walks) for k, v in w.missing.items()}
     every = None
     if not first.sources and not first.lost:
         every = 0.0
     elif box is None:
-        missing.setdefault("every input", "no input box is known (images with a fixed normalisation have one)")
+        missing["every input"] = "no input box is known (images with a fixed normalisation have one)"
     else:
         every = _everywhere(walk(dense, twin, loaded.logits, box[0][None], norms), box[1])
     local = torch.cat([w.local for w in walks])

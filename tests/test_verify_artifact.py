@@ -1,0 +1,129 @@
+"""`modhifi verify` on an artefact: what it refuses and says, its exit codes; cut models back in their old shapes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+from tiny import PATTERNS, pattern
+from typer.testing import CliRunner
+
+from modhifi.cli.main import app
+from modhifi.errors import ModhifiError
+from modhifi.load import load_model
+from modhifi.plan import Plan
+from modhifi.pruning import find_structure
+from modhifi.rebuild import expand
+from modhifi.surgery import mask_readers, shrink
+
+runner = CliRunner()
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = runner.invoke(app, [str(a) for a in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def artefact(model_dir: Path, image_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("artefacts") / "small"
+    code, _, stderr = run(
+        "prune", model_dir, "--data", f"images:{image_dir}", "--samples", 16, "--evaluation-samples", 8, "--ratio", 0.2,
+        "--out", out, "--quiet",
+    )  # fmt: skip
+    assert code == 0, stderr
+    return out
+
+
+def verify(artefact: Path, against: object, *more: object) -> tuple[int, str, str]:
+    return run("verify", artefact, "--against", against, "--samples", 24, "--walked", 2, "--quiet", *more)
+
+
+def test_every_rung_of_an_artefact(artefact: Path, model_dir: Path) -> None:
+    code, stdout, stderr = verify(artefact, model_dir, "--data", "synthetic", "--json")
+    assert code == 0, stderr
+    found = json.loads(stdout)
+    verdicts = {v["name"]: v["verdict"] for v in found["verdicts"]}
+    assert verdicts["self-test"] == "HOLDS"
+    assert {"R1 every input", "R1 theorem form", "R2 certified-local", "R4 measured"} <= verdicts.keys()
+    # 24 units are too few for an upper bound of a quantile, and say so.
+    assert [n for n, v in verdicts.items() if v == "not available"] == ["R3 95% quantile of the change"]
+    assert found["bounds"]["layers"] and found["bounds"]["telescoping_gap"] < 1e-9
+    assert any("synthetic" in w for w in found["bounds"]["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "word"),
+    [
+        (["--max-flip", 1.0], 0, "PASS-STATISTICAL"),
+        (["--max-flip", 0.0001], 1, ""),
+        (["--max-error", 1e-6], 1, "FAIL"),
+        (["--max-flip", 1.0, "--not-a-sample"], 0, "PASS-ON-SAMPLES"),
+    ],
+)
+def test_exit_codes(artefact: Path, model_dir: Path, options: list[object], code: int, word: str) -> None:
+    found, stdout, stderr = verify(artefact, model_dir, "--data", "synthetic", *options)
+    assert found == code, stderr
+    assert word in stdout
+    assert (len(stderr.strip().splitlines()) == 1) == (code == 1)
+
+
+def test_calibration_data_is_refused(artefact: Path, model_dir: Path, image_dir: Path) -> None:
+    data = ["--data", f"images:{image_dir}", "--samples", 48]
+    code, _, stderr = verify(artefact, model_dir, *data)
+    assert code == 2 and "calibrated this model" in stderr and "16 of 48" in stderr
+    assert verify(artefact, model_dir, *data, "--allow-overlap")[0] == 0
+
+
+def test_edited_weights_are_found(artefact: Path, model_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(artefact, copy)
+    state = load_file(copy / "model.safetensors")
+    state["fc.bias"] = state["fc.bias"] + 1
+    save_file(state, copy / "model.safetensors")
+    code, _, stderr = verify(copy, model_dir, "--data", "synthetic")
+    assert code == 2 and "hash" in stderr
+
+
+def test_another_original_is_refused(artefact: Path, model_dir: Path, tmp_path: Path) -> None:
+    code, _, stderr = verify(artefact, "timm:resnet34", "--random-weights", "--data", "synthetic")
+    assert code == 2 and "another architecture" in stderr
+    torch.manual_seed(1)
+    other = timm.create_model("resnet18", num_classes=4, stem_type="deep", stem_width=4, channels=(8, 16, 16, 16))
+    save_for_hf(other, str(tmp_path / "other"), model_args={}, safe_serialization=True)
+    config = (model_dir / "config.json").read_text()
+    (tmp_path / "other" / "config.json").write_text(config)
+    code, _, stderr = verify(artefact, tmp_path / "other", "--data", "synthetic")
+    assert code == 2 and "other weights" in stderr
+    assert verify(tmp_path, model_dir, "--data", "synthetic")[0] == 2
+
+
+@pytest.mark.parametrize("name", sorted(PATTERNS))
+def test_expanding_undoes_shrinking(name: str) -> None:
+    model, example = pattern(name)
+    model.eval()
+    loaded = load_model(model, example=example)
+    structure = find_structure(loaded)
+    kept = {}
+    for group in structure.prunable:
+        mask = torch.ones(group.n, dtype=torch.bool)
+        first = group.partition if group.partition is not None else torch.zeros(group.n)
+        for label in first.unique():
+            mask[int((first == label).nonzero()[0])] = False
+        if mask.any():
+            kept[group.name] = tuple(mask.nonzero().flatten().tolist())
+    plan = Plan(kept)
+    masked = mask_readers(model, structure, plan).double()
+    small = shrink(mask_readers(model, structure, plan), structure, plan).double()
+    big = expand(small, model.double(), structure, plan)
+    torch.testing.assert_close(big(example.double()), masked(example.double()))
+    if kept:
+        torch.testing.assert_close(big(example.double()), small(example.double()))
+        with pytest.raises(ModhifiError):
+            expand(small, model, structure, Plan({}))
