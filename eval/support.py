@@ -32,14 +32,13 @@ from modhifi.tracing import trace
 
 ARCHITECTURES = """
     resnet18 resnet50 resnet26t resnext50_32x4d wide_resnet50_2 seresnet50 ecaresnet26t skresnet18 resnest14d
-    res2net50_14w_8s resnetv2_50 resnetblur50 gernet_s tresnet_m nf_resnet26 nf_regnet_b0 botnet26t_256
-    vgg11_bn vgg16_bn densenet121 dpn48b dla34 hrnet_w18_small cspresnet50 cspdarknet53 darknet53 vovnet39a
-    ese_vovnet19b_dw selecsls42b inception_v3 inception_v4 legacy_xception xception41 mobilenetv1_100
-    mobilenetv2_100 mobilenetv3_small_100 mobilenetv3_large_100 mobilenetv4_conv_small mobileone_s0 repvgg_a0
-    mnasnet_100 semnasnet_075 fbnetc_100 spnasnet_100 hardcorenas_a lcnet_050 tinynet_e mixnet_s ghostnet_100
-    ghostnetv2_100 repghostnet_050 rexnet_100 efficientnet_b0 efficientnet_es tf_efficientnet_lite0
-    tf_efficientnetv2_b0 regnetx_002 regnety_008 regnetz_005 convnext_atto convnextv2_atto inception_next_atto
-    edgenext_xx_small fastvit_t8 starnet_s1 hgnetv2_b0 repvit_m0_9
+    resnetv2_50 resnetblur50 gernet_s nf_resnet26 botnet26t_256 vgg16_bn densenet121 dpn48b dla34
+    hrnet_w18_small cspresnet50 cspdarknet53 vovnet39a ese_vovnet19b_dw selecsls42b inception_v3
+    legacy_xception xception41 mobilenetv1_100 mobilenetv2_100 mobilenetv3_small_100 mobilenetv3_large_100
+    mobilenetv4_conv_small mobileone_s0 repvgg_a0 mnasnet_100 semnasnet_075 fbnetc_100 spnasnet_100 lcnet_050
+    tinynet_e mixnet_s ghostnet_100 ghostnetv2_100 repghostnet_050 rexnet_100 efficientnet_b0 efficientnet_es
+    tf_efficientnet_lite0 tf_efficientnetv2_b0 regnetx_002 regnety_008 regnetz_005 convnext_atto
+    convnextv2_atto inception_next_atto edgenext_xx_small fastvit_t8 starnet_s1 hgnetv2_b0 repvit_m0_9
 """.split()
 
 CUT = 0.6
