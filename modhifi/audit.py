@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from . import attacks
 from .audit_text import conclude
+from .branches import Calls
 from .data import Samples
 from .load import LoadedModel
 from .unlearn import UnlearnSettings, forget, settled_names, silent
 from .unlearn_data import UnlearnData, class_name, populations
 from .unlearn_moments import passes
 from .unlearn_norms import batch_norms, recall, settle_norms
-from .unlearn_sites import Sites, Streams, Writer
+from .unlearn_sites import Sites, Writer
 
 Progress = Callable[[str, int, int], None]
 SHOTS = 10
@@ -60,7 +61,7 @@ def observe(loaded: LoadedModel, model: nn.Module, sites: Sites, samples: Sample
         with torch._C.DisableTorchFunction():
             rows = last[block].rows
             rows = rows[rows[:, 0] >= 0]
-            if sites.focus is not None and last[block].addition is not None and int(sites.focus.max()) < len(rows):
+            if sites.focus is not None and last[block].joined and int(sites.focus.max()) < len(rows):
                 rows = rows[sites.focus]
             flat = stream.detach().reshape(count, -1)
             streams[block].append(flat[:, rows.to(flat.device)].float().mean(1).cpu())
@@ -70,19 +71,12 @@ def observe(loaded: LoadedModel, model: nn.Module, sites: Sites, samples: Sample
             lambda _, args: features.append(args[0].detach().flatten(1).float().cpu())
         )
     ]
-    wanted = {}
-    for block, writer in last.items():
-        if writer.addition is not None:
-            wanted[writer.addition] = lambda stream, block=block: pool(block, stream)
-        else:
-            layer = model.get_submodule(writer.site.module)
-            handles.append(layer.register_forward_hook(lambda _, __, out, block=block: pool(block, out)))
-    watcher, logits = Streams(wanted), []
+    calls = Calls({w.call: lambda stream, block=block: pool(block, stream) for block, w in last.items()})
+    logits = []
     try:
         for first, run in passes(loaded, model, samples, batch_size):
             count = min(batch_size, len(samples) - first)
-            with watcher:
-                watcher.count = 0
+            with calls:
                 out = run()
             logits.append(out.float().cpu())
     finally:
@@ -143,18 +137,15 @@ def audit(
     if reference is not None:
         other, other_sites = reference
         candidates["reference"] = (other, other.model, other_sites, other.model)
-    retain_fit = data.fit.subset(torch.nonzero(populations(data.fit, classes, earlier) == 0).flatten())
     rows: dict[str, dict[str, float | None]] = {}
     seen: dict[str, tuple[Observed, Observed]] = {}
     for number, (name, (owner, model, own_sites, unsettled)) in enumerate(candidates.items()):
         fit = observe(owner, model, own_sites, data.fit, batch_size)
         test = observe(owner, model, own_sites, data.test, batch_size)
         seen[name] = fit, test
-        base = seen["original"][1]
-        row = _row(data, classes, earlier, fit, test, base, loaded, sites if name != "reference" else None)
-        for key, variant in (("recall", model), ("recall_plain", unsettled)):
-            again = None if variant is None else recall(owner, variant, retain_fit, batch_size)
-            row[key] = None if again is None else _forget_accuracy(owner, again, data, classes, batch_size)
+        original_head = None if name == "reference" else (loaded.model, sites)
+        row = measure(data, classes, fit, test, seen["original"][1], original_head, earlier)
+        row |= recalls(owner, model, unsettled, data, classes, earlier, batch_size)
         row["membership"] = None if members is None else _membership(owner, model, members, data, classes, batch_size)
         rows[name] = row
         progress("attacking", number + 1, len(candidates))
@@ -182,16 +173,16 @@ def _share(predicted: Tensor, labels: Tensor, chosen: Tensor) -> float:
     return float((predicted[chosen] == labels[chosen]).double().mean())
 
 
-def _row(
+def measure(
     data: UnlearnData,
     classes: Sequence[int],
-    earlier: Sequence[int],
     fit: Observed,
     test: Observed,
     base: Observed,
-    loaded: LoadedModel,
-    sites: Sites | None,
+    original_head: tuple[nn.Module, Sites] | None,
+    earlier: Sequence[int] = (),
 ) -> dict[str, float | None]:
+    """The measures of one model that need no further pass; ``base`` is what the original gives on the test set."""
     y, y_fit = _labels(data.test), _labels(data.fit)
     group, group_fit = populations(data.test, classes, earlier), populations(data.fit, classes, earlier)
     gone, kept = group > 0, group == 0
@@ -212,13 +203,31 @@ def _row(
         "probe_retain": _share(probe, y, kept),
         "nearest_mean": _share(attacks.nearest_mean(a, labels, test.features), y, gone),
         "neighbours": _share(attacks.nearest_neighbours(a, labels, test.features), y, gone),
-        "original_head": None if sites is None else _original_head(loaded, sites, test.features, y, gone),
+        "original_head": None if original_head is None else _original_head(*original_head, test.features, y, gone),
         "relearn": _share(attacks.relearn(a, labels, test.features, list(classes), SHOTS), y, gone),
     }
 
 
-def _original_head(loaded: LoadedModel, sites: Sites, features: Tensor, y: Tensor, gone: Tensor) -> float:
-    head: Any = loaded.model.get_submodule(sites.heads[0])
+def recalls(
+    loaded: LoadedModel,
+    model: nn.Module,
+    unsettled: nn.Module | None,
+    data: UnlearnData,
+    classes: Sequence[int],
+    earlier: Sequence[int],
+    batch_size: int,
+) -> dict[str, float | None]:
+    """Accuracy on the forgotten classes once BatchNorm is re-estimated on retained images, settled norms or not."""
+    retained = data.fit.subset(torch.nonzero(populations(data.fit, classes, earlier) == 0).flatten())
+    result: dict[str, float | None] = {}
+    for key, variant in (("recall", model), ("recall_plain", unsettled)):
+        again = None if variant is None else recall(loaded, variant, retained, batch_size)
+        result[key] = None if again is None else _forget_accuracy(loaded, again, data, classes, batch_size)
+    return result
+
+
+def _original_head(model: nn.Module, sites: Sites, features: Tensor, y: Tensor, gone: Tensor) -> float:
+    head: Any = model.get_submodule(sites.heads[0])
     weight = head.weight.detach().flatten(1).float().cpu()
     weight = weight if weight.shape[1] == features.shape[1] else weight.T
     bias = 0.0 if head.bias is None else head.bias.detach().float().cpu()

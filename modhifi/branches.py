@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,11 @@ from .operations import CONVS, ELEMENTWISE, METADATA, MOVEMENT, operation_name, 
 
 ADDITIONS = frozenset("add add_ __add__ __radd__ __iadd__".split())
 PRODUCTS = frozenset("mul mul_ __mul__ __rmul__ __imul__ multiply".split())
+# What may stand between a stream and everything that reads it: the class is erased behind it, where it is read.
+ACTIVATIONS = frozenset(
+    """relu relu_ relu6 silu silu_ gelu sigmoid tanh hardswish hardswish_ hardtanh hardtanh_ leaky_relu leaky_relu_ elu
+    elu_ selu celu mish mish_ softplus clamp clamp_""".split()
+)
 UNCHANGED = frozenset(
     """dropout dropout_ feature_dropout dropout1d dropout2d dropout3d contiguous clone detach to float half bfloat16
     double type type_as requires_grad_ cpu cuda""".split()
@@ -29,11 +34,17 @@ class Trail:
     addition: int | None = None
     norm: str | None = None
     gains: tuple[str, ...] = ()
+    direct: bool = True  # nothing but movements, and for an operator its norm and scales, since the origin
+
+    @property
+    def origin(self) -> str | int | None:
+        return self.addition if self.module is None else self.module
 
 
 @dataclass(frozen=True)
 class Addition:
-    number: int
+    """Two paths meet at call number ``time``; ``trail`` is the branch's, ``size`` the elements of one sample."""
+
     time: int
     where: str
     trail: Trail | None
@@ -54,8 +65,10 @@ class BranchWatcher(TorchFunctionMode):
     norms: dict[str, int] = field(default_factory=dict)
     additions: list[Addition] = field(default_factory=list)
     path: list[str] = field(default_factory=list)
+    # The call behind which an origin is read: its own, its norm's, its activation's.
+    read: dict[str | int | None, int] = field(default_factory=dict)
+    ends: dict[str, Trail] = field(default_factory=dict)
     time: int = 0
-    count: int = 0
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -82,7 +95,6 @@ class BranchWatcher(TorchFunctionMode):
                 found = [self.operator(name, args, kwargs, before, inputs, outputs[0], deepest)]
             elif name in ADDITIONS:
                 found = [self.addition(before, inputs, outputs[0])]
-                self.count += 1
             else:
                 found = self.follow(name, func, args, kwargs, before, inputs, outputs)
         for tensor, trail in zip(outputs, found, strict=True):
@@ -104,7 +116,9 @@ class BranchWatcher(TorchFunctionMode):
         x = next((b for t, b in zip(inputs, before, strict=True) if b[0] is not None), None)
         biased = getattr(self.model.get_submodule(owner), "bias", None) is not None
         self.operators[owner] = (self.time, biased, out.numel() // 2, x[1] if x else None, depth)
-        return Trail(torch.arange(out.numel()).view(out.shape), owner)
+        self.read[owner] = self.time
+        self.ends[owner] = Trail(torch.arange(out.numel()).view(out.shape), owner)
+        return self.ends[owner]
 
     def addition(self, before: list[Any], inputs: list[Tensor], out: Tensor) -> Trail | None:
         active = [(b, t) for b, t in zip(before, inputs, strict=True) if b[0] is not None]
@@ -115,8 +129,9 @@ class BranchWatcher(TorchFunctionMode):
         # The deeper operand is the branch, the other one the skip (which may end in an operator of its own).
         best = max((b for b, _ in active), key=lambda b: (b[0], b[1] is not None))[1]
         where = self.path[-1] if self.path else ""
-        self.additions.append(Addition(self.count, self.time, where, best, out.numel() // 2))
-        return Trail(torch.arange(out.numel()).view(out.shape), None, self.count)
+        self.additions.append(Addition(self.time, where, best, out.numel() // 2))
+        self.read[self.time] = self.time
+        return Trail(torch.arange(out.numel()).view(out.shape), None, self.time)
 
     def follow(
         self,
@@ -149,10 +164,13 @@ class BranchWatcher(TorchFunctionMode):
             return [self.batch_norm(before, trail)]
         if trail is None or len(outputs) != 1 or outputs[0].shape != trail.index.shape:
             return none
+        if name in ACTIVATIONS and trail.direct:
+            self.read[trail.origin] = self.time
         if trail.module is None:
             # On the way from the stream to the classifier only positions matter.
             single = sum(b[0] is not None for b in before) == 1
-            return [trail] if single and (name in ELEMENTWISE or name in ("layer_norm", "rms_norm")) else none
+            kept = single and (name in ELEMENTWISE or name in ("layer_norm", "rms_norm"))
+            return [replace(trail, direct=False)] if kept else none
         others = [b for b in before if b[1] is not trail]
         if name in PRODUCTS and len(others) == 1 and others[0][0] is None and others[0][2]:
             return [replace(trail, gains=(*trail.gains, others[0][2]))]
@@ -165,6 +183,34 @@ class BranchWatcher(TorchFunctionMode):
         owner = owners.pop()
         self.norms[owner] = self.time
         if trail is None or trail.module is None or trail.norm or trail.gains:
-            return trail if trail is not None and trail.module is None else None
+            return replace(trail, direct=False) if trail is not None and trail.module is None else None
         self.sinks.setdefault(trail.module, owner)
-        return replace(trail, norm=owner)
+        found = replace(trail, norm=owner)
+        if trail.direct:
+            self.read[trail.module], self.ends[trail.module] = self.time, found
+        return found
+
+
+class Calls(TorchFunctionMode):
+    """While active, hands the results of numbered calls of a forward pass to their callbacks.
+
+    Calls are numbered as :class:`BranchWatcher` numbers them; the numbers start again at every ``with``.
+    """
+
+    def __init__(self, wanted: Mapping[int, Callable[[Tensor], None]]) -> None:
+        super().__init__()
+        self.wanted = wanted
+        self.time = 0
+
+    def __enter__(self) -> Calls:
+        self.time = 0
+        super().__enter__()
+        return self
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if operation_name(func) not in METADATA and (first := next(tensors_in(out), None)) is not None:
+            self.time += 1
+            if self.time in self.wanted:
+                self.wanted[self.time](first)
+        return out

@@ -355,7 +355,7 @@ class _Run:
 def writer_scale(model: nn.Module, writer: Writer) -> Tensor | None:
     """What stands between a writer's output and the stream, float64 ``(out,)``; None for nothing."""
     scale: Tensor | None = None
-    if writer.norm is not None and writer.addition is not None:
+    if writer.norm is not None:
         norm: Any = model.get_submodule(writer.norm)
         gamma = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
         scale = gamma.detach().double() / torch.sqrt(norm.running_var.double() + norm.eps)

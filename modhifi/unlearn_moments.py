@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .branches import Calls
 from .data import Samples
 from .groups import conv_groups
 from .load import LoadedModel
 from .moments import Accumulator, Moments, reader_rows, spread_positions
-from .unlearn_sites import Streams, Writer
+from .unlearn_sites import Writer
 
 # A Gram of d columns looks at about this many rows per column in every population.
 ROWS_PER_COLUMN = 8
@@ -102,7 +103,7 @@ def joint_moments(
     populations = Populations(groups)
     layer: Any = model.get_submodule(writer.site.module)
     open_positions = torch.nonzero(writer.rows[:, 0] >= 0).flatten()
-    if focus is not None and writer.addition is not None and int(focus.max()) < len(writer.rows):
+    if focus is not None and writer.joined and int(focus.max()) < len(writer.rows):
         open_positions = focus
     held: dict[str, Any] = {}
     first, count = 0, 0
@@ -123,19 +124,14 @@ def joint_moments(
             s = flat.gather(1, place.flatten(1)).view(place.shape).permute(2, 0, 1).float()
             populations.add(first, torch.cat([held["x"], s[None]], 1))
 
-    hooks = [layer.register_forward_pre_hook(keep)]
-    if writer.addition is None:
-        hooks.append(layer.register_forward_hook(lambda _, __, out: join(out)))
-    streams = Streams({} if writer.addition is None else {writer.addition: join})
+    hook = layer.register_forward_pre_hook(keep)
     try:
         for first, run in passes(loaded, model, samples, batch_size):
             count = min(batch_size, len(samples) - first)
-            with streams:
-                streams.count = 0
+            with Calls({writer.call: join}):
                 run()
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
     return populations.moments()
 
 

@@ -8,19 +8,16 @@ stream, followed element by element through every view, permutation, roll and wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from .branches import ADDITIONS, BranchWatcher, Trail
+from .branches import BranchWatcher, Trail
 from .errors import ModhifiError
 from .groups import conv_groups
 from .load import LoadedModel
-from .operations import operation_name
 
 # A joint Gram of more columns than this takes over half a gigabyte.
 MOST_COLUMNS = 8192
@@ -39,16 +36,18 @@ class Site:
 class Writer:
     """An operator that writes into a stream.
 
-    ``norm`` is the BatchNorm and ``gains`` are the parameters (layer scales) between its output and the stream.
-    ``addition`` numbers the addition whose result is the stream; None where the stream is the operator's own output.
-    ``rows`` is int64 ``(positions, out)``: the element of one sample's flattened stream that each output element of
-    the operator is added to, -1 for positions that are cut away before.
+    The stream is the result of call number ``call`` of a forward pass: the addition that joins the branch to the skip
+    (``joined``) or the operator's own output behind its norm, and behind the activation where one follows at once, for
+    that is what is read. ``norm`` is the BatchNorm and ``gains`` are the parameters (layer scales) between. ``rows`` is
+    int64 ``(positions, out)``: the element of one sample's flattened stream that each output element of the operator
+    ends up in, -1 for positions that are cut away before.
     """
 
     site: Site
     norm: str | None
     gains: tuple[str, ...]
-    addition: int | None
+    call: int
+    joined: bool
     rows: Tensor
 
 
@@ -123,32 +122,28 @@ def _assemble(model: nn.Module, watcher: BranchWatcher, logits: Tensor) -> Sites
     written: list[tuple[int, Writer]] = []
     refused: list[tuple[str, str]] = []
 
-    def add(module: str, time: int, trail: Trail | None, addition: int | None, size: int) -> None:
+    def add(module: str, time: int, trail: Trail, joined: bool, size: int) -> None:
         layer: Any = model.get_submodule(module)
-        columns = (
-            layer.weight[0].numel()
-            if hasattr(layer, "kernel_size")
-            else layer.weight.numel() // _outputs(model, module)
-        )
+        outputs = _outputs(model, module)
+        columns = layer.weight[0].numel() if hasattr(layer, "kernel_size") else layer.weight.numel() // outputs
         if conv_groups(layer) > 1:
             refused.append((module, "it is a grouped convolution"))
-        elif columns + _outputs(model, module) > MOST_COLUMNS:
+        elif columns + outputs > MOST_COLUMNS:
             refused.append((module, f"its {columns} input columns are too many"))
         else:
             site = Site(module, block_of(module), _sink(watcher, module))
             rows = _rows(model, watcher, module, trail, size)
-            written.append(
-                (time, Writer(site, trail.norm if trail else None, trail.gains if trail else (), addition, rows))
-            )
+            call = watcher.read[time if joined else module]
+            written.append((time, Writer(site, trail.norm, trail.gains, call, joined, rows)))
 
     for a in additions:
         if a.trail is None or a.trail.module is None:
             refused.append((a.where, "no operator alone writes the branch that is added here"))
         else:
-            add(a.trail.module, a.time, a.trail, a.number, a.size)
+            add(a.trail.module, a.time, a.trail, True, a.size)
     for name in tail:
         if name not in heads:
-            add(name, watcher.operators[name][0], None, None, watcher.operators[name][2])
+            add(name, watcher.operators[name][0], watcher.ends[name], False, watcher.operators[name][2])
 
     # An operator belongs to the next writer's block; what comes behind the last writer stands alone.
     def block(name: str, time: int) -> str:
@@ -176,15 +171,13 @@ def _sink(watcher: BranchWatcher, module: str) -> str | None:
     return "bias" if watcher.operators[module][1] else watcher.sinks.get(module)
 
 
-def _rows(model: nn.Module, watcher: BranchWatcher, module: str, trail: Trail | None, size: int) -> Tensor:
+def _rows(model: nn.Module, watcher: BranchWatcher, module: str, trail: Trail, size: int) -> Tensor:
     """See :class:`Writer`: the operator's output as positions by channels, each element's place in the stream."""
     produced, channels = watcher.operators[module][2], _outputs(model, module)
-    place = torch.arange(produced)
-    if trail is not None:
-        place = torch.full((produced,), -1)
-        first = trail.index.reshape(2, -1)[0]
-        if int(first.max()) < produced:
-            place[first] = torch.arange(size)
+    place = torch.full((produced,), -1)
+    first = trail.index.reshape(2, -1)[0]
+    if int(first.max()) < produced:
+        place[first] = torch.arange(size)
     if hasattr(model.get_submodule(module), "kernel_size"):
         return place.view(channels, -1).T.contiguous()
     return place.view(-1, channels)
@@ -192,26 +185,9 @@ def _rows(model: nn.Module, watcher: BranchWatcher, module: str, trail: Trail | 
 
 def _focus(behind: list[Trail], written: list[tuple[int, Writer]]) -> Tensor | None:
     """The positions of the last stream that reach an operator behind it, where they are some and not all."""
-    streams = [w for _, w in written if w.addition is not None]
-    found = [t.index.reshape(2, -1)[0] for t in behind if streams and t.addition == streams[-1].addition]
+    streams = [(time, w) for time, w in written if w.joined]
+    found = [t.index.reshape(2, -1)[0] for t in behind if streams and t.origin == streams[-1][0]]
     if not found:
         return None
-    seen = torch.isin(streams[-1].rows, torch.cat(found)).all(1)
+    seen = torch.isin(streams[-1][1].rows, torch.cat(found)).all(1)
     return None if bool(seen.all()) or not bool(seen.any()) else torch.nonzero(seen).flatten()
-
-
-class Streams(TorchFunctionMode):
-    """While active, hands the results of the numbered additions of a forward pass to their callbacks."""
-
-    def __init__(self, wanted: Mapping[int, Callable[[Tensor], None]]) -> None:
-        super().__init__()
-        self.wanted = wanted
-        self.count = 0
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if operation_name(func) in ADDITIONS and isinstance(out, Tensor):
-            if self.count in self.wanted:
-                self.wanted[self.count](out)
-            self.count += 1
-        return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import timm
 import torch
 import torch.nn.functional as F
@@ -51,3 +52,14 @@ def build(directory: Path) -> None:
             folder = directory / split / NAMES[label]
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(folder / f"{number}.png")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that :func:`build` has filled."""
+    directory = tmp_path_factory.mktemp("unlearn")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    build(directory)
+    torch.set_num_threads(threads)
+    return directory

@@ -1,0 +1,156 @@
+"""The writers of a stream, their place in it, and the joint rows."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from modhifi.branches import Calls
+from modhifi.data import Samples
+from modhifi.errors import ModhifiError
+from modhifi.load import load_model
+from modhifi.unlearn import writer_scale
+from modhifi.unlearn_moments import joint_moments, reader_moments
+from modhifi.unlearn_sites import block_of, find_sites
+
+
+def tiny(name: str, size: int, **arguments: object) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=5, img_size=size, **arguments)
+
+
+def swin() -> nn.Module:
+    return tiny("swin_tiny_patch4_window7_224", 56, depths=(2, 2), embed_dim=16, num_heads=(2, 2), window_size=7)
+
+
+def vit() -> nn.Module:
+    return tiny("vit_tiny_patch16_224", 48, depth=2, embed_dim=16, num_heads=2)
+
+
+def convnext() -> nn.Module:
+    torch.manual_seed(0)
+    shape = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
+    return timm.create_model("convnext_atto", num_classes=5, ls_init_value=0.5, **shape)
+
+
+def resnet(**arguments: object) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("resnet10t", num_classes=5, channels=(8, 12, 16, 16), stem_width=8, **arguments)
+
+
+def linear_resnet() -> nn.Module:
+    """Nothing between the additions and what reads them, so that a stream is linear in its writers."""
+    return resnet(act_layer=nn.Identity)
+
+
+def samples_of(inputs: Tensor, labels: Tensor) -> Samples:
+    names = tuple(str(i) for i in range(len(inputs)))
+    return Samples(lambda i: inputs[i], names, labels, names, "random", False)
+
+
+def test_a_writer_is_the_last_operator_of_its_branch() -> None:
+    sites = find_sites(load_model(resnet()))
+    assert [w.site.module for w in sites.writers] == [f"layer{i}.0.conv2" for i in (1, 2, 3, 4)]
+    assert [w.norm for w in sites.writers] == [f"layer{i}.0.bn2" for i in (1, 2, 3, 4)]
+    assert sites.heads == ("fc",) and sites.focus is None
+    assert sites.last(2) == ("layer3.0", "layer4.0")
+    # The downsampling conv of a block belongs to it, and the classifier comes last.
+    assert [s.module for s in sites.readers if s.block == "layer4.0"][-1] == "layer4.0.downsample.1"
+    assert sites.readers[-1].module == "fc"
+
+
+def test_a_stream_is_taken_where_it_is_read() -> None:
+    loaded = load_model(resnet())
+    sites = find_sites(loaded)
+    caught: list[Tensor] = []
+    with torch.no_grad(), Calls({w.call: lambda out: caught.append(out.clone()) for w in sites.writers}):
+        loaded.logits(loaded.example)
+    assert len(caught) == 4
+    assert all(float(stream.min()) == 0.0 for stream in caught)
+    with torch.no_grad():
+        assert torch.equal(loaded.model.forward_features(loaded.example), caught[-1])
+
+
+def test_a_class_token_is_the_only_position_the_classifier_reads() -> None:
+    sites = find_sites(load_model(vit()))
+    assert sites.focus is not None and sites.focus.tolist() == [0]
+    assert [w.site.module for w in sites.writers if w.site.block == "blocks.1"] == [
+        "blocks.1.attn.proj",
+        "blocks.1.mlp.fc2",
+    ]
+
+
+def test_layer_scale_stands_between_writer_and_stream() -> None:
+    sites = find_sites(load_model(convnext()))
+    assert {w.gains for w in sites.writers} == {(f"stages.{i}.blocks.0.gamma",) for i in range(4)}
+
+
+def test_a_gated_branch_is_refused_and_not_guessed() -> None:
+    sites = find_sites(load_model(timm.create_model("seresnet18", num_classes=5)))
+    assert not sites.writers
+    assert all("no operator alone" in reason for _, reason in sites.refused)
+
+
+def test_a_net_without_skips_writes_its_own_outputs() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(6, 3),
+    )  # fmt: skip
+    sites = find_sites(load_model(net, example=torch.randn(2, 3, 8, 8)))
+    assert [w.site.module for w in sites.writers] == ["0", "3"]
+    assert not any(w.joined for w in sites.writers)
+    # Both are read behind their activation, the first behind its norm too.
+    assert [w.norm for w in sites.writers] == ["1", None]
+
+
+def test_a_regression_model_has_no_class_to_forget() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 1))
+    with pytest.raises(ModhifiError, match="no classes to forget"):
+        find_sites(load_model(net, example=torch.randn(2, 3, 2, 2)))
+
+
+@pytest.mark.parametrize("build", [swin, vit, convnext, linear_resnet])
+def test_each_row_joins_a_writers_input_with_what_its_output_is_added_to(build: object) -> None:
+    """Where the skip is silenced, the stream is scale * (W x + b) + shift at the very same position."""
+    model = build().eval()  # type: ignore[operator]
+    loaded = load_model(model)
+    sites = find_sites(loaded)
+    torch.manual_seed(1)
+    size = loaded.example.shape[1:]
+    samples = samples_of(torch.randn(6, *size), torch.tensor([0, 0, 0, 1, 1, 1]))
+    groups = torch.tensor([0, 0, 0, 1, 1, 1])
+    for writer in sites.writers[-2:]:
+        layer = loaded.model.get_submodule(writer.site.module)
+        retain = joint_moments(loaded, loaded.model, samples, groups, writer, None, 4)[0]
+        plain = layer.weight.detach().clone()
+        # Adding c W to the writer moves the stream by c * scale * W x: the cross moments must say so.
+        with torch.no_grad():
+            layer.weight.mul_(2.0)
+        moved = joint_moments(loaded, loaded.model, samples, groups, writer, None, 4)[0]
+        with torch.no_grad():
+            layer.weight.copy_(plain)
+        d = plain[0].numel()
+        scale = writer_scale(loaded.model, writer)
+        gain = torch.ones(len(plain), dtype=torch.float64) if scale is None else scale
+        expected = gain[:, None] * (plain.double().flatten(1) @ retain.gram[0][:d, :d])
+        found = moved.gram[0][d:, :d] - retain.gram[0][d:, :d]
+        assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-3)
+
+
+def test_populations_are_kept_apart() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    loaded = load_model(net, example=torch.randn(2, 4))
+    inputs = torch.arange(24.0).view(6, 4)
+    groups = torch.tensor([0, 1, 0, 2, -1, 0])
+    found = reader_moments(loaded, loaded.model, samples_of(inputs, groups), groups, ["1"], 4)["1"]
+    assert [m.n for m in found] == [3, 1, 1]
+    for j, moments in enumerate(found):
+        assert torch.allclose(moments.mean[0], inputs[groups == j].double().mean(0))
+
+
+def test_block_names() -> None:
+    assert block_of("layer4.1.conv2") == "layer4.1"
+    assert block_of("blocks.11.mlp.fc2") == "blocks.11"
+    assert block_of("head.fc") == "head.fc"
