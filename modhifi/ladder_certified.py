@@ -60,14 +60,16 @@ class Certified:
         return tuple(found)
 
 
-def certify(loaded: LoadedModel, dense: nn.Module, twin: nn.Module, batch: Tensor) -> Certified:
+def certify(
+    loaded: LoadedModel, dense: nn.Module, twin: nn.Module, batch: Tensor, norms: Norms | None = None
+) -> Certified:
     """R1 and R2 on a batch, for two float64 models of the same shapes.
 
     Where the input has a box, its centre is walked as well: every input's error exceeds the one there by at most the
-    norm of the edit times how far a reader's input can be from it.
+    norm of the edit times how far a reader's input can be from it. ``norms`` keeps operator norms between calls.
     """
     box = _box(loaded, batch)
-    norms = Norms(whole_box=box is not None)
+    norms = norms or Norms(whole_box=box is not None)
     parts = batch.split(WALK_BATCH)
     walks = [walk(dense, twin, loaded.logits, part, norms) for part in parts]
     first, outputs = walks[0], torch.cat([w.output for w in walks])

@@ -43,11 +43,13 @@ class Rung:
 
 @dataclass(frozen=True)
 class BoundReport:
-    """The whole ladder. ``layers`` tells which layer spends the error (R4)."""
+    """The whole ladder. ``layers`` tells which layer spends the error (R4); ``constant_error`` is the root mean square
+    error of a predictor that always says the mean output: what a bound must stay below to say anything."""
 
     rungs: tuple[Rung, ...]
     layers: tuple[LayerShare, ...]
     telescoping_gap: float | None
+    constant_error: float
     verdicts: tuple[Verdict, ...]
     statistical: Statistical
     tolerances: Tolerances
@@ -103,7 +105,14 @@ def verify_model(
     if held.synthetic:
         warnings.append("the held-out data is synthetic: the statistical bounds speak of that distribution only")
     return BoundReport(
-        (*rungs, *_statistical_rungs(found, units)), layers, gap, verdicts, found, tolerances, tuple(warnings)
+        rungs=(*rungs, *_statistical_rungs(found, units)),
+        layers=layers,
+        telescoping_gap=gap,
+        constant_error=units.constant_error,
+        verdicts=verdicts,
+        statistical=found,
+        tolerances=tolerances,
+        warnings=tuple(warnings),
     )
 
 
