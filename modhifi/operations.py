@@ -83,11 +83,8 @@ class Call:
 
     def moved(self) -> list[Axis | None]:
         """Run the operation on component numbers in place of values: where does each output carry which?"""
-        known = dict((id(t), axis) for t, axis in self.known)
-        table = {
-            id(t): spread(known[id(t)], t) if id(t) in known else torch.full_like(t, -1, dtype=torch.int64)
-            for t in self.inputs
-        }
+        table = {id(t): torch.full_like(t, -1, dtype=torch.int64, device="cpu") for t in self.inputs}
+        table |= {id(t): spread(axis, t) for t, axis in self.known}
         return [detect(ids) for ids in tensors_in(self.func(*swap(self.args, table), **swap(self.kwargs, table)))]
 
 
@@ -122,10 +119,10 @@ def swap(value: Any, table: dict[int, Tensor]) -> Any:
 
 
 def spread(axis: Axis, like: Tensor) -> Tensor:
-    """Component numbers at every element of a tensor, int64 of its shape."""
+    """Component numbers at every element of a tensor, int64 of its shape and memory layout (``view`` asks for it)."""
     shape = [1] * like.ndim
     shape[axis.dim] = len(axis.ids)
-    return axis.ids.view(shape).expand(like.shape)
+    return torch.empty_like(like, dtype=torch.int64, device="cpu").copy_(axis.ids.view(shape))
 
 
 def detect(ids: Tensor) -> Axis | None:

@@ -17,6 +17,7 @@ from .errors import ModhifiError
 from .groups import Group, Structure, operator_modules
 from .load import LoadedModel
 from .moments import Moments, collect
+from .oracle import confirm
 from .plan import Plan
 from .readers import absorb_mean, applied_second, readers_of, weight_matrix, write_weight
 from .selection import Curve, eliminate, hifi_union, removal_order
@@ -86,8 +87,12 @@ class Pruned:
 
 
 def find_structure(loaded: LoadedModel) -> Structure:
-    """Trace the model on its example batch."""
-    return trace(loaded.model, lambda model: loaded.logits(loaded.example, model))
+    """Trace the model on its example batch, and refuse what its code would not survive."""
+
+    def run(model: nn.Module) -> Tensor:
+        return loaded.logits(loaded.example, model)
+
+    return confirm(loaded.model, trace(loaded.model, run), run)
 
 
 def choose_groups(structure: Structure, settings: PruneSettings) -> Structure:

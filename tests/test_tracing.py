@@ -81,8 +81,9 @@ def test_concatenations_shift_positions():
     assert at == {"two.0": [8, 9, 10, 11], "three.0": [11, 12, 13, 14]}  # the image stands first in the second one
 
 
-def test_flattening_gives_every_channel_its_pixels():
-    found = group(structure_of("flat"), "stem.0").readers[0]
+@pytest.mark.parametrize("name", ["flat", "viewed"])
+def test_flattening_gives_every_channel_its_pixels(name: str):
+    found = group(structure_of(name), "stem.0").readers[0]
     assert found.module == "hidden"
     assert torch.equal(found.index, torch.arange(72).view(8, 9))
 
