@@ -1,0 +1,257 @@
+"""Forgetting a class end to end, on a tiny ResNet of coloured noise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from typer.testing import CliRunner
+from unlearn_world import NAMES, world
+
+from cli.main import app
+from modhifi.data import load_samples
+from modhifi.errors import ModhifiError
+from modhifi.load import load_model
+from modhifi.unlearn import METHODS, UnlearnSettings, blend, fit_strength, forget
+from modhifi.unlearn_data import find_classes, load_unlearn_data, populations
+from modhifi.unlearn_moments import joint_moments
+from modhifi.unlearn_norms import recall
+from modhifi.unlearn_pipeline import run_audit, run_unlearn
+from modhifi.unlearn_recipe import load_unlearn_recipe, parse_unlearn_recipe
+from modhifi.unlearn_sites import find_sites
+
+__all__ = ["world"]
+CLASS = 2
+
+
+@pytest.fixture(scope="module")
+def setting(world: Path):
+    loaded = load_model(world / "model")
+    train = load_samples(f"images:{world / 'train'}", loaded, n=480)
+    test = load_samples(f"images:{world / 'test'}", loaded, n=480)
+    return loaded, find_sites(loaded), train, test
+
+
+def accuracies(loaded, model, test, index=CLASS):
+    with torch.no_grad():
+        predicted = torch.cat([loaded.logits(b, model) for b in test.batches(240)]).argmax(1)
+    gone = test.labels == index
+    right = (predicted == test.labels).double()
+    return float(right[gone].mean()), float(right[~gone].mean())
+
+
+@pytest.mark.parametrize("method", ["erase-writers", "erase", "head-mask"])
+def test_the_class_is_forgotten_and_the_others_are_kept(setting, method: str) -> None:
+    loaded, sites, train, test = setting
+    before = accuracies(loaded, loaded.model, test)
+    assert before[0] > 0.7 and before[1] > 0.7
+    found = forget(loaded, sites, train, populations(train, [CLASS]), UnlearnSettings(method=method), [CLASS])
+    after = accuracies(loaded, found.model, test)
+    assert after[0] <= 0.05
+    assert after[1] >= before[1] - 0.02
+    assert {k: v.shape for k, v in found.model.state_dict().items()} == {
+        k: v.shape for k, v in loaded.model.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("erase-writers", "erase", "head-mask")])
+def test_every_other_method_changes_the_class_most(setting, method: str) -> None:
+    loaded, sites, train, test = setting
+    found = forget(loaded, sites, train, populations(train, [CLASS]), UnlearnSettings(method=method), [CLASS])
+    before, after = accuracies(loaded, loaded.model, test), accuracies(loaded, found.model, test)
+    assert found.records and all(r.change > 0 for r in found.records)
+    assert after != before
+    with torch.no_grad():
+        outputs = loaded.logits(torch.stack([test.load(0)]), found.model)
+    assert bool(outputs.isfinite().all())
+
+
+def test_the_class_means_of_a_stream_approach_each_other(setting) -> None:
+    loaded, sites, train, _ = setting
+    groups = populations(train, [CLASS])
+    settings = UnlearnSettings(depth=1, passes=4, settle=False)
+    found = forget(loaded, sites, train, groups, settings, [CLASS])
+    writer = sites.writers[-1]
+
+    def gap(model: torch.nn.Module) -> float:
+        retain, gone = joint_moments(loaded, model, train, groups, writer, None, 96)
+        return float((gone.mean[0] - retain.mean[0])[-16:].norm())
+
+    assert gap(found.model) < 0.3 * gap(loaded.model)
+
+
+def test_settled_norms_compute_the_same_and_find_themselves_on_retained_images(setting) -> None:
+    loaded, sites, train, test = setting
+    groups = populations(train, [CLASS])
+    found = forget(loaded, sites, train, groups, UnlearnSettings(batch_size=96), [CLASS])
+    batch = next(test.batches(64))
+    with torch.no_grad():
+        ours, plain = loaded.logits(batch, found.model), loaded.logits(batch, found.plain)
+    assert torch.allclose(ours, plain, atol=1e-3)
+    retained = train.subset(torch.nonzero(groups == 0).flatten())
+    again = recall(loaded, found.model, retained, 384)
+    assert again is not None
+    assert accuracies(loaded, again, test)[0] <= 0.05
+
+
+def test_two_classes_at_once(setting) -> None:
+    loaded, sites, train, test = setting
+    found = forget(loaded, sites, train, populations(train, [1, 3]), UnlearnSettings(), [1, 3])
+    assert accuracies(loaded, found.model, test, 1)[0] <= 0.1
+    assert accuracies(loaded, found.model, test, 3)[0] <= 0.1
+    kept = (test.labels != 1) & (test.labels != 3)
+    with torch.no_grad():
+        predicted = torch.cat([loaded.logits(b, found.model) for b in test.batches(240)]).argmax(1)
+    assert float((predicted == test.labels)[kept].double().mean()) > 0.7
+
+
+def test_blend_goes_all_the_way(setting) -> None:
+    loaded, sites, train, _ = setting
+    found = forget(loaded, sites, train, populations(train, [CLASS]), UnlearnSettings(passes=1, depth=1), [CLASS])
+    for strength, target in ((0.0, loaded.model), (1.0, found.model)):
+        mixed = blend(loaded.model, found.model, strength).state_dict()
+        assert all(torch.allclose(v, mixed[k], atol=1e-6) for k, v in target.state_dict().items())
+
+
+def test_bisection_finds_the_largest_strength_within_the_budget() -> None:
+    strength, loss = fit_strength(lambda s: s * s, 0.25, steps=12)
+    assert strength == pytest.approx(0.5, abs=1e-3) and loss <= 0.25
+    assert fit_strength(lambda s: s, 1.0) == (1.0, 1.0)
+    assert fit_strength(lambda s: float(s > 0), 0.5)[0] < 0.02
+
+
+def test_classes_by_name_and_index(setting) -> None:
+    loaded = setting[0]
+    assert find_classes(["blue,1", "Red"], loaded) == (2, 1, 0)
+    with pytest.raises(ModhifiError, match="did you mean 'yellow'"):
+        find_classes(["yelow"], loaded)
+    with pytest.raises(ModhifiError, match="classes 0 to 4"):
+        find_classes(["5"], loaded)
+    with pytest.raises(ModhifiError, match="leave at least two"):
+        find_classes([",".join(NAMES)], loaded)
+
+
+def test_parts_are_disjoint_and_too_few_samples_are_named(setting, world: Path) -> None:
+    loaded = setting[0]
+    data = load_unlearn_data(loaded, [CLASS], source=f"images:{world / 'train'}", samples=240)
+    parts = [set(part.hashes) for part in (data.edit, data.fit, data.test)]
+    assert all(parts) and not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+    with pytest.raises(ModhifiError, match="at least 16 are needed"):
+        load_unlearn_data(loaded, [CLASS], source=f"images:{world / 'train'}", samples=30)
+
+
+def test_forget_data_of_its_own_replaces_what_the_retain_data_holds(setting, world: Path) -> None:
+    loaded = setting[0]
+    data = load_unlearn_data(
+        loaded, [CLASS], source=f"images:{world / 'train'}", samples=480,
+        forget_source=f"images:{world / 'test' / 'blue'}", evaluate=None,
+    )  # fmt: skip
+    assert any("were left out" in note for note in data.notes)
+    blue = {name for name, label in zip(data.edit.names, data.edit.labels.tolist(), strict=True) if label == CLASS}
+    assert blue and all("/" not in name for name in blue)
+
+
+def test_unlabelled_images_are_labelled_by_the_model(setting, world: Path, tmp_path: Path) -> None:
+    loaded = setting[0]
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in sorted((world / "train").glob("*/*.png")):
+        (flat / f"{path.parent.name}{path.name}").write_bytes(path.read_bytes())
+    data = load_unlearn_data(loaded, [CLASS], source=f"images:{flat}", samples=240)
+    assert any("labelled by the model itself" in note for note in data.notes)
+
+
+def unlearn(world: Path, out: Path, **method: object):
+    recipe = {
+        "model": {"name": str(world / "model")},
+        "forget": ["blue"],
+        "data": {"source": f"images:{world / 'train'}", "samples": 480, "evaluate": f"images:{world / 'test'}"},
+        "method": method,
+        "out": str(out),
+        "device": "cpu",
+    }
+    return run_unlearn(parse_unlearn_recipe(recipe))
+
+
+def test_the_artefact_loads_with_stock_timm_and_a_second_round_keeps_the_first(world: Path, tmp_path: Path) -> None:
+    result = unlearn(world, tmp_path / "one")
+    assert result.path is not None
+    loaded = load_model(world / "model")
+    stock = timm.create_model(f"local-dir:{result.path}", pretrained=True).eval()
+    ours = load_model(result.path).model
+    with torch.no_grad():
+        assert torch.allclose(stock(loaded.example), ours(loaded.example), atol=1e-6)
+    assert load_unlearn_recipe(result.path / "recipe.yaml").forget == ["blue"]
+    page = (result.path / "report.html").read_text()
+    assert "Attacks, model by model" in page and "no proof of data deletion" in page
+
+    second = run_unlearn(
+        parse_unlearn_recipe(
+            {
+                "model": {"name": str(result.path)},
+                "forget": ["red"],
+                "data": {"source": f"images:{world / 'train'}", "samples": 480, "evaluate": f"images:{world / 'test'}"},
+                "out": str(tmp_path / "two"),
+                "device": "cpu",
+            }
+        )
+    )
+    after = {c["class"]: c["edited"] for c in second.report["audit"]["classes"]}
+    assert after["red"] <= 0.1 and after["blue"] <= 0.1 and after["green"] > 0.7
+    manifest = json.loads((tmp_path / "two" / "modhifi.json").read_text())
+    assert [entry["name"] for entry in manifest["forgotten"]] == ["red", "blue"]
+
+
+def test_a_retain_budget_weakens_an_edit_that_costs_too_much(world: Path, tmp_path: Path) -> None:
+    full = unlearn(world, tmp_path / "full", name="gls", strength=10.0)
+    held = unlearn(world, tmp_path / "held", name="gls", strength=10.0, retain_budget=0.02)
+    assert held.report["strength"]["of_the_full_edit"] < 1.0
+    assert held.report["strength"]["retain_loss_on_held_out"] <= 0.02
+    rows = [r.report["audit"]["rows"]["edited"] for r in (full, held)]
+    assert rows[1]["retain"] > rows[0]["retain"]
+
+
+def test_audit_alone_agrees_with_the_run(world: Path, tmp_path: Path) -> None:
+    result = unlearn(world, tmp_path / "model")
+    report = run_audit(str(result.path), source=f"images:{world / 'test'}", samples=240, reference=str(world / "model"))
+    rows = report["audit"]["rows"]
+    assert report["audit"]["forgotten"] == ["blue"]
+    assert rows["edited"]["forget"] <= 0.05 and rows["reference"]["forget"] == rows["original"]["forget"]
+    assert rows["edited"]["recall_plain"] is None
+
+
+def test_command_line(world: Path, tmp_path: Path) -> None:
+    runner, train = CliRunner(), f"images:{world / 'train'}"
+    out = tmp_path / "out"
+    arguments = ["unlearn", str(world / "model"), "--forget", "blue", "--data", train, "--samples", "240", "--quiet"]
+    done = runner.invoke(app, [*arguments, "--out", str(out), "--json", "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["audit"]["rows"]["edited"]["forget"] <= 0.1
+    again = runner.invoke(app, [*arguments, "--out", str(out)])
+    assert again.exit_code == 2 and "--force" in again.output
+    page = tmp_path / "audit.html"
+    more = ["--data", f"images:{world / 'test'}", "--samples", "240", "--out", str(page), "--quiet"]
+    audited = runner.invoke(app, ["audit", str(out), *more])
+    assert audited.exit_code == 0, audited.output
+    assert "head-mask" in audited.stdout and page.is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--forget", "blu"], "did you mean 'blue'"),
+        (["--forget", "0,1,2,3,4"], "leave at least two"),
+        (["--forget", "blue", "--set", "method.nam=erase"], "did you mean 'name'"),
+        (["--forget", "blue", "--forget-data", "images:/nonexistent"], "no directory"),
+        ([], "--forget is missing"),
+    ],
+)
+def test_bad_usage_is_one_line(world: Path, arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(
+        app, ["unlearn", str(world / "model"), "--data", f"images:{world / 'train'}", "--samples", "60", *arguments]
+    )
+    assert done.exit_code == 2
+    assert message in done.output and "Traceback" not in done.output
