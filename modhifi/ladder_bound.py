@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -108,8 +109,12 @@ def add_rule(out: Tensor, parts: Sequence[tuple[Tensor, Bound]]) -> Bound:
     if not parts:
         return nothing(out.ndim)
     shape = meet(*radii)
-    summed = torch.stack(torch.broadcast_tensors(*[coarsen(r, shape) for r in radii])).sum(0)
+    summed = _sum([coarsen(r, shape) for r in radii])
     return Bound(summed * UP, {k: c * (1 + 1e-12) for k, c in reach.items()}, lip * (1 + 1e-12))
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    return reduce(torch.add, values)
 
 
 def _broadcast(radius: Tensor, tensor: Tensor, out: Tensor) -> Tensor:
@@ -206,7 +211,7 @@ def cat_rule(out: Tensor, parts: Sequence[tuple[Tensor, Bound]], dim: int) -> Bo
     shape_ = list(meet(*radii))
     shape_[dim] = 1
     squares = [coarsen(r, shape_).square() for r in radii]
-    return Bound(torch.stack(torch.broadcast_tensors(*squares)).sum(0).sqrt() * UP, reach, lip)
+    return Bound(_sum(squares).sqrt() * UP, reach, lip)
 
 
 def moved_rule(run: Callable[[Tensor], Tensor], x: Tensor, bound: Bound, duplicates: bool) -> Bound:

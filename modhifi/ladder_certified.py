@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.data import normalisation
+from modhifi.errors import ModhifiError
 from modhifi.ladder_affine import Norms
 from modhifi.ladder_bound import UP
 from modhifi.ladder_walk import Walk, walk
@@ -75,6 +76,8 @@ def certify(
     first, outputs = walks[0], torch.cat([w.output for w in walks])
     moved = torch.cat([logits_of(loaded, twin, part) for part in parts]) - outputs
     sources = range(len(first.sources))
+    if any(len(w.sources) != len(first.sources) for w in walks):
+        raise ModhifiError("the network runs other layers from batch to batch; walk one sample with --walked 1")
     errors = [torch.cat([w.sources[k].errors for w in walks]) for k in sources]
     rms = [math.sqrt(sum(w.sources[k].squared for w in walks) / len(batch)) for k in sources]
     layers = tuple((s.where, s.parameters, r, c) for s, r, c in zip(first.sources, rms, first.constants, strict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -74,7 +75,9 @@ def _batch_norm(step: Step, outputs: list[Tensor]) -> list[Record] | None:
     dense = batchnorm_scale(weight, variance, eps)
     edited = batchnorm_scale(step.edited(weight), step.edited(variance), eps)
     before = step.pending(x)
-    if before is None or before.affine is None or before.affine.kind == "scale" or before.clean.ndim != x.ndim:
+    # Only channels on axis 1, which a Linear on tokens has not got, can be folded.
+    foldable = before is not None and before.affine is not None and before.affine.kind != "scale"
+    if before is None or before.affine is None or not foldable or (before.affine.kind == "matrix" and x.ndim != 2):
         affine = Affine("scale", dense, edited, {}, step.norms)
         return [_affine(step, outputs[0], affine, step.bound(x), "whole")]
     names = (*before.parameters, *step.parameters)
@@ -172,8 +175,10 @@ def _mul(step: Step, outputs: list[Tensor]) -> list[Record] | None:
         return [bound.scaled(bound.radius * abs(numbers[0]) * UP, abs(numbers[0]))]
     if len(tensors) != 2 or len(step.args) != 2:
         return None
-    ((x, y),) = [tensors]
-    return [mul_rule(outputs[0], (step.edited(x), step.bound(x)), (step.edited(y), step.bound(y)))]
+    x, y = tensors
+    found = mul_rule(outputs[0], (step.edited(x), step.bound(x)), (step.edited(y), step.bound(y)))
+    # The original's factor is another one where the parameter is modified.
+    return [replace(found, lip=math.inf) if step.parameters else found]
 
 
 def _div(step: Step, outputs: list[Tensor]) -> list[Record] | None:
@@ -183,7 +188,8 @@ def _div(step: Step, outputs: list[Tensor]) -> list[Record] | None:
     if isinstance(divisor, Tensor):
         if not step.bound(divisor).constant:
             return None
-        return [mul_rule(outputs[0], (x, step.bound(x)), (1 / step.edited(divisor).double(), nothing(divisor.ndim)))]
+        found = mul_rule(outputs[0], (x, step.bound(x)), (1 / step.edited(divisor).double(), nothing(divisor.ndim)))
+        return [replace(found, lip=math.inf) if step.parameters else found]
     bound = step.bound(x)
     return [bound.scaled(bound.radius / abs(divisor) * UP, 1 / abs(divisor))] if divisor else None
 
@@ -193,7 +199,14 @@ def _masked_fill(step: Step, outputs: list[Tensor]) -> list[Record] | None:
     return [step.bound(x)] if step.bound(mask).constant and not step.bound(x).constant else None
 
 
+def _where(step: Step, outputs: list[Tensor]) -> list[Record] | None:
+    if len(step.args) != 3 or not step.bound(step.args[0]).constant:
+        return None
+    return [add_rule(outputs[0], [(t, step.bound(t)) for t in step.args[1:] if isinstance(t, Tensor)])]
+
+
 RULES: dict[str, Rule] = {
+    "where": _where,
     **PLACES,
     **ATTENTION,
     **dict.fromkeys(("matmul", "__matmul__"), _matmul),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -68,7 +68,9 @@ def walk(
     bound = walker.bound(output)
     if walker.tainted:
         unknown = torch.full([1] * output.ndim, torch.inf, dtype=torch.float64)
-        bound = Bound(unknown, dict.fromkeys((LOST, *range(len(walker.sources))), torch.inf), torch.inf)
+        bound = replace(bound, radius=unknown)
+    if walker.tainted or walker.branching:
+        bound = replace(bound, reach=dict.fromkeys((LOST, *range(len(walker.sources))), torch.inf))
     return Walk(output, bound, tuple(walker.sources), dict(walker.missing))
 
 
@@ -87,7 +89,7 @@ class Walker(TorchFunctionMode):
         self.missing: dict[str, str] = {}
         self.path: list[str] = []
         self.silent = 0
-        self.tainted = False
+        self.tainted = self.branching = False
         theirs = {**dict(edited.named_parameters()), **dict(edited.named_buffers())}
         for name, tensor in [*dense.named_parameters(), *dense.named_buffers()]:
             self.remember(tensor, nothing(tensor.ndim))
@@ -227,7 +229,9 @@ class Walker(TorchFunctionMode):
             self.tainted = True
             self.lose(name)
         else:
-            self.lose(name, ("every input",))
+            # Both networks go the same way for one input, but other inputs may go another, with other constants.
+            self.branching = True
+            self.lose(name, ("R1", "every input"))
 
     def finish(self, rule: Callable[[Step, list[Tensor]], Any] | None, step: Step, outputs: list[Tensor]) -> None:
         """Set the records of the outputs of one operation."""
@@ -241,7 +245,13 @@ class Walker(TorchFunctionMode):
                     self.twins[id(tensor)], self.names[id(tensor)] = twins[place], step.parameters
             return
         exact = all(t.is_floating_point() for t in outputs)
-        results = rule(step, outputs) if rule is not None and exact else None
+        results = None
+        if rule is not None and exact:
+            try:
+                results = rule(step, outputs)
+            except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+                # Called in a way its rule does not foresee: it has no rule.
+                results = None
         if results is None:
             still = all(self.bound(t).still for t in inputs) and not any(id(t) in self.twins for t in inputs)
             if not still:
