@@ -39,8 +39,10 @@ METHODS: dict[str, UnlearnSettings] = {
     "projection": UnlearnSettings(method="projection"),
     "gls, 0.3": UnlearnSettings(method="gls", strength=0.3),
     "erase, last block and head": UnlearnSettings(method="erase", depth=1),
-    "erase-writers, 1 block, 1 pass": UnlearnSettings(depth=1, passes=1),
+    "erase-writers, 1 block, 3 passes": UnlearnSettings(depth=1, passes=3),
     "erase-writers, 3 blocks, 2 passes": UnlearnSettings(depth=3, passes=2),
+    "erase-writers, 4 blocks, 3 passes": UnlearnSettings(depth=4, passes=3),
+    "erase-writers (default: 3 blocks, 3 passes)": UnlearnSettings(),
 }
 COLUMNS = ["forget", "retain", "worst_loss", "recall", "recall_plain", "probe", "probe_retain", "nearest_mean",
            "neighbours", "original_head", "relearn", "kl"]  # fmt: skip
@@ -135,7 +137,7 @@ def plot(points: list[dict[str, Any]]) -> None:
     axes = figure.add_subplot()
     for key in ("forget", "retain", "recall", "probe", "neighbours"):
         axes.plot([p["strength"] for p in points], [100 * p[key] for p in points], marker="o", label=key)
-    axes.set_xlabel("share of the full edit (erase-writers, 3 blocks, 2 passes)")
+    axes.set_xlabel("share of the full edit (erase-writers, 3 blocks, 3 passes)")
     axes.set_ylabel("% of test images")
     axes.legend()
     figure.savefig(RESULTS / "unlearn.png", dpi=120)
@@ -169,9 +171,9 @@ def main() -> None:
     points = curve(own, classes[0], strongest)
     intro = (
         f"# Forgetting a class\n\nReference ResNet, mean over the classes {chosen.classes}; {EDIT} training images for "
-        f"the edit, {FIT} others for the attacks, {len(test)} test images. Figures in %, KL in nats, seconds of processor "
-        "time of the edit (without the shared first half of the network). `recall`: forgotten class after BatchNorm of "
-        "the last two stages was re-estimated on retained images; `recall_plain`: the same before the norms were "
+        f"the edit, {FIT} others for the attacks, {len(test)} test images. Figures in %, KL in nats, seconds of "
+        "processor time of the edit (without the shared first half of the network). `recall`: forgotten class after "
+        "BatchNorm of the last two stages was re-estimated on retained images; `recall_plain`: the same before the norms were "
         "settled. `probe`, `nearest_mean`, `neighbours`, `relearn` (10-shot prototypes): forgotten class found in the "
         "last features.\n"
     )

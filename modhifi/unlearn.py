@@ -44,7 +44,7 @@ class Defaults:
 
 
 DEFAULTS: dict[str, Defaults] = {
-    "erase-writers": Defaults(3, 2, 1.0, "share of the way to the full edit"),
+    "erase-writers": Defaults(3, 3, 1.0, "share of the way to the full edit"),
     "erase": Defaults(1, 1, 1.0, "share of the way to the full edit"),
     "gls": Defaults(2, 1, 1.0, "weight of forgetting against retaining, in units of tr R / tr F"),
     "hifi-zero": Defaults(2, 1, 0.03, "share of the weights"),
