@@ -20,7 +20,7 @@ from common import RESULTS, cifar10, reference, write_results
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from modhifi.audit import measure, observe, recalls
+from modhifi.audit import Observed, measure, observe, recalls
 from modhifi.data import Samples, load_samples
 from modhifi.load import LoadedModel, load_model
 from modhifi.unlearn import UnlearnSettings, blend, forget, settled_names
@@ -70,6 +70,7 @@ class World:
     edit: Samples
     fit: Samples
     test: Samples
+    base: Observed
 
 
 @torch.no_grad()
@@ -87,7 +88,8 @@ def world(whole: LoadedModel, edit: Samples, fit: Samples, test: Samples) -> Wor
     kept = [stem(model, part) for part in (edit, fit, test)]
     tail = load_model(Tail(model), example=torch.stack([kept[0].load(i) for i in range(2)]))
     tail = replace(tail, labels=whole.labels)
-    return World(tail, find_sites(tail), *kept)
+    sites = find_sites(tail)
+    return World(tail, sites, kept[0], kept[1], kept[2], observe(tail, tail.model, sites, kept[2], BATCH))
 
 
 def run(own: World, index: int, settings: UnlearnSettings) -> tuple[dict[str, Any], nn.Module]:
@@ -107,8 +109,7 @@ def run(own: World, index: int, settings: UnlearnSettings) -> tuple[dict[str, An
 def attack(own: World, index: int, model: nn.Module, plain: nn.Module | None) -> dict[str, Any]:
     data = UnlearnData(own.edit, populations(own.edit, [index]), own.fit, own.test, ())
     fit, test = (observe(own.loaded, model, own.sites, part, BATCH) for part in (own.fit, own.test))
-    base = observe(own.loaded, own.loaded.model, own.sites, own.test, BATCH)
-    row = measure(data, [index], fit, test, base, (own.loaded.model, own.sites))
+    row = measure(data, [index], fit, test, own.base, (own.loaded.model, own.sites))
     return row | recalls(own.loaded, model, plain, data, [index], (), BATCH)
 
 
@@ -173,9 +174,9 @@ def main() -> None:
         f"# Forgetting a class\n\nReference ResNet, mean over the classes {chosen.classes}; {EDIT} training images for "
         f"the edit, {FIT} others for the attacks, {len(test)} test images. Figures in %, KL in nats, seconds of "
         "processor time of the edit (without the shared first half of the network). `recall`: forgotten class after "
-        "BatchNorm of the last two stages was re-estimated on retained images; `recall_plain`: the same before the norms were "
-        "settled. `probe`, `nearest_mean`, `neighbours`, `relearn` (10-shot prototypes): forgotten class found in the "
-        "last features.\n"
+        "BatchNorm of the last two stages was re-estimated on retained images; `recall_plain`: the same before the "
+        "norms were settled. `probe`, `nearest_mean`, `neighbours`, `relearn` (10-shot prototypes): forgotten "
+        "class found in the last features.\n"
     )
     columns = ["method", *COLUMNS, "seconds"]
     write_results("unlearn", rows, columns, intro, classes=classes, details=details, curve=points)

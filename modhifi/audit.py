@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def observe(loaded: LoadedModel, model: nn.Module, sites: Sites, samples: Sample
             lambda _, args: features.append(args[0].detach().flatten(1).float().cpu())
         )
     ]
-    calls = Calls({w.call: lambda stream, block=block: pool(block, stream) for block, w in last.items()})
+    calls = Calls({writer.call: partial(pool, block) for block, writer in last.items()})
     logits = []
     try:
         for first, run in passes(loaded, model, samples, batch_size):
@@ -193,7 +194,9 @@ def measure(
     used = group_fit >= 0
     a, labels = fit.features[used], y_fit[used]
     probe = attacks.linear_probe(a, labels, test.features)
-    log_p, log_q = base.logits[kept].double().log_softmax(1), test.logits[kept].double().log_softmax(1)
+    # Over the classes that stay: a closed output has no probability that a logarithm could be taken of.
+    stay = [c for c in range(base.logits.shape[1]) if c not in (*classes, *earlier)]
+    log_p, log_q = (o.logits[kept][:, stay].double().log_softmax(1) for o in (base, test))
     return {
         "forget": _share(predicted, y, gone),
         "retain": _share(predicted, y, kept),

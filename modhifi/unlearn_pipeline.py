@@ -237,7 +237,7 @@ def shown(attacked: Mapping[str, Any]) -> dict[str, Any]:
             }
         ],
         "errors": {
-            "KL to the original on retained images, nats": rows["edited"]["kl"],
+            "KL to the original on retained images, over the classes that stay, nats": rows["edited"]["kl"],
             "membership AUC on forgotten classes": rows["edited"]["membership"],
             "forgotten images go to": {m["class"]: _percentages(m["to"]) for m in attacked["moved"]},
         },
@@ -310,11 +310,12 @@ def _within_budget(
     budget = recipe.method.retain_budget
     assert budget is not None and data.fit.labels is not None
     kept = data.fit.subset(torch.nonzero(populations_of(data.fit, classes, earlier) == 0).flatten())
-    assert kept.labels is not None
+    labels = kept.labels
+    assert labels is not None
 
     def right(model: nn.Module) -> float:
         outputs = [run().argmax(1).cpu() for _, run in passes(loaded, model, kept, recipe.batch_size)]
-        return float((torch.cat(outputs) == kept.labels).double().mean())
+        return float((torch.cat(outputs) == labels).double().mean())
 
     before = right(loaded.model)
     strength, loss = fit_strength(lambda s: before - right(blend(loaded.model, found.plain, s)), budget)

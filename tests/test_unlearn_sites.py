@@ -7,11 +7,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from modhifi.audit import observe
 from modhifi.branches import Calls
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError
 from modhifi.load import load_model
-from modhifi.unlearn import writer_scale
+from modhifi.unlearn import UnlearnSettings, forget, writer_scale
 from modhifi.unlearn_moments import joint_moments, reader_moments
 from modhifi.unlearn_sites import block_of, find_sites
 
@@ -154,3 +155,22 @@ def test_block_names() -> None:
     assert block_of("layer4.1.conv2") == "layer4.1"
     assert block_of("blocks.11.mlp.fc2") == "blocks.11"
     assert block_of("head.fc") == "head.fc"
+
+
+@pytest.mark.parametrize("build", [swin, vit, convnext])
+def test_writers_of_layernorm_nets_take_a_class_out_of_what_the_classifier_reads(build: object) -> None:
+    loaded = load_model(build().eval())  # type: ignore[operator]
+    sites = find_sites(loaded)
+    torch.manual_seed(2)
+    labels = torch.tensor([0, 1] * 60)
+    tint = torch.tensor([1.0, -1.0, 0.5]).view(3, 1, 1)
+    inputs = torch.randn(120, *loaded.example.shape[1:]) + labels[:, None, None, None] * tint
+    samples = samples_of(inputs, labels)
+    found = forget(loaded, sites, samples, labels, UnlearnSettings(depth=1, passes=2), [1])
+    assert not found.left_out
+
+    def gap(model: nn.Module) -> float:
+        features = observe(loaded, model, sites, samples, 60).features
+        return float((features[labels == 1].mean(0) - features[labels == 0].mean(0)).norm())
+
+    assert gap(found.model) < 0.35 * gap(loaded.model)
