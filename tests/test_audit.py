@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -72,6 +72,7 @@ def test_relearning_sees_no_more_than_its_shots() -> None:
     assert (expected == truth)[truth == 5].double().mean() > 0.9
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.lists(st.integers(0, 4), min_size=1, max_size=12))
 def test_auc_counts_pairs(members: list[int], others: list[int]) -> None:
     pairs = [(m > o) + 0.5 * (m == o) for m in members for o in others]
