@@ -113,4 +113,12 @@ for verb in (prune, unlearn, verify, audit, score, check, demo, env):
 
 def main() -> None:
     """The console script."""
-    app(prog_name="modhifi")
+    try:
+        app(prog_name="modhifi")
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            # An interrupt that met C code running Python marks the interpreter to die of the signal, not with our code.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
+        raise

@@ -123,7 +123,8 @@ def test_size_on_disk_sums_files_below_a_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_peak_memory_sees_an_allocation(device: str) -> None:
-    size = 2**25
+    # above what the C library serves from memory it already holds
+    size = 2**27
     _, before = measure.with_peak_memory(lambda: None, device)
     result, peak = measure.with_peak_memory(lambda: torch.ones(size // 4, device=device).numel(), device)
     assert result == size // 4
