@@ -55,8 +55,9 @@ def test_the_probe_is_ridge_regression() -> None:
     design = torch.cat([a, ones, 0 * a[:, :0]], 1)
     targets = torch.stack([(labels == c).double() for c in (4, 5, 6)], 1)
     # The same problem as least squares on augmented rows.
-    rows = torch.cat([design, (attacks.RIDGE * len(a)) ** 0.5 * torch.eye(design.shape[1], dtype=torch.float64)])
-    weights = torch.linalg.lstsq(rows, torch.cat([targets, torch.zeros(design.shape[1], 3, dtype=torch.float64)])).solution
+    width = design.shape[1]
+    rows = torch.cat([design, (attacks.RIDGE * len(a)) ** 0.5 * torch.eye(width, dtype=torch.float64)])
+    weights = torch.linalg.lstsq(rows, torch.cat([targets, torch.zeros(width, 3, dtype=torch.float64)])).solution
     expected = 4 + (torch.cat([b, torch.ones(len(b), 1, dtype=torch.float64)], 1) @ weights).argmax(1)
     assert torch.equal(attacks.linear_probe(fit, labels, test), expected)
 
