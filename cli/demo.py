@@ -21,26 +21,25 @@ def demo(
     """Prune the bundled CIFAR-10 ResNet to half its FLOPs and report what that did; offline, on any CPU."""
     import shlex
     import sys
-    from importlib.resources import as_file, files
 
     from modhifi.pipeline import run_prune
     from modhifi.recipe import parse_recipe
 
-    with as_file(files("modhifi") / "demo") as place, progress(quiet or as_json) as report:
-        recipe = parse_recipe(
-            {
-                "model": {"name": str(place / "model")},
-                "data": {
-                    "source": f"images:{place / 'images' / 'calibration'}",
-                    "samples": 500,
-                    "evaluate": f"images:{place / 'images' / 'test'}",
-                    "evaluation_samples": 500,
-                },
-                "budget": {"flops": "0.5x"},
-                "batch_size": 100,
-                "out": str(out),
-            }
-        )
+    recipe = parse_recipe(
+        {
+            "model": {"name": "demo:resnet"},
+            "data": {
+                "source": "demo:calibration",
+                "samples": 500,
+                "evaluate": "demo:test",
+                "evaluation_samples": 500,
+            },
+            "budget": {"flops": "0.5x"},
+            "batch_size": 100,
+            "out": str(out),
+        }
+    )
+    with progress(quiet or as_json) as report:
         result = run_prune(
             recipe,
             device=resolve_device(device),

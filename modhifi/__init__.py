@@ -8,10 +8,22 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from modhifi.api import prune as prune
+    from modhifi.api import score as score
+    from modhifi.api import unlearn as unlearn
+    from modhifi.api import verify as verify
     from modhifi.artifact import load as load
+    from modhifi.load import load_model as load_model
 
 # The public functions: name, file of the package. They are imported at first use, so that `import modhifi` stays quick.
-PUBLIC = {"load": "artifact"}
+PUBLIC = {
+    "load": "artifact",
+    "load_model": "load",
+    "prune": "api",
+    "score": "api",
+    "unlearn": "api",
+    "verify": "api",
+}
 
 
 def __getattr__(name: str) -> Any:

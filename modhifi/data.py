@@ -6,14 +6,19 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from modhifi import synthetic
+from modhifi.bundled import IMAGES, bundled
 from modhifi.errors import ModhifiError
 from modhifi.load import LoadedModel
+
+if TYPE_CHECKING:
+    from modhifi.own_data import Source
 
 # Images drawn for every one kept when a synthetic set is balanced, as far as their pixels stay within the budget:
 # 1,337 candidates of 224x224, 16,384 of 64x64. Pixels, not seconds, so that a run can be repeated on any machine.
@@ -65,21 +70,25 @@ class Samples:
         return hashlib.sha256("\n".join(self.hashes).encode()).hexdigest()[:16]
 
 
-def load_samples(spec: str, loaded: LoadedModel, *, n: int, seed: int = 0, balanced: bool = True) -> Samples:
+def load_samples(spec: Source, loaded: LoadedModel, *, n: int, seed: int = 0, balanced: bool = True) -> Samples:
     """Samples of one source, prepared for one model.
 
-    `spec` is ``images:DIR`` (class folders, or images alone), ``hf:DATASET[:SPLIT]`` (split ``train`` if not said) or
-    ``synthetic[:KIND]`` (``mixed``, any of `modhifi.synthetic.KINDS`). At most `n` items are used, chosen and ordered
-    by `seed`. `balanced` concerns synthetic images for classifiers: three candidates are drawn for each image kept
-    (fewer for large images, see `CANDIDATE_PIXELS`), and the set kept is spread over the classes that the model itself
-    predicts; it costs one forward pass for each candidate. Other models get the first `n` images.
+    `spec` is ``images:DIR`` (class folders, or images alone), ``hf:DATASET[:SPLIT]`` (split ``train`` if not said),
+    ``synthetic[:KIND]`` (``mixed``, any of `modhifi.synthetic.KINDS`), ``demo:PART`` (images that come with the
+    package: ``calibration``, unlabelled, or ``test``), or what a program holds (see `modhifi.own_data`). At most `n`
+    items are used, chosen and ordered by `seed`. `balanced` concerns synthetic images for classifiers: three
+    candidates are drawn for each image kept (fewer for large images, see `CANDIDATE_PIXELS`), and the set kept is
+    spread over the classes that the model itself predicts; it costs one forward pass for each candidate. Other models
+    get the first `n` images.
 
     Raises ModhifiError for a source that is unknown, missing or has nothing readable, and for a model without images.
     """
     if n < 1:
         raise ModhifiError(f"{n} samples asked for; ask for at least 1")
-    from modhifi import images  # which builds on Samples
+    from modhifi import images, own_data  # which build on Samples
 
+    if not isinstance(spec, str):
+        return own_data.samples_from(spec, loaded, n=n, seed=seed)
     source, _, rest = spec.partition(":")
     if source == "images" and rest:
         return images.from_directory(Path(rest).expanduser(), loaded, n, seed)
@@ -87,6 +96,8 @@ def load_samples(spec: str, loaded: LoadedModel, *, n: int, seed: int = 0, balan
         return images.from_datasets(rest, loaded, n, seed)
     if source == "synthetic":
         return _drawn(rest or "mixed", loaded, n, seed, balanced)
+    if source == "demo":
+        return images.from_directory(bundled(spec, IMAGES), loaded, n, seed, spec)
     raise ModhifiError(f"unknown data source '{spec}'; use images:DIR, hf:DATASET[:SPLIT] or synthetic[:KIND]")
 
 

@@ -40,10 +40,11 @@ class _Read:
     problem: str | None
 
 
-def from_directory(directory: Path, loaded: LoadedModel, n: int, seed: int) -> Samples:
+def from_directory(directory: Path, loaded: LoadedModel, n: int, seed: int, name: str | None = None) -> Samples:
     """At most `n` readable, different images of a directory: those in it (no labels), or in its class folders.
 
-    The label of a folder is found by `match_labels` on the sorted names. Raises ModhifiError if the directory is
+    The label of a folder is found by `match_labels` on the sorted names. `name` is what the description calls it.
+    Raises ModhifiError if the directory is
     missing, holds no images, or none that can be read.
     """
     if not directory.is_dir():
@@ -64,7 +65,7 @@ def from_directory(directory: Path, loaded: LoadedModel, n: int, seed: int) -> S
         for name, files in folders.items()
         for p in files
     ]
-    return _gather(items, f"images:{directory}", note, loaded, n, seed)
+    return _gather(items, name or f"images:{directory}", note, loaded, n, seed)
 
 
 def from_datasets(rest: str, loaded: LoadedModel, n: int, seed: int) -> Samples:

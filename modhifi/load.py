@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from modhifi import hub
+from modhifi.bundled import MODELS, bundled
 from modhifi.errors import ModhifiError
 
 DESCRIPTIONS = ("config.json", "modhifi.json")
@@ -108,6 +109,7 @@ def load_model(
 ) -> LoadedModel:
     """Load ``timm:NAME``, ``hf:ORG/NAME[@REVISION]``, a local directory (timm, transformers or modhifi) or a module.
 
+    ``demo:resnet`` is the model that comes with the package.
     ``pretrained=False`` gives random weights from a fixed seed. ``model_args`` reach ``timm.create_model``, and
     ``weights`` is a ``.safetensors`` or ``.pth`` file for ``timm:NAME``. ``gguf_file`` names a GGUF file of the model,
     which is dequantised. ``example`` (batch first) replaces the random example and is required for a module that is
@@ -138,6 +140,8 @@ def load_model(
             hub.fetch_weights(repo, directory.name, gguf_file)
         loaded = _from_directory(directory, f"hf:{repo}", pretrained, args, trust_remote_code, gguf_file)
         loaded = replace(loaded, info=loaded.info | {"repository": repo, "revision": directory.name})
+    elif name.startswith("demo:"):
+        loaded = _from_directory(bundled(name, MODELS), name, pretrained, args, trust_remote_code, gguf_file)
     else:
         directory = Path(name).expanduser()
         if directory.suffix == ".gguf" and directory.is_file():

@@ -20,6 +20,7 @@ from .errors import ModhifiError
 from .export import SUFFIXES, check_export
 from .export import export as export_model
 from .load import LoadedModel, load_model
+from .own_data import Source
 from .plan import Plan
 from .pruning import (
     Progress,
@@ -59,6 +60,18 @@ class PruneResult:
     path: Path | None = None
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a Python program hands over itself; it takes the place of what the recipe names."""
+
+    model: LoadedModel | None = None
+    data: Source | None = None
+    evaluate: Source | None = None
+
+
+NOTHING = Given()
+
+
 def load_source(source: ModelSource) -> LoadedModel:
     """Load what a recipe names."""
     return load_model(
@@ -72,21 +85,23 @@ def load_source(source: ModelSource) -> LoadedModel:
     )
 
 
-def load_data(recipe: PruneRecipe, loaded: LoadedModel) -> tuple[Samples, Samples]:
+def load_data(recipe: PruneRecipe, loaded: LoadedModel, given: Given = NOTHING) -> tuple[Samples, Samples]:
     """Calibration and held-out samples, disjoint by content.
 
     Raises ModhifiError where too few samples are left for either.
     """
     data, seed = recipe.data, recipe.seed
-    if data.evaluate is not None:
-        calibration = load_samples(data.source, loaded, n=data.samples, seed=seed)
+    source = data.source if given.data is None else given.data
+    evaluate = data.evaluate if given.evaluate is None else given.evaluate
+    if evaluate is not None:
+        calibration = load_samples(source, loaded, n=data.samples, seed=seed)
         seen = set(calibration.hashes)
-        held = load_samples(data.evaluate, loaded, n=data.evaluation_samples + len(seen), seed=seed)
+        held = load_samples(evaluate, loaded, n=data.evaluation_samples + len(seen), seed=seed)
         fresh = [i for i, h in enumerate(held.hashes) if h not in seen][: data.evaluation_samples]
         if not fresh:
             raise ModhifiError("every evaluation sample is also a calibration sample; give other data to --evaluate")
         return calibration, held if len(fresh) == len(held) else held.subset(fresh)
-    both = load_samples(data.source, loaded, n=data.samples + data.evaluation_samples, seed=seed)
+    both = load_samples(source, loaded, n=data.samples + data.evaluation_samples, seed=seed)
     if len(both) < 4:
         raise ModhifiError(f"{len(both)} usable samples are too few to calibrate and to check; give at least 4")
     cut = min(data.samples, round(len(both) * data.samples / (data.samples + data.evaluation_samples)))
@@ -99,6 +114,7 @@ def run_prune(
     device: torch.device | str = "cpu",
     dry_run: bool = False,
     force: bool = False,
+    given: Given = NOTHING,
     plan: Plan | None = None,
     export: tuple[str, ...] = (),
     progress: Progress = silent,
@@ -113,9 +129,9 @@ def run_prune(
     for kind in export:
         check_export(kind)
     with clock.stage("load"):
-        loaded = load_source(recipe.model)
+        loaded = given.model or load_source(recipe.model)
         loaded.model.to(device)
-        calibration, held = load_data(recipe, loaded)
+        calibration, held = load_data(recipe, loaded, given)
         warnings = [*warn_degenerate(calibration), *_skipped(calibration)]
     with clock.stage("prune"):
         pruned = prune_model(loaded, calibration, budget, recipe.settings(), plan=plan, progress=progress)
@@ -156,12 +172,17 @@ def run_prune(
             batch = next(held.batches(min(4, len(held))))
             with torch.no_grad():
                 expected = loaded.logits(batch, pruned.model.cpu())
-            verify_reload(path, batch, expected)
+            verify_reload(path, batch, expected, own_skeleton(loaded))
         for kind in export:
             with clock.stage(f"export {kind}"):
                 export_model(pruned.model, batch, path / f"model{SUFFIXES[kind]}", kind)
     report["timing"] = clock.seconds
     return PruneResult(report, pruned.plan, pruned.model, path)
+
+
+def own_skeleton(loaded: LoadedModel) -> nn.Module | None:
+    """The dense module where no library builds it anew, so that an artefact of it can be loaded."""
+    return loaded.model if loaded.framework == "torch" else None
 
 
 def _skipped(samples: Samples) -> list[str]:

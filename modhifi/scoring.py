@@ -17,6 +17,7 @@ from torch import Tensor
 from .data import load_samples
 from .fidelity import energy_score, singleton_fidelity
 from .load import LoadedModel
+from .own_data import Source
 from .pruning import Progress, PruneSettings, choose_groups, find_structure, measure_moments, removal_curves, silent
 from .readers import readers_of
 
@@ -55,7 +56,7 @@ class GroupScores:
 
 
 def score_model(
-    loaded: LoadedModel, data: str, samples: int, seed: int = 0, progress: Progress = silent
+    loaded: LoadedModel, data: Source, samples: int, seed: int = 0, progress: Progress = silent
 ) -> list[GroupScores]:
     """Score every prunable group of a model on one data source, one forward pass per sample."""
     settings = PruneSettings(seed=seed, floor=1e-9)

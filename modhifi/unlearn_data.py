@@ -12,6 +12,7 @@ from torch import Tensor
 from .data import Samples, class_count, load_samples
 from .errors import ModhifiError
 from .load import LoadedModel
+from .own_data import Source, source_name
 
 # An image that the model itself labels counts where its top class has this probability, and leads by this much.
 CONFIDENCE, MARGIN = 0.5, 0.2
@@ -100,10 +101,10 @@ def load_unlearn_data(
     loaded: LoadedModel,
     classes: Sequence[int],
     *,
-    source: str,
+    source: Source,
     samples: int,
     forget_source: str | None = None,
-    evaluate: str | None = None,
+    evaluate: Source | None = None,
     evaluation_samples: int = 2000,
     earlier: Sequence[int] = (),
     seed: int = 0,
@@ -118,10 +119,10 @@ def load_unlearn_data(
     """
     notes: list[str] = []
 
-    def load(spec: str, n: int) -> Samples:
+    def load(spec: Source, n: int) -> Samples:
         loaded_samples, remark = label_samples(loaded, load_samples(spec, loaded, n=n, seed=seed), batch_size)
         if loaded_samples.skipped:
-            notes.append(f"{len(loaded_samples.skipped)} unreadable items of {spec} were skipped")
+            notes.append(f"{len(loaded_samples.skipped)} unreadable items of {source_name(spec)} were skipped")
         notes.extend([remark] if remark else [])
         return loaded_samples
 

@@ -15,7 +15,7 @@ from .audit import MEASURES, audit
 from .data import Samples
 from .errors import ModhifiError
 from .load import LoadedModel, load_model
-from .pipeline import Clock, load_source
+from .pipeline import NOTHING, Clock, Given, load_source, own_skeleton
 from .unlearn import Forgotten, Progress, blend, fit_strength, forget, settled_names, silent
 from .unlearn_data import UnlearnData, class_name, count_classes, find_classes, label_samples, load_unlearn_data
 from .unlearn_data import populations as populations_of
@@ -38,6 +38,7 @@ def run_unlearn(
     recipe: UnlearnRecipe,
     *,
     device: torch.device | str = "cpu",
+    given: Given = NOTHING,
     force: bool = False,
     progress: Progress = silent,
     command: str = "",
@@ -48,12 +49,12 @@ def run_unlearn(
     if out is not None:
         check_output(out, force)
     with clock.stage("load"):
-        loaded = load_source(recipe.model)
+        loaded = given.model or load_source(recipe.model)
         loaded.model.to(device)
         classes = find_classes(recipe.forget, loaded)
         earlier = [c for c in forgotten_before(loaded) if c not in classes]
         sites = find_sites(loaded)
-        data = _load_data(recipe, loaded, classes, earlier)
+        data = _load_data(recipe, loaded, classes, earlier, given)
         reference = _load_reference(recipe.reference, device)
         members = _load_members(recipe.data.members, loaded, recipe)
     with clock.stage("edit"):
@@ -107,7 +108,7 @@ def run_unlearn(
             batch = next(data.test.batches(min(4, len(data.test))))
             with torch.no_grad():
                 expected = loaded.logits(batch, found.model.cpu())
-            verify_reload(path, batch, expected)
+            verify_reload(path, batch, expected, own_skeleton(loaded))
     report["timing"] = clock.seconds
     return UnlearnResult(report, found.model, path)
 
@@ -264,16 +265,16 @@ def _load(spec: str, loaded: LoadedModel, n: int, seed: int) -> Samples:
 
 
 def _load_data(
-    recipe: UnlearnRecipe, loaded: LoadedModel, classes: Sequence[int], earlier: Sequence[int]
+    recipe: UnlearnRecipe, loaded: LoadedModel, classes: Sequence[int], earlier: Sequence[int], given: Given
 ) -> UnlearnData:
     data = recipe.data
     return load_unlearn_data(
         loaded,
         classes,
-        source=data.source,
+        source=data.source if given.data is None else given.data,
         samples=data.samples,
         forget_source=data.forget,
-        evaluate=data.evaluate,
+        evaluate=data.evaluate if given.evaluate is None else given.evaluate,
         evaluation_samples=data.evaluation_samples,
         earlier=earlier,
         seed=recipe.seed,

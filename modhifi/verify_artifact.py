@@ -11,6 +11,7 @@ from modhifi.artifact import load_artifact, read_manifest, state_hash, weights_m
 from modhifi.data import Samples, load_samples
 from modhifi.errors import ModhifiError
 from modhifi.load import LoadedModel
+from modhifi.own_data import Source
 from modhifi.pipeline import load_source
 from modhifi.pruning import find_structure
 from modhifi.rebuild import expand, plan_of
@@ -22,8 +23,8 @@ from modhifi.verify import BoundReport, Progress, verify_model
 
 def verify_artifact(
     directory: str | Path,
-    against: ModelSource,
-    data: str,
+    against: ModelSource | LoadedModel,
+    data: Source,
     tolerances: Tolerances,
     *,
     samples: int = 1000,
@@ -45,15 +46,15 @@ def verify_artifact(
             f"the weights in {directory} are not those that were saved: their hash differs from the manifest's; "
             "restore the files or make the artefact again"
         )
-    edited, original = load_artifact(directory), load_source(against)
+    edited, original = load_artifact(directory), against if isinstance(against, LoadedModel) else load_source(against)
     if not same_modules(original.model, edited.model):
         raise ModhifiError(
-            f"{against.name} has another architecture than {directory}; give the model it was made from, "
+            f"{original.source} has another architecture than {directory}; give the model it was made from, "
             f"{manifest['base'].get('source')}"
         )
     expected = manifest["base"].get("sha256")
     if expected is not None and state_hash(original.model) != expected:
-        raise ModhifiError(f"{against.name} has other weights than the model {directory} was made from; give that one")
+        raise ModhifiError(f"{original.source} has other weights than the one {directory} was made from; give that one")
     held = held_out(manifest, load_samples(data, original, n=samples, seed=seed), allow_overlap)
     dense_shape = None
     if manifest.get("groups"):

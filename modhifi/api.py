@@ -1,0 +1,236 @@
+"""The verbs for Python programs: each is one recipe run, with models and data that a program may hold itself.
+
+Every example below is run by the tests, offline, on the model and the images that come with the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from modhifi.data import Samples, load_samples
+from modhifi.errors import ModhifiError
+from modhifi.load import LoadedModel, load_model
+from modhifi.own_data import Source, first_items, source_name
+from modhifi.pipeline import Given, PruneResult, run_prune
+from modhifi.pruning import Progress, silent
+from modhifi.recipe import parse_recipe
+from modhifi.scoring import GroupScores, score_model
+from modhifi.unlearn_pipeline import UnlearnResult, run_unlearn
+from modhifi.unlearn_recipe import parse_unlearn_recipe
+from modhifi.verdicts import Tolerances
+from modhifi.verify import BoundReport, verify_model
+from modhifi.verify_artifact import verify_artifact
+
+Model = str | Path | nn.Module | LoadedModel
+"""``timm:NAME``, ``hf:ORG/NAME[@REVISION]``, ``demo:resnet``, a directory, a module (it is copied), a loaded model."""
+
+
+def prune(
+    model: Model,
+    data: Source = "synthetic",
+    *,
+    ratio: float | None = None,
+    params: str | None = None,
+    flops: str | None = None,
+    samples: int = 256,
+    evaluate: Source | None = None,
+    evaluation_samples: int = 256,
+    method: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    seed: int = 0,
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> PruneResult:
+    """Make a model physically smaller with forward passes only; the one given stays as it is.
+
+    Exactly one budget: ``ratio`` of the components removed, or a share of ``params`` or ``flops`` kept (``"0.5x"``).
+    ``data``: a source string, samples, or items that you hold: a tensor ``(n, C, H, W)`` of model-ready inputs, a list
+    of tensors or PIL images, a map-style Dataset. ``evaluate`` holds out other data; by default it is a disjoint part
+    of ``data``. ``method``: the keys of a recipe's ``method`` part. With ``out`` the artefact is written there.
+
+    Returns the smaller ``model``, a JSON-able ``report``, the ``plan`` and the ``path`` written.
+    Raises ModhifiError for bad input, in one line.
+
+    >>> import modhifi
+    >>> small = modhifi.prune("demo:resnet", "demo:calibration", ratio=0.3, samples=32, evaluation_samples=16)
+    >>> before, after = small.report["size"]["parameters"]
+    >>> after < before == 935994
+    True
+    >>> type(small.model).__module__       # still timm's own class
+    'timm.models.resnet'
+    """
+    loaded = _loaded(model, data)
+    recipe = parse_recipe(
+        {
+            "model": {"name": loaded.source},
+            "data": {
+                "source": source_name(data),
+                "samples": samples,
+                "evaluate": None if evaluate is None else source_name(evaluate),
+                "evaluation_samples": evaluation_samples,
+            },
+            "budget": {"ratio": ratio, "params": params, "flops": flops},
+            "method": dict(method or {}),
+            "seed": seed,
+            "batch_size": batch_size,
+            "out": None if out is None else str(out),
+        },
+        "modhifi.prune",
+    )
+    given = Given(loaded, data, evaluate)
+    return run_prune(recipe, device=device, given=given, force=force, progress=progress)
+
+
+def unlearn(
+    model: Model,
+    data: Source,
+    *,
+    forget: str | int | Sequence[str | int],
+    samples: int = 2000,
+    evaluate: Source | None = None,
+    evaluation_samples: int = 2000,
+    method: str = "erase-writers",
+    settings: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> UnlearnResult:
+    """Make an image classifier forget classes (index or name), then attack the result. No proof of data deletion.
+
+    ``data`` holds forgotten and other classes, with labels or without (the model then labels what it is sure of);
+    ``evaluate`` is what the attacks learn from and are tested on. ``settings``: further keys of a recipe's ``method``.
+    Returns the edited ``model``, a JSON-able ``report`` with the audit, and the ``path`` written.
+    Raises ModhifiError for bad input, in one line.
+
+    >>> import modhifi
+    >>> found = modhifi.unlearn("demo:resnet", "demo:calibration", evaluate="demo:test", forget="frog", method="erase")
+    >>> rows = found.report["audit"]["rows"]
+    >>> rows["edited"]["forget"] < 0.1 < 0.8 < rows["edited"]["retain"]
+    True
+    """
+    loaded = _loaded(model, data)
+    classes = [forget] if isinstance(forget, str | int) else list(forget)
+    recipe = parse_unlearn_recipe(
+        {
+            "model": {"name": loaded.source},
+            "forget": [str(c) for c in classes],
+            "data": {
+                "source": source_name(data),
+                "samples": samples,
+                "evaluate": None if evaluate is None else source_name(evaluate),
+                "evaluation_samples": evaluation_samples,
+            },
+            "method": {"name": method, **(settings or {})},
+            "seed": seed,
+            "batch_size": batch_size,
+            "out": None if out is None else str(out),
+        },
+        "modhifi.unlearn",
+    )
+    given = Given(loaded, data, evaluate)
+    return run_unlearn(recipe, device=device, given=given, force=force, progress=progress)
+
+
+def score(
+    model: Model,
+    data: Source = "synthetic",
+    *,
+    samples: int = 256,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> list[GroupScores]:
+    """Measure every component of every prunable group: singleton fidelity, energy score, removal cost and order.
+
+    >>> import modhifi
+    >>> scores = modhifi.score("demo:resnet", "demo:calibration", samples=32)
+    >>> scores[0].group, tuple(scores[0].singleton.shape)
+    ('conv1.0', (16,))
+    """
+    loaded = _loaded(model, data)
+    loaded.model.to(device)
+    return score_model(loaded, data, samples, seed, progress)
+
+
+def verify(
+    edited: str | Path | nn.Module,
+    data: Source,
+    *,
+    against: Model,
+    max_flip: float | None = None,
+    max_error: float | None = None,
+    confidence: float = 0.95,
+    not_a_sample: bool = False,
+    samples: int = 1000,
+    walked: int | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> BoundReport:
+    """Bound how far the outputs of ``edited``, an artefact directory or a module, moved from those of ``against``.
+
+    ``data`` must not have calibrated the edit; for an artefact that is checked. ``max_flip`` is the share of inputs
+    whose top-1 may change, ``max_error`` the Euclidean change of the output that 95 % of inputs must keep to.
+    The result's ``verdicts`` answer them; ``enforce()`` raises where one is not met. A module in other shapes than the
+    original's gets the statistical rungs only. Raises ModhifiError for bad input, in one line.
+
+    >>> import modhifi
+    >>> small = modhifi.prune("demo:resnet", "demo:calibration", ratio=0.1, samples=32, evaluation_samples=16)
+    >>> found = modhifi.verify(small.model, "demo:test", against="demo:resnet", max_flip=0.25, samples=200)
+    >>> [v.verdict for v in found.verdicts if v.name == "max flip 0.25"]
+    ['PASS-STATISTICAL']
+    """
+    tolerances = Tolerances(max_flip, max_error, confidence, not_a_sample)
+    original = _loaded(against, data)
+    if not isinstance(edited, nn.Module):
+        return verify_artifact(
+            edited,
+            original,
+            data,
+            tolerances,
+            samples=samples,
+            walked=walked,
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+    held = load_samples(data, original, n=samples, seed=seed)
+    original.model.to(device)
+    edited.to(device)
+    same = {k: v.shape for k, v in original.model.state_dict().items()} == {
+        k: v.shape for k, v in edited.state_dict().items()
+    }
+    return verify_model(
+        original,
+        edited,
+        edited if same else None,
+        held,
+        tolerances,
+        walked=walked,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def _loaded(model: Model, data: Source) -> LoadedModel:
+    """A module that is neither timm's nor transformers' takes its example batch from the data."""
+    if isinstance(model, LoadedModel):
+        return model
+    if not isinstance(model, nn.Module) or hasattr(model, "pretrained_cfg") or hasattr(model, "config"):
+        return load_model(model)
+    if isinstance(data, str):
+        raise ModhifiError("a module of your own needs tensors as data, or modhifi.load_model(module, example=BATCH)")
+    example = next(data.batches(2)) if isinstance(data, Samples) else first_items(data)
+    return load_model(model, example=example)

@@ -1,0 +1,99 @@
+"""Samples from what a Python program holds: tensors, a list of images, a Dataset."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from modhifi.data import Samples
+from modhifi.errors import ModhifiError
+from modhifi.load import LoadedModel
+
+
+@runtime_checkable
+class Indexed(Protocol):
+    """What a map-style ``torch.utils.data.Dataset``, a list and a batched tensor have in common."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+Source = str | Samples | Indexed
+"""A source string (see :func:`modhifi.data.load_samples`), samples, or items that a program holds."""
+
+
+def from_items(items: Indexed, transform: Callable[[Image.Image], Tensor] | None, *, n: int, seed: int) -> Samples:
+    """At most ``n`` different items, chosen and ordered by ``seed``.
+
+    An item is a model-ready tensor without a batch axis, a PIL image (``transform`` prepares it), or a pair of either
+    with a class index. Asking for an item again must give the same one: no random augmentation.
+    Raises ModhifiError for anything else, for labels on some items only, and where there is nothing.
+    """
+    if len(items) == 0:
+        raise ModhifiError("the data holds no items; give at least a few dozen")
+
+    def read(index: int) -> tuple[Tensor, int | None]:
+        item, label = items[index], None
+        if isinstance(item, tuple | list) and len(item) == 2:
+            item, label = item[0], int(item[1])
+        if isinstance(item, Image.Image):
+            if transform is None:
+                raise ModhifiError("this model brings no preprocessing for images; give tensors that it reads")
+            item = transform(item)
+        if not isinstance(item, Tensor):
+            raise ModhifiError(f"item {index} of the data is {type(item).__name__}; give tensors, PIL images, or pairs "
+                               "of one with a class index")  # fmt: skip
+        return item, label
+
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen: dict[str, tuple[int, int | None]] = {}
+    for index in order:
+        if len(chosen) == n:
+            break
+        tensor, label = read(index)
+        chosen.setdefault(_digest(tensor), (index, label))
+    places = [index for index, _ in chosen.values()]
+    labels = [label for _, label in chosen.values() if label is not None]
+    if labels and len(labels) < len(places):
+        raise ModhifiError("some items of the data have a label and some have none; give all of them one, or none")
+    kind = type(items).__name__
+    return Samples(
+        load=lambda i: read(places[i])[0],
+        hashes=tuple(chosen),
+        labels=torch.tensor(labels, dtype=torch.long) if labels else None,
+        names=tuple(f"{kind} {index}" for index in places),
+        description=f"{len(places)} of {len(items)} items of a {kind}, seed {seed}",
+        synthetic=False,
+    )
+
+
+def first_items(items: Indexed, count: int = 2) -> Tensor:
+    """The first model-ready items, stacked: an example batch for a module that brings none."""
+    samples = from_items([items[i] for i in range(min(count, len(items)))], None, n=count, seed=0)
+    return next(samples.batches(count))
+
+
+def source_name(source: Source) -> str:
+    """What a recipe calls a source."""
+    if isinstance(source, str):
+        return source
+    return f"python:{'Samples' if isinstance(source, Samples) else type(source).__name__}"
+
+
+def samples_from(source: Samples | Indexed, loaded: LoadedModel, *, n: int, seed: int) -> Samples:
+    """At most ``n`` samples of a source that is no string."""
+    if isinstance(source, Samples):
+        return source if len(source) <= n else source.subset(range(n))
+    if not isinstance(source, Indexed) or isinstance(source, dict | Sequence) and not isinstance(source, list | tuple):
+        raise ModhifiError(f"data is {type(source).__name__}; give a source string, a tensor, a list or a Dataset")
+    return from_items(source, loaded.transform, n=n, seed=seed)
+
+
+def _digest(tensor: Tensor) -> str:
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return hashlib.sha256(raw).hexdigest()[:16]

