@@ -67,16 +67,23 @@ class Accumulator:
         self.first += rows.sum(2, dtype=wide)
         turned = rows.transpose(1, 2)
         # only the upper triangle, strip by strip: the product is symmetric
-        strip = max(512, rows.shape[1] // 8)
-        for start in range(0, rows.shape[1], strip):
-            self.second[:, start : start + strip, start:] += rows[:, start : start + strip] @ turned[:, :, start:]
+        for strip in self._strips():
+            self.second[:, strip, strip.start :] += rows[:, strip] @ turned[:, :, strip.start :]
+
+    def _strips(self) -> list[slice]:
+        width = self.first.shape[1]
+        strip = max(512, width // 8)
+        return [slice(start, min(start + strip, width)) for start in range(0, width, strip)]
 
     def finish(self) -> Moments:
+        """The moments of everything added. Spends the sums, which it turns into the result in place: Grams are large."""
         assert self.shift is not None
-        first, second = self.first.double() / self.n, self.second.double() / self.n
-        upper = torch.triu(second)
-        second = upper + torch.triu(upper, 1).transpose(1, 2)
-        return Moments(self.n, first + self.shift.double(), second - first[:, :, None] * first[:, None, :])
+        first, second = self.first.double() / self.n, self.second.double()
+        del self.second
+        second.baddbmm_(first[:, :, None], first[:, None, :], beta=1 / self.n, alpha=-1)
+        for strip in self._strips():
+            second[:, strip.stop :, strip] = second[:, strip, strip.stop :].transpose(1, 2)
+        return Moments(self.n, first + self.shift.double(), second)
 
 
 def spread_positions(total: int, wanted: int, start: int, count: int, seed: int) -> Tensor:

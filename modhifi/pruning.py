@@ -21,6 +21,7 @@ from .oracle import confirm
 from .plan import Plan
 from .readers import absorb_mean, applied_second, readers_of, weight_matrix, write_weight
 from .selection import Curve, eliminate, hifi_union, removal_order
+from .replay import Replay
 from .sequential import edit_sequentially, joint_moments
 from .sizes import sizes_of
 from .surgery import kernel_size, removed_positions, shrink
@@ -266,11 +267,12 @@ def amplification(
     """Squared output change per unit of squared local error when one group alone loses ``share`` of its components.
 
     ``probe`` is one batch of model-ready inputs; the output change is the
-    Kullback-Leibler divergence to the dense model. One forward pass of the probe per group.
+    Kullback-Leibler divergence to the dense model. One forward pass of the probe per group, from its block on.
     """
-    model = loaded.model
+    model, replay = loaded.model, Replay(loaded.model)
     with torch.no_grad():
-        dense = loaded.logits(probe)
+        with replay.recording():
+            dense = loaded.logits(probe)
         weights = {}
         for number, group in enumerate(structure.prunable):
             progress("probing", number, len(structure.prunable))
@@ -281,7 +283,8 @@ def amplification(
             plan = Plan({group.name: tuple(torch.nonzero(stay).flatten().tolist())})
             saved = _remember(model, structure, group)
             edit_readers(model, structure, plan, moments, settings)
-            changed = loaded.logits(probe)
+            with replay.after_change(piece.module for piece in group.readers):
+                changed = loaded.logits(probe)
             _restore(model, saved)
             weights[group.name] = output_change(dense, changed) / max(float(curve.cost[removed]), 1e-300)
     progress("probing", len(structure.prunable), len(structure.prunable))

@@ -136,8 +136,9 @@ def test_merging_is_exact():
     left, right = Accumulator(), Accumulator()
     left.add(rows[:, :, :13])
     right.add(rows[:, :, 13:])
-    close(left.finish().merge(right.finish()), of_rows(rows), rtol=1e-6)
-    close(right.finish().merge(left.finish()), of_rows(rows), rtol=1e-6)
+    first, second = left.finish(), right.finish()
+    close(first.merge(second), of_rows(rows), rtol=1e-6)
+    close(second.merge(first), of_rows(rows), rtol=1e-6)
 
 
 def test_positions_depend_on_the_sample_and_not_on_the_batch(monkeypatch):
