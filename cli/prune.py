@@ -39,9 +39,21 @@ RandomOption = Annotated[
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="A GGUF file of the model; it is dequantised.")]
 DataOption = Annotated[
-    str, typer.Option("--data", help="Calibration data: images:DIR, hf:DATASET[:SPLIT] or synthetic[:KIND].")
+    str,
+    typer.Option(
+        "--data",
+        help="Calibration data: images:DIR, text:PATH, hf:DATASET[:SPLIT], synthetic[:KIND], or self, text that the "
+        "language model writes, which is what synthetic means there.",
+    ),
 ]
-SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Number of calibration samples.")]
+SamplesOption = Annotated[
+    int | None,
+    typer.Option("--samples", min=1, help="Calibration samples; by default 256 images, 128 windows (64 on a CPU)."),
+]
+WindowOption = Annotated[
+    int | None,
+    typer.Option("--window", min=2, help="Tokens in a window of text; by default 1024 (512 on a CPU)."),
+]
 
 
 def model_source(
@@ -82,11 +94,15 @@ def prune(
     params: Annotated[str | None, typer.Option("--params", help="Share of parameters kept, such as 0.5x.")] = None,
     flops: Annotated[str | None, typer.Option("--flops", help="Share of FLOPs kept, such as 0.5x.")] = None,
     data: DataOption = "synthetic",
-    samples: SamplesOption = 256,
+    samples: SamplesOption = None,
+    window: WindowOption = None,
     evaluate: Annotated[
         str | None, typer.Option("--evaluate", help="Held-out data; by default a disjoint part of --data.")
     ] = None,
-    evaluation_samples: Annotated[int, typer.Option("--evaluation-samples", min=1)] = 256,
+    evaluation_samples: Annotated[
+        int | None,
+        typer.Option("--evaluation-samples", min=1, help="Held-out samples; by default 256 images, 32 windows."),
+    ] = None,
     selector: Annotated[
         Literal["obs", "naive", "energy", "wanda", "cholesky", "magnitude", "random"],
         typer.Option("--selector", help="How components are chosen."),
@@ -99,8 +115,9 @@ def prune(
         typer.Option("--allocate", help="Weight of each group's error: its own energy, or its measured effect."),
     ] = "amplification",
     layout: Annotated[
-        Literal["global", "uniform"], typer.Option("--layout", help="Allocate over all groups, or the same share each.")
-    ] = "global",
+        Literal["global", "uniform"] | None,
+        typer.Option("--layout", help="Allocate over all groups, or the same share each (default of transformers)."),
+    ] = None,
     sequential: Annotated[
         Literal["own", "dense"] | None,
         typer.Option("--sequential", help="Re-collect on the pruned prefix, towards the layer's own or dense output."),
@@ -112,8 +129,9 @@ def prune(
     round_to: Annotated[int, typer.Option("--round-to", min=1, help="Kept widths are multiples of this.")] = 1,
     ridge: Annotated[float, typer.Option("--ridge", help="Damping, in units of a Gram's mean diagonal.")] = 1e-4,
     rows_per_column: Annotated[
-        int, typer.Option("--rows-per-column", min=0, help="Rows a Gram looks at per column; 0 takes all.")
-    ] = 2,
+        int | None,
+        typer.Option("--rows-per-column", min=0, help="Rows a Gram looks at per column; 0 takes all."),
+    ] = None,
     only: Annotated[
         list[str] | None, typer.Option("--only", help="Prune only groups of this pattern; repeat it.")
     ] = None,
@@ -141,7 +159,9 @@ def prune(
     random_weights: RandomOption = False,
     trust_remote_code: TrustOption = False,
     gguf_file: GgufOption = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=2)] = 32,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=2, help="By default 32 images or 4 windows.")
+    ] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
@@ -170,6 +190,7 @@ def prune(
                 "samples": samples,
                 "evaluate": evaluate,
                 "evaluation_samples": evaluation_samples,
+                "window": window,
             },
             "budget": {"ratio": ratio, "params": params, "flops": flops},
             "method": {
@@ -182,7 +203,7 @@ def prune(
                 "floor": floor,
                 "round_to": round_to,
                 "ridge": ridge,
-                "rows_per_column": rows_per_column or None,
+                "rows_per_column": rows_per_column,
                 "only": only or [],
                 "exclude": exclude or [],
                 "coupled": coupled,

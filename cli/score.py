@@ -29,6 +29,7 @@ from .prune import (
     SamplesOption,
     TrustOption,
     WeightsOption,
+    WindowOption,
     model_source,
 )
 
@@ -36,7 +37,8 @@ from .prune import (
 def score(
     model: ModelArgument,
     data: DataOption = "synthetic",
-    samples: SamplesOption = 256,
+    samples: SamplesOption = None,
+    window: WindowOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write FILE.json, FILE.csv or FILE.safetensors.")] = None,
     model_arg: ModelArgOption = None,
     weights: WeightsOption = None,
@@ -60,7 +62,7 @@ def score(
     with progress(quiet or as_json) as report:
         loaded = load_source(ModelSource(**source))
         loaded.model.to(resolve_device(device))
-        scores = score_model(loaded, data, samples, seed, report)
+        scores = score_model(loaded, data, samples, seed, report, window)
     if out is not None:
         write_scores(scores, out)
     if as_json:

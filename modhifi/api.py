@@ -37,14 +37,15 @@ def prune(
     ratio: float | None = None,
     params: str | None = None,
     flops: str | None = None,
-    samples: int = 256,
+    samples: int | None = None,
     evaluate: Source | None = None,
-    evaluation_samples: int = 256,
+    evaluation_samples: int | None = None,
+    window: int | None = None,
     method: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     force: bool = False,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> PruneResult:
@@ -53,7 +54,8 @@ def prune(
     Exactly one budget: ``ratio`` of the components removed, or a share of ``params`` or ``flops`` kept (``"0.5x"``).
     ``data``: a source string, samples, or items that you hold: a tensor ``(n, C, H, W)`` of model-ready inputs, a list
     of tensors or PIL images, a map-style Dataset. ``evaluate`` holds out other data; by default it is a disjoint part
-    of ``data``. ``method``: the keys of a recipe's ``method`` part. With ``out`` the artefact is written there.
+    of ``data``. ``window`` is tokens in an item of text; amounts not said are those of `modhifi.defaults`.
+    ``method``: the keys of a recipe's ``method`` part. With ``out`` the artefact is written there.
 
     Returns the smaller ``model``, a JSON-able ``report``, the ``plan`` and the ``path`` written.
     Raises ModhifiError for bad input, in one line.
@@ -75,6 +77,7 @@ def prune(
                 "samples": samples,
                 "evaluate": None if evaluate is None else source_name(evaluate),
                 "evaluation_samples": evaluation_samples,
+                "window": window,
             },
             "budget": {"ratio": ratio, "params": params, "flops": flops},
             "method": dict(method or {}),
@@ -145,7 +148,8 @@ def score(
     model: Model,
     data: Source = "synthetic",
     *,
-    samples: int = 256,
+    samples: int | None = None,
+    window: int | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
@@ -159,7 +163,7 @@ def score(
     """
     loaded = _loaded(model, data)
     loaded.model.to(device)
-    return score_model(loaded, data, samples, seed, progress)
+    return score_model(loaded, data, samples, seed, progress, window)
 
 
 def verify(

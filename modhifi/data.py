@@ -15,7 +15,7 @@ from torch import Tensor
 from modhifi import synthetic
 from modhifi.bundled import IMAGES, bundled
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel
+from modhifi.load import PADDING, LoadedModel
 
 if TYPE_CHECKING:
     from modhifi.own_data import Source
@@ -33,7 +33,8 @@ class Samples:
     ``load(i)`` gives item `i` without a batch axis (float32 ``(C, H, W)`` for images). ``hashes`` has one content hash
     for each item (16 hex digits of a SHA-256), so that an overlap between two sets can be found. ``labels`` is int64
     ``(n,)`` or None. ``synthetic`` says that moments of BatchNorm networks want batch statistics. ``skipped`` names the
-    items that could not be read, each with the reason.
+    items that could not be read, each with the reason. ``units`` numbers the document that each item was cut from,
+    where several come from one: such items are not independent.
     """
 
     load: Callable[[int], Tensor]
@@ -43,14 +44,37 @@ class Samples:
     description: str
     synthetic: bool
     skipped: tuple[tuple[str, str], ...] = ()
+    units: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.hashes)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Stack the items in order, `size` at a time; the last batch may be smaller."""
+        """Stack the items in order, `size` at a time; the last batch may be smaller. Short texts are padded."""
         for start in range(0, len(self), size):
-            yield torch.stack([self.load(i) for i in range(start, min(start + size, len(self)))])
+            items = [self.load(i) for i in range(start, min(start + size, len(self)))]
+            if items[0].ndim == 1 and len({len(x) for x in items}) > 1:
+                yield torch.nn.utils.rnn.pad_sequence(items, batch_first=True, padding_value=PADDING)
+            else:
+                yield torch.stack(items)
+
+    def split(self, first: int, second: int) -> tuple[Samples, Samples]:
+        """Two disjoint sets of at most `first` and `second` items, in proportion if there are fewer in all.
+
+        No unit has items in both.
+        """
+        n = len(self)
+        cut = max(min(first, round(n * first / (first + second))), n - second)
+        units = self.units if self.units is not None else range(n)
+        kept, later = set(dict.fromkeys(units)), set[int]()
+        for unit in reversed(dict.fromkeys(units)):
+            if len(kept) == 1 or sum(u in later for u in units) >= n - cut:
+                break
+            kept.remove(unit)
+            later.add(unit)
+        ours = [i for i, unit in enumerate(units) if unit in kept][:first]
+        theirs = [i for i, unit in enumerate(units) if unit in later][:second]
+        return self.subset(ours), self.subset(theirs)
 
     def subset(self, indices: Iterable[int] | Tensor) -> Samples:
         """The items at `indices`, in that order, still loaded lazily."""
@@ -63,6 +87,7 @@ class Samples:
             description=f"{len(chosen)} of: {self.description}",
             synthetic=self.synthetic,
             skipped=self.skipped,
+            units=None if self.units is None else tuple(self.units[i] for i in chosen),
         )
 
     def fingerprint(self) -> str:
@@ -70,26 +95,43 @@ class Samples:
         return hashlib.sha256("\n".join(self.hashes).encode()).hexdigest()[:16]
 
 
-def load_samples(spec: Source, loaded: LoadedModel, *, n: int, seed: int = 0, balanced: bool = True) -> Samples:
+def load_samples(
+    spec: Source,
+    loaded: LoadedModel,
+    *,
+    n: int,
+    seed: int = 0,
+    balanced: bool = True,
+    window: int | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Samples:
     """Samples of one source, prepared for one model.
 
-    `spec` is ``images:DIR`` (class folders, or images alone), ``hf:DATASET[:SPLIT]`` (split ``train`` if not said),
-    ``synthetic[:KIND]`` (``mixed``, any of `modhifi.synthetic.KINDS`), ``demo:PART`` (images that come with the
-    package: ``calibration``, unlabelled, or ``test``), or what a program holds (see `modhifi.own_data`). At most `n`
-    items are used, chosen and ordered by `seed`. `balanced` concerns synthetic images for classifiers: three
-    candidates are drawn for each image kept (fewer for large images, see `CANDIDATE_PIXELS`), and the set kept is
-    spread over the classes that the model itself predicts; it costs one forward pass for each candidate. Other models
-    get the first `n` images.
+    `spec` is ``images:DIR`` (class folders, or images alone), ``text:PATH`` (a file, or a folder of .txt files),
+    ``hf:DATASET[:SPLIT]`` (split ``train`` if not said), ``synthetic[:KIND]`` (``mixed``, any of
+    `modhifi.synthetic.KINDS`), ``self``, text that a causal language model writes itself, which is also what
+    ``synthetic`` means there, ``demo:PART`` (images that come with the package: ``calibration``, unlabelled, or
+    ``test``), or what a program holds (see `modhifi.own_data`). At most `n` items are used, chosen and ordered by
+    `seed`. Items of text are windows of `window` tokens (1,024, or as many as the model takes, if not said).
+    `balanced` concerns synthetic images for classifiers: three candidates are drawn for each image kept (fewer for
+    large images, see `CANDIDATE_PIXELS`), and the set kept is spread over the classes that the model itself predicts;
+    it costs one forward pass for each candidate. Other models get the first `n` images.
 
     Raises ModhifiError for a source that is unknown, missing or has nothing readable, and for a model without images.
     """
     if n < 1:
         raise ModhifiError(f"{n} samples asked for; ask for at least 1")
-    from modhifi import images, own_data  # which build on Samples
+    from modhifi import images, own_data, self_written, text  # which build on Samples
 
     if not isinstance(spec, str):
         return own_data.samples_from(spec, loaded, n=n, seed=seed)
     source, _, rest = spec.partition(":")
+    if source == "text" and rest:
+        return text.from_files(Path(rest).expanduser(), loaded, n, seed, window)
+    if source == "hf" and rest and loaded.kind in ("text", "encoder"):
+        return text.from_dataset(rest, loaded, n, seed, window)
+    if spec == "self" or (spec == "synthetic" and loaded.kind in ("text", "encoder")):
+        return self_written.write(loaded, n, seed, window, progress)
     if source == "images" and rest:
         return images.from_directory(Path(rest).expanduser(), loaded, n, seed)
     if source == "hf" and rest:
@@ -98,7 +140,9 @@ def load_samples(spec: Source, loaded: LoadedModel, *, n: int, seed: int = 0, ba
         return _drawn(rest or "mixed", loaded, n, seed, balanced)
     if source == "demo":
         return images.from_directory(bundled(spec, IMAGES), loaded, n, seed, spec)
-    raise ModhifiError(f"unknown data source '{spec}'; use images:DIR, hf:DATASET[:SPLIT] or synthetic[:KIND]")
+    raise ModhifiError(
+        f"unknown data source '{spec}'; use images:DIR, text:FILE, hf:DATASET[:SPLIT], synthetic[:KIND] or self"
+    )
 
 
 def warn_degenerate(samples: Samples, look_at: int = 64) -> list[str]:

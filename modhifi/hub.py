@@ -155,3 +155,21 @@ def first_line(error: Any, containing: str = "") -> str:
     if line.endswith(":") and len(lines) > 1:
         line = f"{line} {lines[1]}"
     return line[:300]
+
+
+def dataset(rest: str) -> tuple[str, Any]:
+    """Name and table of ``DATASET[:SPLIT]`` (split ``train`` if not said), as ``datasets.load_dataset`` gives it.
+
+    Raises ModhifiError without the `datasets` package or if the data set cannot be had.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ModhifiError("hf: needs the datasets package; run: pip install modhifi[datasets]") from error
+    name, _, split = rest.partition(":")
+    try:
+        return name, datasets.load_dataset(name, split=split or "train")
+    except Exception as error:
+        raise ModhifiError(
+            f"cannot load dataset {name}: {first_line(error)}; check name, split, network and login"
+        ) from error

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from modhifi import hub
 from modhifi.data import Samples, class_count, image_shape
 from modhifi.errors import ModhifiError
 from modhifi.load import LoadedModel, to_mode
@@ -74,16 +75,7 @@ def from_datasets(rest: str, loaded: LoadedModel, n: int, seed: int) -> Samples:
     The image column is the first of that type, the label column ``label``, ``labels``, ``fine_label`` or the first of
     class labels. Raises ModhifiError without the `datasets` package, the dataset or an image column.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ModhifiError("hf: needs the datasets package; run: pip install modhifi[datasets]") from error
-    name, _, split = rest.partition(":")
-    try:
-        table: Any = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ModhifiError(f"cannot load dataset {name}: {reason}; check name, split, network and login") from error
+    name, table = hub.dataset(rest)
     types = {column: type(feature).__name__ for column, feature in table.features.items()}
     images = [column for column, kind in types.items() if kind == "Image"]
     if not images:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from modhifi.bundled import MODELS, bundled
 from modhifi.errors import ModhifiError
 
 DESCRIPTIONS = ("config.json", "modhifi.json")
+# Marks the places of a batch of token ids behind the end of a shorter text.
+PADDING = -1
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -52,14 +55,27 @@ class LoadedModel:
         """The main output of one forward pass of ``model`` (default: this model) on a batch, axis 0 the batch.
 
         Logits where the model has them, otherwise its last hidden state or first output. The batch moves to the
-        model's device, and pixels to its dtype. Raises ModhifiError if the model returns no tensor.
+        model's device, and pixels to its dtype; token ids of ``PADDING`` are masked out of the attention. Raises
+        ModhifiError if the model returns no tensor.
         """
+        return main_output(self._forward(batch, model))
+
+    def run(self, batch: Tensor, model: nn.Module | None = None) -> None:
+        """A pass of which only the inner activations are wanted: language models that can leave out their logits."""
+        model = self.model if model is None else model
+        spare = self.kind == "text" and "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._forward(batch, model, **({"logits_to_keep": 1} if spare else {}))
+
+    def _forward(self, batch: Tensor, model: nn.Module | None, **more: Any) -> Any:
         model = self.model if model is None else model
         first = next(model.parameters(), None)
         if first is not None:
             batch = batch.to(first.device, first.dtype if batch.is_floating_point() else None)
-        # A key-value cache would hold memory that a single pass never reads.
-        return main_output(model(batch, use_cache=False) if self.kind == "text" else model(batch))
+        if self.kind == "text":
+            more["use_cache"] = False  # a key-value cache would hold memory that a single pass never reads
+        if (real := real_tokens(batch)) is not None:
+            batch, more["attention_mask"] = batch.clamp(min=0), real.long()
+        return model(batch, **more)
 
 
 @dataclass(frozen=True)
@@ -81,6 +97,13 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     elif "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert(mode)
+
+
+def real_tokens(batch: Tensor) -> Tensor | None:
+    """Which places of a batch of token ids are no padding, bool of its shape; None if all are, and for pixels."""
+    if batch.is_floating_point() or batch.is_complex() or not batch.numel() or int(batch.min()) >= 0:
+        return None
+    return batch != PADDING
 
 
 def main_output(out: Any) -> Tensor:

@@ -17,6 +17,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import ModhifiError
+from .load import PADDING, real_tokens
 
 if TYPE_CHECKING:
     from .data import Samples
@@ -28,6 +29,8 @@ T = TypeVar("T")
 
 # Rows of logits that are compared at once, times classes: bounds the float64 copies to some 100 MB.
 CHUNK_ELEMENTS = 4_000_000
+# A mean loss above this is a ruined model's, and its exp would overflow.
+MOST_NATS = 700.0
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -223,7 +226,13 @@ def _compare_batches(dense: Logits, edited: Logits, batches: Any, device: torch.
         rows = max(1, CHUNK_ELEMENTS // classes)
         pairs = zip(ours.reshape(-1, classes).split(rows), theirs.reshape(-1, classes).split(rows), strict=True)
         columns = torch.cat([_compare_rows(first, second) for first, second in pairs])
-        parts.append(columns.reshape(len(batch), -1, columns.shape[-1]).mean(1))
+        columns = columns.reshape(len(batch), -1, columns.shape[-1])
+        real = real_tokens(batch)
+        if real is not None and real.shape == columns.shape[:2]:
+            share = real.double().cpu()[:, :, None]
+            parts.append((columns * share).sum(1) / share.sum(1))
+        else:
+            parts.append(columns.mean(1))
     if not parts:
         raise ModhifiError("there are no samples to compare the models on; give at least one")
     return Comparison(*torch.cat(parts).unbind(1))
@@ -244,21 +253,46 @@ def _compare_rows(dense: Tensor, edited: Tensor) -> Tensor:
     return torch.stack(columns, -1).cpu()
 
 
+class NextTokens:
+    """A causal language model's forward pass that also sums up the loss of every token that has one before it.
+
+    Call it like the pass it wraps; padding (:data:`modhifi.load.PADDING`) counts for nothing.
+    """
+
+    def __init__(self, logits: Logits) -> None:
+        self.logits = logits
+        self.loss, self.count = 0.0, 0
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        outputs = self.logits(batch)
+        target = batch[:, 1:].to(outputs.device)
+        # item by item, because the logits of a large vocabulary are a batch's largest tensor
+        for rows, wanted in zip(outputs, target, strict=True):
+            self.loss += nn.functional.cross_entropy(
+                rows[:-1].float(), wanted, ignore_index=PADDING, reduction="sum"
+            ).item()
+        self.count += int((target != PADDING).sum())
+        return outputs
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss in nats. Raises ModhifiError if no token had one before it."""
+        if not self.count:
+            raise ModhifiError("perplexity needs windows of at least two tokens; give a longer text")
+        return math.exp(min(self.loss / self.count, MOST_NATS))
+
+
 @torch.inference_mode()
 def perplexity(logits: Logits, tokens: Tensor, *, batch_size: int = 4, device: torch.device | str = "cpu") -> float:
     """The perplexity of a causal language model on token windows, int64 ``(n, T)``, every window on its own.
 
-    exp of the mean negative log-likelihood, in nats, of the T − 1 tokens that have one before them.
+    exp of the mean negative log-likelihood, in nats, of the tokens that have one before them.
     Raises ModhifiError if there is no such token or a logit is not finite.
     """
-    if tokens.numel() == 0 or tokens.shape[1] < 2:
-        raise ModhifiError("perplexity needs windows of at least two tokens; give a longer text")
-    total = 0.0
-    for batch in tokens.split(batch_size):
-        batch = batch.to(device)
-        outputs = _finite(logits(batch))[:, :-1].flatten(0, 1)
-        total += nn.functional.cross_entropy(outputs.float(), batch[:, 1:].flatten(), reduction="sum").item()
-    return math.exp(total / (tokens.shape[0] * (tokens.shape[1] - 1)))
+    scored = NextTokens(logits)
+    for batch in tokens.split(batch_size) if tokens.numel() else ():
+        _finite(scored(batch.to(device)))
+    return scored.perplexity
 
 
 def _finite(outputs: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
 from .groups import conv_groups
+from .load import real_tokens
 
 # Narrow readers see at least this many rows in all: pixels are far from Gaussian, and a few hundred of them overfit.
 LEAST_ROWS = 8192
@@ -101,12 +102,12 @@ def reader_rows(module: nn.Module, x: Tensor, positions_for: Any = None, keep: T
     """The input rows of an operator as ``(G, d, rows)``.
 
     ``x`` is the operator's input; ``positions_for(total)`` returns int64 ``(batch, p)`` positions to take, or None for
-    all; ``keep`` bool, the shape of ``x`` without its last axis, masks tokens (padding) out.
+    all; ``keep`` bool, one for each row of ``x``, masks padding tokens out, of inputs that have a row for each token.
     """
     if not hasattr(module, "kernel_size"):
         rows = x.reshape(x.shape[0], -1, x.shape[-1])
-        if keep is not None:
-            return rows[keep.reshape(rows.shape[:2])].float().T[None]
+        if keep is not None and keep.numel() == rows.shape[0] * rows.shape[1]:
+            return rows.reshape(-1, x.shape[-1])[keep.reshape(-1).to(x.device)].float().T[None]
         chosen = positions_for(rows.shape[1]) if positions_for else None
         if chosen is not None:
             rows = torch.stack([r[i] for r, i in zip(rows, chosen.to(x.device), strict=True)])
@@ -236,7 +237,7 @@ def collect(
     first = 0
     with collector, batch_statistics(model, use_batch_statistics):
         for batch in batches:
-            collector.start(first)
+            collector.start(first, real_tokens(batch))
             run(batch)
             first += len(batch)
     return collector.moments()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from . import measure
 from .artifact import check_output, describe_data, save_artifact, verify_reload
 from .contact_sheet import contact_sheet
 from .data import Samples, load_samples, warn_degenerate
+from .defaults import complete
 from .errors import ModhifiError
 from .export import SUFFIXES, check_export
 from .export import export as export_model
@@ -85,27 +87,35 @@ def load_source(source: ModelSource) -> LoadedModel:
     )
 
 
-def load_data(recipe: PruneRecipe, loaded: LoadedModel, given: Given = NOTHING) -> tuple[Samples, Samples]:
-    """Calibration and held-out samples, disjoint by content.
+def load_data(
+    recipe: PruneRecipe, loaded: LoadedModel, given: Given = NOTHING, progress: Progress = silent
+) -> tuple[Samples, Samples]:
+    """Calibration and held-out samples, disjoint by content, and by document where text is cut from documents.
 
     Raises ModhifiError where too few samples are left for either.
     """
     data, seed = recipe.data, recipe.seed
     source = data.source if given.data is None else given.data
     evaluate = data.evaluate if given.evaluate is None else given.evaluate
-    if evaluate is not None:
-        calibration = load_samples(source, loaded, n=data.samples, seed=seed)
+    assert data.samples is not None and data.evaluation_samples is not None
+
+    def load(spec: Source, n: int) -> Samples:
+        return load_samples(spec, loaded, n=n, seed=seed, window=data.window, progress=progress)
+
+    # Both from one source are told apart by document, which hashes of windows cannot do.
+    same = isinstance(evaluate, str) and isinstance(source, str) and evaluate == source
+    if evaluate is not None and not same:
+        calibration = load(source, data.samples)
         seen = set(calibration.hashes)
-        held = load_samples(evaluate, loaded, n=data.evaluation_samples + len(seen), seed=seed)
+        held = load(evaluate, data.evaluation_samples + len(seen))
         fresh = [i for i, h in enumerate(held.hashes) if h not in seen][: data.evaluation_samples]
         if not fresh:
             raise ModhifiError("every evaluation sample is also a calibration sample; give other data to --evaluate")
         return calibration, held if len(fresh) == len(held) else held.subset(fresh)
-    both = load_samples(source, loaded, n=data.samples + data.evaluation_samples, seed=seed)
+    both = load(source, data.samples + data.evaluation_samples)
     if len(both) < 4:
         raise ModhifiError(f"{len(both)} usable samples are too few to calibrate and to check; give at least 4")
-    cut = min(data.samples, round(len(both) * data.samples / (data.samples + data.evaluation_samples)))
-    return both.subset(range(cut)), both.subset(range(cut, len(both)))
+    return both.split(data.samples, data.evaluation_samples)
 
 
 def run_prune(
@@ -131,18 +141,20 @@ def run_prune(
     with clock.stage("load"):
         loaded = given.model or load_source(recipe.model)
         loaded.model.to(device)
-        calibration, held = load_data(recipe, loaded, given)
-        warnings = [*warn_degenerate(calibration), *_skipped(calibration)]
+        recipe, remarks = complete(recipe, loaded, device)
+        calibration, held = load_data(recipe, loaded, given, progress)
+        warnings = [*remarks, *warn_degenerate(calibration), *_skipped(calibration)]
     with clock.stage("prune"):
-        pruned = prune_model(loaded, calibration, budget, recipe.settings(), plan=plan, progress=progress)
+        settings = recipe.settings()
+        pruned = prune_model(loaded, calibration, budget, settings, plan=plan, progress=progress)
         if recipe.method.reestimate_batchnorm:
-            reestimate_batchnorm(pruned.model, loaded, calibration, recipe.batch_size)
+            reestimate_batchnorm(pruned.model, loaded, calibration, settings.batch_size)
     report = _describe(recipe, loaded, calibration, held, pruned, warnings, command)
     if dry_run:
         report["timing"] = clock.seconds
         return PruneResult(report, pruned.plan)
     with clock.stage("measure"):
-        report |= measure_run(loaded, pruned.model, held, recipe.batch_size, progress)
+        report |= measure_run(loaded, pruned.model, held, settings.batch_size, progress)
         report["before_after"] = _before_after(report)
         report["verdicts"] = [_measured(report)]
         if loaded.kind == "image":
@@ -258,15 +270,18 @@ def measure_run(
     device = next(edited.parameters()).device
     one = next(held.batches(1)).to(device)
     progress("checking", 0, 3)
-    comparison = measure.compare(
-        loaded.logits, lambda b: loaded.logits(b, edited), held, batch_size=batch_size, device=device
-    )
-    errors: dict[str, Any] = comparison.summary()
+    dense, after = loaded.logits, partial(loaded.logits, model=edited)
+    errors: dict[str, Any]
+    if loaded.kind == "text":
+        # The loss of the next token comes out of the same passes.
+        scored = (measure.NextTokens(dense), measure.NextTokens(after))
+        errors = measure.compare(*scored, held, batch_size=batch_size, device=device).summary()
+        errors |= {f"perplexity_{name}": s.perplexity for name, s in zip(("before", "after"), scored, strict=True)}
+    else:
+        errors = measure.compare(dense, after, held, batch_size=batch_size, device=device).summary()
     if held.labels is not None:
-        errors["accuracy_before"] = measure.accuracy(loaded.logits, held, batch_size=batch_size, device=device)
-        errors["accuracy_after"] = measure.accuracy(
-            lambda b: loaded.logits(b, edited), held, batch_size=batch_size, device=device
-        )
+        errors["accuracy_before"] = measure.accuracy(dense, held, batch_size=batch_size, device=device)
+        errors["accuracy_after"] = measure.accuracy(after, held, batch_size=batch_size, device=device)
     progress("checking", 1, 3)
     size = {
         "parameters": [measure.count_parameters(loaded.model), measure.count_parameters(edited)],
@@ -287,9 +302,13 @@ def _before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
         return {"name": name, "before": before, "after": after, "unit": unit}
 
     errors, size, latency = report["errors"], report["size"], report["latency"]
+    text = "perplexity_before" in errors
+    quality = row("top-1 accuracy", errors.get("accuracy_before"), errors.get("accuracy_after"), "%")
+    if text:
+        quality = row("perplexity", errors["perplexity_before"], errors["perplexity_after"])
     return [
-        row("top-1 accuracy", errors.get("accuracy_before"), errors.get("accuracy_after"), "%"),
-        row("agreement with the original", 1.0, errors["agreement"], "%"),
+        quality,
+        row(f"{'next-token ' if text else ''}agreement with the original", 1.0, errors["agreement"], "%"),
         row("FLOPs per sample", *size["flops"]),
         row("parameters", *size["parameters"]),
         row("latency, one sample", latency["before"]["median"], latency["after"]["median"], "s"),

@@ -135,7 +135,7 @@ def measure_moments(
 
     found = collect(
         loaded.model,
-        loaded.logits,
+        loaded.run,
         batches(),
         readers,
         samples=len(samples),
@@ -392,7 +392,7 @@ def prune_model(
         if settings.weighting == "amplification" and settings.layout == "global":
             # in all about half as many forward passes as the calibration itself
             probes = min(len(samples), max(PROBES[0], min(PROBES[1], len(samples) // (2 * len(structure.prunable)))))
-            probe = torch.stack([samples.load(i) for i in range(probes)])
+            probe = next(samples.batches(probes))
             weights = amplification(loaded, structure, curves, moments, settings, probe, progress=progress)
         elif settings.weighting not in ("energy", "amplification"):
             raise ModhifiError(f"unknown weighting '{settings.weighting}'; choose energy or amplification")

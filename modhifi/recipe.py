@@ -34,12 +34,16 @@ class ModelSource(Strict):
 
 
 class DataSource(Strict):
-    """Calibration and held-out samples; without ``evaluate`` the held-out ones come from ``source`` too, disjoint."""
+    """Calibration and held-out samples; without ``evaluate`` the held-out ones come from ``source`` too, disjoint.
+
+    None, here and below: what `modhifi.defaults` says for the kind of model.
+    """
 
     source: str = "synthetic"
-    samples: Annotated[int, Field(ge=1)] = 256
+    samples: Annotated[int, Field(ge=1)] | None = None
     evaluate: str | None = None
-    evaluation_samples: Annotated[int, Field(ge=1)] = 256
+    evaluation_samples: Annotated[int, Field(ge=1)] | None = None
+    window: Annotated[int, Field(ge=2)] | None = None
 
 
 class BudgetChoice(Strict):
@@ -59,13 +63,13 @@ class Method(Strict):
     selector: Literal["obs", "naive", "energy", "wanda", "cholesky", "magnitude", "random"] = "obs"
     compensate: Literal["lstsq", "delta", "none"] = "lstsq"
     allocate: Literal["energy", "amplification"] = "amplification"
-    layout: Literal["global", "uniform"] = "global"
+    layout: Literal["global", "uniform"] | None = None
     sequential: Literal["own", "dense"] | None = None
     eta: Annotated[float, Field(gt=0, le=1)] | None = None
     floor: Share = 0.1
     round_to: Annotated[int, Field(ge=1)] = 1
     ridge: Annotated[float, Field(gt=0)] = 1e-4
-    rows_per_column: Annotated[int, Field(ge=1)] | None = 2
+    rows_per_column: Annotated[int, Field(ge=0)] | None = None
     only: list[str] = []
     exclude: list[str] = []
     coupled: bool = True
@@ -81,12 +85,14 @@ class PruneRecipe(Strict):
     budget: BudgetChoice = BudgetChoice()
     method: Method = Method()
     seed: Annotated[int, Field(ge=0)] = 0
-    batch_size: Annotated[int, Field(ge=2)] = 32
+    batch_size: Annotated[int, Field(ge=2)] | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     out: str | None = None
 
     def settings(self) -> PruneSettings:
+        """What the stages need, of a recipe that `modhifi.defaults.complete` has completed."""
         m = self.method
+        assert m.layout is not None and self.batch_size is not None
         return PruneSettings(
             selector=m.selector,
             compensate=m.compensate,
@@ -96,7 +102,7 @@ class PruneRecipe(Strict):
             floor=m.floor,
             round_to=m.round_to,
             ridge=m.ridge,
-            rows_per_column=m.rows_per_column,
+            rows_per_column=m.rows_per_column or None,
             eta=m.eta,
             only=tuple(m.only),
             exclude=tuple(m.exclude),

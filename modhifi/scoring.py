@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .data import load_samples
+from .defaults import amounts
 from .fidelity import energy_score, singleton_fidelity
 from .load import LoadedModel
 from .own_data import Source
@@ -56,12 +57,18 @@ class GroupScores:
 
 
 def score_model(
-    loaded: LoadedModel, data: Source, samples: int, seed: int = 0, progress: Progress = silent
+    loaded: LoadedModel,
+    data: Source,
+    samples: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+    window: int | None = None,
 ) -> list[GroupScores]:
     """Score every prunable group of a model on one data source, one forward pass per sample."""
-    settings = PruneSettings(seed=seed, floor=1e-9)
+    usual = amounts(loaded, next(loaded.model.parameters()).device)
+    settings = PruneSettings(seed=seed, floor=1e-9, batch_size=usual.batch_size)
     structure = choose_groups(find_structure(loaded), settings)
-    chosen = load_samples(data, loaded, n=samples, seed=seed)
+    chosen = load_samples(data, loaded, n=samples or usual.samples, seed=seed, window=window, progress=progress)
     moments = measure_moments(loaded, structure, chosen, settings, progress)
     curves = removal_curves(loaded.model, structure, moments, settings, progress)
     result = []

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .compensate import least_squares_towards
 from .groups import Structure
+from .load import real_tokens
 from .moments import Accumulator, MomentCollector, Moments, batch_statistics, reader_rows
 from .plan import Plan
 from .readers import absorb_mean, mean_diagonal, shrinkage, shrunk, weight_matrix, write_weight
@@ -22,12 +23,14 @@ class _Reached(Exception):
 
 
 @contextmanager
-def _rows_of(module: nn.Module, positions: Callable[[Tensor, int], Tensor | None]) -> Iterator[list[Tensor]]:
+def _rows_of(
+    module: nn.Module, positions: Callable[[Tensor, int], Tensor | None], keep: Tensor | None
+) -> Iterator[list[Tensor]]:
     found: list[Tensor] = []
 
     def see(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach()
-        found.append(reader_rows(layer, x, lambda total: positions(x, total)))
+        found.append(reader_rows(layer, x, lambda total: positions(x, total), keep))
         raise _Reached
 
     handle = module.register_forward_pre_hook(see)
@@ -59,7 +62,8 @@ def joint_moments(
             dealer.start(first)
             sides = []
             for model in (dense, pruned):
-                with _rows_of(model.get_submodule(name), lambda x, total: dealer.positions(layer, x, total)) as found:
+                reader = model.get_submodule(name)
+                with _rows_of(reader, lambda x, total: dealer.positions(layer, x, total), real_tokens(batch)) as found:
                     try:
                         run(batch, model)
                     except _Reached:

@@ -196,7 +196,7 @@ def test_unknown_sources(spec: str) -> None:
 
 def test_models_and_numbers_that_cannot_be_served(flat_folder: Path) -> None:
     tokens = stand_in(kind="text", example=torch.zeros(2, 16, dtype=torch.long), transform=None)
-    for spec in ("synthetic", f"images:{flat_folder}"):
+    for spec in ("synthetic:fractal", f"images:{flat_folder}"):
         with pytest.raises(ModhifiError, match="takes no images"):
             load_samples(spec, tokens, n=4)
     with pytest.raises(ModhifiError, match="no preprocessing"):

@@ -4,9 +4,13 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch import nn
 
+from modhifi.defaults import complete
 from modhifi.errors import ModhifiError
+from modhifi.load import load_model
 from modhifi.recipe import PruneRecipe, apply_overrides, dump_recipe, load_recipe, parse_recipe
 
 CONTENT = {"model": {"name": "timm:resnet18"}, "budget": {"flops": "0.5x"}}
@@ -16,7 +20,9 @@ def test_a_dumped_recipe_reads_back_equal(tmp_path: Path) -> None:
     recipe = parse_recipe(apply_overrides(CONTENT, ["method.only=['layer1*']", "seed=3"]))
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
-    assert recipe.settings().only == ("layer1*",) and recipe.settings().seed == 3
+    settings = complete(recipe, load_model(nn.Flatten(), example=torch.zeros(2, 3, 8, 8)), "cpu")[0].settings()
+    assert settings.only == ("layer1*",) and settings.seed == 3
+    assert (settings.layout, settings.batch_size, settings.rows_per_column) == ("global", 32, 2)
 
 
 def test_overrides_leave_the_original_alone() -> None:

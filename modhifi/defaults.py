@@ -1,0 +1,64 @@
+"""Defaults of a pruning run that depend on what kind of model it is and where it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .load import LoadedModel
+from .recipe import PruneRecipe
+from .text import window_of
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much data: items to calibrate on and to hold out, items run at once, tokens in an item of text."""
+
+    samples: int
+    evaluation_samples: int
+    batch_size: int
+    window: int | None = None
+
+
+IMAGES = Amounts(256, 256, 32)
+TEXT = Amounts(128, 32, 4, 1024)
+TEXT_ON_CPU = Amounts(64, 16, 4, 512)
+
+
+def amounts(loaded: LoadedModel, device: torch.device | str) -> Amounts:
+    """The default amounts for a model on a device."""
+    if loaded.kind not in ("text", "encoder"):
+        return IMAGES
+    return TEXT_ON_CPU if torch.device(device).type == "cpu" else TEXT
+
+
+def complete(recipe: PruneRecipe, loaded: LoadedModel, device: torch.device | str) -> tuple[PruneRecipe, list[str]]:
+    """The same run with these defaults written out, so that it can be repeated as recorded, and remarks on them.
+
+    Models of transformers get one width for all blocks, which their own configuration can say; a Gram of tokens looks
+    at all of them, because neighbouring pixels repeat each other and tokens do not. Raises ModhifiError for a window
+    that the model does not take.
+    """
+    usual, data, method, remarks = amounts(loaded, device), recipe.data, recipe.method, []
+    window = data.window
+    if usual.window is not None:
+        window = window_of(loaded, window) if window else min(usual.window, window_of(loaded, None))
+    if usual is TEXT_ON_CPU and (data.samples is None or data.window is None):
+        remarks.append(
+            f"on a CPU {data.samples or usual.samples} windows of {window} tokens calibrate, where a GPU would take "
+            f"{TEXT.samples} of {TEXT.window}; --samples and --window change that"
+        )
+    rows = method.rows_per_column
+    return recipe.model_copy(update={
+        "batch_size": recipe.batch_size or usual.batch_size,
+        "data": data.model_copy(update={
+            "samples": data.samples or usual.samples,
+            "evaluation_samples": data.evaluation_samples or usual.evaluation_samples,
+            "window": window,
+        }),
+        "method": method.model_copy(update={
+            "layout": method.layout or ("uniform" if loaded.framework == "transformers" else "global"),
+            "rows_per_column": rows if rows is not None else 2 if usual is IMAGES else 0,
+        }),
+    }), remarks  # fmt: skip

@@ -1,0 +1,138 @@
+"""Calibration text that a causal language model writes itself: no data needed, forward passes only.
+
+Every window starts with the model's own token for the beginning of a text, or, where it has none, with a random
+ordinary word. The text goes on past the model's token for an end, so every window is full and nothing is padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from modhifi.data import Samples
+from modhifi.errors import ModhifiError
+from modhifi.load import LoadedModel
+from modhifi.text import cutter_of, identity, vocabulary, window_of
+
+# How tokens are drawn: from the most likely ones, at most so many, that together have this probability.
+TOP_K, TOP_P, TEMPERATURE = 1000, 0.95, 1.0
+# A window is a loop if less than this share of its runs of so many tokens are different ones.
+RUN, LEAST_DIFFERENT = 4, 0.5
+# Windows written side by side, and how many times the number wanted may be written before giving up.
+BATCH, ATTEMPTS = 32, 3
+
+
+@torch.inference_mode()
+def write(
+    loaded: LoadedModel,
+    n: int,
+    seed: int = 0,
+    window: int | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Samples:
+    """`n` different windows of `window` tokens written by ``loaded.model``, none of them a loop.
+
+    They depend on the model, the arguments and the settings above alone (and, to rounding, on the device). Raises
+    ModhifiError for models that cannot write, and for one that writes nothing but loops.
+    """
+    if loaded.kind != "text":
+        other = "text:FILE" if loaded.kind == "encoder" else "images:DIR or synthetic"
+        raise ModhifiError(f"{loaded.source} (kind {loaded.kind}) cannot write text, only a causal language model can; "
+                           f"give --data {other}")  # fmt: skip
+    length = window_of(loaded, window)
+    chance = torch.Generator().manual_seed(seed)
+    firsts, start = _first_tokens(loaded)
+    found: dict[str, Tensor] = {}
+    loops = written = 0
+    while len(found) < n and written < ATTEMPTS * n + BATCH:
+        count = min(BATCH, n - len(found))
+        begin = firsts[torch.randint(len(firsts), (count,), generator=chance)][:, None]
+        progress("writing", len(found), n)
+        for tokens in _continue(loaded, begin, length, chance):
+            written += 1
+            if is_loop(tokens):
+                loops += 1
+            else:
+                found.setdefault(identity(tokens), tokens)
+    progress("writing", n, n)
+    if len(found) < n:
+        raise ModhifiError(f"{loaded.source} writes loops: {loops} of {written} windows repeat themselves; give text "
+                           "with --data text:FILE")  # fmt: skip
+    windows = list(found.values())
+    remarks = [f"self, {n} windows of {length} tokens written from {start}"]
+    remarks += [f"top-k {TOP_K}, top-p {TOP_P}, temperature {TEMPERATURE}, seed {seed}"]
+    remarks += [f"{loops} loops rejected"] * bool(loops)
+    remarks += [f"{written - loops - n} duplicates dropped"] * (written - loops > n)
+    return Samples(
+        load=lambda i: windows[i],
+        hashes=tuple(found),
+        labels=None,
+        names=tuple(f"self {i}" for i in range(n)),
+        description=", ".join(remarks),
+        synthetic=True,
+    )
+
+
+def is_loop(tokens: Tensor) -> bool:
+    """Whether a window, int64 ``(T,)``, repeats itself so much that it is no text."""
+    runs = tokens.unfold(0, min(RUN, len(tokens)), 1)
+    return len(torch.unique(runs, dim=0)) < LEAST_DIFFERENT * len(runs)
+
+
+def _first_tokens(loaded: LoadedModel) -> tuple[Tensor, str]:
+    """The tokens that a text may start with, int64 ``(k,)``, and what they are."""
+    settings = getattr(loaded.model, "generation_config", None)
+    for owner in (loaded.tokenizer, settings, loaded.model.config):
+        begin = getattr(owner, "bos_token_id", None)
+        if isinstance(begin, int) and 0 <= begin < vocabulary(loaded):
+            return torch.tensor([begin]), f"the token of the beginning ({begin})"
+    words = ordinary_words(loaded)
+    return torch.tensor(words), f"one of {len(words)} ordinary words"
+
+
+def ordinary_words(loaded: LoadedModel) -> list[int]:
+    """Token ids that stand for the beginning of a word of two letters or more.
+
+    Raises ModhifiError without a tokenizer, or if its vocabulary has none.
+    """
+    tokenizer = cutter_of(loaded, None).tokenizer
+    ids = range(min(len(tokenizer), vocabulary(loaded)))
+    pieces = tokenizer.convert_ids_to_tokens(list(ids))
+    # Byte-level and sentence-piece vocabularies mark the beginning of a word, WordPiece marks what is none.
+    marks = ("Ġ", "▁")
+    marked = any(str(piece).startswith(marks) for piece in pieces)
+    special = set(tokenizer.all_special_ids)
+    words = []
+    for i, piece in zip(ids, pieces, strict=True):
+        piece = str(piece)
+        begins = piece.startswith(marks) if marked else not piece.startswith("##")
+        bare = piece.lstrip("".join(marks))
+        if begins and i not in special and len(bare) > 1 and bare.isascii() and bare.isalpha():
+            words.append(i)
+    if not words:
+        raise ModhifiError(f"the vocabulary of {loaded.source} has neither a token of the beginning nor ordinary words "
+                           "to start from; give --data text:FILE")  # fmt: skip
+    return words
+
+
+def _continue(loaded: LoadedModel, tokens: Tensor, length: int, chance: torch.Generator) -> Tensor:
+    """Windows, int64 ``(n, length)``, that start with ``tokens`` ``(n, k)``; the draws are made on the CPU."""
+    device = next(loaded.model.parameters()).device
+    past, step = None, tokens.to(device)
+    while tokens.shape[1] < length:
+        out = loaded.model(input_ids=step, past_key_values=past, use_cache=True)
+        past = getattr(out, "past_key_values", None)
+        drawn = draw(out.logits[:, -1], chance)
+        tokens = torch.cat([tokens, drawn], 1)
+        # A model without such a cache reads everything again.
+        step = (tokens if past is None else drawn).to(device)
+    return tokens
+
+
+def draw(logits: Tensor, chance: torch.Generator) -> Tensor:
+    """One token for each row of logits ``(n, vocabulary)``, int64 ``(n, 1)``, by nucleus sampling (Holtzman 2020)."""
+    share, order = (logits.float() / TEMPERATURE).softmax(-1).cpu().topk(min(TOP_K, logits.shape[-1]))
+    share[share.cumsum(-1) - share >= TOP_P] = 0
+    return order.gather(1, torch.multinomial(share, 1, generator=chance))

@@ -1,0 +1,75 @@
+"""Text that a model writes itself: from its own beginnings, seeded, no loops, as its own distribution says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from modhifi import self_written
+from modhifi.data import load_samples
+from modhifi.errors import ModhifiError
+from modhifi.load import load_model
+from tests import tiny_text
+
+
+def test_windows_are_full_seeded_and_different(tmp_path: Path) -> None:
+    loaded = load_model(tiny_text.save(tmp_path))
+    samples = load_samples("self", loaded, n=40, window=12)
+    windows = torch.stack([samples.load(i) for i in range(40)])
+    assert windows.shape == (40, 12) and (windows[:, 0] == 1).all() and len(set(samples.hashes)) == 40
+    assert samples.synthetic and "the token of the beginning (1), top-k 1000, top-p 0.95" in samples.description
+    assert load_samples("synthetic", loaded, n=40, window=12).hashes == samples.hashes
+    assert load_samples("self", loaded, n=40, window=12, seed=1).hashes != samples.hashes
+
+
+def test_the_cache_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model(tiny_text.save(tmp_path))
+    cached = load_samples("self", loaded, n=4, window=10)
+    whole = loaded.model.forward
+
+    def without_cache(input_ids: torch.Tensor, **_: object) -> transformers.utils.ModelOutput:
+        return transformers.utils.ModelOutput(logits=whole(input_ids=input_ids, use_cache=False).logits)
+
+    monkeypatch.setattr(loaded.model, "forward", without_cache)
+    assert load_samples("self", loaded, n=4, window=10).hashes == cached.hashes
+
+
+def test_draws_follow_the_nucleus() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.16, 0.03, 0.01]).log().expand(4000, 5)
+    drawn = self_written.draw(logits, torch.Generator().manual_seed(0)).flatten()
+    shares = torch.bincount(drawn, minlength=5) / 4000
+    # 0.5 + 0.3 + 0.16 is the first sum to reach 0.95
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.16, 0, 0]) / 0.96, atol=0.03, rtol=0)
+
+
+def test_without_a_beginning_ordinary_words_start(tmp_path: Path) -> None:
+    loaded = load_model(tiny_text.save(tmp_path, begin=False))
+    samples = load_samples("self", loaded, n=8, window=12)
+    starts = {int(samples.load(i)[0]) for i in range(8)}
+    assert starts <= set(range(len(tiny_text.SPECIAL), tiny_text.VOCABULARY)) and len(starts) > 3
+    assert f"one of {len(tiny_text.WORDS)} ordinary words" in samples.description
+    bare = load_model(tiny_text.save(tmp_path / "bare", begin=False, with_tokenizer=False))
+    with pytest.raises(ModhifiError, match="without a tokenizer"):
+        load_samples("self", bare, n=8)
+
+
+def test_loops_are_rejected(tmp_path: Path) -> None:
+    assert self_written.is_loop(torch.tensor([1, 2, 3] * 10)) and not self_written.is_loop(torch.arange(30))
+    loaded = load_model(tiny_text.save(tmp_path))
+    torch.nn.init.zeros_(loaded.model.lm_head.weight)
+    loaded.model.lm_head.weight.data[5] = 1e4 * loaded.model.model.norm.weight
+    loaded.model.model.embed_tokens.weight.data[:] = 1.0
+    with pytest.raises(ModhifiError, match="writes loops: 44 of 44 windows repeat themselves; give text"):
+        load_samples("self", loaded, n=4, window=16)
+
+
+def test_encoders_cannot_write() -> None:
+    config = transformers.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                     intermediate_size=24)  # fmt: skip
+    loaded = load_model(transformers.BertForMaskedLM(config))
+    for spec in ("self", "synthetic"):
+        with pytest.raises(ModhifiError, match="cannot write text, only a causal language model can; give --data text"):
+            load_samples(spec, loaded, n=4)

@@ -1,0 +1,184 @@
+"""Windows cut from files and data sets, told apart by document, and padding that leaves no trace."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from modhifi.data import Samples, load_samples
+from modhifi.errors import ModhifiError
+from modhifi.groups import operator_modules
+from modhifi.load import PADDING, LoadedModel, load_model
+from modhifi.measure import NextTokens, compare, perplexity
+from modhifi.moments import collect
+from modhifi.pruning import find_structure
+from tests import tiny_text
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_model(tiny_text.save(tmp_path_factory.mktemp("llama")))
+
+
+def text_file(tmp_path: Path, text: str) -> str:
+    (tmp_path / "text.txt").write_text(text)
+    return f"text:{tmp_path / 'text.txt'}"
+
+
+def test_windows_are_the_tokens_of_the_articles(loaded: LoadedModel, tmp_path: Path) -> None:
+    spec = text_file(tmp_path, tiny_text.articles(6))
+    samples = load_samples(spec, loaded, n=1000, window=32)
+    assert len(samples) == len(set(samples.hashes)) > 30 and not samples.synthetic
+    expected = set()
+    for article in tiny_text.articles(6).split(" = Title")[1:]:
+        ids = loaded.tokenizer(" = Title" + article, add_special_tokens=False)["input_ids"]
+        expected |= {(1, *ids[i : i + 31]) for i in range(0, len(ids) - 30, 31)}
+    assert {tuple(samples.load(i).tolist()) for i in range(len(samples))} == expected
+    few = load_samples(spec, loaded, n=6, window=32)
+    assert len(set(few.units)) == 6, "few windows come from as many articles as there are"
+    again = load_samples(spec, loaded, n=6, window=32)
+    assert few.fingerprint() == again.fingerprint() != load_samples(spec, loaded, n=6, window=32, seed=1).fingerprint()
+
+
+def test_no_article_is_on_both_sides(loaded: LoadedModel, tmp_path: Path) -> None:
+    samples = load_samples(text_file(tmp_path, tiny_text.articles(8)), loaded, n=60, window=16)
+    ours, theirs = samples.split(40, 20)
+    assert not set(ours.units) & set(theirs.units)
+    assert 25 <= len(ours) <= 40 and 10 <= len(theirs) <= 20
+
+
+def test_one_long_text_is_cut_into_stretches(loaded: LoadedModel, tmp_path: Path) -> None:
+    samples = load_samples(text_file(tmp_path, tiny_text.write(0, 6000)), loaded, n=10, window=16)
+    assert "10 windows of 16 tokens from 10 places in one text" in samples.description
+    ours, theirs = samples.split(7, 3)
+    assert (len(ours), len(theirs)) == (7, 3)
+
+
+def test_split_without_documents_is_by_order() -> None:
+    samples = Samples(lambda i: torch.tensor([i]), tuple("abcdefgh"), None, tuple("abcdefgh"), "", False)
+    ours, theirs = samples.split(6, 2)
+    assert (ours.hashes, theirs.hashes) == (tuple("abcdef"), tuple("gh"))
+    assert [len(part) for part in samples.split(30, 10)] == [6, 2]
+
+
+def test_folders_and_short_documents(loaded: LoadedModel, tmp_path: Path) -> None:
+    for i in range(5):
+        (tmp_path / f"{i}.txt").write_text(tiny_text.write(i, 60 if i else 12))
+    samples = load_samples(f"text:{tmp_path}", loaded, n=100, window=24)
+    assert len(set(samples.units)) == 4, "the document shorter than a window is left out"
+    short = tmp_path / "short"
+    short.mkdir()
+    for i in range(5):
+        (short / f"{i}.txt").write_text(tiny_text.write(i, 12) + "\n")
+    joined = load_samples(f"text:{short}", loaded, n=100, window=24)
+    assert len(joined) == 60 // 23, "documents shorter than a window are read as one text"
+
+
+@pytest.mark.parametrize(
+    ("text", "window", "message"),
+    [
+        ("bara bamo bani", 16, r"holds 3 tokens, less than one window of 16; give a longer text or a smaller --window"),
+        ("bara bamo bani", 128, r"windows of 128 tokens were asked for and .* takes 64 at most"),
+        (b"\xff\xfe\xfd", 16, "as UTF-8 text"),
+    ],
+)
+def test_texts_that_do_not_do(
+    loaded: LoadedModel, tmp_path: Path, text: str | bytes, window: int, message: str
+) -> None:
+    (tmp_path / "text.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ModhifiError, match=message):
+        load_samples(f"text:{tmp_path / 'text.txt'}", loaded, n=4, window=window)
+
+
+def test_missing_text_tokenizer_and_embedding(loaded: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(ModhifiError, match="no text at"):
+        load_samples(f"text:{tmp_path / 'nothing.txt'}", loaded, n=4)
+    spec = text_file(tmp_path, tiny_text.articles(4))
+    bare = load_model(tiny_text.save(tmp_path / "bare", with_tokenizer=False))
+    with pytest.raises(ModhifiError, match="without a tokenizer"):
+        load_samples(spec, bare, n=4)
+    narrow = load_model(tiny_text.save(tmp_path / "narrow", vocab_size=20))
+    with pytest.raises(ModhifiError, match="do not belong together"):
+        load_samples(spec, narrow, n=4)
+
+
+class Table(list):
+    """The part of a ``datasets.Dataset`` that modhifi uses."""
+
+    def __init__(self, rows: list[dict[str, object]]) -> None:
+        super().__init__(rows)
+        self.features = {"id": types.SimpleNamespace(dtype="int64"), "text": types.SimpleNamespace(dtype="string")}
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_datasets(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
+    texts = [tiny_text.write(i, 96) for i in range(8)] if long else tiny_text.articles(5).split("\n")
+    module = types.ModuleType("datasets")
+    module.load_dataset = lambda name, split: Table(  # type: ignore[attr-defined]
+        [{"id": i, "text": t} for i, t in enumerate(texts)]
+    )
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    samples = load_samples("hf:some/text", loaded, n=40, window=16)
+    assert len(set(samples.units)) == (8 if long else 5)
+
+
+def padded(lengths: list[int]) -> Samples:
+    items = [torch.randint(3, tiny_text.VOCABULARY, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
+    names = tuple(map(str, lengths))
+    return Samples(lambda i: items[i], names, None, names, "short texts", False)
+
+
+def test_padding_leaves_no_trace_in_moments_and_measures(loaded: LoadedModel) -> None:
+    samples, model = padded([5, 9, 3, 7]), loaded.model
+    batch = next(samples.batches(4))
+    assert batch.shape == (4, 9) and int((batch == PADDING).sum()) == 12
+    readers = dict(operator_modules(model, find_structure(loaded).prunable))
+    together = collect(model, loaded.run, samples.batches(4), readers, samples=4)
+    alone = collect(model, loaded.run, samples.batches(1), readers, samples=4)
+    for name in readers:
+        assert together[name].n == alone[name].n == 24
+        torch.testing.assert_close(together[name].gram, alone[name].gram, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(together[name].mean, alone[name].mean, rtol=1e-4, atol=1e-6)
+    other = load_model(tiny_text.llama(intermediate_size=20))
+    results = []
+    for size in (4, 1):
+        passes = NextTokens(loaded.logits), NextTokens(other.logits)
+        found = compare(*passes, samples, batch_size=size)
+        results.append((found.kl, found.agreement, torch.tensor([p.perplexity for p in passes])))
+    for together_value, alone_value in zip(*results, strict=True):
+        torch.testing.assert_close(together_value, alone_value, rtol=1e-4, atol=1e-6, check_dtype=False)
+
+
+def test_padding_is_masked_out_of_an_encoders_attention() -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=tiny_text.VOCABULARY, hidden_size=16, num_hidden_layers=2,
+                                     num_attention_heads=2, intermediate_size=24)  # fmt: skip
+    loaded = load_model(transformers.BertForMaskedLM(config))
+    samples = padded([4, 9])
+    batch = next(samples.batches(2))
+    torch.testing.assert_close(loaded.logits(batch)[:1, :4], loaded.logits(batch[:1, :4]), rtol=1e-4, atol=1e-5)
+
+
+def test_perplexity_is_that_of_brute_force(loaded: LoadedModel) -> None:
+    tokens = torch.randint(3, tiny_text.VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = loaded.model(tokens).logits.double()
+    losses = [-float(logits[i, t].log_softmax(-1)[tokens[i, t + 1]]) for i in range(3) for t in range(10)]
+    expected = float(torch.tensor(losses).mean().exp())
+    assert perplexity(loaded.logits, tokens, batch_size=2) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_pass_for_moments_leaves_the_logits_out(loaded: LoadedModel) -> None:
+    seen: list[torch.Size] = []
+    handle = loaded.model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    loaded.run(loaded.example)
+    loaded.logits(loaded.example)
+    handle.remove()
+    assert [shape[1] for shape in seen] == [1, loaded.example.shape[1]]
+    load_model(nn.Flatten(), example=torch.zeros(2, 3)).run(torch.zeros(2, 3))
