@@ -28,6 +28,21 @@ SeedOption = Annotated[int, typer.Option("--seed", min=0, help="The seed of ever
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output directory that is not empty.")]
+MaxFlipOption = Annotated[
+    float | None, typer.Option("--max-flip", help="Largest share of inputs whose top-1 may change, such as 0.05.")
+]
+MaxErrorOption = Annotated[
+    float | None,
+    typer.Option("--max-error", help="Largest change of the output (Euclidean) that 95 % of inputs must keep to."),
+]
+ConfidenceOption = Annotated[float, typer.Option("--confidence", help="Confidence of the statistical bounds.")]
+NotASampleOption = Annotated[
+    bool, typer.Option("--not-a-sample", help="The data was not drawn at random: claim nothing beyond it.")
+]
+WalkedOption = Annotated[
+    int | None,
+    typer.Option("--walked", min=0, help="Samples for the certified rungs; by default 16 images, 1 text."),
+]
 
 Report = Callable[[str, int, int], None]
 

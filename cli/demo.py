@@ -49,7 +49,9 @@ def demo(
         )
     if as_json:
         print_json({**result.report, "path": str(result.path)})
-        return
-    show(result.report, result.path)
-    seconds = result.report["timing"]
-    typer.echo(f"took {sum(seconds.values()):.0f} s, of which pruning {seconds['prune']:.0f} s")
+    else:
+        show(result.report, result.path)
+        seconds = result.report["timing"]
+        typer.echo(f"took {sum(seconds.values()):.0f} s, of which pruning {seconds['prune']:.0f} s")
+    if result.bounds is not None:
+        result.bounds.enforce()

@@ -11,11 +11,16 @@ import typer
 from modhifi.errors import ModhifiError
 
 from .common import (
+    ConfidenceOption,
     DeviceOption,
     ForceOption,
     JsonOption,
+    MaxErrorOption,
+    MaxFlipOption,
+    NotASampleOption,
     QuietOption,
     SeedOption,
+    WalkedOption,
     print_json,
     progress,
     resolve_device,
@@ -142,6 +147,11 @@ def prune(
     reestimate_bn: Annotated[
         bool, typer.Option("--reestimate-bn", help="Re-estimate BatchNorm on the calibration data (real data only).")
     ] = False,
+    max_flip: MaxFlipOption = None,
+    max_error: MaxErrorOption = None,
+    confidence: ConfidenceOption = 0.95,
+    not_a_sample: NotASampleOption = False,
+    walked: WalkedOption = None,
     export: Annotated[
         list[str] | None, typer.Option("--export", help="Also write onnx or pt2 into the artefact; repeat it.")
     ] = None,
@@ -209,6 +219,13 @@ def prune(
                 "coupled": coupled,
                 "reestimate_batchnorm": reestimate_bn,
             },
+            "checks": {
+                "max_flip": max_flip,
+                "max_error": max_error,
+                "confidence": confidence,
+                "not_a_sample": not_a_sample,
+                "walked": walked,
+            },
             "seed": seed,
             "batch_size": batch_size,
             "device": device,
@@ -240,6 +257,8 @@ def prune(
         print_json({**result.report, "plan": result.plan.to_json(), "path": str(result.path) if result.path else None})
     else:
         show(result.report, result.path)
+    if result.bounds is not None:
+        result.bounds.enforce()
 
 
 def show(report: dict[str, Any], path: Path | None) -> None:

@@ -10,7 +10,21 @@ import typer
 
 from modhifi.errors import GateFailed, ModhifiError
 
-from .common import DeviceOption, ForceOption, JsonOption, QuietOption, SeedOption, print_json, progress, resolve_device
+from .common import (
+    ConfidenceOption,
+    DeviceOption,
+    ForceOption,
+    JsonOption,
+    MaxErrorOption,
+    MaxFlipOption,
+    NotASampleOption,
+    QuietOption,
+    SeedOption,
+    WalkedOption,
+    print_json,
+    progress,
+    resolve_device,
+)
 from .prune import (
     GgufOption,
     ModelArgOption,
@@ -69,6 +83,11 @@ def unlearn(
     settle: Annotated[
         bool, typer.Option("--settle/--no-settle", help="Give the BatchNorms behind the edit statistics that fit it.")
     ] = True,
+    max_flip: MaxFlipOption = None,
+    max_error: MaxErrorOption = None,
+    confidence: ConfidenceOption = 0.95,
+    not_a_sample: NotASampleOption = False,
+    walked: WalkedOption = None,
     reference: ReferenceOption = None,
     members: MembersOption = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; --set changes its values.")] = None,
@@ -125,6 +144,13 @@ def unlearn(
                 "only": only or [],
                 "settle": settle,
             },
+            "checks": {
+                "max_flip": max_flip,
+                "max_error": max_error,
+                "confidence": confidence,
+                "not_a_sample": not_a_sample,
+                "walked": walked,
+            },
             "reference": reference,
             "seed": seed,
             "batch_size": batch_size,
@@ -146,6 +172,8 @@ def unlearn(
         print_json({**result.report, "path": str(result.path) if result.path else None})
     else:
         show_audit(result.report, result.path)
+    if result.bounds is not None:
+        result.bounds.enforce()
     if result.report["strength"]["of_the_full_edit"] == 0.0:
         raise GateFailed("nothing was forgotten: no strength stays within --retain-budget; allow a larger one")
 

@@ -7,20 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import DeviceOption, JsonOption, QuietOption, SeedOption, print_json, progress, resolve_device
+from .common import (
+    ConfidenceOption,
+    DeviceOption,
+    JsonOption,
+    MaxErrorOption,
+    MaxFlipOption,
+    NotASampleOption,
+    QuietOption,
+    SeedOption,
+    WalkedOption,
+    print_json,
+    progress,
+    resolve_device,
+    stdout_console,
+)
 from .prune import ModelArgOption, RandomOption, RevisionOption, TrustOption, WeightsOption, model_source
-
-MaxFlipOption = Annotated[
-    float | None, typer.Option("--max-flip", help="Largest share of inputs whose top-1 may change, such as 0.05.")
-]
-MaxErrorOption = Annotated[
-    float | None,
-    typer.Option("--max-error", help="Largest change of the output (Euclidean) that 95 % of inputs must keep to."),
-]
-ConfidenceOption = Annotated[float, typer.Option("--confidence", help="Confidence of the statistical bounds.")]
-NotASampleOption = Annotated[
-    bool, typer.Option("--not-a-sample", help="The data was not drawn at random: claim nothing beyond it.")
-]
 
 
 def verify(
@@ -28,10 +30,7 @@ def verify(
     against: Annotated[str, typer.Option("--against", metavar="MODEL", help="The original it was made from.")],
     data: Annotated[str, typer.Option("--data", help="Held-out data: images:DIR, hf:DATASET[:SPLIT] or synthetic.")],
     samples: Annotated[int, typer.Option("--samples", min=1, help="Number of held-out samples.")] = 1000,
-    walked: Annotated[
-        int | None,
-        typer.Option("--walked", min=0, help="Samples for the certified rungs; by default 16 images, 1 text."),
-    ] = None,
+    walked: WalkedOption = None,
     max_flip: MaxFlipOption = None,
     max_error: MaxErrorOption = None,
     confidence: ConfidenceOption = 0.95,
@@ -82,10 +81,9 @@ def verify(
 
 
 def _show(title: str, found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = stdout_console()
     for warning in found["bounds"]["warnings"]:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
     table = Table("", "verdict", "", title=f"how far the outputs of {title} moved")

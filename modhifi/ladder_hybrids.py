@@ -19,9 +19,11 @@ class LayerShare:
     """One modified layer. Root mean squares over the samples, in units of the layer's and of the network's output.
 
     ``local`` is e_k, ``change`` is t_k, ``amplification`` t_k / e_k, ``constant`` the global bound of that ratio (R1).
+    ``parameters`` are those that the edit changed there.
     """
 
     where: str
+    parameters: tuple[str, ...]
     local: float
     change: float
     amplification: float

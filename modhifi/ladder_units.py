@@ -59,13 +59,17 @@ class Interval:
 
 @dataclass(frozen=True)
 class Statistical:
-    """R3, each bound with error probability ``alpha``; ``error_quantile`` is of the output's change, not squared."""
+    """R3, each bound with error probability ``alpha``; ``error_quantile`` is of the output's change, not squared.
+
+    ``population`` says what the units are, and so what the bounds speak of.
+    """
 
     n: int
     alpha: float
     flips: Interval
     variation: Interval
     error_quantile: Interval
+    population: str = "held-out units"
     quantile: float = QUANTILE
 
 
@@ -75,7 +79,10 @@ def run_units(dense: Logits, edited: Logits, held: Samples, batch_size: int) -> 
 
     Raises ModhifiError if an output of the original is not finite, GateFailed if one of the modified network is not.
     """
-    flips, variation, error, outputs = [], [], [], []
+    flips: list[Tensor] = []
+    variation: list[Tensor] = []
+    error: list[Tensor] = []
+    outputs: list[Tensor] = []
     start = 0
     for batch in held.batches(batch_size):
         ours, theirs = _double(dense(batch)), _double(edited(batch))
@@ -112,7 +119,7 @@ def _variation(p: Tensor, q: Tensor) -> Tensor:
     return ((p - q).abs().sum(-1) / 2).clamp(0, 1).reshape(len(p), -1).mean(1)
 
 
-def statistical(units: Units, alpha: float) -> Statistical:
+def statistical(units: Units, alpha: float, population: str = "held-out units") -> Statistical:
     """R3 from the units: Clopper-Pearson for flips of images (betting for shares of sequences), betting for total
     variation (or empirical Bernstein where that is tighter), order statistics for the error."""
     n = len(units)
@@ -129,7 +136,7 @@ def statistical(units: Units, alpha: float) -> Statistical:
     measured = float(units.error.quantile(QUANTILE))
     informative = math.isfinite(e_high) and e_high < float(units.constant_errors.quantile(QUANTILE))
     errors = Interval(measured, max(0.0, e_low), e_high, "order statistics", informative)
-    return Statistical(n, alpha, flips, variation, errors)
+    return Statistical(n, alpha, flips, variation, errors, population)
 
 
 @dataclass(frozen=True)
@@ -140,17 +147,19 @@ class Forgetting:
     still_predicted: int
     measured: float
     lower: float
+    upper: float
     alpha: float
 
 
 def forgetting(predictions: Tensor, forgotten: Tensor, alpha: float) -> Forgetting:
     """From the modified network's top-1, int64 (n,), on units of the forgotten classes, int64 (m,).
 
-    The lower Clopper-Pearson bound of the rate at which no forgotten class is predicted.
+    The Clopper-Pearson bounds, each one-sided, of the rate at which no forgotten class is predicted.
     """
     still = int(torch.isin(predictions, forgotten).sum())
     n = len(predictions)
-    return Forgetting(n, still, 1 - still / n, stats.clopper_pearson_lower(n - still, n, alpha), alpha)
+    low, high = (bound(n - still, n, alpha) for bound in (stats.clopper_pearson_lower, stats.clopper_pearson_upper))
+    return Forgetting(n, still, 1 - still / n, low, high, alpha)
 
 
 def _double(outputs: Tensor) -> Tensor:

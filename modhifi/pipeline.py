@@ -32,9 +32,12 @@ from .pruning import (
     reestimate_batchnorm,
     silent,
 )
+from .rebuild import expand
 from .recipe import ModelSource, PruneRecipe
 from .report import data_uri
+from .run_checks import add_bounds, add_groups
 from .sizes import sizes_of
+from .verify import BoundReport, verify_model
 
 
 @dataclass
@@ -54,12 +57,16 @@ class Clock:
 
 @dataclass(frozen=True)
 class PruneResult:
-    """``report`` is JSON-able; ``model`` and ``path`` are None after a dry run."""
+    """``report`` is JSON-able; ``model``, ``path`` and ``bounds`` are None after a dry run.
+
+    A tolerance that is not met raises nothing here: ``bounds.enforce()`` does.
+    """
 
     report: dict[str, Any]
     plan: Plan
     model: nn.Module | None = None
     path: Path | None = None
+    bounds: BoundReport | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +166,14 @@ def run_prune(
         report["verdicts"] = [_measured(report)]
         if loaded.kind == "image":
             report["contact_sheet"] = data_uri(contact_sheet(calibration, loaded, n=48, tile=64))
+    with clock.stage("bound"):
+        twin = expand(pruned.model, loaded.model, pruned.structure, pruned.plan)
+        tolerances, walked = recipe.checks.tolerances(), recipe.checks.walked
+        bounds = verify_model(
+            loaded, pruned.model, twin, held, tolerances, walked=walked, batch_size=recipe.batch_size, progress=progress
+        )
+        add_bounds(report, bounds)
+        add_groups(report, bounds, pruned.structure)
     path = None
     if out is not None:
         with clock.stage("save"):
@@ -175,6 +190,7 @@ def run_prune(
                     "calibration": describe_data(calibration),
                     "held_out": describe_data(held),
                     "metrics": {k: report[k] for k in ("errors", "size") if k in report},
+                    "verdicts": report["verdicts"],
                 },
                 recipe=recipe.model_dump(mode="json"),
                 report=report,
@@ -189,7 +205,7 @@ def run_prune(
             with clock.stage(f"export {kind}"):
                 export_model(pruned.model, batch, path / f"model{SUFFIXES[kind]}", kind)
     report["timing"] = clock.seconds
-    return PruneResult(report, pruned.plan, pruned.model, path)
+    return PruneResult(report, pruned.plan, pruned.model, path, bounds)
 
 
 def own_skeleton(loaded: LoadedModel) -> nn.Module | None:

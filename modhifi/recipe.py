@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .allocate import Budget
 from .errors import ModhifiError
 from .pruning import PruneSettings
+from .verdicts import Tolerances
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -76,6 +77,22 @@ class Method(Strict):
     reestimate_batchnorm: bool = False
 
 
+class Checks(Strict):
+    """Tolerances on how far the outputs may move; see :class:`modhifi.verdicts.Tolerances`.
+
+    ``walked`` samples get the certified rungs; null takes as many as the model's size allows.
+    """
+
+    max_flip: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_error: Annotated[float, Field(ge=0)] | None = None
+    confidence: Share = 0.95
+    not_a_sample: bool = False
+    walked: Annotated[int, Field(ge=0)] | None = None
+
+    def tolerances(self) -> Tolerances:
+        return Tolerances(self.max_flip, self.max_error, self.confidence, self.not_a_sample)
+
+
 class PruneRecipe(Strict):
     """A pruning run."""
 
@@ -84,6 +101,7 @@ class PruneRecipe(Strict):
     data: DataSource = DataSource()
     budget: BudgetChoice = BudgetChoice()
     method: Method = Method()
+    checks: Checks = Checks()
     seed: Annotated[int, Field(ge=0)] = 0
     batch_size: Annotated[int, Field(ge=2)] | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -7,8 +7,9 @@ The schema, version 1; every part but ``title`` may be missing, and what is miss
   ``summary``: a sentence
 * ``before_after``: ``{name, before, after, unit, change?}``; with the unit ``%`` values are shares in [0, 1], with
   ``s`` and ``B`` seconds and bytes; ``change`` is text and computed where it is missing
-* ``groups``: ``{name, kind, n, kept, local_error, relative_error, amplification}``; ``kept`` is a number of components,
-  ``local_error`` squared, ``relative_error`` its share of the readers' output energy
+* ``groups``: ``{name, kind, n, kept, local_error, relative_error, amplification, share}``; ``kept`` is a number of
+  components, ``local_error`` squared, ``relative_error`` its share of the readers' output energy, ``amplification`` the
+  change of the network's output over the readers' own errors, ``share`` that change's share of the sum over all layers
 * ``tables``: ``{title, columns, rows, unit?}``; a row is a name and a value for each further column
 * ``refused``: ``{name, reason}``; ``verdicts``: ``{name, verdict, text}``; ``warnings``: sentences
 * ``timing``: seconds by stage; ``contact_sheet``: a PNG picture as a data URI (:func:`data_uri`)

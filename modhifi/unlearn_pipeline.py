@@ -16,6 +16,7 @@ from .data import Samples
 from .errors import ModhifiError
 from .load import LoadedModel, load_model
 from .pipeline import NOTHING, Clock, Given, load_source, own_skeleton
+from .run_checks import add_bounds, add_forgetting
 from .unlearn import Forgotten, Progress, blend, fit_strength, forget, settled_names, silent
 from .unlearn_data import UnlearnData, class_name, count_classes, find_classes, label_samples, load_unlearn_data
 from .unlearn_data import populations as populations_of
@@ -23,6 +24,7 @@ from .unlearn_moments import passes
 from .unlearn_norms import settle_norms
 from .unlearn_recipe import UnlearnRecipe
 from .unlearn_sites import Sites, find_sites
+from .verify import BoundReport, verify_model
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class UnlearnResult:
     report: dict[str, Any]
     model: nn.Module
     path: Path | None = None
+    bounds: BoundReport | None = None
 
 
 def run_unlearn(
@@ -81,6 +84,15 @@ def run_unlearn(
     report["strength"] = {"of_the_full_edit": strength, "retain_loss_on_held_out": loss}
     if strength == 0.0:
         report["warnings"].append("no strength of this method stays within the retain budget: nothing was changed")
+    with clock.stage("bound"):
+        part = populations_of(data.test, classes, earlier)
+        retained, forgotten = (data.test.subset(torch.nonzero(w).flatten()) for w in (part == 0, part > 0))
+        tolerances, walked, size = recipe.checks.tolerances(), recipe.checks.walked, recipe.batch_size
+        bounds = verify_model(
+            loaded, found.model, found.model, retained, tolerances, walked=walked, batch_size=size, progress=progress
+        )
+        add_bounds(report, bounds)
+        add_forgetting(report, loaded, found.model, forgotten, classes, tolerances.alpha, size)
     path = None
     if out is not None:
         with clock.stage("save"):
@@ -99,6 +111,7 @@ def run_unlearn(
                     "calibration": describe_data(data.edit),
                     "held_out": describe_data(data.test),
                     "metrics": attacked["rows"]["edited"],
+                    "verdicts": report["verdicts"],
                 },
                 recipe=recipe.model_dump(mode="json"),
                 report=report,
@@ -110,7 +123,7 @@ def run_unlearn(
                 expected = loaded.logits(batch, found.model.cpu())
             verify_reload(path, batch, expected, own_skeleton(loaded))
     report["timing"] = clock.seconds
-    return UnlearnResult(report, found.model, path)
+    return UnlearnResult(report, found.model, path, bounds)
 
 
 def run_audit(

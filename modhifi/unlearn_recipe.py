@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from .errors import ModhifiError
-from .recipe import ModelSource, Strict, read_yaml
+from .recipe import Checks, ModelSource, Strict, read_yaml
 from .unlearn import Method, UnlearnSettings
 
 
@@ -47,6 +47,7 @@ class UnlearnRecipe(Strict):
     forget: Annotated[list[str], Field(min_length=1)]
     data: UnlearnData
     method: UnlearnMethod = UnlearnMethod()
+    checks: Checks = Checks()
     reference: str | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     batch_size: Annotated[int, Field(ge=2)] = 64
@@ -77,7 +78,7 @@ def parse_unlearn_recipe(data: Any, where: str = "the recipe") -> UnlearnRecipe:
         first = error.errors()[0]
         path = ".".join(str(p) for p in first["loc"])
         if first["type"] == "extra_forbidden":
-            models: tuple[type[BaseModel], ...] = (UnlearnRecipe, ModelSource, UnlearnData, UnlearnMethod)
+            models: tuple[type[BaseModel], ...] = (UnlearnRecipe, ModelSource, UnlearnData, UnlearnMethod, Checks)
             keys = [key for model in models for key in model.model_fields]
             near = difflib.get_close_matches(str(first["loc"][-1]), keys, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else "; remove it"

@@ -93,7 +93,7 @@ def _verdict(
     def show(value: float) -> str:
         return f"{100 * value:.3g} %" if percent else f"{value:.4g}"
 
-    measured = f"{what}: {show(interval.measured)} measured on {found.n} units"
+    measured = f"{what}: {show(interval.measured)} measured on {found.n} {found.population}"
     if tolerances.not_a_sample:
         verdict = "PASS-ON-SAMPLES" if interval.measured <= tau else "FAIL"
         return Verdict(name, verdict, f"{measured}; nothing is claimed beyond them")

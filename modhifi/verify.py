@@ -28,6 +28,9 @@ from modhifi.verdicts import Tolerances, Verdict, enforce, judge, self_test
 
 Progress = Callable[[str, int, int], None]
 
+# Two float64 copies of a model of this size take 8 GB.
+WALKED_PARAMETERS = 500_000_000
+
 
 @dataclass(frozen=True)
 class Rung:
@@ -85,7 +88,8 @@ def verify_model(
     """Compute every rung for ``edited``, made from ``loaded.model``, on held-out samples that calibrated nothing.
 
     ``dense_shape`` holds the same function as ``edited`` in the original's shapes (zero columns where components went);
-    without it R1, R2 and R4 are not available. ``walked`` samples are walked for them (default: 16 images, 1 text).
+    without it R1, R2 and R4 are not available. ``walked`` samples are walked for them (default: 16 images, 1 text, none
+    where two float64 copies of the model would exceed ``WALKED_PARAMETERS``).
     Raises ModhifiError for models in train mode and outputs that are not finite (GateFailed for the edited model's).
     """
     tolerances = tolerances or Tolerances()
@@ -96,14 +100,14 @@ def verify_model(
     progress("bounding", 0, 3)
     dense_run = partial(_moved, loaded, loaded.model, device)
     units = run_units(dense_run, partial(_moved, loaded, edited, device), held, batch_size)
-    found = statistical(units, tolerances.alpha)
+    found = statistical(units, tolerances.alpha, _population(units, held))
     progress("bounding", 1, 3)
     rungs, layers, gap, violations, every, count = _certify(loaded, edited, dense_shape, held, units, walked)
     progress("bounding", 3, 3)
     verdicts = (self_test(violations, count), *judge(tolerances, found, units, every))
     warnings = []
     if held.synthetic:
-        warnings.append("the held-out data is synthetic: the statistical bounds speak of that distribution only")
+        warnings.append("the held-out data is synthetic: the statistical bounds speak of synthetic data only")
     return BoundReport(
         rungs=(*rungs, *_statistical_rungs(found, units)),
         layers=layers,
@@ -114,6 +118,11 @@ def verify_model(
         tolerances=tolerances,
         warnings=tuple(warnings),
     )
+
+
+def _population(units: Units, held: Samples) -> str:
+    kind = "images" if units.positions == 1 else "sequences"
+    return f"synthetic {kind} (it speaks of synthetic {kind} only)" if held.synthetic else f"held-out {kind}"
 
 
 def _moved(loaded: LoadedModel, model: nn.Module, device: torch.device, batch: Tensor) -> Tensor:
@@ -128,8 +137,11 @@ def _certify(
     units: Units,
     walked: int | None,
 ) -> tuple[tuple[Rung, ...], tuple[LayerShare, ...], float | None, tuple[str, ...], float | None, int]:
-    count = min(len(held), (16 if units.positions == 1 else 1) if walked is None else walked)
-    reason = "no sample was walked" if count == 0 else ""
+    size = sum(p.numel() for p in loaded.model.parameters())
+    if walked is None:
+        walked = 0 if size > WALKED_PARAMETERS else 16 if units.positions == 1 else 1
+    count = min(len(held), walked)
+    reason = "" if count else f"no sample was walked through two float64 copies of {size:,} parameters"
     if dense_shape is None:
         reason = "the edited model is not known in the original's shapes"
     if not reason and dense_shape is not None:
@@ -150,8 +162,8 @@ def _certify(
     telescoped = torch.stack(changes).sum(0) if changes else torch.zeros_like(after)
     gap = float((telescoped - (after - before)).abs().max())
     layers = tuple(
-        _share(where, error, constant, change)
-        for (where, _, error, constant), change in zip(certified.layers, changes, strict=True)
+        _share(where, names, error, constant, change)
+        for (where, names, error, constant), change in zip(certified.layers, changes, strict=True)
     )
     violations = certified.violations()
     limit = OUTPUT_SLACK * certified.scale
@@ -183,7 +195,7 @@ def _certified_rungs(found: Certified, constant_error: float) -> tuple[Rung, ...
 
 
 def _statistical_rungs(found: Statistical, units: Units) -> tuple[Rung, ...]:
-    sure = f"{found.n} independent held-out units, {100 * (1 - found.alpha):.4g} % confidence, each bound by itself"
+    sure = f"{found.n} independent {found.population}, {100 * (1 - found.alpha):.4g} % confidence, each bound by itself"
     names = ("R3 share of flips", "R3 total variation", f"R3 {found.quantile:.0%} quantile of the change")
     rungs = []
     for name, interval in zip(names, (found.flips, found.variation, found.error_quantile), strict=True):
@@ -195,9 +207,10 @@ def _statistical_rungs(found: Statistical, units: Units) -> tuple[Rung, ...]:
     return tuple(rungs)
 
 
-def _share(where: str, error: float, constant: float, change: Tensor) -> LayerShare:
+def _share(where: str, names: tuple[str, ...], error: float, constant: float, change: Tensor) -> LayerShare:
     moved = _rms(change.flatten(1).norm(dim=1))
-    return LayerShare(where, error, moved, moved / error if error > 0 else 0.0, constant)
+    amplification = math.nan if math.isnan(error) else moved / error if error > 0 else 0.0
+    return LayerShare(where, names, error, moved, amplification, constant)
 
 
 def _double(model: nn.Module) -> nn.Module:

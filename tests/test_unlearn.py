@@ -225,7 +225,12 @@ def test_command_line(world: Path, tmp_path: Path) -> None:
     arguments = ["unlearn", str(world / "model"), "--forget", "blue", "--data", train, "--samples", "240", "--quiet"]
     done = runner.invoke(app, [*arguments, "--out", str(out), "--json", "--device", "cpu"])
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["audit"]["rows"]["edited"]["forget"] <= 0.1
+    report = json.loads(done.stdout)
+    assert report["audit"]["rows"]["edited"]["forget"] <= 0.1
+    verdicts = {v["name"]: v["verdict"] for v in report["verdicts"]}
+    assert verdicts["self-test"] == "HOLDS" and verdicts["forgotten classes no longer predicted"] == "INFORMATIVE"
+    gone = report["bounds"]["forgetting"]
+    assert gone["original"]["upper"] < gone["edited"]["lower"] <= gone["edited"]["measured"]
     again = runner.invoke(app, [*arguments, "--out", str(out)])
     assert again.exit_code == 2 and "--force" in again.output
     page = tmp_path / "audit.html"

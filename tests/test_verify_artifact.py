@@ -74,6 +74,26 @@ def test_exit_codes(artefact: Path, model_dir: Path, options: list[object], code
     assert (len(stderr.strip().splitlines()) == 1) == (code == 1)
 
 
+def test_pruning_ends_with_the_bounds(model_dir: Path, image_dir: Path, tmp_path: Path) -> None:
+    """A tolerance that is not met: exit code 1, and the artefact is there, marked."""
+    out = tmp_path / "out"
+    code, stdout, stderr = run(
+        "prune", model_dir, "--data", f"images:{image_dir}", "--samples", 24, "--evaluation-samples", 10,
+        "--ratio", 0.2, "--max-error", 1e-6, "--max-flip", 0.01, "--walked", 2, "--out", out, "--quiet", "--json",
+    )  # fmt: skip
+    assert code == 1 and "error: max flip 0.01: INCONCLUSIVE" in stderr and "368 units" in stderr, stderr
+    report = json.loads(stdout)
+    verdicts = {v["name"]: v["verdict"] for v in report["verdicts"]}
+    assert verdicts["self-test"] == "HOLDS" and verdicts["max error 1e-06"] == "FAIL"
+    assert json.loads((out / "modhifi.json").read_text())["verdicts"] == report["verdicts"]
+    assert json.loads((out / "report.json").read_text())["settings"]["checks"]["max_flip"] == 0.01
+    cut = [g for g in report["groups"] if g["kept"] < g["n"]]
+    assert cut and all(g["amplification"] > 0 for g in cut)
+    # Every modified layer here is the reader of a group, some of two.
+    assert sum(g["share"] for g in cut) >= 1 - 1e-9
+    assert "Which layers spend the error" in (out / "report.html").read_text()
+
+
 def test_calibration_data_is_refused(artefact: Path, model_dir: Path, image_dir: Path) -> None:
     data = ["--data", f"images:{image_dir}", "--samples", 48]
     code, _, stderr = verify(artefact, model_dir, *data)
