@@ -168,9 +168,9 @@ def run_prune(
             report["contact_sheet"] = data_uri(contact_sheet(calibration, loaded, n=48, tile=64))
     with clock.stage("bound"):
         twin = expand(pruned.model, loaded.model, pruned.structure, pruned.plan)
-        tolerances, walked = recipe.checks.tolerances(), recipe.checks.walked
+        tolerances, walked, size = recipe.checks.tolerances(), recipe.checks.walked, settings.batch_size
         bounds = verify_model(
-            loaded, pruned.model, twin, held, tolerances, walked=walked, batch_size=recipe.batch_size, progress=progress
+            loaded, pruned.model, twin, held, tolerances, walked=walked, batch_size=size, progress=progress
         )
         add_bounds(report, bounds)
         add_groups(report, bounds, pruned.structure)
