@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import replace
@@ -191,6 +192,9 @@ def _write_weights(directory: Path, model: nn.Module) -> dict[str, Any]:
         state[name] = plain if whole else plain.clone()
     save_torch_state_dict(state, directory, max_shard_size=SHARD)
     files = sorted(directory.glob("*.safetensors"))
+    os.umask(mask := os.umask(0))
+    for path in files:
+        path.chmod(0o666 & ~mask)  # safetensors makes its files private, the others are not
     return {"files": {path.name: _sha256(path) for path in files}, "tied": tied}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import sys
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import ModhifiError
@@ -80,8 +80,9 @@ def compare_latency(
         raise ModhifiError("latency can only be compared between models on one device; move them to the same one")
     batch = batch.to(device := devices.pop())
     threads = torch.get_num_threads()
+    timer_class = _timer()
     timers = [
-        Timer("run(model, batch)", globals={"run": _run, "model": model, "batch": batch}, num_threads=threads)
+        timer_class("run(model, batch)", globals={"run": _run, "model": model, "batch": batch}, num_threads=threads)
         for model in models.values()
     ]
     passes = [timer.blocked_autorange(min_run_time=min_run_time).number_per_run for timer in timers]
@@ -96,6 +97,18 @@ def compare_latency(
         ratio, ratio_iqr = _median_iqr([own / first for own, first in zip(seconds[k], seconds[0], strict=True)])
         result[name] = Latency(median, iqr, ratio, ratio_iqr, rounds, passes[k], len(batch), threads, str(device))
     return result
+
+
+def _timer() -> Any:
+    """``torch.utils.benchmark.Timer``, without torch's complaint about a CUDA toolkit on a machine without a GPU."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        from torch.utils.benchmark import Timer
+    finally:
+        logger.setLevel(level)
+    return Timer
 
 
 @torch.inference_mode()

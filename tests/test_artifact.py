@@ -136,6 +136,8 @@ def test_the_directory_holds_what_it_should(saved):
     fresh = out.parent / "fresh"
     fresh.mkdir()
     assert out.stat().st_mode == fresh.stat().st_mode
+    (fresh / "file").touch()
+    assert {path.stat().st_mode for path in out.iterdir()} == {(fresh / "file").stat().st_mode}
 
 
 def test_the_card_has_valid_metadata_and_a_snippet_that_runs(saved):
