@@ -22,7 +22,8 @@ write_results(
     ["name", "before", "after", "unit"],
     f"""# `modhifi demo`
 A CIFAR-10 ResNet pruned to half its FLOPs with 500 unlabelled images, measured on 500 test images.
-Seconds in all: {sum(report["timing"].values()):.0f}, of which pruning {report["timing"]["prune"]:.0f}. Command: `python eval/demo.py`.""",
+Seconds in all: {sum(report["timing"].values()):.0f}, of which pruning {report["timing"]["prune"]:.0f}.
+Command: `python eval/demo.py`.""",
     timing=report["timing"],
     errors=report["errors"],
 )

@@ -91,8 +91,9 @@ def ladder() -> None:
         ["method", "removed", "FLOPs kept", "accuracy", "accuracy, BatchNorm re-estimated"],
         f"""# Ladder of methods, no training
 The reference ResNet on {len(held)} CIFAR-10 test images; the same share of the inner channels of every block removed;
-{len(calibration)} unlabelled training images. `naive` is the paper's selection, `delta` its compensation. Torch-Pruning prunes
-magnitudes on its own choice of groups, down to the FLOPs of the rows above. Command: `python eval/vision_prune.py --part ladder`.""",
+{len(calibration)} unlabelled training images. `naive` is the paper's selection, `delta` its compensation.
+Torch-Pruning prunes magnitudes on its own choice of groups, down to the FLOPs of the rows above.
+Command: `python eval/vision_prune.py --part ladder`.""",
     )
 
 
@@ -273,7 +274,8 @@ def cost() -> None:
         ["run", "forward s", "prune s", "ratio"],
         """# Cost of a whole prune over plain forward passes
 ResNet-50 (random weights) at 224 px, 256 images: wall time of collecting, scoring, planning and editing over that of
-plain forward passes over the same images, measured next to each other. Command: `python eval/vision_prune.py --part cost`.""",
+plain forward passes over the same images, measured next to each other.
+Command: `python eval/vision_prune.py --part cost`.""",
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from modhifi import hub
@@ -207,6 +208,19 @@ def refuse_quantised_config(directory: Path, source: str) -> None:
             _refuse_quantised(source, f"quantization_config: {method}{f', {bits}-bit' if bits else ''}")
 
 
+def refuse_quantised_files(directory: Path, source: str) -> None:
+    """Raise ModhifiError if a safetensors file holds weights in integers or 8-bit floats.
+
+    Copied into float parameters they would load without complaint, and without their scales.
+    """
+    for path in sorted(directory.glob("*.safetensors")):
+        with hub.explained(source), safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - the handle is no dictionary
+                kind = file.get_slice(name).get_dtype()
+                if name.endswith("weight") and kind not in ("F64", "F32", "F16", "BF16"):
+                    _refuse_quantised(source, f"tensor {name!r} of {path.name} is {kind}")
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """The content of ``config.json``, empty if there is none; ModhifiError if it is not a JSON object."""
     path = directory / "config.json"
@@ -245,6 +259,8 @@ def _from_directory(
         return loaded
     config = read_config(directory)
     refuse_quantised_config(directory, source)
+    if pretrained and not gguf_file:
+        refuse_quantised_files(directory, source)
     if "architecture" in config and not gguf_file:
         from modhifi import load_timm
 

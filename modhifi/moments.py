@@ -77,7 +77,7 @@ class Accumulator:
         return [slice(start, min(start + strip, width)) for start in range(0, width, strip)]
 
     def finish(self) -> Moments:
-        """The moments of everything added. Spends the sums, which it turns into the result in place: Grams are large."""
+        """The moments of everything added. Spends the sums, which become the result in place: Grams are large."""
         assert self.shift is not None
         first, second = self.first.double() / self.n, self.second.double()
         del self.second

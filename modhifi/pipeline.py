@@ -121,7 +121,10 @@ def load_data(
         return calibration, held if len(fresh) == len(held) else held.subset(fresh)
     both = load(source, data.samples + data.evaluation_samples)
     if len(both) < 4:
-        raise ModhifiError(f"{len(both)} usable samples are too few to calibrate and to check; give at least 4")
+        raise ModhifiError(
+            f"{both.description}: {len(both)} different usable samples are too few to calibrate and to check; "
+            "give at least 4"
+        )
     return both.split(data.samples, data.evaluation_samples)
 
 

@@ -20,8 +20,8 @@ from .moments import Moments, collect
 from .oracle import confirm
 from .plan import Plan
 from .readers import absorb_mean, applied_second, readers_of, weight_matrix, write_weight
-from .selection import Curve, eliminate, hifi_union, removal_order
 from .replay import Replay
+from .selection import Curve, eliminate, hifi_union, removal_order
 from .sequential import edit_sequentially, joint_moments
 from .sizes import sizes_of
 from .surgery import kernel_size, removed_positions, shrink

@@ -68,14 +68,14 @@ class Replay:
         for name in list(self.outputs)[:first]:
             block = self.model.get_submodule(name)
             kept.append((block, block.__dict__.get("forward")))
-            block.forward = lambda *args, out=self.outputs[name], **kwargs: _copy(out)  # type: ignore[method-assign]
+            block.forward = lambda *args, out=self.outputs[name], **kwargs: _copy(out)
         try:
             yield
         finally:
             for block, forward in kept:
                 del block.forward
                 if forward is not None:
-                    block.forward = forward  # type: ignore[method-assign]
+                    block.forward = forward
 
 
 def _copy(value: Any) -> Any:

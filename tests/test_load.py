@@ -16,6 +16,7 @@ import torch
 import transformers
 from hub_server import TOKEN, HubServer, Repository
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -317,6 +318,16 @@ def test_quantised_checkpoint_is_refused(tmp_path: Path, entry: dict[str, object
     assert "already quantised" in message and "4-bit" in message and str(entry["quant_method"]) in message
 
 
+@pytest.mark.parametrize(("save", "kind"), [(save_timm, torch.int8), (save_llama, torch.float8_e4m3fn)])
+def test_quantised_weights_in_a_directory_are_refused(save, kind: torch.dtype, tmp_path: Path) -> None:
+    save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = load_file(path)
+    name = next(name for name, value in state.items() if value.ndim > 1)
+    save_file(state | {name: state[name].to(kind)}, path)
+    assert "already quantised" in (message := refusal(tmp_path)) and repr(name) in message
+
+
 def test_quantised_module_is_refused() -> None:
     module = nn.Sequential(nn.Linear(3, 3))
     module[0].weight = nn.Parameter(module[0].weight.to(torch.int8), requires_grad=False)
@@ -502,7 +513,8 @@ def downloads(tmp_path_factory: pytest.TempPathFactory) -> types.SimpleNamespace
         ("never seen without network", ["hf:org/other"], {}),
     ]
     with HubServer(models) as server:
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "http", "HTTP"))} | {
+        hidden = ("HF_", "HUGGING", "TRANSFORMERS_", "http", "HTTP")
+        env = {k: v for k, v in os.environ.items() if not k.startswith(hidden)} | {
             "HF_ENDPOINT": server.url, "HF_HOME": str(root / "home"), "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1",
         }  # fmt: skip
         command = [sys.executable, "-c", DOWNLOADS, json.dumps(cases), TOKEN]

@@ -123,7 +123,7 @@ def test_size_on_disk_sums_files_below_a_directory(tmp_path: Path) -> None:
 
 
 def occupy(size: int, device: str) -> int:
-    """Hold ``size`` bytes for a moment; on the CPU in a mapping of its own, as the C library may reuse what it holds."""
+    """Hold ``size`` bytes for a moment; on the CPU in a mapping of its own, as C may reuse what it holds."""
     if device != "cpu":
         return torch.ones(size // 4, device=device).numel() * 4
     with mmap.mmap(-1, size) as memory:

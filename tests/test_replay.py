@@ -48,7 +48,10 @@ def test_replay_gives_what_a_full_pass_gives_and_skips_the_blocks_before(build):
         weight.data.mul_(1.5)
         expected = output(copy.deepcopy(model), x)
         ran = []
-        handles = [m.register_forward_pre_hook(lambda m, a, n=n: ran.append(n)) for n, m in model.named_modules()]
+        handles = [
+            module.register_forward_pre_hook(lambda m, a, name=name, ran=ran: ran.append(name))
+            for name, module in model.named_modules()
+        ]
         with replay.after_change([place]):
             found = output(model, x)
         for handle in handles:
