@@ -22,6 +22,7 @@ from .check import check
 from .demo import demo
 from .env import env, version
 from .prune import prune
+from .recipe import app as recipe
 from .score import score
 from .unlearn import unlearn
 from .verify import verify
@@ -109,6 +110,7 @@ def options(
 
 for verb in (prune, unlearn, verify, audit, score, check, demo, env):
     app.command()(verb)
+app.add_typer(recipe, name="recipe")
 
 
 def main() -> None:

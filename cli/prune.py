@@ -179,12 +179,11 @@ def prune(
     force: ForceOption = False,
 ) -> None:
     """Make a model physically smaller, without its training data, labels or gradients."""
-    import json
     import shlex
 
     from modhifi.pipeline import run_prune
-    from modhifi.plan import Plan
-    from modhifi.recipe import apply_overrides, parse_recipe, read_yaml
+    from modhifi.recipe import parse_recipe
+    from modhifi.recipe_file import apply_overrides, read_yaml
 
     if recipe is not None:
         content = read_yaml(recipe)
@@ -232,23 +231,17 @@ def prune(
         }
     if out is not None:
         content["out"] = str(out)
-    parsed = parse_recipe(apply_overrides(content, set_values or []), str(recipe) if recipe else "the options")
+    if plan is not None:
+        content["plan"] = read_plan(plan)
+    parsed = parse_recipe(apply_overrides(content, set_values or []), recipe or "the options")
     if parsed.out is None and not dry_run:
         raise ModhifiError("give --out DIR for the pruned model, or --dry-run to see the plan only")
-    replayed = None
-    if plan is not None:
-        try:
-            loaded_plan = json.loads(plan.read_text())
-            replayed = Plan.from_json(loaded_plan.get("plan", loaded_plan))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModhifiError(f"{plan} holds no plan ({error}); give the JSON of --dry-run --json") from None
     with progress(quiet or as_json) as report:
         result = run_prune(
             parsed,
             device=resolve_device(parsed.device),
             dry_run=dry_run,
             force=force,
-            plan=replayed,
             export=tuple(export or []),
             progress=report,
             command=shlex.join(["modhifi", *sys.argv[1:]]),
@@ -259,6 +252,19 @@ def prune(
         show(result.report, result.path)
     if result.bounds is not None:
         result.bounds.enforce()
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """The components kept, group by group, from a plan or from the JSON of a dry run that holds one."""
+    import json
+
+    from modhifi.plan import Plan
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return dict(Plan.from_json(content.get("plan", content)).to_json()["kept"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModhifiError(f"{path} holds no plan ({error}); give the JSON of --dry-run --json") from None
 
 
 def show(report: dict[str, Any], path: Path | None) -> None:

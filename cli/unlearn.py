@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from modhifi.errors import GateFailed, ModhifiError
+from modhifi.errors import ModhifiError
 
 from .common import (
     ConfidenceOption,
@@ -110,7 +110,8 @@ def unlearn(
     """Make a classifier forget classes with forward passes only, then attack the result. No proof of data deletion."""
     import shlex
 
-    from modhifi.recipe import apply_overrides, read_yaml
+    from modhifi.recipe_file import apply_overrides, read_yaml
+    from modhifi.recipe_run import require_forgotten
     from modhifi.unlearn_pipeline import run_unlearn
     from modhifi.unlearn_recipe import parse_unlearn_recipe
 
@@ -159,7 +160,7 @@ def unlearn(
     if out is not None:
         content["out"] = str(out)
     content = apply_overrides(content, set_values or [])
-    parsed = parse_unlearn_recipe(content, str(recipe) if recipe else "the options")
+    parsed = parse_unlearn_recipe(content, recipe or "the options")
     with progress(quiet or as_json) as report:
         result = run_unlearn(
             parsed,
@@ -174,8 +175,7 @@ def unlearn(
         show_audit(result.report, result.path)
     if result.bounds is not None:
         result.bounds.enforce()
-    if result.report["strength"]["of_the_full_edit"] == 0.0:
-        raise GateFailed("nothing was forgotten: no strength stays within --retain-budget; allow a larger one")
+    require_forgotten(result.report)
 
 
 def show_audit(report: dict[str, Any], path: Path | None) -> None:

@@ -76,17 +76,18 @@ def verify(
     if as_json:
         print_json(found.to_json())
     else:
-        _show(str(directory), found.to_json())
+        show_bounds(f"how far the outputs of {directory} moved", found.to_json())
     found.enforce()
 
 
-def _show(title: str, found: dict[str, Any]) -> None:
+def show_bounds(title: str, found: dict[str, Any]) -> None:
+    """The ladder and its verdicts on one screen."""
     from rich.table import Table
 
     console = stdout_console()
     for warning in found["bounds"]["warnings"]:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
-    table = Table("", "verdict", "", title=f"how far the outputs of {title} moved")
+    table = Table("", "verdict", "", title=title)
     for row in found["verdicts"]:
         table.add_row(row["name"], row["verdict"], row["text"])
     console.print(table)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 OUTPUT = 0.05
 # The features forget a class for a linear reader where the probe finds at most this share of what it found before.
 MOSTLY, PARTLY = 1 / 3, 2 / 3
+VERDICTS = ("NOT FORGOTTEN", "SUPPRESSED", "PARTLY ERASED", "ERASED FOR A LINEAR READER")
 CAVEAT = (
     "This speaks of the attacks listed and of these test images alone; other attacks may find more. Suppression is not "
     "erasure, and a class-unlearned model is no proof of data deletion."

@@ -135,13 +135,13 @@ def run_prune(
     dry_run: bool = False,
     force: bool = False,
     given: Given = NOTHING,
-    plan: Plan | None = None,
     export: tuple[str, ...] = (),
     progress: Progress = silent,
     command: str = "",
 ) -> PruneResult:
     """Run a pruning recipe. Writes nothing before everything is computed, and nothing at all with ``dry_run``."""
     clock = Clock()
+    plan = None if recipe.plan is None else Plan({name: tuple(kept) for name, kept in recipe.plan.items()})
     budget = None if plan is not None or recipe.method.eta is not None else recipe.budget.parse()
     out = None if dry_run or recipe.out is None else Path(recipe.out)
     if out is not None:

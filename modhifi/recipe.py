@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from .allocate import Budget
-from .errors import ModhifiError
 from .pruning import PruneSettings
+from .recipe_file import Strict, validate
 from .verdicts import Tolerances
 
 Share = Annotated[float, Field(gt=0, lt=1)]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelSource(Strict):
@@ -94,7 +87,7 @@ class Checks(Strict):
 
 
 class PruneRecipe(Strict):
-    """A pruning run."""
+    """A pruning run. ``plan``, components kept by group, takes the place of a budget."""
 
     task: Literal["prune"] = "prune"
     model: ModelSource
@@ -102,6 +95,7 @@ class PruneRecipe(Strict):
     budget: BudgetChoice = BudgetChoice()
     method: Method = Method()
     checks: Checks = Checks()
+    plan: dict[str, list[int]] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     batch_size: Annotated[int, Field(ge=2)] | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -130,64 +124,6 @@ class PruneRecipe(Strict):
         )
 
 
-def parse_recipe(data: Any, where: str = "the recipe") -> PruneRecipe:
-    """Validate a mapping. Raises ModhifiError that names the key, and the nearest known one for an unknown key."""
-    try:
-        return PruneRecipe.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(p) for p in first["loc"])
-        if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(first["loc"][-1]), _keys(PruneRecipe), n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else "; remove it"
-            raise ModhifiError(f"{where}: unknown key '{path}'{hint}") from None
-        raise ModhifiError(f"{where}: {path or 'recipe'}: {first['msg'].lower()}, not {first['input']!r}") from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ModhifiError for a missing file, bad YAML and anything but a mapping."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModhifiError(f"there is no recipe at {path}; give the path of a YAML file") from None
-    except yaml.YAMLError as error:
-        raise ModhifiError(f"{path} is not YAML ({' '.join(str(error).split())}); mend it") from None
-    if not isinstance(data, dict):
-        raise ModhifiError(f"{path} is no recipe: its top level must be a mapping")
-    return data
-
-
-def load_recipe(path: Path) -> PruneRecipe:
-    """Read a YAML recipe. Raises ModhifiError for a missing file, bad YAML and bad content."""
-    return parse_recipe(read_yaml(path), str(path))
-
-
-def apply_overrides(content: dict[str, Any], changes: list[str]) -> dict[str, Any]:
-    """A copy of a recipe's mapping with each ``a.b=value`` set; values are read as YAML."""
-    result = copy.deepcopy(content)
-    for change in changes:
-        path, found, value = change.partition("=")
-        if not found or not path:
-            raise ModhifiError(f"--set takes a.b=value, not {change!r}")
-        *parents, leaf = path.split(".")
-        place = result
-        for key in parents:
-            place = place.setdefault(key, {})
-            if not isinstance(place, dict):
-                raise ModhifiError(f"--set {change}: '{key}' is a value, it holds no '{leaf}'")
-        place[leaf] = yaml.safe_load(value)
-    return result
-
-
-def dump_recipe(recipe: PruneRecipe) -> str:
-    """YAML that :func:`load_recipe` reads back to an equal recipe; defaults are written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _keys(model: type[BaseModel]) -> list[str]:
-    keys = []
-    for name, field in model.model_fields.items():
-        keys.append(name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _keys(field.annotation)
-    return keys
+def parse_recipe(data: Any, where: str | Path = "the recipe") -> PruneRecipe:
+    """A pruning recipe from a mapping; see :func:`modhifi.recipe_file.validate`."""
+    return validate(PruneRecipe, data, where)

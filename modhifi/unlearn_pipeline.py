@@ -133,6 +133,7 @@ def run_audit(
     forget_names: Sequence[str] = (),
     original: str | None = None,
     forget_source: str | None = None,
+    evaluate: str | None = None,
     reference: str | None = None,
     members: str | None = None,
     samples: int = 2000,
@@ -170,6 +171,8 @@ def run_audit(
         source=source,
         samples=samples,
         forget_source=forget_source,
+        evaluate=evaluate,
+        evaluation_samples=samples,
         seed=seed,
         batch_size=batch_size,
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field
 
-from .errors import ModhifiError
-from .recipe import Checks, ModelSource, Strict, read_yaml
+from .recipe import Checks, ModelSource
+from .recipe_file import Strict, validate
 from .unlearn import Method, UnlearnSettings
 
 
@@ -70,22 +69,6 @@ class UnlearnRecipe(Strict):
         )
 
 
-def parse_unlearn_recipe(data: Any, where: str = "the recipe") -> UnlearnRecipe:
-    """Validate a mapping. Raises ModhifiError that names the key, and the nearest known one for an unknown key."""
-    try:
-        return UnlearnRecipe.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(p) for p in first["loc"])
-        if first["type"] == "extra_forbidden":
-            models: tuple[type[BaseModel], ...] = (UnlearnRecipe, ModelSource, UnlearnData, UnlearnMethod, Checks)
-            keys = [key for model in models for key in model.model_fields]
-            near = difflib.get_close_matches(str(first["loc"][-1]), keys, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else "; remove it"
-            raise ModhifiError(f"{where}: unknown key '{path}'{hint}") from None
-        raise ModhifiError(f"{where}: {path or 'recipe'}: {first['msg'].lower()}, not {first['input']!r}") from None
-
-
-def load_unlearn_recipe(path: Path) -> UnlearnRecipe:
-    """Read a YAML recipe. Raises ModhifiError for a missing file, bad YAML and bad content."""
-    return parse_unlearn_recipe(read_yaml(path), str(path))
+def parse_unlearn_recipe(data: Any, where: str | Path = "the recipe") -> UnlearnRecipe:
+    """An unlearning recipe from a mapping; see :func:`modhifi.recipe_file.validate`."""
+    return validate(UnlearnRecipe, data, where)

@@ -1,6 +1,8 @@
+"""Recipe files: strict parsing with errors that help, and the schema for editors."""
+
 from __future__ import annotations
 
-from importlib.resources import files
+import json
 from pathlib import Path
 
 import pytest
@@ -11,18 +13,38 @@ from torch import nn
 from modhifi.defaults import complete
 from modhifi.errors import ModhifiError
 from modhifi.load import load_model
-from modhifi.recipe import PruneRecipe, apply_overrides, dump_recipe, load_recipe, parse_recipe
+from modhifi.recipe import PruneRecipe, parse_recipe
+from modhifi.recipe_file import apply_overrides, read_yaml, to_yaml, validate
+from modhifi.recipe_shelf import find, shipped, summary
+from modhifi.recipe_steps import StepsRecipe, parse, schema
 
 CONTENT = {"model": {"name": "timm:resnet18"}, "budget": {"flops": "0.5x"}}
+STEPS = """\
+# a comment
+steps:
+  small:
+    task: prune
+    model:
+      name: demo:resnet
+    budget:
+      ratio: 0.5
+  check:
+    task: verify
+    directory: step:small
+    data:
+      source: demo:test
+"""
 
 
 def test_a_dumped_recipe_reads_back_equal(tmp_path: Path) -> None:
     recipe = parse_recipe(apply_overrides(CONTENT, ["method.only=['layer1*']", "seed=3"]))
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
-    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe.model_dump(mode="json")))
+    assert parse(read_yaml(tmp_path / "recipe.yaml")) == recipe
     settings = complete(recipe, load_model(nn.Flatten(), example=torch.zeros(2, 3, 8, 8)), "cpu")[0].settings()
     assert settings.only == ("layer1*",) and settings.seed == 3
     assert (settings.layout, settings.batch_size, settings.rows_per_column) == ("global", 32, 2)
+    steps = parse(yaml.safe_load(STEPS))
+    assert isinstance(steps, StepsRecipe) and parse(yaml.safe_load(to_yaml(steps.model_dump(mode="json")))) == steps
 
 
 def test_overrides_leave_the_original_alone() -> None:
@@ -35,31 +57,80 @@ def test_overrides_leave_the_original_alone() -> None:
     ("changes", "message"),
     [
         (["metod.selector=obs"], "did you mean 'method'"),
+        (["method.selectr=obs"], "unknown key 'method.selectr'; did you mean 'selector'"),
+        (["method.flops=0.5x"], "unknown key 'method.flops'"),
         (["method.selector=best"], "method.selector"),
         (["data.samples=0"], "data.samples"),
         (["method.floor=1.5"], "method.floor"),
         (["model.name.x=1"], "'name' is a value"),
         (["nonsense"], "a.b=value"),
+        (["seed=[1"], "not YAML"),
+        (["model={}"], "'model.name' is missing"),
+        (["task=prun"], "no task 'prun'"),
     ],
 )
 def test_bad_content_names_the_key(changes: list[str], message: str) -> None:
-    with pytest.raises(ModhifiError, match=message):
-        parse_recipe(apply_overrides(CONTENT, changes))
+    with pytest.raises(ModhifiError, match=message) as caught:
+        parse(apply_overrides(CONTENT, changes))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ("ratio: 0.5", "ration: 0.5", 8, "unknown key 'steps.small.budget.ration'; did you mean 'ratio'"),
+        ("directory", "dirctory", 11, "did you mean 'directory'"),
+        ("task: verify", "task: verfy", 9, "verfy"),
+        ("step:small", "step:big", None, "step:big is no step before it"),
+        ("  check:", "  Check it:", None, "no plain word"),
+        ("    directory: step:small\n", "", 9, "'steps.check.directory' is missing"),
+    ],
+)
+def test_errors_name_the_file_and_the_line(tmp_path: Path, old: str, new: str, line: int | None, message: str) -> None:
+    assert old in STEPS
+    path = tmp_path / "r.yaml"
+    path.write_text(STEPS.replace(old, new))
+    with pytest.raises(ModhifiError) as caught:
+        parse(read_yaml(path), path)
+    text = str(caught.value)
+    assert text.startswith(f"{path}:{line}: " if line else f"{path}: ") and message in text and "\n" not in text
 
 
 @pytest.mark.parametrize(("text", "message"), [("a: [", "not YAML"), ("- 1", "mapping")])
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ModhifiError, match=message):
-        load_recipe(tmp_path / "r.yaml")
+        read_yaml(tmp_path / "r.yaml")
     with pytest.raises(ModhifiError, match="no recipe at"):
-        load_recipe(tmp_path / "missing.yaml")
+        read_yaml(tmp_path / "missing.yaml")
 
 
-def test_shipped_recipes_are_valid() -> None:
-    shipped = [p for p in (files("modhifi.recipes") / "prune").iterdir() if p.name.endswith(".yaml")]
-    assert shipped
-    for path in shipped:
-        recipe = parse_recipe(yaml.safe_load(path.read_text()), path.name)
-        assert isinstance(recipe, PruneRecipe)
-        recipe.budget.parse()
+def test_shipped_recipes_are_valid_and_say_what_for() -> None:
+    names = shipped()
+    assert {n.partition("/")[0] for n in names} == {"prune", "unlearn", "ci"}
+    for name, path in names.items():
+        recipe = parse(read_yaml(path), path)
+        assert summary(path).endswith("."), name
+        swept = isinstance(recipe, StepsRecipe) and recipe.sweep
+        for step in recipe.steps.values() if isinstance(recipe, StepsRecipe) else [recipe]:
+            if isinstance(step, PruneRecipe) and not swept:
+                step.budget.parse()
+    assert find("prune/timm-resnet") == names["prune/timm-resnet"]
+    with pytest.raises(ModhifiError, match="is prune/timm-vit meant"):
+        find("timm-vit")
+
+
+def test_the_schema_knows_every_task_and_refuses_unknown_keys() -> None:
+    content = json.loads(json.dumps(schema()))
+    parts = content["$defs"]
+    assert {"PruneRecipe", "UnlearnRecipe", "VerifyRecipe", "AuditRecipe", "StepsRecipe"} <= parts.keys()
+    assert all(part.get("additionalProperties") is False for name, part in parts.items() if name.endswith("Recipe"))
+    assert "obs" in parts["Method"]["properties"]["selector"]["enum"]
+
+
+def test_a_sweep_goes_over_one_key() -> None:
+    content = yaml.safe_load(STEPS)
+    recipe = validate(StepsRecipe, {**content, "sweep": {"steps.small.budget.ratio": [0.5, 0.3]}}, "here")
+    assert recipe.sweep == {"steps.small.budget.ratio": [0.5, 0.3]}
+    with pytest.raises(ModhifiError, match="one key"):
+        validate(StepsRecipe, {**content, "sweep": {"a": [1], "b": [2]}}, "here")

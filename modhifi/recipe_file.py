@@ -1,0 +1,156 @@
+"""Recipes as files: read, override, validate with errors that name the file, the line and the nearest key."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import ModhifiError
+
+
+class Strict(BaseModel):
+    """A part of a recipe: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+R = TypeVar("R", bound=BaseModel)
+
+
+def validate(kind: type[R], content: Any, where: str | Path) -> R:
+    """The content as a recipe of one kind.
+
+    ``where`` is the file it was read from, whose line an error then names, or a word for it. Raises ModhifiError, one
+    line, that names the first bad key, and the nearest known one for an unknown key.
+    """
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        # A key that is unknown here is often the one that is missing there.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        # Where one of several kinds is meant, pydantic puts the name of the kind into the path.
+        keys = _real_keys(content, first["loc"])
+        path = ".".join(map(str, keys)) or "recipe"
+        place = f"{where}{_line(where, keys)}"
+        if first["type"] == "extra_forbidden":
+            known = _keys_at(kind, keys[:-1], content) or _all_keys(kind)
+            close = difflib.get_close_matches(str(keys[-1]), known, n=1)
+            close = close or difflib.get_close_matches(str(keys[-1]), _all_keys(kind), n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else f"; known here: {', '.join(known)}"
+            raise ModhifiError(f"{place}: unknown key '{path}'{hint}") from None
+        if first["type"] == "missing":
+            raise ModhifiError(f"{place}: '{path}' is missing; add it") from None
+        shown = "" if isinstance(first["input"], dict) else f", not {first['input']!r}"
+        message = first["msg"].removeprefix("Value error, ")
+        raise ModhifiError(f"{place}: {path}: {message[:1].lower()}{message[1:]}{shown}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ModhifiError for a missing file, bad YAML and anything but a mapping."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModhifiError(f"there is no recipe at {path}; give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ModhifiError(f"{path} is not YAML ({' '.join(str(error).split())}); mend it") from None
+    if not isinstance(data, dict):
+        raise ModhifiError(f"{path} is no recipe: its top level must be a mapping")
+    return data
+
+
+def apply_overrides(content: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """A copy of a recipe's mapping with each ``a.b=value`` set; values are read as YAML."""
+    result = copy.deepcopy(content)
+    for change in changes:
+        path, found, value = change.partition("=")
+        if not found or not path:
+            raise ModhifiError(f"--set takes a.b=value, not {change!r}")
+        try:
+            set_value(result, path, yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise ModhifiError(f"--set {change}: the value is not YAML; quote it") from None
+    return result
+
+
+def set_value(content: dict[str, Any], path: str, value: Any) -> None:
+    """Set ``a.b`` in place. Raises ModhifiError where ``a`` holds no keys."""
+    *parents, leaf = path.split(".")
+    place = content
+    for key in parents:
+        if place.get(key) is None:
+            place[key] = {}
+        place = place[key]
+        if not isinstance(place, dict):
+            raise ModhifiError(f"--set {path}: '{key}' is a value, it holds no '{leaf}'")
+    place[leaf] = value
+
+
+def to_yaml(content: Any) -> str:
+    """YAML as recipes are written: keys in their order."""
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _real_keys(content: Any, path: Sequence[Any]) -> list[Any]:
+    """The keys of an error's path that are in the content, and its last one."""
+    keys = []
+    for number, key in enumerate(path):
+        last = number == len(path) - 1
+        inside = (isinstance(content, dict) and key in content) or (isinstance(content, list) and isinstance(key, int))
+        if inside:
+            content = content[key]
+        if inside or last:
+            keys.append(key)
+    return keys
+
+
+def _line(where: str | Path, keys: Sequence[Any]) -> str:
+    """``:LINE`` of the deepest of the keys that the file holds, empty without a file."""
+    if not keys or not isinstance(where, Path) or not where.is_file():
+        return ""
+    node = yaml.compose(where.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    line = 1
+    for key in keys:
+        if not isinstance(node, yaml.MappingNode):
+            break
+        found = next(((k, v) for k, v in node.value if k.value == str(key)), None)
+        if found is None:
+            break
+        line, node = found[0].start_mark.line + 1, found[1]
+    return f":{line}"
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The recipe parts that an annotation allows."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models(inner)]
+
+
+def _keys_at(kind: type[BaseModel], path: Sequence[Any], content: Any) -> list[str]:
+    """The keys that the recipe knows at a path."""
+    models = [kind]
+    for key in path:
+        content = content.get(key) if isinstance(content, dict) else None
+        inner = [
+            m for model in models if key in model.model_fields for m in _models(model.model_fields[key].annotation)
+        ]
+        # The keys of a free mapping (names of steps) are no fields: its values are of the kinds found already.
+        models = inner or models
+        task = content.get("task") if isinstance(content, dict) else None
+        models = [m for m in models if "task" in m.model_fields and m.model_fields["task"].default == task] or models
+    return list(dict.fromkeys(name for model in models for name in model.model_fields))
+
+
+def _all_keys(kind: type[BaseModel]) -> list[str]:
+    keys: dict[str, None] = {}
+    for name, field in kind.model_fields.items():
+        keys[name] = None
+        for model in _models(field.annotation):
+            keys |= dict.fromkeys(_all_keys(model))
+    return list(keys)
