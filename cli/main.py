@@ -20,6 +20,7 @@ from modhifi.errors import ModhifiError
 from .audit import audit
 from .check import check
 from .demo import demo
+from .diff import diff
 from .env import env, version
 from .prune import prune
 from .recipe import app as recipe
@@ -108,7 +109,7 @@ def options(
     """Edit open-weight models with forward passes only: prune, unlearn, verify."""
 
 
-for verb in (prune, unlearn, verify, audit, score, check, demo, env):
+for verb in (prune, unlearn, verify, audit, score, check, diff, demo, env):
     app.command()(verb)
 app.add_typer(recipe, name="recipe")
 

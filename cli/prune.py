@@ -26,6 +26,7 @@ from .common import (
     resolve_device,
     stdout_console,
 )
+from .summary import SummaryOption
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="timm:NAME, hf:ORG/NAME[@REVISION], or a directory.")
@@ -163,6 +164,7 @@ def prune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and the predicted size; write nothing.")
     ] = False,
+    summary: SummaryOption = None,
     model_arg: ModelArgOption = None,
     weights: WeightsOption = None,
     revision: RevisionOption = None,
@@ -184,7 +186,9 @@ def prune(
     from modhifi.pipeline import run_prune
     from modhifi.recipe import parse_recipe
     from modhifi.recipe_file import apply_overrides, read_yaml
+    from modhifi.summary import check_summary, write_summary
 
+    check_summary(summary)
     if recipe is not None:
         content = read_yaml(recipe)
         if model is not None:
@@ -246,6 +250,8 @@ def prune(
             progress=report,
             command=shlex.join(["modhifi", *sys.argv[1:]]),
         )
+    if summary is not None:
+        write_summary(summary, [("prune", result.report)])
     if as_json:
         print_json({**result.report, "plan": result.plan.to_json(), "path": str(result.path) if result.path else None})
     else:

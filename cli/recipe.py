@@ -11,6 +11,7 @@ import typer
 from modhifi.errors import ModhifiError
 
 from .common import ForceOption, JsonOption, QuietOption, print_json, progress, resolve_device, stdout_console
+from .summary import SummaryOption
 
 if TYPE_CHECKING:
     from modhifi.recipe_steps import Recipe
@@ -20,9 +21,6 @@ NameArgument = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=1", help="Change a value of the recipe; repeat it.")
-]
-SummaryOption = Annotated[
-    Path | None, typer.Option("--summary", help="Also write FILE.md (Markdown) or FILE.xml (JUnit), failed or not.")
 ]
 
 app = typer.Typer(no_args_is_help=True, help="Whole runs as YAML files: list, copy, check and run them.")

@@ -34,6 +34,7 @@ from .prune import (
     WeightsOption,
     model_source,
 )
+from .summary import SummaryOption
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,6 +95,7 @@ def unlearn(
     set_values: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=1", help="Change a recipe value.")
     ] = None,
+    summary: SummaryOption = None,
     model_arg: ModelArgOption = None,
     weights: WeightsOption = None,
     revision: RevisionOption = None,
@@ -112,9 +114,11 @@ def unlearn(
 
     from modhifi.recipe_file import apply_overrides, read_yaml
     from modhifi.recipe_run import require_forgotten
+    from modhifi.summary import check_summary, write_summary
     from modhifi.unlearn_pipeline import run_unlearn
     from modhifi.unlearn_recipe import parse_unlearn_recipe
 
+    check_summary(summary)
     if recipe is not None:
         content = read_yaml(recipe)
         if model is not None:
@@ -169,6 +173,8 @@ def unlearn(
             progress=report,
             command=shlex.join(["modhifi", *sys.argv[1:]]),
         )
+    if summary is not None:
+        write_summary(summary, [("unlearn", result.report)])
     if as_json:
         print_json({**result.report, "path": str(result.path) if result.path else None})
     else:

@@ -23,6 +23,7 @@ from .common import (
     stdout_console,
 )
 from .prune import ModelArgOption, RandomOption, RevisionOption, TrustOption, WeightsOption, model_source
+from .summary import SummaryOption
 
 
 def verify(
@@ -39,6 +40,7 @@ def verify(
         bool,
         typer.Option("--allow-overlap", help="Also take samples that calibrated the model; bounds then mean less."),
     ] = False,
+    summary: SummaryOption = None,
     model_arg: ModelArgOption = None,
     weights: WeightsOption = None,
     revision: RevisionOption = None,
@@ -55,9 +57,11 @@ def verify(
     Exit code 0 where every tolerance given is met, 1 where one is not or stays open, 3 if the self-test fails.
     """
     from modhifi.recipe import ModelSource
+    from modhifi.summary import check_summary, write_summary
     from modhifi.verdicts import Tolerances
     from modhifi.verify_artifact import verify_artifact
 
+    check_summary(summary)
     source = model_source(against, model_arg, weights, revision, random_weights, trust_remote_code, None)
     with progress(quiet or as_json) as report:
         found = verify_artifact(
@@ -73,6 +77,8 @@ def verify(
             device=resolve_device(device),
             progress=report,
         )
+    if summary is not None:
+        write_summary(summary, [("verify", {"title": f"modhifi verify {directory}", **found.to_json()})])
     if as_json:
         print_json(found.to_json())
     else:

@@ -173,7 +173,7 @@ def _verify(
         recipe.data.source,
         Tolerances(checks.max_flip, checks.max_error, checks.confidence, checks.not_a_sample),
         samples=recipe.data.samples,
-        walked=recipe.walked,
+        walked=checks.walked,
         allow_overlap=recipe.data.allow_overlap,
         batch_size=recipe.batch_size,
         seed=recipe.seed,

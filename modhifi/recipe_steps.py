@@ -25,6 +25,7 @@ class Tolerance(Strict):
     max_error: Annotated[float, Field(ge=0)] | None = None
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     not_a_sample: bool = False
+    walked: Annotated[int, Field(ge=0)] | None = None
 
 
 class HeldOut(Strict):
@@ -43,7 +44,6 @@ class VerifyRecipe(Strict):
     against: ModelSource | None = None
     data: HeldOut
     checks: Tolerance = Tolerance()
-    walked: Annotated[int, Field(ge=0)] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     batch_size: Annotated[int, Field(ge=1)] = 32
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -68,7 +68,7 @@ def test_the_recipe_of_an_artefact_repeats_it(pruned: Path, outputs: Path) -> No
 
 def test_a_check_that_fails_is_exit_1_with_everything_written(pruned: Path, outputs: Path) -> None:
     out, summary = outputs / "strict", outputs / "strict.md"
-    strict = ["--set", "checks.max_flip=0.0001", "--set", "data.samples=60", "--set", "walked=0"]
+    strict = ["--set", "checks.max_flip=0.0001", "--set", "data.samples=60", "--set", "checks.walked=0"]
     code, _, stderr = run("recipe", "run", pruned / "verify", "--out", out, *strict, "--summary", summary, "--quiet")
     assert code == 1 and "max flip 0.0001" in stderr
     assert (out / "report.json").is_file()
