@@ -10,6 +10,7 @@ import typer
 
 from modhifi.errors import ModhifiError
 
+from .cache import CacheOption, NoCacheOption, cache_directory
 from .common import (
     ConfidenceOption,
     DeviceOption,
@@ -165,6 +166,8 @@ def prune(
         bool, typer.Option("--dry-run", help="Print the plan and the predicted size; write nothing.")
     ] = False,
     summary: SummaryOption = None,
+    cache: CacheOption = None,
+    no_cache: NoCacheOption = False,
     model_arg: ModelArgOption = None,
     weights: WeightsOption = None,
     revision: RevisionOption = None,
@@ -183,6 +186,7 @@ def prune(
     """Make a model physically smaller, without its training data, labels or gradients."""
     import shlex
 
+    from modhifi.moment_cache import MomentCache
     from modhifi.pipeline import run_prune
     from modhifi.recipe import parse_recipe
     from modhifi.recipe_file import apply_overrides, read_yaml
@@ -240,12 +244,15 @@ def prune(
     parsed = parse_recipe(apply_overrides(content, set_values or []), recipe or "the options")
     if parsed.out is None and not dry_run:
         raise ModhifiError("give --out DIR for the pruned model, or --dry-run to see the plan only")
+    kept = cache_directory(cache, no_cache)
+    moments = None if kept is None else MomentCache(kept)
     with progress(quiet or as_json) as report:
         result = run_prune(
             parsed,
             device=resolve_device(parsed.device),
             dry_run=dry_run,
             force=force,
+            cache=moments,
             export=tuple(export or []),
             progress=report,
             command=shlex.join(["modhifi", *sys.argv[1:]]),
@@ -282,6 +289,8 @@ def show(report: dict[str, Any], path: Path | None) -> None:
     console = stdout_console()
     for warning in report["warnings"]:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    if report["data"].get("moments"):
+        console.print(report["data"]["moments"], highlight=False)
     if "before_after" in report:
         table = Table("", "before", "after", "change", title=report["title"])
         for row in report["before_after"]:

@@ -10,6 +10,7 @@ import typer
 
 from modhifi.errors import ModhifiError
 
+from .cache import CacheOption, NoCacheOption, cache_directory
 from .common import ForceOption, JsonOption, QuietOption, print_json, progress, resolve_device, stdout_console
 from .summary import SummaryOption
 
@@ -92,6 +93,8 @@ def run(
     ] = None,
     set_values: SetOption = None,
     summary: SummaryOption = None,
+    cache: CacheOption = None,
+    no_cache: NoCacheOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     force: ForceOption = False,
@@ -99,19 +102,14 @@ def run(
     """Run a recipe: every step in order; exit code 1 where a check fails, after everything is written."""
     import shlex
 
-    from modhifi.recipe_run import run_recipe
+    from modhifi.recipe_run import How, run_recipe
     from modhifi.summary import check_summary, write_summary
 
     check_summary(summary)
     parsed = read(recipe, set_values, out)
     with progress(quiet or as_json) as report:
-        found = run_recipe(
-            parsed,
-            resolve=resolve_device,
-            force=force,
-            progress=report,
-            command=shlex.join(["modhifi", *sys.argv[1:]]),
-        )
+        command = shlex.join(["modhifi", *sys.argv[1:]])
+        found = run_recipe(parsed, How(resolve_device, force, cache_directory(cache, no_cache), report, command))
     if summary is not None:
         write_summary(summary, [(done.name, done.report) for done in found])
     if as_json:

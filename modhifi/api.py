@@ -15,6 +15,7 @@ from torch import nn
 from modhifi.data import Samples, load_samples
 from modhifi.errors import ModhifiError
 from modhifi.load import LoadedModel, load_model
+from modhifi.moment_cache import MomentCache
 from modhifi.own_data import Source, first_items, source_name
 from modhifi.pipeline import Given, PruneResult, run_prune
 from modhifi.pruning import Progress, silent
@@ -44,6 +45,7 @@ def prune(
     method: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     force: bool = False,
+    cache: str | Path | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     device: torch.device | str = "cpu",
@@ -56,6 +58,7 @@ def prune(
     of tensors or PIL images, a map-style Dataset. ``evaluate`` holds out other data; by default it is a disjoint part
     of ``data``. ``window`` is tokens in an item of text; amounts not said are those of `modhifi.defaults`.
     ``method``: the keys of a recipe's ``method`` part. With ``out`` the artefact is written there.
+    ``cache`` is a directory where moments are kept: a second budget then needs no second pass over the data.
 
     Returns the smaller ``model``, a JSON-able ``report``, the ``plan`` and the ``path`` written.
     Raises ModhifiError for bad input, in one line.
@@ -88,7 +91,8 @@ def prune(
         "modhifi.prune",
     )
     given = Given(loaded, data, evaluate)
-    return run_prune(recipe, device=device, given=given, force=force, progress=progress)
+    kept = None if cache is None else MomentCache(Path(cache))
+    return run_prune(recipe, device=device, given=given, force=force, cache=kept, progress=progress)
 
 
 def unlearn(

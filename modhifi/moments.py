@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from .groups import conv_groups
 from .load import real_tokens
+
+if TYPE_CHECKING:
+    from .moment_cache import StoredSums
 
 # Narrow readers see at least this many rows in all: pixels are far from Gaussian, and a few hundred of them overfit.
 LEAST_ROWS = 8192
@@ -228,6 +231,7 @@ def collect(
     rows_per_column: int | None = None,
     use_batch_statistics: bool = False,
     seed: int = 0,
+    stored: StoredSums | None = None,
 ) -> dict[str, Moments]:
     """Moments of every reader over ``batches`` of model-ready inputs, in one forward pass each.
 
@@ -235,9 +239,14 @@ def collect(
     """
     collector = MomentCollector(readers, samples=samples, rows_per_column=rows_per_column, seed=seed)
     first = 0
+    if stored is not None:
+        stored.restore(collector.sums, readers)
+        first = stored.done
     with collector, batch_statistics(model, use_batch_statistics):
         for batch in batches:
             collector.start(first, real_tokens(batch))
             run(batch)
             first += len(batch)
+            if stored is not None:
+                stored.keep(collector.sums, first)
     return collector.moments()

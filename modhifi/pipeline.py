@@ -22,6 +22,7 @@ from .errors import ModhifiError
 from .export import SUFFIXES, check_export
 from .export import export as export_model
 from .load import LoadedModel, load_model
+from .moment_cache import MomentCache
 from .own_data import Source
 from .plan import Plan
 from .pruning import (
@@ -135,6 +136,7 @@ def run_prune(
     dry_run: bool = False,
     force: bool = False,
     given: Given = NOTHING,
+    cache: MomentCache | None = None,
     export: tuple[str, ...] = (),
     progress: Progress = silent,
     command: str = "",
@@ -156,10 +158,12 @@ def run_prune(
         warnings = [*remarks, *warn_degenerate(calibration), *_skipped(calibration)]
     with clock.stage("prune"):
         settings = recipe.settings()
-        pruned = prune_model(loaded, calibration, budget, settings, plan=plan, progress=progress)
+        pruned = prune_model(loaded, calibration, budget, settings, plan=plan, progress=progress, cache=cache)
         if recipe.method.reestimate_batchnorm:
             reestimate_batchnorm(pruned.model, loaded, calibration, settings.batch_size)
     report = _describe(recipe, loaded, calibration, held, pruned, warnings, command)
+    if cache is not None and cache.remark:
+        report["data"]["moments"] = cache.remark
     if dry_run:
         report["timing"] = clock.seconds
         return PruneResult(report, pruned.plan)

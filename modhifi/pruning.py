@@ -16,6 +16,7 @@ from .data import Samples
 from .errors import ModhifiError
 from .groups import Group, Structure, operator_modules
 from .load import LoadedModel
+from .moment_cache import MomentCache
 from .moments import Moments, collect
 from .oracle import confirm
 from .plan import Plan
@@ -123,13 +124,18 @@ def measure_moments(
     samples: Samples,
     settings: PruneSettings,
     progress: Progress = silent,
+    cache: MomentCache | None = None,
 ) -> dict[str, Moments]:
-    """Moments of every reader of a prunable group, in one forward pass per sample."""
+    """Moments of every reader of a prunable group, in one forward pass per sample that ``cache`` does not know."""
     readers = dict(operator_modules(loaded.model, structure.prunable))
+    deciding = {key: getattr(settings, key) for key in ("rows_per_column", "batch_size", "seed")}
+    stored = None if cache is None else cache.open(loaded, readers, samples, deciding)
+    first = 0 if stored is None else stored.done
 
     def batches() -> Iterable[Tensor]:
-        for done, batch in enumerate(samples.batches(settings.batch_size)):
-            progress("measuring", min(len(samples), done * settings.batch_size), len(samples))
+        rest = samples.subset(range(first, len(samples))) if first else samples
+        for done, batch in enumerate(rest.batches(settings.batch_size)):
+            progress("measuring", min(len(samples), first + done * settings.batch_size), len(samples))
             yield batch
         progress("measuring", len(samples), len(samples))
 
@@ -142,6 +148,7 @@ def measure_moments(
         rows_per_column=settings.rows_per_column,
         use_batch_statistics=samples.synthetic,
         seed=settings.seed,
+        stored=stored,
     )
     missing = [name for name in readers if name not in found]
     if missing:
@@ -371,6 +378,7 @@ def prune_model(
     *,
     plan: Plan | None = None,
     progress: Progress = silent,
+    cache: MomentCache | None = None,
 ) -> Pruned:
     """The whole method on one loaded model, which itself stays as it is.
 
@@ -380,7 +388,7 @@ def prune_model(
     if plan is not None:
         plan.check(structure)
         structure = structure.select(plan.kept)
-    moments = measure_moments(loaded, structure, samples, settings, progress)
+    moments = measure_moments(loaded, structure, samples, settings, progress, cache)
     curves: dict[str, Curve] = {}
     if plan is None and settings.eta is not None:
         plan = hifi_plan(loaded.model, structure, moments, settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from .artifact import read_manifest
 from .audit_text import VERDICTS
 from .errors import GateFailed, ModhifiError, SelfTestFailed
+from .moment_cache import MomentCache
 from .output import check_output, staging
 from .pipeline import run_prune
 from .pruning import Progress, silent
@@ -25,8 +26,6 @@ from .unlearn_recipe import UnlearnRecipe
 from .verdicts import Tolerances
 from .verify_artifact import verify_artifact
 
-Resolve = Callable[[str], torch.device]
-
 
 @dataclass(frozen=True)
 class Done:
@@ -38,30 +37,34 @@ class Done:
     failure: GateFailed | SelfTestFailed | None = None
 
 
-def run_recipe(
-    recipe: Recipe,
-    *,
-    resolve: Resolve,
-    force: bool = False,
-    progress: Progress = silent,
-    command: str = "",
-) -> list[Done]:
+@dataclass(frozen=True)
+class How:
+    """The circumstances of a run: ``resolve`` turns a recipe's word for a device into a device; ``cache`` is the
+    directory where moments are kept, if they are; ``command`` is what a report calls the way to repeat it."""
+
+    resolve: Callable[[str], torch.device]
+    force: bool = False
+    cache: Path | None = None
+    progress: Progress = silent
+    command: str = ""
+
+
+def run_recipe(recipe: Recipe, how: How) -> list[Done]:
     """Run a recipe of any task; of several steps the last one run is the one that failed, if one did.
 
-    ``resolve`` turns the recipe's word for a device into a device. Raises ModhifiError for bad input and where several
-    steps have nowhere to write.
+    Raises ModhifiError for bad input and where several steps have nowhere to write.
     """
     if not isinstance(recipe, StepsRecipe):
-        return [_run(recipe.task, recipe, resolve, force, progress, command)]
+        return [_run(recipe.task, recipe, how)]
     if recipe.out is None:
         raise ModhifiError("a recipe of several steps writes a directory for each; give --out DIR")
     out = Path(recipe.out)
-    check_output(out, force)
+    check_output(out, how.force)
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.yaml").write_text(to_yaml(recipe.model_dump(mode="json")), encoding="utf-8")
     found: list[Done] = []
     for number, (label, content) in enumerate(_variants(recipe)):
-        found = _run_steps(content, label, out, resolve, force or number > 0, progress, command)
+        found = _run_steps(content, label, out, replace(how, force=how.force or number > 0))
         if found[-1].failure is None:
             break
     return found
@@ -82,24 +85,22 @@ def _variants(recipe: StepsRecipe) -> list[tuple[str, dict[str, Any]]]:
     return variants
 
 
-def _run_steps(
-    content: dict[str, Any], label: str, out: Path, resolve: Resolve, force: bool, progress: Progress, command: str
-) -> list[Done]:
+def _run_steps(content: dict[str, Any], label: str, out: Path, how: How) -> list[Done]:
     found: list[Done] = []
     total = len(content["steps"])
     title = f"steps ({label})" if label else "steps"
     for number, (name, step) in enumerate(content["steps"].items()):
-        progress(title, number, total)
+        how.progress(title, number, total)
         ready = parse({**_placed(step, out), "out": str(out / name)}, f"step {name}")
         assert not isinstance(ready, StepsRecipe)
 
         def inner(stage: str, done: int, of: int, name: str = name) -> None:
-            progress(f"  {name}{f' {label}' if label else ''}: {stage}", done, of)
+            how.progress(f"  {name}{f' {label}' if label else ''}: {stage}", done, of)
 
-        found.append(_run(f"{name} ({label})" if label else name, ready, resolve, force, inner, command))
+        found.append(_run(f"{name} ({label})" if label else name, ready, replace(how, progress=inner)))
         if found[-1].failure is not None:
             return found
-    progress(title, total, total)
+    how.progress(title, total, total)
     return found
 
 
@@ -112,29 +113,29 @@ def _placed(content: Any, out: Path) -> Any:
     return [_placed(value, out) for value in content] if isinstance(content, list) else content
 
 
-def _run(
-    name: str,
-    recipe: PruneRecipe | UnlearnRecipe | VerifyRecipe | AuditRecipe,
-    resolve: Resolve,
-    force: bool,
-    progress: Progress,
-    command: str,
-) -> Done:
-    device = resolve(recipe.device)
+def _run(name: str, recipe: PruneRecipe | UnlearnRecipe | VerifyRecipe | AuditRecipe, how: How) -> Done:
+    device = how.resolve(recipe.device)
     if isinstance(recipe, PruneRecipe):
-        pruned = run_prune(recipe, device=device, force=force, progress=progress, command=command)
+        pruned = run_prune(
+            recipe,
+            device=device,
+            force=how.force,
+            cache=None if how.cache is None else MomentCache(how.cache),
+            progress=how.progress,
+            command=how.command,
+        )
         return Done(name, pruned.report, pruned.path)
     if isinstance(recipe, UnlearnRecipe):
-        edited = run_unlearn(recipe, device=device, force=force, progress=progress, command=command)
+        edited = run_unlearn(recipe, device=device, force=how.force, progress=how.progress, command=how.command)
         return Done(name, edited.report, edited.path, _caught(lambda: require_forgotten(edited.report)))
     out = None if recipe.out is None else Path(recipe.out)
     if out is not None:
-        check_output(out, force)
+        check_output(out, how.force)
     if isinstance(recipe, VerifyRecipe):
-        report, check = _verify(recipe, device, progress)
+        report, check = _verify(recipe, device, how.progress)
     else:
-        report, check = _audit(recipe, device, progress)
-    report |= {"settings": recipe.model_dump(mode="json"), "command": command}
+        report, check = _audit(recipe, device, how.progress)
+    report |= {"settings": recipe.model_dump(mode="json"), "command": how.command}
     path = None if out is None else write_report(out, report, recipe.model_dump(mode="json"))
     return Done(name, report, path, _caught(check))
 

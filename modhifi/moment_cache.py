@@ -1,0 +1,165 @@
+"""Moments on disk: a second ratio needs no second pass over the data, an interrupted pass goes on where it was.
+
+A file holds the running sums of one pass (safetensors), under a hash of everything that decides them: weights, code
+of the model, samples as the model sees them, settings, versions. Restored sums are those of the pass to the bit, so a
+run that was interrupted gives the same result as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .artifact import state_hash
+from .data import Samples
+from .load import LoadedModel
+from .moments import LEAST_ROWS, Accumulator
+
+FORMAT = 1
+# Writing takes at most this share of the time of a pass.
+OVERHEAD = 0.1
+# The cache takes at most this share of what is free on its disk; the files used longest ago go first.
+SHARE = 0.1
+PARTS = ("shift", "first", "second")
+
+
+def default_directory() -> Path:
+    """``$MODHIFI_CACHE``, or ``modhifi`` in the user's cache directory."""
+    named = os.environ.get("MODHIFI_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modhifi"
+
+
+class MomentCache:
+    """The cache of one run. ``remark`` says what it gave, empty if nothing."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory / "moments"
+        self.remark = ""
+
+    def open(
+        self, loaded: LoadedModel, readers: Mapping[str, nn.Module], samples: Samples, settings: Mapping[str, Any]
+    ) -> StoredSums:
+        """The sums of one pass over ``samples``, as far as an earlier run got."""
+        return StoredSums(
+            self, self.directory / f"{_key(loaded, readers, samples, settings)}.safetensors", len(samples)
+        )
+
+
+class StoredSums:
+    """The sums of one pass: ``done`` samples are in them."""
+
+    def __init__(self, cache: MomentCache, path: Path, total: int) -> None:
+        self.cache, self.path, self.total = cache, path, total
+        self.done, self.seconds = 0, 0.0
+        self._counts: dict[str, int] = {}
+        try:
+            with safe_open(path, "pt") as file:
+                facts = file.metadata()
+            self.done, self.seconds = int(facts["done"]), float(facts["seconds"])
+            self._counts = json.loads(facts["counts"])
+            os.utime(path)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            self.done = 0
+        self._began = self._written = time.perf_counter()
+        self._cost = 0.0
+        self._before = self.seconds
+
+    def restore(self, sums: Mapping[str, Accumulator], readers: Mapping[str, nn.Module]) -> None:
+        """Put what was stored into fresh ``sums``."""
+        if not self.done:
+            return
+        with safe_open(self.path, "pt") as file:
+            for name, count in self._counts.items():
+                device = next(readers[name].parameters()).device
+                state = {part: file.get_tensor(f"{name}.{part}").to(device) for part in PARTS}
+                sums[name].n = count
+                for part, tensor in state.items():
+                    setattr(sums[name], part, tensor)
+        whole = self.done == self.total
+        self.cache.remark = (
+            f"moments of {self.done} of {self.total} samples were taken from the cache"
+            + (", the rest measured" if not whole else "")
+            + f"; {self.seconds:.1f} s saved"
+        )
+
+    def keep(self, sums: Mapping[str, Accumulator], done: int) -> None:
+        """Write the sums after ``done`` samples, unless that takes too large a share of the time; at the end always.
+
+        A disk that is full or cannot be written costs the cache, not the run.
+        """
+        now = time.perf_counter()
+        if done < self.total and (now - self._written) * OVERHEAD < self._cost:
+            return
+        tensors = {
+            f"{name}.{part}": getattr(s, part).cpu().contiguous() for name, s in sums.items() if s.n for part in PARTS
+        }
+        facts = {
+            "done": str(done),
+            "seconds": str(self._before + now - self._began),
+            "counts": json.dumps({name: s.n for name, s in sums.items() if s.n}),
+        }
+        partial = self.path.with_suffix(f".{os.getpid()}.part")
+        try:
+            if self._make_room(sum(t.nbytes for t in tensors.values())):
+                save_file(tensors, partial, metadata=facts)
+                os.replace(partial, self.path)
+        except (OSError, SafetensorError):
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+        self._written = time.perf_counter()
+        self._cost = self._written - now
+
+    def _make_room(self, needed: int) -> bool:
+        """Whether a file of that size may be written; older files are removed for it."""
+        directory = self.path.parent
+        directory.mkdir(parents=True, exist_ok=True)
+        files = {path: path.stat() for path in directory.glob("*.safetensors") if path != self.path}
+        used = sum(s.st_size for s in files.values())
+        limit = (shutil.disk_usage(directory).free + used) * SHARE
+        if needed > limit:
+            return False
+        for path, facts in sorted(files.items(), key=lambda item: item[1].st_mtime):
+            if used + needed <= limit:
+                break
+            path.unlink(missing_ok=True)
+            used -= facts.st_size
+        return True
+
+
+def _key(loaded: LoadedModel, readers: Mapping[str, nn.Module], samples: Samples, settings: Mapping[str, Any]) -> str:
+    first = samples.load(0).contiguous()
+    seen = hashlib.sha256(first.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    parts = {
+        "format": FORMAT,
+        "weights": state_hash(loaded.model),
+        "code": repr(loaded.model) + str(getattr(loaded.model, "config", "")),
+        "readers": sorted(readers),
+        "samples": [samples.fingerprint(), len(samples), samples.synthetic, seen],
+        "settings": dict(settings),
+        "least_rows": LEAST_ROWS,
+        "device": next(loaded.model.parameters()).device.type,
+        "versions": [metadata.version("torch"), _own_version()],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("modhifi")
+    except metadata.PackageNotFoundError:
+        return "not installed as a package"

@@ -1,0 +1,117 @@
+"""Moments on disk: reused by a second budget, and an interrupted pass ends as if it had not been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import modhifi
+from modhifi import moment_cache
+from modhifi.allocate import Budget
+from modhifi.artifact import state_hash
+from modhifi.moment_cache import MomentCache
+from modhifi.own_data import from_items
+from modhifi.pruning import PruneSettings, prune_model
+
+SAMPLES = 48
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 16, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+    )  # fmt: skip
+
+
+def images() -> torch.Tensor:
+    return torch.randn(SAMPLES, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+class Slow:
+    """The images, each of which takes a while: a pass that can be interrupted."""
+
+    def __init__(self, seconds: float) -> None:
+        self.items, self.seconds = images(), seconds
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        time.sleep(self.seconds)
+        return self.items[index]
+
+
+def prune(directory: Path | None, ratio: float = 0.4, seed: int = 0, seconds: float = 0.0) -> tuple[str, str]:
+    loaded = modhifi.load_model(net(), example=images()[:2])
+    samples = from_items(Slow(seconds), None, n=SAMPLES, seed=0)
+    settings = PruneSettings(batch_size=4, seed=seed)
+    cache = None if directory is None else MomentCache(directory)
+    pruned = prune_model(loaded, samples, Budget("components", 1 - ratio), settings, cache=cache)
+    return state_hash(pruned.model), "" if cache is None else cache.remark
+
+
+def test_a_second_ratio_reuses_the_moments(tmp_path: Path) -> None:
+    plain, _ = prune(None)
+    first, said = prune(tmp_path)
+    assert first == plain and said == ""
+    (file,) = (tmp_path / "moments").iterdir()
+    again, said = prune(tmp_path)
+    assert again == plain and f"{SAMPLES} of {SAMPLES} samples were taken from the cache" in said
+    assert "s saved" in said and "rest" not in said
+    other, said = prune(tmp_path, ratio=0.6)
+    assert other == prune(None, ratio=0.6)[0] != plain and "from the cache" in said
+    assert prune(tmp_path, seed=1)[1] == ""
+    file.write_bytes(b"broken")
+    assert prune(tmp_path) == (plain, "")
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    script = "import test_moment_cache as t, sys, pathlib; t.prune(pathlib.Path(sys.argv[1]), seconds=0.02)"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=os.environ | {"PYTHONPATH": path})
+    until = time.monotonic() + 60
+    try:
+        while not list(tmp_path.glob("moments/*.safetensors")):
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    resumed, said = prune(tmp_path)
+    assert "the rest measured" in said
+    assert resumed == prune(None)[0]
+
+
+def test_the_cache_stays_small_and_a_full_disk_costs_only_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = prune(tmp_path)[0]
+    (first,) = (tmp_path / "moments").iterdir()
+    os.utime(first, (0, 0))
+    # Room for one and a half such files.
+    room = first.stat().st_size * 1.5 / moment_cache.SHARE
+    monkeypatch.setattr(moment_cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": room}))
+    prune(tmp_path, seed=1)
+    (second,) = (tmp_path / "moments").iterdir()
+    assert second != first
+    monkeypatch.setattr(moment_cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0}))
+    assert prune(tmp_path)[0] == plain
+    (tmp_path / "file").write_text("")
+    assert prune(tmp_path / "file")[0] == plain
+
+
+def test_the_place_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MODHIFI_CACHE", str(tmp_path))
+    assert moment_cache.default_directory() == tmp_path
+    monkeypatch.delenv("MODHIFI_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert moment_cache.default_directory() == tmp_path / "xdg" / "modhifi"
