@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from .recipe_steps import STEP, AuditRecipe, Recipe, StepsRecipe, VerifyRecipe, 
 from .report import jsonable, render_html
 from .unlearn_pipeline import run_audit, run_unlearn
 from .unlearn_recipe import UnlearnRecipe
-from .verdicts import Tolerances
+from .verify import BoundReport
 from .verify_artifact import verify_artifact
 
 
@@ -124,10 +125,11 @@ def _run(name: str, recipe: PruneRecipe | UnlearnRecipe | VerifyRecipe | AuditRe
             progress=how.progress,
             command=how.command,
         )
-        return Done(name, pruned.report, pruned.path)
+        return Done(name, pruned.report, pruned.path, _caught(partial(_enforce, pruned.bounds)))
     if isinstance(recipe, UnlearnRecipe):
         edited = run_unlearn(recipe, device=device, force=how.force, progress=how.progress, command=how.command)
-        return Done(name, edited.report, edited.path, _caught(lambda: require_forgotten(edited.report)))
+        failure = _caught(partial(_enforce, edited.bounds)) or _caught(partial(require_forgotten, edited.report))
+        return Done(name, edited.report, edited.path, failure)
     out = None if recipe.out is None else Path(recipe.out)
     if out is not None:
         check_output(out, how.force)
@@ -138,6 +140,11 @@ def _run(name: str, recipe: PruneRecipe | UnlearnRecipe | VerifyRecipe | AuditRe
     report |= {"settings": recipe.model_dump(mode="json"), "command": how.command}
     path = None if out is None else write_report(out, report, recipe.model_dump(mode="json"))
     return Done(name, report, path, _caught(check))
+
+
+def _enforce(bounds: BoundReport | None) -> None:
+    if bounds is not None:
+        bounds.enforce()
 
 
 def require_forgotten(report: Mapping[str, Any]) -> None:
@@ -167,14 +174,13 @@ def _caught(check: Callable[[], None]) -> GateFailed | SelfTestFailed | None:
 def _verify(
     recipe: VerifyRecipe, device: torch.device, progress: Progress
 ) -> tuple[dict[str, Any], Callable[[], None]]:
-    checks = recipe.checks
     found = verify_artifact(
         recipe.directory,
         recipe.against or original_of(recipe.directory),
         recipe.data.source,
-        Tolerances(checks.max_flip, checks.max_error, checks.confidence, checks.not_a_sample),
+        recipe.checks.tolerances(),
         samples=recipe.data.samples,
-        walked=checks.walked,
+        walked=recipe.checks.walked,
         allow_overlap=recipe.data.allow_overlap,
         batch_size=recipe.batch_size,
         seed=recipe.seed,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from importlib.resources import files
 from pathlib import Path
 
-import modhifi.recipes
 from modhifi.errors import ModhifiError
 
-ROOT = Path(modhifi.recipes.__path__[0])
+ROOT = Path(str(files("modhifi.recipes")))
 
 
 def shipped() -> dict[str, Path]:

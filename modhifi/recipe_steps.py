@@ -10,22 +10,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, model_validator
 
 from .errors import ModhifiError
-from .recipe import ModelSource, PruneRecipe
+from .recipe import Checks, ModelSource, PruneRecipe
 from .recipe_file import Strict, validate
 from .unlearn_recipe import UnlearnRecipe
 
 STEP = "step:"
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
-
-
-class Tolerance(Strict):
-    """What must hold of an edit; see :class:`modhifi.verdicts.Tolerances`."""
-
-    max_flip: Annotated[float, Field(ge=0, le=1)] | None = None
-    max_error: Annotated[float, Field(ge=0)] | None = None
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    not_a_sample: bool = False
-    walked: Annotated[int, Field(ge=0)] | None = None
 
 
 class HeldOut(Strict):
@@ -43,7 +33,7 @@ class VerifyRecipe(Strict):
     directory: str
     against: ModelSource | None = None
     data: HeldOut
-    checks: Tolerance = Tolerance()
+    checks: Checks = Checks()
     seed: Annotated[int, Field(ge=0)] = 0
     batch_size: Annotated[int, Field(ge=1)] = 32
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
