@@ -35,6 +35,10 @@ MaxErrorOption = Annotated[
     float | None,
     typer.Option("--max-error", help="Largest change of the output (Euclidean) that 95 % of inputs must keep to."),
 ]
+MaxPerplexityOption = Annotated[
+    float | None,
+    typer.Option("--max-perplexity-ratio", help="Largest perplexity over the original's, of causal language models."),
+]
 ConfidenceOption = Annotated[float, typer.Option("--confidence", help="Confidence of the statistical bounds.")]
 NotASampleOption = Annotated[
     bool, typer.Option("--not-a-sample", help="The data was not drawn at random: claim nothing beyond it.")

@@ -18,6 +18,7 @@ from .common import (
     JsonOption,
     MaxErrorOption,
     MaxFlipOption,
+    MaxPerplexityOption,
     NotASampleOption,
     QuietOption,
     SeedOption,
@@ -151,6 +152,7 @@ def prune(
     ] = False,
     max_flip: MaxFlipOption = None,
     max_error: MaxErrorOption = None,
+    max_perplexity_ratio: MaxPerplexityOption = None,
     confidence: ConfidenceOption = 0.95,
     not_a_sample: NotASampleOption = False,
     walked: WalkedOption = None,
@@ -229,6 +231,7 @@ def prune(
             "checks": {
                 "max_flip": max_flip,
                 "max_error": max_error,
+                "max_perplexity_ratio": max_perplexity_ratio,
                 "confidence": confidence,
                 "not_a_sample": not_a_sample,
                 "walked": walked,

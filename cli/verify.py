@@ -13,6 +13,7 @@ from .common import (
     JsonOption,
     MaxErrorOption,
     MaxFlipOption,
+    MaxPerplexityOption,
     NotASampleOption,
     QuietOption,
     SeedOption,
@@ -22,18 +23,33 @@ from .common import (
     resolve_device,
     stdout_console,
 )
-from .prune import ModelArgOption, RandomOption, RevisionOption, TrustOption, WeightsOption, model_source
+from .prune import (
+    GgufOption,
+    ModelArgOption,
+    RandomOption,
+    RevisionOption,
+    TrustOption,
+    WeightsOption,
+    WindowOption,
+    model_source,
+)
 from .summary import SummaryOption
 
 
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="An artefact of prune or unlearn.")],
     against: Annotated[str, typer.Option("--against", metavar="MODEL", help="The original it was made from.")],
-    data: Annotated[str, typer.Option("--data", help="Held-out data: images:DIR, hf:DATASET[:SPLIT] or synthetic.")],
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Number of held-out samples.")] = 1000,
+    data: Annotated[
+        str, typer.Option("--data", help="Held-out data: images:DIR, text:FILE, hf:DATASET[:SPLIT] or synthetic.")
+    ],
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="Held-out samples; by default 1000 images, 32 windows.")
+    ] = None,
+    window: WindowOption = None,
     walked: WalkedOption = None,
     max_flip: MaxFlipOption = None,
     max_error: MaxErrorOption = None,
+    max_perplexity_ratio: MaxPerplexityOption = None,
     confidence: ConfidenceOption = 0.95,
     not_a_sample: NotASampleOption = False,
     allow_overlap: Annotated[
@@ -46,7 +62,10 @@ def verify(
     revision: RevisionOption = None,
     random_weights: RandomOption = False,
     trust_remote_code: TrustOption = False,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
+    gguf_file: GgufOption = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="By default 32 images or 4 windows.")
+    ] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
@@ -62,14 +81,15 @@ def verify(
     from modhifi.verify_artifact import verify_artifact
 
     check_summary(summary)
-    source = model_source(against, model_arg, weights, revision, random_weights, trust_remote_code, None)
+    source = model_source(against, model_arg, weights, revision, random_weights, trust_remote_code, gguf_file)
     with progress(quiet or as_json) as report:
         found = verify_artifact(
             directory,
             ModelSource(**source),
             data,
-            Tolerances(max_flip, max_error, confidence, not_a_sample),
+            Tolerances(max_flip, max_error, confidence, not_a_sample, max_perplexity_ratio),
             samples=samples,
+            window=window,
             walked=walked,
             allow_overlap=allow_overlap,
             batch_size=batch_size,

@@ -25,7 +25,7 @@ from modhifi.unlearn_pipeline import UnlearnResult, run_unlearn
 from modhifi.unlearn_recipe import parse_unlearn_recipe
 from modhifi.verdicts import Tolerances
 from modhifi.verify import BoundReport, verify_model
-from modhifi.verify_artifact import verify_artifact
+from modhifi.verify_artifact import held_amounts, verify_artifact
 
 Model = str | Path | nn.Module | LoadedModel
 """``timm:NAME``, ``hf:ORG/NAME[@REVISION]``, ``demo:resnet``, a directory, a module (it is copied), a loaded model."""
@@ -178,18 +178,21 @@ def verify(
     max_flip: float | None = None,
     max_error: float | None = None,
     confidence: float = 0.95,
+    max_perplexity_ratio: float | None = None,
     not_a_sample: bool = False,
-    samples: int = 1000,
+    samples: int | None = None,
+    window: int | None = None,
     walked: int | None = None,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> BoundReport:
     """Bound how far the outputs of ``edited``, an artefact directory or a module, moved from those of ``against``.
 
     ``data`` must not have calibrated the edit; for an artefact that is checked. ``max_flip`` is the share of inputs
-    whose top-1 may change, ``max_error`` the Euclidean change of the output that 95 % of inputs must keep to.
+    whose top-1 may change, ``max_error`` the Euclidean change of the output that 95 % of inputs must keep to,
+    ``max_perplexity_ratio`` a causal language model's perplexity over the original's.
     The result's ``verdicts`` answer them; ``enforce()`` raises where one is not met. A module in other shapes than the
     original's gets the statistical rungs only. Raises ModhifiError for bad input, in one line.
 
@@ -199,7 +202,7 @@ def verify(
     >>> [v.verdict for v in found.verdicts if v.name == "max flip 0.25"]
     ['PASS-STATISTICAL']
     """
-    tolerances = Tolerances(max_flip, max_error, confidence, not_a_sample)
+    tolerances = Tolerances(max_flip, max_error, confidence, not_a_sample, max_perplexity_ratio)
     original = _loaded(against, data)
     if not isinstance(edited, nn.Module):
         return verify_artifact(
@@ -208,13 +211,16 @@ def verify(
             data,
             tolerances,
             samples=samples,
+            window=window,
             walked=walked,
             batch_size=batch_size,
             seed=seed,
             device=device,
             progress=progress,
         )
-    held = load_samples(data, original, n=samples, seed=seed)
+    usual = held_amounts(original, device)
+    n, window = samples or usual.evaluation_samples, window or usual.window
+    held = load_samples(data, original, n=n, seed=seed, window=window)
     original.model.to(device)
     edited.to(device)
     same = {k: v.shape for k, v in original.model.state_dict().items()} == {
@@ -227,7 +233,7 @@ def verify(
         held,
         tolerances,
         walked=walked,
-        batch_size=batch_size,
+        batch_size=batch_size or usual.batch_size,
         progress=progress,
     )
 

@@ -153,6 +153,8 @@ def run_prune(
     with clock.stage("load"):
         loaded = given.model or load_source(recipe.model)
         loaded.model.to(device)
+        tolerances = recipe.checks.tolerances()
+        tolerances.fit(loaded.kind)
         recipe, remarks = complete(recipe, loaded, device)
         calibration, held = load_data(recipe, loaded, given, progress)
         warnings = [*remarks, *warn_degenerate(calibration), *_skipped(calibration)]
@@ -175,7 +177,7 @@ def run_prune(
             report["contact_sheet"] = data_uri(contact_sheet(calibration, loaded, n=48, tile=64))
     with clock.stage("bound"):
         twin = expand(pruned.model, loaded.model, pruned.structure, pruned.plan)
-        tolerances, walked, size = recipe.checks.tolerances(), recipe.checks.walked, settings.batch_size
+        walked, size = recipe.checks.walked, settings.batch_size
         bounds = verify_model(
             loaded, pruned.model, twin, held, tolerances, walked=walked, batch_size=size, progress=progress
         )

@@ -78,12 +78,13 @@ class Checks(Strict):
 
     max_flip: Annotated[float, Field(ge=0, le=1)] | None = None
     max_error: Annotated[float, Field(ge=0)] | None = None
+    max_perplexity_ratio: Annotated[float, Field(gt=1)] | None = None
     confidence: Share = 0.95
     not_a_sample: bool = False
     walked: Annotated[int, Field(ge=0)] | None = None
 
     def tolerances(self) -> Tolerances:
-        return Tolerances(self.max_flip, self.max_error, self.confidence, self.not_a_sample)
+        return Tolerances(self.max_flip, self.max_error, self.confidence, self.not_a_sample, self.max_perplexity_ratio)
 
 
 class PruneRecipe(Strict):

@@ -54,6 +54,8 @@ def run_unlearn(
     with clock.stage("load"):
         loaded = given.model or load_source(recipe.model)
         loaded.model.to(device)
+        tolerances = recipe.checks.tolerances()
+        tolerances.fit(loaded.kind)
         classes = find_classes(recipe.forget, loaded)
         earlier = [c for c in forgotten_before(loaded) if c not in classes]
         sites = find_sites(loaded)
@@ -87,7 +89,7 @@ def run_unlearn(
     with clock.stage("bound"):
         part = populations_of(data.test, classes, earlier)
         retained, forgotten = (data.test.subset(torch.nonzero(w).flatten()) for w in (part == 0, part > 0))
-        tolerances, walked, size = recipe.checks.tolerances(), recipe.checks.walked, recipe.batch_size
+        walked, size = recipe.checks.walked, recipe.batch_size
         bounds = verify_model(
             loaded, found.model, found.model, retained, tolerances, walked=walked, batch_size=size, progress=progress
         )

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
-from modhifi.ladder_units import QUANTILE, Statistical, Units
+from modhifi.ladder_units import QUANTILE, Interval, Statistical, Units, nll_cap
 from modhifi.statistics import divided_alpha, settling_n_mean, settling_n_rate
 
 PASSING = ("PASS-CERTIFIED", "PASS-STATISTICAL", "PASS-ON-SAMPLES")
@@ -17,7 +17,8 @@ class Tolerances:
     """What the user allows.
 
     ``max_flip``: the share of inputs whose top-1 may change. ``max_error``: the Euclidean change of the output that at
-    most one input in twenty may exceed. ``not_a_sample``: the held-out units were not drawn at random, so that only
+    most one input in twenty may exceed. ``max_perplexity_ratio``: of causal language models, the modified network's
+    perplexity over the original's. ``not_a_sample``: the held-out units were not drawn at random, so that only
     what was measured on them may be said.
     """
 
@@ -25,18 +26,26 @@ class Tolerances:
     max_error: float | None = None
     confidence: float = 0.95
     not_a_sample: bool = False
+    max_perplexity_ratio: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_flip is not None and not 0 <= self.max_flip <= 1:
             raise ModhifiError(f"--max-flip {self.max_flip} is no share; give a number between 0 and 1")
         if self.max_error is not None and not 0 <= self.max_error < math.inf:
             raise ModhifiError(f"--max-error {self.max_error} is no error; give a number of at least 0")
+        if (ratio := self.max_perplexity_ratio) is not None and not 1 < ratio < math.inf:
+            raise ModhifiError(f"--max-perplexity-ratio {ratio} allows no loss; give a number above 1, such as 1.05")
         divided_alpha(self.confidence)
+
+    def fit(self, kind: str) -> None:
+        """Raises ModhifiError where a tolerance says nothing of models of this kind (as in `LoadedModel.kind`)."""
+        if self.max_perplexity_ratio is not None and kind != "text":
+            raise ModhifiError("--max-perplexity-ratio is for causal language models; use --max-flip or --max-error")
 
     @property
     def alpha(self) -> float:
-        """The error probability of one bound: both tolerances together hold at the confidence asked for."""
-        given = sum(t is not None for t in (self.max_flip, self.max_error))
+        """The error probability of one bound: all tolerances together hold at the confidence asked for."""
+        given = sum(t is not None for t in (self.max_flip, self.max_error, self.max_perplexity_ratio))
         return divided_alpha(self.confidence, max(1, given))
 
 
@@ -79,17 +88,21 @@ def judge(tolerances: Tolerances, found: Statistical, units: Units, every_input:
         what = f"{QUANTILE:.0%} quantile of the output's change"
         name = f"max error {tau:g}"
         verdicts.append(_verdict(name, tau, tolerances, found, found.error_quantile, certified, settling, what))
+    if (tau := tolerances.max_perplexity_ratio) is not None:
+        if found.perplexity is None or units.nll is None:
+            raise ModhifiError("perplexity needs sequences of at least two tokens; give a longer --window")
+        cap = nll_cap(tau)
+        settling = settling_n_mean(units.nll.clamp(-cap, cap), math.log(tau), alpha, -cap, cap)
+        what, name = f"ratio of perplexities ({found.perplexity.method})", f"max perplexity ratio {tau:g}"
+        certified = every_input == 0
+        verdicts.append(_verdict(name, tau, tolerances, found, found.perplexity, certified, settling, what))
     return tuple(verdicts)
 
 
 def _verdict(
-    name: str, tau: float, tolerances: Tolerances, found: Statistical, interval: object, certified: bool,
+    name: str, tau: float, tolerances: Tolerances, found: Statistical, interval: Interval, certified: bool,
     settling: int | None, what: str, percent: bool = False,
 ) -> Verdict:  # fmt: skip
-    from modhifi.ladder_units import Interval
-
-    assert isinstance(interval, Interval)
-
     def show(value: float) -> str:
         return f"{100 * value:.3g} %" if percent else f"{value:.4g}"
 

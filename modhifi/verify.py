@@ -93,14 +93,15 @@ def verify_model(
     Raises ModhifiError for models in train mode and outputs that are not finite (GateFailed for the edited model's).
     """
     tolerances = tolerances or Tolerances()
+    tolerances.fit(loaded.kind)
     for name, model in (("original", loaded.model), ("edited", edited)):
         if any(m.training for m in model.modules()):
             raise ModhifiError(f"the {name} model is in train mode, where outputs are random; call .eval() first")
     device = next(edited.parameters()).device
     progress("bounding", 0, 3)
     dense_run = partial(_moved, loaded, loaded.model, device)
-    units = run_units(dense_run, partial(_moved, loaded, edited, device), held, batch_size)
-    found = statistical(units, tolerances.alpha, _population(units, held))
+    units = run_units(dense_run, partial(_moved, loaded, edited, device), held, batch_size, loaded.kind == "text")
+    found = statistical(units, tolerances.alpha, _population(units, held), tolerances.max_perplexity_ratio)
     progress("bounding", 1, 3)
     rungs, layers, gap, violations, every, count = _certify(loaded, edited, dense_shape, held, units, walked)
     progress("bounding", 3, 3)
@@ -108,6 +109,11 @@ def verify_model(
     warnings = []
     if held.synthetic:
         warnings.append("the held-out data is synthetic: the statistical bounds speak of synthetic data only")
+    if held.units is not None and (documents := len(set(held.units))) < len(held):
+        warnings.append(
+            f"the {len(held)} held-out windows come from {documents} documents: the statistical bounds take them as "
+            "independent, which neighbours in one document are not"
+        )
     return BoundReport(
         rungs=(*rungs, *_statistical_rungs(found, units)),
         layers=layers,
@@ -196,9 +202,16 @@ def _certified_rungs(found: Certified, constant_error: float) -> tuple[Rung, ...
 
 def _statistical_rungs(found: Statistical, units: Units) -> tuple[Rung, ...]:
     sure = f"{found.n} independent {found.population}, {100 * (1 - found.alpha):.4g} % confidence, each bound by itself"
-    names = ("R3 share of flips", "R3 total variation", f"R3 {found.quantile:.0%} quantile of the change")
+    figures = {
+        "R3 share of flips": found.flips,
+        "R3 total variation": found.variation,
+        f"R3 {found.quantile:.0%} quantile of the change": found.error_quantile,
+        "R3 ratio of perplexities": found.perplexity,
+    }
     rungs = []
-    for name, interval in zip(names, (found.flips, found.variation, found.error_quantile), strict=True):
+    for name, interval in figures.items():
+        if interval is None:
+            continue
         value = interval.upper if math.isfinite(interval.upper) else None
         note = f"measured {interval.measured:.4g}, at least {interval.lower:.4g}"
         if value is None:

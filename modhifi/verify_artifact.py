@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from modhifi.artifact import load_artifact, read_manifest, state_hash, weights_match
 from modhifi.data import Samples, load_samples
+from modhifi.defaults import Amounts, amounts
 from modhifi.errors import ModhifiError
 from modhifi.load import LoadedModel
 from modhifi.own_data import Source
@@ -17,6 +19,7 @@ from modhifi.pruning import find_structure
 from modhifi.rebuild import expand, plan_of
 from modhifi.recipe import ModelSource
 from modhifi.skeleton import same_modules
+from modhifi.text import window_of
 from modhifi.verdicts import Tolerances
 from modhifi.verify import BoundReport, Progress, verify_model
 
@@ -27,15 +30,16 @@ def verify_artifact(
     data: Source,
     tolerances: Tolerances,
     *,
-    samples: int = 1000,
+    samples: int | None = None,
+    window: int | None = None,
     walked: int | None = None,
     allow_overlap: bool = False,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Progress = lambda stage, done, total: None,
 ) -> BoundReport:
-    """The ladder of bounds for an artefact directory.
+    """The ladder of bounds for an artefact directory; ``samples``, ``window`` and ``batch_size`` as in `held_amounts`.
 
     Raises ModhifiError where its weights are not those that were saved, where ``against`` is another model than the one
     it was made from, and where held-out samples took part in the calibration (unless ``allow_overlap``).
@@ -55,7 +59,9 @@ def verify_artifact(
     expected = manifest["base"].get("sha256")
     if expected is not None and state_hash(original.model) != expected:
         raise ModhifiError(f"{original.source} has other weights than the one {directory} was made from; give that one")
-    held = held_out(manifest, load_samples(data, original, n=samples, seed=seed), allow_overlap)
+    usual = held_amounts(original, device)
+    n, window = samples or usual.evaluation_samples, window or usual.window
+    held = held_out(manifest, load_samples(data, original, n=n, seed=seed, window=window), allow_overlap)
     dense_shape = None
     if manifest.get("groups"):
         dense_shape = expand(edited.model, original.model, find_structure(original), plan_of(manifest))
@@ -63,9 +69,18 @@ def verify_artifact(
         dense_shape = edited.model
     original.model.to(device)
     edited.model.to(device)
+    size = batch_size or usual.batch_size
     return verify_model(
-        original, edited.model, dense_shape, held, tolerances, walked=walked, batch_size=batch_size, progress=progress
+        original, edited.model, dense_shape, held, tolerances, walked=walked, batch_size=size, progress=progress
     )
+
+
+def held_amounts(loaded: LoadedModel, device: torch.device | str) -> Amounts:
+    """How much to check on where nothing is said: 1,000 images, or the windows that a pruning run would hold out."""
+    usual = amounts(loaded, device)
+    if usual.window is None:
+        return replace(usual, evaluation_samples=1000)
+    return replace(usual, window=min(usual.window, window_of(loaded, None)))
 
 
 def held_out(manifest: dict[str, Any], samples: Samples, allow_overlap: bool = False) -> Samples:
