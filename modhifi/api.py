@@ -43,6 +43,7 @@ def prune(
     evaluation_samples: int | None = None,
     window: int | None = None,
     method: Mapping[str, Any] | None = None,
+    checks: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     force: bool = False,
     cache: str | Path | None = None,
@@ -57,14 +58,14 @@ def prune(
     ``data``: a source string, samples, or items that you hold: a tensor ``(n, C, H, W)`` of model-ready inputs, a list
     of tensors or PIL images, a map-style Dataset. ``evaluate`` holds out other data; by default it is a disjoint part
     of ``data``. ``window`` is tokens in an item of text; amounts not said are those of `modhifi.defaults`.
-    ``method``: the keys of a recipe's ``method`` part. With ``out`` the artefact is written there.
-    ``cache`` is a directory where moments are kept: a second budget then needs no second pass over the data.
+    ``method`` and ``checks``: the keys of those parts of a recipe; the result's ``bounds`` answer the checks.
+    With ``out`` the artefact is written there. ``cache`` is a directory where moments are kept: a second budget then needs no second pass over the data.
 
     Returns the smaller ``model``, a JSON-able ``report``, the ``plan`` and the ``path`` written.
     Raises ModhifiError for bad input, in one line.
 
     >>> import modhifi
-    >>> small = modhifi.prune("demo:resnet", "demo:calibration", ratio=0.3, samples=32, evaluation_samples=16)
+    >>> small = modhifi.prune("demo:resnet", "demo:calibration", ratio=0.3, samples=32, checks={"walked": 0})
     >>> before, after = small.report["size"]["parameters"]
     >>> after < before == 935994
     True
@@ -84,6 +85,7 @@ def prune(
             },
             "budget": {"ratio": ratio, "params": params, "flops": flops},
             "method": dict(method or {}),
+            "checks": dict(checks or {}),
             "seed": seed,
             "batch_size": batch_size,
             "out": None if out is None else str(out),
@@ -105,6 +107,7 @@ def unlearn(
     evaluation_samples: int = 2000,
     method: str = "erase-writers",
     settings: Mapping[str, Any] | None = None,
+    checks: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     force: bool = False,
     seed: int = 0,
@@ -115,12 +118,14 @@ def unlearn(
     """Make an image classifier forget classes (index or name), then attack the result. No proof of data deletion.
 
     ``data`` holds forgotten and other classes, with labels or without (the model then labels what it is sure of);
-    ``evaluate`` is what the attacks learn from and are tested on. ``settings``: further keys of a recipe's ``method``.
+    ``evaluate`` is what the attacks learn from and are tested on. ``settings`` and ``checks``: further keys of those
+    parts (``method``, ``checks``) of a recipe.
     Returns the edited ``model``, a JSON-able ``report`` with the audit, and the ``path`` written.
     Raises ModhifiError for bad input, in one line.
 
     >>> import modhifi
-    >>> found = modhifi.unlearn("demo:resnet", "demo:calibration", evaluate="demo:test", forget="frog", method="erase")
+    >>> given = {"evaluate": "demo:test", "method": "erase", "checks": {"walked": 0}}
+    >>> found = modhifi.unlearn("demo:resnet", "demo:calibration", forget="frog", **given)
     >>> rows = found.report["audit"]["rows"]
     >>> rows["edited"]["forget"] < 0.1 < 0.8 < rows["edited"]["retain"]
     True
@@ -138,6 +143,7 @@ def unlearn(
                 "evaluation_samples": evaluation_samples,
             },
             "method": {"name": method, **(settings or {})},
+            "checks": dict(checks or {}),
             "seed": seed,
             "batch_size": batch_size,
             "out": None if out is None else str(out),
@@ -197,7 +203,7 @@ def verify(
     original's gets the statistical rungs only. Raises ModhifiError for bad input, in one line.
 
     >>> import modhifi
-    >>> small = modhifi.prune("demo:resnet", "demo:calibration", ratio=0.1, samples=32, evaluation_samples=16)
+    >>> small = modhifi.prune("demo:resnet", "demo:calibration", ratio=0.1, samples=32, checks={"walked": 0})
     >>> found = modhifi.verify(small.model, "demo:test", against="demo:resnet", max_flip=0.25, samples=200)
     >>> [v.verdict for v in found.verdicts if v.name == "max flip 0.25"]
     ['PASS-STATISTICAL']

@@ -6,6 +6,7 @@ import logging
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,6 +294,34 @@ class NextTokens:
         if not self.count:
             raise ModhifiError("perplexity needs windows of at least two tokens; give a longer text")
         return math.exp(min(self.loss / self.count, MOST_NATS))
+
+
+class Timed:
+    """A forward pass that also takes the time. Call it like the pass it wraps."""
+
+    def __init__(self, logits: Logits) -> None:
+        self.logits = logits
+        self.passes: list[tuple[int, float]] = []
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        start = time.perf_counter()
+        outputs = self.logits(batch)
+        if outputs.is_cuda:
+            torch.cuda.synchronize(outputs.device)
+        self.passes.append((len(batch), time.perf_counter() - start))
+        return outputs
+
+    @property
+    def per_second(self) -> float | None:
+        """Items a second, the first pass left out, which warms up; None where there was no other."""
+        items, seconds = (sum(column) for column in zip(*self.passes[1:], strict=True)) if self.passes[1:] else (0, 0)
+        return items / seconds if seconds else None
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of a model's state dict as it is written, shared tensors once."""
+    seen = {(t.data_ptr(), t.dtype, tuple(t.shape)): t.nbytes for t in model.state_dict().values()}
+    return sum(seen.values())
 
 
 @torch.inference_mode()

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import measure
 from .artifact import check_output, describe_data, save_artifact, verify_reload
 from .contact_sheet import contact_sheet
 from .data import Samples, load_samples, warn_degenerate
@@ -25,9 +23,9 @@ from .load import LoadedModel, load_model
 from .moment_cache import MomentCache
 from .own_data import Source
 from .plan import Plan
+from .prune_report import before_after, describe, measure_run, measured, skipped
 from .pruning import (
     Progress,
-    Pruned,
     find_structure,
     prune_model,
     reestimate_batchnorm,
@@ -157,13 +155,13 @@ def run_prune(
         tolerances.fit(loaded.kind)
         recipe, remarks = complete(recipe, loaded, device)
         calibration, held = load_data(recipe, loaded, given, progress)
-        warnings = [*remarks, *warn_degenerate(calibration), *_skipped(calibration)]
+        warnings = [*remarks, *warn_degenerate(calibration), *skipped(calibration)]
     with clock.stage("prune"):
         settings = recipe.settings()
         pruned = prune_model(loaded, calibration, budget, settings, plan=plan, progress=progress, cache=cache)
         if recipe.method.reestimate_batchnorm:
             reestimate_batchnorm(pruned.model, loaded, calibration, settings.batch_size)
-    report = _describe(recipe, loaded, calibration, held, pruned, warnings, command)
+    report = describe(recipe, loaded, calibration, held, pruned, warnings, command)
     if cache is not None and cache.remark:
         report["data"]["moments"] = cache.remark
     if dry_run:
@@ -171,8 +169,8 @@ def run_prune(
         return PruneResult(report, pruned.plan)
     with clock.stage("measure"):
         report |= measure_run(loaded, pruned.model, held, settings.batch_size, progress)
-        report["before_after"] = _before_after(report)
-        report["verdicts"] = [_measured(report)]
+        report["before_after"] = before_after(report)
+        report["verdicts"] = [measured(report)]
         if loaded.kind == "image":
             report["contact_sheet"] = data_uri(contact_sheet(calibration, loaded, n=48, tile=64))
     with clock.stage("bound"):
@@ -220,137 +218,6 @@ def run_prune(
 def own_skeleton(loaded: LoadedModel) -> nn.Module | None:
     """The dense module where no library builds it anew, so that an artefact of it can be loaded."""
     return loaded.model if loaded.framework == "torch" else None
-
-
-def _skipped(samples: Samples) -> list[str]:
-    if not samples.skipped:
-        return []
-    names = "; ".join(f"{name} ({reason})" for name, reason in samples.skipped[:10])
-    more = f"; and {len(samples.skipped) - 10} more" if len(samples.skipped) > 10 else ""
-    return [f"{len(samples.skipped)} unreadable items were skipped: {names}{more}"]
-
-
-def _describe(
-    recipe: PruneRecipe,
-    loaded: LoadedModel,
-    calibration: Samples,
-    held: Samples,
-    pruned: Pruned,
-    warnings: list[str],
-    command: str,
-) -> dict[str, Any]:
-    structure, plan = pruned.structure, pruned.plan
-    sizes = sizes_of(loaded.model, structure)
-    widths = {g.name: len(plan.kept.get(g.name, range(g.n))) for g in structure.prunable}
-    dense = {g.name: g.n for g in structure.prunable}
-    by_reader = {e.reader: e for e in pruned.errors}
-    groups = []
-    for g in structure.prunable:
-        errors = [by_reader[s.module] for s in g.readers if s.module in by_reader] if g.name in plan.kept else []
-        local, energy = sum(e.error for e in errors), sum(e.energy for e in errors)
-        groups.append(
-            {
-                "name": g.name,
-                "kind": "coupled channels" if g.coupled else g.kind,
-                "n": g.n,
-                "kept": widths[g.name],
-                "local_error": local if errors else 0.0,
-                "relative_error": local / energy if energy > 0 else 0.0,
-                "amplification": None,
-            }
-        )
-    reached = {
-        "components": sizes.components(widths) / sizes.components(dense),
-        "parameters": sizes.parameters(widths) / sizes.parameters(dense),
-        "macs": sizes.macs(widths) / sizes.macs(dense),
-    }
-    return {
-        "schema_version": 1,
-        "title": f"modhifi prune {loaded.source}",
-        "task": "prune",
-        "model": {"source": loaded.source, "framework": loaded.framework, **_plain(loaded.info)},
-        "data": {
-            "calibration": calibration.description,
-            "held_out": held.description,
-            "calibration_samples": len(calibration),
-            "held_out_samples": len(held),
-        },
-        "settings": recipe.model_dump(mode="json"),
-        "budget": {**recipe.budget.model_dump(), "reached": reached},
-        "groups": groups,
-        "refused": [{"name": g.name, "n": g.n, "reason": g.refused} for g in structure.refused],
-        "warnings": warnings,
-        "command": command,
-    }
-
-
-def _plain(info: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: info.get(k) for k in ("architecture", "revision", "licence", "notes") if info.get(k)}
-
-
-def measure_run(
-    loaded: LoadedModel, edited: nn.Module, held: Samples, batch_size: int, progress: Progress = silent
-) -> dict[str, Any]:
-    """Everything measured on the held-out samples and on this device, before and after."""
-    device = next(edited.parameters()).device
-    one = next(held.batches(1)).to(device)
-    progress("checking", 0, 3)
-    dense, after = loaded.logits, partial(loaded.logits, model=edited)
-    errors: dict[str, Any]
-    if loaded.kind == "text":
-        # The loss of the next token comes out of the same passes.
-        scored = (measure.NextTokens(dense), measure.NextTokens(after))
-        errors = measure.compare(*scored, held, batch_size=batch_size, device=device).summary()
-        errors |= {f"perplexity_{name}": s.perplexity for name, s in zip(("before", "after"), scored, strict=True)}
-    else:
-        errors = measure.compare(dense, after, held, batch_size=batch_size, device=device).summary()
-    if held.labels is not None:
-        errors["accuracy_before"] = measure.accuracy(dense, held, batch_size=batch_size, device=device)
-        errors["accuracy_after"] = measure.accuracy(after, held, batch_size=batch_size, device=device)
-    progress("checking", 1, 3)
-    size = {
-        "parameters": [measure.count_parameters(loaded.model), measure.count_parameters(edited)],
-        "flops": [measure.count_flops(loaded.model, one), measure.count_flops(edited, one)],
-    }
-    progress("checking", 2, 3)
-    latency = measure.compare_latency({"before": loaded.model, "after": edited}, one, rounds=9)
-    progress("checking", 3, 3)
-    return {
-        "errors": errors,
-        "size": size,
-        "latency": {name: vars(value) for name, value in latency.items()},
-    }
-
-
-def _before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
-    def row(name: str, before: float | None, after: float | None, unit: str = "") -> dict[str, Any]:
-        return {"name": name, "before": before, "after": after, "unit": unit}
-
-    errors, size, latency = report["errors"], report["size"], report["latency"]
-    text = "perplexity_before" in errors
-    quality = row("top-1 accuracy", errors.get("accuracy_before"), errors.get("accuracy_after"), "%")
-    if text:
-        quality = row("perplexity", errors["perplexity_before"], errors["perplexity_after"])
-    return [
-        quality,
-        row(f"{'next-token ' if text else ''}agreement with the original", 1.0, errors["agreement"], "%"),
-        row("FLOPs per sample", *size["flops"]),
-        row("parameters", *size["parameters"]),
-        row("latency, one sample", latency["before"]["median"], latency["after"]["median"], "s"),
-    ]
-
-
-def _measured(report: dict[str, Any]) -> dict[str, str]:
-    """What was measured, in a sentence: an observation on these samples, not a bound."""
-    errors = report["errors"]
-    worst = max(report["groups"], key=lambda g: g["relative_error"])
-    return {
-        "name": "local and global errors",
-        "verdict": "MEASURED",
-        "text": f"on {errors['n']} held-out samples the output moved by {errors['relative_error']:.3g} of its energy "
-        f"(mean KL {errors['kl']:.3g} nats); the largest local error is {worst['relative_error']:.3g} of the energy, "
-        f"at the readers of {worst['name']}; measured, not bounded",
-    }
 
 
 def check_model(loaded: LoadedModel) -> dict[str, Any]:

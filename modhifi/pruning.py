@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from .moment_cache import MomentCache
 from .moments import Moments, collect
 from .oracle import confirm
 from .plan import Plan
-from .readers import absorb_mean, applied_second, readers_of, weight_matrix, write_weight
+from .readers import absorb_mean, applied_second, best_singletons, readers_of, weight_matrix, write_weight
 from .replay import Replay
 from .selection import Curve, eliminate, hifi_union, removal_order
 from .sequential import edit_sequentially, joint_moments
@@ -78,7 +78,10 @@ class LayerError:
 
 @dataclass(frozen=True)
 class Pruned:
-    """``model`` is physically smaller; ``dense_shape`` holds the same function in the dense model's shapes."""
+    """``model`` is physically smaller; ``dense_shape`` holds the same function in the dense model's shapes.
+
+    ``fidelity`` has the best singleton fidelity of every component, float64 ``(n,)`` by group.
+    """
 
     model: nn.Module
     dense_shape: nn.Module
@@ -86,6 +89,7 @@ class Pruned:
     plan: Plan
     curves: Mapping[str, Curve]
     errors: tuple[LayerError, ...]
+    fidelity: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def find_structure(loaded: LoadedModel) -> Structure:
@@ -405,7 +409,11 @@ def prune_model(
         elif settings.weighting not in ("energy", "amplification"):
             raise ModhifiError(f"unknown weighting '{settings.weighting}'; choose energy or amplification")
         plan = make_plan(loaded.model, structure, curves, budget, settings, weights)
-    return replace(apply_plan(loaded, structure, plan, moments, settings, samples, progress), curves=curves)
+    fidelity = {
+        g.name: best_singletons(readers_of(loaded.model, structure, g, moments), g.n) for g in structure.prunable
+    }
+    pruned = apply_plan(loaded, structure, plan, moments, settings, samples, progress)
+    return replace(pruned, curves=curves, fidelity=fidelity)
 
 
 @torch.no_grad()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .fidelity import singleton_fidelity
 from .groups import Group, Structure, conv_groups, reader_columns
 from .moments import Moments
 
@@ -109,3 +110,13 @@ def reader_of(model: nn.Module, structure: Structure, group: Group, module: str,
 def readers_of(model: nn.Module, structure: Structure, group: Group, moments: Mapping[str, Moments]) -> list[Reader]:
     """All readers of a group, in order."""
     return [reader_of(model, structure, group, s.module, moments[s.module]) for s in group.readers]
+
+
+def best_singletons(readers: Sequence[Reader], n: int) -> Tensor:
+    """The largest singleton fidelity of each of a group's n components over its readers' channels, float64 ``(n,)``."""
+    result = torch.zeros(n, dtype=torch.float64)
+    for reader in readers:
+        for weight, second, mine, columns in reader.parts():
+            if len(mine):
+                result[mine] = torch.maximum(result[mine], singleton_fidelity(weight, second, columns).amax(0).cpu())
+    return result

@@ -9,7 +9,8 @@ The schema, version 1; every part but ``title`` may be missing, and what is miss
   ``s`` and ``B`` seconds and bytes; ``change`` is text and computed where it is missing
 * ``groups``: ``{name, kind, n, kept, local_error, relative_error, amplification, share}``; ``kept`` is a number of
   components, ``local_error`` squared, ``relative_error`` its share of the readers' output energy, ``amplification`` the
-  change of the network's output over the readers' own errors, ``share`` that change's share of the sum over all layers
+  change of the network's output over the readers' own errors, ``share`` that change's share of the sum over all layers;
+  ``fidelity``: ``{kept, removed}``, the 10 %, 50 % and 90 % quantiles of their components' best singleton fidelities
 * ``tables``: ``{title, columns, rows, unit?}``; a row is a name and a value for each further column
 * ``refused``: ``{name, reason}``; ``verdicts``: ``{name, verdict, text}``; ``warnings``: sentences
 * ``timing``: seconds by stage; ``contact_sheet``: a PNG picture as a data URI (:func:`data_uri`)
@@ -20,7 +21,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -37,6 +38,8 @@ SMALL = ((1.0, ""), (1e-3, "m"), (1e-6, "µ"))
 INK, STRONG, FAINT = "#010203", "#010204", "#010205"
 COLOURS = {INK: "currentColor", STRONG: "var(--accent)", FAINT: "var(--faint)"}
 LABELLED_ROWS = 80
+# What a bound is called that answers no tolerance: a rung of the ladder, shown apart from the verdicts.
+RUNGS = ("INFORMATIVE", "VACUOUS", "not available")
 
 
 def render_html(report: Mapping[str, Any]) -> str:
@@ -47,9 +50,17 @@ def render_html(report: Mapping[str, Any]) -> str:
     environment.filters |= {"number": number, "plain": plain, "tone": tone}
     groups = report.get("groups") or []
     rows = [{**row, "change": change(row)} for row in report.get("before_after") or []]
-    charts = {"widths": _widths(groups), "errors": _errors(groups)}
+    charts = {"widths": _widths(groups), "fidelities": _fidelities(groups), "errors": _errors(groups)}
     template = environment.get_template("report.html.j2")
-    page: str = template.render(report=report, rows=rows, groups=groups, charts=charts)
+    said = report.get("verdicts") or []
+    page: str = template.render(
+        report=report,
+        rows=rows,
+        groups=groups,
+        charts=charts,
+        verdicts=[v for v in said if v["verdict"] not in RUNGS],
+        ladder=[v for v in said if v["verdict"] in RUNGS],
+    )
     return page
 
 
@@ -103,7 +114,7 @@ def change(row: Mapping[str, Any]) -> str:
 def tone(verdict: str) -> str:
     """The colour of a verdict: good, bad or open."""
     word = str(verdict).upper()
-    return "good" if word.startswith("PASS") else "bad" if word.startswith(("FAIL", "LEAK")) else "open"
+    return "good" if word.startswith(("PASS", "HOLDS")) else "bad" if word.startswith(("FAIL", "LEAK")) else "open"
 
 
 def data_uri(image: Image.Image) -> str:
@@ -157,27 +168,56 @@ def _errors(groups: Sequence[Mapping[str, Any]]) -> Markup | None:
     return _bars([str(g["name"]) for g in drawn], [(STRONG, values)], texts, "share of output energy lost")
 
 
+def _fidelities(groups: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """How much of an output channel the components of every group explain alone: those kept over those removed."""
+    drawn = [g for g in groups if g.get("fidelity")]
+    if not drawn:
+        return None
+
+    def draw(axes: Any) -> None:
+        for row, group in enumerate(drawn):
+            for side, colour, offset in (("kept", STRONG, -0.17), ("removed", INK, 0.17)):
+                if side in group["fidelity"]:
+                    low, middle, high = group["fidelity"][side]
+                    axes.plot([low, high], [row + offset] * 2, color=colour, linewidth=1.6, solid_capstyle="butt")
+                    axes.plot([middle], [row + offset], marker="o", markersize=3.2, color=colour, linewidth=0)
+        axes.set_xlim(left=0)
+        axes.tick_params(axis="x", labelsize=8)
+
+    return _rows([str(g["name"]) for g in drawn], draw, "best fidelity of a component alone, 10 % to 90 %")
+
+
 def _bars(names: Sequence[str], layers: Sequence[tuple[str, list[float]]], texts: Sequence[str], label: str) -> Markup:
-    """One horizontal bar a row, later layers over earlier ones, as inline SVG no wider than a phone."""
-    n = len(names)
-    dense = n > LABELLED_ROWS
-    height = 0.55 + (0.2 * n if not dense else 16.0)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "modhifi", "font.size": 8.5}):
-        figure = Figure(figsize=(4.1, height), layout="constrained")
-        axes = figure.add_subplot()
-        rows = range(n)
+    """One horizontal bar a row, later layers over earlier ones."""
+    top = max(max(values) for _, values in layers) or 1.0
+
+    def draw(axes: Any) -> None:
         for colour, values in layers:
-            axes.barh(rows, values, height=0.72, color=colour, linewidth=0)
-        top = max(max(values) for _, values in layers) or 1.0
+            axes.barh(range(len(names)), values, height=0.72, color=colour, linewidth=0)
         axes.set_xlim(0, 1.32 * top)
-        axes.set_ylim(n - 0.4, -0.6)
-        step = math.ceil(n / LABELLED_ROWS)
-        shown = rows[::step]
-        axes.set_yticks(shown, [_shorten(names[i]) for i in shown])
-        for i in shown:
+        for i in _labelled(len(names)):
             end = max(values[i] for _, values in layers)
             axes.text(end + 0.015 * top, i, texts[i], va="center", color=INK, fontsize=8)
         axes.set_xticks([])
+
+    return _rows(names, draw, label)
+
+
+def _labelled(n: int) -> range:
+    """The rows that get a label: all of them as long as they can be read."""
+    return range(0, n, math.ceil(n / LABELLED_ROWS))
+
+
+def _rows(names: Sequence[str], draw: Callable[[Any], None], label: str) -> Markup:
+    """A chart of named rows, from the top down, as inline SVG no wider than a phone."""
+    n = len(names)
+    height = 0.55 + (0.2 * n if n <= LABELLED_ROWS else 16.0)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "modhifi", "font.size": 8.5}):
+        figure = Figure(figsize=(4.1, height), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.set_ylim(n - 0.4, -0.6)
+        axes.set_yticks(_labelled(n), [_shorten(names[i]) for i in _labelled(n)])
         axes.set_xlabel(label, color=INK)
         axes.tick_params(colors=INK, length=0)
         for side in axes.spines.values():

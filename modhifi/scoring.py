@@ -16,11 +16,11 @@ from torch import Tensor
 
 from .data import load_samples
 from .defaults import amounts
-from .fidelity import energy_score, singleton_fidelity
+from .fidelity import energy_score
 from .load import LoadedModel
 from .own_data import Source
 from .pruning import Progress, PruneSettings, choose_groups, find_structure, measure_moments, removal_curves, silent
-from .readers import readers_of
+from .readers import best_singletons, readers_of
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,11 @@ def score_model(
     curves = removal_curves(loaded.model, structure, moments, settings, progress)
     result = []
     for group in structure.prunable:
-        single, energy = torch.zeros(group.n, dtype=torch.float64), torch.zeros(group.n, dtype=torch.float64)
-        for reader in readers_of(loaded.model, structure, group, moments):
+        readers = readers_of(loaded.model, structure, group, moments)
+        single, energy = best_singletons(readers, group.n), torch.zeros(group.n, dtype=torch.float64)
+        for reader in readers:
             for weight, second, mine, columns in reader.parts():
                 if len(mine):
-                    best = singleton_fidelity(weight, second, columns).amax(0).cpu()
-                    single[mine] = torch.maximum(single[mine], best)
                     energy[mine] += energy_score(weight, second, columns).cpu()
         curve = curves[group.name]
         cost = torch.full((group.n,), float("inf"), dtype=torch.float64)

@@ -50,7 +50,9 @@ def test_a_module_and_a_dataset_of_ones_own(tmp_path: Path) -> None:
     module, x = net(), torch.randn(48, 3, 8, 8)
     before = {k: v.clone() for k, v in module.state_dict().items()}
     pairs = torch.utils.data.TensorDataset(x, torch.arange(48) % 4)
-    result = modhifi.prune(module, pairs, ratio=0.4, samples=24, evaluation_samples=16, out=tmp_path / "small")
+    result = modhifi.prune(
+        module, pairs, ratio=0.4, samples=24, evaluation_samples=16, checks={"walked": 2}, out=tmp_path / "small"
+    )
     assert module.training and all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     assert result.report["errors"]["accuracy_before"] is not None
     assert sum(p.numel() for p in result.model.parameters()) < sum(p.numel() for p in module.parameters())
@@ -63,7 +65,7 @@ def test_a_module_and_a_dataset_of_ones_own(tmp_path: Path) -> None:
 
 def test_pictures_are_prepared_by_the_model(image_dir: Path, model_dir: Path) -> None:
     pictures = [Image.open(p) for p in sorted(image_dir.rglob("*.png"))[:24]]
-    result = modhifi.prune(model_dir, pictures, flops="0.7x", samples=16, evaluation_samples=8)
+    result = modhifi.prune(model_dir, pictures, flops="0.7x", samples=16, evaluation_samples=8, checks={"walked": 0})
     assert result.report["data"]["calibration_samples"] == 16 and result.path is None
 
 

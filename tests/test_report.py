@@ -28,7 +28,8 @@ REPORT = {
     ],
     "groups": [
         {"name": f"layer{i}.0.conv1", "kind": "channels", "n": 16, "kept": 4 + i, "local_error": 0.1 * i,
-         "relative_error": 0.01 * i, "amplification": None}
+         "relative_error": 0.01 * i, "amplification": None,
+         "fidelity": {"kept": [0.1, 0.2, 0.5], "removed": [0, 0.1, 0.2]}}
         for i in range(1, 5)
     ],
     "refused": [{"name": "conv1", "reason": "a <softmax> runs across these channels"}],
@@ -89,7 +90,7 @@ def test_page_holds_every_part_and_needs_nothing_else():
         assert words in page.text, words
     assert [s[:22] for s in page.sources] == ["data:image/png;base64,"]
     assert "@import" not in html and not re.search(r"url\((?!#)", html) and "<script" not in html
-    assert html.count("<svg") == 2 and "#010203" not in html and "currentColor" in html
+    assert html.count("<svg") == 3 and "#010203" not in html and "currentColor" in html
     assert '<div class="verdict good"><b>PASS-STATISTICAL' in html and '<div class="verdict bad"><b>FAIL' in html
 
 
@@ -112,6 +113,12 @@ def test_hundreds_of_groups_stay_one_readable_chart():
     html = render_html({"title": "many", "groups": groups})
     assert 60 <= html.count(" of 8<") <= 100
     parse(html)
+
+
+def test_rungs_of_the_ladder_stand_apart_from_verdicts():
+    text = parse(render_html(REPORT)).text
+    assert text.index("tolerance on error") < text.index("Before and after") < text.index("can have moved")
+    assert text.index("can have moved") < text.index("VACUOUS")
 
 
 def test_the_same_report_gives_the_same_page():

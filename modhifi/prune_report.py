@@ -1,0 +1,165 @@
+"""The parts of a pruning run's report: what was done, what was measured before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import measure
+from .data import Samples
+from .load import LoadedModel
+from .pruning import Progress, Pruned, silent
+from .recipe import PruneRecipe
+from .sizes import sizes_of
+
+# Shares of a group's components below which a fidelity lies, for the report's distribution.
+QUANTILES = (0.1, 0.5, 0.9)
+
+
+def skipped(samples: Samples) -> list[str]:
+    if not samples.skipped:
+        return []
+    names = "; ".join(f"{name} ({reason})" for name, reason in samples.skipped[:10])
+    more = f"; and {len(samples.skipped) - 10} more" if len(samples.skipped) > 10 else ""
+    return [f"{len(samples.skipped)} unreadable items were skipped: {names}{more}"]
+
+
+def describe(
+    recipe: PruneRecipe,
+    loaded: LoadedModel,
+    calibration: Samples,
+    held: Samples,
+    pruned: Pruned,
+    warnings: list[str],
+    command: str,
+) -> dict[str, Any]:
+    structure, plan = pruned.structure, pruned.plan
+    sizes = sizes_of(loaded.model, structure)
+    widths = {g.name: len(plan.kept.get(g.name, range(g.n))) for g in structure.prunable}
+    dense = {g.name: g.n for g in structure.prunable}
+    by_reader = {e.reader: e for e in pruned.errors}
+    groups = []
+    for g in structure.prunable:
+        errors = [by_reader[s.module] for s in g.readers if s.module in by_reader] if g.name in plan.kept else []
+        local, energy = sum(e.error for e in errors), sum(e.energy for e in errors)
+        groups.append(
+            {
+                "name": g.name,
+                "kind": "coupled channels" if g.coupled else g.kind,
+                "n": g.n,
+                "kept": widths[g.name],
+                "local_error": local if errors else 0.0,
+                "relative_error": local / energy if energy > 0 else 0.0,
+                "amplification": None,
+                "fidelity": _distribution(pruned.fidelity.get(g.name), plan.mask(g)),
+            }
+        )
+    reached = {
+        "components": sizes.components(widths) / sizes.components(dense),
+        "parameters": sizes.parameters(widths) / sizes.parameters(dense),
+        "macs": sizes.macs(widths) / sizes.macs(dense),
+    }
+    return {
+        "schema_version": 1,
+        "title": f"modhifi prune {loaded.source}",
+        "task": "prune",
+        "model": {"source": loaded.source, "framework": loaded.framework, **_plain(loaded.info)},
+        "data": {
+            "calibration": calibration.description,
+            "held_out": held.description,
+            "calibration_samples": len(calibration),
+            "held_out_samples": len(held),
+        },
+        "settings": recipe.model_dump(mode="json"),
+        "budget": {**recipe.budget.model_dump(), "reached": reached},
+        "groups": groups,
+        "refused": [{"name": g.name, "n": g.n, "reason": g.refused} for g in structure.refused],
+        "warnings": warnings,
+        "command": command,
+    }
+
+
+def _distribution(fidelity: Tensor | None, kept: Tensor) -> dict[str, list[float]] | None:
+    """The quantiles of the components' best singleton fidelities, of those that stay and of those that go."""
+    if fidelity is None:
+        return None
+    points = torch.tensor(QUANTILES, dtype=fidelity.dtype)
+    sides = {"kept": fidelity[kept], "removed": fidelity[~kept]}
+    return {name: values.quantile(points).tolist() for name, values in sides.items() if len(values)}
+
+
+def _plain(info: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: info.get(k) for k in ("architecture", "revision", "licence", "notes") if info.get(k)}
+
+
+def measure_run(
+    loaded: LoadedModel, edited: nn.Module, held: Samples, batch_size: int, progress: Progress = silent
+) -> dict[str, Any]:
+    """Everything measured on the held-out samples and on this device, before and after."""
+    device = next(edited.parameters()).device
+    one = next(held.batches(1)).to(device)
+    progress("checking", 0, 3)
+    dense, after = measure.Timed(loaded.logits), measure.Timed(partial(loaded.logits, model=edited))
+    errors: dict[str, Any]
+    if loaded.kind == "text":
+        # The loss of the next token comes out of the same passes.
+        scored = (measure.NextTokens(dense), measure.NextTokens(after))
+        errors = measure.compare(*scored, held, batch_size=batch_size, device=device).summary()
+        errors |= {f"perplexity_{name}": s.perplexity for name, s in zip(("before", "after"), scored, strict=True)}
+    else:
+        errors = measure.compare(dense, after, held, batch_size=batch_size, device=device).summary()
+    if held.labels is not None:
+        errors["accuracy_before"] = measure.accuracy(dense, held, batch_size=batch_size, device=device)
+        errors["accuracy_after"] = measure.accuracy(after, held, batch_size=batch_size, device=device)
+    progress("checking", 1, 3)
+    size = {
+        "parameters": [measure.count_parameters(loaded.model), measure.count_parameters(edited)],
+        "flops": [measure.count_flops(loaded.model, one), measure.count_flops(edited, one)],
+        "bytes": [measure.stored_bytes(loaded.model), measure.stored_bytes(edited)],
+    }
+    progress("checking", 2, 3)
+    latency = measure.compare_latency({"before": loaded.model, "after": edited}, one, rounds=9)
+    progress("checking", 3, 3)
+    return {
+        "errors": errors,
+        "size": size,
+        "throughput": [dense.per_second, after.per_second],
+        "latency": {name: vars(value) for name, value in latency.items()},
+    }
+
+
+def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
+    def row(name: str, before: float | None, after: float | None, unit: str = "") -> dict[str, Any]:
+        return {"name": name, "before": before, "after": after, "unit": unit}
+
+    errors, size, latency = report["errors"], report["size"], report["latency"]
+    text = "perplexity_before" in errors
+    quality = row("top-1 accuracy", errors.get("accuracy_before"), errors.get("accuracy_after"), "%")
+    if text:
+        quality = row("perplexity", errors["perplexity_before"], errors["perplexity_after"])
+    return [
+        quality,
+        row(f"{'next-token ' if text else ''}agreement with the original", 1.0, errors["agreement"], "%"),
+        row("FLOPs per sample", *size["flops"]),
+        row("parameters", *size["parameters"]),
+        row("latency, one sample", latency["before"]["median"], latency["after"]["median"], "s"),
+        row("throughput, samples a second", *report["throughput"]),
+        row("weights on disk", *size["bytes"], "B"),
+    ]
+
+
+def measured(report: dict[str, Any]) -> dict[str, str]:
+    """What was measured, in a sentence: an observation on these samples, not a bound."""
+    errors = report["errors"]
+    worst = max(report["groups"], key=lambda g: g["relative_error"])
+    return {
+        "name": "local and global errors",
+        "verdict": "MEASURED",
+        "text": f"on {errors['n']} held-out samples the output moved by {errors['relative_error']:.3g} of its energy "
+        f"(mean KL {errors['kl']:.3g} nats); the largest local error is {worst['relative_error']:.3g} of the energy, "
+        f"at the readers of {worst['name']}; measured, not bounded",
+    }
