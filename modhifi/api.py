@@ -59,7 +59,8 @@ def prune(
     of tensors or PIL images, a map-style Dataset. ``evaluate`` holds out other data; by default it is a disjoint part
     of ``data``. ``window`` is tokens in an item of text; amounts not said are those of `modhifi.defaults`.
     ``method`` and ``checks``: the keys of those parts of a recipe; the result's ``bounds`` answer the checks.
-    With ``out`` the artefact is written there. ``cache`` is a directory where moments are kept: a second budget then needs no second pass over the data.
+    With ``out`` the artefact is written there. ``cache`` is a directory where moments are kept: a second
+    budget then needs no second pass over the data.
 
     Returns the smaller ``model``, a JSON-able ``report``, the ``plan`` and the ``path`` written.
     Raises ModhifiError for bad input, in one line.
