@@ -28,6 +28,7 @@ from .common import (
     resolve_device,
     stdout_console,
 )
+from .push import PushOption, pushed
 from .summary import SummaryOption
 
 ModelArgument = Annotated[
@@ -168,6 +169,7 @@ def prune(
         bool, typer.Option("--dry-run", help="Print the plan and the predicted size; write nothing.")
     ] = False,
     summary: SummaryOption = None,
+    push_to_hub: PushOption = None,
     cache: CacheOption = None,
     no_cache: NoCacheOption = False,
     model_arg: ModelArgOption = None,
@@ -190,11 +192,14 @@ def prune(
 
     from modhifi.moment_cache import MomentCache
     from modhifi.pipeline import run_prune
+    from modhifi.push import check_push
     from modhifi.recipe import parse_recipe
     from modhifi.recipe_file import apply_overrides, read_yaml
     from modhifi.summary import check_summary, write_summary
 
     check_summary(summary)
+    if push_to_hub is not None:
+        check_push(push_to_hub)
     if recipe is not None:
         content = read_yaml(recipe)
         if model is not None:
@@ -268,6 +273,7 @@ def prune(
         show(result.report, result.path)
     if result.bounds is not None:
         result.bounds.enforce()
+    pushed(result.path, push_to_hub)
 
 
 def read_plan(path: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from .prune import (
     WeightsOption,
     model_source,
 )
+from .push import PushOption, pushed
 from .summary import SummaryOption
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def unlearn(
         list[str] | None, typer.Option("--set", metavar="A.B=1", help="Change a recipe value.")
     ] = None,
     summary: SummaryOption = None,
+    push_to_hub: PushOption = None,
     model_arg: ModelArgOption = None,
     weights: WeightsOption = None,
     revision: RevisionOption = None,
@@ -112,6 +114,7 @@ def unlearn(
     """Make a classifier forget classes with forward passes only, then attack the result. No proof of data deletion."""
     import shlex
 
+    from modhifi.push import check_push
     from modhifi.recipe_file import apply_overrides, read_yaml
     from modhifi.recipe_run import require_forgotten
     from modhifi.summary import check_summary, write_summary
@@ -119,6 +122,8 @@ def unlearn(
     from modhifi.unlearn_recipe import parse_unlearn_recipe
 
     check_summary(summary)
+    if push_to_hub is not None:
+        check_push(push_to_hub)
     if recipe is not None:
         content = read_yaml(recipe)
         if model is not None:
@@ -182,6 +187,7 @@ def unlearn(
     if result.bounds is not None:
         result.bounds.enforce()
     require_forgotten(result.report)
+    pushed(result.path, push_to_hub)
 
 
 def show_audit(report: dict[str, Any], path: Path | None) -> None:

@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
+from modhifi.hub import fetch_description, fetch_weights, split_revision
 from modhifi.load import LoadedModel, frozen, load_model
 from modhifi.output import check_output, staging
 from modhifi.reload import verify_reload
@@ -36,6 +38,9 @@ __all__ = [
     "verify_reload", "weights_match",
 ]  # fmt: skip
 SCHEMA_VERSION = 1
+# Versions that are read as they stand. Keys may be added without a new version: what lacks is then not needed.
+READABLE = (1,)
+NEEDED = ("base", "model", "weights")
 MANIFEST = "modhifi.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -77,7 +82,7 @@ def save_artifact(
             "schema_version": SCHEMA_VERSION,
             **manifest,
             "base": _base(loaded),
-            "model": _model_entry(loaded, framework, changes),
+            "model": {**_model_entry(loaded, framework, changes), "stock": stock},
             "groups": _groups(structure, plan),
             "weights": weights,
             "recipe": recipe,
@@ -87,7 +92,7 @@ def save_artifact(
         _write_json(directory / "report.json", report)
         (directory / "report.html").write_text(render_html(report), encoding="utf-8")
         (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
-        (directory / "README.md").write_text(model_card(out.name, content, report, stock), encoding="utf-8")
+        (directory / "README.md").write_text(model_card(out.name, content, report), encoding="utf-8")
     return out
 
 
@@ -103,15 +108,16 @@ def load_artifact(directory: str | Path, skeleton: nn.Module | None = None) -> L
     entry, base = manifest["model"], manifest["base"]
     framework, info = entry["framework"], entry["info"]
     config = read_config(directory) if framework == "transformers" and skeleton is None else None
-    if skeleton is not None:
-        model = frozen(copy.deepcopy(skeleton).cpu())
-    elif framework == "torch":
-        raise ModhifiError(f"{directory} was made from a module of your own ({info['architecture']}); pass that dense "
-                           "module: modhifi.load(directory, skeleton=module)")  # fmt: skip
-    else:
-        model = build_skeleton(framework, info, config)
-    model = fill(reshape(model, entry["differences"]), _read_weights(directory), manifest["weights"]["tied"],
-                 str(directory))  # fmt: skip
+    with _library_hint(manifest):
+        if skeleton is not None:
+            model = frozen(copy.deepcopy(skeleton).cpu())
+        elif framework == "torch":
+            raise ModhifiError(f"{directory} was made from a module of your own ({info['architecture']}); pass that "
+                               "dense module: modhifi.load(directory, skeleton=module)")  # fmt: skip
+        else:
+            model = build_skeleton(framework, info, config)
+        model = fill(reshape(model, entry["differences"]), _read_weights(directory), manifest["weights"]["tied"],
+                     str(directory))  # fmt: skip
     loaded = _describe(model, framework, directory, entry)
     notes = list(loaded.info["notes"])
     if not weights_match(directory):
@@ -119,24 +125,31 @@ def load_artifact(directory: str | Path, skeleton: nn.Module | None = None) -> L
     artifact = {"task": manifest.get("task"), "base": base, "weights": manifest["weights"],
                 "differences": entry["differences"]}  # fmt: skip
     known = {key: base[key] for key in ("repository", "revision", "licence") if key in base}
-    labels = tuple(entry["labels"]) if entry["labels"] else None
+    labels = tuple(entry["labels"]) if entry.get("labels") else None
     return replace(loaded, labels=labels, info=loaded.info | known | {"notes": notes, "artifact": artifact})
 
 
 def load(directory: str | Path, *, skeleton: nn.Module | None = None) -> nn.Module:
     """The model of an artefact directory as a plain torch module in eval mode, on the CPU.
 
-    ``skeleton`` and errors: see :func:`load_artifact`.
+    ``hf:ORG/NAME[@REVISION]`` is fetched first. ``skeleton`` and errors: see :func:`load_artifact`.
     """
+    if str(directory).startswith("hf:"):
+        name, revision = split_revision(str(directory).removeprefix("hf:"), None)
+        fetched = fetch_description(name, revision)
+        fetch_weights(name, fetched.name)
+        directory = fetched
     return load_artifact(directory, skeleton).model
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """The content of ``modhifi.json``; ModhifiError if it is missing, broken or of a newer modhifi."""
+    """The content of ``modhifi.json``; ModhifiError if it is missing, broken, or of a modhifi too new or too old."""
     path = Path(directory) / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = int(manifest["schema_version"])
+        if version in READABLE and not all(isinstance(manifest[part], dict) for part in NEEDED):
+            raise ValueError("parts are missing")
     except OSError as error:
         raise ModhifiError(f"{directory} is no modhifi artefact: it has no readable {MANIFEST}") from error
     except (ValueError, TypeError, KeyError) as error:
@@ -144,7 +157,27 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     if version > SCHEMA_VERSION:
         raise ModhifiError(f"{path} has schema version {version} and this modhifi reads up to {SCHEMA_VERSION}; "
                            "upgrade modhifi")  # fmt: skip
+    if version not in READABLE:
+        writer = (manifest.get("versions") or {}).get("modhifi", "that wrote it")
+        again = f"modhifi recipe run {path.with_name('recipe.yaml')}"
+        raise ModhifiError(f"{path} has schema version {version}, which this modhifi no longer reads; install the "
+                           f"modhifi {writer}, or make it again: {again}")  # fmt: skip
     return manifest
+
+
+@contextmanager
+def _library_hint(manifest: Mapping[str, Any]) -> Iterator[None]:
+    """Say, where a model cannot be rebuilt, which of its libraries are other ones than those it was written with."""
+    try:
+        yield
+    except ModhifiError as error:
+        now = _versions()
+        framework = manifest["model"]["framework"]
+        then = {name: (manifest.get("versions") or {}).get(name) for name in (framework, "torch")}
+        moved = [f"{n} {v} ({now[n]} is installed)" for n, v in then.items() if v and n in now and v != now[n]]
+        if not moved:
+            raise
+        raise ModhifiError(f"{error}; it was written with {' and '.join(moved)}: install those") from error
 
 
 def weights_match(directory: str | Path) -> bool:

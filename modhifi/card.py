@@ -12,15 +12,18 @@ from modhifi.report import change, number
 
 PIPELINES = {"image": "image-classification", "text": "text-generation", "encoder": "feature-extraction"}
 HEADS = {"SequenceClassification": "text-classification", "MaskedLM": "fill-mask"}
+# Names of the hub for what a run measures with labels or text.
+METRICS = ("accuracy", "perplexity")
 TAGS = {"prune": "pruned", "unlearn": "unlearned"}
 
 
-def model_card(name: str, manifest: Mapping[str, Any], report: Mapping[str, Any], stock: str | None) -> str:
+def model_card(name: str, manifest: Mapping[str, Any], report: Mapping[str, Any], place: str = ".") -> str:
     """The card of an artefact called ``name``, from its manifest and report.
 
-    ``stock`` is the Auto class whose ``from_pretrained`` loads it, None if only modhifi does.
+    ``place`` is where the snippet loads it from: the directory, or ``hf:ORG/NAME``.
     """
     base, model = manifest["base"], manifest["model"]
+    stock = model.get("stock")
     task = str(manifest.get("task", "edit"))
     framework = model["framework"]
     tags = ["modhifi", TAGS.get(task, "edited")] + [framework] * (framework != "torch")
@@ -29,6 +32,7 @@ def model_card(name: str, manifest: Mapping[str, Any], report: Mapping[str, Any]
         library_name="transformers" if stock else "modhifi",
         pipeline_tag=_pipeline(model),
         tags=tags,
+        metrics=[metric for metric in METRICS if f"{metric}_after" in (report.get("errors") or {})] or None,
         **_licence(base.get("licence")),
     )
     source = f"`{base['source']}`"
@@ -43,7 +47,7 @@ def model_card(name: str, manifest: Mapping[str, Any], report: Mapping[str, Any]
         "with forward passes only.\n",
         f"Licence of the base model: {base.get('licence') or 'not stated'}.\n",
         "## Load\n",
-        _snippet(framework, stock),
+        _snippet(framework, stock, place),
         *_results(report),
         "## Files\n",
         "`modhifi.json`: what was kept and measured; `recipe.yaml`: repeats the run; `report.html`: shows it.\n",
@@ -69,13 +73,16 @@ def _licence(licence: str | None) -> dict[str, Any]:
     return {"license": "other", "license_name": licence}
 
 
-def _snippet(framework: str, stock: str | None) -> str:
+def _snippet(framework: str, stock: str | None, place: str) -> str:
+    remark = "  # this directory" if place == "." else ""
     if stock:
-        code = f'from transformers import {stock}\n\nmodel = {stock}.from_pretrained(".")  # this directory'
+        where = place.removeprefix("hf:")
+        code = f'from transformers import {stock}\n\nmodel = {stock}.from_pretrained("{where}"){remark}'
     elif framework == "torch":
-        code = 'import modhifi\n\nmodel = modhifi.load(".", skeleton=dense)  # this directory, the module before'
+        remark = "  # dense: the module before the edit"
+        code = f'import modhifi\n\nmodel = modhifi.load("{place}", skeleton=dense){remark}'
     else:
-        code = 'import modhifi\n\nmodel = modhifi.load(".")  # this directory: a plain torch module in eval mode'
+        code = f'import modhifi\n\nmodel = modhifi.load("{place}"){remark}'
     return f"```python\n{code}\n```\n"
 
 

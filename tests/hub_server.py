@@ -1,12 +1,13 @@
 """A small local server that speaks enough of the Hugging Face hub's protocol to test real downloads offline.
 
-It answers the model info, revision and tree calls of the API and ``resolve`` (HEAD and GET, with ranges), with the
-headers that ``huggingface_hub`` reads: ETag, X-Repo-Commit, X-Error-Code, X-Error-Message. Point ``HF_ENDPOINT`` at
-``HubServer.url``.
+It takes uploads and answers the model info, revision and tree calls of the API and ``resolve`` (HEAD and GET, with
+ranges), with the headers that ``huggingface_hub`` reads: ETag, X-Repo-Commit, X-Error-Code, X-Error-Message. Point
+``HF_ENDPOINT`` at ``HubServer.url``.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -26,6 +27,7 @@ class Repository:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     gated: bool = False
+    private: bool = False
 
     def commit(self, files: Mapping[str, bytes], tag: str | None = None) -> str:
         digest = hashlib.sha1(str(len(self.commits)).encode())
@@ -64,6 +66,19 @@ class HubServer:
 
             def do_GET(self) -> None:
                 self._answer()
+
+            def do_POST(self) -> None:
+                path = unquote(urlsplit(self.path).path).strip("/")
+                hub.requests.append((self.command, path))
+                sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+                status, headers, body = hub.receive(path, token, sent)
+                self.send_response(status)
+                for key, value in headers.items():
+                    self.send_header(key, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
@@ -108,6 +123,8 @@ class HubServer:
         """Status, headers and body for a path such as ``ORG/NAME/resolve/main/config.json``."""
         if path == "stop":
             return 200, {}, b""
+        if path == "api/whoami-v2":
+            return _json({"name": "someone"}) if token == TOKEN else _error(401, "", "Invalid credentials")
         api = path.startswith("api/models/")
         parts = path.removeprefix("api/models/").split("/")
         name, rest = "/".join(parts[:2]), parts[2:]
@@ -129,7 +146,7 @@ class HubServer:
             return _json(entries)
         if api:
             siblings = [{"rfilename": n} for n in files]
-            return _json({"id": name, "modelId": name, "sha": sha, "siblings": siblings, "private": False,
+            return _json({"id": name, "modelId": name, "sha": sha, "siblings": siblings, "private": repository.private,
                           "gated": "manual" if repository.gated else False, "tags": [], "downloads": 0})  # fmt: skip
         if rest[:1] != ["resolve"]:
             return _error(404, "", f"unknown path {path}")
@@ -142,6 +159,31 @@ class HubServer:
             return status, headers | {"X-Repo-Commit": sha}, body
         body = files[filename]
         return 200, {"ETag": f'"{_etag(body)}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}, body
+
+
+    def receive(self, path: str, token: str, sent: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Uploads: new repositories, the question how to send files (as they are), commits."""
+        if path == "api/validate-yaml":
+            return _json({"errors": [], "warnings": []})
+        if token != TOKEN:
+            return _error(401, "", "Invalid credentials in Authorization header")
+        if path == "api/repos/create":
+            asked = json.loads(sent)
+            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            if name in self.repositories:
+                return 409, {}, json.dumps({"error": "You already created it", "url": f"{self.url}/{name}"}).encode()
+            self.repositories[name] = Repository(private=asked.get("visibility") == "private" or asked.get("private"))
+            return _json({"url": f"{self.url}/{name}", "name": name})
+        name, verb = "/".join(path.split("/")[2:4]), path.split("/")[4]
+        if name not in self.repositories:
+            return _error(404, "RepoNotFound", "Repository not found")
+        if verb == "preupload":
+            how = {"uploadMode": "regular", "shouldIgnore": False}
+            return _json({"files": [{"path": f["path"], **how} for f in json.loads(sent)["files"]]})
+        lines = [json.loads(line) for line in sent.decode().splitlines()]
+        added = {x["value"]["path"]: base64.b64decode(x["value"]["content"]) for x in lines if x["key"] == "file"}
+        sha = self.repositories[name].commit(added)
+        return _json({"success": True, "commitOid": sha, "commitUrl": f"{self.url}/{name}/commit/{sha}"})
 
 
 def _etag(body: bytes) -> str:

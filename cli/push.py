@@ -1,0 +1,22 @@
+"""The option `--push-to-hub`, which the verbs that write artefacts share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+PushOption = Annotated[
+    str | None,
+    typer.Option("--push-to-hub", metavar="ORG/NAME", help="Upload what passes; a new repository is private."),
+]
+
+
+def pushed(path: Path | None, repo: str | None) -> None:
+    """Upload what was written, if that was asked for, and say where it is."""
+    if path is None or repo is None:
+        return
+    from modhifi.push import push
+
+    typer.echo(f"uploaded: {push(path, repo)}", err=True)

@@ -1,0 +1,46 @@
+"""Upload an artefact to the Hugging Face hub; nothing is ever uploaded unless it was asked for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from .artifact import read_manifest
+from .card import model_card
+from .errors import ModhifiError
+from .hub import explained
+
+
+def check_push(repo: str) -> None:
+    """Raise ModhifiError for a name that the hub cannot have and without a login: before the work, not after it."""
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.utils import validate_repo_id
+
+    with explained(f"hf:{repo}", repo):
+        validate_repo_id(repo)
+        if get_token() is None:
+            raise ModhifiError("--push-to-hub needs a login: run `hf auth login`, or set HF_TOKEN")
+        HfApi().whoami()
+
+
+def push(directory: Path, repo: str) -> str:
+    """Upload an artefact as a model repository, made private if it is new; the commit's address.
+
+    The card that is uploaded says how to load the model from there. Raises ModhifiError where the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    manifest = read_manifest(directory)
+    report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+    api = HfApi()
+    with explained(f"hf:{repo}", repo), tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "artefact"
+        shutil.copytree(directory, copy)
+        (copy / "README.md").write_text(model_card(repo.split("/")[-1], manifest, report, f"hf:{repo}"), "utf-8")
+        api.create_repo(repo, private=True, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo, folder_path=copy, commit_message=f"Add a model edited with modhifi {manifest['task']}"
+        )
+    return str(done.commit_url)
