@@ -79,14 +79,15 @@ def certify(
     if any(len(w.sources) != len(first.sources) for w in walks):
         raise ModhifiError("the network runs other layers from batch to batch; walk one sample with --walked 1")
     errors = [torch.cat([w.sources[k].errors for w in walks]) for k in sources]
+    constants = [max(w.constants[k] for w in walks) for k in sources]
     rms = [math.sqrt(sum(w.sources[k].squared for w in walks) / len(batch)) for k in sources]
-    layers = tuple((s.where, s.parameters, r, c) for s, r, c in zip(first.sources, rms, first.constants, strict=True))
+    layers = tuple((s.where, s.parameters, r, c) for s, r, c in zip(first.sources, rms, constants, strict=True))
     theorem, expected = torch.full((len(batch),), math.inf, dtype=torch.float64), math.inf
     if not any(w.lost for w in walks):
-        terms = [_times(c, e) for c, e in zip(first.constants, errors, strict=True)]
+        terms = [_times(c, e) for c, e in zip(constants, errors, strict=True)]
         theorem = torch.stack([torch.zeros(len(batch), dtype=torch.float64), *terms]).sum(0) * UP
-        if all(map(math.isfinite, first.constants)):
-            expected = minkowski(first.constants, [e.square() for e in errors]) * UP
+        if all(map(math.isfinite, constants)):
+            expected = minkowski(constants, [e.square() for e in errors]) * UP
     missing = {k: v for w in reversed(walks) for k, v in w.missing.items()}
     every = None
     if not first.sources and not first.lost:

@@ -1,4 +1,4 @@
-"""Rules for modules that compute in many small steps what has one known bound: RMSNorms, tanh-GELU by hand.
+"""Rules for modules that compute in many small steps what has one known bound: RMSNorms, tanh-GELU, sorting.
 
 A module is taken for what its name says only if its output on the tensors at hand agrees with the formula.
 """
@@ -25,11 +25,18 @@ ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 }
 
 
+# Sorting channels in groups, and reflecting pairs of them onto one side of a line: 1-Lipschitz (Anil et al. 2019, ICML;
+# Singla et al. 2022, ICLR).
+ISOMETRIES = frozenset({"maxmin", "groupsort", "groupsort2", "fullsort", "householder"})
+
+
 def module_rule(module: nn.Module) -> Callable[[Step, list[Tensor]], Any] | None:
     """The rule of a module as a whole, or None: what runs inside is followed instead."""
     name = type(module).__name__
     if name in ACTIVATIONS:
         return _activation
+    if name.lower() in ISOMETRIES:
+        return _isometry
     # torch's own RMSNorm is one function, which has a rule.
     if name.endswith("RMSNorm") and not isinstance(module, nn.RMSNorm) and getattr(module, "weight", None) is not None:
         return _rms_norm if _eps(module) is not None else None
@@ -47,6 +54,45 @@ def _activation(step: Step, outputs: list[Tensor]) -> list[Any] | None:
     if not torch.allclose(formula(x), outputs[0], atol=1e-9, rtol=1e-7):
         return None
     return step.elementwise(formula, x, outputs[0], max(abs(s) for s in SLOPES[name]))
+
+
+def _isometry(step: Step, outputs: list[Tensor]) -> list[Any] | None:
+    from modhifi.ladder_bound import UP, coarsen
+
+    module: Any = step.func
+    x, out = step.inputs[0], outputs[0]
+    if x.ndim < 2 or x.shape != out.shape or any(id(p) in step.twins for p in module.parameters()):
+        return None
+    if type(module).__name__.lower() == "householder":
+        formulas = [_reflected(x, getattr(module, "theta", None))]
+    else:
+        formulas = [f for size in {getattr(module, "group_size", None) or 2, x.shape[1]} for f in _sorted(x, size)]
+    if not any(f is not None and torch.allclose(f, out, atol=1e-12, rtol=1e-9) for f in formulas):
+        return None
+    bound = step.bound(x)
+    radius = coarsen(bound.radius, [1 if d == 1 else n for d, n in enumerate(bound.radius.shape)])
+    return [bound.scaled(radius * UP, 1.0)]
+
+
+def _sorted(x: Tensor, size: int) -> list[Tensor]:
+    """Channels (axis 1) sorted in groups of neighbours or of every ``channels / size``-th, up and down."""
+    if x.shape[1] % size:
+        return []
+    near, far = x.unflatten(1, (-1, size)), x.unflatten(1, (size, -1))
+    return [
+        t.sort(dim, descending).values.flatten(1, 2) for t, dim in ((near, 2), (far, 1)) for descending in (False, True)
+    ]
+
+
+def _reflected(x: Tensor, theta: Any) -> Tensor | None:
+    """Pairs (one of either half of the channels) reflected at the line of angle theta / 2 where they lie below it."""
+    if not isinstance(theta, Tensor) or 2 * theta.numel() != x.shape[1]:
+        return None
+    theta = theta.detach().reshape(-1, *[1] * (x.ndim - 2))
+    one, two = x.chunk(2, 1)
+    keep = one * (theta / 2).sin() - two * (theta / 2).cos() > 0
+    first = torch.where(keep, one, one * theta.cos() + two * theta.sin())
+    return torch.cat([first, torch.where(keep, two, one * theta.sin() - two * theta.cos())], 1)
 
 
 def _rms_norm(step: Step, outputs: list[Tensor]) -> list[Any] | None:

@@ -228,6 +228,9 @@ class Walker(TorchFunctionMode):
         if any(not self.bound(t).still for t in inputs):
             self.tainted = True
             self.lose(name)
+        elif not any(t.is_floating_point() for t in inputs):
+            # Token ids steer the same inputs the same way: other inputs alone may have other constants.
+            self.lose(name, ("every input",))
         else:
             # Both networks go the same way for one input, but other inputs may go another, with other constants.
             self.branching = True
