@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from modhifi.data import Samples, load_samples
 from modhifi.load import LoadedModel, load_model
 from modhifi.measure import NextTokens
 from modhifi.moments import Moments
+from modhifi.plan import Plan
 from modhifi.pruning import (
     PruneSettings,
     amplification,
@@ -35,6 +37,8 @@ from modhifi.pruning import (
     measure_moments,
     removal_curves,
 )
+from modhifi.readers import readers_of
+from modhifi.selection import removal_order
 
 WINDOW, HELD, PROBES, RATIOS = 512, 16, 2, (0.2, 0.3, 0.1)
 SETTINGS = PruneSettings(rows_per_column=None, batch_size=4, floor=0.25, layout="uniform")
@@ -109,15 +113,27 @@ Command: `python eval/lm_prune.py --windows {windows}`.""",
     result.rows.append(
         {"FFN removed": 0.0, "layout": "", "method": "dense", "perplexity": result.dense, "over dense": 1.0}
     )
-    curves = {s: removal_curves(loaded.model, structure, moments, PruneSettings(**{**vars(SETTINGS), "selector": s}))
-              for s in ("obs", "wanda", "magnitude")}  # fmt: skip
+    curves = removal_curves(loaded.model, structure, moments, SETTINGS)
     probe = next(calibration.batches(PROBES))
     weights = cached(cache and cache / f"weights-{windows}.pt", lambda: amplification(
-        loaded, structure, curves["obs"], moments, SETTINGS, probe))  # fmt: skip
+        loaded, structure, curves, moments, SETTINGS, probe))  # fmt: skip
+
+    def chosen(selector: str, ratio: float) -> Plan:
+        """Every layer's components that go last, in an order that needs no curve."""
+        kept = {}
+        for group in structure.prunable:
+            order = removal_order(selector, readers_of(loaded.model, structure, group, moments), SETTINGS.seed)
+            assert order is not None
+            kept[group.name] = tuple(sorted(order[round(ratio * group.n) :].tolist()))
+        return Plan(kept)
 
     def ours(ratio: float, selector: str, compensate: str, layout: str) -> nn.Module:
-        settings = PruneSettings(**{**vars(SETTINGS), "compensate": compensate, "layout": layout})
-        plan = make_plan(loaded.model, structure, curves[selector], Budget("components", 1 - ratio), settings, weights)
+        settings = replace(SETTINGS, compensate=compensate, layout=layout)
+        if selector == "obs":
+            budget = Budget("components", 1 - ratio)
+            plan = make_plan(loaded.model, structure, curves, budget, settings, weights)
+        else:
+            plan = chosen(selector, ratio)
         return apply_plan(loaded, structure, plan, moments, settings).model
 
     ffn = sum(p.numel() for n, p in loaded.model.named_parameters() if ".mlp." in n)
@@ -126,13 +142,12 @@ Command: `python eval/lm_prune.py --windows {windows}`.""",
     methods: dict[tuple[str, str], Callable[[float], nn.Module]] = {
         ("uniform", "obs + least squares"): lambda r: ours(r, "obs", "lstsq", "uniform"),
         ("allocated by amplification", "obs + least squares"): lambda r: ours(r, "obs", "lstsq", "global"),
-        ("uniform", "wanda + least squares"): lambda r: ours(r, "wanda", "lstsq", "uniform"),
         ("uniform", "wanda (= cholesky) + delta, the paper's"): lambda r: ours(r, "wanda", "delta", "uniform"),
         ("uniform", "wanda, no compensation"): lambda r: ours(r, "wanda", "none", "uniform"),
-        ("uniform", "magnitude, no compensation"): lambda r: ours(r, "magnitude", "none", "uniform"),
         ("uniform", "FLAP-style bias compensation"): lambda r: flap(loaded, structure, moments, r),
         ("", "ShortGPT-style block removal"): lambda r: short_gpt(loaded, statistics, round(r * ffn / block)),
         ("", "SliceGPT-style width cut"): lambda r: slice_gpt(loaded, statistics, r * ffn / everything),
+        ("uniform", "magnitude, no compensation"): lambda r: ours(r, "magnitude", "none", "uniform"),
     }
     for ratio in RATIOS:
         for (layout, method), edit in methods.items():

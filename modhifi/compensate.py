@@ -44,8 +44,14 @@ def least_squares_towards(weight: Tensor, cross: Tensor, second: Tensor, kept: T
 def scaled(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor, ridge: float = 1e-4) -> Tensor:
     """The paper's compensation: each kept block of each output channel times its scalar δ*.
 
-    ``blocks`` int64 ``(n, m)``, ``kept`` bool ``(n,)``. Columns outside every block stay as they are.
+    ``blocks`` int64 ``(n, m)``, ``kept`` bool ``(n,)``. Columns outside every block stay as they are. With one column
+    for each component and none outside, a scalar for every weight is as free as the weight: that is least squares,
+    solved once for all output channels, with the ridge in units of S.
     """
+    if blocks.shape == (weight.shape[1], 1):
+        columns = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
+        columns[blocks[kept, 0]] = True
+        return least_squares(weight, second, columns, ridge)
     chosen = torch.nonzero(kept).flatten()
     result = weight.clone()
     result[:, blocks[~kept].reshape(-1)] = 0

@@ -1,7 +1,9 @@
 """Calibration text that a causal language model writes itself: no data needed, forward passes only.
 
-Every window starts with the model's own token for the beginning of a text, or, where it has none, with a random
-ordinary word. The text goes on past the model's token for an end, so every window is full and nothing is padded.
+The model writes on from what its tokenizer puts before every text; where that is nothing, from the model's own token
+for a beginning, which then is left out, because what stands first draws attention from everywhere and should be what
+stands there in real text; where there is no such token either, from a random ordinary word. The text goes on past the
+model's token for an end, so every window is full and nothing is padded.
 """
 
 from __future__ import annotations
@@ -43,14 +45,14 @@ def write(
                            f"give --data {other}")  # fmt: skip
     length = window_of(loaded, window)
     chance = torch.Generator().manual_seed(seed)
-    firsts, start = _first_tokens(loaded)
+    starts, hidden, what = _starts(loaded)
     found: dict[str, Tensor] = {}
     loops = written = 0
     while len(found) < n and written < ATTEMPTS * n + BATCH:
         count = min(BATCH, n - len(found))
-        begin = firsts[torch.randint(len(firsts), (count,), generator=chance)][:, None]
+        begin = starts[torch.randint(len(starts), (count,), generator=chance)]
         progress("writing", len(found), n)
-        for tokens in _continue(loaded, begin, length, chance):
+        for tokens in _continue(loaded, begin, length + hidden, chance)[:, hidden:]:
             written += 1
             if is_loop(tokens):
                 loops += 1
@@ -61,7 +63,7 @@ def write(
         raise ModhifiError(f"{loaded.source} writes loops: {loops} of {written} windows repeat themselves; give text "
                            "with --data text:FILE")  # fmt: skip
     windows = list(found.values())
-    remarks = [f"self, {n} windows of {length} tokens written from {start}"]
+    remarks = [f"self, {n} windows of {length} tokens written from {what}"]
     remarks += [f"top-k {TOP_K}, top-p {TOP_P}, temperature {TEMPERATURE}, seed {seed}"]
     remarks += [f"{loops} loops rejected"] * bool(loops)
     remarks += [f"{written - loops - n} duplicates dropped"] * (written - loops > n)
@@ -81,15 +83,16 @@ def is_loop(tokens: Tensor) -> bool:
     return len(torch.unique(runs, dim=0)) < LEAST_DIFFERENT * len(runs)
 
 
-def _first_tokens(loaded: LoadedModel) -> tuple[Tensor, str]:
-    """The tokens that a text may start with, int64 ``(k,)``, and what they are."""
-    settings = getattr(loaded.model, "generation_config", None)
-    for owner in (loaded.tokenizer, settings, loaded.model.config):
+def _starts(loaded: LoadedModel) -> tuple[Tensor, int, str]:
+    """What a text may start from, int64 ``(choices, k)``, how many of its tokens are left out, and what they are."""
+    if loaded.tokenizer is not None and (frame := cutter_of(loaded, None).frame[0]):
+        return torch.tensor([frame]), 0, f"the tokenizer's own beginning {frame}"
+    for owner in (loaded.tokenizer, getattr(loaded.model, "generation_config", None), loaded.model.config):
         begin = getattr(owner, "bos_token_id", None)
         if isinstance(begin, int) and 0 <= begin < vocabulary(loaded):
-            return torch.tensor([begin]), f"the token of the beginning ({begin})"
+            return torch.tensor([[begin]]), 1, f"the token of the beginning ({begin}), left out"
     words = ordinary_words(loaded)
-    return torch.tensor(words), f"one of {len(words)} ordinary words"
+    return torch.tensor(words)[:, None], 0, f"one of {len(words)} ordinary words"
 
 
 def ordinary_words(loaded: LoadedModel) -> list[int]:

@@ -82,6 +82,14 @@ def test_least_squares_beats_scalars_beats_nothing(seed: int):
     assert errors[0] <= errors[1] * (1 + 1e-6) + 1e-9 and errors[1] <= errors[2] * (1 + 1e-6) + 1e-9
 
 
+def test_scaled_of_single_columns_is_the_papers_scalars():
+    x, weight, kept = draw(4)
+    second, blocks = gram(x), torch.arange(len(kept))[:, None]
+    expected = torch.zeros_like(weight)
+    expected[:, kept] = weight[:, kept] * compensation(weight, second, blocks, torch.nonzero(kept).flatten(), 1e-12)
+    torch.testing.assert_close(scaled(weight, second, blocks, kept, ridge=1e-12), expected, rtol=1e-6, atol=1e-9)
+
+
 def test_scaled_multiplies_each_block_by_its_scalar_and_leaves_other_columns():
     x, weight, _ = draw(3, d=8)
     blocks, kept = torch.tensor([[0, 4], [1, 5], [2, 6]]), torch.tensor([True, False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,18 @@ def test_windows_are_full_seeded_and_different(tmp_path: Path) -> None:
     samples = load_samples("self", loaded, n=40, window=12)
     windows = torch.stack([samples.load(i) for i in range(40)])
     assert windows.shape == (40, 12) and (windows[:, 0] == 1).all() and len(set(samples.hashes)) == 40
-    assert samples.synthetic and "the token of the beginning (1), top-k 1000, top-p 0.95" in samples.description
+    assert samples.synthetic and "the tokenizer's own beginning [1], top-k 1000, top-p 0.95" in samples.description
     assert load_samples("synthetic", loaded, n=40, window=12).hashes == samples.hashes
     assert load_samples("self", loaded, n=40, window=12, seed=1).hashes != samples.hashes
+
+
+def test_a_beginning_that_texts_do_not_have_is_left_out(tmp_path: Path) -> None:
+    loaded = load_model(tiny_text.save(tmp_path))
+    whole = load_samples("self", loaded, n=8, window=13)
+    bare = replace(loaded, tokenizer=tiny_text.tokenizer(begin=False))
+    without = load_samples("self", bare, n=8, window=12)
+    assert "the token of the beginning (1), left out" in without.description
+    assert all(torch.equal(without.load(i), whole.load(i)[1:]) for i in range(8))
 
 
 def test_the_cache_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

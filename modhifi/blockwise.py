@@ -1,0 +1,91 @@
+"""Prune a deep model block by block: collect, choose, edit, free, so that memory does not grow with depth."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .allocate import Budget, allocate, least_width, plan_for
+from .blocks import find_blocks, moments_by_block
+from .data import Samples
+from .groups import Structure, operator_modules
+from .load import LoadedModel
+from .plan import Plan
+from .pruning import LayerError, Progress, Pruned, PruneSettings, edit_readers, removal_curves
+from .selection import Curve
+from .sizes import sizes_of
+from .surgery import shrink
+
+
+def uniform_widths(
+    loaded: LoadedModel, structure: Structure, budget: Budget, settings: PruneSettings
+) -> dict[str, int]:
+    """Every group's width in ``uniform`` layout, which depends on sizes alone. Raises what `allocate` raises."""
+    curves = {
+        g.name: Curve(
+            torch.arange(g.n - least_width(g, settings.floor, 1)),
+            torch.zeros(g.n - least_width(g, settings.floor, 1) + 1, dtype=torch.float64),
+            1.0,
+        )
+        for g in structure.prunable
+    }
+    plan = allocate(
+        structure.prunable, curves, sizes_of(loaded.model, structure), budget,
+        layout="uniform", floor=settings.floor, round_to=settings.round_to,
+    )  # fmt: skip
+    return {g.name: len(plan.kept.get(g.name, range(g.n))) for g in structure.prunable}
+
+
+def prune_in_blocks(
+    loaded: LoadedModel,
+    structure: Structure,
+    samples: Samples,
+    budget: Budget,
+    settings: PruneSettings,
+    progress: Progress,
+) -> Pruned | None:
+    """What `modhifi.pruning.prune_model` returns in ``uniform`` layout, with one block's Grams in memory at a time.
+
+    None for models that read no tokens, and where the model has no list of blocks that holds every group.
+    """
+    if loaded.kind not in ("text", "encoder"):
+        return None  # whose samples would be read from disk again for every block
+    blocks = find_blocks(loaded.model, lambda: loaded.run(loaded.example))
+    home = {g.name: {b for b in blocks if all(s.module.startswith(f"{b}.") for s in (*g.readers, *g.producers))}
+            for g in structure.prunable}  # fmt: skip
+    if not all(len(found) == 1 for found in home.values()):
+        return None
+    widths = uniform_widths(loaded, structure, budget, settings)
+    dense_shape = copy.deepcopy(loaded.model)
+    curves: dict[str, Curve] = {}
+    kept: dict[str, tuple[int, ...]] = {}
+    cost: dict[str, float] = {}
+    errors: list[LayerError] = []
+
+    def batches() -> Iterable[Tensor]:
+        return samples.batches(settings.batch_size)
+
+    passes = moments_by_block(
+        loaded.model, blocks, loaded.run, batches, dict(operator_modules(loaded.model, structure.prunable)),
+        samples=len(samples), rows_per_column=settings.rows_per_column, seed=settings.seed,
+    )  # fmt: skip
+    for number, block in enumerate(blocks):
+        progress("pruning blocks", number, len(blocks))
+        moments = next(passes)
+        inside = structure.select([g.name for g in structure.prunable if block in home[g.name]])
+        if not inside.prunable:
+            continue
+        found = removal_curves(loaded.model, inside, moments, settings)
+        plan = plan_for(inside.prunable, found, widths)
+        errors += edit_readers(dense_shape, structure, plan, moments, settings)
+        curves |= found
+        kept |= plan.kept
+        cost |= plan.removal_cost
+        del moments  # before the next block's are collected
+    progress("pruning blocks", len(blocks), len(blocks))
+    whole = Plan(kept, cost)
+    small = shrink(copy.deepcopy(dense_shape), structure, whole)
+    return Pruned(small, dense_shape, structure, whole, curves, tuple(errors))

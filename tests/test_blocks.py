@@ -1,0 +1,111 @@
+"""Block by block gives what a whole pass gives, and holds one block's Grams at a time."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+import transformers
+
+from modhifi import blockwise
+from modhifi.allocate import Budget
+from modhifi.blocks import Stream, find_blocks
+from modhifi.data import Samples
+from modhifi.load import LoadedModel, load_model
+from modhifi.moments import Moments
+from modhifi.pruning import PruneSettings, prune_model
+from tests import tiny_text
+
+
+def token_samples(lengths: list[int]) -> Samples:
+    items = [torch.randint(3, tiny_text.VOCABULARY, (n,), generator=torch.Generator().manual_seed(i))
+             for i, n in enumerate(lengths)]  # fmt: skip
+    names = tuple(str(i) for i in range(len(lengths)))
+    return Samples(lambda i: items[i], names, None, names, "tokens", False)
+
+
+def gemma() -> transformers.PreTrainedModel:
+    """Blocks of two kinds, with a sliding and with a full attention mask."""
+    config = transformers.Gemma2Config(
+        vocab_size=tiny_text.VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=3, head_dim=4,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=4, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.Gemma2ForCausalLM(config).eval()
+
+
+def gpt2() -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=tiny_text.VOCABULARY, n_embd=16, n_layer=3, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2,
+    )).eval()  # fmt: skip
+
+
+def bert() -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    return transformers.BertForMaskedLM(transformers.BertConfig(
+        vocab_size=tiny_text.VOCABULARY, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=24,
+    )).eval()  # fmt: skip
+
+
+MODELS = {"llama": lambda: tiny_text.llama(num_hidden_layers=3), "gemma2": gemma, "gpt2": gpt2, "bert": bert}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_give_what_the_whole_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model(MODELS[name]())
+    samples = token_samples([12, 9, 12, 5, 12, 12])
+    settings = PruneSettings(layout="uniform", rows_per_column=None, batch_size=2)
+    before = {k: v.clone() for k, v in loaded.model.state_dict().items()}
+    ours = prune_model(loaded, samples, Budget("components", 0.75), settings)
+    assert all(torch.equal(v, before[k]) for k, v in loaded.model.state_dict().items())
+    monkeypatch.setattr(blockwise, "prune_in_blocks", lambda *_: None)
+    theirs = prune_model(loaded, samples, Budget("components", 0.75), settings)
+    assert ours.plan.kept == theirs.plan.kept and len(ours.plan.kept) >= 3
+    for (k, a), b in zip(ours.model.state_dict().items(), theirs.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=k)
+    for a, b in zip(ours.errors, theirs.errors, strict=True):
+        assert a.reader == b.reader and a.relative == pytest.approx(b.relative, rel=1e-4, abs=1e-9)
+
+
+def test_the_stream_is_the_models_own_pass() -> None:
+    model = gemma()
+    blocks = find_blocks(model, lambda: model(torch.tensor([[1, 2]]), use_cache=False))
+    assert blocks == ("model.layers.0", "model.layers.1", "model.layers.2")
+    batch = torch.randint(3, tiny_text.VOCABULARY, (2, 12))
+    seen: dict[str, torch.Tensor] = {}
+    handles = [
+        model.get_submodule(b).register_forward_hook(lambda m, a, out, b=b: seen.setdefault(b, out)) for b in blocks
+    ]
+    with torch.no_grad():
+        model(batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    stream = Stream(model, blocks, lambda x: model(x, use_cache=False))
+    for block in blocks:
+        stream.advance([batch])
+        torch.testing.assert_close(stream.outputs[0], seen[block])
+
+
+def test_models_without_blocks_have_none() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    assert find_blocks(model, lambda: model(torch.zeros(1, 4))) == ()
+
+
+def test_one_blocks_grams_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: LoadedModel = load_model(tiny_text.llama(num_hidden_layers=5))
+    held: list[weakref.ref[Moments]] = []
+    alive: list[int] = []
+    curves = blockwise.removal_curves
+
+    def counting(model: object, structure: object, moments: dict[str, Moments], settings: object) -> object:
+        held.extend(weakref.ref(m) for m in moments.values())
+        alive.append(sum(ref() is not None for ref in held))
+        return curves(model, structure, moments, settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(blockwise, "removal_curves", counting)
+    settings = PruneSettings(layout="uniform", rows_per_column=None, batch_size=2)
+    prune_model(loaded, token_samples([12] * 4), Budget("components", 0.5), settings)
+    assert alive == [1] * 5
