@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .allocate import Budget, allocate, least_width, plan_for
 from .blocks import find_blocks, moments_by_block
@@ -15,9 +15,22 @@ from .groups import Structure, operator_modules
 from .load import LoadedModel
 from .plan import Plan
 from .pruning import LayerError, Progress, Pruned, PruneSettings, edit_readers, removal_curves
+from .readers import columns_of
 from .selection import Curve
 from .sizes import sizes_of
 from .surgery import shrink
+
+# Grams of a whole model up to this size may be kept, which lets another run reuse them; larger ones never are.
+MOST_BYTES = 4 * 2**30
+
+
+def fit_in_memory(model: nn.Module, structure: Structure) -> bool:
+    """Whether the Grams of all readers together stay under ``MOST_BYTES``."""
+    total = 0
+    for _, module in operator_modules(model, structure.prunable):
+        groups, columns = columns_of(module)
+        total += groups * columns**2 * 8
+    return total <= MOST_BYTES
 
 
 def uniform_widths(

@@ -392,13 +392,14 @@ def prune_model(
     if plan is not None:
         plan.check(structure)
         structure = structure.select(plan.kept)
-    if plan is None and budget is not None and cache is None and settings.layout == "uniform":
+    if plan is None and budget is not None and settings.layout == "uniform":
         if settings.eta is None and settings.sequential is None:
-            from .blockwise import prune_in_blocks  # which builds on the stages above
+            from .blockwise import fit_in_memory, prune_in_blocks  # which build on the stages above
 
-            found = prune_in_blocks(loaded, structure, samples, budget, settings, progress)
-            if found is not None:
-                return found
+            if cache is None or not fit_in_memory(loaded.model, structure):
+                found = prune_in_blocks(loaded, structure, samples, budget, settings, progress)
+                if found is not None:
+                    return found
     moments = measure_moments(loaded, structure, samples, settings, progress, cache)
     curves: dict[str, Curve] = {}
     if plan is None and settings.eta is not None:

@@ -46,6 +46,12 @@ def weight_matrix(module: nn.Module) -> Tensor:
     return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 
+def columns_of(module: nn.Module) -> tuple[int, int]:
+    """The number of conv groups of an operator and of columns in each: the shape of its Gram, without making it."""
+    weight = module.get_parameter("weight")
+    return conv_groups(module), weight.shape[0] if isinstance(module, Conv1D) else weight[0].numel()
+
+
 def write_weight(module: nn.Module, matrix: Tensor) -> None:
     """Inverse of :func:`weight_matrix`: store ``(G, out / G, d)`` in the module, in the module's dtype."""
     flat, weight = matrix.reshape(-1, matrix.shape[-1]), module.get_parameter("weight")

@@ -14,7 +14,7 @@ from modhifi.blocks import Stream, find_blocks
 from modhifi.data import Samples
 from modhifi.load import LoadedModel, load_model
 from modhifi.moments import Moments
-from modhifi.pruning import PruneSettings, prune_model
+from modhifi.pruning import PruneSettings, find_structure, prune_model
 from tests import tiny_text
 
 
@@ -87,6 +87,15 @@ def test_the_stream_is_the_models_own_pass() -> None:
     for block in blocks:
         stream.advance([batch])
         torch.testing.assert_close(stream.outputs[0], seen[block])
+
+
+def test_large_grams_are_never_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model(gpt2())
+    structure = find_structure(loaded)
+    monkeypatch.setattr(blockwise, "MOST_BYTES", 3 * 64 * 64 * 8)
+    assert blockwise.fit_in_memory(loaded.model, structure)
+    monkeypatch.setattr(blockwise, "MOST_BYTES", 3 * 64 * 64 * 8 - 1)
+    assert not blockwise.fit_in_memory(loaded.model, structure)
 
 
 def test_models_without_blocks_have_none() -> None:
