@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,7 +77,7 @@ def progress(quiet: bool) -> Iterator[Report]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     # isatty and not rich's own test, which FORCE_COLOR overrides: bars have no place in a log.
-    hidden = quiet or not sys.stderr.isatty()
+    hidden = quiet or not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=hidden) as bars:
         tasks: dict[str, TaskID] = {}

@@ -265,6 +265,8 @@ def prune(
             progress=report,
             command=shlex.join(["modhifi", *sys.argv[1:]]),
         )
+    if not result.report:
+        return  # the main process of several goes on
     if summary is not None:
         write_summary(summary, [("prune", result.report)])
     if as_json:

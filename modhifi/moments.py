@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -227,6 +228,7 @@ def collect(
     batches: Iterable[Tensor],
     readers: dict[str, nn.Module],
     *,
+    numbers: Iterable[int] | None = None,
     samples: int,
     rows_per_column: int | None = None,
     use_batch_statistics: bool = False,
@@ -235,7 +237,8 @@ def collect(
 ) -> dict[str, Moments]:
     """Moments of every reader over ``batches`` of model-ready inputs, in one forward pass each.
 
-    ``run(batch)`` runs the model. Raises nothing of its own; a reader that was never called is missing from the result.
+    ``run(batch)`` runs the model; ``numbers`` says the number of each batch's first sample where they are not all of
+    them. Raises nothing of its own; a reader that was never called is missing from the result.
     """
     collector = MomentCollector(readers, samples=samples, rows_per_column=rows_per_column, seed=seed)
     first = 0
@@ -243,7 +246,8 @@ def collect(
         stored.restore(collector.sums, readers)
         first = stored.done
     with collector, batch_statistics(model, use_batch_statistics):
-        for batch in batches:
+        for batch, number in zip(batches, repeat(None) if numbers is None else numbers, strict=False):
+            first = first if number is None else number
             collector.start(first, real_tokens(batch))
             run(batch)
             first += len(batch)

@@ -23,9 +23,11 @@ from .load import LoadedModel, load_model
 from .moment_cache import MomentCache
 from .own_data import Source
 from .plan import Plan
+from .processes import processes
 from .prune_report import before_after, describe, measure_run, measured, skipped
 from .pruning import (
     Progress,
+    contribute,
     find_structure,
     prune_model,
     reestimate_batchnorm,
@@ -139,8 +141,13 @@ def run_prune(
     progress: Progress = silent,
     command: str = "",
 ) -> PruneResult:
-    """Run a pruning recipe. Writes nothing before everything is computed, and nothing at all with ``dry_run``."""
-    clock = Clock()
+    """Run a pruning recipe. Writes nothing before everything is computed, and nothing at all with ``dry_run``.
+
+    Where a launcher started several processes, all but the main one measure their share of the calibration data and
+    return an empty report.
+    """
+    clock, team = Clock(), processes()
+    device = device if team.device is None else team.device
     plan = None if recipe.plan is None else Plan({name: tuple(kept) for name, kept in recipe.plan.items()})
     budget = None if plan is not None or recipe.method.eta is not None else recipe.budget.parse()
     out = None if dry_run or recipe.out is None else Path(recipe.out)
@@ -158,7 +165,12 @@ def run_prune(
         warnings = [*remarks, *warn_degenerate(calibration), *skipped(calibration)]
     with clock.stage("prune"):
         settings = recipe.settings()
-        pruned = prune_model(loaded, calibration, budget, settings, plan=plan, progress=progress, cache=cache)
+        if not team.main:
+            contribute(loaded, calibration, settings, plan, team)
+            return PruneResult({}, plan or Plan({}))
+        pruned = prune_model(
+            loaded, calibration, budget, settings, plan=plan, progress=progress, cache=cache, team=team
+        )
         if recipe.method.reestimate_batchnorm:
             reestimate_batchnorm(pruned.model, loaded, calibration, settings.batch_size)
     report = describe(recipe, loaded, calibration, held, pruned, warnings, command)

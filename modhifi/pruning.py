@@ -20,6 +20,7 @@ from .moment_cache import MomentCache
 from .moments import Moments, collect
 from .oracle import confirm
 from .plan import Plan
+from .processes import ALONE, Processes, merged
 from .readers import absorb_mean, applied_second, best_singletons, readers_of, weight_matrix, write_weight
 from .replay import Replay
 from .selection import Curve, eliminate, hifi_union, removal_order
@@ -129,18 +130,24 @@ def measure_moments(
     settings: PruneSettings,
     progress: Progress = silent,
     cache: MomentCache | None = None,
+    team: Processes = ALONE,
 ) -> dict[str, Moments]:
-    """Moments of every reader of a prunable group, in one forward pass per sample that ``cache`` does not know."""
+    """Moments of every reader of a prunable group, in one forward pass per sample that ``cache`` does not know.
+
+    Each process of a ``team`` runs its share of the batches, without the cache; the moments are those of all shares.
+    """
     readers = dict(operator_modules(loaded.model, structure.prunable))
     deciding = {key: getattr(settings, key) for key in ("rows_per_column", "batch_size", "seed")}
-    stored = None if cache is None else cache.open(loaded, readers, samples, deciding)
-    first = 0 if stored is None else stored.done
+    stored = None if cache is None or team.count > 1 else cache.open(loaded, readers, samples, deciding)
+    size = settings.batch_size
+    numbers = range(0 if stored is None else stored.done, len(samples), size)[team.index :: team.count]
+    if team.count > 1 and len(range(0, len(samples), size)) < team.count:
+        raise ModhifiError(f"{len(samples)} samples are fewer than {team.count} batches of {size}; use fewer processes")
 
     def batches() -> Iterable[Tensor]:
-        rest = samples.subset(range(first, len(samples))) if first else samples
-        for done, batch in enumerate(rest.batches(settings.batch_size)):
-            progress("measuring", min(len(samples), first + done * settings.batch_size), len(samples))
-            yield batch
+        for number in numbers:
+            progress("measuring", number, len(samples))
+            yield from samples.subset(range(number, min(number + size, len(samples)))).batches(size)
         progress("measuring", len(samples), len(samples))
 
     found = collect(
@@ -148,12 +155,14 @@ def measure_moments(
         loaded.run,
         batches(),
         readers,
+        numbers=numbers,
         samples=len(samples),
         rows_per_column=settings.rows_per_column,
         use_batch_statistics=samples.synthetic,
         seed=settings.seed,
         stored=stored,
     )
+    found = merged(found, team)
     missing = [name for name in readers if name not in found]
     if missing:
         raise ModhifiError(f"the layer '{missing[0]}' was never run on the calibration data; exclude its group")
@@ -374,6 +383,21 @@ def apply_plan(
     return Pruned(shrink(copy.deepcopy(dense_shape), structure, plan), dense_shape, structure, plan, {}, errors)
 
 
+def _chosen(loaded: LoadedModel, settings: PruneSettings, plan: Plan | None) -> Structure:
+    structure = choose_groups(find_structure(loaded), settings)
+    if plan is None:
+        return structure
+    plan.check(structure)
+    return structure.select(plan.kept)
+
+
+def contribute(
+    loaded: LoadedModel, samples: Samples, settings: PruneSettings, plan: Plan | None, team: Processes
+) -> None:
+    """Measure this process's share of the moments, for the main process that runs :func:`prune_model`."""
+    measure_moments(loaded, _chosen(loaded, settings, plan), samples, settings, team=team)
+
+
 def prune_model(
     loaded: LoadedModel,
     samples: Samples,
@@ -383,16 +407,16 @@ def prune_model(
     plan: Plan | None = None,
     progress: Progress = silent,
     cache: MomentCache | None = None,
+    team: Processes = ALONE,
 ) -> Pruned:
     """The whole method on one loaded model, which itself stays as it is.
 
-    ``budget`` None is allowed with ``settings.eta`` (keep HiFi sets) or with a given ``plan`` (replay it).
+    ``budget`` None is allowed with ``settings.eta`` (keep HiFi sets) or with a given ``plan`` (replay it). Of a
+    ``team`` of processes this is the main one; the others call :func:`contribute`.
     """
-    structure = choose_groups(find_structure(loaded), settings)
-    if plan is not None:
-        plan.check(structure)
-        structure = structure.select(plan.kept)
-    if plan is None and budget is not None and settings.layout == "uniform":
+    structure = _chosen(loaded, settings, plan)
+    # Blocks are measured one after the other: that pass is not shared among processes.
+    if plan is None and budget is not None and settings.layout == "uniform" and team.count == 1:
         if settings.eta is None and settings.sequential is None:
             from .blockwise import fit_in_memory, prune_in_blocks  # which build on the stages above
 
@@ -400,7 +424,7 @@ def prune_model(
                 found = prune_in_blocks(loaded, structure, samples, budget, settings, progress)
                 if found is not None:
                     return found
-    moments = measure_moments(loaded, structure, samples, settings, progress, cache)
+    moments = measure_moments(loaded, structure, samples, settings, progress, cache, team)
     curves: dict[str, Curve] = {}
     if plan is None and settings.eta is not None:
         plan = hifi_plan(loaded.model, structure, moments, settings)

@@ -1,0 +1,66 @@
+"""Several processes of one run: shares of the calibration data, one plan."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from modhifi.cli.main import app
+from modhifi.data import Samples
+from modhifi.errors import ModhifiError
+from modhifi.load import load_model
+from modhifi.processes import Processes, merged
+from modhifi.pruning import PruneSettings, find_structure, measure_moments
+
+LAUNCH = "accelerate.commands.launch"
+
+
+def test_two_processes_make_the_plan_of_one(model_dir: Path, image_dir: Path, tmp_path: Path) -> None:
+    """What the sums add up to, rows looked at included; only the main process prints."""
+    arguments = [
+        "prune", str(model_dir), "--data", f"images:{image_dir}", "--samples", "30", "--evaluation-samples", "10",
+        "--batch-size", "4", "--ratio", "0.4", "--device", "cpu", "--dry-run", "--json", "--no-cache",
+    ]  # fmt: skip
+    options = [
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")} | {"OMP_NUM_THREADS": "1"}
+    together = subprocess.run(
+        [sys.executable, "-m", LAUNCH, *options, "-m", "modhifi", *arguments],
+        capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240,
+    )  # fmt: skip
+    assert together.returncode == 0, together.stderr
+    alone = CliRunner().invoke(app, arguments)
+    assert alone.exit_code == 0, alone.output
+    theirs, ours = json.loads(together.stdout), json.loads(alone.stdout)
+    assert theirs["plan"] == ours["plan"]
+    for one, two in zip(theirs["groups"], ours["groups"], strict=True):
+        assert one["local_error"] == pytest.approx(two["local_error"], rel=1e-5, abs=1e-9)
+
+
+def test_one_process_is_no_team() -> None:
+    assert Processes().main and not Processes(1, 2).main
+    assert merged({}, Processes()) == {}
+
+
+def test_too_few_batches_are_named(model_dir: Path) -> None:
+    loaded = load_model(str(model_dir))
+    names = tuple(f"{i:016x}" for i in range(6))
+    samples = Samples(lambda i: torch.zeros(3, 32, 32), names, None, names, "test", False)
+    with pytest.raises(ModhifiError, match="fewer processes"):
+        measure_moments(loaded, find_structure(loaded), samples, PruneSettings(batch_size=4), team=Processes(0, 3))
