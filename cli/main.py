@@ -7,6 +7,7 @@ mend and never prints a traceback.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -96,7 +97,7 @@ def _print_version(wanted: bool) -> None:
 
 
 app = typer.Typer(
-    cls=ErrorMapping, name="modhifi", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    cls=ErrorMapping, name="modhifi", no_args_is_help=True, pretty_exceptions_enable=False
 )
 
 
@@ -105,8 +106,14 @@ def options(
     wanted: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say on stderr what is being done: give it before the verb.")
+    ] = False,
 ) -> None:
     """Edit open-weight models with forward passes only: prune, unlearn, verify."""
+    if verbose:
+        logging.basicConfig(stream=sys.stderr, format="modhifi: %(message)s")
+        logging.getLogger("modhifi").setLevel(logging.INFO)
 
 
 for verb in (prune, unlearn, verify, audit, score, check, diff, demo, env):

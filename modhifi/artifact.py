@@ -58,6 +58,7 @@ def save_artifact(
     manifest: Mapping[str, Any],
     recipe: Mapping[str, Any],
     report: Mapping[str, Any],
+    log: str = "",
     force: bool = False,
 ) -> Path:
     """Write ``edited``, which was made from ``loaded``, as a directory that :func:`load_artifact` reads; its path.
@@ -92,6 +93,8 @@ def save_artifact(
         _write_json(directory / "report.json", report)
         (directory / "report.html").write_text(render_html(report), encoding="utf-8")
         (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
+        if log:
+            (directory / "modhifi.log").write_text(log, encoding="utf-8")
         (directory / "README.md").write_text(model_card(out.name, content, report), encoding="utf-8")
     return out
 

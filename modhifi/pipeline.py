@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import torch
 from torch import nn
 
 from .artifact import check_output, describe_data, save_artifact, verify_reload
+from .clock import Clock
 from .contact_sheet import contact_sheet
 from .data import Samples, load_samples, warn_degenerate
 from .defaults import complete
@@ -39,21 +37,6 @@ from .report import data_uri
 from .run_checks import add_bounds, add_groups
 from .sizes import sizes_of
 from .verify import BoundReport, verify_model
-
-
-@dataclass
-class Clock:
-    """Seconds spent in each stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 @dataclass(frozen=True)
@@ -146,7 +129,8 @@ def run_prune(
     Where a launcher started several processes, all but the main one measure their share of the calibration data and
     return an empty report.
     """
-    clock, team = Clock(), processes()
+    clock, team = Clock(progress, command), processes()
+    progress = clock.inner
     device = device if team.device is None else team.device
     plan = None if recipe.plan is None else Plan({name: tuple(kept) for name, kept in recipe.plan.items()})
     budget = None if plan is not None or recipe.method.eta is not None else recipe.budget.parse()
@@ -173,9 +157,12 @@ def run_prune(
         )
         if recipe.method.reestimate_batchnorm:
             reestimate_batchnorm(pruned.model, loaded, calibration, settings.batch_size)
+    for warning in warnings:
+        clock.note(f"warning: {warning}")
     report = describe(recipe, loaded, calibration, held, pruned, warnings, command)
     if cache is not None and cache.remark:
         report["data"]["moments"] = cache.remark
+        clock.note(cache.remark)
     if dry_run:
         report["timing"] = clock.seconds
         return PruneResult(report, pruned.plan)
@@ -213,6 +200,7 @@ def run_prune(
                 },
                 recipe=recipe.model_dump(mode="json"),
                 report=report,
+                log=clock.log(),
                 force=force,
             )
         with clock.stage("reload"):

@@ -12,10 +12,11 @@ from torch import nn
 
 from .artifact import check_output, describe_data, save_artifact, state_hash, verify_reload
 from .audit import MEASURES, audit
+from .clock import Clock
 from .data import Samples
 from .errors import ModhifiError
 from .load import LoadedModel, load_model
-from .pipeline import NOTHING, Clock, Given, load_source, own_skeleton
+from .pipeline import NOTHING, Given, load_source, own_skeleton
 from .run_checks import add_bounds, add_forgetting
 from .unlearn import Forgotten, Progress, blend, fit_strength, forget, settled_names, silent
 from .unlearn_data import UnlearnData, class_name, count_classes, find_classes, label_samples, load_unlearn_data
@@ -47,7 +48,8 @@ def run_unlearn(
     command: str = "",
 ) -> UnlearnResult:
     """Run an unlearning recipe: load, edit, fit the strength, attack, save, reload."""
-    clock = Clock()
+    clock = Clock(progress, command)
+    progress = clock.inner
     out = None if recipe.out is None else Path(recipe.out)
     if out is not None:
         check_output(out, force)
@@ -117,6 +119,7 @@ def run_unlearn(
                 },
                 recipe=recipe.model_dump(mode="json"),
                 report=report,
+                log=clock.log(),
                 force=force,
             )
         with clock.stage("reload"):

@@ -139,3 +139,29 @@ def test_progress_honours_no_color(
     with progress(False) as step:
         step("collect", 2, 2)
     assert (re.search(r"\x1b\[(\d;)?3\d", capsys.readouterr().err) is None) is no_color
+
+
+def test_progress_shows_rates_and_time_left_on_a_terminal_only(monkeypatch, capsys) -> None:
+    from modhifi.cli.common import progress
+
+    with progress(False) as report:
+        report("stage", 1, 2)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    with progress(False) as report:
+        for done in range(5):
+            report("outer", 0, 1)
+            report("  inner", done, 4)
+    shown = capsys.readouterr().err
+    assert "outer" in shown and "  inner" in shown and "4/4" in shown and "left" in shown and "/s" in shown
+    assert "\x1b[3" not in shown
+    with progress(True) as report:
+        report("stage", 1, 2)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_shell_can_be_taught() -> None:
+    shown = CliRunner().invoke(app, ["--show-completion", "bash"])
+    assert shown.exit_code == 0 and "complete" in shown.stdout and "modhifi" in shown.stdout

@@ -93,6 +93,22 @@ def test_the_command_imports_nothing_heavy(installed: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "recipe", ["prune-verify", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sweep", "unlearn-audit"))]
+)
+def test_the_recipes_for_ci_run_from_the_wheel(recipe: str, installed: Path, tmp_path: Path) -> None:
+    # An editable installation of this checkout must not answer in the wheel's place.
+    call = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'importlib' in getattr(f, '__module__', '')]; "
+        f"import modhifi; assert modhifi.__file__.startswith({str(installed)!r}), modhifi.__file__; "
+        f"sys.argv = ['modhifi', 'recipe', 'run', 'ci/{recipe}', '--out', 'out', '--quiet', '--summary', 's.md']; "
+        "from modhifi.cli.main import main; main()"
+    )
+    run(sys.executable, "-c", call, cwd=tmp_path, path=installed)
+    assert "❌" not in (tmp_path / "s.md").read_text()
+    assert list((tmp_path / "out").glob("*/report.html"))
+
+
 @pytest.mark.slow
 def test_a_wheel_built_from_the_source_distribution_is_the_same(source: Path, wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, source, cwd=tmp_path)
