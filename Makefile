@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
-EVALUATIONS := eval/support.py eval/demo.py eval/vision_prune.py
+EVALUATIONS := eval/support.py eval/demo.py eval/recipes.py eval/vision_prune.py
 SOURCES := pyproject.toml $(shell find modhifi cli recipes -type f -not -path '*/__pycache__/*')
 
 .PHONY: demo test lint eval clean

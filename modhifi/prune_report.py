@@ -148,7 +148,7 @@ def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
         row("parameters", *size["parameters"]),
         row("latency, one sample", latency["before"]["median"], latency["after"]["median"], "s"),
         row("throughput, samples a second", *report["throughput"]),
-        row("weights on disk", *size["bytes"], "B"),
+        row("weights on disk", size["bytes"][0], size["bytes"][1], "B"),
     ]
 
 

@@ -19,7 +19,8 @@ def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytes
     assert blocks
     monkeypatch.chdir(tmp_path)
     if any('load("small")' in block for block in blocks):  # what the commands above it wrote
-        modhifi.prune("demo:resnet", "demo:calibration", ratio=0.2, samples=16, evaluation_samples=16, checks={"walked": 0}, out="small")
+        small = {"samples": 16, "evaluation_samples": 16, "checks": {"walked": 0}, "out": "small"}
+        modhifi.prune("demo:resnet", "demo:calibration", ratio=0.2, **small)
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, page, "exec"), names)
