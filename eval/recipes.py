@@ -73,7 +73,8 @@ def recipes(installed: Path, place: Path) -> list[dict[str, object]]:
 
 def prune(ratio: str, out: str) -> list[str]:
     data = ["--data", "synthetic", "--samples", "256", "--evaluate", "demo:test", "--evaluation-samples", "50"]
-    return ["prune", "demo:resnet", "--ratio", ratio, *data, *"--rows-per-column 0 --walked 0 --json --out".split(), out]
+    how = ["--rows-per-column", "0", "--walked", "0", "--json"]
+    return ["prune", "demo:resnet", "--ratio", ratio, *data, *how, "--out", out]
 
 
 def resume(installed: Path, place: Path) -> list[dict[str, object]]:
