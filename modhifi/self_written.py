@@ -18,8 +18,6 @@ from modhifi.errors import ModhifiError
 from modhifi.load import LoadedModel
 from modhifi.text import cutter_of, identity, vocabulary, window_of
 
-# How tokens are drawn: from the most likely ones, at most so many, that together have this probability.
-TOP_K, TOP_P, TEMPERATURE = 1000, 0.95, 1.0
 # A window is a loop if less than this share of its runs of so many tokens are different ones.
 RUN, LEAST_DIFFERENT = 4, 0.5
 # Windows written side by side, and how many times the number wanted may be written before giving up.
@@ -64,7 +62,7 @@ def write(
                            "with --data text:FILE")  # fmt: skip
     windows = list(found.values())
     remarks = [f"self, {n} windows of {length} tokens written from {what}"]
-    remarks += [f"top-k {TOP_K}, top-p {TOP_P}, temperature {TEMPERATURE}, seed {seed}"]
+    remarks += [f"sampled at temperature 1, seed {seed}"]
     remarks += [f"{loops} loops rejected"] * bool(loops)
     remarks += [f"{written - loops - n} duplicates dropped"] * (written - loops > n)
     return Samples(
@@ -135,7 +133,8 @@ def _continue(loaded: LoadedModel, tokens: Tensor, length: int, chance: torch.Ge
 
 
 def draw(logits: Tensor, chance: torch.Generator) -> Tensor:
-    """One token for each row of logits ``(n, vocabulary)``, int64 ``(n, 1)``, by nucleus sampling (Holtzman 2020)."""
-    share, order = (logits.float() / TEMPERATURE).softmax(-1).cpu().topk(min(TOP_K, logits.shape[-1]))
-    share[share.cumsum(-1) - share >= TOP_P] = 0
-    return order.gather(1, torch.multinomial(share, 1, generator=chance))
+    """One token for each row of logits ``(n, vocabulary)``, int64 ``(n, 1)``, from the model's whole distribution.
+
+    Cutting off its tail, as one does for readers, makes text that calibrates worse: rare tokens excite rare neurons.
+    """
+    return torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=chance)
