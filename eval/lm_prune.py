@@ -117,7 +117,8 @@ def table(windows: int, cache: Path | None, ratios: list[float], only: str) -> N
         "lm_prune", loaded, held, ["FFN removed", "layout", "method"],
         f"""# FFN pruning of SmolLM2-135M, no training
 WikiText-2's validation text in windows of {WINDOW} tokens: {windows} calibrate ({windows * WINDOW} tokens), {HELD} of
-other articles are held out. `FFN removed` is the share of FFN parameters; ShortGPT and SliceGPT remove as many parameters elsewhere.
+other articles are held out. `FFN removed` is the share of FFN parameters; ShortGPT and SliceGPT remove as many
+parameters elsewhere.
 Command: `python eval/lm_prune.py --windows {windows}`.""",
     )  # fmt: skip
     result.add(lambda: loaded.model, **{"FFN removed": 0.0, "layout": "", "method": "dense"})
