@@ -193,7 +193,8 @@ PARTS: dict[str, Callable[[], None]] = {
         16, img_size=64, depth=6,
     ),
     "convnext": lambda: untrained(
-        "bounds_convnext", "Pruning FFN neurons of a ConvNeXt-Atto with RANDOM weights.", "convnext_atto", 16
+        "bounds_convnext", "Pruning FFN neurons of a ConvNeXt-Atto with RANDOM weights.", "convnext_atto", 8,
+        ls_init_value=0.5,
     ),
     "smollm2": lambda: language(1),
 }  # fmt: skip
