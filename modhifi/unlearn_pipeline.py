@@ -13,10 +13,12 @@ from torch import nn
 from .artifact import check_output, describe_data, save_artifact, state_hash, verify_reload
 from .audit import MEASURES, audit
 from .clock import Clock
+from .contact_sheet import contact_sheet
 from .data import Samples
 from .errors import ModhifiError
 from .load import LoadedModel, load_model
 from .pipeline import NOTHING, Given, load_source, own_skeleton
+from .report import data_uri
 from .run_checks import add_bounds, add_forgetting
 from .unlearn import Forgotten, Progress, blend, fit_strength, forget, settled_names, silent
 from .unlearn_data import UnlearnData, class_name, count_classes, find_classes, label_samples, load_unlearn_data
@@ -96,6 +98,7 @@ def run_unlearn(
             loaded, found.model, found.model, retained, tolerances, walked=walked, batch_size=size, progress=progress
         )
         add_bounds(report, bounds)
+        report["contact_sheet"] = data_uri(contact_sheet(data.edit, loaded, n=48, tile=64))
         add_forgetting(report, loaded, found.model, forgotten, classes, tolerances.alpha, size)
     path = None
     if out is not None:
