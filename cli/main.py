@@ -20,6 +20,7 @@ from modhifi.errors import ModhifiError
 
 from .audit import audit
 from .check import check
+from .data import app as data
 from .demo import demo
 from .diff import diff
 from .env import env, version
@@ -118,6 +119,7 @@ def options(
 
 for verb in (prune, unlearn, verify, audit, score, check, diff, demo, env):
     app.command()(verb)
+app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
 
 

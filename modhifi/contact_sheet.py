@@ -39,10 +39,19 @@ def contact_sheet(samples: Samples, loaded: LoadedModel, n: int = 64, tile: int 
     return sheet
 
 
-def materialise(samples: Samples, loaded: LoadedModel, out_dir: Path) -> list[Path]:
-    """Write every sample as a PNG file at the model's input size, in a folder named after its label if it has one.
+def save_sheet(samples: Samples, loaded: LoadedModel, path: Path) -> None:
+    """Write :func:`contact_sheet` to a file. Raises ModhifiError if that fails or the model takes no images."""
+    try:
+        contact_sheet(samples, loaded).save(path)
+    except (OSError, ValueError) as error:
+        raise ModhifiError(f"cannot write {path}: {error}; give a file that ends in .png") from error
 
-    The directory can be read back as ``images:DIR``. Raises ModhifiError if it is not empty or cannot be written.
+
+def materialise(samples: Samples, loaded: LoadedModel, out_dir: Path) -> list[Path]:
+    """Write every sample as a file: an image as PNG at the model's input size, tokens as the text they stand for.
+
+    Labelled samples go into a folder named after the label. The directory can be read back as ``images:DIR`` or
+    ``text:DIR``. Raises ModhifiError if it is not empty or cannot be written.
     """
     try:
         if out_dir.exists() and any(out_dir.iterdir()):
@@ -51,8 +60,14 @@ def materialise(samples: Samples, loaded: LoadedModel, out_dir: Path) -> list[Pa
         for i in range(len(samples)):
             folder = out_dir if samples.labels is None else out_dir / str(int(samples.labels[i]))
             folder.mkdir(parents=True, exist_ok=True)
-            written.append(folder / f"{i:06d}.png")
-            picture(samples, loaded, i).save(written[-1])
+            item = folder / f"{i:06d}"
+            if loaded.kind in ("text", "encoder"):
+                written.append(item.with_suffix(".txt"))
+                tokens = samples.load(i)
+                written[-1].write_text(loaded.tokenizer.decode(tokens[tokens >= 0], skip_special_tokens=True))
+            else:
+                written.append(item.with_suffix(".png"))
+                picture(samples, loaded, i).save(written[-1])
     except OSError as error:
         raise ModhifiError(
             f"cannot write to {out_dir}: {error.strerror or error}; check space and permissions"

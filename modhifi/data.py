@@ -112,7 +112,8 @@ def load_samples(
     `modhifi.synthetic.KINDS`), ``self``, text that a causal language model writes itself, which is also what
     ``synthetic`` means there, ``demo:PART`` (images that come with the package: ``calibration``, unlabelled, or
     ``test``), or what a program holds (see `modhifi.own_data`). At most `n` items are used, chosen and ordered by
-    `seed`. Items of text are windows of `window` tokens (1,024, or as many as the model takes, if not said).
+    `seed`. ``synthetic:invert`` are images that the network's own norms draw (see `modhifi.inversion`). Items of text
+    are windows of `window` tokens (1,024, or as many as the model takes, if not said).
     `balanced` concerns synthetic images for classifiers: three candidates are drawn for each image kept (fewer for
     large images, see `CANDIDATE_PIXELS`), and the set kept is spread over the classes that the model itself predicts;
     it costs one forward pass for each candidate. Other models get the first `n` images.
@@ -121,7 +122,8 @@ def load_samples(
     """
     if n < 1:
         raise ModhifiError(f"{n} samples asked for; ask for at least 1")
-    from modhifi import images, own_data, self_written, text  # which build on Samples
+    from modhifi import images, inversion, own_data, self_written, text  # which build on Samples
+    from modhifi.moment_cache import default_directory
 
     if not isinstance(spec, str):
         return own_data.samples_from(spec, loaded, n=n, seed=seed)
@@ -136,6 +138,8 @@ def load_samples(
         return images.from_directory(Path(rest).expanduser(), loaded, n, seed)
     if source == "hf" and rest:
         return images.from_datasets(rest, loaded, n, seed)
+    if spec == "synthetic:invert":
+        return inversion.inverted(loaded, n, seed, cache=default_directory(), progress=progress)
     if source == "synthetic":
         return _drawn(rest or "mixed", loaded, n, seed, balanced)
     if source == "demo":
@@ -236,7 +240,7 @@ def _is_flat(x: Tensor) -> bool:
 def _drawn(kind: str, loaded: LoadedModel, n: int, seed: int, balanced: bool) -> Samples:
     """Synthetic images at the model's input size."""
     if kind != "mixed" and kind not in synthetic.KINDS:
-        kinds = ", ".join(("mixed", *synthetic.KINDS))
+        kinds = ", ".join(("mixed", "invert", *synthetic.KINDS))
         raise ModhifiError(f"unknown kind of synthetic image '{kind}'; use one of {kinds}")
     channels, height, width = image_shape(loaded)
     mean, std = normalisation(loaded)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import quality
 from .artifact import check_output, describe_data, save_artifact, verify_reload
 from .clock import Clock
 from .contact_sheet import contact_sheet
@@ -157,6 +158,7 @@ def run_prune(
         )
         if recipe.method.reestimate_batchnorm:
             reestimate_batchnorm(pruned.model, loaded, calibration, settings.batch_size)
+        warnings += quality.gram_warnings(pruned.grams, len(calibration))
     for warning in warnings:
         clock.note(f"warning: {warning}")
     report = describe(recipe, loaded, calibration, held, pruned, warnings, command)
@@ -167,6 +169,10 @@ def run_prune(
         report["timing"] = clock.seconds
         return PruneResult(report, pruned.plan)
     with clock.stage("measure"):
+        report["calibration"] = {
+            **quality.look(loaded, calibration, settings.batch_size),
+            "grams": [vars(q) for q in pruned.grams],
+        }
         report |= measure_run(loaded, pruned.model, held, settings.batch_size, progress)
         report["before_after"] = before_after(report)
         report["verdicts"] = [measured(report)]

@@ -21,6 +21,7 @@ from .moments import Moments, collect
 from .oracle import confirm
 from .plan import Plan
 from .processes import ALONE, Processes, merged
+from .quality import GramQuality, gram_quality
 from .readers import absorb_mean, applied_second, best_singletons, readers_of, weight_matrix, write_weight
 from .replay import Replay
 from .selection import Curve, eliminate, hifi_union, removal_order
@@ -91,6 +92,7 @@ class Pruned:
     curves: Mapping[str, Curve]
     errors: tuple[LayerError, ...]
     fidelity: Mapping[str, Tensor] = field(default_factory=dict)
+    grams: tuple[GramQuality, ...] = ()
 
 
 def find_structure(loaded: LoadedModel) -> Structure:
@@ -445,7 +447,7 @@ def prune_model(
         g.name: best_singletons(readers_of(loaded.model, structure, g, moments), g.n) for g in structure.prunable
     }
     pruned = apply_plan(loaded, structure, plan, moments, settings, samples, progress)
-    return replace(pruned, curves=curves, fidelity=fidelity)
+    return replace(pruned, curves=curves, fidelity=fidelity, grams=gram_quality(moments))
 
 
 @torch.no_grad()

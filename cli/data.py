@@ -1,0 +1,101 @@
+"""`modhifi data make`: write down, and look at, the samples that a run would use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import (
+    DeviceOption,
+    JsonOption,
+    QuietOption,
+    SeedOption,
+    print_json,
+    progress,
+    resolve_device,
+    stdout_console,
+)
+from .prune import (
+    GgufOption,
+    ModelArgOption,
+    ModelArgument,
+    RandomOption,
+    RevisionOption,
+    TrustOption,
+    WeightsOption,
+    WindowOption,
+    model_source,
+)
+
+app = typer.Typer(no_args_is_help=True, help="Calibration data: make it, look at it.")
+
+
+@app.callback()
+def data() -> None:
+    """Calibration data: make it, look at it."""
+
+
+@app.command("make")
+def make(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", help="A new directory; images:OUT or text:OUT reads it back.")],
+    kind: Annotated[
+        str,
+        typer.Option("--kind", help="synthetic[:KIND], synthetic:invert, self, or another source of `modhifi prune`."),
+    ] = "synthetic",
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of samples.")] = 256,
+    sheet: Annotated[Path | None, typer.Option("--sheet", help="Also draw the first images into one PNG.")] = None,
+    window: WindowOption = None,
+    model_arg: ModelArgOption = None,
+    weights: WeightsOption = None,
+    revision: RevisionOption = None,
+    random_weights: RandomOption = False,
+    trust_remote_code: TrustOption = False,
+    gguf_file: GgufOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the samples of a source as files, images or texts, and say how well they suit the model."""
+    from modhifi.contact_sheet import materialise, save_sheet
+    from modhifi.data import load_samples
+    from modhifi.output import check_output, staging
+    from modhifi.pipeline import load_source
+    from modhifi.quality import look
+    from modhifi.recipe import ModelSource
+
+    check_output(out)
+    source = model_source(model, model_arg, weights, revision, random_weights, trust_remote_code, gguf_file)
+    with progress(quiet or as_json) as report:
+        loaded = load_source(ModelSource(**source))
+        loaded.model.to(resolve_device(device))
+        samples = load_samples(kind, loaded, n=n, seed=seed, window=window, progress=report)
+        seen = look(loaded, samples)
+        with staging(out) as fresh:
+            written = len(materialise(samples, loaded, fresh))
+        if sheet is not None:
+            save_sheet(samples, loaded, sheet)
+    facts = {
+        "path": str(out),
+        "samples": len(samples),
+        "files": written,
+        "description": samples.description,
+        "fingerprint": samples.fingerprint(),
+        "skipped": [list(item) for item in samples.skipped],
+        **{key: value for key, value in seen.items() if key != "norm_gap"},
+    }
+    if as_json:
+        print_json(facts)
+        return
+    console = stdout_console()
+    console.print(f"{samples.description}; fingerprint {samples.fingerprint()}", highlight=False)
+    if "mean_norm_gap" in seen:
+        console.print(
+            f"distance to what the norms remember: {seen['mean_norm_gap']:.3g} (0: the same mean and deviation)"
+        )
+    if "classes" in seen:
+        console.print(f"predicted classes: {seen['classes'][0]} of {seen['classes'][1]}, balance {seen['balance']:.2f}")
+    console.print(f"written: {out}", soft_wrap=True)

@@ -1,0 +1,247 @@
+"""What calibration without data costs: sources of images against the accuracy of what is pruned or unlearned with them.
+
+MODHIFI_DATA=DIR python eval/synthetic.py [--part prune|unlearn|samples|imagenet] [--seeds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from common import Missing, cifar10, efficientnet_lite0, imagenet_sample, reference, write_results
+from unlearn import BATCH
+
+from modhifi import measure
+from modhifi.allocate import Budget
+from modhifi.data import Samples, load_samples
+from modhifi.load import LoadedModel
+from modhifi.pruning import (
+    PruneSettings,
+    apply_plan,
+    choose_groups,
+    find_structure,
+    make_plan,
+    measure_moments,
+    removal_curves,
+)
+from modhifi.quality import look
+from modhifi.unlearn import UnlearnSettings, forget
+from modhifi.unlearn_data import populations
+from modhifi.unlearn_sites import find_sites
+
+RATIOS = (0.25, 0.5)
+CALIBRATION, TEST = 500, 1000
+FORGOTTEN = (0, 3, 6)
+
+
+def cached(samples: Samples) -> Samples:
+    items = [samples.load(i) for i in range(len(samples))]
+    return replace(samples, load=items.__getitem__)
+
+
+def plainly(samples: Samples) -> Samples:
+    """The same images, treated as if they were real: BatchNorm keeps its stored statistics."""
+    return replace(samples, synthetic=False)
+
+
+def sources(loaded: LoadedModel, real: Callable[[int, int], Samples], n: int) -> dict[str, Callable[[int], Samples]]:
+    """By name, what gives ``n`` calibration samples for a seed."""
+
+    def drawn(spec: str) -> Callable[[int], Samples]:
+        return lambda seed: load_samples(spec, loaded, n=n, seed=seed)
+
+    return {
+        "real training images": lambda seed: real(n, seed),
+        "synthetic:invert": drawn("synthetic:invert"),
+        "synthetic": drawn("synthetic"),
+        "Gaussian noise, batch statistics": drawn("synthetic:gaussian"),
+        "Gaussian noise": lambda seed: plainly(load_samples("synthetic:gaussian", loaded, n=n, seed=seed)),
+        "uniform noise": lambda seed: plainly(load_samples("synthetic:uniform", loaded, n=n, seed=seed)),
+    }
+
+
+def accuracy(loaded: LoadedModel, model: torch.nn.Module, test: Samples) -> float:
+    return 100 * measure.accuracy(lambda b: loaded.logits(b, model), test, batch_size=BATCH)
+
+
+def pruned_accuracies(loaded: LoadedModel, calibration: Samples, test: Samples) -> list[float]:
+    """Accuracy after pruning the inner channels of every block at each of ``RATIOS``, from one set of moments."""
+    settings = PruneSettings(layout="uniform", coupled=False)
+    structure = choose_groups(find_structure(loaded), settings)
+    moments = measure_moments(loaded, structure, calibration, settings)
+    curves = removal_curves(loaded.model, structure, moments, settings)
+    found = []
+    for ratio in RATIOS:
+        plan = make_plan(loaded.model, structure, curves, Budget("components", 1 - ratio), settings)
+        found.append(accuracy(loaded, apply_plan(loaded, structure, plan, moments, settings).model, test))
+    return found
+
+
+def spread(values: Iterable[float]) -> str:
+    found = list(values)
+    return f"{statistics.mean(found):.2f} ± {statistics.stdev(found) if len(found) > 1 else 0.0:.2f}"
+
+
+def table(
+    loaded: LoadedModel, real: Callable[[int, int], Samples], test: Samples, n: int, seeds: int
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for name, source in sources(loaded, real, n).items():
+        results, gaps = [], []
+        for seed in range(seeds):
+            calibration = cached(source(seed))
+            results.append(pruned_accuracies(loaded, calibration, test))
+            gaps.append(look(loaded, calibration, BATCH).get("mean_norm_gap", float("nan")))
+            print(name, seed, results[-1], gaps[-1], flush=True)
+        rows.append({"source": name, "means": [statistics.mean(r[k] for r in results) for k in range(len(RATIOS))]})
+        rows[-1]["distance to the norms"] = spread(gaps)
+        for k, ratio in enumerate(RATIOS):
+            rows[-1][f"{ratio:.0%} removed"] = spread(r[k] for r in results)
+    best, worst = rows[0]["means"], next(r["means"] for r in rows if r["source"] == "Gaussian noise")
+    for row in rows:
+        for k, ratio in enumerate(RATIOS):
+            row[f"of the gap, {ratio:.0%}"] = 100 * (row["means"][k] - worst[k]) / (best[k] - worst[k])
+    return rows
+
+
+def columns() -> list[str]:
+    shares = [f"{r:.0%} removed" for r in RATIOS] + [f"of the gap, {r:.0%}" for r in RATIOS]
+    return ["source", *shares, "distance to the norms"]
+
+
+def prune(seeds: int) -> None:
+    loaded, root = reference("resnet"), cifar10()
+    test = cached(load_samples(f"images:{root / 'test'}", loaded, n=TEST))
+
+    def real(n: int, seed: int) -> Samples:
+        return load_samples(f"images:{root / 'train'}", loaded, n=n, seed=seed)
+
+    rows = table(loaded, real, test, CALIBRATION, seeds)
+    write_results(
+        "synthetic_prune",
+        rows,
+        columns(),
+        f"""# Calibration without data: pruning
+The reference ResNet ({accuracy(loaded, loaded.model, test):.1f} % on {TEST} CIFAR-10 test images); inner channels of
+every block, `obs` and least squares, {CALIBRATION} calibration images, {seeds} seeds (mean ± standard deviation, in %).
+"Of the gap": from Gaussian noise (0) to real images (100). "Distance to the norms": of the images' moments to those
+that BatchNorm stores. Command: `python eval/synthetic.py --part prune`.""",
+        seeds=seeds,
+    )
+
+
+def samples(seeds: int) -> None:
+    loaded, root = reference("resnet"), cifar10()
+    test = cached(load_samples(f"images:{root / 'test'}", loaded, n=TEST))
+    rows: list[dict[str, Any]] = []
+    for n in (50, 200, 1000, 5000):
+        for name, spec in (("real training images", f"images:{root / 'train'}"), ("synthetic", "synthetic")):
+            found = [
+                pruned_accuracies(loaded, load_samples(spec, loaded, n=n, seed=seed), test)
+                for seed in range(seeds if n < 5000 else 1)
+            ]
+            rows.append({"source": name, "samples": n})
+            for k, ratio in enumerate(RATIOS):
+                rows[-1][f"{ratio:.0%} removed"] = spread(r[k] for r in found)
+            print(rows[-1], flush=True)
+    write_results(
+        "synthetic_samples",
+        rows,
+        ["source", "samples", *(f"{r:.0%} removed" for r in RATIOS)],
+        f"""# How many calibration images
+As in [pruning without data](synthetic_prune.md), by number of images ({seeds} seeds, one for 5,000).
+Command: `python eval/synthetic.py --part samples --seeds {seeds}`.""",
+    )
+
+
+def imagenet(seeds: int) -> None:
+    loaded = efficientnet_lite0()
+    images = load_samples(f"images:{imagenet_sample()}", loaded, n=500)
+    test = cached(images.subset(range(250, 500)))
+
+    def real(n: int, seed: int) -> Samples:
+        order = torch.randperm(250, generator=torch.Generator().manual_seed(seed))
+        return images.subset(order[:n])
+
+    rows = table(loaded, real, test, 125, seeds)
+    write_results(
+        "synthetic_imagenet",
+        rows,
+        columns(),
+        f"""# Calibration without data: tf_efficientnet_lite0
+ImageNet weights ({accuracy(loaded, loaded.model, test):.1f} % on 250 samples that nothing else saw: one standard
+error is about 2 points); inner channels of every block, 125 calibration images (real ones from the
+other 250 samples), {seeds} seeds.
+Command: `python eval/synthetic.py --part imagenet --seeds {seeds}`.""",
+    )
+
+
+def unlearn(seeds: int) -> None:
+    loaded, root = reference("resnet"), cifar10()
+    test = cached(load_samples(f"images:{root / 'test'}", loaded, n=TEST))
+    sites = find_sites(loaded)
+    assert test.labels is not None
+
+    def accuracies(model: torch.nn.Module, index: int) -> tuple[float, float]:
+        with torch.no_grad():
+            right = torch.cat([loaded.logits(b, model).argmax(1) for b in test.batches(BATCH)]) == test.labels
+        mine = test.labels == index
+        return 100 * float(right[mine].double().mean()), 100 * float(right[~mine].double().mean())
+
+    def labelled(found: Samples) -> Samples:
+        """By the model itself, as for unlabelled images; inverted ones have the class they were drawn for."""
+        if found.labels is not None:
+            return cached(found)
+        found = cached(found)
+        with torch.no_grad():
+            own = torch.cat([loaded.logits(b).argmax(1) for b in found.batches(BATCH)])
+        return replace(found, labels=own)
+
+    dense = [accuracies(loaded.model, c) for c in FORGOTTEN]
+    rows: list[dict[str, Any]] = [{"source": "not edited", **_pair(dense)}]
+    chosen = {
+        "real training images": lambda seed: load_samples(f"images:{root / 'train'}", loaded, n=1000, seed=seed),
+        "synthetic:invert": lambda seed: load_samples("synthetic:invert", loaded, n=500, seed=seed),
+        "synthetic, labelled by the model": lambda seed: load_samples("synthetic", loaded, n=1000, seed=seed),
+    }
+    for name, source in chosen.items():
+        found = []
+        for seed in range(seeds):
+            data = labelled(source(seed))
+            for index in FORGOTTEN:
+                groups = populations(data, [index])
+                edited = forget(loaded, sites, data, groups, UnlearnSettings(batch_size=BATCH), [index]).model
+                found.append(accuracies(edited, index))
+                print(name, seed, index, found[-1], flush=True)
+        rows.append({"source": name, **_pair(found)})
+    write_results(
+        "synthetic_unlearn",
+        rows,
+        ["source", "forgotten class", "other classes"],
+        f"""# Forgetting without data
+`erase-writers` on the reference ResNet, classes {FORGOTTEN} one by one, {seeds} seeds; accuracy on {TEST}
+CIFAR-10 test images in %, mean ± standard deviation over classes and seeds.
+Command: `python eval/synthetic.py --part unlearn --seeds {seeds}`.""",
+    )
+
+
+def _pair(found: list[tuple[float, float]]) -> dict[str, str]:
+    return {"forgotten class": spread(a for a, _ in found), "other classes": spread(b for _, b in found)}
+
+
+PARTS = {"prune": prune, "unlearn": unlearn, "samples": samples, "imagenet": imagenet}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--seeds", type=int, default=3)
+    wanted = parser.parse_args()
+    for part in [wanted.part] if wanted.part else PARTS:
+        try:
+            PARTS[part](wanted.seeds)
+        except Missing as missing:
+            print(f"{part}: not run: {missing}")

@@ -1,0 +1,206 @@
+"""Images that a network's own memory of its training data draws: gradients reach the pixels, never a weight.
+
+A BatchNorm network stores the mean and variance of every channel on the true data; images are changed until their
+batch has them (Yin et al. 2020, "Dreaming to distill", DeepInversion). A LayerNorm network stores nothing of its data;
+there the patches of an image are made to differ from each other, as those of photographs do and those of noise do not
+(Li et al. 2022, "Patch similarity aware data-free quantization", PSAQ-ViT). Classifiers get a class for every image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .artifact import state_hash
+from .data import Samples, class_count, image_shape, load_samples, normalisation
+from .errors import ModhifiError
+from .load import LoadedModel
+
+STEPS, RATE, BATCH = 40, 0.02, 125
+# Weights of the terms beside the statistics: total variation (per pixel, normalised units) and the class.
+SMOOTH, CLASS = 0.02, 0.05
+VERSION = 1
+
+
+def statistics_gap(mean: Tensor, var: Tensor, norm: _BatchNorm) -> Tensor:
+    """How far the moments ``(C,)`` of a BatchNorm's input are from what it remembers: a scalar, 0 for equal moments.
+
+    Mean over channels of ``((μ − μ̂) / σ̂)² + (σ/σ̂ − 1)²``, hats for the stored ones.
+    """
+    assert norm.running_mean is not None and norm.running_var is not None
+    stored = (norm.running_var + norm.eps).sqrt()
+    gap = ((mean - norm.running_mean) / stored).square() + ((var + norm.eps).sqrt() / stored - 1).square()
+    return gap.mean()
+
+
+def patch_likeness(tokens: Tensor) -> Tensor:
+    """Negative entropy of the cosines between an image's tokens ``(B, N, D)``, in nats: low for varied ones.
+
+    The density is a sum of Gaussian kernels of width 0.05 at 64 places, PSAQ-ViT's in spirit.
+    """
+    unit = F.normalize(tokens.float(), dim=-1)
+    cosine = (unit @ unit.transpose(1, 2)).flatten(1)
+    places = torch.linspace(-1, 1, 64, device=cosine.device)
+    some = cosine[:, :: max(1, cosine.shape[1] // 512)]
+    density = torch.exp(-0.5 * ((some[:, :, None] - places) / 0.05).square()).mean(1)
+    share = density / density.sum(1, keepdim=True)
+    return (share * (share + 1e-9).log()).sum(1).mean()
+
+
+class _Watch:
+    """Collects the terms of one forward pass from hooks on the norms."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.terms: list[Tensor] = []
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        self.handles = [m.register_forward_pre_hook(lambda m, a: self._channels(m, a[0])) for m in norms]
+        if not norms:
+            layers = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
+            self.handles = [m.register_forward_hook(lambda m, a, out: self._tokens(out)) for m in layers]
+        self.possible = bool(self.handles)
+
+    def _channels(self, norm: _BatchNorm, x: Tensor) -> None:
+        var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
+        self.terms.append(statistics_gap(mean, var, norm))
+
+    def _tokens(self, out: Tensor) -> None:
+        if out.ndim == 3 and out.shape[1] > 3:
+            self.terms.append(0.1 * patch_likeness(out))
+
+    def take(self) -> Tensor:
+        total = torch.stack(self.terms).mean()
+        self.terms.clear()
+        return total
+
+    def __enter__(self) -> _Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def improve(
+    loaded: LoadedModel, images: Tensor, classes: Tensor | None, low: Tensor, high: Tensor, steps: int = STEPS
+) -> Tensor:
+    """Change a batch of images ``(B, C, H, W)`` until the network's memory fits them; same shape, within the bounds.
+
+    ``classes`` int64 ``(B,)`` or None. Adam on the images' spectra; the model's parameters get no gradient. Raises
+    ModhifiError for a network without BatchNorm and LayerNorm: it remembers nothing to draw from.
+    """
+    # Steps are taken on the spectrum, scaled as 1/f: on pixels they would end in noise that no photograph has.
+    height, width = images.shape[2:]
+    fy, fx = torch.fft.fftfreq(height, device=images.device), torch.fft.rfftfreq(width, device=images.device)
+    scale = 1 / (fy[:, None].square() + fx.square()).sqrt().clamp_min(1 / max(height, width))
+    scale = scale / scale.square().mean().sqrt()
+    spectrum = torch.zeros(*images.shape[:2], *scale.shape, 2, device=images.device, requires_grad=True)
+    optimiser = torch.optim.Adam([spectrum], lr=RATE)
+
+    def drawn() -> Tensor:
+        change = torch.fft.irfft2(torch.view_as_complex(spectrum) * scale, s=(height, width), norm="ortho")
+        return (images + change).clamp(low, high)
+
+    with torch.enable_grad(), _Watch(loaded.model) as watch:
+        if not watch.possible:
+            raise ModhifiError(f"{loaded.source} has no norms that remember data; use --data synthetic or images:DIR")
+        for step in range(steps):
+            for group in optimiser.param_groups:
+                group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+            # a seeded flip and shift, so that no detail is tuned to one position
+            shift = [int(v) for v in torch.randint(-2, 3, (2,), generator=torch.Generator().manual_seed(step))]
+            pixels = drawn()
+            moved = pixels.roll(shift, (2, 3))
+            logits = loaded.logits(moved.flip(3) if step % 2 else moved)
+            smooth = (pixels.diff(dim=2).abs().mean() + pixels.diff(dim=3).abs().mean()) * SMOOTH
+            loss = watch.take() + smooth
+            if classes is not None:
+                loss = loss + CLASS * F.cross_entropy(logits.float(), classes)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    return drawn().detach()
+
+
+def inverted(
+    loaded: LoadedModel,
+    n: int,
+    seed: int,
+    *,
+    steps: int = STEPS,
+    cache: Path | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Samples:
+    """``n`` images drawn by a network's memory, from ``synthetic`` ones on, with the classes they were drawn for.
+
+    Kept in ``cache`` under a hash of the weights and settings, if given. Samples are ``synthetic``: batch statistics
+    apply. Raises ModhifiError for models without images or norms.
+    """
+    _, height, width = image_shape(loaded)
+    count = class_count(loaded)
+    settings = (VERSION, n, seed, steps, RATE, BATCH, SMOOTH, CLASS, height, width)
+    key = hashlib.sha256(f"{state_hash(loaded.model)} {settings}".encode()).hexdigest()[:16]
+    path = None if cache is None else cache / f"inverted-{key}.safetensors"
+    labels = None
+    if count is not None:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        labels = order[torch.arange(n) % count]
+    pictures = _read(path)
+    if pictures is None:
+        mean, std = normalisation(loaded)
+        device = next(loaded.model.parameters()).device
+        low, high = (-mean / std).to(device), ((1 - mean) / std).to(device)
+        start = load_samples("synthetic", loaded, n=n, seed=seed, balanced=False)
+        parts, rounds = [], math.ceil(n / BATCH)
+        for number in range(rounds):
+            progress("drawing", number * BATCH, n)
+            items = range(number * n // rounds, (number + 1) * n // rounds)
+            batch = torch.stack([start.load(i) for i in items]).to(device)
+            wanted = None if labels is None else labels[list(items)].to(device)
+            parts.append(improve(loaded, batch, wanted, low, high, steps).cpu())
+        progress("drawing", n, n)
+        pictures = torch.cat(parts)
+        _write(path, pictures)
+    found = pictures
+    return Samples(
+        load=lambda i: found[i],
+        hashes=tuple(hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16] for image in found),
+        labels=labels,
+        names=tuple(f"inverted {i}" for i in range(n)),
+        description=f"synthetic:invert, {n} images of {height}x{width}, {steps} steps, seed {seed}",
+        synthetic=True,
+    )
+
+
+def _read(path: Path | None) -> Tensor | None:
+    if path is None or not path.is_file():
+        return None
+    try:
+        return load_file(path)["images"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+def _write(path: Path | None, images: Tensor) -> None:
+    """Whole or not at all; a disk that is full costs the cache, not the run."""
+    if path is None:
+        return
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = stack.enter_context(NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False))
+            save_file({"images": images.contiguous()}, part.name)
+            os.replace(part.name, path)
+        except (OSError, SafetensorError):
+            Path(part.name).unlink(missing_ok=True)

@@ -1,0 +1,112 @@
+"""How good calibration data is, told without labels: what the network remembers, what it predicts, what Grams hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .data import Samples, class_count
+from .inversion import statistics_gap
+from .load import LoadedModel
+from .moments import Moments
+
+# Samples that are run to compare a network's memory with what it sees.
+LOOKED_AT = 128
+
+
+@dataclass(frozen=True)
+class GramQuality:
+    """``rows`` that a reader's Gram saw, its ``width`` in columns, and its effective rank ``(tr Σ)² / ‖Σ‖²``.
+
+    The effective rank (participation ratio) is ``width`` for white inputs and 1 where all inputs are multiples of one.
+    """
+
+    reader: str
+    rows: int
+    width: int
+    rank: float
+
+
+def gram_quality(moments: Mapping[str, Moments]) -> tuple[GramQuality, ...]:
+    """The quality of every reader's Gram; of a grouped conv's, the lowest."""
+    found = []
+    for name, m in moments.items():
+        trace = m.cov.diagonal(dim1=1, dim2=2).sum(1)
+        rank = (trace.square() / m.cov.square().sum((1, 2)).clamp_min(1e-300)).min()
+        found.append(GramQuality(name, m.n, m.cov.shape[-1], float(rank)))
+    return tuple(found)
+
+
+def gram_warnings(found: tuple[GramQuality, ...], samples: int) -> list[str]:
+    """A sentence for Grams of fewer rows than columns, with the number of samples that would do, and one for inputs
+    that do not vary."""
+    warnings = []
+    short = [q for q in found if q.rows < q.width]
+    if short:
+        worst = max(short, key=lambda q: q.width / q.rows)
+        enough = math.ceil(samples * worst.width / worst.rows)
+        warnings.append(
+            f"{len(short)} of {len(found)} readers saw fewer rows than they have columns (worst: {worst.reader}, "
+            f"{worst.rows} of {worst.width}); {enough} samples would do"
+        )
+    still = [q.reader for q in found if q.rank < 1.5 and q.width > 8]
+    if still:
+        warnings.append(
+            f"the inputs of {len(still)} of {len(found)} readers vary along one direction only (first: {still[0]}); "
+            "use more varied calibration data"
+        )
+    return warnings
+
+
+@torch.no_grad()
+def look(loaded: LoadedModel, samples: Samples, batch_size: int = 32) -> dict[str, Any]:
+    """What the network makes of the first ``LOOKED_AT`` samples, as JSON-able data.
+
+    ``norm_gap``: by BatchNorm, how far its input is from what it remembers (see :func:`statistics_gap`), and
+    ``mean_norm_gap``; ``classes``: how many of its classes a classifier predicts, of how many; ``balance``: the entropy
+    of its predictions over that of an even spread. What does not apply is left out.
+    """
+    classes = class_count(loaded)  # runs the model: before the hooks
+    norms = {
+        name: module
+        for name, module in loaded.model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+    sums: dict[str, list[Any]] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        dims = [d for d in range(x.ndim) if d != 1]
+        terms = [x.numel() / x.shape[1], x.double().sum(dims), x.double().square().sum(dims)]
+        sums[name] = [old + new for old, new in zip(sums.get(name, [0.0] * 3), terms, strict=True)]
+
+    handles = [norm.register_forward_pre_hook(lambda m, a, name=name: see(name, a[0])) for name, norm in norms.items()]
+    few = samples.subset(range(min(LOOKED_AT, len(samples))))
+    device = next(loaded.model.parameters()).device
+    try:
+        if not handles and classes is None:
+            return {}
+        predicted = [loaded.logits(batch.to(device)).argmax(1) for batch in few.batches(batch_size)]
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: dict[str, Any] = {"looked_at": len(few)}
+    if sums:
+        found["norm_gap"] = {}
+        for name, (n, first, second) in sums.items():
+            mean = first / n
+            found["norm_gap"][name] = float(statistics_gap(mean, (second / n - mean**2).clamp_min(0), norms[name]))
+        found["mean_norm_gap"] = sum(found["norm_gap"].values()) / len(sums)
+    if classes is not None:
+        counts = torch.bincount(torch.cat(predicted).cpu(), minlength=classes).double()
+        share = counts[counts > 0] / counts.sum()
+        found["classes"] = [int((counts > 0).sum()), classes]
+        found["balance"] = (
+            float(-(share * share.log()).sum() / math.log(min(classes, len(few)))) if len(few) > 1 else 0.0
+        )
+    return found
