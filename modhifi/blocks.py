@@ -41,9 +41,11 @@ def find_blocks(model: nn.Module, run: Callable[[], object]) -> tuple[str, ...]:
     finally:
         for handle in handles:
             handle.remove()
-    good = [names for names in lists if [c for c in calls if c in set(names)] == names]
-    none: list[str] = []
-    return tuple(max(good, key=len, default=none))
+    best: list[str] = []
+    for names in lists:
+        if len(names) > len(best) and [c for c in calls if c in set(names)] == names:
+            best = names
+    return tuple(best)
 
 
 class Stream:

@@ -61,7 +61,7 @@ def materialise(samples: Samples, loaded: LoadedModel, out_dir: Path) -> list[Pa
             folder = out_dir if samples.labels is None else out_dir / str(int(samples.labels[i]))
             folder.mkdir(parents=True, exist_ok=True)
             item = folder / f"{i:06d}"
-            if loaded.kind in ("text", "encoder"):
+            if loaded.tokenizer is not None:
                 written.append(item.with_suffix(".txt"))
                 tokens = samples.load(i)
                 written[-1].write_text(loaded.tokenizer.decode(tokens[tokens >= 0], skip_special_tokens=True))
