@@ -142,9 +142,12 @@ def prune(
         typer.Option("--rows-per-column", min=0, help="Rows a Gram looks at per column; 0 takes all."),
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option("--only", help="Prune only groups of this pattern; repeat it.")
+        list[str] | None,
+        typer.Option("--only", help="Prune only groups of this name pattern or kind (channels, neurons, heads)."),
     ] = None,
-    exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Leave groups of this pattern alone.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="Leave groups of this pattern or kind alone.")
+    ] = None,
     coupled: Annotated[
         bool, typer.Option("--coupled/--inner-only", help="Also prune channels coupled by residual additions.")
     ] = True,

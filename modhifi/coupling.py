@@ -13,13 +13,20 @@ from .groups import Group, Role, Slice
 
 @dataclass(frozen=True)
 class Event:
-    """Channel numbers met at one place, a module or a parameter; ``parts`` asks for equal counts in every part."""
+    """Channel numbers met at one place, a module or a parameter.
+
+    ``parts`` asks for equal counts in every part. ``taken`` (one bool per number) marks those that an operation takes
+    from fixed places, which must be as many of every component, else ``reason`` refuses them. ``mark`` is ``"sum"``
+    where channels are added to others and ``"heads"`` where they are batch axes of a product of tensors.
+    """
 
     place: str
     role: Role | None
     ids: Tensor
     parts: int = 1
     reason: str | None = None
+    taken: Tensor | None = None
+    mark: str | None = None
 
 
 class Couplings:
@@ -30,6 +37,7 @@ class Couplings:
         self.events: list[Event] = []
         self.edges: list[tuple[Tensor, Tensor]] = []
         self.made: dict[str, Tensor] = {}
+        self.loose: set[int] = set()
 
     def fresh(self, width: int) -> Tensor:
         self.count += width
@@ -45,8 +53,13 @@ class Couplings:
     def parameter(self, name: str, width: int) -> Tensor:
         if name not in self.made:
             self.made[name] = self.fresh(width)
+            self.loose.update(self.made[name].tolist())
             self.events.append(Event(name, "along", self.made[name]))
         return self.made[name]
+
+    def is_loose(self, ids: Tensor) -> bool:
+        """Whether these are a parameter's own channels, which no operator has produced."""
+        return self.loose.issuperset(ids.tolist())
 
     def _meet(self, place: str, role: Role, ids: Tensor, parts: int = 1) -> None:
         for event in self.events:
@@ -66,6 +79,12 @@ class Couplings:
 
     def chunk(self, ids: Tensor, parts: int) -> None:
         self.events.append(Event("chunk", None, ids, parts))
+
+    def take(self, ids: Tensor, taken: Tensor, reason: str) -> None:
+        self.events.append(Event("a split", None, ids, reason=reason, taken=taken))
+
+    def mark(self, ids: Tensor, mark: str) -> None:
+        self.events.append(Event(mark, None, ids, mark=mark))
 
     def unite(self, a: Tensor, b: Tensor) -> None:
         """Let position i of ``a`` and of ``b`` share one fate; -1 stands for a channel that must stay."""
@@ -123,16 +142,24 @@ class Couplings:
     def _group(self, signature: tuple[tuple[int, int], ...], members: np.ndarray, label: np.ndarray) -> Group | None:
         slices: list[Slice] = []
         reasons: list[str] = []
+        marks: dict[str, int] = {}
         partition: np.ndarray | None = None
         for number, count in signature:
             event = self.events[number]
-            if event.reason is not None:
+            if event.reason is not None and event.taken is None:
                 reasons.append(event.reason)
+                continue
+            if event.mark is not None:
+                marks[event.mark] = max(count, marks.get(event.mark, 0))
                 continue
             owner = np.where(event.ids.numpy() >= 0, label[event.ids.numpy()], -1)
             positions = np.flatnonzero(np.isin(owner, members))
             order = np.argsort(owner[positions], kind="stable")
             index = positions[order].reshape(len(members), count)
+            if event.taken is not None and event.reason is not None:
+                everyone = np.unique(owner, return_inverse=True)[1]
+                shares = {*zip(np.bincount(everyone), np.bincount(everyone, event.taken.numpy()), strict=True)}
+                reasons += [event.reason] if len(shares) > 1 else []
             if event.role is not None:
                 slices.append(Slice(event.place, event.role, torch.from_numpy(index)))
             if event.parts > 1:
@@ -152,6 +179,8 @@ class Couplings:
             slices=tuple(slices),
             partition=None if partition is None else torch.from_numpy(partition),
             refused="; ".join(dict.fromkeys(reasons)) or None,
+            kind="heads" if "heads" in marks else "channels" if "sum" in marks else "neurons",
+            queries=marks.get("heads", 1),
         )
 
 

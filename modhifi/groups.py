@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 Role = Literal["producer", "reader", "along"]
+Kind = Literal["channels", "neurons", "heads"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,10 @@ class Group:
     """``n`` components that can be removed one by one, each from every slice at once.
 
     ``partition`` is int64 ``(n,)`` where equally many components must be kept per label (conv groups, chunks).
-    ``refused`` says why nothing of the group may be removed. ``attributes`` are integers of modules that count
-    components: ``(module, attribute, amount per component)``.
+    ``refused`` says why nothing of the group may be removed. ``kind`` is ``channels``, ``neurons`` (of linear maps) or
+    ``heads``; ``queries`` the number of query heads in one component, above 1 where they share a key-value head and the
+    component is that whole KV group. ``attributes`` are integers of modules that count components: ``(module,
+    attribute, amount per component)``.
     """
 
     name: str
@@ -44,7 +47,8 @@ class Group:
     slices: tuple[Slice, ...]
     partition: Tensor | None = None
     refused: str | None = None
-    kind: str = "channels"
+    kind: Kind = "channels"
+    queries: int = 1
     attributes: tuple[tuple[str, str, int], ...] = ()
 
     def of(self, role: Role) -> tuple[Slice, ...]:
@@ -62,6 +66,13 @@ class Group:
     def coupled(self) -> bool:
         """Whether several producers write the components into the same places (a residual width)."""
         return len({s.module for s in self.producers}) > 1 and self.kind == "channels"
+
+    @property
+    def label(self) -> str:
+        """The kind in words."""
+        if self.kind == "heads" and self.queries > 1:
+            return f"KV groups of {self.queries} heads"
+        return "coupled channels" if self.coupled else self.kind
 
     @property
     def step(self) -> int:
@@ -113,6 +124,11 @@ def operator_modules(model: nn.Module, groups: Iterable[Group]) -> Iterator[tupl
             if piece.module not in seen:
                 seen.add(piece.module)
                 yield piece.module, model.get_submodule(piece.module)
+
+
+def last_wide(tensor: Tensor) -> int:
+    """The axis of a parameter along which components can stand: its last one of more than one element."""
+    return max((d for d, size in enumerate(tensor.shape) if size > 1), default=tensor.ndim - 1)
 
 
 def conv_groups(module: nn.Module) -> int:

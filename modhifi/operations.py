@@ -21,12 +21,20 @@ MOVEMENT = frozenset(
     chunk split tensor_split split_with_sizes __getitem__ narrow select unbind roll flip t T mT H mH view_as reshape_as
     cat concat concatenate stack""".split()
 )
+RESHAPES = frozenset("view reshape unflatten view_as reshape_as".split())
 # movements that name fixed places on the axis: after a cut they would take other channels
 PLACED = frozenset("chunk split tensor_split split_with_sizes __getitem__ narrow select unbind roll".split())
 JOINS = frozenset("cat concat concatenate".split())
 BINARY = frozenset(
     """add add_ __add__ __radd__ __iadd__ sub sub_ __sub__ __rsub__ __isub__ rsub mul mul_ __mul__ __rmul__ __imul__ div
-    div_ __truediv__ __rtruediv__ __div__ true_divide maximum minimum multiply addcmul""".split()
+    div_ __truediv__ __rtruediv__ __div__ true_divide maximum minimum multiply addcmul where masked_fill
+    masked_fill_""".split()
+)
+SUMS = frozenset("add add_ __add__ __radd__ __iadd__ sub sub_ __sub__ __rsub__ __isub__ rsub".split())
+PRODUCTS = frozenset("matmul __matmul__ __rmatmul__ bmm".split())
+# new tensors that take nothing but a shape from their input
+CREATION = frozenset(
+    "zeros_like ones_like empty_like full_like new_zeros new_ones new_full new_empty new_tensor".split()
 )
 POOLING = frozenset(
     """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
@@ -59,6 +67,13 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Components along several axes of a tensor: ``ids`` int64, of size 1 along the axes where they do not vary."""
+
+    ids: Tensor
+
+
+@dataclass(frozen=True)
 class Call:
     """One operation as it was run; ``axes`` holds what was known of each input, by ``id``, before it ran."""
 
@@ -68,23 +83,38 @@ class Call:
     kwargs: dict[str, Any]
     inputs: list[Tensor]
     outputs: list[Tensor]
-    axes: dict[int, Axis | None]
+    axes: dict[int, Axis | Grid | None]
 
     def argument(self, place: int, name: str, default: Any = None) -> Any:
         return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
 
     def axis(self, value: Any) -> Axis | None:
-        return self.axes.get(id(value)) if isinstance(value, Tensor) else None
+        found = self.axes.get(id(value)) if isinstance(value, Tensor) else None
+        return found if isinstance(found, Axis) else None
 
     @property
     def known(self) -> list[tuple[Tensor, Axis]]:
-        """The inputs that carry components."""
-        return [(t, axis) for t in self.inputs if (axis := self.axes.get(id(t))) is not None]
+        """The inputs that carry components along one axis."""
+        return [(t, axis) for t in self.inputs if isinstance(axis := self.axes.get(id(t)), Axis)]
 
-    def moved(self) -> list[Axis | None]:
+    @property
+    def grids(self) -> list[tuple[Tensor, Grid]]:
+        """The inputs that carry components along several axes."""
+        return [(t, grid) for t in self.inputs if isinstance(grid := self.axes.get(id(t)), Grid)]
+
+    @property
+    def records(self) -> list[tuple[Tensor, Axis | Grid]]:
+        return [*self.known, *self.grids]
+
+    def moved(self) -> list[Axis | Grid | None]:
         """Run the operation on component numbers in place of values: where does each output carry which?"""
-        table = {id(t): torch.full_like(t, -1, dtype=torch.int64, device="cpu") for t in self.inputs}
-        table |= {id(t): spread(axis, t) for t, axis in self.known}
+        carried = {id(t): record for t, record in self.records}
+        table = {
+            id(t): torch.full_like(t, -1, dtype=torch.int64, device="cpu")
+            for t in self.inputs
+            if t.is_floating_point() or self.name in JOINS
+        }
+        table |= {id(t): spread(carried[id(t)], t) for t in self.inputs if id(t) in carried}
         return [detect(ids) for ids in tensors_in(self.func(*swap(self.args, table), **swap(self.kwargs, table)))]
 
 
@@ -118,21 +148,29 @@ def swap(value: Any, table: dict[int, Tensor]) -> Any:
     return value
 
 
-def spread(axis: Axis, like: Tensor) -> Tensor:
+def spread(record: Axis | Grid, like: Tensor) -> Tensor:
     """Component numbers at every element of a tensor, int64 of its shape and memory layout (``view`` asks for it)."""
-    shape = [1] * like.ndim
-    shape[axis.dim] = len(axis.ids)
-    return torch.empty_like(like, dtype=torch.int64, device="cpu").copy_(axis.ids.view(shape))
+    ids = record.ids
+    if isinstance(record, Axis):
+        shape = [1] * like.ndim
+        shape[record.dim] = len(ids)
+        ids = ids.view(shape)
+    return torch.empty_like(like, dtype=torch.int64, device="cpu").copy_(ids)
 
 
-def detect(ids: Tensor) -> Axis | None:
-    """The one axis along which component numbers vary, or None."""
-    for dim, size in enumerate(ids.shape):
-        if size < 2:
-            continue
-        vector = ids.movedim(dim, 0).reshape(size, -1)[:, 0]
-        shape = [1] * ids.ndim
-        shape[dim] = size
-        if bool((ids == vector.view(shape)).all()):
-            return Axis(dim, vector.clone()) if bool((vector != vector[0]).any()) else None
-    return None
+def constant(tensor: Tensor, dim: int) -> bool:
+    """Whether a tensor's values do not vary along one axis."""
+    return bool((tensor == tensor.narrow(dim, 0, 1)).all())
+
+
+def detect(ids: Tensor) -> Axis | Grid | None:
+    """Along which axes component numbers vary; None where along none, or several with unknown numbers among them."""
+    if not ids.numel():
+        return None
+    for dim in range(ids.ndim):
+        if constant(ids, dim):
+            ids = ids.narrow(dim, 0, 1)
+    wide = [dim for dim, size in enumerate(ids.shape) if size > 1]
+    if len(wide) == 1:
+        return Axis(wide[0], ids.flatten().clone())
+    return Grid(ids.clone()) if wide and bool((ids >= 0).all()) else None

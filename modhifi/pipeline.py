@@ -239,7 +239,7 @@ def check_model(loaded: LoadedModel) -> dict[str, Any]:
         groups.append(
             {
                 "name": g.name,
-                "kind": "coupled channels" if g.coupled else g.kind,
+                "kind": g.label,
                 "n": g.n,
                 "step": g.step,
                 "readers": [s.module for s in g.readers],

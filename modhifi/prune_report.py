@@ -49,7 +49,7 @@ def describe(
         groups.append(
             {
                 "name": g.name,
-                "kind": "coupled channels" if g.coupled else g.kind,
+                "kind": g.label,
                 "n": g.n,
                 "kept": widths[g.name],
                 "local_error": local if errors else 0.0,

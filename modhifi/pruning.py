@@ -105,19 +105,22 @@ def find_structure(loaded: LoadedModel) -> Structure:
 
 
 def choose_groups(structure: Structure, settings: PruneSettings) -> Structure:
-    """Keep the prunable groups that ``only`` and ``exclude`` (shell patterns on names) and ``coupled`` allow.
+    """Keep the prunable groups that ``only`` and ``exclude`` (shell patterns on names or kinds) and ``coupled`` allow.
 
     Raises ModhifiError for a pattern that matches nothing and where no group is left.
     """
-    names = [g.name for g in structure.groups]
+
+    def matches(group: Group, patterns: Iterable[str]) -> bool:
+        return any(fnmatch.fnmatch(name, pattern) for name in (group.name, group.kind) for pattern in patterns)
+
     for pattern in (*settings.only, *settings.exclude):
-        if not fnmatch.filter(names, pattern):
-            raise ModhifiError(f"the pattern '{pattern}' matches no group; `modhifi check` lists them")
+        if not any(matches(g, (pattern,)) for g in structure.groups):
+            raise ModhifiError(f"the pattern '{pattern}' matches no group and no kind; `modhifi check` lists them")
     chosen = [
         g.name
         for g in structure.prunable
-        if (not settings.only or any(fnmatch.fnmatch(g.name, p) for p in settings.only))
-        and not any(fnmatch.fnmatch(g.name, p) for p in settings.exclude)
+        if (not settings.only or matches(g, settings.only))
+        and not matches(g, settings.exclude)
         and (settings.coupled or not g.coupled)
     ]
     if not chosen:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .groups import Structure
+from .groups import Structure, last_wide
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
         owner, _, leaf = name.rpartition(".")
         thing = getattr(model.get_submodule(owner), leaf)
         if isinstance(thing, nn.Parameter):
-            terms.append(Term(0, 0, thing.numel(), {}, 0, outputs[name], thing.numel()))
+            terms.append(Term(0, 0, thing.numel(), {}, 0, outputs[name], thing.shape[last_wide(thing)]))
             counted += thing.numel()
             continue
         own = {k: p.numel() for k, p in thing.named_parameters(recurse=False)}

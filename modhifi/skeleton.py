@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modhifi.attributes import set_count
 from modhifi.errors import ModhifiError
 from modhifi.hub import explained
 from modhifi.load import LoadedModel, frozen
@@ -100,6 +101,9 @@ def differences(skeleton: nn.Module, model: nn.Module) -> Differences:
     for name, module in model.named_modules():
         old = vars(dense[name])
         changed = {k: v for k, v in vars(module).items() if _counts(v) and (k not in old or old[k] != v)}
+        if "config" in old and module is not model and getattr(module, "config", None) is not model.config:
+            mine, theirs = vars(module.config), vars(old["config"])  # a copy made for this layer alone
+            changed |= {f"config.{k}": v for k, v in mine.items() if type(v) is int and theirs.get(k) != v}
         if changed:
             attributes[name] = changed
     computed = computed_buffers(skeleton)
@@ -130,7 +134,7 @@ def reshape(model: nn.Module, changes: Differences) -> nn.Module:
                 module._parameters[leaf] = None if empty is None else nn.Parameter(empty, requires_grad=False)
         for name, values in changes["attributes"].items():
             for attribute, value in values.items():
-                setattr(model.get_submodule(name), attribute, _tuples(value))
+                set_count(model.get_submodule(name), attribute, _tuples(value))
         for name, dtype in changes["dtypes"].items():
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .groups import Structure, conv_groups
+from .attributes import set_count
+from .groups import Structure, conv_groups, last_wide
 from .plan import Plan
 from .readers import weight_matrix, write_weight
 
@@ -64,7 +65,7 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
         along = gone.get((name, "along"), none)
         owner, _, leaf = name.rpartition(".")
         parent = model.get_submodule(owner)
-        if isinstance(getattr(parent, leaf), nn.Parameter):
+        if isinstance(getattr(parent, leaf), Tensor):
             _shrink_parameter(parent, leaf, along)
         elif len(along):
             _shrink_along(model.get_submodule(name), along)
@@ -73,7 +74,7 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
     for group in structure.groups:
         if group.name in plan.kept:
             for name, attribute, amount in group.attributes:
-                setattr(model.get_submodule(name), attribute, amount * len(plan.kept[group.name]))
+                set_count(model.get_submodule(name), attribute, amount * len(plan.kept[group.name]))
     return model
 
 
@@ -93,7 +94,7 @@ def _replace(module: nn.Module, name: str, value: Tensor) -> None:
 
 def _shrink_parameter(parent: nn.Module, leaf: str, gone: Tensor) -> None:
     value = getattr(parent, leaf).data
-    dim = next(d for d, size in enumerate(value.shape) if size > 1)
+    dim = last_wide(value)
     stay = torch.nonzero(_stay(value.shape[dim], gone)).flatten()
     _replace(parent, leaf, value.index_select(dim, stay.to(value.device)))
     _set(parent, "num_parameters", len(stay))

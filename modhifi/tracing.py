@@ -20,11 +20,13 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
+from .attributes import described
 from .coupling import Couplings
-from .groups import Operator, Structure
+from .groups import Group, Operator, Structure, last_wide
 from .operations import (
     BINARY,
     CONVS,
+    CREATION,
     ELEMENTWISE,
     JOINS,
     METADATA,
@@ -32,9 +34,14 @@ from .operations import (
     MOVEMENT,
     PLACED,
     POOLING,
+    PRODUCTS,
     REDUCTION,
+    RESHAPES,
+    SUMS,
     Axis,
     Call,
+    Grid,
+    constant,
     operation_name,
     tensors_in,
 )
@@ -50,7 +57,7 @@ class ChannelTracer(TorchFunctionMode):
         super().__init__()
         self.model = model
         self.couplings = Couplings()
-        self.records: dict[int, Axis | None] = {}
+        self.records: dict[int, Axis | Grid | None] = {}
         self.alive: list[Tensor] = []
         self.uses: Counter[int] = Counter()
         self.written_by: dict[int, str] = {}
@@ -71,20 +78,24 @@ class ChannelTracer(TorchFunctionMode):
         self.tied = {key for key, modules in holders.items() if len(modules) > 1}
 
     # -- records ---------------------------------------------------------------------------------------------------
-    def remember(self, tensor: Tensor, record: Axis | None) -> None:
+    def remember(self, tensor: Tensor, record: Axis | Grid | None) -> None:
         self.records[id(tensor)] = record
         self.alive.append(tensor)
 
-    def record(self, tensor: Tensor) -> Axis | None:
-        """What is known of a tensor; a parameter with one wide axis gets components of its own at first sight."""
+    def record(self, tensor: Tensor) -> Axis | Grid | None:
+        """What is known of a tensor; a free parameter gets components of its own, along its last wide axis.
+
+        Free are parameters with one wide axis, and tables: those not called ``weight``, which layers multiply with.
+        """
         if id(tensor) not in self.records:
             self.couplings.freeze_everything(f"an operation before {self.where} could not be observed")
             self.remember(tensor, None)
         found = self.records[id(tensor)]
         if found is None and id(tensor) in self.parameters and id(tensor) not in self.tied:
-            wide = [d for d, size in enumerate(tensor.shape) if size > 1]
-            if len(wide) == 1:
-                found = Axis(wide[0], self.couplings.parameter(self.names[id(tensor)], tensor.shape[wide[0]]))
+            wide, name = sum(size > 1 for size in tensor.shape), self.names[id(tensor)]
+            if wide == 1 or (wide == 2 and tensor.ndim == 2 and name.rpartition(".")[2] != "weight"):
+                dim = last_wide(tensor)
+                found = Axis(dim, self.couplings.parameter(name, tensor.shape[dim]))
                 self.records[id(tensor)] = found
         return found
 
@@ -92,9 +103,9 @@ class ChannelTracer(TorchFunctionMode):
     def where(self) -> str:
         return self.path[-1][0] if self.path and self.path[-1][0] else "the top level"
 
-    def freeze(self, record: Axis | None, reason: str) -> None:
+    def freeze(self, record: Axis | Grid | None, reason: str) -> None:
         if record is not None:
-            self.couplings.freeze(record.ids, f"{reason} ({self.where})")
+            self.couplings.freeze(record.ids.flatten(), f"{reason} ({self.where})")
 
     @contextmanager
     def following(self) -> Iterator[None]:
@@ -136,17 +147,24 @@ class ChannelTracer(TorchFunctionMode):
                 self.unknown(call)
             return out
         self.uses.update({id(t) for t in inputs})
-        results: list[Axis | None] = [None] * len(outputs)
-        if call.known or name in CONVS or name in ("linear", "addmm"):
+        results: list[Axis | Grid | None] = [None] * len(outputs)
+        if call.known or call.grids or name in CONVS or name in ("linear", "addmm"):
             with torch._C.DisableTorchFunction():
                 results = self.rule(call)
         for tensor, record in zip(outputs, results, strict=True):
             self.remember(tensor, record)
         return out
 
-    def rule(self, call: Call) -> list[Axis | None]:
+    def rule(self, call: Call) -> list[Axis | Grid | None]:
         """The records of a call's outputs."""
         name, known = call.name, call.known
+        if name in CREATION:
+            return [None] * len(call.outputs)
+        if call.grids and name not in MOVEMENT:
+            if name in ELEMENTWISE and len(call.inputs) == 1 and call.outputs[0].shape == call.inputs[0].shape:
+                return [call.grids[0][1]]
+            for _, grid in call.grids:
+                self.freeze(grid, f"the operation '{name}' meets components on several axes")
         if name in CONVS:
             return [self.conv(call)]
         if name == "linear":
@@ -168,6 +186,10 @@ class ChannelTracer(TorchFunctionMode):
                 return [known[0][1]]
         if name in BINARY:
             return self.binary(call)
+        if name in PRODUCTS:
+            return self.matrix_product(call)
+        if name == "scaled_dot_product_attention":
+            return self.attention(call)
         if name in POOLING and first is not None and first.dim == 1:
             return [first] * len(call.outputs)
         if name == "pad" and first is not None:
@@ -181,12 +203,12 @@ class ChannelTracer(TorchFunctionMode):
         return self.unknown(call)
 
     # -- rules -----------------------------------------------------------------------------------------------------
-    def refuse(self, call: Call, reason: str) -> list[Axis | None]:
-        for _, axis in call.known:
-            self.freeze(axis, reason)
+    def refuse(self, call: Call, reason: str) -> list[Axis | Grid | None]:
+        for _, record in call.records:
+            self.freeze(record, reason)
         return [None] * len(call.outputs)
 
-    def unknown(self, call: Call) -> list[Axis | None]:
+    def unknown(self, call: Call) -> list[Axis | Grid | None]:
         return self.refuse(call, f"the operation '{call.name}' is not understood")
 
     def operator(self, x: Tensor, weight: Tensor) -> tuple[str, str | None]:
@@ -268,7 +290,7 @@ class ChannelTracer(TorchFunctionMode):
     def prelu(self, weight: Tensor, record: Axis | None) -> Axis | None:
         if record is not None and weight.numel() > 1:
             slopes = self.record(weight)
-            if slopes is None or record.dim != 1:
+            if not isinstance(slopes, Axis) or record.dim != 1:
                 self.freeze(record, "a PReLU has no slopes of its own for these channels")
             else:
                 self.couplings.unite(slopes.ids, record.ids)
@@ -305,43 +327,124 @@ class ChannelTracer(TorchFunctionMode):
         kept = call.argument(2, "keepdim", False)
         return Axis(first.dim if kept else first.dim - sum(d < first.dim for d in reduced), first.ids)
 
-    def binary(self, call: Call) -> list[Axis | None]:
+    def binary(self, call: Call) -> list[Axis | Grid | None]:
+        dims = call.outputs[0].ndim
+        places = [(t, {d: d + dims - t.ndim for d in range(t.ndim)}) for t in call.inputs]
+        return self.couple(call, places, "sum" if call.name in SUMS else None)
+
+    def matrix_product(self, call: Call) -> list[Axis | Grid | None]:
+        """Batch axes (heads) meet one another, rows and columns pass; what is summed over must stay."""
+        if len(call.inputs) != 2 or min(t.ndim for t in call.inputs) < 2:
+            return self.unknown(call)
+        dims, places = call.outputs[0].ndim, []
+        reverse = call.name == "__rmatmul__"
+        for number, tensor in enumerate(reversed(call.inputs) if reverse else call.inputs):
+            free = tensor.ndim - 2 + number  # the rows of the first, the columns of the second factor
+            place = {d: d + dims - tensor.ndim for d in (*range(tensor.ndim - 2), free)}
+            places.append((tensor, place))
+        return self.couple(call, places, "heads")
+
+    def attention(self, call: Call) -> list[Axis | Grid | None]:
+        """Heads of queries, keys, values and mask meet; with grouped queries each key-value head meets several."""
+        dims = call.outputs[0].ndim
+        names = ("query", "key", "value", "attn_mask")
+        tensors = [call.argument(number, name) for number, name in enumerate(names)]
+        places = [(t, {d: d + dims - t.ndim for d in range(t.ndim - 2)}) for t in tensors if isinstance(t, Tensor)]
+        return self.couple(call, places, "heads", grouped=bool(call.argument(7, "enable_gqa", False)))
+
+    def couple(
+        self, call: Call, places: list[tuple[Tensor, dict[int, int]]], mark: str | None, grouped: bool = False
+    ) -> list[Axis | Grid | None]:
+        """Unite the components that several tensors carry along one axis of the output.
+
+        ``places`` maps each tensor's axes to the output's; an axis that is not there is summed over. ``grouped`` lets
+        each component of a shorter axis meet several neighbours on the longer one.
+        """
         out = call.outputs[0]
-        axes = [(t, Axis(a.dim + out.ndim - t.ndim, a.ids)) for t, a in call.known]
-        wide = []
-        for _, axis in axes:
-            if len(axis.ids) == out.shape[axis.dim]:
-                wide.append(axis)
+        met: list[tuple[int, Tensor]] = []
+        for tensor, place in places:
+            axis = call.axis(tensor)
+            if axis is None:
+                continue
+            if axis.dim not in place:
+                self.freeze(axis, f"'{call.name}' sums over these channels")
+                continue
+            dim, ids = place[axis.dim], axis.ids
+            if grouped and out.shape[dim] % len(ids) == 0:
+                ids = ids.repeat_interleave(out.shape[dim] // len(ids))
+            if len(ids) == out.shape[dim]:
+                met.append((dim, ids))
             else:
                 self.freeze(axis, "a single channel multiplies all others")
-        if not wide:
+        made = [(dim, ids) for dim, ids in met if not self.couplings.is_loose(ids)] or met
+        if not made:
             return [None] * len(call.outputs)
-        first, *others = wide
-        if any(axis.dim != first.dim for axis in others):
+        dim, first = made[0]
+        if any(other != dim for other, _ in made):
             return self.refuse(call, "two tensors with channels on different axes are combined")
-        for tensor in call.inputs:
-            dim = first.dim - (out.ndim - tensor.ndim)
-            if call.axis(tensor) is None and dim >= 0 and tensor.shape[dim] > 1:
-                return self.refuse(call, "a fixed or unknown tensor spans these channels")
-        for axis in others:
-            self.couplings.unite(first.ids, axis.ids)
-        return [first] * len(call.outputs)
+        for other, ids in met:
+            if other != dim:  # a parameter along another axis, such as a norm's inside each head
+                self.freeze(Axis(other, ids), "a parameter spans another axis")
+        for tensor, place in places:
+            here = next((d for d, o in place.items() if o == dim), None)
+            if here is not None and call.axis(tensor) is None and tensor.shape[here] > 1:
+                if id(tensor) in self.parameters or not constant(tensor, here):
+                    return self.refuse(call, "a fixed or unknown tensor spans these channels")
+        others = [ids for other, ids in met if other == dim and ids is not first]
+        for ids in others:
+            self.couplings.unite(first, ids)
+        if mark == "sum" and any(not torch.equal(ids, first) for ids in others):
+            self.couplings.mark(first, mark)
+        if mark == "heads" and dim < out.ndim - 2:
+            self.couplings.mark(first, mark)
+        return [Axis(dim, first)] * len(call.outputs)
 
-    def move(self, call: Call) -> list[Axis | None]:
-        known = call.known
-        if len(known) < sum(t.ndim > 0 for t in call.inputs) and call.name not in JOINS:
-            return self.unknown(call)  # joined with something that carries no components, or indexed by a tensor
-        results = [axis for axis in call.moved() if axis is not None and bool((axis.ids >= 0).any())]
-        if len(results) < len(call.outputs):
+    def move(self, call: Call) -> list[Axis | Grid | None]:
+        unknown = [t for t in call.inputs if t.ndim > 0 and self.is_unknown(call, t)]
+        if unknown and call.name not in JOINS:
+            return self.unknown(call)  # joined with something that carries no components
+        moved = call.moved()
+        results = [r for r in moved if r is not None and bool((r.ids >= 0).any())]
+        split = any(isinstance(r, Grid) for r in results) and not call.grids
+        if len(results) < sum(t.numel() > 0 for t in call.outputs) or (split and call.name not in RESHAPES):
             return self.refuse(call, f"'{call.name}' folds these channels into another shape")
-        source = known[0][1].ids
-        if call.name in PLACED and not all(torch.equal(axis.ids, source) for axis in results):
-            pieces = torch.cat([axis.ids for axis in results])
-            equal = len({len(axis.ids) for axis in results}) == 1
-            if call.name != "chunk" or not equal or not torch.equal(pieces, source):
-                return self.refuse(call, f"'{call.name}' takes these channels from fixed places")
-            self.couplings.chunk(source, len(results))
-        return list(results)
+        if call.name in PLACED and not self.placed(call, call.records[0][1].ids.flatten(), results):
+            return self.refuse(call, f"'{call.name}' takes these channels from fixed places")
+        return [self.collapse(r) if split and isinstance(r, Grid) else r for r in moved]
+
+    @staticmethod
+    def is_unknown(call: Call, tensor: Tensor) -> bool:
+        """Whether a tensor carries no components, and is no index either, which takes elements off other axes."""
+        return call.axes.get(id(tensor)) is None and (tensor.is_floating_point() or call.name != "__getitem__")
+
+    def collapse(self, grid: Grid) -> Axis | Grid:
+        """A reshape has spread components over several axes: let those that differ in the last one live as one.
+
+        So the channels of an attention head become one component where ``(..., H * D)`` is seen as ``(..., H, D)``.
+        """
+        dim = last_wide(grid.ids)
+        heads = grid.ids.narrow(dim, 0, 1)
+        self.couplings.unite(heads.expand_as(grid.ids).flatten(), grid.ids.flatten())
+        wide = [d for d, size in enumerate(heads.shape) if size > 1]
+        return Axis(wide[0], heads.flatten()) if len(wide) == 1 else Grid(heads)
+
+    def placed(self, call: Call, source: Tensor, results: list[Axis | Grid]) -> bool:
+        """Allow an operation that names places on the components' axis: equal chunks, or as many of every component."""
+        if all(torch.equal(r.ids.flatten(), source) for r in results):
+            return True
+        pieces = [r.ids.flatten() for r in results]
+        if call.name == "chunk" and not call.grids and torch.equal(torch.cat(pieces), source):
+            if len({len(piece) for piece in pieces}) == 1:
+                self.couplings.chunk(source, len(pieces))
+                return True
+        for piece in pieces:
+            taken = torch.isin(source, piece)
+            if not torch.equal(source[taken], piece):
+                return False
+            if not bool(taken.all()):
+                reason = f"'{call.name}' takes these channels from fixed places ({self.where})"
+                self.couplings.take(source, taken, reason)
+        return True
 
 
 def _operators(tracer: ChannelTracer) -> Iterable[Operator]:
@@ -356,6 +459,14 @@ def _operators(tracer: ChannelTracer) -> Iterable[Operator]:
         yield Operator(module, macs // max(1, tracer.samples), sink)
 
 
+def _stacked(model: nn.Module) -> Iterator[Group]:
+    """Refused groups for matrices stacked in one parameter, as a mixture of experts has them."""
+    for name, parameter in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(owner, _ConvNd):
+            yield Group(name, parameter.shape[1], (), refused="matrices stacked in one tensor (experts) cannot be cut")
+
+
 def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Structure:
     """Watch ``run(model)``, one forward pass on a batch of at least two samples, and return the groups found.
 
@@ -368,5 +479,6 @@ def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Structure:
         tracer.uses[id(tensor)] += 1
         record = tracer.records.get(id(tensor))
         if record is not None:
-            tracer.couplings.freeze(record.ids, "these channels are the model's output")
-    return Structure(tracer.couplings.groups(), {o.module: o for o in _operators(tracer)})
+            tracer.couplings.freeze(record.ids.flatten(), "these channels are the model's output")
+    groups = tuple(described(model, group) for group in tracer.couplings.groups())
+    return Structure((*groups, *_stacked(model)), {o.module: o for o in _operators(tracer)})

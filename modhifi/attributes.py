@@ -1,0 +1,71 @@
+"""What kind of components a group has, and which integers of the model's modules count them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .groups import Group
+
+HEADS = re.compile(r"(^|_|\.)heads?$")  # num_heads, n_head, num_key_value_heads
+WIDTHS = re.compile(r"(^|_)(dim|size)$")  # attn_dim, split_size, all_head_size
+# widths of one head, and sizes of something else
+OTHERS = re.compile(r"^(attention_|attn_)?head_(dim|size)$|window|patch|block|kernel|chunk|vocab|grid")
+
+
+def described(model: nn.Module, group: Group) -> Group:
+    """The group with its kind, and for heads with the attributes of the modules around that count them.
+
+    A name does not say what a model's code does with such an integer: a pass with fewer heads has to show that it
+    still computes the same (:func:`modhifi.oracle.confirm`).
+    """
+    if group.kind == "neurons":
+        linear = all(isinstance(model.get_submodule(s.module), (nn.Linear, Conv1D)) for s in group.producers)
+        return group if linear else replace(group, kind="channels")
+    if group.kind == "channels":
+        return group
+    amounts = [{group.n * group.queries: group.queries, group.n: 1}, {}]
+    amounts[1] = {group.n * s.index.shape[1]: s.index.shape[1] for s in group.slices if s.role != "along"}
+    found = []
+    for name in _around(group):
+        for attribute, value in _integers(model.get_submodule(name)):
+            for pattern, amount in zip((HEADS, WIDTHS), amounts, strict=True):
+                counts = pattern.search(attribute) and not OTHERS.search(attribute)
+                if counts and value in amount:
+                    found.append((name, attribute, amount[value]))
+    return replace(group, attributes=tuple(found))
+
+
+def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """A module's integer attributes, and those of its configuration (``config.NAME``) that its forward pass reads."""
+    values = dict(vars(module))
+    if hasattr(values.get("config"), "to_dict"):
+        try:
+            read = re.findall(r"self\.config\.(\w+)", inspect.getsource(type(module).forward))
+        except OSError:
+            read = []  # a class without a source file
+        values |= {f"config.{name}": getattr(module.config, name, None) for name in read}
+    yield from ((name, value) for name, value in values.items() if type(value) is int)
+
+
+def set_count(module: nn.Module, attribute: str, value: int) -> None:
+    """Set a counting attribute; one of a configuration on a copy of it, as other layers share the configuration."""
+    name, _, field = attribute.rpartition(".")
+    if name:
+        setattr(module, name, copy.copy(getattr(module, name)))
+    setattr(getattr(module, name) if name else module, field, value)
+
+
+def _around(group: Group) -> Iterator[str]:
+    """The modules that hold the group's layers, up to the one that holds them all."""
+    paths = [piece.module.split(".")[:-1] for piece in group.slices]
+    common = 0
+    while all(len(p) > common and p[common] == paths[0][common] for p in paths):
+        common += 1
+    yield from dict.fromkeys(".".join(p[:end]) for p in paths for end in range(common, len(p) + 1))

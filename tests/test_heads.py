@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny_transformers
+import torch
+from torch import Tensor, nn
+
+from modhifi.groups import Group
+from modhifi.oracle import confirm
+from modhifi.plan import Plan
+from modhifi.pruning import PruneSettings, choose_groups
+from modhifi.surgery import mask_readers, shrink
+from modhifi.tracing import trace
+
+NAMES = [*tiny_transformers.FAMILIES, *tiny_transformers.TIMM]
+WITHOUT_HEADS = {"convnext_atto", "beit_base_patch16_224"}
+WITHOUT_NEURONS = {"mixtral", "qwen3_moe", "convnext_atto"}
+
+
+def blocks(groups: tuple[Group, ...], kind: str) -> list[Group]:
+    return [g for g in groups if g.kind == kind]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_heads_and_neurons_of_every_family_pass_the_mask_oracle(name: str):
+    model, _, run = tiny_transformers.family(name)
+    structure = confirm(model, trace(model, run), run)
+    depth = 4 if "swin" in name else 2
+    heads, neurons = blocks(structure.prunable, "heads"), blocks(structure.prunable, "neurons")
+    assert len(heads) == (0 if name in WITHOUT_HEADS else depth)
+    assert len(neurons) == (0 if name in WITHOUT_NEURONS else depth)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(2):  # other widths in every layer, then the narrowest
+        kept = {}
+        for g in structure.prunable:
+            most = int(torch.randint(1, g.n, (1,), generator=generator)) if step == 0 else 1
+            kept[g.name] = tuple(sorted(torch.randperm(g.n, generator=generator)[:most].tolist()))
+        plan = Plan(kept)
+        with torch.no_grad():
+            masked = run(mask_readers(model, structure, plan))
+            small = run(shrink(copy.deepcopy(model), structure, plan))
+        torch.testing.assert_close(small, masked, rtol=1e-8, atol=1e-8 if small.dtype == torch.float64 else 1e-3)
+        assert float((masked - run(model)).abs().max()) > 1e-3  # the cut shows in the output at all
+
+
+def test_a_component_of_grouped_queries_is_a_whole_kv_group():
+    model, _, run = tiny_transformers.family("llama")
+    found = blocks(trace(model, run).prunable, "heads")[0]
+    assert (found.n, found.queries, found.label) == (2, 2, "KV groups of 2 heads")
+    shapes = {s.module.rpartition(".")[2]: tuple(s.index.shape) for s in found.slices}
+    assert shapes == {"q_proj": (2, 12), "k_proj": (2, 6), "v_proj": (2, 6), "o_proj": (2, 12)}
+
+
+def test_counts_of_heads_follow_the_cut():
+    model, _, run = tiny_transformers.family("vit_tiny_patch16_224")
+    structure = trace(model, run)
+    small = shrink(copy.deepcopy(model), structure, Plan({"blocks.0.attn.qkv": (1, 2, 3)}))
+    first, second = small.blocks[0].attn, small.blocks[1].attn
+    assert (first.num_heads, first.attn_dim, first.head_dim) == (3, 24, 8)
+    assert (second.num_heads, second.attn_dim, second.head_dim) == (4, 32, 8)
+
+
+def test_stacked_experts_are_refused_by_name():
+    model, _, run = tiny_transformers.family("mixtral")
+    refused = {g.name: g.refused for g in trace(model, run).refused}
+    assert "experts" in str(refused["model.layers.0.mlp.experts.gate_up_proj"])
+
+
+class Attention(nn.Module):
+    """Attention written by hand: an interleaved projection, products of tensors, a table of relative positions."""
+
+    def __init__(self, heads: int = 3, size: int = 4) -> None:
+        super().__init__()
+        self.heads, self.size = heads, size
+        self.qkv, self.out, self.last = nn.Linear(5, 3 * heads * size), nn.Linear(heads * size, 6), nn.Linear(6, 2)
+        self.table = nn.Parameter(torch.randn(11, heads))
+        self.register_buffer("index", torch.randint(11, (7, 7)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], -1, 3, self.size).unbind(3)
+        weights = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) / 2 + self.table[self.index].permute(2, 0, 1)
+        mixed = torch.matmul(weights.softmax(-1), v.transpose(1, 2)).transpose(1, 2)
+        return self.last(self.out(mixed.flatten(2)).relu())
+
+
+def test_attention_written_by_hand():
+    torch.manual_seed(0)
+    model, x = Attention().eval().requires_grad_(False), torch.randn(2, 7, 5)
+
+    def run(model: nn.Module) -> Tensor:
+        return model(x)
+
+    structure = confirm(model, trace(model, run), run)
+    heads = blocks(structure.prunable, "heads")
+    assert [(g.name, g.n) for g in heads] == [("qkv", 3)]
+    assert {s.module: tuple(s.index.shape) for s in heads[0].slices} == {"qkv": (3, 12), "table": (3, 1), "out": (3, 4)}
+
+
+def test_channels_that_attention_sums_over_must_stay():
+    class OneHead(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return self.last(self.out((q @ k.transpose(1, 2)).softmax(-1) @ v).relu())
+
+    torch.manual_seed(0)
+    model, x = OneHead().eval().requires_grad_(False), torch.randn(2, 7, 5)
+    groups = trace(model, lambda m: m(x)).groups
+    assert "sums over these channels" in str(next(g for g in groups if g.name == "qkv").refused)
+
+
+def test_groups_are_chosen_by_kind():
+    model, _, run = tiny_transformers.family("opt")
+    structure = trace(model, run)
+    for settings in (PruneSettings(only=("heads",)), PruneSettings(exclude=("neurons",))):
+        assert {g.kind for g in choose_groups(structure, settings).prunable} == {"heads"}
