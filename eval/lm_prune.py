@@ -42,7 +42,7 @@ from modhifi.readers import readers_of
 from modhifi.selection import removal_order
 
 WINDOW, HELD, PROBES, RATIOS = 512, 16, 2, (0.2, 0.3, 0.1)
-SETTINGS = PruneSettings(rows_per_column=None, batch_size=4, floor=0.25, layout="uniform")
+SETTINGS = PruneSettings(rows_per_column=None, batch_size=4, floor=0.25, layout="uniform", only=("neurons",))
 
 
 def smollm2() -> LoadedModel:

@@ -226,24 +226,30 @@ def _settle(problem: _Problem, widths: dict[str, int]) -> dict[str, int]:
 
 
 def _uniform(problem: _Problem) -> dict[str, int]:
-    def at(share: float) -> dict[str, int]:
+    def at(share: float, fixed: Mapping[str, int]) -> dict[str, int]:
         widths = {}
         for group in problem.groups:
             step = problem.step(group)
             width = round(share * group.n / step) * step
-            widths[group.name] = min(group.n, max(problem.lowest[group.name], width))
+            widths[group.name] = fixed.get(group.name, min(group.n, max(problem.lowest[group.name], width)))
         return widths
 
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if problem.size(at(middle)) < problem.target else (low, middle)
+    def around(fixed: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if problem.size(at(middle, fixed)) < problem.target else (low, middle)
+        return at(low, fixed), at(high, fixed)
 
     def miss(widths: dict[str, int]) -> float:
         return abs(problem.size(widths) / problem.target - 1)
 
-    best = min((at(low), at(high)), key=miss)
-    widths, fewer = at(high), at(low)
+    fewer, widths = around({})
+    best = min((fewer, widths), key=miss)
+    if miss(best) > 0.02:  # heads are few, and come in large steps: let the others make up for that
+        heads = [g.name for g in problem.groups if g.kind == "heads"]
+        settled = [pair for start in (fewer, widths) for pair in around({name: start[name] for name in heads})]
+        best = min((best, *settled), key=miss)
     for group in problem.groups if miss(best) > 0.02 else ():
         if group.kind == "channels":  # a transformer's blocks must stay alike: its stock configuration has one width
             widths = {**widths, group.name: fewer[group.name]}
