@@ -29,7 +29,7 @@ from modhifi.pruning import (
     removal_curves,
 )
 
-DEPTHS, HIDDEN, FFN, WINDOWS, WINDOW = (2, 4, 8, 16), 64, 2048, 8, 256
+DEPTHS, HIDDEN, FFN, WINDOWS, WINDOW = (2, 4, 8, 16), 64, 1024, 4, 128
 SETTINGS = PruneSettings(layout="uniform", rows_per_column=None, batch_size=2, floor=0.8)
 BUDGET = Budget("components", 0.9)
 

@@ -133,8 +133,5 @@ def _continue(loaded: LoadedModel, tokens: Tensor, length: int, chance: torch.Ge
 
 
 def draw(logits: Tensor, chance: torch.Generator) -> Tensor:
-    """One token for each row of logits ``(n, vocabulary)``, int64 ``(n, 1)``, from the model's whole distribution.
-
-    Cutting off its tail, as one does for readers, makes text that calibrates worse: rare tokens excite rare neurons.
-    """
+    """One token for each row of logits ``(n, vocabulary)``, int64 ``(n, 1)``, from the model's whole distribution."""
     return torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=chance)
