@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .attributes import set_count
+from .families import restate
 from .groups import Structure, conv_groups, last_wide
 from .plan import Plan
 from .readers import weight_matrix, write_weight
@@ -75,6 +76,7 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
         if group.name in plan.kept:
             for name, attribute, amount in group.attributes:
                 set_count(model.get_submodule(name), attribute, amount * len(plan.kept[group.name]))
+    restate(model, structure, {name: len(kept) for name, kept in plan.kept.items()})
     return model
 
 

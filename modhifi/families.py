@@ -1,0 +1,110 @@
+"""How the configuration of each family of transformers says the widths that pruning changes.
+
+One row a family; see ``docs/families.md`` for how to add one. Nothing else depends on a family: what can be pruned is
+found by watching the model run.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+
+from .groups import Structure
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of configuration fields: the feed-forward width, the numbers of query and key-value heads, the head's size.
+
+    ``heads`` is None where fewer heads cannot be said, because the head's size is always the hidden size over their
+    number. ``ratio`` names a field that holds the feed-forward width over the block's own width.
+    """
+
+    ffn: str | None = "intermediate_size"
+    ratio: str | None = None
+    heads: str | None = None
+    kv: str | None = None
+    head_dim: str | None = None
+
+
+GROUPED = Family(heads="num_attention_heads", kv="num_key_value_heads", head_dim="head_dim")
+VISION = Family(heads="num_attention_heads", head_dim="head_dim")
+FIXED_HEADS = Family()
+FAMILIES: Mapping[str, Family] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"), GROUPED),
+    **dict.fromkeys(("phi3", "mixtral", "qwen3_moe"), GROUPED),
+    **dict.fromkeys(("vit", "deit", "beit"), VISION),
+    **dict.fromkeys(("bert", "roberta", "gpt_neox"), FIXED_HEADS),
+    "gpt2": Family(ffn="n_inner"),
+    "opt": Family(ffn="ffn_dim"),
+    "distilbert": Family(ffn="hidden_dim"),
+    "swin": Family(ffn=None, ratio="mlp_ratio"),
+    "dinov2": Family(ffn=None, heads="num_attention_heads", head_dim="head_dim"),  # its mlp_ratio is an integer
+}
+
+
+def says(model: nn.Module, kind: str) -> bool:
+    """Whether the model's own configuration can say another number of ``heads`` or ``neurons``."""
+    family = _family(model)
+    if family is None:
+        return False
+    return family.heads is not None if kind == "heads" else bool(family.ffn or family.ratio)
+
+
+def restate(model: nn.Module, structure: Structure, widths: Mapping[str, int]) -> None:
+    """Let the model's configuration say its new widths, in components per group, as far as it can; in place.
+
+    A kind is said where all its groups agree. Whether that is the whole truth is for whoever saves the model to check:
+    what the configuration does not describe is recorded shape by shape.
+    """
+    family = _family(model)
+    if family is None:
+        return
+    for state in (_state_neurons, _state_heads):
+        old: Any = model.config
+        new = copy.deepcopy(old)
+        try:
+            state(new, family, structure, widths)
+            new.validate()
+        except (ValueError, StrictDataclassError):  # heads that do not divide the hidden size, say
+            continue
+        for module in model.modules():
+            if getattr(module, "config", None) is old:
+                module.config = new
+
+
+def _family(model: nn.Module) -> Family | None:
+    return FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+
+
+def _state_neurons(config: Any, family: Family, structure: Structure, widths: Mapping[str, int]) -> None:
+    groups = [g for g in structure.groups if g.kind == "neurons" and g.readers]
+    if family.ffn is not None:
+        dense = getattr(config, family.ffn) or 4 * config.hidden_size  # GPT-2's None
+        kept = {widths.get(g.name, g.n) for g in groups if g.n == dense}
+        if len(kept) == 1:
+            setattr(config, family.ffn, kept.pop())
+    elif family.ratio is not None:
+        shares = {Fraction(widths.get(g.name, g.n), g.n) for g in groups}
+        if len(shares) == 1:
+            setattr(config, family.ratio, float(getattr(config, family.ratio) * shares.pop()))
+
+
+def _state_heads(config: Any, family: Family, structure: Structure, widths: Mapping[str, int]) -> None:
+    groups = [g for g in structure.groups if g.kind == "heads"]
+    kept = {(widths.get(g.name, g.n), g.queries) for g in groups}
+    if family.heads is None or len(kept) != 1:
+        return
+    count, queries = kept.pop()
+    if family.head_dim is not None:
+        size = getattr(config, family.head_dim, None) or config.hidden_size // config.num_attention_heads
+        setattr(config, family.head_dim, size)
+    if family.kv is not None:
+        setattr(config, family.kv, count)
+    setattr(config, family.heads, count * queries)

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_transformers
+import torch
+from safetensors.torch import save_file
+
+from modhifi.artifact import load, save_artifact
+from modhifi.families import says
+from modhifi.load import load_model
+from modhifi.plan import Plan
+from modhifi.surgery import shrink
+from modhifi.tracing import trace
+
+# loads with transformers alone: the import of modhifi fails
+STOCK = """
+import sys
+sys.modules["modhifi"] = None
+import torch, transformers
+from safetensors.torch import load_file
+for folder in sys.argv[1:]:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype="auto").eval()
+    given = load_file(folder + "/given.safetensors")
+    with torch.inference_mode():
+        print(torch.equal(model(given["batch"]).logits, given["logits"]), model.dtype)
+"""
+
+
+def uniform(name: str, kinds: tuple[str, ...], folder: Path) -> torch.nn.Module:
+    """Prune every group of some kinds to half, save the artefact and what the model says about a batch."""
+    model, batch, run = tiny_transformers.family(name)
+    model.float()
+    if name == "llama":  # as a checkpoint in bfloat16 is loaded: its rotary frequencies stay float32
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+    batch = batch.to(model.dtype) if batch.is_floating_point() else batch
+
+    def one(model: torch.nn.Module) -> torch.Tensor:
+        return model(batch).logits
+
+    structure = trace(model, one)
+    loaded = load_model(model)
+    plan = Plan({g.name: tuple(range(0, g.n, 2)) for g in structure.prunable if g.kind in kinds})
+    small = shrink(copy.deepcopy(model), structure, plan)
+    save_artifact(folder, small, loaded, structure, plan, manifest={"task": "prune"}, recipe={}, report={})
+    with torch.inference_mode():
+        logits = one(small)
+        assert torch.equal(one(load(folder)), logits)
+    save_file({"batch": batch, "logits": logits}, folder / "given.safetensors")
+    return small
+
+
+def test_uniform_artefacts_load_with_transformers_alone(tmp_path: Path):
+    both, neurons = ("heads", "neurons"), ("neurons",)
+    cases = {"llama": both, "llama, tied": both, "qwen3": both, "gemma3": both, "phi3": both, "vit": both,
+             "gpt2": neurons, "opt": neurons, "bert": neurons, "distilbert": neurons, "gpt_neox": neurons,
+             "swin": neurons}  # fmt: skip
+    folders = []
+    for name, kinds in cases.items():
+        folders.append(str(tmp_path / name.replace(", ", "-")))
+        uniform(name, kinds, Path(folders[-1]))
+    run = subprocess.run([sys.executable, "-c", STOCK, *folders], capture_output=True, text=True)
+    found = dict(zip(cases, run.stdout.splitlines(), strict=False))
+    expected = dict.fromkeys(cases, "True torch.float32") | {"llama": "True torch.bfloat16"}
+    assert found == expected, run.stderr[-2000:]
+
+
+def test_the_fields_that_converters_read(tmp_path: Path):
+    config = uniform("mistral", ("heads", "neurons"), tmp_path / "out").config
+    names = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
+    assert [getattr(config, name) for name in names] == [20, 2, 1, 6, 32]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "dinov2"])
+def test_what_a_configuration_cannot_say_comes_back_with_modhifi(name: str, tmp_path: Path):
+    small = uniform(name, ("heads", "neurons"), tmp_path / "out")
+    assert not says(small, "heads") or name == "dinov2"
+    assert "modhifi.load" in (tmp_path / "out" / "README.md").read_text()
