@@ -74,4 +74,6 @@ def _show(found: dict[str, Any]) -> None:
         for g in found["refused"]:
             refused.add_row(g["name"], str(g["n"]), g["reason"])
         console.print(refused)
+    for kind in found["not_stock"]:
+        console.print(f"fewer {kind}: no stock configuration says that; such an artefact loads with modhifi.load")
     console.print(f"{len(found['groups'])} groups can be pruned, {len(found['refused'])} cannot")

@@ -18,6 +18,7 @@ from .defaults import complete
 from .errors import ModhifiError
 from .export import SUFFIXES, check_export
 from .export import export as export_model
+from .families import says
 from .load import LoadedModel, load_model
 from .moment_cache import MomentCache
 from .own_data import Source
@@ -255,4 +256,9 @@ def check_model(loaded: LoadedModel) -> dict[str, Any]:
         "groups": groups,
         "refused": [{"name": g.name, "n": g.n, "reason": g.refused} for g in structure.refused],
         "prunable": bool(groups),
+        "not_stock": [
+            kind
+            for kind in ("neurons", "heads")
+            if any(g.kind == kind for g in structure.prunable) and not says(loaded.model, kind)
+        ],
     }

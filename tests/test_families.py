@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from modhifi.artifact import load, save_artifact
 from modhifi.families import says
 from modhifi.load import load_model
+from modhifi.pipeline import check_model
 from modhifi.plan import Plan
 from modhifi.surgery import shrink
 from modhifi.tracing import trace
@@ -82,3 +83,9 @@ def test_what_a_configuration_cannot_say_comes_back_with_modhifi(name: str, tmp_
     small = uniform(name, ("heads", "neurons"), tmp_path / "out")
     assert not says(small, "heads") or name == "dinov2"
     assert "modhifi.load" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name, kinds", [("gpt2", ["heads"]), ("llama", []), ("dinov2", ["neurons"])])
+def test_check_tells_what_the_stock_configuration_cannot_say(name: str, kinds: list[str]):
+    model, _, _ = tiny_transformers.family(name)
+    assert check_model(load_model(model.float()))["not_stock"] == kinds
