@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 
 import torch
-from common import Missing, cifar10, efficientnet_lite0, reference, write_results
+from common import Missing, cifar10, efficientnet_lite0, imagenet_sample, reference, write_results
 from torch import nn
 
 from modhifi import measure
@@ -220,8 +220,6 @@ IMAGENET: list[tuple[str, dict[str, object]]] = [
 
 
 def imagenet() -> None:
-    from common import imagenet_sample
-
     loaded = efficientnet_lite0()
     images = load_samples(f"images:{imagenet_sample()}", loaded, n=500)
     calibration, held = cached(images.subset(range(250))), cached(images.subset(range(250, 500)))
@@ -252,11 +250,14 @@ percent. Command: `python eval/vision_prune.py --part imagenet`.""",
 def cost() -> None:
     """Time of collecting, scoring, planning and editing over that of plain forward passes, ResNet-50, 224 px."""
     loaded = load_model("timm:resnet50", pretrained=False, model_args={"zero_init_last": False})
-    calibration = cached(load_samples("synthetic", loaded, n=256, balanced=False))
+    drawn = cached(load_samples("synthetic", loaded, n=256, balanced=False))
+    real = cached(load_samples(f"images:{imagenet_sample()}", loaded, n=256))
     rows = []
-    for name, settings in (
-        ("obs + lstsq, all groups", PruneSettings()),
-        ("obs + lstsq, inner channels", PruneSettings(coupled=False)),
+    loaded.logits(next(real.batches(32)))
+    for name, calibration, settings in (
+        ("ImageNet images, all groups", real, PruneSettings()),
+        ("ImageNet images, inner channels", real, PruneSettings(coupled=False)),
+        ("synthetic images (batch statistics), all groups", drawn, PruneSettings()),
     ):
         start = time.perf_counter()
         with torch.no_grad():
@@ -273,8 +274,8 @@ def cost() -> None:
         rows,
         ["run", "forward s", "prune s", "ratio"],
         """# Cost of a whole prune over plain forward passes
-ResNet-50 (random weights) at 224 px, 256 images: wall time of collecting, scoring, planning and editing over that of
-plain forward passes over the same images, measured next to each other.
+ResNet-50 (random weights) at 224 px, 256 images, `obs` and least squares, half the FLOPs: wall time of collecting,
+scoring, planning and editing over that of plain forward passes over the same images, measured next to each other.
 Command: `python eval/vision_prune.py --part cost`.""",
     )
 
