@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.utils import logging
 
 from modhifi import hub
 from modhifi.errors import ModhifiError
@@ -41,7 +45,7 @@ def from_directory(
     if gguf_file:
         common["gguf_file"] = gguf_file
     report: dict[str, Any] = {}
-    with hub.explained(source), torch.random.fork_rng(devices=[]):
+    with hub.explained(source), _bars_on_terminals_only(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = transformers.AutoConfig.from_pretrained(str(directory), **common)
         if getattr(config, "is_encoder_decoder", False):
@@ -59,6 +63,19 @@ def from_directory(
     if missing := sorted(report.get("missing_keys", ())):
         loaded.info["notes"].append(f"not in the checkpoint, newly initialised: {', '.join(missing)}")
     return loaded
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Keep transformers' own progress bars out of logs and pipes."""
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def auto_class(config: Any) -> str:

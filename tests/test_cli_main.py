@@ -163,5 +163,6 @@ def test_progress_shows_rates_and_time_left_on_a_terminal_only(monkeypatch, caps
 
 
 def test_the_shell_can_be_taught() -> None:
-    shown = CliRunner().invoke(app, ["--show-completion", "bash"])
+    # as the option does once it has found out which shell asks
+    shown = CliRunner().invoke(app, prog_name="modhifi", env={"_MODHIFI_COMPLETE": "source_bash"})
     assert shown.exit_code == 0 and "complete" in shown.stdout and "modhifi" in shown.stdout

@@ -42,7 +42,7 @@ def prune(model: Path, out: Path, *more: object) -> dict[str, Any]:
 
 
 def test_text_in_uniform_layout_then_again(model: Path, text: str, tmp_path: Path) -> None:
-    report = prune(model, tmp_path / "one", "--data", text, "--ratio", 0.25)
+    report = prune(model, tmp_path / "one", "--data", text, "--ratio", 0.25, "--only", "neurons")
     assert [g["kept"] for g in report["groups"]] == [18, 18]
     rows = {row["name"]: row for row in report["before_after"]}
     assert rows["perplexity"]["after"] > 1 and rows["perplexity"]["before"] > 1
@@ -52,8 +52,9 @@ def test_text_in_uniform_layout_then_again(model: Path, text: str, tmp_path: Pat
     small = modhifi.load(tmp_path / "one")
     assert small.model.layers[1].mlp.up_proj.weight.shape == (18, 16) and small.dtype == torch.bfloat16
     code, stdout, stderr = run(
-        "prune", tmp_path / "one", "--data", text, "--window", 32, "--ratio", 0.3333, "--dry-run", "--json"
-    )
+        "prune", tmp_path / "one", "--data", text, "--window", 32, "--ratio", 0.3333, "--only", "neurons",
+        "--dry-run", "--json",
+    )  # fmt: skip
     assert code == 0 and [g["kept"] for g in json.loads(stdout)["groups"]] == [12, 12], stderr
     code, stdout, stderr = run("prune", "--recipe", tmp_path / "one" / "recipe.yaml", "--dry-run", "--json")
     again, first = json.loads(stdout), json.loads((tmp_path / "one" / "modhifi.json").read_text())
@@ -62,13 +63,13 @@ def test_text_in_uniform_layout_then_again(model: Path, text: str, tmp_path: Pat
 
 
 def test_nothing_but_the_model(model: Path) -> None:
-    arguments = ("--layout", "global", "--ratio", 0.25, "--samples", 12, "--window", 32)
+    arguments = ("--layout", "global", "--ratio", 0.25, "--only", "neurons", "--samples", 12, "--window", 32)
     code, stdout, stderr = run("prune", model, *arguments, "--dry-run", "--json")
     report = json.loads(stdout)
     assert code == 0 and report["data"]["calibration"].startswith("12 of: self, 28 windows of 32 tokens written from")
     assert sum(g["kept"] for g in report["groups"]) == pytest.approx(36, abs=1)
     code, stdout, stderr = run("score", model, "--samples", 8, "--window", 16, "--data", "self", "--json")
-    assert code == 0 and len(json.loads(stdout)) == 2, stderr
+    assert code == 0 and len(json.loads(stdout)) == 4, stderr
 
 
 def test_bad_input(model: Path, text: str, tmp_path: Path) -> None:
