@@ -249,16 +249,27 @@ def edit_reader(
     model: nn.Module, structure: Structure, name: str, positions: Tensor, moments: Moments, settings: PruneSettings
 ) -> LayerError:
     """Compensate one reader for the loss of some input channels (``positions``), in place."""
+    weight, edited = write_compensated(model, structure, name, positions, moments, settings)
+    measured = moments.cov if structure.operators[name].sink is not None else moments.gram
+    error = sum(local_error(w, e, m) for w, e, m in zip(weight, edited, measured, strict=True))
+    energy = sum(local_error(w, torch.zeros_like(w), m) for w, m in zip(weight, measured, strict=True))
+    return LayerError(name, error, energy)
+
+
+def write_compensated(
+    model: nn.Module, structure: Structure, name: str, positions: Tensor, moments: Moments, settings: PruneSettings
+) -> tuple[Tensor, Tensor]:
+    """What :func:`edit_reader` writes, without its error: the weights before and after, float64 ``(G, o, d)``."""
     module = model.get_submodule(name)
     sink = structure.operators[name].sink
     weight = weight_matrix(module)
     groups, _, columns = weight.shape
     kernel = kernel_size(module)
-    second, measured = applied_second(moments, sink), moments.cov if sink is not None else moments.gram
+    second = applied_second(moments, sink)
     channels = torch.ones(groups * columns // kernel, dtype=torch.bool)
     channels[positions] = False
     kept = channels.view(groups, -1).to(weight.device)
-    edited, error, energy = torch.empty_like(weight), 0.0, 0.0
+    edited = torch.empty_like(weight)
     for g in range(groups):
         wide = kept[g].repeat_interleave(kernel)
         if settings.compensate == "lstsq":
@@ -270,13 +281,11 @@ def edit_reader(
             edited[g] = masked(weight[g], wide)
         else:
             raise ModhifiError(f"unknown compensation '{settings.compensate}'; choose lstsq, delta or none")
-        error += local_error(weight[g], edited[g], measured[g])
-        energy += local_error(weight[g], torch.zeros_like(weight[g]), measured[g])
     write_weight(module, edited)
     if settings.compensate != "none" and sink is not None:
         shift = ((weight - edited) @ moments.mean[:, :, None]).reshape(-1)
         absorb_mean(model, name, sink, shift)
-    return LayerError(name, error, energy)
+    return weight, edited
 
 
 def amplification(
@@ -307,7 +316,9 @@ def amplification(
             stay[curve.order[:removed]] = False
             plan = Plan({group.name: tuple(torch.nonzero(stay).flatten().tolist())})
             saved = _remember(model, structure, group)
-            edit_readers(model, structure, plan, moments, settings)
+            for (name, role), positions in removed_positions(structure, plan).items():
+                if role == "reader":
+                    write_compensated(model, structure, name, positions, moments[name], settings)
             with replay.after_change(piece.module for piece in group.readers):
                 changed = loaded.logits(probe)
             _restore(model, saved)

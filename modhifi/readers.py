@@ -92,7 +92,7 @@ def shrinkage(second: Tensor, rows: int) -> Tensor:
     """The share of the identity in :func:`applied_second`, float64 ``(G,)`` in [0, 1]."""
     d = second.shape[-1]
     trace = second.diagonal(dim1=1, dim2=2).sum(1)
-    squares = second.square().sum((1, 2))
+    squares = torch.linalg.vector_norm(second, dim=(1, 2)).square()
     gap = (rows + 1 - 2 / d) * (squares - trace.square() / d)
     share = ((1 - 2 / d) * squares + trace.square()) / gap.clamp_min(1e-300)
     return torch.where(gap > 0, share, torch.ones_like(share)).clamp(0.0, 1.0)
