@@ -74,6 +74,11 @@ def save_artifact(
 
     out = Path(out).expanduser().absolute()
     check_output(out, force)
+    if loaded.framework == "timm":
+        from modhifi import load_timm
+
+        # Those of the edited model, which may state its widths there.
+        loaded = replace(loaded, info=loaded.info | {"model_args": load_timm.arguments(edited)})
     framework, changes = record(loaded, edited)
     recipe, report = jsonable(dict(recipe)), jsonable(dict(report))
     with staging(out) as directory:
@@ -237,17 +242,22 @@ def _write_weights(directory: Path, model: nn.Module) -> dict[str, Any]:
 def _write_ecosystem_files(
     directory: Path, edited: nn.Module, loaded: LoadedModel, framework: str, changes: dict[str, Any]
 ) -> str | None:
-    """Configuration, tokenizer, image processor; returns the Auto class whose ``from_pretrained`` loads the result."""
+    """Configuration, tokenizer, image processor; returns what of the model's own library loads the result.
+
+    That is the Auto class with its ``from_pretrained``, or timm's ``create_model``; None where only modhifi can.
+    """
     if loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(str(directory))
     processor = getattr(loaded.transform, "processor", None)
     if processor is not None:
         processor.save_pretrained(str(directory))
     if framework == "timm":
-        # The dense architecture's: timm's own loading then stops at the first tensor that has another shape.
+        # Where it cannot say the widths, timm's own loading stops at the first tensor that has another shape.
         from timm.models._hub import save_config_for_hf
 
         save_config_for_hf(edited, str(directory / "config.json"))
+        whole = (directory / WEIGHTS).is_file()  # timm reads no shards
+        return "create_model" if whole and is_stock(edited, loaded, None, changes) else None
     elif framework == "transformers":
         from modhifi.load_transformers import auto_class
 

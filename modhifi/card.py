@@ -29,7 +29,7 @@ def model_card(name: str, manifest: Mapping[str, Any], report: Mapping[str, Any]
     tags = ["modhifi", TAGS.get(task, "edited")] + [framework] * (framework != "torch")
     metadata = ModelCardData(
         base_model=base.get("repository"),
-        library_name="transformers" if stock else "modhifi",
+        library_name=framework if stock else "modhifi",
         pipeline_tag=_pipeline(model),
         tags=tags,
         metrics=[metric for metric in METRICS if f"{metric}_after" in (report.get("errors") or {})] or None,
@@ -75,7 +75,10 @@ def _licence(licence: str | None) -> dict[str, Any]:
 
 def _snippet(framework: str, stock: str | None, place: str) -> str:
     remark = "  # this directory" if place == "." else ""
-    if stock:
+    if stock and framework == "timm":
+        where = f"hf-hub:{place.removeprefix('hf:')}" if place.startswith("hf:") else f"local-dir:{place}"
+        code = f'import timm\n\nmodel = timm.{stock}("{where}", pretrained=True){remark}'
+    elif stock:
         where = place.removeprefix("hf:")
         code = f'from transformers import {stock}\n\nmodel = {stock}.from_pretrained("{where}"){remark}'
     elif framework == "torch":

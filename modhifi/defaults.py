@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .families import says
 from .load import LoadedModel
 from .recipe import PruneRecipe
 from .text import window_of
@@ -36,9 +37,9 @@ def amounts(loaded: LoadedModel, device: torch.device | str) -> Amounts:
 def complete(recipe: PruneRecipe, loaded: LoadedModel, device: torch.device | str) -> tuple[PruneRecipe, list[str]]:
     """The same run with these defaults written out, so that it can be repeated as recorded, and remarks on them.
 
-    Models of transformers get one width for all blocks, which their own configuration can say; a Gram of tokens looks
-    at all of them, because neighbouring pixels repeat each other and tokens do not. Raises ModhifiError for a window
-    that the model does not take.
+    Models of transformers, and timm's vision transformers, get one width for all blocks, which their own configuration
+    can say; a Gram of tokens looks at all of them, because neighbouring pixels repeat each other and tokens do not.
+    Raises ModhifiError for a window that the model does not take.
     """
     usual, data, method, remarks = amounts(loaded, device), recipe.data, recipe.method, []
     window = data.window
@@ -50,6 +51,7 @@ def complete(recipe: PruneRecipe, loaded: LoadedModel, device: torch.device | st
             f"{TEXT.samples} of {TEXT.window}; --samples and --window change that"
         )
     rows = method.rows_per_column
+    alike = loaded.framework == "transformers" or says(loaded.model, "neurons")
     return recipe.model_copy(update={
         "batch_size": recipe.batch_size or usual.batch_size,
         "data": data.model_copy(update={
@@ -58,7 +60,7 @@ def complete(recipe: PruneRecipe, loaded: LoadedModel, device: torch.device | st
             "window": window,
         }),
         "method": method.model_copy(update={
-            "layout": method.layout or ("uniform" if loaded.framework == "transformers" else "global"),
+            "layout": method.layout or ("uniform" if alike else "global"),
             "rows_per_column": rows if rows is not None else 2 if usual is IMAGES else 0,
         }),
     }), remarks  # fmt: skip

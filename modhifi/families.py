@@ -1,15 +1,16 @@
 """How the configuration of each family of transformers says the widths that pruning changes.
 
-One row a family; see ``docs/families.md`` for how to add one. Nothing else depends on a family: what can be pruned is
-found by watching the model run.
+One row a family, named by its ``model_type`` in transformers and by its class in timm, whose models are described by
+the arguments of their factory; see ``docs/families.md`` for how to add one. Nothing else depends on a family: what can
+be pruned is found by watching the model run.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -36,6 +37,7 @@ class Family:
 GROUPED = Family(heads="num_attention_heads", kv="num_key_value_heads", head_dim="head_dim")
 VISION = Family(heads="num_attention_heads", head_dim="head_dim")
 FIXED_HEADS = Family()
+RATIO = Family(ffn=None, ratio="mlp_ratio")
 FAMILIES: Mapping[str, Family] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"), GROUPED),
     **dict.fromkeys(("phi3", "mixtral", "qwen3_moe"), GROUPED),
@@ -44,7 +46,7 @@ FAMILIES: Mapping[str, Family] = {
     "gpt2": Family(ffn="n_inner"),
     "opt": Family(ffn="ffn_dim"),
     "distilbert": Family(ffn="hidden_dim"),
-    "swin": Family(ffn=None, ratio="mlp_ratio"),
+    **dict.fromkeys(("swin", "VisionTransformer", "VisionTransformerDistilled", "Beit", "SwinTransformer"), RATIO),
     "dinov2": Family(ffn=None, heads="num_attention_heads", head_dim="head_dim"),  # its mlp_ratio is an integer
 }
 
@@ -66,11 +68,16 @@ def restate(model: nn.Module, structure: Structure, widths: Mapping[str, int]) -
     family = _family(model)
     if family is None:
         return
+    if family.ratio is not None and not hasattr(model, "config"):
+        ratio = _ratio(model, structure)
+        if ratio is not None:
+            model._model_args = {**model._model_args, family.ratio: ratio}  # type: ignore[dict-item,assignment]
+        return
     for state in (_state_neurons, _state_heads):
         old: Any = model.config
         new = copy.deepcopy(old)
         try:
-            state(new, family, structure, widths)
+            state(new, family, model, structure, widths)
             new.validate()
         except (ValueError, StrictDataclassError):  # heads that do not divide the hidden size, say
             continue
@@ -80,23 +87,40 @@ def restate(model: nn.Module, structure: Structure, widths: Mapping[str, int]) -
 
 
 def _family(model: nn.Module) -> Family | None:
+    if hasattr(model, "_model_args"):  # timm's factory leaves its arguments there
+        return FAMILIES.get(type(model).__name__)
     return FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
 
 
-def _state_neurons(config: Any, family: Family, structure: Structure, widths: Mapping[str, int]) -> None:
-    groups = [g for g in structure.groups if g.kind == "neurons" and g.readers]
+def _state_neurons(
+    config: Any, family: Family, model: nn.Module, structure: Structure, widths: Mapping[str, int]
+) -> None:
     if family.ffn is not None:
+        groups = [g for g in structure.groups if g.kind == "neurons" and g.readers]
         dense = getattr(config, family.ffn) or 4 * config.hidden_size  # GPT-2's None
         kept = {widths.get(g.name, g.n) for g in groups if g.n == dense}
         if len(kept) == 1:
             setattr(config, family.ffn, kept.pop())
     elif family.ratio is not None:
-        shares = {Fraction(widths.get(g.name, g.n), g.n) for g in groups}
-        if len(shares) == 1:
-            setattr(config, family.ratio, float(getattr(config, family.ratio) * shares.pop()))
+        ratio = _ratio(model, structure)
+        if ratio is not None:
+            setattr(config, family.ratio, ratio)
 
 
-def _state_heads(config: Any, family: Family, structure: Structure, widths: Mapping[str, int]) -> None:
+def _ratio(model: nn.Module, structure: Structure) -> float | None:
+    """The number by which ``int(width * number)`` is every feed-forward layer's width, to the last neuron."""
+    groups = [g for g in structure.groups if g.kind == "neurons" and g.readers]
+    layers: list[Any] = [model.get_submodule(g.producers[0].module) for g in groups]
+    shapes = [(layer.in_features, layer.out_features) for layer in layers]
+    least = max((after / before for before, after in shapes), default=0.0)
+    # A quotient of floats may fall short of its own product by the last digit.
+    ratios = (least, math.nextafter(least, math.inf))
+    return next((r for r in ratios if shapes and all(int(b * r) == a for b, a in shapes)), None)
+
+
+def _state_heads(
+    config: Any, family: Family, model: nn.Module, structure: Structure, widths: Mapping[str, int]
+) -> None:
     groups = [g for g in structure.groups if g.kind == "heads"]
     kept = {(widths.get(g.name, g.n), g.queries) for g in groups}
     if family.heads is None or len(kept) != 1:

@@ -87,7 +87,7 @@ def describe(model: nn.Module, source: str) -> LoadedModel:
         "architecture": cfg.get("architecture"),
         "tag": cfg.get("tag"),
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "model_args": get_model_args(model),
+        "model_args": arguments(model),
         "pretrained_cfg": {k: v for k, v in cfg.items() if k not in hidden} | data,
         "revision": None,
         "licence": cfg.get("license"),
@@ -96,6 +96,12 @@ def describe(model: nn.Module, source: str) -> LoadedModel:
     }
     info = json.loads(json.dumps(info, default=str))
     return LoadedModel(model, source, "timm", "image", random_pixels(size), transform, None, _labels(model, cfg), info)
+
+
+def arguments(model: nn.Module) -> dict[str, Any]:
+    """The arguments of timm's factory that give the model its architecture, JSON-able."""
+    found: dict[str, Any] = json.loads(json.dumps(get_model_args(model), default=str))
+    return found
 
 
 def _build(

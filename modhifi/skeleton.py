@@ -193,7 +193,7 @@ def is_stock(edited: nn.Module, loaded: LoadedModel, config: Any, changes: dict[
     if not changes["attributes"]:
         return True
     # Counts that no forward pass looks at may differ, a layer's note of its former width for instance.
-    plain = fill(build_skeleton("transformers", loaded.info, config), edited.state_dict(), {}, loaded.source)
+    plain = fill(build_skeleton(loaded.framework, loaded.info, config), edited.state_dict(), {}, loaded.source)
     plain.to(next(edited.parameters()).device)
     with torch.inference_mode():
         return torch.equal(loaded.logits(loaded.example, plain), loaded.logits(loaded.example, edited))

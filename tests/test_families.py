@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from modhifi.artifact import load, save_artifact
-from modhifi.families import says
+from modhifi.families import restate, says
 from modhifi.load import load_model
 from modhifi.pipeline import check_model
 from modhifi.plan import Plan
@@ -33,6 +33,19 @@ for folder in sys.argv[1:]:
 """
 
 
+STOCK_TIMM = """
+import sys
+sys.modules["modhifi"] = None
+import timm, torch
+from safetensors.torch import load_file
+for folder in sys.argv[1:]:
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    given = load_file(folder + "/given.safetensors")
+    with torch.inference_mode():
+        print(torch.equal(model(given["batch"]), given["logits"]))
+"""
+
+
 def uniform(name: str, kinds: tuple[str, ...], folder: Path) -> torch.nn.Module:
     """Prune every group of some kinds to half, save the artefact and what the model says about a batch."""
     model, batch, run = tiny_transformers.family(name)
@@ -40,10 +53,10 @@ def uniform(name: str, kinds: tuple[str, ...], folder: Path) -> torch.nn.Module:
     if name == "llama":  # as a checkpoint in bfloat16 is loaded: its rotary frequencies stay float32
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
-    batch = batch.to(model.dtype) if batch.is_floating_point() else batch
+    batch = batch.to(next(model.parameters()).dtype) if batch.is_floating_point() else batch
 
     def one(model: torch.nn.Module) -> torch.Tensor:
-        return model(batch).logits
+        return model(batch) if name in tiny_transformers.TIMM else model(batch).logits
 
     structure = trace(model, one)
     loaded = load_model(model)
@@ -72,20 +85,51 @@ def test_uniform_artefacts_load_with_transformers_alone(tmp_path: Path):
     assert found == expected, run.stderr[-2000:]
 
 
+def test_uniform_artefacts_of_timm_load_with_timm_alone(tmp_path: Path):
+    names = [name for name in tiny_transformers.TIMM if name != "convnext_atto"]
+    for name in names:
+        uniform(name, ("neurons",), tmp_path / name)
+        assert "timm.create_model" in (tmp_path / name / "README.md").read_text()
+    folders = [str(tmp_path / name) for name in names]
+    run = subprocess.run([sys.executable, "-c", STOCK_TIMM, *folders], capture_output=True, text=True)
+    assert run.stdout.split() == ["True"] * len(names), run.stderr[-2000:]
+
+
+def test_a_ratio_gives_every_width_to_the_last_neuron():
+    model, example, _ = tiny_transformers.family("vit_tiny_patch16_224")
+    structure = trace(model, lambda m: m(example))
+    dim, off = 49, [w for w in range(1, 196) if int(49 * (w / 49)) != w]
+    for width in off:
+        for block in model.blocks:
+            block.mlp.fc1 = torch.nn.Linear(dim, width)
+        restate(model, structure, {})
+        assert int(dim * model._model_args["mlp_ratio"]) == width
+    model.blocks[0].mlp.fc1 = torch.nn.Linear(dim, 7)
+    before = model._model_args
+    restate(model, structure, {})
+    assert off and model._model_args is before  # layers that differ have no common ratio
+
+
 def test_the_fields_that_converters_read(tmp_path: Path):
     config = uniform("mistral", ("heads", "neurons"), tmp_path / "out").config
     names = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
     assert [getattr(config, name) for name in names] == [20, 2, 1, 6, 32]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "dinov2"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "dinov2", "vit_tiny_patch16_224", "convnext_atto"])
 def test_what_a_configuration_cannot_say_comes_back_with_modhifi(name: str, tmp_path: Path):
-    small = uniform(name, ("heads", "neurons"), tmp_path / "out")
+    small = uniform(name, ("heads", "neurons", "channels"), tmp_path / "out")
     assert not says(small, "heads") or name == "dinov2"
     assert "modhifi.load" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name, kinds", [("gpt2", ["heads"]), ("llama", []), ("dinov2", ["neurons"])])
+@pytest.mark.parametrize(
+    "name, kinds",
+    [
+        ("gpt2", ["heads"]), ("llama", []), ("dinov2", ["neurons"]),
+        ("vit_tiny_patch16_224", ["heads"]), ("beit_base_patch16_224", []),
+    ],
+)  # fmt: skip
 def test_check_tells_what_the_stock_configuration_cannot_say(name: str, kinds: list[str]):
     model, _, _ = tiny_transformers.family(name)
     assert check_model(load_model(model.float()))["not_stock"] == kinds
