@@ -102,6 +102,9 @@ def prune(
     ratio: Annotated[str | None, typer.Option("--ratio", help="Share of components removed, such as 0.5.")] = None,
     params: Annotated[str | None, typer.Option("--params", help="Share of parameters kept, such as 0.5x.")] = None,
     flops: Annotated[str | None, typer.Option("--flops", help="Share of FLOPs kept, such as 0.5x.")] = None,
+    kv_cache: Annotated[
+        str | None, typer.Option("--kv-cache", help="Share of the KV cache kept, in whole KV groups, such as 0.5x.")
+    ] = None,
     data: DataOption = "synthetic",
     samples: SamplesOption = None,
     window: WindowOption = None,
@@ -219,7 +222,7 @@ def prune(
                 "evaluation_samples": evaluation_samples,
                 "window": window,
             },
-            "budget": {"ratio": ratio, "params": params, "flops": flops},
+            "budget": {"ratio": ratio, "params": params, "flops": flops, "kv_cache": kv_cache},
             "method": {
                 "selector": selector,
                 "compensate": compensate,

@@ -19,21 +19,29 @@ from .sizes import Sizes
 
 @dataclass(frozen=True)
 class Budget:
-    """``measure`` is ``components``, ``parameters`` or ``macs``; ``keep`` the share of the dense model's to keep."""
+    """``measure`` is ``components``, ``parameters``, ``macs`` or ``cache``; ``keep`` the share of the dense model's."""
 
     measure: str
     keep: float
 
     @classmethod
-    def parse(cls, ratio: float | None = None, params: str | None = None, flops: str | None = None) -> Budget:
+    def parse(
+        cls,
+        ratio: float | None = None,
+        params: str | None = None,
+        flops: str | None = None,
+        kv_cache: str | None = None,
+    ) -> Budget:
         """From the options of the command line; exactly one must be given.
 
-        ``ratio`` is the share of components removed, in (0, 1); ``params`` and ``flops`` are shares kept, ``"0.5x"``.
+        ``ratio`` is the share of components removed, in (0, 1); the others are shares kept, ``"0.5x"``.
         """
-        given = [("ratio", ratio), ("params", params), ("flops", flops)]
+        given = [("ratio", ratio), ("params", params), ("flops", flops), ("kv-cache", kv_cache)]
         chosen = [(name, value) for name, value in given if value is not None]
         if len(chosen) != 1:
-            raise ModhifiError("give exactly one of --ratio, --params and --flops, for example --flops 0.5x")
+            raise ModhifiError(
+                "give exactly one of --ratio, --params, --flops and --kv-cache, such as --flops 0.5x"
+            )
         name, value = chosen[0]
         if name == "ratio":
             share = float(value)
@@ -43,11 +51,19 @@ class Budget:
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*x?\s*", str(value))
         if not match or not 0 < float(match.group(1)) < 1:
             raise ModhifiError(f"--{name} is the share of the model kept, above 0x and below 1x, not {value!r}")
-        return cls("parameters" if name == "params" else "macs", float(match.group(1)))
+        return cls({"params": "parameters", "flops": "macs", "kv-cache": "cache"}[name], float(match.group(1)))
+
+    def fit(self, kind: str) -> None:
+        """Raises ModhifiError where a model of this kind (as in `LoadedModel.kind`) has nothing of the measure."""
+        if self.measure == "cache" and kind != "text":
+            raise ModhifiError("only a causal language model keeps a KV cache; give --ratio, --params or --flops")
 
     def size(self, sizes: Sizes, widths: Mapping[str, int]) -> float:
         measures: dict[str, Callable[[Mapping[str, int]], float]] = {
-            "components": sizes.components, "parameters": sizes.parameters, "macs": sizes.macs,
+            "components": sizes.components,
+            "parameters": sizes.parameters,
+            "macs": sizes.macs,
+            "cache": sizes.cache,
         }
         return measures[self.measure](widths)
 
@@ -79,9 +95,15 @@ def allocate(
     ``global``: remove, one step after the other, what costs least per unit saved, the cost being the curve's squared
     local error times the group's weight (its measured amplification; 1 over the readers' output energy without one).
     ``uniform``: every group keeps the same share; where the nearest share misses the budget by over 2 %, some channel
-    groups give one step more than others. Raises :class:`ModhifiError` where floors and rounding leave the budget out
-    of reach.
+    groups give one step more than others. A KV cache shrinks by whole KV groups: heads alone give, and the step nearest
+    to the budget is taken. Raises :class:`ModhifiError` where floors and rounding leave the budget out of reach.
     """
+    if budget.measure == "cache":
+        groups = tuple(g for g in groups if g.name in sizes.cached)
+        if not groups:
+            raise ModhifiError(
+                "no attention head may go here, so the KV cache stays; `modhifi check` says why"
+            )
     if layout not in _LAYOUTS:
         raise ModhifiError(f"unknown layout '{layout}'; choose global or uniform")
     lowest = {g.name: max(least_width(g, floor, round_to), g.n - len(curves[g.name].order)) for g in groups}
@@ -95,7 +117,7 @@ def allocate(
         )
     widths = _LAYOUTS[layout](problem)
     reached = problem.size(widths) / problem.dense
-    if abs(reached / keep - 1) > 0.02:
+    if abs(reached / keep - 1) > 0.02 and budget.measure != "cache":
         raise ModhifiError(
             f"the nearest to {keep:.3g}x of the {what} that the allowed widths give is {reached:.3g}x; ask for that, "
             f"or round less"
@@ -103,7 +125,7 @@ def allocate(
     return plan_for(groups, curves, widths)
 
 
-_NAMES = {"components": "components", "parameters": "parameters", "macs": "FLOPs"}
+_NAMES = {"components": "components", "parameters": "parameters", "macs": "FLOPs", "cache": "KV cache"}
 
 
 def plan_for(groups: tuple[Group, ...], curves: Mapping[str, Curve], widths: Mapping[str, int]) -> Plan:
@@ -159,7 +181,7 @@ class _Problem:
 def _greedy(problem: _Problem) -> dict[str, int]:
     widths, target = problem.full, problem.target
     total = problem.size(widths)
-    touching = problem.sizes.touching() if problem.budget.measure != "components" else {}
+    touching = problem.sizes.touching() if problem.budget.measure in ("parameters", "macs") else {}
     by_name = {g.name: g for g in problem.groups}
 
     def proposal(name: str) -> tuple[float, int] | None:

@@ -38,6 +38,7 @@ def prune(
     ratio: float | None = None,
     params: str | None = None,
     flops: str | None = None,
+    kv_cache: str | None = None,
     samples: int | None = None,
     evaluate: Source | None = None,
     evaluation_samples: int | None = None,
@@ -54,7 +55,8 @@ def prune(
 ) -> PruneResult:
     """Make a model physically smaller with forward passes only; the one given stays as it is.
 
-    Exactly one budget: ``ratio`` of the components removed, or a share of ``params`` or ``flops`` kept (``"0.5x"``).
+    Exactly one budget: ``ratio`` of the components removed, or a share of ``params``, ``flops`` or ``kv_cache`` kept
+    (``"0.5x"``).
     ``data``: a source string, samples, or items that you hold: a tensor ``(n, C, H, W)`` of model-ready inputs, a list
     of tensors or PIL images, a map-style Dataset. ``evaluate`` holds out other data; by default it is a disjoint part
     of ``data``. ``window`` is tokens in an item of text; amounts not said are those of `modhifi.defaults`.
@@ -84,7 +86,7 @@ def prune(
                 "evaluation_samples": evaluation_samples,
                 "window": window,
             },
-            "budget": {"ratio": ratio, "params": params, "flops": flops},
+            "budget": {"ratio": ratio, "params": params, "flops": flops, "kv_cache": kv_cache},
             "method": dict(method or {}),
             "checks": dict(checks or {}),
             "seed": seed,

@@ -146,6 +146,8 @@ def run_prune(
         loaded.model.to(device)
         tolerances = recipe.checks.tolerances()
         tolerances.fit(loaded.kind)
+        if budget is not None:
+            budget.fit(loaded.kind)
         recipe, remarks = complete(recipe, loaded, device)
         calibration, held = load_data(recipe, loaded, given, progress)
         warnings = [*remarks, *warn_degenerate(calibration), *skipped(calibration)]

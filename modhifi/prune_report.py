@@ -17,6 +17,7 @@ from .recipe import PruneRecipe
 from .sizes import sizes_of
 
 # Shares of a group's components below which a fidelity lies, for the report's distribution.
+STEP = 0.005  # a share of the KV cache this near to the one asked for is that one
 QUANTILES = (0.1, 0.5, 0.9)
 
 
@@ -63,6 +64,14 @@ def describe(
         "parameters": sizes.parameters(widths) / sizes.parameters(dense),
         "macs": sizes.macs(widths) / sizes.macs(dense),
     }
+    if loaded.kind == "text" and sizes.cache(dense):
+        reached["cache"] = sizes.cache(widths) / sizes.cache(dense)
+        asked = recipe.budget.kv_cache
+        if asked is not None and abs(reached["cache"] - recipe.budget.parse().keep) > STEP:
+            step = (
+                f"{reached['cache']:.3g}x of the KV cache stays: whole KV groups go, and {asked} is between two steps"
+            )
+            warnings = [*warnings, step]
     return {
         "schema_version": 1,
         "title": f"modhifi prune {loaded.source}",

@@ -446,7 +446,7 @@ def prune_model(
         plan = hifi_plan(loaded.model, structure, moments, settings)
     elif plan is None:
         if budget is None:
-            raise ModhifiError("give a budget: --ratio, --params or --flops")
+            raise ModhifiError("give a budget: --ratio, --params, --flops or --kv-cache")
         curves = removal_curves(loaded.model, structure, moments, settings, progress)
         weights = None
         if settings.weighting == "amplification" and settings.layout == "global":

@@ -41,14 +41,15 @@ class DataSource(Strict):
 
 
 class BudgetChoice(Strict):
-    """Exactly one of: share of components removed, share of parameters kept, share of FLOPs kept."""
+    """Exactly one of: share of components removed, share of parameters, FLOPs or bytes of the KV cache kept."""
 
     ratio: float | None = None
     params: str | None = None
     flops: str | None = None
+    kv_cache: str | None = None
 
     def parse(self) -> Budget:
-        return Budget.parse(self.ratio, self.params, self.flops)
+        return Budget.parse(self.ratio, self.params, self.flops, self.kv_cache)
 
 
 class Method(Strict):
@@ -117,7 +118,7 @@ class PruneRecipe(Strict):
             ridge=m.ridge,
             rows_per_column=m.rows_per_column or None,
             eta=m.eta,
-            only=tuple(m.only),
+            only=tuple(m.only or (["heads"] if self.budget.kv_cache is not None else [])),
             exclude=tuple(m.exclude),
             coupled=m.coupled,
             seed=self.seed,

@@ -1,14 +1,14 @@
-"""Multiply-adds and parameters as a function of the groups' widths. Pure but for one look at the model's shapes."""
+"""A model's size as a function of the groups' widths. Pure but for one look at the model's shapes."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
-from .groups import Structure, last_wide
+from .groups import Group, Structure, last_wide
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,17 @@ class Term:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Size of the model for any widths: ``full`` maps group names to their dense number of components."""
+    """Size of the model for any widths: ``full`` maps group names to their dense number of components.
+
+    ``cached`` maps groups of heads to the keys and values, in numbers per token, that one component keeps;
+    ``fixed_cache`` are those of heads that must stay.
+    """
 
     terms: tuple[Term, ...]
     full: Mapping[str, int]
     fixed_parameters: int
+    cached: Mapping[str, int] = field(default_factory=dict)
+    fixed_cache: int = 0
 
     def macs(self, widths: Mapping[str, int]) -> float:
         """Multiply-adds per sample of the convs and linear maps."""
@@ -53,6 +59,10 @@ class Sizes:
     def components(self, widths: Mapping[str, int]) -> float:
         """Number of components in all groups."""
         return float(sum(widths.get(name, n) for name, n in self.full.items()))
+
+    def cache(self, widths: Mapping[str, int]) -> float:
+        """Numbers per token in the KV cache of a causal language model."""
+        return self.fixed_cache + float(sum(m * widths.get(name, self.full[name]) for name, m in self.cached.items()))
 
     def _share(self, positions: Mapping[str, int], total: int, widths: Mapping[str, int]) -> float:
         lost = sum(m * (self.full[g] - widths.get(g, self.full[g])) for g, m in positions.items())
@@ -103,7 +113,15 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
             )
         )
     total = sum(p.numel() for p in model.parameters())
-    return Sizes(tuple(terms), {g.name: g.n for g in structure.prunable}, total - counted)
+    full = {g.name: g.n for g in structure.prunable}
+    # a reader takes the values of every query head, and a key is as wide as a value
+    cached = {g.name: 2 * g.readers[0].index.shape[1] // g.queries for g in structure.groups if _attends(g)}
+    fixed = sum(g.n * cached[g.name] for g in structure.refused if g.name in cached)
+    return Sizes(tuple(terms), full, total - counted, {n: m for n, m in cached.items() if n in full}, fixed)
+
+
+def _attends(group: Group) -> bool:
+    return group.kind == "heads" and bool(group.readers)
 
 
 def _width(module: nn.Module, side: str) -> int:

@@ -193,6 +193,7 @@ def test_budgets_out_of_reach_are_errors():
         (dict(params="0.5x"), Budget("parameters", 0.5)),
         (dict(flops=" .25 x"), Budget("macs", 0.25)),
         (dict(flops="0.75"), Budget("macs", 0.75)),
+        (dict(kv_cache="0.67x"), Budget("cache", 0.67)),
     ],
 )
 def test_budgets_from_options(options: dict, budget: Budget):
@@ -204,8 +205,9 @@ def test_budgets_from_options(options: dict, budget: Budget):
     [
         {}, dict(ratio=0.5, flops="0.5x"), dict(ratio=0.0), dict(ratio=1.0), dict(ratio=-1.0), dict(ratio=float("nan")),
         dict(params="abc"), dict(params="0x"), dict(flops="1x"), dict(flops="-0.5x"), dict(flops="50%"),
+        dict(kv_cache="1x"),
     ],
 )  # fmt: skip
 def test_bad_budgets(options: dict):
-    with pytest.raises(ModhifiError, match="exactly one|--(ratio|params|flops) is the share"):
+    with pytest.raises(ModhifiError, match="exactly one|--(ratio|params|flops|kv-cache) is the share"):
         Budget.parse(**options)
