@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+# The bracket is escaped: typer reads help texts as rich markup.
+MODEL_HELP = "timm:NAME, hf:ORG/NAME\\[@REVISION], demo:resnet, or a directory."
+
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda", "mps"],
     typer.Option("--device", help="Where to run; auto takes a GPU if there is one."),
@@ -46,7 +49,9 @@ NotASampleOption = Annotated[
 ]
 WalkedOption = Annotated[
     int | None,
-    typer.Option("--walked", min=0, help="Samples for the certified rungs; by default 16 images, 1 text."),
+    typer.Option(
+        "--walked", min=0, help="Samples for the certified rungs; by default 16 images, 1 text, none of large models."
+    ),
 ]
 
 Report = Callable[[str, int, int], None]

@@ -12,6 +12,7 @@ from modhifi.errors import ModhifiError
 
 from .cache import CacheOption, NoCacheOption, cache_directory
 from .common import (
+    MODEL_HELP,
     ConfidenceOption,
     DeviceOption,
     ForceOption,
@@ -31,9 +32,7 @@ from .common import (
 from .push import PushOption, pushed
 from .summary import SummaryOption
 
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="timm:NAME, hf:ORG/NAME[@REVISION], or a directory.")
-]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 ModelArgOption = Annotated[
     list[str] | None,
     typer.Option("--model-arg", metavar="KEY=VALUE", help="Argument for timm.create_model; repeat it."),
@@ -95,9 +94,7 @@ def model_source(
 
 
 def prune(
-    model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="timm:NAME, hf:ORG/NAME[@REVISION], or a directory.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Directory to write; its parent must exist.")] = None,
     ratio: Annotated[str | None, typer.Option("--ratio", help="Share of components removed, such as 0.5.")] = None,
     params: Annotated[str | None, typer.Option("--params", help="Share of parameters kept, such as 0.5x.")] = None,
@@ -330,6 +327,6 @@ def show(report: dict[str, Any], path: Path | None) -> None:
         g for g in report["refused"] if "the model's output" not in g["reason"] and "on request" not in g["reason"]
     ]
     if refused:
-        console.print(f"{len(refused)} group(s) cannot be pruned; `modhifi check` says why")
+        console.print(f"groups that cannot be pruned: {len(refused)}; `modhifi check` says why")
     if path is not None:
         console.print(f"model and report: {path}/report.html", soft_wrap=True)

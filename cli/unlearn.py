@@ -11,6 +11,7 @@ import typer
 from modhifi.errors import ModhifiError
 
 from .common import (
+    MODEL_HELP,
     ConfidenceOption,
     DeviceOption,
     ForceOption,
@@ -55,9 +56,7 @@ ForgetDataOption = Annotated[
 
 
 def unlearn(
-    model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="timm:NAME, hf:ORG/NAME[@REVISION], or a directory.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
     forget: ForgetOption = None,
     data: Annotated[
         str | None,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -186,6 +186,7 @@ def _without_quantiser(model: Any) -> nn.Module:
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    fresh: nn.Module = type(model)(config)
+    fresh: Any = type(model)(config)
     fresh.load_state_dict(model.state_dict(), assign=True)
-    return fresh
+    fresh.tie_weights()
+    return cast(nn.Module, fresh)

@@ -28,8 +28,8 @@ from modhifi.verdicts import Tolerances, Verdict, enforce, judge, self_test
 
 Progress = Callable[[str, int, int], None]
 
-# Two float64 copies of a model of this size take 8 GB.
-WALKED_PARAMETERS = 500_000_000
+# Beyond this the float64 walk takes longer than the pruning itself.
+WALKED_PARAMETERS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def verify_model(
 
     ``dense_shape`` holds the same function as ``edited`` in the original's shapes (zero columns where components went);
     without it R1, R2 and R4 are not available. ``walked`` samples are walked for them (default: 16 images, 1 text, none
-    where two float64 copies of the model would exceed ``WALKED_PARAMETERS``).
+    of models of more than ``WALKED_PARAMETERS``).
     Raises ModhifiError for models in train mode and outputs that are not finite (GateFailed for the edited model's).
     """
     tolerances = tolerances or Tolerances()
@@ -147,7 +147,7 @@ def _certify(
     if walked is None:
         walked = 0 if size > WALKED_PARAMETERS else 16 if units.positions == 1 else 1
     count = min(len(held), walked)
-    reason = "" if count else f"no sample was walked through two float64 copies of {size:,} parameters"
+    reason = "" if count else f"no sample was walked in float64 through {size:,} parameters; ask with --walked N"
     if dense_shape is None:
         reason = "the edited model is not known in the original's shapes"
     if not reason and dense_shape is not None:
@@ -184,7 +184,7 @@ def _certify(
 def _certified_rungs(found: Certified, constant_error: float) -> tuple[Rung, ...]:
     def rung(name: str, value: float | None, assumption: str, key: str) -> Rung:
         value = None if value is None or not math.isfinite(value) else value
-        note = "" if value is not None else f"not available: {found.missing.get(key, 'the constants overflow')}"
+        note = "" if value is not None else found.missing.get(key, "the constants overflow")
         return Rung(name, value, value is not None and value < constant_error, assumption, note)
 
     n = len(found.measured)

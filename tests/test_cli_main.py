@@ -166,3 +166,8 @@ def test_the_shell_can_be_taught() -> None:
     # as the option does once it has found out which shell asks
     shown = CliRunner().invoke(app, prog_name="modhifi", env={"_MODHIFI_COMPLETE": "source_bash"})
     assert shown.exit_code == 0 and "complete" in shown.stdout and "modhifi" in shown.stdout
+
+
+def test_help_keeps_what_stands_in_brackets() -> None:
+    shown = CliRunner().invoke(app, ["prune", "--help"], env={"COLUMNS": "200"}).output
+    assert "hf:ORG/NAME[@REVISION]" in shown and "hf:DATASET[:SPLIT]" in shown

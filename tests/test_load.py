@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
 from modhifi.load import LoadedModel, load_model, main_output, to_mode
+from modhifi.load_transformers import _without_quantiser
 
 ROOT = Path(__file__).parents[1]
 NARROW = {"channels": (8, 8, 8, 8)}
@@ -217,6 +218,11 @@ def test_gguf_is_dequantised_and_can_be_saved(tmp_path: Path) -> None:
         assert torch.allclose(loaded.logits(loaded.example), model(loaded.example).logits, atol=1e-5)
         loaded.model.save_pretrained(tmp_path / "saved")
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+
+
+def test_dequantising_keeps_the_embedding_and_the_head_one_tensor(tmp_path: Path) -> None:
+    fresh = _without_quantiser(save_llama(tmp_path, tie_word_embeddings=True))
+    assert fresh.lm_head.weight is fresh.model.embed_tokens.weight
 
 
 def write_gguf(path: Path, model: nn.Module) -> None:
