@@ -83,12 +83,12 @@ def save_artifact(
     recipe, report = jsonable(dict(recipe)), jsonable(dict(report))
     with staging(out) as directory:
         weights = _write_weights(directory, edited)
-        stock = _write_ecosystem_files(directory, edited, loaded, framework, changes)
+        stock, remote = _write_ecosystem_files(directory, edited, loaded, framework, changes)
         content = jsonable({
             "schema_version": SCHEMA_VERSION,
             **manifest,
             "base": _base(loaded),
-            "model": {**_model_entry(loaded, framework, changes), "stock": stock},
+            "model": {**_model_entry(loaded, framework, changes), "stock": stock, "remote": remote},
             "groups": _groups(structure, plan),
             "weights": weights,
             "recipe": recipe,
@@ -241,10 +241,11 @@ def _write_weights(directory: Path, model: nn.Module) -> dict[str, Any]:
 
 def _write_ecosystem_files(
     directory: Path, edited: nn.Module, loaded: LoadedModel, framework: str, changes: dict[str, Any]
-) -> str | None:
+) -> tuple[str | None, str | None]:
     """Configuration, tokenizer, image processor; returns what of the model's own library loads the result.
 
-    That is the Auto class with its ``from_pretrained``, or timm's ``create_model``; None where only modhifi can.
+    That is the Auto class with its ``from_pretrained``, or timm's ``create_model``: alone, or, second, with the code
+    that lies in the directory. Both are None where only modhifi loads it.
     """
     if loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(str(directory))
@@ -257,16 +258,19 @@ def _write_ecosystem_files(
 
         save_config_for_hf(edited, str(directory / "config.json"))
         whole = (directory / WEIGHTS).is_file()  # timm reads no shards
-        return "create_model" if whole and is_stock(edited, loaded, None, changes) else None
+        return ("create_model" if whole and is_stock(edited, loaded, None, changes) else None), None
     elif framework == "transformers":
         from modhifi.load_transformers import auto_class
+        from modhifi.remote_code import add_code
 
         config = own_config(edited)
+        stock = auto_class(config) if is_stock(edited, loaded, config, changes) else None
+        remote = None if stock else add_code(directory, config, changes)
         config.save_pretrained(str(directory))
         if getattr(edited, "generation_config", None) is not None and edited.can_generate():  # type: ignore[operator]
             edited.generation_config.save_pretrained(str(directory))  # type: ignore[union-attr,operator]
-        return auto_class(config) if is_stock(edited, loaded, config, changes) else None
-    return None
+        return stock, remote
+    return None, None
 
 
 def _base(loaded: LoadedModel) -> dict[str, Any]:

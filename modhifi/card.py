@@ -48,6 +48,7 @@ def model_card(name: str, manifest: Mapping[str, Any], report: Mapping[str, Any]
         f"Licence of the base model: {base.get('licence') or 'not stated'}.\n",
         "## Load\n",
         _snippet(framework, stock, place),
+        *_remote(model.get("remote"), place),
         *_results(report),
         "## Files\n",
         "`modhifi.json`: what was kept and measured; `recipe.yaml`: repeats the run; `report.html`: shows it.\n",
@@ -87,6 +88,14 @@ def _snippet(framework: str, stock: str | None, place: str) -> str:
     else:
         code = f'import modhifi\n\nmodel = modhifi.load("{place}"){remark}'
     return f"```python\n{code}\n```\n"
+
+
+def _remote(auto: str | None, place: str) -> list[str]:
+    """How transformers alone loads layers of unequal widths, with the code in the directory."""
+    if not auto:
+        return []
+    call = f'{auto}.from_pretrained("{place.removeprefix("hf:")}", trust_remote_code=True)'
+    return [f"Or with transformers alone and the code that comes with the model: `{call}`.\n"]
 
 
 def _results(report: Mapping[str, Any]) -> list[str]:

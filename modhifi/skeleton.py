@@ -211,5 +211,7 @@ def read_config(directory: Path) -> Any:
     """The transformers configuration in an artefact."""
     import transformers
 
+    from modhifi.remote_code import without_code
+
     with explained(str(directory)):
-        return transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+        return without_code(transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=False))

@@ -1,0 +1,68 @@
+"""A pruned transformer whose layers differ: a few lines of code in its directory with which transformers loads it.
+
+The code builds the family's own class and narrows its layers to the shapes that ``config.json`` records. It needs no
+modhifi, but ``trust_remote_code=True``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import transformers
+
+from .load_transformers import auto_class
+
+MODULE = "modeling_modhifi"
+FIELD = "modhifi"
+CODE = Template('''"""$name with the layer widths that config.json records under "$field"; written by modhifi."""
+
+import copy
+
+from torch import nn
+from transformers import $name as Stock
+
+
+class $name(Stock):
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        for name, shape in config.$field["shapes"].items():
+            owner, _, leaf = name.rpartition(".")
+            module = self.get_submodule(owner)
+            narrow = getattr(module, leaf).detach()[tuple(map(slice, shape))].clone()
+            setattr(module, leaf, nn.Parameter(narrow) if leaf in module._parameters else narrow)
+        for name, values in config.$field["attributes"].items():
+            module = self.get_submodule(name)
+            for attribute, value in values.items():
+                if attribute.startswith("config."):
+                    module.config = copy.copy(module.config)  # other layers share it
+                    setattr(module.config, attribute.removeprefix("config."), value)
+                else:
+                    setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
+''')
+
+
+def add_code(directory: Path, config: Any, changes: dict[str, Any]) -> str | None:
+    """Write the code beside the model and name it in ``config``; the Auto class that then loads the directory.
+
+    ``changes`` are those of :func:`modhifi.skeleton.differences`. None, and nothing written, where they are not only
+    narrower layers of a class of transformers.
+    """
+    name = config.architectures[0]
+    narrower = None not in changes["shapes"].values() and not changes["dtypes"]
+    if not narrower or not hasattr(transformers, name):
+        return None
+    auto = auto_class(config)
+    (directory / f"{MODULE}.py").write_text(CODE.substitute(name=name, field=FIELD), encoding="utf-8")
+    config.auto_map = {auto: f"{MODULE}.{name}"}
+    setattr(config, FIELD, {key: changes[key] for key in ("shapes", "attributes")})
+    return auto
+
+
+def without_code(config: Any) -> Any:
+    """The configuration of the family's own class, in place: what :func:`add_code` named is taken out."""
+    if hasattr(config, FIELD):
+        del config.auto_map
+        delattr(config, FIELD)
+    return config
