@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tiny_transformers
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from modhifi.artifact import load_artifact, save_artifact
@@ -78,3 +79,19 @@ def test_the_code_goes_where_the_configuration_says_all(tmp_path: Path):
     assert (tmp_path / "uneven" / "modeling_modhifi.py").is_file() and not (folder / "modeling_modhifi.py").exists()
     config = json.loads((folder / "config.json").read_text())
     assert "auto_map" not in config and "modhifi" not in config
+
+
+def test_heads_that_do_not_divide_the_hidden_size_fall_back_to_the_code(tmp_path: Path):
+    shape = tiny_transformers.GROUPED | dict(num_attention_heads=8, num_key_value_heads=4)
+    torch.manual_seed(0)
+    loaded = load_model(transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)))
+    structure = find_structure(loaded)
+    plan = Plan({g.name: (0, 1, 3) for g in structure.prunable if g.kind == "heads"})  # 6 heads, of 32 channels
+    small = shrink(copy.deepcopy(loaded.model), structure, plan)
+    save_artifact(tmp_path / "out", small, loaded, structure, plan, manifest={}, recipe={}, report={})
+    model = json.loads((tmp_path / "out" / "modhifi.json").read_text())["model"]
+    assert (model["stock"], model["remote"]) == (None, "AutoModelForCausalLM")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "modhifi.load" in card and "trust_remote_code=True" in card
+    expected = loaded.logits(loaded.example, small)
+    assert torch.equal(load_artifact(tmp_path / "out").logits(loaded.example), expected)
