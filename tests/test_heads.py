@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.groups import Group
+from modhifi.load import load_model
 from modhifi.oracle import confirm
+from modhifi.pipeline import check_model
 from modhifi.plan import Plan
 from modhifi.pruning import PruneSettings, choose_groups
 from modhifi.surgery import mask_readers, shrink
@@ -60,6 +62,14 @@ def test_counts_of_heads_follow_the_cut():
     first, second = small.blocks[0].attn, small.blocks[1].attn
     assert (first.num_heads, first.attn_dim, first.head_dim) == (3, 24, 8)
     assert (second.num_heads, second.attn_dim, second.head_dim) == (4, 32, 8)
+
+
+def test_check_says_why_the_heads_of_beit_stay():
+    model, _, _ = tiny_transformers.family("beit_base_patch16_224")
+    reasons = {r["name"]: r["reason"] for r in check_model(load_model(model.float()))["refused"]}
+    assert "without calling the layer" in reasons["blocks.0.attn.qkv"]
+    model, _, _ = tiny_transformers.family("vit_tiny_patch16_224")
+    assert "blocks.0.attn.qkv" not in {r["name"] for r in check_model(load_model(model.float()))["refused"]}
 
 
 def test_stacked_experts_are_refused_by_name():
