@@ -193,7 +193,9 @@ def _perplexity(units: Units, alpha: float, tolerance: float | None) -> Interval
         f"betting on each sequence's mean difference, capped at {cap:g} nats ({beyond} of {len(units)} were beyond)"
     )
     measured = math.exp(float(units.nll.mean()))
-    return Interval(measured, low, high, method, high < math.exp(units.constant_nll))
+    # at the cap the bound is what was assumed, not what was seen
+    informative = high < min(math.exp(units.constant_nll), math.exp(cap) * (1 - 1e-6))
+    return Interval(measured, low, high, method, informative)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,11 @@ LOOKED_AT = 128
 
 @dataclass(frozen=True)
 class GramQuality:
-    """``rows`` that a reader's Gram saw, its ``width`` in columns, and its effective rank ``(tr Σ)² / ‖Σ‖²``.
+    """``rows`` that a reader's Gram saw, its ``width`` in columns, and the effective ``rank`` of its inputs.
 
-    The effective rank (participation ratio) is ``width`` for white inputs and 1 where all inputs are multiples of one.
+    The participation ratio ``(tr C)² / ‖C‖²`` of the correlations C of those columns that vary: their number for
+    independent ones, 1 where all move together. Correlations, as a few channels of a language model can be so large
+    that they alone would decide.
     """
 
     reader: str
@@ -37,10 +39,17 @@ def gram_quality(moments: Mapping[str, Moments]) -> tuple[GramQuality, ...]:
     """The quality of every reader's Gram; of a grouped conv's, the lowest."""
     found = []
     for name, m in moments.items():
-        trace = m.cov.diagonal(dim1=1, dim2=2).sum(1)
-        rank = (trace.square() / m.cov.square().sum((1, 2)).clamp_min(1e-300)).min()
-        found.append(GramQuality(name, m.n, m.cov.shape[-1], float(rank)))
+        rank = min(_participation(cov) for cov in m.cov)
+        found.append(GramQuality(name, m.n, m.cov.shape[-1], rank))
     return tuple(found)
+
+
+def _participation(cov: Tensor) -> float:
+    scale = cov.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(scale > 1e-12 * scale.max(), 1 / scale.clamp_min(1e-300), 0.0)
+    live = float((scale > 0).sum())
+    squares = float(torch.linalg.vector_norm(cov * scale[:, None] * scale).square())
+    return live**2 / squares if live else 0.0
 
 
 def gram_warnings(found: tuple[GramQuality, ...], samples: int) -> list[str]:

@@ -47,6 +47,13 @@ def verified(loaded: LoadedModel, edited: nn.Module, n: int, ratio: float) -> Bo
     return verify_model(loaded, edited, None, held, Tolerances(max_perplexity_ratio=ratio), walked=0, batch_size=32)
 
 
+def test_a_bound_at_its_cap_says_nothing(loaded: LoadedModel) -> None:
+    edited, tokens = noisy(loaded, 0.1), windows(1)
+    units = run_units(loaded.logits, lambda b: loaded.logits(b, edited), sequences(list(tokens)), 8, True)
+    found = statistical(replace(units, constant_nll=50.0), 0.05).perplexity
+    assert found is not None and found.upper == pytest.approx(math.e) and not found.informative
+
+
 def test_the_ratio_is_that_of_the_perplexities(loaded: LoadedModel) -> None:
     edited, tokens = noisy(loaded, 0.1), windows(60)
     units = run_units(loaded.logits, lambda b: loaded.logits(b, edited), sequences(list(tokens)), 8, True)
