@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.groups import Group, Structure
+from modhifi.oracle import confirm
 from modhifi.plan import Plan
 from modhifi.surgery import mask_readers, shrink
 from modhifi.tracing import trace
@@ -127,7 +128,7 @@ def examine(name: str) -> Support:
     try:
         model = randomise(timm.create_model(name, pretrained=False))
         x = runnable(model, model.pretrained_cfg["input_size"][-1])
-        structure = trace(model, lambda model: model(x))
+        structure = confirm(model, trace(model, lambda model: model(x)), lambda model: model(x))
         plan = Plan({group.name: cut(group) for group in structure.prunable})
         dense, masked = model(x), mask_readers(model, structure, plan)(x)
         small = shrink(copy.deepcopy(model), structure, plan)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from .groups import Group
 
 HEADS = re.compile(r"(^|_|\.)heads?$")  # num_heads, n_head, num_key_value_heads
-WIDTHS = re.compile(r"(^|_)(dim|size)$")  # attn_dim, split_size, all_head_size
+WIDTHS = re.compile(r"(^|_)(dim|size)(_out_(qk|v))?$")  # attn_dim, split_size, all_head_size, dim_out_qk
 # widths of one head, and sizes of something else
 OTHERS = re.compile(r"^(attention_|attn_)?head_(dim|size)$|window|patch|block|kernel|chunk|vocab|grid")
 

@@ -41,7 +41,8 @@ POOLING = frozenset(
     adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool2d interpolate upsample
     boolean_dispatch _max_pool2d max_pool2d_with_indices""".split()
 )
-REDUCTION = frozenset("mean sum amax amin".split())
+REDUCTION = frozenset("mean sum amax amin norm linalg_vector_norm".split())
+NORMS = frozenset("norm linalg_vector_norm".split())  # which take their order before their axes
 CONVS = frozenset("conv1d conv2d conv3d".split())
 # what tells of a tensor without handing out its values
 METADATA = frozenset(

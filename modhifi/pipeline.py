@@ -253,12 +253,6 @@ def check_model(loaded: LoadedModel) -> dict[str, Any]:
         )
     total = sizes.parameters(dense)
     refused = [{"name": g.name, "n": g.n, "reason": g.refused} for g in structure.refused]
-    listed = {s.module for g in structure.groups for s in g.slices} | set(structure.operators)
-    refused += [
-        {"name": name, "n": len(module.weight), "reason": "the model uses its weights without calling the layer"}
-        for name, module in loaded.model.named_modules()
-        if type(module) is nn.Linear and name not in listed
-    ]
     return {
         "model": loaded.source,
         "parameters": total,

@@ -32,6 +32,7 @@ from .operations import (
     METADATA,
     MIXING,
     MOVEMENT,
+    NORMS,
     PLACED,
     POOLING,
     PRODUCTS,
@@ -65,6 +66,7 @@ class ChannelTracer(TorchFunctionMode):
         self.calls: Counter[str] = Counter()
         self.macs: Counter[str] = Counter()
         self.biased: dict[str, bool] = {}
+        self.obstacles: dict[str, str] = {}
         self.path: list[tuple[str, int]] = []
         self.samples = 0
         self.names: dict[int, str] = {}
@@ -228,13 +230,18 @@ class ChannelTracer(TorchFunctionMode):
             return owner, "the layer changes its input before its operator"
         return owner, None
 
+    def obstruct(self, module: str, record: Axis | None, obstacle: str) -> None:
+        """An operator whose layer cannot be edited: what it reads must stay, and nothing is known of what it writes."""
+        self.obstacles[module or self.path[-1][0]] = obstacle
+        self.freeze(record, obstacle)
+
     def conv(self, call: Call) -> Axis | None:
         x, weight = call.argument(0, "input"), call.argument(1, "weight")
         groups = call.argument(6, "groups", 1)
         module, obstacle = self.operator(x, weight)
         record = call.axis(x)
         if obstacle:
-            self.freeze(record, obstacle)
+            self.obstruct(module, record, obstacle)
             return None
         if record is not None and (record.dim != 1 or x.ndim < weight.ndim):
             self.freeze(record, "a convolution runs across these channels")
@@ -253,7 +260,7 @@ class ChannelTracer(TorchFunctionMode):
         if obstacle is None and transposed and not isinstance(self.model.get_submodule(module), Conv1D):
             obstacle = "a linear map stores its weight transposed"
         if obstacle:
-            self.freeze(record, obstacle)
+            self.obstruct(module, record, obstacle)
             return None
         if record is not None and record.dim != x.ndim - 1:
             self.freeze(record, "a linear map runs across another axis")
@@ -317,14 +324,15 @@ class ChannelTracer(TorchFunctionMode):
 
     def reduce(self, call: Call, first: Axis) -> Axis | None:
         x = call.inputs[0]
-        dims = call.argument(1, "dim")
+        place = 2 if call.name in NORMS else 1
+        dims = call.argument(place, "dim")
         if not isinstance(dims, (int, tuple, list)):
             dims = tuple(range(x.ndim))
         reduced = {d % x.ndim for d in ((dims,) if isinstance(dims, int) else dims)}
         if first.dim in reduced:
-            self.freeze(first, "a mean or sum runs across these channels")
+            self.freeze(first, "a mean, sum or norm runs across these channels")
             return None
-        kept = call.argument(2, "keepdim", False)
+        kept = call.argument(place + 1, "keepdim", False)
         return Axis(first.dim if kept else first.dim - sum(d < first.dim for d in reduced), first.ids)
 
     def binary(self, call: Call) -> list[Axis | Grid | None]:
@@ -467,6 +475,14 @@ def _stacked(model: nn.Module) -> Iterator[Group]:
             yield Group(name, parameter.shape[1], (), refused="matrices stacked in one tensor (experts) cannot be cut")
 
 
+def _unseen(model: nn.Module, seen: set[str], obstacles: dict[str, str]) -> Iterator[Group]:
+    """Refused groups for layers that cannot be edited, or were not seen to run."""
+    for name, module in model.named_modules():
+        if isinstance(module, (_ConvNd, nn.Linear)) and name not in seen:
+            reason = obstacles.get(name, "the model does not run this layer, or not as a layer of its own")
+            yield Group(name, len(module.weight), (), refused=reason)
+
+
 def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Structure:
     """Watch ``run(model)``, one forward pass on a batch of at least two samples, and return the groups found.
 
@@ -481,4 +497,6 @@ def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Structure:
         if record is not None:
             tracer.couplings.freeze(record.ids.flatten(), "these channels are the model's output")
     groups = tuple(described(model, group) for group in tracer.couplings.groups())
-    return Structure((*groups, *_stacked(model)), {o.module: o for o in _operators(tracer)})
+    operators = {o.module: o for o in _operators(tracer)}
+    seen = {s.module for g in groups for s in g.slices} | set(operators)
+    return Structure((*groups, *_stacked(model), *_unseen(model, seen, tracer.obstacles)), operators)

@@ -67,7 +67,7 @@ def test_counts_of_heads_follow_the_cut():
 def test_check_says_why_the_heads_of_beit_stay():
     model, _, _ = tiny_transformers.family("beit_base_patch16_224")
     reasons = {r["name"]: r["reason"] for r in check_model(load_model(model.float()))["refused"]}
-    assert "without calling the layer" in reasons["blocks.0.attn.qkv"]
+    assert "used outside that layer" in reasons["blocks.0.attn.qkv"]
     model, _, _ = tiny_transformers.family("vit_tiny_patch16_224")
     assert "blocks.0.attn.qkv" not in {r["name"] for r in check_model(load_model(model.float()))["refused"]}
 

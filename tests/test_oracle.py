@@ -72,3 +72,21 @@ def test_a_model_of_nans_is_not_blamed_on_its_code():
     model.stem[0].weight.data.fill_(float("nan"))
     traced, confirmed = both(model, x)
     assert confirmed is traced
+
+
+class UpToAPoint(tiny.Net):
+    """Goes with one channel less, but not with few."""
+
+    def __init__(self) -> None:
+        super().__init__(6)
+        self.inner, self.conv = tiny.conv_bn(8, 8), tiny.conv_bn(8, 6)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        return self.conv(x * (2.0 if x.shape[1] > 5 else 1.0))
+
+
+def test_widths_that_go_wrong_only_in_deep_cuts_are_found():
+    torch.manual_seed(0)
+    traced, confirmed = both(tiny.randomise(UpToAPoint()), torch.randn(2, 3, 10, 10))
+    assert {g.name for g in traced.prunable} - {g.name for g in confirmed.prunable} == {"inner.0"}

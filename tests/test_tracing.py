@@ -126,9 +126,13 @@ def test_a_layer_called_twice_ties_its_input_to_its_output():
 def test_what_is_refused_and_that_the_rest_is_not(name: str, refused: str, reason: str):
     structure = structure_of(name)
     assert reason in str(group(structure, refused).refused)
-    others = {g.name.partition("#")[0] for g in structure.refused} - {refused, "head"}
+    others = {g.name.partition("#")[0] for g in structure.refused if g.slices} - {refused, "head"}
     assert not others
     assert structure.prunable or name == "tied"
+
+
+def test_layers_that_cannot_be_edited_are_listed_with_the_reason():
+    assert group(structure_of("own forward"), "conv").refused == "the weight of conv is used outside that layer"
 
 
 def test_a_batchnorm_takes_the_mean_only_where_it_alone_reads():
