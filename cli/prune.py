@@ -186,6 +186,9 @@ def prune(
     ] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep weights in main memory; one block at a time visits the device.")
+    ] = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     force: ForceOption = False,
@@ -247,6 +250,7 @@ def prune(
             "seed": seed,
             "batch_size": batch_size,
             "device": device,
+            "offload": offload,
         }
     if out is not None:
         content["out"] = str(out)

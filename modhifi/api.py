@@ -51,6 +51,7 @@ def prune(
     seed: int = 0,
     batch_size: int | None = None,
     device: torch.device | str = "cpu",
+    offload: bool = False,
     progress: Progress = silent,
 ) -> PruneResult:
     """Make a model physically smaller with forward passes only; the one given stays as it is.
@@ -62,7 +63,8 @@ def prune(
     of ``data``. ``window`` is tokens in an item of text; amounts not said are those of `modhifi.defaults`.
     ``method`` and ``checks``: the keys of those parts of a recipe; the result's ``bounds`` answer the checks.
     With ``out`` the artefact is written there. ``cache`` is a directory where moments are kept: a second
-    budget then needs no second pass over the data.
+    budget then needs no second pass over the data. ``offload``: weights stay in main memory, and one block at a time
+    visits the ``device``; a module that accelerate has dispatched to CPU or disk may be given, too.
 
     Returns the smaller ``model``, a JSON-able ``report``, the ``plan`` and the ``path`` written.
     Raises ModhifiError for bad input, in one line.
@@ -91,6 +93,7 @@ def prune(
             "checks": dict(checks or {}),
             "seed": seed,
             "batch_size": batch_size,
+            "offload": offload,
             "out": None if out is None else str(out),
         },
         "modhifi.prune",

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from .load import real_tokens
 from .moments import MomentCollector, Moments
+from .offload import staying
 
 
 class _Reached(Exception):
@@ -54,6 +55,7 @@ class Stream:
     def __init__(self, model: nn.Module, blocks: tuple[str, ...], run: Callable[[Tensor], object]) -> None:
         self.blocks = [model.get_submodule(name) for name in blocks]
         self.run = run
+        self.device = next(model.parameters()).device  # offloaded blocks are elsewhere
         self.at = 0
         self.outputs: list[Any] = []
 
@@ -61,6 +63,11 @@ class Stream:
     def advance(self, batches: Iterable[Tensor], before: Callable[[Tensor], None] = lambda batch: None) -> None:
         """Run the next block on every batch; ``batches`` are the same each time. ``before(batch)`` is called first."""
         block = self.blocks[self.at]
+        with staying([block], self.device):
+            self._through(block, batches, before)
+        self.at += 1
+
+    def _through(self, block: nn.Module, batches: Iterable[Tensor], before: Callable[[Tensor], None]) -> None:
         for number, batch in enumerate(batches):
             before(batch)
             previous = self.outputs[number] if self.at else None
@@ -74,7 +81,6 @@ class Stream:
                 self.outputs[number] = output
             else:
                 self.outputs.append(output)
-        self.at += 1
 
 
 @contextmanager

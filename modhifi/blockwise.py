@@ -13,6 +13,7 @@ from .blocks import find_blocks, moments_by_block
 from .data import Samples
 from .groups import Structure, operator_modules
 from .load import LoadedModel
+from .offload import staying
 from .plan import Plan
 from .pruning import LayerError, Progress, Pruned, PruneSettings, edit_readers, removal_curves
 from .readers import columns_of
@@ -91,9 +92,12 @@ def prune_in_blocks(
         inside = structure.select([g.name for g in structure.prunable if block in home[g.name]])
         if not inside.prunable:
             continue
-        found = removal_curves(loaded.model, inside, moments, settings)
-        plan = plan_for(inside.prunable, found, widths)
-        errors += edit_readers(dense_shape, structure, plan, moments, settings)
+        where = next(iter(moments.values())).mean.device
+        dense, edited = loaded.model.get_submodule(block), dense_shape.get_submodule(block)
+        with staying([dense], where), staying([edited], where, written=True):
+            found = removal_curves(loaded.model, inside, moments, settings)
+            plan = plan_for(inside.prunable, found, widths)
+            errors += edit_readers(dense_shape, structure, plan, moments, settings)
         curves |= found
         kept |= plan.kept
         cost |= plan.removal_cost

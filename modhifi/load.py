@@ -5,7 +5,6 @@ Nothing here unpickles code, and no code of a model's author runs unless ``trust
 
 from __future__ import annotations
 
-import copy
 import difflib
 import inspect
 import json
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from modhifi import hub
 from modhifi.bundled import MODELS, bundled
 from modhifi.errors import ModhifiError
+from modhifi.offload import own_copy
 
 DESCRIPTIONS = ("config.json", "modhifi.json")
 # Marks the places of a batch of token ids behind the end of a shorter text.
@@ -285,7 +285,7 @@ def _from_module(module: nn.Module, args: dict[str, Any], example: Tensor | None
     source = f"module:{type(module).__name__}"
     check_weights(module, source)  # before the copy, which some quantised modules do not survive
     with hub.explained(source):
-        model = frozen(copy.deepcopy(module).cpu())
+        model = frozen(own_copy(module))
     if isinstance(getattr(model, "pretrained_cfg", None), dict):
         from modhifi import load_timm
 

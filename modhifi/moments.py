@@ -42,6 +42,9 @@ class Moments:
         """The uncentred second moment ``E[x xᵀ]``, float64 ``(G, d, d)``."""
         return self.cov + self.mean[:, :, None] * self.mean[:, None, :]
 
+    def to(self, device: torch.device) -> Moments:
+        return Moments(self.n, self.mean.to(device), self.cov.to(device))
+
     def merge(self, other: Moments) -> Moments:
         """Moments of both samples together, exact up to rounding (pairwise update)."""
         n = self.n + other.n

@@ -11,6 +11,7 @@ from torch import nn
 
 from . import quality
 from .artifact import check_output, describe_data, save_artifact, verify_reload
+from .blocks import find_blocks
 from .clock import Clock
 from .contact_sheet import contact_sheet
 from .data import Samples, load_samples, warn_degenerate
@@ -21,6 +22,7 @@ from .export import export as export_model
 from .families import says
 from .load import LoadedModel, load_model
 from .moment_cache import MomentCache
+from .offload import let_visit
 from .own_data import Source
 from .plan import Plan
 from .processes import processes
@@ -134,6 +136,7 @@ def run_prune(
     clock, team = Clock(progress, command), processes()
     progress = clock.inner
     device = device if team.device is None else team.device
+    cache = None if recipe.offload else cache  # whose sums lie with the weights
     plan = None if recipe.plan is None else Plan({name: tuple(kept) for name, kept in recipe.plan.items()})
     budget = None if plan is not None or recipe.method.eta is not None else recipe.budget.parse()
     out = None if dry_run or recipe.out is None else Path(recipe.out)
@@ -143,7 +146,7 @@ def run_prune(
         check_export(kind)
     with clock.stage("load"):
         loaded = given.model or load_source(recipe.model)
-        loaded.model.to(device)
+        place(loaded, device, recipe.offload)
         tolerances = recipe.checks.tolerances()
         tolerances.fit(loaded.kind)
         if budget is not None:
@@ -222,6 +225,14 @@ def run_prune(
                 export_model(pruned.model, batch, path / f"model{SUFFIXES[kind]}", kind)
     report["timing"] = clock.seconds
     return PruneResult(report, pruned.plan, pruned.model, path, bounds)
+
+
+def place(loaded: LoadedModel, device: torch.device | str, offload: bool) -> None:
+    """Put a model on a device, in place: all of it, or with ``offload`` all but its blocks, which visit it."""
+    if offload:
+        let_visit(loaded.model, find_blocks(loaded.model, lambda: loaded.run(loaded.example)), device)
+    else:
+        loaded.model.to(device)
 
 
 def own_skeleton(loaded: LoadedModel) -> nn.Module | None:

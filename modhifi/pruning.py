@@ -171,7 +171,8 @@ def measure_moments(
     missing = [name for name in readers if name not in found]
     if missing:
         raise ModhifiError(f"the layer '{missing[0]}' was never run on the calibration data; exclude its group")
-    return found
+    # Offloaded weights run elsewhere than they lie; the maths goes on where they lie.
+    return {name: m.to(next(readers[name].parameters()).device) for name, m in found.items()}
 
 
 def removal_curves(

@@ -101,6 +101,7 @@ class PruneRecipe(Strict):
     seed: Annotated[int, Field(ge=0)] = 0
     batch_size: Annotated[int, Field(ge=2)] | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    offload: bool = False
     out: str | None = None
 
     def settings(self) -> PruneSettings:

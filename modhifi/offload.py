@@ -1,0 +1,107 @@
+"""Weights that stay in main memory, of which one block at a time visits the device that computes.
+
+Also the way in for models that accelerate has dispatched with weights on the CPU or on disk.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .errors import ModhifiError
+
+
+def own_copy(module: nn.Module) -> nn.Module:
+    """A copy on the CPU, real weights and no hooks, of any module: also of one that accelerate has dispatched.
+
+    Weights that accelerate keeps on disk are read into main memory, where the edited copies will be anyway; those it
+    keeps on the CPU are shared with the caller's module, which nothing here writes to.
+    """
+    hooked = [(name, m, hook) for name, m in module.named_modules() for hook in _hooks(m)]
+    if not hooked:
+        return copy.deepcopy(module).cpu()
+    memo: dict[int, Any] = {id(hook): hook for _, _, hook in hooked}
+    for _, owner, hook in hooked:
+        below = getattr(hook, "place_submodules", False)
+        for leaf, tensor in [*owner.named_parameters(recurse=below), *owner.named_buffers(recurse=below)]:
+            if tensor.is_meta and getattr(hook, "weights_map", None) is not None:
+                memo[id(tensor)] = _same_kind(tensor, hook.weights_map[leaf])
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if id(tensor) not in memo:
+            memo[id(tensor)] = _same_kind(tensor, tensor.data)
+    found = copy.deepcopy(module, memo)
+    for part in found.modules():
+        if "_hf_hook" in vars(part):
+            # accelerate shadows forward, and the methods that would move a dispatched model
+            shadowed = [key for key, value in vars(part).items() if callable(value) and hasattr(type(part), key)]
+            for key in ("_hf_hook", "_old_forward", "hf_device_map", *shadowed):
+                vars(part).pop(key, None)
+    if callable(tie := getattr(found, "tie_weights", None)):
+        tie()
+    return found
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else [hook, *getattr(hook, "hooks", ())]
+
+
+def _same_kind(tensor: Tensor, value: Tensor) -> Tensor:
+    value = value.detach().cpu()
+    return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+
+
+def let_visit(model: nn.Module, blocks: tuple[str, ...], device: torch.device | str) -> None:
+    """Put the model on a device but for its blocks, whose weights go, in every pass, where their input is and back.
+
+    ``blocks`` are names of modules. Copies of the model do likewise. Raises ModhifiError if there are no blocks.
+    """
+    if not blocks:
+        raise ModhifiError("--offload needs a model made of blocks of one kind, which this is not; leave it out")
+    inside = {id(t) for name in blocks for t in _tensors(model.get_submodule(name))}
+    for tensor in _tensors(model):
+        if id(tensor) not in inside:
+            tensor.data = tensor.data.to(device)
+    for name in blocks:
+        block = model.get_submodule(name)
+        block.forward = partial(_visit, block, type(block).forward)
+
+
+def _visit(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    near = next((a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)), None)
+    with staying([block], None if near is None else near.device):
+        return forward(block, *args, **kwargs)
+
+
+@contextmanager
+def staying(modules: Iterable[nn.Module], device: torch.device | None, written: bool = False) -> Iterator[None]:
+    """Inside, the modules' weights are on the device; behind, where they were, with the new values if ``written``."""
+    home: list[tuple[Tensor, Tensor]] = []
+    # A trace must not take the moves for operations of the model.
+    with torch._C.DisableTorchFunction():
+        for tensor in (t for module in modules for t in _tensors(module)):
+            if device is not None and (there := _carried(tensor, device)) is not None:
+                home.append((tensor, tensor.data))
+                tensor.data = there
+    try:
+        yield
+    finally:
+        with torch._C.DisableTorchFunction():
+            for tensor, before in home:
+                tensor.data = before.copy_(tensor.data) if written else before
+
+
+def _carried(tensor: Tensor, device: torch.device) -> Tensor | None:
+    """The values on another device; None where they are there already."""
+    return None if tensor.device == device else tensor.data.to(device)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
