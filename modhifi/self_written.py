@@ -1,9 +1,10 @@
-"""Calibration text that a causal language model writes itself: no data needed, forward passes only.
+"""Calibration text that a language model writes itself: no data needed, forward passes only.
 
-The model writes on from what its tokenizer puts before every text; where that is nothing, from the model's own token
-for a beginning, which then is left out, because what stands first draws attention from everywhere and should be what
-stands there in real text; where there is no such token either, from a random ordinary word. The text goes on past the
-model's token for an end, so every window is full and nothing is padded.
+A masked language model resamples masked tokens (`modhifi.resampled`). A causal one writes on from what its tokenizer
+puts before every text; where that is nothing, from the model's own token for a beginning, which then is left out,
+because what stands first draws attention from everywhere and should be what stands there in real text; where there is
+no such token either, from a random ordinary word. The text goes on past the model's token for an end, so every window
+is full and nothing is padded.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from torch import Tensor
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError
 from modhifi.load import LoadedModel
+from modhifi.resampled import Resampler
 from modhifi.text import cutter_of, identity, vocabulary, window_of
 
 # A window is a loop if less than this share of its runs of so many tokens are different ones.
 RUN, LEAST_DIFFERENT = 4, 0.5
-# Windows written side by side, and how many times the number wanted may be written before giving up.
-BATCH, ATTEMPTS = 32, 3
+# Windows written side by side (of a masked model few, which gives logits at every place), and how many times the number
+# wanted may be written before giving up.
+BATCH, BATCH_MASKED, ATTEMPTS = 32, 4, 3
 
 
 @torch.inference_mode()
@@ -37,20 +40,18 @@ def write(
     They depend on the model, the arguments and the settings above alone (and, to rounding, on the device). Raises
     ModhifiError for models that cannot write, and for one that writes nothing but loops.
     """
-    if loaded.kind != "text":
-        other = "text:FILE" if loaded.kind == "encoder" else "images:DIR or synthetic"
-        raise ModhifiError(f"{loaded.source} (kind {loaded.kind}) cannot write text, only a causal language model can; "
-                           f"give --data {other}")  # fmt: skip
+    if loaded.kind not in ("text", "encoder"):
+        raise ModhifiError(f"{loaded.source} (kind {loaded.kind}) cannot write text, only a language model can; give "
+                           "--data images:DIR or synthetic")  # fmt: skip
     length = window_of(loaded, window)
     chance = torch.Generator().manual_seed(seed)
-    starts, hidden, what = _starts(loaded)
+    writer = Resampler(loaded, length) if loaded.kind == "encoder" else Continuer(loaded, length)
+    size = BATCH_MASKED if loaded.kind == "encoder" else BATCH
     found: dict[str, Tensor] = {}
     loops = written = 0
     while len(found) < n and written < ATTEMPTS * n + BATCH:
-        count = min(BATCH, n - len(found))
-        begin = starts[torch.randint(len(starts), (count,), generator=chance)]
         progress("writing", len(found), n)
-        for tokens in _continue(loaded, begin, length + hidden, chance)[:, hidden:]:
+        for tokens in writer.write(min(size, n - len(found)), chance):
             written += 1
             if is_loop(tokens):
                 loops += 1
@@ -61,7 +62,7 @@ def write(
         raise ModhifiError(f"{loaded.source} writes loops: {loops} of {written} windows repeat themselves; give text "
                            "with --data text:FILE")  # fmt: skip
     windows = list(found.values())
-    remarks = [f"self, {n} windows of {length} tokens written from {what}"]
+    remarks = [f"self, {n} windows of {length} tokens written from {writer.what}"]
     remarks += [f"sampled at temperature 1, seed {seed}"]
     remarks += [f"{loops} loops rejected"] * bool(loops)
     remarks += [f"{written - loops - n} duplicates dropped"] * (written - loops > n)
@@ -79,6 +80,19 @@ def is_loop(tokens: Tensor) -> bool:
     """Whether a window, int64 ``(T,)``, repeats itself so much that it is no text."""
     runs = tokens.unfold(0, min(RUN, len(tokens)), 1)
     return len(torch.unique(runs, dim=0)) < LEAST_DIFFERENT * len(runs)
+
+
+class Continuer:
+    """Writes windows of ``length`` tokens on from the model's own beginnings."""
+
+    def __init__(self, loaded: LoadedModel, length: int) -> None:
+        self.loaded, self.length = loaded, length
+        self.starts, self.hidden, self.what = _starts(loaded)
+
+    def write(self, count: int, chance: torch.Generator) -> Tensor:
+        """Windows, int64 ``(count, length)``; the draws are made on the CPU."""
+        begin = self.starts[torch.randint(len(self.starts), (count,), generator=chance)]
+        return _continue(self.loaded, begin, self.length + self.hidden, chance)[:, self.hidden :]
 
 
 def _starts(loaded: LoadedModel) -> tuple[Tensor, int, str]:

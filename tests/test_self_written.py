@@ -12,7 +12,8 @@ import transformers
 from modhifi import self_written
 from modhifi.data import load_samples
 from modhifi.errors import ModhifiError
-from modhifi.load import load_model
+from modhifi.load import LoadedModel, load_model
+from modhifi.resampled import Resampler
 from tests import tiny_text
 
 
@@ -76,10 +77,47 @@ def test_loops_are_rejected(tmp_path: Path) -> None:
         load_samples("self", loaded, n=4, window=16)
 
 
-def test_encoders_cannot_write() -> None:
-    config = transformers.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                     intermediate_size=24)  # fmt: skip
-    loaded = load_model(transformers.BertForMaskedLM(config))
+BERT = transformers.BertConfig(vocab_size=tiny_text.VOCABULARY + 3, hidden_size=16, num_hidden_layers=1,
+                               num_attention_heads=2, intermediate_size=24, initializer_range=0.5)  # fmt: skip
+
+
+def masked(kind: type = transformers.BertForMaskedLM) -> LoadedModel:
+    """A masked language model; its tokenizer frames texts as BERT's does."""
+    torch.manual_seed(0)
+    return replace(load_model(kind(BERT).eval()), tokenizer=tiny_text.framing_tokenizer())
+
+
+def test_masked_models_resample_every_place() -> None:
+    loaded = masked()
+    samples = load_samples("self", loaded, n=12, window=14)
+    windows = torch.stack([samples.load(i) for i in range(12)])
+    first, last, mask = (loaded.tokenizer.convert_tokens_to_ids(t) for t in ("[CLS]", "[SEP]", "[MASK]"))
+    assert (windows[:, 0] == first).all() and (windows[:, -1] == last).all() and len(set(samples.hashes)) == 12
+    special = torch.tensor(loaded.tokenizer.all_special_ids)
+    assert mask in special and not torch.isin(windows[:, 1:-1], special).any()
+    assert "written from masks alone, 3 sweeps of resampling, 15% masked at once, sampled at" in samples.description
+    assert load_samples("synthetic", loaded, n=12, window=14).hashes == samples.hashes
+    assert load_samples("self", loaded, n=12, window=14, seed=1).hashes != samples.hashes
+
+
+def test_resampling_follows_the_model() -> None:
+    """A model that expects one token everywhere, and another beside it, writes these."""
+    loaded = masked()
+    head = loaded.model.cls.predictions
+    torch.nn.init.zeros_(head.transform.LayerNorm.weight)
+    torch.nn.init.zeros_(head.transform.LayerNorm.bias)
+    head.bias.data.fill_(-50.0)
+    head.bias.data[[7, 9]] = torch.tensor([0.8, 0.2]).log()
+    places = Resampler(loaded, 22).write(20, torch.Generator().manual_seed(0))[:, 1:-1].flatten()
+    assert set(places.tolist()) == {7, 9}
+    assert float((places == 7).float().mean()) == pytest.approx(0.8, abs=0.06)
+
+
+def test_encoders_without_a_masked_head_cannot_write() -> None:
     for spec in ("self", "synthetic"):
-        with pytest.raises(ModhifiError, match="cannot write text, only a causal language model can; give --data text"):
-            load_samples(spec, loaded, n=4)
+        with pytest.raises(ModhifiError, match="BertModel. has no masked-language-model head to write text with; give"):
+            load_samples(spec, masked(transformers.BertModel), n=4)
+    with pytest.raises(ModhifiError, match="has no mask token"):
+        load_samples("self", replace(masked(), tokenizer=tiny_text.tokenizer()), n=4)
+    with pytest.raises(ModhifiError, match="window of 2 tokens is no longer than the tokenizer's frame"):
+        load_samples("self", masked(), n=4, window=2)

@@ -25,6 +25,17 @@ def tokenizer(begin: bool = True) -> transformers.PreTrainedTokenizerFast:
     )
 
 
+def framing_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """The same words, framed by ``[CLS]`` and ``[SEP]``, with a ``[MASK]``: the last three ids."""
+    plain = tokenizer(begin=False)
+    frame = ["[CLS]", "[SEP]", "[MASK]"]
+    plain.add_special_tokens({"cls_token": frame[0], "sep_token": frame[1], "mask_token": frame[2]})
+    plain.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(token, VOCABULARY + i) for i, token in enumerate(frame)]
+    )
+    return plain
+
+
 def llama(begin: bool = True, **changes: object) -> transformers.LlamaForCausalLM:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

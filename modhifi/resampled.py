@@ -1,0 +1,59 @@
+"""Calibration text that a masked language model writes itself: Gibbs-like, by resampling masked tokens.
+
+Wang and Cho, "BERT has a mouth, and it must speak" (2019). A window begins as the tokenizer's own frame around nothing
+but masks; in every sweep all its places are masked and drawn anew, a share at a time, given what stands around them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from .errors import ModhifiError
+from .load import LoadedModel
+from .text import cutter_of
+
+# The share of a window that is masked at once, as these models are trained, and how often each place is drawn.
+MASKED, SWEEPS = 0.15, 3
+
+
+class Resampler:
+    """Writes windows of ``length`` tokens. Raises ModhifiError for models without a masked-LM head or a mask token."""
+
+    def __init__(self, loaded: LoadedModel, length: int) -> None:
+        name = type(loaded.model).__name__
+        if name not in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+            raise ModhifiError(f"{loaded.source} ({name}) has no masked-language-model head to write text with; give "
+                               "--data text:FILE or hf:DATASET")  # fmt: skip
+        self.loaded, cutter = loaded, cutter_of(loaded, length)
+        mask = cutter.tokenizer.mask_token_id
+        if mask is None:
+            raise ModhifiError(f"the tokenizer of {loaded.source} has no mask token to write text with; give --data "
+                               "text:FILE or hf:DATASET")  # fmt: skip
+        before, behind = cutter.frame
+        self.mask, self.special = mask, [i for i in cutter.tokenizer.all_special_ids if i < cutter.vocabulary]
+        self.empty = torch.tensor([*before, *[mask] * (length - len(before) - len(behind)), *behind])
+        self.inner = torch.arange(len(before), length - len(behind))
+        if not len(self.inner):
+            raise ModhifiError(f"a window of {length} tokens is no longer than the tokenizer's frame; give a larger "
+                               "--window")  # fmt: skip
+
+    @property
+    def what(self) -> str:
+        return f"masks alone, {SWEEPS} sweeps of resampling, {MASKED:.0%} masked at once"
+
+    def write(self, count: int, chance: torch.Generator) -> Tensor:
+        """Windows, int64 ``(count, length)``; the draws are made on the CPU."""
+        windows, rows = self.empty.repeat(count, 1), torch.arange(count)[:, None]
+        for _ in range(SWEEPS):
+            order = self.inner[torch.rand(count, len(self.inner), generator=chance).argsort(1)]
+            for places in order.split(math.ceil(MASKED * len(self.inner)), 1):
+                windows[rows, places] = self.mask
+                logits = self.loaded.logits(windows).cpu()[rows, places].float()
+                logits[..., self.special] = -math.inf
+                drawn = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=chance)
+                windows[rows, places] = drawn.view_as(places)
+        return windows
