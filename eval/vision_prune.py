@@ -20,9 +20,9 @@ from modhifi import measure
 from modhifi.allocate import Budget
 from modhifi.data import Samples, load_samples
 from modhifi.load import LoadedModel, load_model
+from modhifi.probing import amplification
 from modhifi.pruning import (
     PruneSettings,
-    amplification,
     apply_plan,
     choose_groups,
     find_structure,

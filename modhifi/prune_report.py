@@ -86,6 +86,7 @@ def describe(
         "settings": recipe.model_dump(mode="json"),
         "budget": {**recipe.budget.model_dump(), "reached": reached},
         "groups": groups,
+        "plans_tried": dict(pruned.tried),
         "refused": [{"name": g.name, "n": g.n, "reason": g.refused} for g in structure.refused],
         "warnings": warnings,
         "command": command,

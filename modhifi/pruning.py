@@ -23,15 +23,11 @@ from .plan import Plan
 from .processes import ALONE, Processes, merged
 from .quality import GramQuality, gram_quality
 from .readers import absorb_mean, applied_second, best_singletons, readers_of, weight_matrix, write_weight
-from .replay import Replay
 from .selection import Curve, eliminate, hifi_union, removal_order
 from .sequential import edit_sequentially, joint_moments
 from .sizes import sizes_of
 from .surgery import kernel_size, removed_positions, shrink
 from .tracing import trace
-
-# fewest and most samples that probe the effect of one group
-PROBES = (4, 32)
 
 Progress = Callable[[str, int, int], None]
 
@@ -82,7 +78,8 @@ class LayerError:
 class Pruned:
     """``model`` is physically smaller; ``dense_shape`` holds the same function in the dense model's shapes.
 
-    ``fidelity`` has the best singleton fidelity of every component, float64 ``(n,)`` by group.
+    ``fidelity`` has the best singleton fidelity of every component, float64 ``(n,)`` by group. ``tried`` has, where
+    several plans were tried, what each does to the output: its divergence on a few samples in nats.
     """
 
     model: nn.Module
@@ -93,6 +90,7 @@ class Pruned:
     errors: tuple[LayerError, ...]
     fidelity: Mapping[str, Tensor] = field(default_factory=dict)
     grams: tuple[GramQuality, ...] = ()
+    tried: Mapping[str, float] = field(default_factory=dict)
 
 
 def find_structure(loaded: LoadedModel) -> Structure:
@@ -289,75 +287,6 @@ def write_compensated(
     return weight, edited
 
 
-def amplification(
-    loaded: LoadedModel,
-    structure: Structure,
-    curves: Mapping[str, Curve],
-    moments: Mapping[str, Moments],
-    settings: PruneSettings,
-    probe: Tensor,
-    share: float = 0.3,
-    progress: Progress = silent,
-) -> dict[str, float]:
-    """Squared output change per unit of squared local error when one group alone loses ``share`` of its components.
-
-    ``probe`` is one batch of model-ready inputs; the output change is the
-    Kullback-Leibler divergence to the dense model. One forward pass of the probe per group, from its block on.
-    """
-    model, replay = loaded.model, Replay(loaded.model)
-    with torch.no_grad():
-        with replay.recording():
-            dense = loaded.logits(probe)
-        weights = {}
-        for number, group in enumerate(structure.prunable):
-            progress("probing", number, len(structure.prunable))
-            curve = curves[group.name]
-            removed = min(len(curve.order), max(group.step, int(share * group.n) // group.step * group.step))
-            stay = torch.ones(group.n, dtype=torch.bool)
-            stay[curve.order[:removed]] = False
-            plan = Plan({group.name: tuple(torch.nonzero(stay).flatten().tolist())})
-            saved = _remember(model, structure, group)
-            for (name, role), positions in removed_positions(structure, plan).items():
-                if role == "reader":
-                    write_compensated(model, structure, name, positions, moments[name], settings)
-            with replay.after_change(piece.module for piece in group.readers):
-                changed = loaded.logits(probe)
-            _restore(model, saved)
-            weights[group.name] = output_change(dense, changed) / max(float(curve.cost[removed]), 1e-300)
-    progress("probing", len(structure.prunable), len(structure.prunable))
-    return weights
-
-
-def output_change(dense: Tensor, changed: Tensor) -> float:
-    """Mean Kullback-Leibler divergence between two sets of logits ``(..., classes)``, in nats."""
-    p, q = dense.float().log_softmax(-1), changed.float().log_softmax(-1)
-    return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))
-
-
-def _touched(structure: Structure, group: Group) -> list[str]:
-    names = []
-    for piece in group.readers:
-        sink = structure.operators[piece.module].sink
-        names += [f"{piece.module}.weight"]
-        if sink is not None:
-            names += [f"{piece.module}.bias" if sink == "bias" else f"{sink}.running_mean"]
-    return names
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf).data
-
-
-def _remember(model: nn.Module, structure: Structure, group: Group) -> dict[str, Tensor]:
-    return {name: _tensor(model, name).clone() for name in _touched(structure, group)}
-
-
-def _restore(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    for name, value in saved.items():
-        _tensor(model, name).copy_(value)
-
-
 def apply_plan(
     loaded: LoadedModel,
     structure: Structure,
@@ -443,26 +372,26 @@ def prune_model(
                     return found
     moments = measure_moments(loaded, structure, samples, settings, progress, cache, team)
     curves: dict[str, Curve] = {}
+    tried: dict[str, float] = {}
     if plan is None and settings.eta is not None:
         plan = hifi_plan(loaded.model, structure, moments, settings)
     elif plan is None:
         if budget is None:
             raise ModhifiError("give a budget: --ratio, --params, --flops or --kv-cache")
         curves = removal_curves(loaded.model, structure, moments, settings, progress)
-        weights = None
-        if settings.weighting == "amplification" and settings.layout == "global":
-            # in all about half as many forward passes as the calibration itself
-            probes = min(len(samples), max(PROBES[0], min(PROBES[1], len(samples) // (2 * len(structure.prunable)))))
-            probe = next(samples.batches(probes))
-            weights = amplification(loaded, structure, curves, moments, settings, probe, progress=progress)
-        elif settings.weighting not in ("energy", "amplification"):
+        if settings.weighting not in ("energy", "amplification"):
             raise ModhifiError(f"unknown weighting '{settings.weighting}'; choose energy or amplification")
-        plan = make_plan(loaded.model, structure, curves, budget, settings, weights)
+        if settings.weighting == "amplification" and settings.layout == "global":
+            from .probing import probed_plan  # which builds on the stages above
+
+            plan, tried = probed_plan(loaded, structure, curves, moments, samples, budget, settings, progress)
+        else:
+            plan = make_plan(loaded.model, structure, curves, budget, settings)
     fidelity = {
         g.name: best_singletons(readers_of(loaded.model, structure, g, moments), g.n) for g in structure.prunable
     }
     pruned = apply_plan(loaded, structure, plan, moments, settings, samples, progress)
-    return replace(pruned, curves=curves, fidelity=fidelity, grams=gram_quality(moments))
+    return replace(pruned, curves=curves, fidelity=fidelity, grams=gram_quality(moments), tried=tried)
 
 
 @torch.no_grad()

@@ -14,13 +14,11 @@ from modhifi.errors import ModhifiError
 from modhifi.load import LoadedModel, load_model
 from modhifi.pruning import (
     PruneSettings,
-    amplification,
     choose_groups,
     find_structure,
     measure_moments,
     prune_model,
     reestimate_batchnorm,
-    removal_curves,
 )
 from modhifi.readers import applied_second, shrinkage, weight_matrix
 
@@ -110,18 +108,6 @@ def test_sequential_towards_the_dense_output_lowers_the_output_error(loaded: Loa
         return measure.compare(loaded.logits, lambda b: loaded.logits(b, pruned.model), samples).relative_error
 
     assert error("dense") < error(None)
-
-
-def test_amplification_is_the_measured_effect_of_one_group(loaded: LoadedModel, samples: Samples) -> None:
-    settings = PruneSettings(only=("layer4.1.conv1", "layer1.0.conv1"))
-    structure = choose_groups(find_structure(loaded), settings)
-    moments = measure_moments(loaded, structure, samples, settings)
-    curves = removal_curves(loaded.model, structure, moments, settings)
-    probe = next(samples.batches(16))
-    before = copy.deepcopy(loaded.model.state_dict())
-    weights = amplification(loaded, structure, curves, moments, settings, probe)
-    assert set(weights) == {g.name for g in structure.prunable} and all(w > 0 for w in weights.values())
-    assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
 
 
 def test_hifi_sets_of_full_fidelity_keep_every_useful_component(loaded: LoadedModel, samples: Samples) -> None:
