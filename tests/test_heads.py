@@ -5,6 +5,7 @@ import copy
 import pytest
 import tiny_transformers
 import torch
+import transformers
 from torch import Tensor, nn
 
 from modhifi.groups import Group
@@ -70,6 +71,37 @@ def test_check_says_why_the_heads_of_beit_stay():
     assert "used outside that layer" in reasons["blocks.0.attn.qkv"]
     model, _, _ = tiny_transformers.family("vit_tiny_patch16_224")
     assert "blocks.0.attn.qkv" not in {r["name"] for r in check_model(load_model(model.float()))["refused"]}
+
+
+def test_timms_beit_could_not_run_with_fewer_heads():
+    """Why its heads are refused, whoever calls its layers: should this fail one day, the tracer can be taught them."""
+    model, _, run = tiny_transformers.family("beit_base_patch16_224")
+    attention = model.blocks[0].attn
+    size, dim = attention.proj.in_features // attention.num_heads, attention.proj.in_features
+    stay = torch.arange(dim) >= size
+    attention.num_heads -= 1
+    attention.qkv.weight = nn.Parameter(attention.qkv.weight[stay.repeat(3)], requires_grad=False)
+    for name in ("q_bias", "v_bias"):
+        setattr(attention, name, nn.Parameter(getattr(attention, name)[stay], requires_grad=False))
+    attention.k_bias = attention.k_bias[stay]
+    attention.proj.weight = nn.Parameter(attention.proj.weight[:, stay], requires_grad=False)
+    if attention.relative_position_bias_table is not None:
+        table = attention.relative_position_bias_table[:, 1:]
+        attention.relative_position_bias_table = nn.Parameter(table, requires_grad=False)
+    with pytest.raises(RuntimeError, match="is invalid for input of size"):  # reshape(B, N, C), C the input's width
+        run(model)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_mixtures_of_experts_lose_heads_and_the_neurons_of_dense_layers(name: str):
+    kind, config, fields = tiny_transformers.FAMILIES[name]
+    dense = dict(mlp_only_layers=[0]) if name == "qwen3_moe" else {}
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(getattr(transformers, config)(**fields, **dense)).eval()
+    groups = trace(model, lambda m: m(torch.randint(3, 50, (2, 12))).logits).groups
+    assert len(blocks([g for g in groups if not g.refused], "heads")) == 2
+    neurons = [g.name for g in blocks([g for g in groups if not g.refused], "neurons")]
+    assert neurons == (["model.layers.0.mlp.gate_proj"] if dense else [])
 
 
 def test_stacked_experts_are_refused_by_name():
