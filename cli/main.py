@@ -27,6 +27,7 @@ from .env import env, version
 from .prune import prune
 from .recipe import app as recipe
 from .score import score
+from .tasks import tasks
 from .unlearn import unlearn
 from .verify import verify
 
@@ -97,9 +98,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-app = typer.Typer(
-    cls=ErrorMapping, name="modhifi", no_args_is_help=True, pretty_exceptions_enable=False
-)
+app = typer.Typer(cls=ErrorMapping, name="modhifi", no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.callback()
@@ -117,7 +116,7 @@ def options(
         logging.getLogger("modhifi").setLevel(logging.INFO)
 
 
-for verb in (prune, unlearn, verify, audit, score, check, diff, demo, env):
+for verb in (prune, unlearn, verify, audit, score, tasks, check, diff, demo, env):
     app.command()(verb)
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")

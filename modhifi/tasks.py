@@ -1,0 +1,90 @@
+"""Tasks of lm-evaluation-harness before and after an edit: its own code on both models, nothing reimplemented."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ModhifiError
+from .hub import explained
+from .load import LoadedModel
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """One metric of one task, with lm-eval's standard errors (None where it gives none); ``n`` documents were asked."""
+
+    task: str
+    metric: str
+    n: int
+    before: float
+    after: float
+    stderr_before: float | None
+    stderr_after: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare_tasks(
+    original: LoadedModel,
+    edited: LoadedModel,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    include: Path | None = None,
+    batch_size: int = 4,
+    seed: int = 0,
+) -> tuple[TaskRow, ...]:
+    """Every metric of the ``tasks``, names of lm-eval's, of both models on the devices where they are.
+
+    ``limit`` documents of each task; ``include`` is a directory of task files of your own. Raises ModhifiError without
+    the package, for other models than causal language models, names that lm-eval does not know, and data it cannot get.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ModhifiError(
+            "tasks are run by lm-eval, which is not installed: pip install 'modhifi[lm-eval]'"
+        ) from error
+    for loaded in (original, edited):
+        if loaded.kind != "text" or loaded.tokenizer is None:
+            raise ModhifiError(
+                f"{loaded.source} is no causal language model with a tokenizer, which lm-eval's tasks need"
+            )
+    manager = TaskManager(include_path=None if include is None else str(include))
+    if unknown := [name for name in tasks if not manager.match_tasks([name])]:
+        raise ModhifiError(f"lm-eval knows no task {unknown[0]!r}; `lm_eval ls tasks` lists them")
+
+    def evaluate(loaded: LoadedModel) -> dict[str, Any]:
+        model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
+        with explained(f"the tasks {', '.join(tasks)}"):
+            found = simple_evaluate(
+                model=model, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False,
+                random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+            )  # fmt: skip
+        return dict(found)
+
+    return _rows(evaluate(original), evaluate(edited))
+
+
+def _rows(before: dict[str, Any], after: dict[str, Any]) -> tuple[TaskRow, ...]:
+    """Rows of lm-eval's results, whose keys are ``metric,filter`` and ``metric_stderr,filter``."""
+    rows = []
+    for task, old in before["results"].items():
+        new = after["results"][task]
+        for key, value in old.items():
+            metric, comma, kind = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            spread = f"{metric}_stderr,{kind}"
+            name = metric if kind == "none" else f"{metric} ({kind})"
+            count = int(before.get("n-samples", {}).get(task, {}).get("effective", 0))
+            errors = [r.get(spread) for r in (old, new)]
+            rows.append(TaskRow(task, name, count, float(value), float(new[key]),
+                                *(float(e) if isinstance(e, int | float) else None for e in errors)))  # fmt: skip
+    return tuple(rows)
