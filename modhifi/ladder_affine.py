@@ -9,14 +9,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from modhifi.bounds import conv_norm, gram_norm, spectral_norm
-from modhifi.ladder_bound import UP, Bound, settle_nan, slice_norm, times, total
-from modhifi.local_bounds import conv_relu_rule, linear_relu_rule
+from modhifi.ladder_bound import UP, Bound, settle_nan, slice_norm, times
 
 # Above this side a Gram iteration replaces the eigenvalue solve: at most 1 % above the norm, and far cheaper.
 LARGE = 1024
+# Convolutions of no more inputs or outputs than this are written out as a matrix: exact, where the torus is loosest.
+WRITTEN_OUT = 512
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,17 @@ def operator_norm(kind: str, weight: Tensor, options: dict[str, Any]) -> float:
             return 0.0
     if kind == "matrix":
         return gram_norm(weight) if min(weight.shape) > LARGE else spectral_norm(weight)
+    if options["groups"] == 1 and max(weight.shape[:2]) * math.prod(options["size"]) <= WRITTEN_OUT:
+        return spectral_norm(_matrix(weight, **options))
     return conv_norm(weight, **options)
+
+
+def _matrix(weight: Tensor, size: Sequence[int], **options: Any) -> Tensor:
+    """A convolution as a matrix (inputs, outputs), float64: what it makes of each unit input."""
+    count = weight.shape[1] * math.prod(size)
+    units = torch.eye(count, dtype=torch.float64).reshape(count, weight.shape[1], *size)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
+    return convolve(units, weight.double(), **options).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -146,34 +158,12 @@ class Pending:
         return self._settled
 
     def activated(self, func: Callable[[Tensor], Tensor], out: Tensor, slope: float, settled: Bound) -> Bound:
-        """Behind an elementwise activation: its slope, its own error measured behind it, ReLU units that stay off."""
+        """Behind an elementwise activation: its slope, and its own error measured behind it."""
         bound = settled.scaled(settled.radius * slope * UP, slope)
-        own = slice_norm(func(self.moved) - out, self.shape()) if self.modified else 0.0
-        moving = self.moving
-        if bool((moving > 0).any()):
-            moving = torch.minimum(moving * slope, self._through_relu(func))
-        local = (moving + own) * UP
-        return replace(bound, radius=torch.minimum(bound.radius, settle_nan(local)))
-
-    def _through_relu(self, func: Callable[[Tensor], Tensor]) -> Tensor:
-        """How far ``relu(edited operator)`` can move with its input, around what it gives on the clean input."""
-        infinite = torch.full([1] * self.clean.ndim, math.inf, dtype=torch.float64)
-        if getattr(func, "__name__", "") != "relu" or self.affine is None or not bool(self.x.radius.isfinite().all()):
-            return infinite
-        affine, options = self.affine, self.affine.options
-        if (
-            affine.kind == "conv"
-            and options["groups"] == 1
-            and options["dilation"] in (1, (1, 1))
-            and self.clean.ndim == 4
-        ):
-            radius = total(self.x.radius).expand(len(self.clean))
-            moved = conv_relu_rule(affine.edited, self.moved, radius, affine.constant(), stride=options["stride"])
-            return moved.reshape(-1, 1, 1, 1)
-        if affine.kind == "matrix" and self.clean.ndim == 2:
-            radius = total(self.x.radius).expand(len(self.clean))
-            return linear_relu_rule(affine.edited, self.moved, radius, affine.constant()).reshape(-1, 1)
-        return infinite
+        if not self.modified:
+            return bound
+        own = slice_norm(func(self.moved) - out, self.shape())
+        return replace(bound, radius=torch.minimum(bound.radius, settle_nan(self.moving * slope + own) * UP))
 
 
 def conv_options(x: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> dict[str, Any]:

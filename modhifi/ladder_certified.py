@@ -17,25 +17,31 @@ from modhifi.data import normalisation
 from modhifi.errors import ModhifiError
 from modhifi.ladder_affine import Norms
 from modhifi.ladder_bound import UP
+from modhifi.ladder_double import Double
+from modhifi.ladder_newton import ROUNDS
 from modhifi.ladder_walk import Walk, walk
 from modhifi.lipschitz import input_box, minkowski
 from modhifi.load import LoadedModel
 from modhifi.local_bounds import cannot_flip
 
-# Above the rounding of two float64 passes; the rules themselves round up. A model that computes parts of itself in
-# float32 is blurred by some 1e-6 of its output.
+# Above the rounding of two float64 passes; the rules themselves round up.
 RELATIVE_SLACK, OUTPUT_SLACK = 1e-6, 1e-6
-WALK_BATCH = 8
+# A walk keeps every activation of its samples, once for each of Newton's rounds: large images go one by one.
+WALK_BATCH, WALK_ENTRIES = 8, 2**17
 # Where, names of the modified parameters, root mean square of the own error, global constant of the modified tail.
 Layer = tuple[str, tuple[str, ...], float, float]
 
 
 @dataclass(frozen=True)
 class Certified:
-    """R1, R2 and what was measured on the walked samples, float64 (n,); root mean squares go into the rungs."""
+    """R1, R2 and what was measured on the walked samples, float64 (n,); root mean squares go into the rungs.
+
+    ``remainder`` is how much of ``local`` (R2) is not Newton's prediction itself but bounds what it may miss.
+    """
 
     measured: Tensor
     local: Tensor
+    remainder: Tensor
     theorem: Tensor
     expected: float
     every_input: float | None
@@ -62,7 +68,12 @@ class Certified:
 
 
 def certify(
-    loaded: LoadedModel, dense: nn.Module, twin: nn.Module, batch: Tensor, norms: Norms | None = None
+    loaded: LoadedModel,
+    dense: nn.Module,
+    twin: nn.Module,
+    batch: Tensor,
+    norms: Norms | None = None,
+    rounds: int = ROUNDS,
 ) -> Certified:
     """R1 and R2 on a batch, for two float64 models of the same shapes.
 
@@ -71,8 +82,8 @@ def certify(
     """
     box = _box(loaded, batch)
     norms = norms or Norms(whole_box=box is not None)
-    parts = batch.split(WALK_BATCH)
-    walks = [walk(dense, twin, loaded.logits, part, norms) for part in parts]
+    parts = batch.split(max(1, min(WALK_BATCH, WALK_ENTRIES // max(1, batch[0].numel()))))
+    walks = [walk(dense, twin, loaded.logits, part, norms, rounds) for part in parts]
     first, outputs = walks[0], torch.cat([w.output for w in walks])
     moved = torch.cat([logits_of(loaded, twin, part) for part in parts]) - outputs
     sources = range(len(first.sources))
@@ -95,12 +106,13 @@ def certify(
     elif box is None:
         missing["every input"] = "no input box is known (images with a fixed normalisation have one)"
     else:
-        every = _everywhere(walk(dense, twin, loaded.logits, box[0][None], norms), box[1])
+        every = _everywhere(walk(dense, twin, loaded.logits, box[0][None], norms, 0), box[1])
     local = torch.cat([w.local for w in walks])
     certain = cannot_flip(outputs, local) if outputs.ndim == 2 and outputs.shape[1] > 1 else torch.zeros(1)
     return Certified(
         measured=moved.flatten(1).norm(dim=1),
         local=local,
+        remainder=torch.cat([w.remainder for w in walks]),
         theorem=theorem,
         expected=expected,
         every_input=every,
@@ -144,7 +156,9 @@ def _box(loaded: LoadedModel, batch: Tensor) -> tuple[Tensor, float] | None:
 
 @torch.no_grad()
 def logits_of(loaded: LoadedModel, model: nn.Module, batch: Tensor) -> Tensor:
-    return loaded.logits(batch, model)
+    """The outputs of a float64 model, float64 throughout."""
+    with Double():
+        return loaded.logits(batch, model)
 
 
 def _times(constant: float, errors: Tensor) -> Tensor:

@@ -99,13 +99,29 @@ def _rms_norm(step: Step, outputs: list[Tensor]) -> list[Any] | None:
     from modhifi.ladder_rules import normalised
 
     module: Any = step.func
-    x, weight, eps = step.inputs[0], module.weight, _eps(module)
-    assert eps is not None
-    plain = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-    # Gemma counts its weight from one.
-    gamma = weight if torch.allclose(plain, outputs[0], atol=1e-5, rtol=1e-5) else 1 + weight
-    if id(weight) in step.twins or (
-        gamma is not weight and not torch.allclose(plain / weight * gamma, outputs[0], atol=1e-5, rtol=1e-5)
-    ):
+    x, eps, gamma = step.inputs[0], _eps(module), _gain(module, step.inputs[0], outputs[0])
+    if gamma is None or eps is None or id(module.weight) in step.twins:
         return None
     return [normalised(x, step.bound(x), gamma, gamma, eps, centred=False)]
+
+
+def _plain(x: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def _gain(module: Any, x: Tensor, out: Tensor) -> Tensor | None:
+    """What an RMSNorm multiplies by: its weight or, as Gemma counts, one more; None if it is no RMSNorm after all."""
+    plain, weight = _plain(x, _eps(module) or 0.0), module.weight
+    return next((g for g in (weight, 1 + weight) if torch.allclose(plain * g, out, atol=1e-5, rtol=1e-5)), None)
+
+
+def as_function(module: nn.Module) -> Callable[..., Any]:
+    """A module with a rule as a function that keeps float64: many an RMSNorm casts to float32 inside."""
+    if module_rule(module) is not _rms_norm:
+        return module.forward
+
+    def run(x: Tensor) -> Tensor:
+        gain = _gain(module, x, module.forward(x))
+        return module.forward(x) if gain is None else _plain(x, _eps(module) or 0.0) * gain
+
+    return run

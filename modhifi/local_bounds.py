@@ -9,13 +9,11 @@ Source: docs/method.md, R2 (certified-local).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modhifi.bounds import spectral_norms
 from modhifi.errors import ModhifiError
 from modhifi.lipschitz import SLOPES
 
@@ -147,60 +145,6 @@ def attention_rule(
 def heads_rule(radius: Tensor) -> Tensor:
     """From each head's radius (b, h, t) to that of the concatenated heads (b, t)."""
     return _length(radius.double(), 1) * _UP
-
-
-def may_be_active(z: Tensor, radius: Tensor, row_norms: Tensor | float = 1.0) -> Tensor:
-    """ReLU units (bool, shape of z) that are not off for every input within the radius.
-
-    z is the clean pre-activation. With `row_norms` (broadcastable to z's trailing axes) the radius is that of the
-    linear layer's input, and unit i moves by at most `row_norms[i] * radius`; with 1 it is the pre-activation's own.
-    """
-    reach = radius.double().reshape(*radius.shape, *[1] * (z.ndim - radius.ndim)) * row_norms
-    return z.double() + reach * _UP > 0
-
-
-def linear_relu_rule(weight: Tensor, z: Tensor, radius: Tensor, norm: float = math.inf) -> Tensor:
-    """`relu(W x + b)`: weight (h, d), clean pre-activation z (..., h), radius (...) of x.
-
-    Units that stay off cannot move: their rows are dropped and the exact norm of the others is taken, one
-    factorisation for each distinct pattern. `norm` is the whole weight's norm if known.
-    """
-    w = weight.detach().double()
-    active = may_be_active(z, radius, w.norm(dim=1) * _UP).flatten(0, -2)
-    patterns, index = torch.unique(active, dim=0, return_inverse=True)
-    norms = torch.stack([spectral_norms(w[pattern]) for pattern in patterns])
-    return radius.double() * norms[index].reshape(radius.shape).clamp(max=norm) * _UP
-
-
-def masked_conv_norms(
-    weight: Tensor, active: Tensor, *, stride: int | Sequence[int] = 1, dilation: int = 1, norm: float = math.inf
-) -> Tensor:
-    """Norms (b,) of an ungrouped convolution whose outputs outside `active` (b, out, h, w) are dropped.
-
-    The squared norm of the remaining rows is at most the largest absolute row sum of their Gram matrix, which is the
-    kernel's autocorrelation; zero padding only takes from it. Never above `norm`, the whole operator's bound; sharper
-    only where few units are left.
-    """
-    if dilation != 1:
-        return torch.full((len(active),), norm, dtype=torch.float64)
-    w = weight.detach().double()
-    reach = [k - 1 for k in w.shape[2:]]
-    strides = [stride] * len(reach) if isinstance(stride, int) else list(stride)
-    auto = F.conv2d(w, w, padding=(reach[0], reach[1])).abs()
-    # Outputs one stride apart read patches `stride` pixels apart: every stride-th lag, lag zero in the middle.
-    auto = auto[:, :, reach[0] % strides[0] :: strides[0], reach[1] % strides[1] :: strides[1]]
-    mask = active.double()
-    sums = F.conv2d(mask, auto, padding=(auto.shape[2] // 2, auto.shape[3] // 2)) * mask
-    return sums.flatten(1).amax(1).sqrt().clamp(max=norm) * _UP
-
-
-def conv_relu_rule(
-    weight: Tensor, z: Tensor, radius: Tensor, norm: float, *, stride: int | Sequence[int] = 1
-) -> Tensor:
-    """`relu(conv(x))`: clean pre-activation z (b, out, h, w), radius (b,) of x, `norm` the convolution's bound."""
-    rows = weight.detach().double().flatten(1).norm(dim=1)[:, None, None] * _UP
-    active = may_be_active(z, radius, rows)
-    return radius.double() * masked_conv_norms(weight, active, stride=stride, norm=norm) * _UP
 
 
 def max_pool_rule(

@@ -21,6 +21,7 @@ from modhifi.data import Samples
 from modhifi.errors import ModhifiError
 from modhifi.ladder_certified import OUTPUT_SLACK, Certified, certify, logits_of
 from modhifi.ladder_hybrids import LayerShare, hybrid_changes
+from modhifi.ladder_newton import ROUNDS
 from modhifi.ladder_units import Statistical, Units, run_units, statistical
 from modhifi.load import LoadedModel
 from modhifi.report import jsonable
@@ -164,7 +165,8 @@ def _certify(
         names = ("R1 theorem form", "R1 every input", "R2 certified-local", "R4 measured")
         return tuple(Rung(n, None, False, "not available", reason) for n in names), (), None, (), None, 0
     certified = certify(loaded, dense, twin, batch)
-    changes, after, before = hybrid_changes(dense, twin, [p for _, p, _, _ in certified.layers], loaded.logits, batch)
+    edits = [p for _, p, _, _ in certified.layers]
+    changes, after, before = hybrid_changes(dense, twin, edits, lambda x, m: logits_of(loaded, m, x), batch)
     telescoped = torch.stack(changes).sum(0) if changes else torch.zeros_like(after)
     gap = float((telescoped - (after - before)).abs().max())
     layers = tuple(
@@ -194,8 +196,9 @@ def _certified_rungs(found: Certified, constant_error: float) -> tuple[Rung, ...
              "holds for every input", "every input"),
         rung("R1 theorem form", found.expected, f"global constants of the modified tails times errors measured on {n} "
              "samples; root mean square over them", "R1"),
-        rung("R2 certified-local", _rms(found.local), f"propagated from the clean activations of {n} samples; root "
-             f"mean square over them; {certain}", "R2"),
+        rung("R2 certified-local", _rms(found.local), f"Newton's method from the clean activations of {n} samples, "
+             f"{ROUNDS} rounds; what they may miss, {_rms(found.remainder):.3g} of it, is certified; root mean square "
+             f"over them; {certain}", "R2"),
         rung("R4 measured", _rms(found.measured), f"measured on {n} samples, root mean square; no guarantee", "R4"),
     )  # fmt: skip
 

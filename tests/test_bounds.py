@@ -20,6 +20,7 @@ from modhifi.bounds import (
     spectral_norms,
 )
 from modhifi.errors import ModhifiError
+from modhifi.ladder_affine import operator_norm
 
 
 def dense(size: tuple[int, ...], channels: int, operator) -> Tensor:
@@ -82,6 +83,16 @@ def test_conv_norm_finds_the_maximum_among_many_frequencies_and_channels() -> No
     n = 9
     spectrum = torch.fft.fft2(weight, s=(n + 1, n + 1)).permute(2, 3, 0, 1)
     assert conv_norm(weight, (n, n), padding=1) == pytest.approx(float(torch.linalg.matrix_norm(spectrum, 2).max()))
+
+
+@pytest.mark.parametrize(("size", "stride", "padding"), [((2, 2), 1, 1), ((5, 3), 2, 1), ((4, 4), 1, "same")])
+def test_the_ladder_writes_small_convolutions_out(size: tuple[int, int], stride: int, padding: int | str) -> None:
+    weight = random_weight(np.random.default_rng(6), 7, 5, 3, 3)
+    weight[2] = 0
+    truth = svd(dense(size, 5, lambda x: F.conv2d(x, weight, stride=stride, padding=padding)))
+    options = {"size": size, "stride": stride, "padding": padding, "dilation": 1, "groups": 1}
+    assert truth <= operator_norm("conv", weight, options) <= truth * (1 + 1e-9)
+    assert conv_norm(weight, size, stride=stride, padding=padding) > truth * (1 + 1e-3)
 
 
 def test_patches_that_do_not_overlap_have_the_norm_of_their_matrix() -> None:

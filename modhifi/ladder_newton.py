@@ -1,0 +1,154 @@
+"""R2 around a prediction: a few Newton rounds from the clean activations, and a bound of what they leave out.
+
+Round m replaces every operation ``g`` of the modified network by its tangent at round m - 1 (round 0: the clean
+activations): ``p_m = g(p_{m-1}) + Dg(p_{m-1}) (p_m - p_{m-1})``. The first round is the exact first-order effect of the
+edit. Around the last one a radius is carried by the local rules: ``r' = rule(g, p, r) + |g(p) - p'|``, where the second
+term, what the tangent misses, is measured. Sound whatever the prediction is; sharp where it is good.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from modhifi.ladder_affine import Pending
+from modhifi.ladder_bound import Bound, nothing, settle_nan, slice_norm, total
+from modhifi.ladder_modules import as_function
+from modhifi.ladder_step import Record, Rule, Step
+from modhifi.operations import swap, tensors_in
+
+ROUNDS = 4
+# A tangent that misses no more than this share of the largest entry is exact: what differs is rounding.
+EXACT = 1e-13
+
+
+@dataclass(frozen=True)
+class Path:
+    """One tensor in each round, and the record of its last: how far the modified network's value lies from it."""
+
+    points: tuple[Tensor, ...]
+    rest: Record
+
+    def bound(self) -> Bound:
+        return _settled(self.rest)
+
+
+class Newton:
+    """The paths of one walk, by ``id`` of the clean tensor; what has none is bounded around its clean value."""
+
+    def __init__(self, twins: Mapping[int, Tensor], rounds: int) -> None:
+        self.twins, self.rounds = twins, rounds
+        self.paths: dict[int, Path] = {}
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        if id(source) in self.paths:
+            self.paths[id(target)] = self.paths[id(source)]
+
+    def forget(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            self.paths.pop(id(tensor), None)
+
+    def follow(self, rule: Rule, step: Step, outputs: list[Tensor]) -> None:
+        """Take the paths through one operation. Where that fails they end, and the clean value's bound goes on."""
+        found: list[Path] = []
+        if self.rounds and any(id(t) in self.paths or id(t) in self.twins for t in step.inputs):
+            try:
+                with sdpa_kernel(SDPBackend.MATH):
+                    found = self._advance(rule, step)
+            except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+                found = []
+        self.forget(outputs)
+        if len(found) == len(outputs):
+            self.paths |= {id(out): path for out, path in zip(outputs, found, strict=True)}
+
+    def _advance(self, rule: Rule, step: Step) -> list[Path]:
+        func = as_function(step.func) if isinstance(step.func, nn.Module) else step.func
+        clean = {id(t): t for t in step.inputs if id(t) in self.paths}
+
+        def call(table: dict[int, Tensor]) -> list[Tensor]:
+            table = {id(t): self.twins[id(t)] for t in step.inputs if id(t) in self.twins} | table
+            return list(tensors_in(func(*swap(step.args, table), **swap(step.kwargs, table))))
+
+        last = {i: self.paths[i].points[-1] for i in clean}
+        values = call(last)
+        records = rule(self._around(step, last), values)
+        if records is None:
+            return []
+        rounds = [{i: self.paths[i].points[m] for i in clean} for m in range(self.rounds)]
+        if any(isinstance(record, Pending) for record in records):
+            # Affine: every round is its own tangent.
+            points = [*(call(at) for at in rounds[:-1]), values]
+            return [Path(tuple(p), r) for p, r in zip(zip(*points, strict=True), records, strict=True)]
+        points = [_tangent(call, before, at) for before, at in zip([clean, *rounds], rounds, strict=False)]
+        return [
+            _path(tuple(p), value, _settled(record))
+            for p, value, record in zip(zip(*points, strict=True), values, records, strict=True)
+        ]
+
+    def _around(self, step: Step, last: Mapping[int, Tensor]) -> Step:
+        """The same operation of the modified network, at the last round's points."""
+        edited = {id(t): self.twins[id(t)] for t in step.inputs if id(t) in self.twins}
+        table = edited | dict(last)
+        records: dict[int, Record] = {}
+        for tensor in step.inputs:
+            if id(tensor) in last:
+                records[id(last[id(tensor)])] = self.paths[id(tensor)].rest
+            elif id(tensor) in edited:
+                records[id(edited[id(tensor)])] = nothing(tensor.ndim)
+            else:
+                records[id(tensor)] = _without_path(step, tensor)
+        return replace(
+            step,
+            args=swap(step.args, table),
+            kwargs=swap(step.kwargs, table),
+            bound=lambda t: _settled(records[id(t)]),
+            twins={},
+            records=records,
+            names={},
+        )
+
+
+def radius_of(path: Path, clean: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the modified network's value lies from the clean one at most, and the certified remainder: (b,) each."""
+    rest = total(path.bound().radius).expand(len(clean))
+    moved = slice_norm(path.points[-1] - clean, [len(clean), *[1] * (clean.ndim - 1)])
+    return moved.reshape(-1) + rest, rest
+
+
+def _without_path(step: Step, tensor: Tensor) -> Record:
+    record = step.records.get(id(tensor))
+    if isinstance(record, Pending):
+        if record.modified or not record.x.still:
+            raise ValueError("an affine operation that moves without a path")
+        return record
+    bound = step.bound(tensor)
+    return bound if bound.still else Bound(bound.radius, {}, math.inf, bound.ceiling)
+
+
+def _settled(record: Record) -> Bound:
+    # Nothing is modified around a point, so no source is ever added.
+    found = record if isinstance(record, Bound) else record.settled(lambda pending, own: -1)
+    return replace(found, reach={}, lip=math.inf if found.lip else 0.0)
+
+
+def _tangent(
+    call: Callable[[dict[int, Tensor]], list[Tensor]], before: Mapping[int, Tensor], at: Mapping[int, Tensor]
+) -> list[Tensor]:
+    with forward_ad.dual_level():
+        outputs = call({i: forward_ad.make_dual(before[i], at[i] - before[i]) for i in at})
+        parts: list[Any] = [forward_ad.unpack_dual(out) for out in outputs]
+        return [p.primal if p.tangent is None else p.primal + p.tangent for p in parts]
+
+
+def _path(points: tuple[Tensor, ...], value: Tensor, record: Bound) -> Path:
+    missed = value - points[-1]
+    if bool(missed.abs().amax() <= EXACT * value.abs().amax()) if missed.numel() else True:
+        return Path((*points[:-1], value), record)
+    own = slice_norm(missed, [len(value), *record.radius.shape[1:]])
+    return Path(points, replace(record, radius=settle_nan(record.radius + own)))

@@ -1,0 +1,257 @@
+"""Carry bounds through one forward pass of the original network: every torch function is seen, its rule looked up.
+
+The pass runs on clean activations. Where a parameter differs in the modified network, the operation is repeated with
+that parameter on the clean input: the difference is the layer's own error (form B: clean activations, modified tails).
+What has no rule makes the bound infinite and is named; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from modhifi.ladder_affine import Norms, Pending, Source
+from modhifi.ladder_bound import Bound, nothing, settle_nan, slice_norm, total
+from modhifi.ladder_double import CASTS, kept_double
+from modhifi.ladder_modules import module_rule
+from modhifi.ladder_newton import Newton
+from modhifi.ladder_rules import RULES
+from modhifi.ladder_step import Step
+from modhifi.operations import METADATA, operation_name, swap, tensors_in
+
+# The number of whatever went through an operation without a rule.
+LOST = -1
+INPLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"})
+
+
+class Walker(TorchFunctionMode):
+    """The records of one pass; use :func:`modhifi.ladder_walk.walk`."""
+
+    def __init__(self, dense: nn.Module, edited: nn.Module, batch: Tensor, norms: Norms, rounds: int) -> None:
+        super().__init__()
+        self.model, self.norms, self.samples = dense, norms, len(batch)
+        self.records: dict[int, Bound | Pending] = {}
+        self.alive: dict[int, Tensor] = {}
+        self.storage: dict[int, list[int]] = {}
+        self.twins: dict[int, Tensor] = {}
+        self.newton = Newton(self.twins, rounds)
+        self.names: dict[int, tuple[str, ...]] = {}
+        self.sources: list[Source] = []
+        self.missing: dict[str, str] = {}
+        self.path: list[str] = []
+        self.silent = 0
+        self.tainted = self.branching = False
+        theirs = {**dict(edited.named_parameters()), **dict(edited.named_buffers())}
+        for name, tensor in [*dense.named_parameters(), *dense.named_buffers()]:
+            self.remember(tensor, nothing(tensor.ndim))
+            if not torch.equal(tensor, theirs[name]):
+                self.twins[id(tensor)] = theirs[name]
+                self.names[id(tensor)] = (name,)
+        for module in dense.modules():
+            for value in tensors_in(list(vars(module).values())):
+                self.remember(value, nothing(value.ndim))
+        moving = batch.is_floating_point()
+        self.remember(
+            batch, Bound(torch.zeros([1] * batch.ndim, dtype=torch.float64), {}, 1.0 if moving else torch.inf)
+        )
+
+    # -- records -------------------------------------------------------------------------------------------------------
+    def remember(self, tensor: Tensor, record: Bound | Pending) -> None:
+        if id(tensor) not in self.alive:
+            self.alive[id(tensor)] = tensor
+            self.storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(id(tensor))
+        self.records[id(tensor)] = record
+
+    def bound(self, tensor: Tensor) -> Bound:
+        record = self.records.get(id(tensor))
+        if record is None:
+            self.lose("an operation that cannot be observed")
+            record = self.unknown(tensor)
+            self.remember(tensor, record)
+        return record if isinstance(record, Bound) else record.settled(self.add_source)
+
+    def unknown(self, out: Tensor) -> Bound:
+        radius = torch.full([1] * out.ndim, torch.inf, dtype=torch.float64)
+        return Bound(radius, dict.fromkeys((LOST, *range(len(self.sources))), torch.inf), torch.inf)
+
+    def add_source(self, pending: Pending, own: Tensor) -> int:
+        squared = float((pending.moved - pending.clean).double().square().sum())
+        errors = total(own)
+        if len(errors) != self.samples:
+            # The batch axis is not in front here: every sample gets the whole batch's error.
+            errors = errors.square().sum().sqrt().expand(self.samples)
+        centre = pending.gap * pending.x.lip if pending.x.lip and pending.gap else 0.0
+        self.sources.append(Source(pending.where, pending.parameters, errors, squared, centre))
+        return len(self.sources) - 1
+
+    def lose(self, reason: str, rungs: tuple[str, ...] = ("R1", "R2", "every input")) -> None:
+        for rung in rungs:
+            self.missing.setdefault(rung, f"{reason} at {self.where}")
+
+    @property
+    def where(self) -> str:
+        return self.path[-1] if self.path and self.path[-1] else "the top level"
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Keep ``path``, and let modules with a rule of their own (RMSNorm) answer for what runs inside them."""
+        handles: list[Any] = []
+        for name, module in self.model.named_modules():
+            rule = module_rule(module)
+
+            def enter(m: nn.Module, args: Any, name: str = name, rule: Any = rule) -> None:
+                self.path.append(name)
+                self.silent += rule is not None
+
+            def leave(m: nn.Module, args: Any, out: Any, name: str = name, rule: Any = rule) -> None:
+                if rule is not None:
+                    self.silent -= 1
+                    if not self.silent and isinstance(out, Tensor):
+                        with torch._C.DisableTorchFunction():
+                            self.finish(rule, self.step(type(m).__name__, m, args, {}), [out])
+                self.path.pop()
+
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.path.clear()
+
+    # -- dispatch ------------------------------------------------------------------------------------------------------
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = operation_name(func)
+        if name in METADATA or self.silent:
+            return kept_double(name, args, func(*args, **kwargs))
+        inputs = list(tensors_in((args, kwargs)))
+        inplace = name in INPLACE or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
+        rule_args = args
+        if inplace and inputs:
+            before = inputs[0].clone()
+            self.copy_record(inputs[0], before)
+            rule_args = swap(args, {id(inputs[0]): before})
+            inputs[0] = before
+        step = self.step(name, _on_a_copy(func) if inplace else func, rule_args, kwargs)
+        out = func(*args, **kwargs)
+        if name in CASTS and isinstance(out, Tensor) and inputs[0].dtype == torch.float64 and out.is_floating_point():
+            kept: Tensor = kept_double(name, args, out)
+            if kept is out:
+                self.copy_record(inputs[0], out)
+            return kept
+        if inplace and inputs:
+            self.overwritten(args[0])
+        outputs = list(tensors_in(out))
+        if not outputs:
+            if getattr(func, "__name__", "") not in ("__get__", "__set__") and any(
+                not self.bound(t).constant for t in inputs
+            ):
+                self.escaped(name, inputs)
+            return out
+        with torch._C.DisableTorchFunction():
+            self.finish(RULES.get(name), step, outputs)
+        return out
+
+    def step(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Step:
+        return Step(name, func, args, kwargs, self.bound, self.twins, self.records, self.names, self.norms, self.where)
+
+    def copy_record(self, source: Tensor, target: Tensor) -> None:
+        self.bound(source)
+        self.remember(target, self.records[id(source)])
+        self.newton.copy(source, target)
+        if id(source) in self.twins:
+            self.twins[id(target)], self.names[id(target)] = self.twins[id(source)], self.names[id(source)]
+
+    def overwritten(self, tensor: Tensor) -> None:
+        """Other tensors on the same memory have changed values: nothing is known of them any more."""
+        for other in self.storage.get(tensor.untyped_storage().data_ptr(), []):
+            if other != id(tensor) and not self.bound(self.alive[other]).constant:
+                self.records[other] = self.unknown(self.alive[other])
+                self.newton.forget([self.alive[other]])
+                self.lose("a tensor changed in place")
+
+    def escaped(self, name: str, inputs: list[Tensor]) -> None:
+        """A value left the network (a Python number, a condition): what follows may depend on it."""
+        if any(not self.bound(t).still for t in inputs):
+            self.tainted = True
+            self.lose(name)
+        elif not any(t.is_floating_point() for t in inputs):
+            # Token ids steer the same inputs the same way: other inputs alone may have other constants.
+            self.lose(name, ("every input",))
+        else:
+            # Both networks go the same way for one input, but other inputs may go another, with other constants.
+            self.branching = True
+            self.lose(name, ("R1", "every input"))
+
+    def finish(self, rule: Callable[[Step, list[Tensor]], Any] | None, step: Step, outputs: list[Tensor]) -> None:
+        """Set the records of the outputs of one operation."""
+        inputs = step.inputs
+        # A pending operation stays pending: the rule may fold it with what follows.
+        if all(not isinstance(self.records.get(id(t)), Pending) and self.bound(t).constant for t in inputs):
+            twins = self.twinned(step, inputs)
+            for place, tensor in enumerate(outputs):
+                self.remember(tensor, nothing(tensor.ndim))
+                if twins is not None and not torch.equal(twins[place], tensor):
+                    self.twins[id(tensor)], self.names[id(tensor)] = twins[place], step.parameters
+            self.newton.forget(outputs)
+            return
+        exact = all(t.is_floating_point() for t in outputs)
+        results = None
+        if rule is not None and exact:
+            try:
+                results = rule(step, outputs)
+            except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+                # Called in a way its rule does not foresee: it has no rule.
+                results = None
+        if rule is None or results is None:
+            still = all(self.bound(t).still for t in inputs) and not any(id(t) in self.twins for t in inputs)
+            if not still:
+                self.lose(step.name)
+            else:
+                self.lose(step.name, ("every input",))
+            for tensor in outputs:
+                zero = torch.zeros([1] * tensor.ndim, dtype=torch.float64)
+                self.remember(tensor, Bound(zero, {}, torch.inf) if still else self.unknown(tensor))
+            self.newton.forget(outputs)
+            return
+        self.newton.follow(rule, step, outputs)
+        for tensor, record in zip(outputs, results, strict=True):
+            if isinstance(record, Bound):
+                record = self.own_error(step, tensor, record) if len(outputs) == 1 else record
+                if any(c == torch.inf for c in record.reach.values()):
+                    self.lose(step.name, ("R1", "every input"))
+                elif record.lip == torch.inf:
+                    self.lose(step.name, ("every input",))
+                if not bool(torch.isfinite(record.radius).all()):
+                    self.lose(step.name, ("R2",))
+            self.remember(tensor, record)
+
+    def twinned(self, step: Step, inputs: list[Tensor]) -> list[Tensor] | None:
+        """The outputs of an operation with the modified network's parameters; None where they are the same."""
+        if not any(id(t) in self.twins for t in inputs):
+            return None
+        return list(tensors_in(step.edited_call()))
+
+    def own_error(self, step: Step, out: Tensor, bound: Bound) -> Bound:
+        """Add the error that the operation makes itself where one of its parameters is modified."""
+        twins = self.twinned(step, step.inputs)
+        if twins is None:
+            return bound
+        shape = list(bound.radius.shape)
+        shape[0] = out.shape[0]
+        own = slice_norm(twins[0] - out, shape)
+        pending = Pending(None, bound, out, twins[0], step.parameters, step.where, "plain")
+        number = self.add_source(pending, own)
+        return Bound(settle_nan(bound.radius + own), {**bound.reach, number: 1.0}, bound.lip)
+
+
+def _on_a_copy(func: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation that writes into its first argument, without doing so."""
+    return lambda first, *args, **kwargs: func(first.clone(), *args, **kwargs)
