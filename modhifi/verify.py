@@ -196,9 +196,9 @@ def _certified_rungs(found: Certified, constant_error: float) -> tuple[Rung, ...
              "holds for every input", "every input"),
         rung("R1 theorem form", found.expected, f"global constants of the modified tails times errors measured on {n} "
              "samples; root mean square over them", "R1"),
-        rung("R2 certified-local", _rms(found.local), f"Newton's method from the clean activations of {n} samples, "
-             f"{ROUNDS} rounds; what they may miss, {_rms(found.remainder):.3g} of it, is certified; root mean square "
-             f"over them; {certain}", "R2"),
+        rung("R2 certified-local", _rms(found.local), f"{ROUNDS} rounds of Newton's method from the clean activations "
+             f"of {n} samples, plus a certified remainder ({_rms(found.remainder):.3g}); root mean square over them; "
+             f"{certain}", "R2"),
         rung("R4 measured", _rms(found.measured), f"measured on {n} samples, root mean square; no guarantee", "R4"),
     )  # fmt: skip
 
