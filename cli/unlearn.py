@@ -197,14 +197,14 @@ def show_audit(report: dict[str, Any], path: Path | None) -> None:
     console = Console()
     for warning in report["warnings"]:
         console.print(f"[yellow]note:[/] {warning}", highlight=False)
-    first, *others = report["tables"]
+    first = report["tables"][0]
     table = Table(*first["columns"], title=report["title"])
     for name, *values in first["rows"]:
         table.add_row(name, *("not measured" if v is None else f"{100 * v:.1f} %" for v in values))
     console.print(table)
-    _by_class(console, others[-1], report)
+    _by_class(console, next(t for t in report["tables"] if t["title"] == "Accuracy by class"), report)
     for verdict in report["verdicts"]:
-        console.print(f"[bold]{verdict['verdict']}[/]: {verdict['text']}", highlight=False)
+        console.print(f"[bold]{verdict['verdict']}[/] ({verdict['name']}): {verdict['text']}", highlight=False)
     if path is not None:
         console.print(f"model and report: {path}/report.html", soft_wrap=True)
 

@@ -241,6 +241,26 @@ def test_command_line(world: Path, tmp_path: Path) -> None:
     assert "head-mask" in audited.stdout and page.is_file()
 
 
+def test_the_screen_names_verdicts_and_the_retained_class_that_lost_most(capsys: pytest.CaptureFixture[str]) -> None:
+    """Wherever its table stands: the layers that spend the error come behind it."""
+    from modhifi.cli.unlearn import show_audit
+
+    classes = [["cat", 0.9, 0.1], ["dog", 0.8, 0.7], ["frog", 0.9, 0.9]]
+    report = {
+        "title": "run", "warnings": [], "audit": {"forgotten": ["cat"], "moved": []},
+        "tables": [
+            {"title": "Attacks, model by model", "columns": ["", "original", "edited"], "rows": [["probe", 0.5, None]]},
+            {"title": "Accuracy by class", "columns": ["class", "original", "edited"], "rows": classes},
+            {"title": "Which layers spend the error", "columns": ["layer", "own error"], "rows": [["conv", 8.7, 0.4]]},
+        ],
+        "verdicts": [{"name": "R4 measured", "verdict": "INFORMATIVE", "text": "0.5"}],
+    }  # fmt: skip
+    show_audit(report, None)
+    shown = capsys.readouterr().out
+    assert "worst retained class: dog, 80.0 % before, 70.0 % after" in shown
+    assert "INFORMATIVE (R4 measured): 0.5" in shown and "not measured" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
