@@ -1,6 +1,8 @@
 """What calibration without data costs: sources of images against the accuracy of what is pruned or unlearned with them.
 
-MODHIFI_DATA=DIR python eval/synthetic.py [--part prune|unlearn|samples|imagenet] [--seeds 3]
+MODHIFI_DATA=DIR python eval/synthetic.py [--part prune|unlearn|samples|imagenet] [--model resnet|vgg|swin] [--seeds 3]
+
+``--model`` concerns prune and unlearn; ``--sources`` takes names of rows, or parts of them, for a smaller table.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 from common import Missing, cifar10, efficientnet_lite0, imagenet_sample, reference, write_results
+from torch.nn.modules.batchnorm import _BatchNorm
 from unlearn import BATCH
 
 from modhifi import measure
@@ -54,11 +57,12 @@ def sources(loaded: LoadedModel, real: Callable[[int, int], Samples], n: int) ->
     def drawn(spec: str) -> Callable[[int], Samples]:
         return lambda seed: load_samples(spec, loaded, n=n, seed=seed)
 
+    remembers = any(isinstance(m, _BatchNorm) for m in loaded.model.modules())
     return {
         "real training images": lambda seed: real(n, seed),
         "synthetic:invert": drawn("synthetic:invert"),
         "synthetic": drawn("synthetic"),
-        "Gaussian noise, batch statistics": drawn("synthetic:gaussian"),
+        **({"Gaussian noise, batch statistics": drawn("synthetic:gaussian")} if remembers else {}),
         "Gaussian noise": lambda seed: plainly(load_samples("synthetic:gaussian", loaded, n=n, seed=seed)),
         "uniform noise": lambda seed: plainly(load_samples("synthetic:uniform", loaded, n=n, seed=seed)),
     }
@@ -69,9 +73,14 @@ def accuracy(loaded: LoadedModel, model: torch.nn.Module, test: Samples) -> floa
 
 
 def pruned_accuracies(loaded: LoadedModel, calibration: Samples, test: Samples) -> list[float]:
-    """Accuracy after pruning the inner channels of every block at each of ``RATIOS``, from one set of moments."""
-    settings = PruneSettings(layout="uniform", coupled=False)
-    structure = choose_groups(find_structure(loaded), settings)
+    """Accuracy after pruning the inner channels of every block at each of ``RATIOS``, from one set of moments.
+
+    A network without such channels, a transformer, loses neurons of its feed-forward layers.
+    """
+    structure = find_structure(loaded)
+    inner = any(g.kind == "channels" and not g.coupled for g in structure.prunable)
+    settings = PruneSettings(layout="uniform", coupled=False, only=("channels" if inner else "neurons",))
+    structure = choose_groups(structure, settings)
     moments = measure_moments(loaded, structure, calibration, settings)
     curves = removal_curves(loaded.model, structure, moments, settings)
     found = []
@@ -86,55 +95,83 @@ def spread(values: Iterable[float]) -> str:
     return f"{statistics.mean(found):.2f} ± {statistics.stdev(found) if len(found) > 1 else 0.0:.2f}"
 
 
+def chosen(found: dict[str, Any], wanted: str) -> dict[str, Any]:
+    """Those with one of the ``wanted`` names or parts of names (separated by ``;``), all for none; real images always.
+
+    A word that is the whole name of one source means that one alone.
+    """
+    words = [word.strip() for word in wanted.split(";")]
+    return {
+        name: source
+        for name, source in found.items()
+        if "real" in name or any(word == name or (word in name and word not in found) for word in words)
+    }
+
+
 def table(
-    loaded: LoadedModel, real: Callable[[int, int], Samples], test: Samples, n: int, seeds: int
+    loaded: LoadedModel, real: Callable[[int, int], Samples], test: Samples, n: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for name, source in sources(loaded, real, n).items():
+    for name, source in chosen(sources(loaded, real, n), options.sources).items():
         results, gaps = [], []
-        for seed in range(seeds):
+        for seed in range(options.seeds):
             calibration = cached(source(seed))
             results.append(pruned_accuracies(loaded, calibration, test))
-            gaps.append(look(loaded, calibration, BATCH).get("mean_norm_gap", float("nan")))
-            print(name, seed, results[-1], gaps[-1], flush=True)
+            gaps += [seen["mean_norm_gap"]] if "mean_norm_gap" in (seen := look(loaded, calibration, BATCH)) else []
+            print(name, seed, results[-1], gaps[-1:], flush=True)
         rows.append({"source": name, "means": [statistics.mean(r[k] for r in results) for k in range(len(RATIOS))]})
-        rows[-1]["distance to the norms"] = spread(gaps)
+        if gaps:
+            rows[-1]["distance to the norms"] = spread(gaps)
         for k, ratio in enumerate(RATIOS):
             rows[-1][f"{ratio:.0%} removed"] = spread(r[k] for r in results)
-    best, worst = rows[0]["means"], next(r["means"] for r in rows if r["source"] == "Gaussian noise")
-    for row in rows:
+    best, worst = rows[0]["means"], next((r["means"] for r in rows if r["source"] == "Gaussian noise"), None)
+    for row in rows if worst else ():
         for k, ratio in enumerate(RATIOS):
             row[f"of the gap, {ratio:.0%}"] = 100 * (row["means"][k] - worst[k]) / (best[k] - worst[k])
     return rows
 
 
-def columns() -> list[str]:
+def columns(rows: list[dict[str, Any]]) -> list[str]:
     shares = [f"{r:.0%} removed" for r in RATIOS] + [f"of the gap, {r:.0%}" for r in RATIOS]
-    return ["source", *shares, "distance to the norms"]
+    return [c for c in ("source", *shares, "distance to the norms") if c in rows[0]]
 
 
-def prune(seeds: int) -> None:
-    loaded, root = reference("resnet"), cifar10()
+def described(options: argparse.Namespace) -> str:
+    """The command line behind a table, without what was left at its default."""
+    words = [f"--part {options.part}", f"--seeds {options.seeds}"]
+    words += [f"--model {options.model}"] if options.model != "resnet" else []
+    words += [f'--sources "{options.sources}"'] if options.sources else []
+    return "Command: `python eval/synthetic.py " + " ".join(words) + "`."
+
+
+def results_name(options: argparse.Namespace) -> str:
+    return f"synthetic_{options.part}" + ("" if options.model == "resnet" else f"_{options.model}")
+
+
+def prune(options: argparse.Namespace) -> None:
+    loaded, root = reference(options.model), cifar10()
     test = cached(load_samples(f"images:{root / 'test'}", loaded, n=TEST))
 
     def real(n: int, seed: int) -> Samples:
         return load_samples(f"images:{root / 'train'}", loaded, n=n, seed=seed)
 
-    rows = table(loaded, real, test, CALIBRATION, seeds)
+    rows = table(loaded, real, test, CALIBRATION, options)
     write_results(
-        "synthetic_prune",
+        results_name(options),
         rows,
-        columns(),
+        columns(rows),
         f"""# Calibration without data: pruning
-The reference ResNet ({accuracy(loaded, loaded.model, test):.1f} % on {TEST} CIFAR-10 test images); inner channels of
-every block, `obs` and least squares, {CALIBRATION} calibration images, {seeds} seeds (mean ± standard deviation, in %).
+The reference {options.model} ({accuracy(loaded, loaded.model, test):.1f} % on {TEST} CIFAR-10 test images); inner
+channels (neurons, in a transformer) of every block, `obs` and least squares, {CALIBRATION} calibration images,
+{options.seeds} seeds (mean ± standard deviation, in %).
 "Of the gap": from Gaussian noise (0) to real images (100). "Distance to the norms": of the images' moments to those
-that BatchNorm stores. Command: `python eval/synthetic.py --part prune`.""",
-        seeds=seeds,
+that BatchNorm stores, before it is told to normalise by the batch: the quality of the data, measured without labels.
+{described(options)}""",
+        seeds=options.seeds,
     )
 
 
-def samples(seeds: int) -> None:
+def samples(options: argparse.Namespace) -> None:
     loaded, root = reference("resnet"), cifar10()
     test = cached(load_samples(f"images:{root / 'test'}", loaded, n=TEST))
     rows: list[dict[str, Any]] = []
@@ -142,7 +179,7 @@ def samples(seeds: int) -> None:
         for name, spec in (("real training images", f"images:{root / 'train'}"), ("synthetic", "synthetic")):
             found = [
                 pruned_accuracies(loaded, load_samples(spec, loaded, n=n, seed=seed), test)
-                for seed in range(seeds if n < 5000 else 1)
+                for seed in range(options.seeds if n < 5000 else 1)
             ]
             rows.append({"source": name, "samples": n})
             for k, ratio in enumerate(RATIOS):
@@ -153,12 +190,12 @@ def samples(seeds: int) -> None:
         rows,
         ["source", "samples", *(f"{r:.0%} removed" for r in RATIOS)],
         f"""# How many calibration images
-As in [pruning without data](synthetic_prune.md), by number of images ({seeds} seeds, one for 5,000).
-Command: `python eval/synthetic.py --part samples --seeds {seeds}`.""",
+As in [pruning without data](synthetic_prune.md), by number of images ({options.seeds} seeds, one for 5,000).
+{described(options)}""",
     )
 
 
-def imagenet(seeds: int) -> None:
+def imagenet(options: argparse.Namespace) -> None:
     loaded = efficientnet_lite0()
     images = load_samples(f"images:{imagenet_sample()}", loaded, n=500)
     test = cached(images.subset(range(250, 500)))
@@ -167,21 +204,21 @@ def imagenet(seeds: int) -> None:
         order = torch.randperm(250, generator=torch.Generator().manual_seed(seed))
         return images.subset(order[:n])
 
-    rows = table(loaded, real, test, 125, seeds)
+    rows = table(loaded, real, test, 125, options)
     write_results(
         "synthetic_imagenet",
         rows,
-        columns(),
+        columns(rows),
         f"""# Calibration without data: tf_efficientnet_lite0
 ImageNet weights ({accuracy(loaded, loaded.model, test):.1f} % on 250 samples that nothing else saw: one standard
 error is about 2 points); inner channels of every block, 125 calibration images (real ones from the
-other 250 samples), {seeds} seeds.
-Command: `python eval/synthetic.py --part imagenet --seeds {seeds}`.""",
+other 250 samples), {options.seeds} seeds.
+{described(options)}""",
     )
 
 
-def unlearn(seeds: int) -> None:
-    loaded, root = reference("resnet"), cifar10()
+def unlearn(options: argparse.Namespace) -> None:
+    loaded, root = reference(options.model), cifar10()
     test = cached(load_samples(f"images:{root / 'test'}", loaded, n=TEST))
     sites = find_sites(loaded)
     assert test.labels is not None
@@ -203,14 +240,14 @@ def unlearn(seeds: int) -> None:
 
     dense = [accuracies(loaded.model, c) for c in FORGOTTEN]
     rows: list[dict[str, Any]] = [{"source": "not edited", **_pair(dense)}]
-    chosen = {
+    data_of = {
         "real training images": lambda seed: load_samples(f"images:{root / 'train'}", loaded, n=1000, seed=seed),
         "synthetic:invert": lambda seed: load_samples("synthetic:invert", loaded, n=500, seed=seed),
         "synthetic, labelled by the model": lambda seed: load_samples("synthetic", loaded, n=1000, seed=seed),
     }
-    for name, source in chosen.items():
+    for name, source in chosen(data_of, options.sources).items():
         found = []
-        for seed in range(seeds):
+        for seed in range(options.seeds):
             data = labelled(source(seed))
             for index in FORGOTTEN:
                 groups = populations(data, [index])
@@ -219,13 +256,13 @@ def unlearn(seeds: int) -> None:
                 print(name, seed, index, found[-1], flush=True)
         rows.append({"source": name, **_pair(found)})
     write_results(
-        "synthetic_unlearn",
+        results_name(options),
         rows,
         ["source", "forgotten class", "other classes"],
         f"""# Forgetting without data
-`erase-writers` on the reference ResNet, classes {FORGOTTEN} one by one, {seeds} seeds; accuracy on {TEST}
-CIFAR-10 test images in %, mean ± standard deviation over classes and seeds.
-Command: `python eval/synthetic.py --part unlearn --seeds {seeds}`.""",
+`erase-writers` on the reference {options.model}, classes {FORGOTTEN} one by one, {options.seeds} seeds; accuracy on
+{TEST} CIFAR-10 test images in %, mean ± standard deviation over classes and seeds.
+{described(options)}""",
     )
 
 
@@ -238,10 +275,12 @@ PARTS = {"prune": prune, "unlearn": unlearn, "samples": samples, "imagenet": ima
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--model", choices=("resnet", "vgg", "swin"), default="resnet")
+    parser.add_argument("--sources", default="", help="names of sources or parts of them, separated by ;")
     parser.add_argument("--seeds", type=int, default=3)
     wanted = parser.parse_args()
     for part in [wanted.part] if wanted.part else PARTS:
         try:
-            PARTS[part](wanted.seeds)
+            PARTS[part](argparse.Namespace(**{**vars(wanted), "part": part}))
         except Missing as missing:
             print(f"{part}: not run: {missing}")
