@@ -22,7 +22,15 @@ from .oracle import confirm
 from .plan import Plan
 from .processes import ALONE, Processes, merged
 from .quality import GramQuality, gram_quality
-from .readers import absorb_mean, applied_second, best_singletons, readers_of, weight_matrix, write_weight
+from .readers import (
+    absorb_mean,
+    applied_second,
+    as_remembered,
+    best_singletons,
+    readers_of,
+    weight_matrix,
+    write_weight,
+)
 from .selection import Curve, eliminate, hifi_union, removal_order
 from .sequential import edit_sequentially, joint_moments
 from .sizes import sizes_of
@@ -170,7 +178,8 @@ def measure_moments(
     if missing:
         raise ModhifiError(f"the layer '{missing[0]}' was never run on the calibration data; exclude its group")
     # Offloaded weights run elsewhere than they lie; the maths goes on where they lie.
-    return {name: m.to(next(readers[name].parameters()).device) for name, m in found.items()}
+    found = {name: m.to(next(readers[name].parameters()).device) for name, m in found.items()}
+    return as_remembered(loaded.model, structure, found) if samples.synthetic else found
 
 
 def removal_curves(

@@ -457,14 +457,14 @@ class ChannelTracer(TorchFunctionMode):
 
 def _operators(tracer: ChannelTracer) -> Iterable[Operator]:
     for module, macs in tracer.macs.items():
-        sink = "bias" if tracer.biased.get(module) else None
-        norms = tracer.norms.get(module, [])
-        if sink is None and len(norms) == 1 and tracer.calls[module] == 1:
+        behind, norms = None, tracer.norms.get(module, [])
+        if len(norms) == 1 and tracer.calls[module] == 1:
             norm, written = norms[0]
             has_mean = getattr(tracer.model.get_submodule(norm), "running_mean", None) is not None
             if has_mean and tracer.calls[norm] == 1 and tracer.uses[written] == 1:
-                sink = norm
-        yield Operator(module, macs // max(1, tracer.samples), sink)
+                behind = norm
+        sink = "bias" if tracer.biased.get(module) else behind
+        yield Operator(module, macs // max(1, tracer.samples), sink, behind)
 
 
 def _stacked(model: nn.Module) -> Iterator[Group]:
