@@ -31,7 +31,8 @@ def from_items(items: Indexed, transform: Callable[[Image.Image], Tensor] | None
     """At most ``n`` different items, chosen and ordered by ``seed``.
 
     An item is a model-ready tensor without a batch axis, a PIL image (``transform`` prepares it), or a pair of either
-    with a class index. Asking for an item again must give the same one: no random augmentation.
+    with a class index. Asking for an item again must give the same one: no random augmentation. ``items`` that draw
+    what they return, a sampler, say so by an attribute ``synthetic`` that is true: batch statistics apply to them.
     Raises ModhifiError for anything else, for labels on some items only, and where there is nothing.
     """
     if len(items) == 0:
@@ -68,7 +69,7 @@ def from_items(items: Indexed, transform: Callable[[Image.Image], Tensor] | None
         labels=torch.tensor(labels, dtype=torch.long) if labels else None,
         names=tuple(f"{kind} {index}" for index in places),
         description=f"{len(places)} of {len(items)} items of a {kind}, seed {seed}",
-        synthetic=False,
+        synthetic=bool(getattr(items, "synthetic", False)),
     )
 
 

@@ -93,6 +93,15 @@ def test_items_are_chosen_by_the_seed_and_equal_ones_once() -> None:
     assert torch.equal(first.load(0), again.load(0))
 
 
+def test_a_sampler_says_that_its_items_are_drawn() -> None:
+    class Sampler(list[torch.Tensor]):
+        synthetic = True
+
+    items = [torch.randn(2) for _ in range(3)]
+    assert own_data.from_items(Sampler(items), None, n=3, seed=0).synthetic
+    assert not own_data.from_items(items, None, n=3, seed=0).synthetic
+
+
 def test_a_module_needs_tensors_and_the_demo_has_names() -> None:
     with pytest.raises(ModhifiError, match="needs tensors"):
         modhifi.prune(net(), ratio=0.5)
