@@ -1,7 +1,7 @@
 """Train the small reference models that the evaluations use, from scratch, on CIFAR-10.
 
     python eval/train_reference.py resnet --data cifar10 --out eval/models/resnet
-    python eval/train_reference.py resnet --data cifar10 --without 3 --out eval/models/resnet-without-3
+    python eval/train_reference.py resnet-muon --data cifar10 --without 3 --out eval/models/resnet-muon-without-3
 
 ``--data`` is a directory with ``train/<class>/*.png`` and ``test/<class>/*.png``. The result is a directory in
 timm's own format (``config.json`` and a half-precision ``model.safetensors``) that
@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -24,16 +27,52 @@ from timm.models import save_for_hf
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
-REFERENCES = {
-    # The published stem of a timm ResNet divides the resolution by four, so images are enlarged to 64 pixels.
-    "resnet": dict(
-        arch="resnet18",
-        size=64,
-        epochs=18,
-        lr=0.4,
-        args=dict(stem_type="deep", stem_width=16, channels=(32, 64, 96, 112)),
+# The published stem of a timm ResNet divides the resolution by four, so images are enlarged to 64 pixels.
+RESNET = dict(stem_type="deep", stem_width=16, channels=(32, 64, 96, 112))
+REFERENCES: dict[str, dict[str, Any]] = {
+    "resnet": dict(arch="resnet18", args=RESNET, sizes=(64,) * 18, lr=0.4, hole=8, smoothing=0.05),
+    "resnet-muon": dict(arch="resnet18", args=RESNET, sizes=(48,) * 4 + (64,) * 4, muon=0.03),
+    "vgg": dict(arch="vgg11_bn", args=dict(mlp_ratio=1 / 64), sizes=(32,) * 5, muon=0.03),
+    "swin": dict(
+        arch="swin_tiny_patch4_window7_224",
+        args=dict(img_size=32, patch_size=2, window_size=4, embed_dim=48, depths=(2, 4), num_heads=(3, 6)),
+        sizes=(32,) * 16,
+        muon=0.02,
+        scaled=False,
     ),
 }
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum steps made orthogonal (Jordan et al. 2024), for weights with at least two axes.
+
+    In float32: ``torch.optim.Muon`` iterates in bfloat16, which most processors emulate. ``scaled`` keeps every weight
+    at the Frobenius norm of an orthogonal matrix, for networks whose norms make them blind to it.
+    """
+
+    def __init__(self, params: Iterable[torch.nn.Parameter], lr: float, scaled: bool) -> None:
+        super().__init__(params, dict(lr=lr, scaled=scaled, momentum=0.95))
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                kept = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                kept.mul_(group["momentum"]).add_(p.grad)
+                change = orthogonal((p.grad + group["momentum"] * kept).flatten(1)).view_as(p)
+                if group["scaled"]:
+                    p.mul_(len(p) ** 0.5 / p.norm())
+                p.sub_(change * max(1.0, len(p) / p[0].numel()) ** 0.5, alpha=group["lr"])
+
+
+def orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """Five Newton-Schulz steps towards the nearest orthogonal matrix, with Jordan's coefficients."""
+    tall = x.shape[0] > x.shape[1]
+    x = (x.T if tall else x) / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+    return x.T if tall else x
 
 
 def load_split(root: Path, split: str) -> tuple[torch.Tensor, torch.Tensor, list[str], list[str]]:
@@ -48,41 +87,68 @@ def load_split(root: Path, split: str) -> tuple[torch.Tensor, torch.Tensor, list
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), classes, files
 
 
-def prepare(images: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 ``(n, 3, 32, 32)`` to normalised float32 ``(n, 3, size, size)``."""
-    x = images.float() / 255
-    if size != x.shape[-1]:
-        x = F.interpolate(x, size=(size, size), mode="bicubic").clamp_(0, 1)
+def enlarged(images: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 ``(n, 3, h, h)`` at another size."""
+    if size == images.shape[-1]:
+        return images
+    parts = [F.interpolate(part.float(), size=(size, size), mode="bicubic") for part in images.split(1000)]
+    return torch.cat([part.round_().clamp_(0, 255).byte() for part in parts])
+
+
+def prepare(images: torch.Tensor) -> torch.Tensor:
+    """uint8 ``(n, 3, h, w)`` to normalised float32."""
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+    return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random 4-pixel shift, mirror and an 8-pixel cut-out, one draw per image."""
+def augment(images: torch.Tensor, generator: torch.Generator, hole: int) -> torch.Tensor:
+    """Random shift by an eighth of the width, mirror and (``hole``: its side in 32nds of the width) cut-out."""
     n, _, h, w = images.shape
-    padded = F.pad(images, (4, 4, 4, 4), mode="reflect")
-    dy, dx = torch.randint(0, 9, (2, n), generator=generator)
-    flip = torch.rand(n, generator=generator) < 0.5
-    cols = torch.arange(w).expand(n, w)
-    cols = torch.where(flip[:, None], w - 1 - cols, cols) + dx[:, None]
-    rows = torch.arange(h).expand(n, h) + dy[:, None]
-    out = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
-    cy, cx = torch.randint(0, h, (2, n), generator=generator)
-    hole = ((torch.arange(h) - cy[:, None]).abs() < 4)[:, :, None] & ((torch.arange(w) - cx[:, None]).abs() < 4)[
-        :, None, :
-    ]
-    return out.masked_fill(hole[:, None], 120)
+    shift = h // 8
+    padded = F.pad(images, (shift,) * 4, mode="reflect")
+    out = torch.empty_like(images)
+    for i, (dy, dx) in enumerate(torch.randint(0, 2 * shift + 1, (n, 2), generator=generator).tolist()):
+        out[i] = padded[i, :, dy : dy + h, dx : dx + w]
+    mirrored = torch.rand(n, generator=generator) < 0.5
+    out[mirrored] = out[mirrored].flip(-1)
+    side = hole * h // 32
+    for i, (y, x) in enumerate(torch.randint(0, h, (n, 2), generator=generator).tolist() if side else ()):
+        out[i, :, max(0, y - side // 2) : y + side // 2, max(0, x - side // 2) : x + side // 2] = 120
+    return out
 
 
 @torch.no_grad()
-def predict(model: torch.nn.Module, images: torch.Tensor, size: int) -> torch.Tensor:
+def predict(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     model.eval()
-    return torch.cat([model(prepare(chunk, size)) for chunk in images.split(500)])
+    return torch.cat([model(prepare(chunk)) for chunk in images.split(500)])
+
+
+def optimizers(model: torch.nn.Module, spec: dict[str, Any]) -> list[torch.optim.Optimizer]:
+    """SGD, or Muon for the weights between the first and the last layer beside AdamW for the rest."""
+    named = list(model.named_parameters())
+    if "muon" not in spec:
+        decay, rest = [p for _, p in named if p.ndim > 1], [p for _, p in named if p.ndim <= 1]
+        groups = [dict(params=decay, weight_decay=5e-4), dict(params=rest, weight_decay=0.0)]
+        return [torch.optim.SGD(groups, lr=spec["lr"], momentum=0.9, nesterov=True)]
+    first = named[0][0]
+    inner = [
+        n for n, p in named if p.ndim > 1 and n != first and not n.startswith(("fc.", "head.")) and "table" not in n
+    ]
+    rest = [p for n, p in named if n not in inner]
+    muon = Muon([p for n, p in named if n in inner], spec["muon"], spec.get("scaled", True))
+    return [muon, torch.optim.AdamW(rest, lr=5e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def share_of_rate(progress: float, spec: dict[str, Any]) -> float:
+    """Of the learning rate at a point in [0, 1] of the schedule: a warm-up, then straight down (Muon) or a cosine."""
+    if "muon" in spec:
+        return min(1.0, progress / 0.02) * (1 - progress)
+    return progress / 0.2 if progress < 0.2 else 0.5 * (1 + math.cos(math.pi * (progress - 0.2) / 0.8))
 
 
 def train(name: str, data: Path, out: Path, without: int | None, epochs: int | None, seed: int) -> None:
     spec = REFERENCES[name]
-    size, epochs = spec["size"], epochs or spec["epochs"]
+    sizes = spec["sizes"][-epochs:] if epochs else spec["sizes"]
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     images, labels, classes, _ = load_split(data, "train")
@@ -94,34 +160,34 @@ def train(name: str, data: Path, out: Path, without: int | None, epochs: int | N
     model = timm.create_model(spec["arch"], num_classes=len(classes), **spec["args"]).to(
         memory_format=torch.channels_last
     )
-    batch = 128
-    steps = epochs * (len(images) // batch)
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [dict(params=decay, weight_decay=spec.get("decay", 5e-4)), dict(params=rest, weight_decay=0.0)]
-    if spec.get("optimizer") == "adamw":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=spec["lr"])
-    else:
-        optimizer = torch.optim.SGD(groups, lr=spec["lr"], momentum=0.9, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, spec["lr"], total_steps=steps, pct_start=0.2)
-    start = time.time()
-    for epoch in range(epochs):
+    batch, size = 128 if "lr" in spec else 250, sizes[-1]
+    steps = len(images) // batch
+    used = optimizers(model, spec)
+    rates = [[group["lr"] for group in o.param_groups] for o in used]
+    test_images = enlarged(test_images, size)
+    start, done, shown = time.time(), 0, images[:0]
+    for epoch, width in enumerate(sizes):
+        if shown.shape[-1] != width or not len(shown):
+            shown = enlarged(images, width)
         model.train()
         order = torch.randperm(len(images), generator=generator)
-        for index in order[: len(order) // batch * batch].split(batch):
-            x = prepare(augment(images[index], generator), size)
-            loss = F.cross_entropy(model(x), labels[index], label_smoothing=0.05)
-            optimizer.zero_grad()
+        for index in order[: steps * batch].split(batch):
+            for o, own in zip(used, rates, strict=True):
+                for group, rate in zip(o.param_groups, own, strict=True):
+                    group["lr"] = rate * share_of_rate(done / (steps * len(sizes)), spec)
+            x = prepare(augment(shown[index], generator, spec.get("hole", 0)))
+            loss = F.cross_entropy(model(x), labels[index], label_smoothing=spec.get("smoothing", 0.1))
+            model.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-            optimizer.step()
-            schedule.step()
-        sample = slice(None, None, 1 if epoch == epochs - 1 else 5)
-        accuracy = (predict(model, test_images[sample], size).argmax(1) == test_labels[sample]).float().mean().item()
-        print(
-            f"{name} epoch {epoch + 1}/{epochs} loss {loss.item():.3f} test {accuracy:.4f} {time.time() - start:.0f}s",
-            flush=True,
-        )
+            if "lr" in spec:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            for o in used:
+                o.step()
+            done += 1
+        sample = slice(None, None, 1 if epoch == len(sizes) - 1 else 5)
+        accuracy = (predict(model, test_images[sample]).argmax(1) == test_labels[sample]).float().mean().item()
+        seconds = f"{time.time() - start:.0f}s"
+        print(f"{name} epoch {epoch + 1}/{len(sizes)} loss {loss.item():.3f} test {accuracy:.4f} {seconds}", flush=True)
 
     # what the architecture's published weights say of themselves is not true of these
     for key in ("tag", "origin_url", "paper_ids", "test_input_size", "test_crop_pct"):
@@ -139,12 +205,12 @@ def train(name: str, data: Path, out: Path, without: int | None, epochs: int | N
     )
     model = model.to(memory_format=torch.contiguous_format).half()
     save_for_hf(model, out, model_args=spec["args"], safe_serialization=True)
-    correct = predict(model.float().eval(), test_images, size).argmax(1) == test_labels
+    correct = predict(model.float().eval(), test_images).argmax(1) == test_labels
     per_class = [correct[test_labels == c].float().mean().item() for c in range(len(classes))]
     record = dict(
         reference=name,
         arch=spec["arch"],
-        epochs=epochs,
+        epochs=len(sizes),
         seed=seed,
         without=without,
         accuracy=correct.float().mean().item(),

@@ -1,22 +1,25 @@
-"""Forget CIFAR-10 classes on the reference ResNet with every method, and attack the results.
+"""Forget CIFAR-10 classes on a reference model with every method, and attack the results.
 
-    MODHIFI_DATA=DIR python eval/unlearn.py --classes 0,3,6
+    MODHIFI_DATA=DIR python eval/unlearn.py [--model resnet|resnet-muon|vgg|swin] [--classes 0,3,6]
 
 Edits see 200 training images per class, attacks learn from 100 others per class, and all is tested on test images.
-Every edit lies in the last two stages, so what comes before is computed once and shared. Results and the plot go to
-``eval/results/unlearn.{md,json,png}``.
+Every edit lies in the last stages, so what comes before is computed once and shared. Beside each method stand models
+that were trained without the class, where there are any (``eval/models/MODEL-without-CLASS``, train_reference.py).
+Results and the plot go to ``eval/results/unlearn.{md,json,png}``, of other models than the first to ``unlearn_MODEL``.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import timm
 import torch
-from common import RESULTS, cifar10, reference, write_results
+from common import RESULTS, Missing, cifar10, reference, write_results
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -30,6 +33,7 @@ from modhifi.unlearn_sites import Sites, find_sites
 
 BATCH = 250
 EDIT, FIT, TEST = 2000, 1000, 2000
+DEFAULT = "erase-writers (default: 3 blocks, 3 passes)"
 METHODS: dict[str, UnlearnSettings] = {
     "head-mask (control)": UnlearnSettings(method="head-mask"),
     "hifi-zero, 1 %": UnlearnSettings(method="hifi-zero", strength=0.01),
@@ -42,23 +46,56 @@ METHODS: dict[str, UnlearnSettings] = {
     "erase-writers, 1 block, 3 passes": UnlearnSettings(depth=1, passes=3),
     "erase-writers, 3 blocks, 2 passes": UnlearnSettings(depth=3, passes=2),
     "erase-writers, 4 blocks, 3 passes": UnlearnSettings(depth=4, passes=3),
-    "erase-writers (default: 3 blocks, 3 passes)": UnlearnSettings(),
+    DEFAULT: UnlearnSettings(),
 }
 COLUMNS = ["forget", "retain", "worst_loss", "recall", "recall_plain", "probe", "probe_retain", "nearest_mean",
            "neighbours", "original_head", "relearn", "kl"]  # fmt: skip
 
 
-class Tail(nn.Module):
-    """The last two stages of a ResNet and its classifier, under the names they have in the whole model."""
+# Of the features of a VGG-11 the first four convolutions; what follows has half of the channels or more.
+VGG_STEM = 15
 
-    def __init__(self, model: Any) -> None:
+
+class Tail(nn.Module):
+    """What follows the stem of a model, under the names it has in the whole model."""
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.layer3, self.layer4 = model.layer3, model.layer4
-        self.global_pool, self.fc = model.global_pool, model.fc
+        whole: Any = copy.deepcopy(model)
+        self.kind = type(model).__name__
+        if self.kind == "ResNet":
+            self.layer3, self.layer4, self.global_pool, self.fc = (
+                whole.layer3,
+                whole.layer4,
+                whole.global_pool,
+                whole.fc,
+            )
+        elif self.kind == "VGG":
+            self.features, self.pre_logits, self.head = whole.features[VGG_STEM:], whole.pre_logits, whole.head
+        elif self.kind == "SwinTransformer":
+            self.layers, self.norm, self.head = whole.layers[1:], whole.norm, whole.head
+        else:
+            raise Missing(f"no stem is known for a {self.kind}")
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc(self.global_pool(self.layer4(self.layer3(x))))
+        if self.kind == "ResNet":
+            out: Tensor = self.fc(self.global_pool(self.layer4(self.layer3(x))))
+        elif self.kind == "VGG":
+            out = self.head(self.pre_logits(self.features(x)))
+        else:
+            out = self.head(self.norm(self.layers(x)))
         return out
+
+
+def stem(model: Any) -> nn.Module:
+    """The part of a model before its tail."""
+    if isinstance(model, timm.models.ResNet):
+        parts = [model.conv1, model.bn1, model.act1, model.maxpool, model.layer1, model.layer2]
+    elif isinstance(model, timm.models.VGG):
+        parts = [model.features[:VGG_STEM]]
+    else:
+        parts = [model.patch_embed, model.layers[0]]
+    return nn.Sequential(*parts)
 
 
 @dataclass(frozen=True)
@@ -74,22 +111,34 @@ class World:
 
 
 @torch.no_grad()
-def stem(model: Any, samples: Samples) -> Samples:
+def before(model: Any, samples: Samples) -> Samples:
     """The samples as the tail of the network receives them."""
-    parts = []
-    for batch in samples.batches(BATCH):
-        parts.append(model.layer2(model.layer1(model.maxpool(model.act1(model.bn1(model.conv1(batch)))))))
-    inputs = torch.cat(parts)
+    first = stem(model)
+    inputs = torch.cat([first(batch) for batch in samples.batches(BATCH)])
     return replace(samples, load=lambda i: inputs[i])
 
 
 def world(whole: LoadedModel, edit: Samples, fit: Samples, test: Samples) -> World:
-    model: Any = whole.model
-    kept = [stem(model, part) for part in (edit, fit, test)]
-    tail = load_model(Tail(model), example=torch.stack([kept[0].load(i) for i in range(2)]))
+    kept = [before(whole.model, part) for part in (edit, fit, test)]
+    tail = load_model(Tail(whole.model), example=torch.stack([kept[0].load(i) for i in range(2)]))
     tail = replace(tail, labels=whole.labels)
     sites = find_sites(tail)
     return World(tail, sites, kept[0], kept[1], kept[2], observe(tail, tail.model, sites, kept[2], BATCH))
+
+
+def retrained(name: str, own: World, classes: list[int], sets: list[Samples]) -> list[dict[str, Any]]:
+    """The measures of the models that were trained without one of the classes, as far as there are any."""
+    rows = []
+    for index in classes:
+        try:
+            whole = reference(f"{name}-without-{index}")
+        except Missing as reason:
+            print(f"not measured: {reason}", flush=True)
+            continue
+        other = world(whole, *sets)
+        found = attack(replace(other, base=own.base), index, other.loaded.model, other.loaded.model)
+        rows.append(found | {"original_head": None})
+    return rows
 
 
 def run(own: World, index: int, settings: UnlearnSettings) -> tuple[dict[str, Any], nn.Module]:
@@ -133,54 +182,64 @@ def curve(own: World, index: int, plain: nn.Module) -> list[dict[str, Any]]:
     return points
 
 
-def plot(points: list[dict[str, Any]]) -> None:
+def plot(name: str, method: str, points: list[dict[str, Any]], honest: dict[str, Any] | None) -> None:
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     axes = figure.add_subplot()
     for key in ("forget", "retain", "recall", "probe", "neighbours"):
-        axes.plot([p["strength"] for p in points], [100 * p[key] for p in points], marker="o", label=key)
-    axes.set_xlabel("share of the full edit (erase-writers, 3 blocks, 3 passes)")
+        known = [p for p in points if p[key] is not None]
+        if known:
+            axes.plot([p["strength"] for p in known], [100 * p[key] for p in known], marker="o", label=key)
+    if honest is not None:
+        axes.axhline(honest["probe"], color="grey", linestyle=":", label="probe, trained without")
+    axes.set_xlabel(f"share of the full edit ({method})")
     axes.set_ylabel("% of test images")
     axes.legend()
-    figure.savefig(RESULTS / "unlearn.png", dpi=120)
+    figure.savefig(RESULTS / f"{name}.png", dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--classes", default="0,3,6")
-    parser.add_argument("--methods", default="", help="only those whose name contains this")
+    parser.add_argument("--model", default="resnet")
+    parser.add_argument("--classes", default="0,1,2,3,4,5,6,7,8,9")
+    parser.add_argument("--methods", default="", help="only those whose name contains this; writes no results")
     chosen = parser.parse_args()
     classes = [int(c) for c in chosen.classes.split(",")]
-    whole = reference("resnet")
+    whole = reference(chosen.model)
     train = load_samples(f"images:{cifar10() / 'train'}", whole, n=EDIT + FIT)
     test = load_samples(f"images:{cifar10() / 'test'}", whole, n=TEST)
-    own = world(whole, train.subset(range(EDIT)), train.subset(range(EDIT, len(train))), test)
+    sets = [train.subset(range(EDIT)), train.subset(range(EDIT, len(train))), test]
+    own = world(whole, *sets)
     rows = [{"method": "original", **mean([attack(own, c, own.loaded.model, own.loaded.model) for c in classes])}]
     print(json.dumps(rows[0]), flush=True)
-    strongest = None
     details: dict[str, Any] = {}
+    edited: dict[str, nn.Module] = {}
     for name, settings in METHODS.items():
-        if chosen.methods and chosen.methods not in name:
+        if chosen.methods not in name:
             continue
         results = [run(own, c, settings) for c in classes]
         rows.append({"method": name, **mean([r for r, _ in results])})
         details[name] = {str(c): r for c, (r, _) in zip(classes, results, strict=True)}
-        strongest = results[0][1]
+        edited[name] = results[0][1]
+        print(json.dumps(rows[-1]), flush=True)
+    honest = retrained(chosen.model, own, classes, sets)
+    if honest:
+        rows.append({"method": f"trained without the class ({len(honest)} models)", **mean(honest)})
         print(json.dumps(rows[-1]), flush=True)
     if chosen.methods:
         return
-    assert strongest is not None
-    points = curve(own, classes[0], strongest)
-    intro = (
-        f"# Forgetting a class\n\nReference ResNet, mean over the classes {chosen.classes}; {EDIT} training images for "
-        f"the edit, {FIT} others for the attacks, {len(test)} test images. Figures in %, KL in nats, seconds of "
-        "processor time of the edit (without the shared first half of the network). `recall`: forgotten class after "
-        "BatchNorm of the last two stages was re-estimated on retained images; `recall_plain`: the same before the "
-        "norms were settled. `probe`, `nearest_mean`, `neighbours`, `relearn` (10-shot prototypes): forgotten "
-        "class found in the last features.\n"
-    )
+    points = curve(own, classes[0], edited[DEFAULT])
+    intro = f"""# Forgetting a class
+
+Reference model `{chosen.model}`, mean over the classes {chosen.classes}; {EDIT} training images for the edit, {FIT}
+others for the attacks, {len(test)} test images. In %, KL in nats, seconds of processor time of the edit (without the
+shared first part of the network). `recall`: forgotten class after BatchNorm of the last stages was re-estimated on
+retained images; `recall_plain`: the same before the norms were settled. `probe`, `nearest_mean`, `neighbours`,
+`relearn` (10-shot prototypes): forgotten class found in the last features.
+"""
     columns = ["method", *COLUMNS, "seconds"]
-    write_results("unlearn", rows, columns, intro, classes=classes, details=details, curve=points)
-    plot(points)
+    name = "unlearn" if chosen.model == "resnet" else f"unlearn_{chosen.model.replace('-', '_')}"
+    write_results(name, rows, columns, intro, classes=classes, details=details, retrained=honest, curve=points)
+    plot(name, DEFAULT, points, rows[-1] if honest else None)
 
 
 if __name__ == "__main__":
