@@ -1,7 +1,7 @@
 """Train the small reference models that the evaluations use, from scratch, on CIFAR-10.
 
     python eval/train_reference.py resnet --data cifar10 --out eval/models/resnet
-    python eval/train_reference.py resnet-muon --data cifar10 --without 3 --out eval/models/resnet-muon-without-3
+    python eval/train_reference.py resnet --data cifar10 --without 3 --out eval/models/resnet-without-3
 
 ``--data`` is a directory with ``train/<class>/*.png`` and ``test/<class>/*.png``. The result is a directory in
 timm's own format (``config.json`` and a half-precision ``model.safetensors``) that
@@ -27,11 +27,16 @@ from timm.models import save_for_hf
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
-# The published stem of a timm ResNet divides the resolution by four, so images are enlarged to 64 pixels.
-RESNET = dict(stem_type="deep", stem_width=16, channels=(32, 64, 96, 112))
 REFERENCES: dict[str, dict[str, Any]] = {
-    "resnet": dict(arch="resnet18", args=RESNET, sizes=(64,) * 18, lr=0.4, hole=8, smoothing=0.05),
-    "resnet-muon": dict(arch="resnet18", args=RESNET, sizes=(48,) * 4 + (64,) * 4, muon=0.03),
+    # The published stem of a timm ResNet divides the resolution by four, so images are enlarged to 64 pixels.
+    "resnet": dict(
+        arch="resnet18",
+        args=dict(stem_type="deep", stem_width=16, channels=(32, 64, 96, 112)),
+        sizes=(64,) * 18,
+        lr=0.4,
+        hole=8,
+        smoothing=0.05,
+    ),
     "vgg": dict(arch="vgg11_bn", args=dict(mlp_ratio=1 / 64), sizes=(32,) * 5, muon=0.03),
     "swin": dict(
         arch="swin_tiny_patch4_window7_224",

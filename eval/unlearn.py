@@ -1,6 +1,6 @@
 """Forget CIFAR-10 classes on a reference model with every method, and attack the results.
 
-    MODHIFI_DATA=DIR python eval/unlearn.py [--model resnet|resnet-muon|vgg|swin] [--classes 0,3,6]
+    MODHIFI_DATA=DIR python eval/unlearn.py [--model resnet|vgg|swin] [--classes 0,3,6]
 
 Edits see 200 training images per class, attacks learn from 100 others per class, and all is tested on test images.
 Every edit lies in the last stages, so what comes before is computed once and shared. Beside each method stand models
