@@ -25,18 +25,25 @@ def picture(samples: Samples, loaded: LoadedModel, index: int) -> Image.Image:
 def contact_sheet(samples: Samples, loaded: LoadedModel, n: int = 64, tile: int = 112) -> Image.Image:
     """The first `n` samples in a nearly square grid, on white, each at most `tile` pixels high and wide.
 
-    Raises ModhifiError if the model takes no images.
+    Small images are enlarged by a whole factor, pixel by pixel. Raises ModhifiError if the model takes no images.
     """
     count = min(n, len(samples))
     columns = math.ceil(math.sqrt(count))
-    cell = tile + 2
-    sheet = Image.new("RGB", (columns * cell, math.ceil(count / columns) * cell), "white")
-    for i in range(count):
-        image = picture(samples, loaded, i)
-        if max(image.size) > tile:
-            image.thumbnail((tile, tile))
-        sheet.paste(image, (i % columns * cell + 1, i // columns * cell + 1))
+    pictures = [_fitted(picture(samples, loaded, i), tile) for i in range(count)]
+    width, height = (max(side) + 2 for side in zip(*(image.size for image in pictures), strict=True))
+    sheet = Image.new("RGB", (columns * width, math.ceil(count / columns) * height), "white")
+    for i, image in enumerate(pictures):
+        sheet.paste(image, (i % columns * width + 1, i // columns * height + 1))
     return sheet
+
+
+def _fitted(image: Image.Image, tile: int) -> Image.Image:
+    longest = max(image.size)
+    if longest > tile:
+        image.thumbnail((tile, tile))
+        return image
+    factor = tile // longest
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def save_sheet(samples: Samples, loaded: LoadedModel, path: Path) -> None:

@@ -380,9 +380,10 @@ def test_pictures_show_the_pixels_drawn(tmp_path: Path) -> None:
     samples = load_samples("synthetic", loaded, n=5, seed=2, balanced=False)
     drawn = data.synthetic.draw("mixed", 2, 3, 16, 16)
     assert np.array_equal(np.asarray(picture(samples, loaded, 3)), drawn)
-    sheet = contact_sheet(samples, loaded, n=64)
-    assert sheet.size == (3 * 114, 2 * 114)
-    assert np.array_equal(np.asarray(sheet)[115:131, 1:17], drawn)
+    sheet = contact_sheet(samples, loaded, n=64, tile=40)  # images of 16 pixels, enlarged twice
+    assert sheet.size == (3 * 34, 2 * 34)
+    assert np.array_equal(np.asarray(sheet)[35:67:2, 1:33:2], drawn)
+    assert contact_sheet(samples, loaded, tile=8).size == (3 * 10, 2 * 10)
     paths = materialise(samples, loaded, tmp_path / "new")
     assert [p.name for p in paths] == [f"{i:06d}.png" for i in range(5)]
     assert np.array_equal(np.asarray(Image.open(paths[3])), drawn)
