@@ -159,7 +159,9 @@ def plot(rows: list[dict[str, Any]], name: str) -> None:
     for k, ratio in enumerate(RATIOS):
         axes.scatter(distances, [row["means"][k] for row in known], label=f"{ratio:.0%} removed")
     for row, distance in zip(known, distances, strict=True):
-        axes.annotate(row["source"], (distance, row["means"][0]), (4, 2), textcoords="offset points", fontsize=7)
+        axes.annotate(
+            row["source"], (distance, row["means"][0]), (4, 2), textcoords="offset points", fontsize=7, rotation=12
+        )
     axes.set_xscale("log")
     axes.margins(x=0.25)
     axes.set_xlabel("distance to the moments that BatchNorm stores")
