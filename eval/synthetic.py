@@ -204,6 +204,7 @@ channels (neurons, in a transformer) of every block, `obs` and least squares, {C
 {options.seeds} seeds (mean ± standard deviation, in %).
 "Of the gap": from Gaussian noise (0) to real images (100). "Distance to the norms": of the images' moments to those
 that BatchNorm stores, before it is told to normalise by the batch: the quality of the data, measured without labels.
+![plot]({results_name(options)}.png)
 {described(options)}""",
         seeds=options.seeds,
     )
