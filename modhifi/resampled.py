@@ -21,7 +21,12 @@ MASKED, SWEEPS = 0.15, 3
 
 
 class Resampler:
-    """Writes windows of ``length`` tokens. Raises ModhifiError for models without a masked-LM head or a mask token."""
+    """Writes windows of ``length`` tokens.
+
+    Raises ModhifiError for models without a masked-LM head or a mask token.
+    """
+
+    how = "sampled at temperature 1"
 
     def __init__(self, loaded: LoadedModel, length: int) -> None:
         name = type(loaded.model).__name__

@@ -20,6 +20,8 @@ from modhifi.load import LoadedModel
 from modhifi.resampled import Resampler
 from modhifi.text import cutter_of, identity, vocabulary, window_of
 
+# The rest of a distribution is thousands of tokens that do not belong, and one of them leads a text astray for good.
+NUCLEUS = 0.95
 # A window is a loop if less than this share of its runs of so many tokens are different ones.
 RUN, LEAST_DIFFERENT = 4, 0.5
 # Windows written side by side (of a masked model few, which gives logits at every place), and how many times the number
@@ -63,7 +65,7 @@ def write(
                            "with --data text:FILE")  # fmt: skip
     windows = list(found.values())
     remarks = [f"self, {n} windows of {length} tokens written from {writer.what}"]
-    remarks += [f"sampled at temperature 1, seed {seed}"]
+    remarks += [f"{writer.how}, seed {seed}"]
     remarks += [f"{loops} loops rejected"] * bool(loops)
     remarks += [f"{written - loops - n} duplicates dropped"] * (written - loops > n)
     return Samples(
@@ -84,6 +86,8 @@ def is_loop(tokens: Tensor) -> bool:
 
 class Continuer:
     """Writes windows of ``length`` tokens on from the model's own beginnings."""
+
+    how = f"sampled at temperature 1 from the likeliest {NUCLEUS:.0%}"
 
     def __init__(self, loaded: LoadedModel, length: int) -> None:
         self.loaded, self.length = loaded, length
@@ -147,5 +151,11 @@ def _continue(loaded: LoadedModel, tokens: Tensor, length: int, chance: torch.Ge
 
 
 def draw(logits: Tensor, chance: torch.Generator) -> Tensor:
-    """One token for each row of logits ``(n, vocabulary)``, int64 ``(n, 1)``, from the model's whole distribution."""
-    return torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=chance)
+    """One token for each row of logits ``(n, vocabulary)``, int64 ``(n, 1)``, from the nucleus of the distribution.
+
+    The nucleus holds the likeliest tokens that together have ``NUCLEUS`` of the probability (Holtzman et al., ICLR
+    2020).
+    """
+    shares, order = logits.float().softmax(-1).cpu().sort(-1, descending=True)
+    shares[shares.cumsum(-1) - shares >= NUCLEUS] = 0
+    return order.gather(-1, torch.multinomial(shares, 1, generator=chance))

@@ -23,7 +23,7 @@ def test_windows_are_full_seeded_and_different(tmp_path: Path) -> None:
     windows = torch.stack([samples.load(i) for i in range(40)])
     assert windows.shape == (40, 12) and (windows[:, 0] == 1).all() and len(set(samples.hashes)) == 40
     assert samples.synthetic
-    assert "the tokenizer's own beginning [1], sampled at temperature 1, seed 0" in samples.description
+    assert "beginning [1], sampled at temperature 1 from the likeliest 95%, seed 0" in samples.description
     assert load_samples("synthetic", loaded, n=40, window=12).hashes == samples.hashes
     assert load_samples("self", loaded, n=40, window=12, seed=1).hashes != samples.hashes
 
@@ -49,11 +49,13 @@ def test_the_cache_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert load_samples("self", loaded, n=4, window=10).hashes == cached.hashes
 
 
-def test_draws_follow_the_models_distribution() -> None:
-    logits = torch.tensor([0.5, 0.3, 0.16, 0.03, 0.01]).log().expand(4000, 5)
+def test_draws_follow_the_models_distribution_in_its_nucleus() -> None:
+    logits = torch.tensor([0.01, 0.3, 0.5, 0.03, 0.16]).log().expand(4000, 5)
     drawn = self_written.draw(logits, torch.Generator().manual_seed(0)).flatten()
     shares = torch.bincount(drawn, minlength=5) / 4000
-    torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.16, 0.03, 0.01]), atol=0.03, rtol=0)
+    torch.testing.assert_close(shares, torch.tensor([0, 0.3, 0.5, 0, 0.16]) / 0.96, atol=0.03, rtol=0)
+    certain = torch.tensor([[0.0, 9.0, 0.0]])  # one token alone is more than the nucleus
+    assert self_written.draw(certain, torch.Generator()).tolist() == [[1]]
 
 
 def test_without_a_beginning_ordinary_words_start(tmp_path: Path) -> None:
