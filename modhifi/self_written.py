@@ -9,6 +9,7 @@ is full and nothing is padded.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -139,10 +140,12 @@ def ordinary_words(loaded: LoadedModel) -> list[int]:
 def _continue(loaded: LoadedModel, tokens: Tensor, length: int, chance: torch.Generator) -> Tensor:
     """Windows, int64 ``(n, length)``, that start with ``tokens`` ``(n, k)``; the draws are made on the CPU."""
     device = next(loaded.model.parameters()).device
+    # transformers has renamed what a model takes and returns as its key-value cache
+    cache = "cache" if "cache" in inspect.signature(loaded.model.forward).parameters else "past_key_values"
     past, step = None, tokens.to(device)
     while tokens.shape[1] < length:
-        out = loaded.model(input_ids=step, past_key_values=past, use_cache=True)
-        past = getattr(out, "past_key_values", None)
+        out = loaded.model(input_ids=step, use_cache=True, **{cache: past})
+        past = getattr(out, cache, None)
         drawn = draw(out.logits[:, -1], chance)
         tokens = torch.cat([tokens, drawn], 1)
         # A model without such a cache reads everything again.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +40,16 @@ def test_a_beginning_that_texts_do_not_have_is_left_out(tmp_path: Path) -> None:
 
 def test_the_cache_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_model(tiny_text.save(tmp_path))
-    cached = load_samples("self", loaded, n=4, window=10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # deprecated names of the cache, say
+        cached = load_samples("self", loaded, n=4, window=10)
+    lengths: list[int] = []
+    handle = loaded.model.register_forward_pre_hook(
+        lambda m, a, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    load_samples("self", loaded, n=4, window=10)
+    handle.remove()
+    assert set(lengths) == {1}  # the cache is used
     whole = loaded.model.forward
 
     def without_cache(input_ids: torch.Tensor, **_: object) -> transformers.utils.ModelOutput:
