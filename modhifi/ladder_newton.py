@@ -23,7 +23,7 @@ from modhifi.ladder_modules import as_function
 from modhifi.ladder_step import Record, Rule, Step
 from modhifi.operations import swap, tensors_in
 
-ROUNDS = 4
+ROUNDS = 8
 # A tangent that misses no more than this share of the largest entry is exact: what differs is rounding.
 EXACT = 1e-13
 
