@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
-from .data import Samples
 from .groups import Structure
-from .ladder_units import forgetting
-from .load import LoadedModel
 from .report import number
 from .verify import BoundReport
 
@@ -54,35 +47,3 @@ def add_groups(report: dict[str, Any], found: BoundReport, structure: Structure)
         local, change = sum(s.local for s in layers), sum(s.change for s in layers)
         row["amplification"] = change / local if local > 0 else None
         row["share"] = change / spent if spent > 0 and layers else None
-
-
-def add_forgetting(
-    report: dict[str, Any],
-    loaded: LoadedModel,
-    edited: nn.Module,
-    forgotten: Samples,
-    classes: Sequence[int],
-    alpha: float,
-    batch_size: int,
-) -> None:
-    """How often, at least, the forgotten classes are no longer predicted on held-out samples of them, into a report.
-
-    INFORMATIVE where that is more often than the original missed them, at most.
-    """
-    found = {}
-    device = next(edited.parameters()).device
-    for name, model in (("original", loaded.model), ("edited", edited)):
-        with torch.inference_mode():
-            top = [loaded.logits(b.to(device), model).argmax(1).cpu() for b in forgotten.batches(batch_size)]
-        found[name] = forgetting(torch.cat(top), torch.tensor(classes), alpha)
-    after, before = found["edited"], found["original"]
-    report["verdicts"].append(
-        {
-            "name": "forgotten classes no longer predicted",
-            "verdict": "INFORMATIVE" if after.lower > before.upper else "VACUOUS",
-            "text": f"for at least {100 * after.lower:.3g} % of their images (Clopper-Pearson, {after.n} held-out "
-            f"images, {100 * (1 - alpha):.4g} % confidence); measured {100 * after.measured:.3g} %, "
-            f"{100 * before.measured:.3g} % before the edit; no proof that anything was erased",
-        }
-    )
-    report["bounds"]["forgetting"] = {name: vars(value) for name, value in found.items()}

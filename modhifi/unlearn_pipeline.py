@@ -19,7 +19,7 @@ from .errors import ModhifiError
 from .load import LoadedModel, load_model
 from .pipeline import NOTHING, Given, load_source, own_skeleton
 from .report import data_uri
-from .run_checks import add_bounds, add_forgetting
+from .run_checks import add_bounds
 from .unlearn import Forgotten, Progress, blend, fit_strength, forget, settled_names, silent
 from .unlearn_data import UnlearnData, class_name, count_classes, find_classes, label_samples, load_unlearn_data
 from .unlearn_data import populations as populations_of
@@ -27,7 +27,7 @@ from .unlearn_moments import passes
 from .unlearn_norms import settle_norms
 from .unlearn_recipe import UnlearnRecipe
 from .unlearn_sites import Sites, find_sites
-from .verify import BoundReport, verify_model
+from .verify import BoundReport, verify_unlearned
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,20 @@ def run_unlearn(
     if strength == 0.0:
         report["warnings"].append("no strength of this method stays within the retain budget: nothing was changed")
     with clock.stage("bound"):
-        part = populations_of(data.test, classes, earlier)
-        retained, forgotten = (data.test.subset(torch.nonzero(w).flatten()) for w in (part == 0, part > 0))
-        walked, size = recipe.checks.walked, recipe.batch_size
-        bounds = verify_model(
-            loaded, found.model, found.model, retained, tolerances, walked=walked, batch_size=size, progress=progress
+        bounds = verify_unlearned(
+            loaded,
+            found.model,
+            found.model,
+            data.test,
+            classes,
+            tolerances,
+            earlier=earlier,
+            walked=recipe.checks.walked,
+            batch_size=recipe.batch_size,
+            progress=progress,
         )
         add_bounds(report, bounds)
         report["contact_sheet"] = data_uri(contact_sheet(data.edit, loaded, n=48, tile=64))
-        add_forgetting(report, loaded, found.model, forgotten, classes, tolerances.alpha, size)
     path = None
     if out is not None:
         with clock.stage("save"):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
-from modhifi.ladder_units import QUANTILE, Interval, Statistical, Units, nll_cap
+from modhifi.ladder_units import QUANTILE, Forgetting, Interval, Statistical, Units, nll_cap
 from modhifi.statistics import divided_alpha, settling_n_mean, settling_n_rate
 
 PASSING = ("PASS-CERTIFIED", "PASS-STATISTICAL", "PASS-ON-SAMPLES")
@@ -121,6 +121,17 @@ def _verdict(
         f"about {settling:,} units would settle it" if settling else "no number of units can be named that settles it"
     )
     return Verdict(name, "INCONCLUSIVE", f"{measured}, at most {show(interval.upper)} with {sure}; {more}", settling)
+
+
+def forgetting_verdict(before: Forgetting, after: Forgetting) -> dict[str, str]:
+    """A line for the table: INFORMATIVE where the edited model misses the forgotten classes more often than before."""
+    return {
+        "name": "forgotten classes no longer predicted",
+        "verdict": "INFORMATIVE" if after.lower > before.upper else "VACUOUS",
+        "text": f"for at least {100 * after.lower:.3g} % of their images (Clopper-Pearson, {after.n} held-out images, "
+        f"{100 * (1 - after.alpha):.4g} % confidence); measured {100 * after.measured:.3g} %, "
+        f"{100 * before.measured:.3g} % before the edit; no proof that anything was erased",
+    }
 
 
 def enforce(verdicts: tuple[Verdict, ...]) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,10 +22,11 @@ from modhifi.errors import ModhifiError
 from modhifi.ladder_certified import OUTPUT_SLACK, Certified, certify, logits_of
 from modhifi.ladder_hybrids import LayerShare, hybrid_changes
 from modhifi.ladder_newton import ROUNDS
-from modhifi.ladder_units import Statistical, Units, run_units, statistical
+from modhifi.ladder_units import Forgetting, Statistical, Units, forgetting, run_units, statistical
 from modhifi.load import LoadedModel
 from modhifi.report import jsonable
-from modhifi.verdicts import Tolerances, Verdict, enforce, judge, self_test
+from modhifi.unlearn_data import populations
+from modhifi.verdicts import Tolerances, Verdict, enforce, forgetting_verdict, judge, self_test
 
 Progress = Callable[[str, int, int], None]
 
@@ -58,6 +59,8 @@ class BoundReport:
     statistical: Statistical
     tolerances: Tolerances
     warnings: tuple[str, ...]
+    # Of the original and the edited model, where classes were forgotten; everything else is then about the others.
+    forgetting: Mapping[str, Forgetting] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """``verdicts`` for the report's table, everything else under ``bounds``; both JSON-able."""
@@ -68,6 +71,10 @@ class BoundReport:
             shown = "" if rung.value is None else f"{rung.value:.4g}; "
             text = f"{shown}{rung.assumption}" + (f" ({rung.note})" if rung.note else "")
             verdicts.append({"name": rung.name, "verdict": verdict, "text": text})
+        if self.forgetting is None:
+            del content["forgetting"]
+        else:
+            verdicts.append(forgetting_verdict(self.forgetting["original"], self.forgetting["edited"]))
         return {"verdicts": verdicts, "bounds": content}
 
     def enforce(self) -> None:
@@ -125,6 +132,40 @@ def verify_model(
         tolerances=tolerances,
         warnings=tuple(warnings),
     )
+
+
+def verify_unlearned(
+    loaded: LoadedModel,
+    edited: nn.Module,
+    dense_shape: nn.Module | None,
+    held: Samples,
+    classes: Sequence[int],
+    tolerances: Tolerances | None = None,
+    *,
+    earlier: Sequence[int] = (),
+    walked: int | None = None,
+    batch_size: int = 32,
+    progress: Progress = lambda stage, done, total: None,
+) -> BoundReport:
+    """The ladder on labelled held-out samples of the classes that stay, and how often ``classes`` are no longer said.
+
+    ``earlier`` classes, forgotten before, belong to neither. Raises ModhifiError as :func:`verify_model` does, and
+    where no sample of one of the two kinds is among them.
+    """
+    part = populations(held, classes, earlier)
+    retained, forgotten = (held.subset(torch.nonzero(w).flatten()) for w in (part == 0, part > 0))
+    if not len(retained) or not len(forgotten):
+        kind = "retained" if not len(retained) else "forgotten"
+        raise ModhifiError(f"no held-out image of the {kind} classes; give data that has both, or more --samples")
+    found = verify_model(
+        loaded, edited, dense_shape, retained, tolerances, walked=walked, batch_size=batch_size, progress=progress
+    )
+    device, rates = next(edited.parameters()).device, {}
+    for name, model in (("original", loaded.model), ("edited", edited)):
+        with torch.inference_mode():
+            top = [_moved(loaded, model, device, b).argmax(1).cpu() for b in forgotten.batches(batch_size)]
+        rates[name] = forgetting(torch.cat(top), torch.tensor(classes), found.statistical.alpha)
+    return replace(found, forgetting=rates)
 
 
 def _population(units: Units, held: Samples) -> str:

@@ -20,8 +20,9 @@ from modhifi.rebuild import expand, plan_of
 from modhifi.recipe import ModelSource
 from modhifi.skeleton import same_modules
 from modhifi.text import window_of
+from modhifi.unlearn_data import label_samples
 from modhifi.verdicts import Tolerances
-from modhifi.verify import BoundReport, Progress, verify_model
+from modhifi.verify import BoundReport, Progress, verify_model, verify_unlearned
 
 
 def verify_artifact(
@@ -70,6 +71,14 @@ def verify_artifact(
     original.model.to(device)
     edited.model.to(device)
     size = batch_size or usual.batch_size
+    gone = [c["index"] for c in manifest.get("forgotten") or []]
+    if gone:
+        held, remark = label_samples(original, held, size)
+        found = verify_unlearned(
+            original, edited.model, dense_shape, held, gone, tolerances, walked=walked, batch_size=size,
+            progress=progress,
+        )  # fmt: skip
+        return replace(found, warnings=(*found.warnings, *([remark] if remark else [])))
     return verify_model(
         original, edited.model, dense_shape, held, tolerances, walked=walked, batch_size=size, progress=progress
     )

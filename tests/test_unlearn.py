@@ -23,6 +23,7 @@ from modhifi.unlearn_norms import recall
 from modhifi.unlearn_pipeline import forgotten_before, run_audit, run_unlearn
 from modhifi.unlearn_recipe import parse_unlearn_recipe
 from modhifi.unlearn_sites import find_sites
+from modhifi.verify import verify_unlearned
 
 __all__ = ["world"]
 CLASS = 2
@@ -210,6 +211,22 @@ def test_a_retain_budget_weakens_an_edit_that_costs_too_much(world: Path) -> Non
     assert held.report["strength"]["retain_loss_on_held_out"] <= 0.02
     rows = [r.report["audit"]["rows"]["edited"] for r in (full, held)]
     assert rows[1]["retain"] > rows[0]["retain"]
+
+
+def test_verify_bounds_the_retained_classes_and_counts_the_forgotten(world: Path, artefact: Path) -> None:
+    arguments = ["verify", str(artefact), "--against", str(world / "model"), "--data", f"images:{world / 'test'}"]
+    done = CliRunner().invoke(app, [*arguments, "--samples", "80", "--walked", "1", "--quiet", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    verdicts = {v["name"]: v["verdict"] for v in found["verdicts"]}
+    assert verdicts["forgotten classes no longer predicted"] == "INFORMATIVE" and verdicts["self-test"] == "HOLDS"
+    gone = found["bounds"]["forgetting"]["edited"]
+    assert gone["n"] + found["bounds"]["statistical"]["n"] == 80 and gone["lower"] > 0.5
+    loaded, edited = load_model(world / "model"), load_model(artefact).model
+    held = load_samples(f"images:{world / 'test'}", loaded, n=40)
+    for kind, chosen in (("retained", held.labels == CLASS), ("forgotten", held.labels != CLASS)):
+        with pytest.raises(ModhifiError, match=f"no held-out image of the {kind} classes"):
+            verify_unlearned(loaded, edited, edited, held.subset(chosen.nonzero().flatten()), [CLASS])
 
 
 def test_audit_alone_agrees_with_the_run(world: Path, artefact: Path) -> None:
