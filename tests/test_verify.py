@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -237,6 +238,21 @@ def test_max_error_is_about_the_quantile() -> None:
     units = run_units(loaded.logits, lambda b: loaded.logits(b, twin), held, 100)
     # A measured failure is stronger than a certificate: one of the two would be a bug, and the failure is shown.
     assert judge(Tolerances(max_error=1.0), statistical(units, 0.05), units, 0.5)[0].verdict == "FAIL"
+
+
+def test_the_statistical_rung_takes_two_passes_for_each_unit() -> None:
+    loaded, twin, held = identical(70, 2)
+    seen = {"dense": 0, "edited": 0}
+
+    def counting(name: str, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        def run(batch: Tensor) -> Tensor:
+            seen[name] += len(batch)
+            return loaded.logits(batch, model)
+
+        return run
+
+    run_units(counting("dense", loaded.model), counting("edited", twin), held, 32)
+    assert seen == {"dense": 70, "edited": 70}
 
 
 def test_units_that_are_no_sample_claim_nothing_more() -> None:
