@@ -213,12 +213,13 @@ def _greedy(problem: _Problem) -> dict[str, int]:
         if heap and fresh[0] > heap[0][0] * (1 + 1e-9):
             heapq.heappush(heap, (fresh[0], name))
             continue
-        choices = [widths[name], *range(fresh[1], widths[name], problem.step(by_name[name]))]
-        sizes = {width: problem.size({**widths, name: width}) for width in choices}
-        if sizes[fresh[1]] < target:
+        after = problem.size({**widths, name: fresh[1]})
+        if after < target:
+            choices = [widths[name], *range(fresh[1], widths[name], problem.step(by_name[name]))]
+            sizes = {width: problem.size({**widths, name: width}) for width in choices}
             widths[name] = min(choices, key=lambda width, sizes=sizes: abs(sizes[width] - target))  # type: ignore[misc]
             break
-        widths[name], total = fresh[1], sizes[fresh[1]]
+        widths[name], total = fresh[1], after
         following = proposal(name)
         if following is not None:
             heapq.heappush(heap, (following[0], name))

@@ -30,10 +30,11 @@ def least_squares_towards(weight: Tensor, cross: Tensor, second: Tensor, kept: T
     result = torch.zeros_like(weight)
     inner = second[kept][:, kept]
     scale = float(second.diagonal().mean()) or 1.0
-    eye = torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
     for attempt in range(5):
         damping = ridge * 10**attempt * scale
-        factor, info = torch.linalg.cholesky_ex(inner + damping * eye)
+        damped = inner.clone()
+        damped.diagonal().add_(damping)
+        factor, info = torch.linalg.cholesky_ex(damped)
         if not int(info):
             target = weight @ cross[:, kept] + damping * weight[:, kept]
             result[:, kept] = torch.cholesky_solve(target.T, factor).T
@@ -68,5 +69,14 @@ def masked(weight: Tensor, kept: Tensor) -> Tensor:
 
 def local_error(weight: Tensor, edited: Tensor, second: Tensor) -> float:
     """Expected squared change of the reader's output, ``tr[(W−Ŵ) S (W−Ŵ)ᵀ]`` (the mean being restored, if S is Σ)."""
+    return error_and_energy(weight, edited, second)[0]
+
+
+def error_and_energy(weight: Tensor, edited: Tensor, second: Tensor) -> tuple[float, float]:
+    """:func:`local_error` and the output's energy ``tr[W S Wᵀ]``, which needs only the columns that are left."""
     gap = weight - edited
-    return max(0.0, float(((gap @ second) * gap).sum()))
+    through = gap @ second
+    error, used = max(0.0, float((through * gap).sum())), edited.any(0)
+    own = edited[:, used]
+    rest = ((own @ second[used][:, used]) * own).sum()
+    return error, max(0.0, error + float(2 * (through * edited).sum() + rest))

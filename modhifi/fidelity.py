@@ -25,12 +25,16 @@ def _ordered(weight: Tensor, second: Tensor, blocks: Tensor) -> tuple[Tensor, Te
     return weight[:, columns], second[columns][:, columns]
 
 
-def _parts(weight: Tensor, second: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _parts(
+    weight: Tensor, second: Tensor, blocks: Tensor, product: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """``⟨Y_c, A_ci⟩`` and ``E‖A_ci‖²``, both ``(out, n)``, and ``E‖Y_c‖²``, ``(out,)``."""
     n, m = blocks.shape
     inside = second[blocks[:, :, None], blocks[:, None, :]]
-    weight, second = _ordered(weight, second, blocks)
-    inner = (weight * (weight @ second)).view(-1, n, m).sum(2)
+    weight, ordered = _ordered(weight, second, blocks)
+    if product is None or ordered is not second:
+        product = weight @ ordered
+    inner = (weight * product).view(-1, n, m).sum(2)
     pieces = weight.view(-1, n, m)
     return inner, torch.einsum("cim,imk,cik->ci", pieces, inside, pieces), inner.sum(1)
 
@@ -41,12 +45,14 @@ def _ratio(numerator: Tensor, denominator: Tensor, scale: Tensor) -> Tensor:
     return torch.where(alive, numerator / torch.where(alive, denominator, 1.0), torch.zeros_like(numerator))
 
 
-def singleton_fidelity(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
+def singleton_fidelity(
+    weight: Tensor, second: Tensor, blocks: Tensor, product: Tensor | None = None
+) -> Tensor:
     """Fidelity of each component alone, ``s_ci = ⟨Y_c,A_ci⟩² / (E‖A_ci‖² E‖Y_c‖²)``, ``(out, n)`` in [0, 1].
 
-    0 where a contribution or the whole channel has no energy.
+    0 where a contribution or the whole channel has no energy. ``product`` is ``weight @ second`` where it is known.
     """
-    inner, own, energy = _parts(weight, second, blocks)
+    inner, own, energy = _parts(weight, second, blocks, product)
     alone = _ratio(inner.square(), own, own.amax(1, keepdim=True))
     return _ratio(alone, energy[:, None].expand_as(own), own.sum(1, keepdim=True)).clamp(0.0, 1.0)
 

@@ -16,9 +16,19 @@ from .groups import Group, Structure
 from .load import LoadedModel
 from .moments import Moments
 from .plan import Plan
-from .pruning import Progress, PruneSettings, make_plan, silent, write_compensated
+from .pruning import (
+    TRIAL,
+    Progress,
+    PruneSettings,
+    compensated,
+    make_plan,
+    silent,
+    store,
+    trial_size,
+    write_compensated,
+)
 from .replay import Replay
-from .selection import Curve
+from .selection import Curve, Trial
 from .surgery import removed_positions
 
 # fewest and most samples that probe the effect of one group
@@ -104,7 +114,7 @@ def amplification(
     moments: Mapping[str, Moments],
     settings: PruneSettings,
     probe: Tensor,
-    share: float = 0.3,
+    share: float = TRIAL,
     progress: Progress = silent,
 ) -> dict[str, float]:
     """Squared output change per unit of squared local error when one group alone loses ``share`` of its components.
@@ -120,14 +130,13 @@ def amplification(
         for number, group in enumerate(structure.prunable):
             progress("probing", number, len(structure.prunable))
             curve = curves[group.name]
-            removed = min(len(curve.order), max(group.step, int(share * group.n) // group.step * group.step))
-            stay = torch.ones(group.n, dtype=torch.bool)
-            stay[curve.order[:removed]] = False
-            plan = Plan({group.name: tuple(torch.nonzero(stay).flatten().tolist())})
-            with _edited(model, structure, plan, moments, settings):
+            trial = curve.trial or _trial(model, structure, group, curve, moments, settings, share)
+            with _restored(model, structure, [group]):
+                for piece, weight in zip(group.readers, trial.weights, strict=True):
+                    store(model, structure, piece.module, weight.double(), moments[piece.module], settings)
                 with replay.after_change(piece.module for piece in group.readers):
                     changed = loaded.logits(probe)
-            weights[group.name] = output_change(dense, changed) / max(float(curve.cost[removed]), 1e-300)
+            weights[group.name] = output_change(dense, changed) / max(float(curve.cost[trial.removed]), 1e-300)
     progress("probing", len(structure.prunable), len(structure.prunable))
     return weights
 
@@ -138,16 +147,43 @@ def output_change(dense: Tensor, changed: Tensor) -> float:
     return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))
 
 
+def _trial(
+    model: nn.Module,
+    structure: Structure,
+    group: Group,
+    curve: Curve,
+    moments: Mapping[str, Moments],
+    settings: PruneSettings,
+    share: float,
+) -> Trial:
+    """A trial of one group from its curve's order, for compensations that elimination does not do on its way."""
+    removed = min(len(curve.order), trial_size(group, share))
+    stay = torch.ones(group.n, dtype=torch.bool)
+    stay[curve.order[:removed]] = False
+    gone = removed_positions(structure, Plan({group.name: tuple(torch.nonzero(stay).flatten().tolist())}))
+    return Trial(removed, tuple(
+        compensated(model, structure, piece.module, gone[piece.module, "reader"], moments[piece.module], settings)
+        for piece in group.readers
+    ))  # fmt: skip
+
+
 @contextmanager
 def _edited(
     model: nn.Module, structure: Structure, plan: Plan, moments: Mapping[str, Moments], settings: PruneSettings
 ) -> Iterator[None]:
     """Inside, every reader of the plan's removed components has its compensated weights."""
-    saved = _remember(model, structure, [g for g in structure.prunable if g.name in plan.kept])
-    try:
+    with _restored(model, structure, [g for g in structure.prunable if g.name in plan.kept]):
         for (name, role), positions in removed_positions(structure, plan).items():
             if role == "reader":
                 write_compensated(model, structure, name, positions, moments[name], settings)
+        yield
+
+
+@contextmanager
+def _restored(model: nn.Module, structure: Structure, groups: Iterable[Group]) -> Iterator[None]:
+    """Afterwards, the groups' readers are as they were before."""
+    saved = _remember(model, structure, groups)
+    try:
         yield
     finally:
         for name, value in saved.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .allocate import Budget, allocate
-from .compensate import least_squares, local_error, masked, scaled
+from .compensate import error_and_energy, least_squares, masked, scaled
 from .data import Samples
 from .errors import ModhifiError
 from .groups import Group, Structure, operator_modules
@@ -38,6 +38,9 @@ from .surgery import kernel_size, removed_positions, shrink
 from .tracing import trace
 
 Progress = Callable[[str, int, int], None]
+
+# the share of a group's components whose loss shows its effect on the output
+TRIAL = 0.3
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -188,8 +191,9 @@ def removal_curves(
     moments: Mapping[str, Moments],
     settings: PruneSettings,
     progress: Progress = silent,
+    trial: float | None = None,
 ) -> dict[str, Curve]:
-    """For each prunable group the order of removal and what it costs."""
+    """For each prunable group the order of removal and what it costs, with a trial at that share of its components."""
     curves = {}
     for number, group in enumerate(structure.prunable):
         progress("scoring", number, len(structure.prunable))
@@ -200,9 +204,15 @@ def removal_curves(
             order=removal_order(settings.selector, readers, settings.seed),
             partition=group.partition,
             ridge=settings.ridge,
+            trial=None if trial is None else trial_size(group, trial),
         )
     progress("scoring", len(structure.prunable), len(structure.prunable))
     return curves
+
+
+def trial_size(group: Group, share: float) -> int:
+    """How many components a trial removes: a share of them, at least one of every part."""
+    return max(group.step, int(share * group.n) // group.step * group.step)
 
 
 def hifi_plan(model: nn.Module, structure: Structure, moments: Mapping[str, Moments], settings: PruneSettings) -> Plan:
@@ -259,21 +269,38 @@ def edit_reader(
     """Compensate one reader for the loss of some input channels (``positions``), in place."""
     weight, edited = write_compensated(model, structure, name, positions, moments, settings)
     measured = moments.cov if structure.operators[name].sink is not None else moments.gram
-    error = sum(local_error(w, e, m) for w, e, m in zip(weight, edited, measured, strict=True))
-    energy = sum(local_error(w, torch.zeros_like(w), m) for w, m in zip(weight, measured, strict=True))
-    return LayerError(name, error, energy)
+    found = [error_and_energy(w, e, m) for w, e, m in zip(weight, edited, measured, strict=True)]
+    return LayerError(name, sum(error for error, _ in found), sum(energy for _, energy in found))
 
 
 def write_compensated(
     model: nn.Module, structure: Structure, name: str, positions: Tensor, moments: Moments, settings: PruneSettings
 ) -> tuple[Tensor, Tensor]:
     """What :func:`edit_reader` writes, without its error: the weights before and after, float64 ``(G, o, d)``."""
+    edited = compensated(model, structure, name, positions, moments, settings)
+    return store(model, structure, name, edited, moments, settings), edited
+
+
+def store(
+    model: nn.Module, structure: Structure, name: str, edited: Tensor, moments: Moments, settings: PruneSettings
+) -> Tensor:
+    """Write a reader's new weights ``(G, o, d)`` and, compensating, give its mean back; returns the old ones."""
+    weight, sink = weight_matrix(model.get_submodule(name)), structure.operators[name].sink
+    write_weight(model.get_submodule(name), edited)
+    if settings.compensate != "none" and sink is not None:
+        absorb_mean(model, name, sink, ((weight - edited) @ moments.mean[:, :, None]).reshape(-1))
+    return weight
+
+
+def compensated(
+    model: nn.Module, structure: Structure, name: str, positions: Tensor, moments: Moments, settings: PruneSettings
+) -> Tensor:
+    """A reader's weights after the loss of some input channels, float64 ``(G, o, d)``; nothing is written."""
     module = model.get_submodule(name)
-    sink = structure.operators[name].sink
     weight = weight_matrix(module)
     groups, _, columns = weight.shape
     kernel = kernel_size(module)
-    second = applied_second(moments, sink)
+    second = applied_second(moments, structure.operators[name].sink)
     channels = torch.ones(groups * columns // kernel, dtype=torch.bool)
     channels[positions] = False
     kept = channels.view(groups, -1).to(weight.device)
@@ -289,11 +316,7 @@ def write_compensated(
             edited[g] = masked(weight[g], wide)
         else:
             raise ModhifiError(f"unknown compensation '{settings.compensate}'; choose lstsq, delta or none")
-    write_weight(module, edited)
-    if settings.compensate != "none" and sink is not None:
-        shift = ((weight - edited) @ moments.mean[:, :, None]).reshape(-1)
-        absorb_mean(model, name, sink, shift)
-    return weight, edited
+    return edited
 
 
 def apply_plan(
@@ -387,18 +410,21 @@ def prune_model(
     elif plan is None:
         if budget is None:
             raise ModhifiError("give a budget: --ratio, --params, --flops or --kv-cache")
-        curves = removal_curves(loaded.model, structure, moments, settings, progress)
+        probing = settings.weighting == "amplification" and settings.layout == "global"
+        trial = TRIAL if probing and settings.compensate == "lstsq" else None
+        curves = removal_curves(loaded.model, structure, moments, settings, progress, trial)
         if settings.weighting not in ("energy", "amplification"):
             raise ModhifiError(f"unknown weighting '{settings.weighting}'; choose energy or amplification")
-        if settings.weighting == "amplification" and settings.layout == "global":
+        if probing:
             from .probing import probed_plan  # which builds on the stages above
 
             plan, tried = probed_plan(loaded, structure, curves, moments, samples, budget, settings, progress)
         else:
             plan = make_plan(loaded.model, structure, curves, budget, settings)
-    fidelity = {
-        g.name: best_singletons(readers_of(loaded.model, structure, g, moments), g.n) for g in structure.prunable
-    }
+    fidelity = {name: curve.fidelity for name, curve in curves.items() if curve.fidelity is not None}
+    if not curves:
+        for g in structure.prunable:
+            fidelity[g.name] = best_singletons(readers_of(loaded.model, structure, g, moments), g.n)
     pruned = apply_plan(loaded, structure, plan, moments, settings, samples, progress)
     return replace(pruned, curves=curves, fidelity=fidelity, grams=gram_quality(moments), tried=tried)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,11 @@ class Reader:
     second: Tensor
     owner: Tensor
     columns: Tensor
+
+    @cached_property
+    def product(self) -> Tensor:
+        """``W S``, float64 ``(G, o, d)``: what energies and fidelities are made of."""
+        return self.weight @ self.second
 
     def parts(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Per conv group: weight ``(o, d)``, S ``(d, d)``, numbers of its components, their columns."""
@@ -142,7 +148,8 @@ def best_singletons(readers: Sequence[Reader], n: int) -> Tensor:
     """The largest singleton fidelity of each of a group's n components over its readers' channels, float64 ``(n,)``."""
     result = torch.zeros(n, dtype=torch.float64)
     for reader in readers:
-        for weight, second, mine, columns in reader.parts():
+        for (weight, second, mine, columns), product in zip(reader.parts(), reader.product, strict=True):
             if len(mine):
-                result[mine] = torch.maximum(result[mine], singleton_fidelity(weight, second, columns).amax(0).cpu())
+                singles = singleton_fidelity(weight, second, columns, product)
+                result[mine] = torch.maximum(result[mine], singles.amax(0).cpu())
     return result

@@ -20,7 +20,7 @@ from .fidelity import energy_score
 from .load import LoadedModel
 from .own_data import Source
 from .pruning import Progress, PruneSettings, choose_groups, find_structure, measure_moments, removal_curves, silent
-from .readers import best_singletons, readers_of
+from .readers import readers_of
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,17 @@ def score_model(
     result = []
     for group in structure.prunable:
         readers = readers_of(loaded.model, structure, group, moments)
-        single, energy = best_singletons(readers, group.n), torch.zeros(group.n, dtype=torch.float64)
+        energy = torch.zeros(group.n, dtype=torch.float64)
         for reader in readers:
             for weight, second, mine, columns in reader.parts():
                 if len(mine):
                     energy[mine] += energy_score(weight, second, columns).cpu()
         curve = curves[group.name]
+        assert curve.fidelity is not None
         cost = torch.full((group.n,), float("inf"), dtype=torch.float64)
         rank = torch.full((group.n,), group.n, dtype=torch.int64)
         cost[curve.order], rank[curve.order] = curve.cost[1:], torch.arange(len(curve.order))
-        result.append(GroupScores(group.name, single, energy, cost, rank, curve.energy))
+        result.append(GroupScores(group.name, curve.fidelity, energy, cost, rank, curve.energy))
     return result
 
 

@@ -15,38 +15,112 @@ from torch import Tensor
 
 from .errors import ModhifiError
 from .fidelity import energy_score, hifi_size, singleton_fidelity, top_hifi, wanda_score
-from .readers import Reader
+from .readers import Reader, best_singletons
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the readers become without the first ``removed`` components of a curve.
+
+    ``weights`` has for each reader its least-squares weights, float32 ``(G, o, d)``, zero in the removed columns.
+    """
+
+    removed: int
+    weights: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Curve:
     """``order`` int64 ``(r,)``: components in order of removal; ``cost`` float64 ``(r + 1,)``: total squared local
-    error of the group's readers after removing the first j; ``energy``: output energy of those readers."""
+    error of the group's readers after removing the first j; ``energy``: output energy of those readers; ``fidelity``
+    float64 ``(n,)``: the components' best singleton fidelity; ``trial`` where one was asked for."""
 
     order: Tensor
     cost: Tensor
     energy: float
+    fidelity: Tensor | None = None
+    trial: Trial | None = None
 
 
 @dataclass
 class _Part:
-    """One conv group of one reader while components go: live rows of ``inverse`` and ``weight``, the rest is stale."""
+    """One conv group of one reader while components go.
+
+    ``inverse`` is H ``(d, d)`` of the full reader and never changes: H of what is left is ``inverse − UᵀU``, where the
+    first ``spent`` rows of ``factor`` are U. Columns of U and of ``weight`` stand for the columns ``at`` of the reader;
+    ``live`` says which of them still count. ``blocks`` ``(n, m, m)`` are the components' own blocks of the current H,
+    ``columns`` ``(n, m)`` their places, ``mine`` their numbers in the group.
+    """
 
     inverse: Tensor
     weight: Tensor
     columns: Tensor
     mine: Tensor
+    blocks: Tensor
+    factor: Tensor
+    at: Tensor
     live: Tensor
+    spent: int = 0
 
-    def compact(self) -> None:
-        """Drop the stale rows once they are a quarter: copying at every step would cost more than the updates."""
+    @classmethod
+    def of(cls, inverse: Tensor, weight: Tensor, mine: Tensor, columns: Tensor) -> _Part:
+        d = len(inverse)
+        return cls(
+            inverse, weight.clone(), columns, mine, inverse[columns[:, :, None], columns[:, None, :]],
+            inverse.new_empty((columns.numel(), d)), torch.arange(d, device=inverse.device),
+            torch.ones(d, dtype=torch.bool),
+        )  # fmt: skip
+
+    def costs(self) -> Tensor:
+        """``tr[W_I H_II⁻¹ W_Iᵀ]`` of each component left, ``(n,)``."""
+        piece = self.weight.T[self.columns]
+        energy = piece @ piece.transpose(1, 2)
+        return torch.linalg.solve(self.blocks, energy).diagonal(dim1=1, dim2=2).sum(1).clamp_min(0).cpu()
+
+    def remove(self, gone: Tensor) -> float:
+        """Remove the components marked in ``gone`` bool ``(n,)`` and return their joint cost.
+
+        One step of a block Cholesky factorisation of H, pivoted by whom we let go: only the columns of H that are
+        about to go are ever brought up to date.
+        """
+        index = self.columns[gone].reshape(-1)
+        old = self.factor[: self.spent]
+        cross = self.inverse.index_select(0, self.at[index]).index_select(1, self.at)
+        cross.addmm_(old[:, index].T, old, alpha=-1)
+        factor, info = torch.linalg.cholesky_ex(cross[:, index])
+        if int(info):
+            raise ModhifiError(INDEFINITE)
+        new = torch.linalg.solve_triangular(factor, cross, upper=False)
+        pieces = torch.linalg.solve_triangular(factor, self.weight[:, index].T, upper=False)
+        self.weight.addmm_(pieces.T, new, alpha=-1)
+        self.factor[self.spent : self.spent + len(new)] = new
+        self.spent += len(new)
+        self.live[index.cpu()] = False
+        self.columns, self.mine, self.blocks = self.columns[~gone], self.mine[~gone], self.blocks[~gone]
+        rows = new.T[self.columns]
+        self.blocks = self.blocks - rows @ rows.transpose(1, 2)
+        self._compact()
+        return float(pieces.square().sum())
+
+    def _compact(self) -> None:
+        """Drop the stale rows once they are a quarter: copying at every step would cost more than it saves."""
         if self.live.sum() > 0.75 * len(self.live):
             return
-        at = torch.nonzero(self.live).flatten().to(self.inverse.device)
-        self.inverse = self.inverse.index_select(0, at).index_select(1, at)
-        self.weight = self.weight.index_select(1, at)
-        self.columns = (torch.cumsum(self.live, 0) - 1)[self.columns]
-        self.live = torch.ones(len(at), dtype=torch.bool)
+        left = torch.nonzero(self.live).flatten().to(self.at.device)
+        smaller = self.factor.new_empty((len(self.factor), len(left)))
+        torch.index_select(self.factor[: self.spent], 1, left, out=smaller[: self.spent])
+        self.factor, self.weight, self.at = smaller, self.weight.index_select(1, left), self.at[left]
+        self.columns = (torch.cumsum(self.live, 0) - 1).to(self.columns.device)[self.columns]
+        self.live = torch.ones(len(left), dtype=torch.bool)
+
+    def whole_weight(self) -> Tensor:
+        """The weights as they are now, ``(o, d)``, zero in the removed columns."""
+        whole = self.weight.new_zeros((len(self.weight), len(self.inverse)))
+        whole[:, self.at[self.live.to(self.at.device)]] = self.weight[:, self.live.to(self.at.device)]
+        return whole
+
+
+INDEFINITE = "a Gram matrix is not positive definite even with strong damping; use more calibration samples"
 
 
 class Elimination:
@@ -58,15 +132,10 @@ class Elimination:
 
     def __init__(self, readers: list[Reader], ridge: float) -> None:
         self.n = len(readers[0].owner)
+        self.readers = readers
         self.state = [
             [
-                _Part(
-                    damped_inverse(second, ridge),
-                    weight.clone(),
-                    columns,
-                    mine,
-                    torch.ones(len(second), dtype=torch.bool),
-                )
+                _Part.of(damped_inverse(second, ridge), weight, mine, columns)
                 for weight, second, mine, columns in reader.parts()
                 if len(mine)
             ]
@@ -78,13 +147,9 @@ class Elimination:
         total = torch.full((self.n,), math.inf, dtype=torch.float64)
         for number, parts in enumerate(self.state):
             for part in parts:
-                if not len(part.mine):
-                    continue
-                block = part.inverse[part.columns[:, :, None], part.columns[:, None, :]]
-                piece = part.weight.T[part.columns]
-                energy = piece @ piece.transpose(1, 2)
-                alone = torch.linalg.solve(block, energy).diagonal(dim1=1, dim2=2).sum(1).clamp_min(0).cpu()
-                total[part.mine] = alone if not number else total[part.mine] + alone
+                if len(part.mine):
+                    alone = part.costs()
+                    total[part.mine] = alone if not number else total[part.mine] + alone
         return total
 
     def remove(self, chosen: Tensor) -> float:
@@ -92,19 +157,20 @@ class Elimination:
         cost = 0.0
         for part in (p for parts in self.state for p in parts):
             gone = torch.isin(part.mine, chosen)
-            if not bool(gone.any()):
-                continue
-            index = part.columns[gone].reshape(-1)
-            cross, pieces = part.inverse[index], part.weight[:, index]
-            factor = torch.linalg.solve(cross[:, index], torch.cat([pieces.T, cross], 1))
-            update, cross_update = factor[:, : len(pieces)], factor[:, len(pieces) :]
-            cost += float((update * pieces.T).sum())
-            part.inverse.addmm_(cross.T, cross_update, alpha=-1)
-            part.weight.addmm_(update.T, cross, alpha=-1)
-            part.live[index] = False
-            part.columns, part.mine = part.columns[~gone], part.mine[~gone]
-            part.compact()
-        return max(cost, 0.0)
+            if bool(gone.any()):
+                cost += part.remove(gone)
+        return cost
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """Every reader's weights as they are now, float32 ``(G, o, d)``."""
+        result = []
+        for reader, parts in zip(self.readers, self.state, strict=True):
+            whole, mine = reader.weight.float(), iter(parts)
+            for g, (*_, numbers, _) in enumerate(reader.parts()):
+                if len(numbers):
+                    whole[g] = next(mine).whole_weight().float()
+            result.append(whole)
+        return tuple(result)
 
 
 def damped_inverse(second: Tensor, ridge: float) -> Tensor:
@@ -119,7 +185,7 @@ def damped_inverse(second: Tensor, ridge: float) -> Tensor:
         inverse = _inverse(damped)
         if inverse is not None:
             return inverse
-    raise ModhifiError("a Gram matrix is not positive definite even with strong damping; use more calibration samples")
+    raise ModhifiError(INDEFINITE)
 
 
 def _inverse(matrix: Tensor) -> Tensor | None:
@@ -156,19 +222,21 @@ def eliminate(
     partition: Tensor | None = None,
     ridge: float = 1e-4,
     steps: int = 24,
+    trial: int | None = None,
 ) -> Curve:
     """Backward elimination down to ``keep_at_least`` components; greedy (``obs``), or along a given order.
 
-    About ``n / steps`` components go at a time, equally many per label of ``partition`` int64 ``(n,)``.
+    About ``n / steps`` components go at a time, equally many per label of ``partition`` int64 ``(n,)``. The curve has a
+    :class:`Trial` at the first stop with ``trial`` components removed, or at the last.
     """
     state = Elimination(readers, ridge)
     n = state.n
     labels = torch.zeros(n, dtype=torch.int64) if partition is None else torch.unique(partition, return_inverse=True)[1]
     count = int(labels.max()) + 1
-    energy = sum(float(((r.weight @ r.second) * r.weight).sum()) for r in readers)
+    energy = sum(float((r.product * r.weight).sum()) for r in readers)
     gone: list[Tensor] = []
     cost = [0.0]
-    rank = None
+    rank, found = None, None
     if order is not None:
         rank = torch.empty(n, dtype=torch.float64)
         rank[order] = torch.arange(len(order), dtype=torch.float64)
@@ -186,8 +254,11 @@ def eliminate(
         cost.extend((cost[-1] + spent * weights).tolist() if spent > 0 else [cost[-1]] * len(chosen))
         gone.append(chosen)
         removed += len(chosen)
+        if trial is not None and (found is None or found.removed < trial):
+            if removed >= trial or n - removed - count < max(keep_at_least, count):
+                found = Trial(removed, state.weights())
     removal = torch.cat(gone) if gone else torch.empty(0, dtype=torch.int64)
-    return Curve(removal, torch.tensor(cost, dtype=torch.float64), energy)
+    return Curve(removal, torch.tensor(cost, dtype=torch.float64), energy, best_singletons(readers, n), found)
 
 
 def _summed(readers: list[Reader], score: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:

@@ -210,3 +210,28 @@ def test_obs_has_no_order_and_other_names_are_errors():
 def test_curves_are_values():
     curve = eliminate([reader(0)], keep_at_least=3)
     assert isinstance(curve, Curve) and curve.order.dtype == torch.int64 and curve.cost.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("wanted", [1, 3, 6])
+def test_a_trial_has_the_least_squares_weights_of_its_stop(kind: str, wanted: int):
+    readers = READERS[kind](3)
+    partition = torch.arange(6) // 2 if "conv" in kind else None
+    curve = eliminate(readers, keep_at_least=1, partition=partition, ridge=1e-3, trial=wanted)
+    assert curve.trial is not None
+    removed = curve.trial.removed
+    assert removed == (3 if partition is not None else min(wanted, 5))
+    for r, found in zip(readers, curve.trial.weights, strict=True):
+        expected = r.weight.clone()
+        for g, (weight, second, mine, columns) in enumerate(r.parts()):
+            kept = torch.ones(len(second), dtype=torch.bool)
+            kept[columns[torch.isin(mine, curve.order[:removed])].reshape(-1)] = False
+            expected[g] = least_squares(weight, second, kept, 1e-3) if len(mine) else weight
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_fidelity_of_a_curve_is_the_best_singleton():
+    readers = READERS["part of a concatenation"](3)
+    weight, second, _, columns = readers[0].parts()[0]
+    best = singleton_fidelity(weight, second, columns).amax(0)
+    torch.testing.assert_close(eliminate(readers, keep_at_least=1).fidelity, best)
