@@ -172,7 +172,7 @@ def further() -> None:
             rows.append(row(loaded, pruned.model, calibration, held, name, 1 - keep))
         for name, change in (
             ("the same, in two rounds", two_rounds),
-            ("the same, errors weighted after the norm", after_norm),
+            ("the same, errors before the norm", before_norm),
         ):
             rows.append(row(loaded, change(loaded, calibration, keep), calibration, held, name, 1 - keep))
     write_results(
@@ -194,18 +194,15 @@ def two_rounds(loaded: LoadedModel, calibration: Samples, keep: float) -> nn.Mod
     return prune_model(again, calibration, Budget("macs", keep / half), PruneSettings()).model
 
 
-def after_norm(loaded: LoadedModel, calibration: Samples, keep: float) -> nn.Module:
-    """Selection by errors as they leave the BatchNorm behind each reader: output channels weighted by (γ/σ)²."""
+def before_norm(loaded: LoadedModel, calibration: Samples, keep: float) -> nn.Module:
+    """Selection by errors as they leave each reader, not as they leave the BatchNorm behind it."""
     settings = PruneSettings()
     structure = choose_groups(find_structure(loaded), settings)
     moments = measure_moments(loaded, structure, calibration, settings)
-    scaled = copy.deepcopy(loaded.model)
-    for name, operator in structure.operators.items():
-        if operator.sink not in (None, "bias"):
-            norm = scaled.get_submodule(operator.sink)
-            factor = (norm.weight / (norm.running_var + norm.eps).sqrt()).abs()
-            scaled.get_submodule(name).weight.data.mul_(factor.view(-1, 1, 1, 1))
-    curves = removal_curves(scaled, structure, moments, settings)
+    level = copy.deepcopy(loaded.model)
+    for norm in (m for m in level.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.weight.data = (norm.running_var + norm.eps).sqrt()
+    curves = removal_curves(level, structure, moments, settings)
     probe = torch.stack([calibration.load(i) for i in range(32)])
     weights = amplification(loaded, structure, curves, moments, settings, probe)
     plan = make_plan(loaded.model, structure, curves, Budget("macs", keep), settings, weights)

@@ -22,18 +22,29 @@ class Reader:
 
     ``weight`` float64 ``(G, o, d)``; ``second`` float64 ``(G, d, d)``: the matrix S that applies (covariance where a
     bias or BatchNorm takes the mean, uncentred Gram otherwise); ``owner`` int64 ``(n,)``, the conv group of each
-    component; ``columns`` int64 ``(n, m)`` inside it.
+    component; ``columns`` int64 ``(n, m)`` inside it. ``scale`` float64 ``(G, o)``, above 0, is what a BatchNorm behind
+    multiplies each output channel by, for costs that count errors as they leave it; None for 1.
     """
 
     weight: Tensor
     second: Tensor
     owner: Tensor
     columns: Tensor
+    scale: Tensor | None = None
 
     @cached_property
     def product(self) -> Tensor:
         """``W S``, float64 ``(G, o, d)``: what energies and fidelities are made of."""
         return self.weight @ self.second
+
+    @property
+    def scales(self) -> Tensor:
+        """``scale`` with ones in place of None."""
+        return torch.ones_like(self.weight[:, :, 0]) if self.scale is None else self.scale
+
+    def energy(self) -> float:
+        """The energy of the outputs, behind the BatchNorm if there is one."""
+        return float(((self.product * self.weight).sum(2) * self.scales.square()).sum())
 
     def parts(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Per conv group: weight ``(o, d)``, S ``(d, d)``, numbers of its components, their columns."""
@@ -136,7 +147,17 @@ def reader_of(model: nn.Module, structure: Structure, group: Group, module: str,
     layer = model.get_submodule(module)
     piece = next(s for s in group.readers if s.module == module)
     owner, columns = reader_columns(layer, piece.index)
-    return Reader(weight_matrix(layer), applied_second(moments, structure.operators[module].sink), owner, columns)
+    weight, sink = weight_matrix(layer), structure.operators[module].sink
+    scale = None if sink in (None, "bias") else norm_scale(model.get_submodule(str(sink))).view(weight.shape[:2])
+    return Reader(weight, applied_second(moments, sink), owner, columns, scale)
+
+
+def norm_scale(norm: nn.Module) -> Tensor:
+    """``|γ| / √(σ² + ε)`` of a BatchNorm, float64 ``(channels,)``; a millionth of the largest at least."""
+    scale = (norm.running_var.double() + norm.eps).rsqrt()  # type: ignore[operator]
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double().abs()  # type: ignore[operator]
+    return scale.clamp_min(max(1e-6 * float(scale.max()), 1e-300))
 
 
 def readers_of(model: nn.Module, structure: Structure, group: Group, moments: Mapping[str, Moments]) -> list[Reader]:

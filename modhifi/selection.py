@@ -32,7 +32,8 @@ class Trial:
 @dataclass(frozen=True)
 class Curve:
     """``order`` int64 ``(r,)``: components in order of removal; ``cost`` float64 ``(r + 1,)``: total squared local
-    error of the group's readers after removing the first j; ``energy``: output energy of those readers; ``fidelity``
+    error of the group's readers (as it leaves a BatchNorm behind them) after removing the first j; ``energy``: output
+    energy of those readers, likewise; ``fidelity``
     float64 ``(n,)``: the components' best singleton fidelity; ``trial`` where one was asked for."""
 
     order: Tensor
@@ -66,7 +67,7 @@ class _Part:
     def of(cls, inverse: Tensor, weight: Tensor, mine: Tensor, columns: Tensor) -> _Part:
         d = len(inverse)
         return cls(
-            inverse, weight.clone(), columns, mine, inverse[columns[:, :, None], columns[:, None, :]],
+            inverse, weight, columns, mine, inverse[columns[:, :, None], columns[:, None, :]],
             inverse.new_empty((columns.numel(), d)), torch.arange(d, device=inverse.device),
             torch.ones(d, dtype=torch.bool),
         )  # fmt: skip
@@ -127,7 +128,8 @@ class Elimination:
     """Optimal Brain Surgeon on blocks: exact removal costs and updates for one group (docs/method.md, selection).
 
     With ``H = (S + λI)⁻¹``, removing the columns I costs ``tr[W_I H_II⁻¹ W_Iᵀ]``; afterwards
-    ``W ← W − W_I H_II⁻¹ H_I,:`` and ``H ← H − H_:,I H_II⁻¹ H_I,:``. Several readers add their costs.
+    ``W ← W − W_I H_II⁻¹ H_I,:`` and ``H ← H − H_:,I H_II⁻¹ H_I,:``. Several readers add their costs; a reader's output
+    channels count with the square of its ``scale``.
     """
 
     def __init__(self, readers: list[Reader], ridge: float) -> None:
@@ -135,8 +137,8 @@ class Elimination:
         self.readers = readers
         self.state = [
             [
-                _Part.of(damped_inverse(second, ridge), weight, mine, columns)
-                for weight, second, mine, columns in reader.parts()
+                _Part.of(damped_inverse(second, ridge), weight * scale[:, None], mine, columns)
+                for (weight, second, mine, columns), scale in zip(reader.parts(), reader.scales, strict=True)
                 if len(mine)
             ]
             for reader in readers
@@ -168,7 +170,7 @@ class Elimination:
             whole, mine = reader.weight.float(), iter(parts)
             for g, (*_, numbers, _) in enumerate(reader.parts()):
                 if len(numbers):
-                    whole[g] = next(mine).whole_weight().float()
+                    whole[g] = (next(mine).whole_weight() / reader.scales[g][:, None]).float()
             result.append(whole)
         return tuple(result)
 
@@ -233,7 +235,7 @@ def eliminate(
     n = state.n
     labels = torch.zeros(n, dtype=torch.int64) if partition is None else torch.unique(partition, return_inverse=True)[1]
     count = int(labels.max()) + 1
-    energy = sum(float((r.product * r.weight).sum()) for r in readers)
+    energy = sum(r.energy() for r in readers)
     gone: list[Tensor] = []
     cost = [0.0]
     rank, found = None, None
