@@ -111,9 +111,10 @@ def allocate(
     what, keep = _NAMES[budget.measure], budget.keep
     reach = problem.size(lowest) / problem.dense
     if reach > keep * 1.02:
+        advice = "lower the floor, or prune more groups" if round_to == 1 else "round less, or lower the floor"
         raise ModhifiError(
             f"no allocation keeps only {keep:.3g}x of the {what}: with every prunable group at its least width "
-            f"{reach:.3g}x remains; ask for more, lower the floor, or prune more groups"
+            f"{reach:.3g}x remains; ask for more, {advice}"
         )
     widths = _LAYOUTS[layout](problem)
     reached = problem.size(widths) / problem.dense

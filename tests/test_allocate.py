@@ -180,6 +180,8 @@ def test_budgets_out_of_reach_are_errors():
         allocate(structure.prunable, curves, sizes, Budget("parameters", 0.1))
     with pytest.raises(ModhifiError, match=r"no allocation keeps only 0\.3x of the components"):
         allocate(structure.prunable, curves, sizes, Budget("components", 0.3), floor=0.5)
+    with pytest.raises(ModhifiError, match="remains; ask for more, round less, or lower the floor"):
+        allocate(structure.prunable, curves, sizes, Budget("components", 0.3), round_to=10)
     with pytest.raises(ModhifiError, match=r"the nearest to 0\.55x of the components .* is 0\.[56]x"):
         allocate(structure.prunable, curves, sizes, Budget("components", 0.55))  # ten components cannot do that
     with pytest.raises(ModhifiError, match="unknown layout 'spiral'"):
