@@ -23,7 +23,7 @@ class Reader:
     ``weight`` float64 ``(G, o, d)``; ``second`` float64 ``(G, d, d)``: the matrix S that applies (covariance where a
     bias or BatchNorm takes the mean, uncentred Gram otherwise); ``owner`` int64 ``(n,)``, the conv group of each
     component; ``columns`` int64 ``(n, m)`` inside it. ``scale`` float64 ``(G, o)``, above 0, is what a BatchNorm behind
-    multiplies each output channel by, for costs that count errors as they leave it; None for 1.
+    multiplies each output channel by, for an order of removal that counts errors as they leave it; None for 1.
     """
 
     weight: Tensor
@@ -41,10 +41,6 @@ class Reader:
     def scales(self) -> Tensor:
         """``scale`` with ones in place of None."""
         return torch.ones_like(self.weight[:, :, 0]) if self.scale is None else self.scale
-
-    def energy(self) -> float:
-        """The energy of the outputs, behind the BatchNorm if there is one."""
-        return float(((self.product * self.weight).sum(2) * self.scales.square()).sum())
 
     def parts(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Per conv group: weight ``(o, d)``, S ``(d, d)``, numbers of its components, their columns."""

@@ -32,8 +32,7 @@ class Trial:
 @dataclass(frozen=True)
 class Curve:
     """``order`` int64 ``(r,)``: components in order of removal; ``cost`` float64 ``(r + 1,)``: total squared local
-    error of the group's readers (as it leaves a BatchNorm behind them) after removing the first j; ``energy``: output
-    energy of those readers, likewise; ``fidelity``
+    error of the group's readers after removing the first j; ``energy``: output energy of those readers; ``fidelity``
     float64 ``(n,)``: the components' best singleton fidelity; ``trial`` where one was asked for."""
 
     order: Tensor
@@ -55,6 +54,7 @@ class _Part:
 
     inverse: Tensor
     weight: Tensor
+    scale: Tensor
     columns: Tensor
     mine: Tensor
     blocks: Tensor
@@ -64,22 +64,22 @@ class _Part:
     spent: int = 0
 
     @classmethod
-    def of(cls, inverse: Tensor, weight: Tensor, mine: Tensor, columns: Tensor) -> _Part:
+    def of(cls, inverse: Tensor, weight: Tensor, scale: Tensor, mine: Tensor, columns: Tensor) -> _Part:
         d = len(inverse)
         return cls(
-            inverse, weight, columns, mine, inverse[columns[:, :, None], columns[:, None, :]],
+            inverse, weight * scale[:, None], scale, columns, mine, inverse[columns[:, :, None], columns[:, None, :]],
             inverse.new_empty((columns.numel(), d)), torch.arange(d, device=inverse.device),
             torch.ones(d, dtype=torch.bool),
         )  # fmt: skip
 
     def costs(self) -> Tensor:
-        """``tr[W_I H_II⁻¹ W_Iᵀ]`` of each component left, ``(n,)``."""
+        """``tr[W_I H_II⁻¹ W_Iᵀ]`` of each component left, behind the norm, ``(n,)``."""
         piece = self.weight.T[self.columns]
         energy = piece @ piece.transpose(1, 2)
         return torch.linalg.solve(self.blocks, energy).diagonal(dim1=1, dim2=2).sum(1).clamp_min(0).cpu()
 
     def remove(self, gone: Tensor) -> float:
-        """Remove the components marked in ``gone`` bool ``(n,)`` and return their joint cost.
+        """Remove the components marked in ``gone`` bool ``(n,)`` and return their joint cost, ahead of any norm.
 
         One step of a block Cholesky factorisation of H, pivoted by whom we let go: only the columns of H that are
         about to go are ever brought up to date.
@@ -101,7 +101,7 @@ class _Part:
         rows = new.T[self.columns]
         self.blocks = self.blocks - rows @ rows.transpose(1, 2)
         self._compact()
-        return float(pieces.square().sum())
+        return float((pieces.square().sum(0) / self.scale.square()).sum())
 
     def _compact(self) -> None:
         """Drop the stale rows once they are a quarter: copying at every step would cost more than it saves."""
@@ -115,10 +115,10 @@ class _Part:
         self.live = torch.ones(len(left), dtype=torch.bool)
 
     def whole_weight(self) -> Tensor:
-        """The weights as they are now, ``(o, d)``, zero in the removed columns."""
+        """The layer's weights as they are now, ``(o, d)``, zero in the removed columns."""
         whole = self.weight.new_zeros((len(self.weight), len(self.inverse)))
         whole[:, self.at[self.live.to(self.at.device)]] = self.weight[:, self.live.to(self.at.device)]
-        return whole
+        return whole / self.scale[:, None]
 
 
 INDEFINITE = "a Gram matrix is not positive definite even with strong damping; use more calibration samples"
@@ -128,8 +128,9 @@ class Elimination:
     """Optimal Brain Surgeon on blocks: exact removal costs and updates for one group (docs/method.md, selection).
 
     With ``H = (S + λI)⁻¹``, removing the columns I costs ``tr[W_I H_II⁻¹ W_Iᵀ]``; afterwards
-    ``W ← W − W_I H_II⁻¹ H_I,:`` and ``H ← H − H_:,I H_II⁻¹ H_I,:``. Several readers add their costs; a reader's output
-    channels count with the square of its ``scale``.
+    ``W ← W − W_I H_II⁻¹ H_I,:`` and ``H ← H − H_:,I H_II⁻¹ H_I,:``. Several readers add their costs. What goes
+    next is decided by errors as they leave a BatchNorm (rows of W times ``Reader.scale``); what it cost is the error
+    ahead of it, which is the one that can be told from the weights alone.
     """
 
     def __init__(self, readers: list[Reader], ridge: float) -> None:
@@ -137,7 +138,7 @@ class Elimination:
         self.readers = readers
         self.state = [
             [
-                _Part.of(damped_inverse(second, ridge), weight * scale[:, None], mine, columns)
+                _Part.of(damped_inverse(second, ridge), weight, scale, mine, columns)
                 for (weight, second, mine, columns), scale in zip(reader.parts(), reader.scales, strict=True)
                 if len(mine)
             ]
@@ -145,7 +146,7 @@ class Elimination:
         ]
 
     def costs(self) -> Tensor:
-        """Cost of removing each remaining component alone; infinity for the removed ones. ``(n,)``."""
+        """Cost behind the norms of removing each remaining component alone; infinity for the removed ones. ``(n,)``."""
         total = torch.full((self.n,), math.inf, dtype=torch.float64)
         for number, parts in enumerate(self.state):
             for part in parts:
@@ -170,7 +171,7 @@ class Elimination:
             whole, mine = reader.weight.float(), iter(parts)
             for g, (*_, numbers, _) in enumerate(reader.parts()):
                 if len(numbers):
-                    whole[g] = (next(mine).whole_weight() / reader.scales[g][:, None]).float()
+                    whole[g] = next(mine).whole_weight().float()
             result.append(whole)
         return tuple(result)
 
@@ -235,7 +236,7 @@ def eliminate(
     n = state.n
     labels = torch.zeros(n, dtype=torch.int64) if partition is None else torch.unique(partition, return_inverse=True)[1]
     count = int(labels.max()) + 1
-    energy = sum(r.energy() for r in readers)
+    energy = sum(float((r.product * r.weight).sum()) for r in readers)
     gone: list[Tensor] = []
     cost = [0.0]
     rank, found = None, None
