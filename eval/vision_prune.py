@@ -69,19 +69,23 @@ def cifar(test: int = 2000) -> tuple[LoadedModel, Samples, Samples]:
     return loaded, calibration, held
 
 
-def inner(ratio: float, **settings: object) -> tuple[Budget, PruneSettings]:
-    return Budget("components", 1 - ratio), PruneSettings(layout="uniform", coupled=False, **settings)  # type: ignore[arg-type]
-
-
 def ladder() -> None:
     loaded, calibration, held = cifar()
     dense = accuracy(loaded, loaded.model, held)
     rows = [{"method": "dense", "removed": 0.0, "accuracy": dense, "FLOPs kept": 1.0}]
+    inner = PruneSettings(layout="uniform", coupled=False)
+    structure = choose_groups(find_structure(loaded), inner)
+    moments = measure_moments(loaded, structure, calibration, inner)
+    curves = {
+        name: removal_curves(loaded.model, structure, moments, replace(inner, selector=name))
+        for name in dict.fromkeys(selector for selector, _ in LADDER)
+    }
     for ratio in (0.25, 0.5, 0.75):
         for selector, compensate in LADDER:
             kind, _, sequential = compensate.partition(", sequential ")
-            method = inner(ratio, selector=selector, compensate=kind, sequential=sequential or None)
-            pruned = prune_model(loaded, calibration, *method)
+            settings = replace(inner, selector=selector, compensate=kind, sequential=sequential or None)
+            plan = make_plan(loaded.model, structure, curves[selector], Budget("components", 1 - ratio), settings)
+            pruned = apply_plan(loaded, structure, plan, moments, settings, calibration)
             rows.append(row(loaded, pruned.model, calibration, held, f"{selector} + {compensate}", ratio))
         for name, model in torch_pruning(loaded, ratio, flops_share(loaded, pruned.model)):
             rows.append(row(loaded, model, calibration, held, name, ratio))
