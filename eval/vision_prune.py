@@ -20,7 +20,6 @@ from modhifi import measure
 from modhifi.allocate import Budget
 from modhifi.data import Samples, load_samples
 from modhifi.load import LoadedModel, load_model
-from modhifi.probing import amplification
 from modhifi.pruning import (
     PruneSettings,
     apply_plan,
@@ -43,6 +42,7 @@ LADDER = [
     ("naive", "lstsq"),
     ("energy", "lstsq"),
     ("obs", "lstsq"),
+    ("obs", "lstsq, order behind norms"),
     ("obs", "lstsq, sequential dense"),
 ]
 
@@ -76,15 +76,18 @@ def ladder() -> None:
     inner = PruneSettings(layout="uniform", coupled=False)
     structure = choose_groups(find_structure(loaded), inner)
     moments = measure_moments(loaded, structure, calibration, inner)
+    orders = {(selector, "behind norms" in how) for selector, how in LADDER}
     curves = {
-        name: removal_curves(loaded.model, structure, moments, replace(inner, selector=name))
-        for name in dict.fromkeys(selector for selector, _ in LADDER)
+        key: removal_curves(loaded.model, structure, moments, replace(inner, selector=key[0], behind_norms=key[1]))
+        for key in sorted(orders)
     }
     for ratio in (0.25, 0.5, 0.75):
         for selector, compensate in LADDER:
-            kind, _, sequential = compensate.partition(", sequential ")
-            settings = replace(inner, selector=selector, compensate=kind, sequential=sequential or None)
-            plan = make_plan(loaded.model, structure, curves[selector], Budget("components", 1 - ratio), settings)
+            kind, _, more = compensate.partition(", ")
+            sequential = more.removeprefix("sequential ") if "sequential" in more else None
+            settings = replace(inner, selector=selector, compensate=kind, sequential=sequential)
+            curve = curves[selector, "behind norms" in more]
+            plan = make_plan(loaded.model, structure, curve, Budget("components", 1 - ratio), settings)
             pruned = apply_plan(loaded, structure, plan, moments, settings, calibration)
             rows.append(row(loaded, pruned.model, calibration, held, f"{selector} + {compensate}", ratio))
         for name, model in torch_pruning(loaded, ratio, flops_share(loaded, pruned.model)):
@@ -162,6 +165,7 @@ FURTHER: list[tuple[str, dict[str, object]]] = [
     ("the same, ridge 1e-5", dict(ridge=1e-5)),
     ("the same, 4 rows per column", dict(rows_per_column=4)),
     ("the same, 16 rows per column", dict(rows_per_column=16)),
+    ("the same, order by errors behind the norms", dict(behind_norms=True)),
     ("the same, sequential, own target", dict(sequential="own")),
     ("the same, sequential, dense target", dict(sequential="dense")),
 ]
@@ -174,11 +178,8 @@ def further() -> None:
         for name, settings in FURTHER:
             pruned = prune_model(loaded, calibration, Budget("macs", keep), PruneSettings(**settings))  # type: ignore[arg-type]
             rows.append(row(loaded, pruned.model, calibration, held, name, 1 - keep))
-        for name, change in (
-            ("the same, in two rounds", two_rounds),
-            ("the same, errors before the norm", before_norm),
-        ):
-            rows.append(row(loaded, change(loaded, calibration, keep), calibration, held, name, 1 - keep))
+        model = two_rounds(loaded, calibration, keep)
+        rows.append(row(loaded, model, calibration, held, "the same, in two rounds", 1 - keep))
     write_results(
         "vision_prune_further",
         rows,
@@ -196,21 +197,6 @@ def two_rounds(loaded: LoadedModel, calibration: Samples, keep: float) -> nn.Mod
     first = prune_model(loaded, calibration, Budget("macs", half), PruneSettings())
     again = replace(loaded, model=first.model)
     return prune_model(again, calibration, Budget("macs", keep / half), PruneSettings()).model
-
-
-def before_norm(loaded: LoadedModel, calibration: Samples, keep: float) -> nn.Module:
-    """Selection by errors as they leave each reader, not as they leave the BatchNorm behind it."""
-    settings = PruneSettings()
-    structure = choose_groups(find_structure(loaded), settings)
-    moments = measure_moments(loaded, structure, calibration, settings)
-    level = copy.deepcopy(loaded.model)
-    for norm in (m for m in level.modules() if isinstance(m, nn.BatchNorm2d)):
-        norm.weight.data = (norm.running_var + norm.eps).sqrt()
-    curves = removal_curves(level, structure, moments, settings)
-    probe = torch.stack([calibration.load(i) for i in range(32)])
-    weights = amplification(loaded, structure, curves, moments, settings, probe)
-    plan = make_plan(loaded.model, structure, curves, Budget("macs", keep), settings, weights)
-    return apply_plan(loaded, structure, plan, moments, settings).model
 
 
 IMAGENET: list[tuple[str, dict[str, object]]] = [

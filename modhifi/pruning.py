@@ -52,7 +52,8 @@ class PruneSettings:
     """How to prune.
 
     ``ridge`` is in units of a Gram's mean diagonal; ``rows_per_column`` bounds the rows a Gram looks at (None: every
-    position); ``floor`` is the least share of a group that stays.
+    position); ``floor`` is the least share of a group that stays; with ``behind_norms``, ``obs`` orders removals by
+    errors as they leave the BatchNorm behind a reader: better where a large share goes everywhere, not elsewhere.
     """
 
     selector: str = "obs"
@@ -68,6 +69,7 @@ class PruneSettings:
     only: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     coupled: bool = True
+    behind_norms: bool = False
     seed: int = 0
     batch_size: int = 32
 
@@ -198,6 +200,8 @@ def removal_curves(
     for number, group in enumerate(structure.prunable):
         progress("scoring", number, len(structure.prunable))
         readers = readers_of(model, structure, group, moments)
+        if not settings.behind_norms:
+            readers = [replace(reader, scale=None) for reader in readers]
         curves[group.name] = eliminate(
             readers,
             keep_at_least=max(group.step, int(settings.floor * group.n)),
