@@ -39,9 +39,7 @@ class Budget:
         given = [("ratio", ratio), ("params", params), ("flops", flops), ("kv-cache", kv_cache)]
         chosen = [(name, value) for name, value in given if value is not None]
         if len(chosen) != 1:
-            raise ModhifiError(
-                "give exactly one of --ratio, --params, --flops and --kv-cache, such as --flops 0.5x"
-            )
+            raise ModhifiError("give exactly one of --ratio, --params, --flops and --kv-cache, such as --flops 0.5x")
         name, value = chosen[0]
         if name == "ratio":
             share = float(value)
@@ -101,9 +99,7 @@ def allocate(
     if budget.measure == "cache":
         groups = tuple(g for g in groups if g.name in sizes.cached)
         if not groups:
-            raise ModhifiError(
-                "no attention head may go here, so the KV cache stays; `modhifi check` says why"
-            )
+            raise ModhifiError("no attention head may go here, so the KV cache stays; `modhifi check` says why")
     if layout not in _LAYOUTS:
         raise ModhifiError(f"unknown layout '{layout}'; choose global or uniform")
     lowest = {g.name: max(least_width(g, floor, round_to), g.n - len(curves[g.name].order)) for g in groups}

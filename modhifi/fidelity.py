@@ -45,9 +45,7 @@ def _ratio(numerator: Tensor, denominator: Tensor, scale: Tensor) -> Tensor:
     return torch.where(alive, numerator / torch.where(alive, denominator, 1.0), torch.zeros_like(numerator))
 
 
-def singleton_fidelity(
-    weight: Tensor, second: Tensor, blocks: Tensor, product: Tensor | None = None
-) -> Tensor:
+def singleton_fidelity(weight: Tensor, second: Tensor, blocks: Tensor, product: Tensor | None = None) -> Tensor:
     """Fidelity of each component alone, ``s_ci = ⟨Y_c,A_ci⟩² / (E‖A_ci‖² E‖Y_c‖²)``, ``(out, n)`` in [0, 1].
 
     0 where a contribution or the whole channel has no energy. ``product`` is ``weight @ second`` where it is known.

@@ -160,7 +160,6 @@ class HubServer:
         body = files[filename]
         return 200, {"ETag": f'"{_etag(body)}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}, body
 
-
     def receive(self, path: str, token: str, sent: bytes) -> tuple[int, dict[str, str], bytes]:
         """Uploads: new repositories, the question how to send files (as they are), commits."""
         if path == "api/validate-yaml":

@@ -102,4 +102,3 @@ def test_it_is_refused_before_the_work(
     out = tmp_path / "out"
     done = runner.invoke(app, ["prune", "demo:resnet", "--ratio", "0.2", "--out", str(out), "--push-to-hub", name])
     assert done.exit_code == 2 and message in done.stderr and not out.exists()
-

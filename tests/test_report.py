@@ -103,7 +103,9 @@ def test_missing_parts_are_left_out_or_called_not_measured():
 
 def test_markup_in_values_is_escaped():
     groups = [{"name": "<b>&", "kind": "channels", "n": 4, "kept": 2}]
-    html = render_html({"title": "<script>alert(1)</script>", "groups": groups, "contact_sheet": "http://elsewhere/a.png"})
+    html = render_html(
+        {"title": "<script>alert(1)</script>", "groups": groups, "contact_sheet": "http://elsewhere/a.png"}
+    )
     assert "<script>" not in html and "elsewhere" not in html and "<b>&" not in html
     assert "<b>&" in parse(html).text
 
