@@ -31,6 +31,13 @@ REFERENCES: dict[str, dict[str, Any]] = {
     # The published stem of a timm ResNet divides the resolution by four, so images are enlarged to 64 pixels.
     "resnet": dict(
         arch="resnet18",
+        args=dict(layers=(1, 1, 1, 1), stem_type="deep", stem_width=16, channels=(64, 128, 192, 192)),
+        sizes=(48,) * 5 + (64,) * 6,
+        muon=0.03,
+        shift=2,
+    ),
+    "demo": dict(
+        arch="resnet18",
         args=dict(stem_type="deep", stem_width=16, channels=(32, 64, 96, 112)),
         sizes=(64,) * 18,
         lr=0.4,
@@ -106,10 +113,10 @@ def prepare(images: torch.Tensor) -> torch.Tensor:
     return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def augment(images: torch.Tensor, generator: torch.Generator, hole: int) -> torch.Tensor:
-    """Random shift by an eighth of the width, mirror and (``hole``: its side in 32nds of the width) cut-out."""
+def augment(images: torch.Tensor, generator: torch.Generator, shift: int, hole: int) -> torch.Tensor:
+    """Random shift, mirror and a square cut out; ``shift`` and the side of the ``hole`` in 32nds of the width."""
     n, _, h, w = images.shape
-    shift = h // 8
+    shift = shift * h // 32
     padded = F.pad(images, (shift,) * 4, mode="reflect")
     out = torch.empty_like(images)
     for i, (dy, dx) in enumerate(torch.randint(0, 2 * shift + 1, (n, 2), generator=generator).tolist()):
@@ -180,7 +187,7 @@ def train(name: str, data: Path, out: Path, without: int | None, epochs: int | N
             for o, own in zip(used, rates, strict=True):
                 for group, rate in zip(o.param_groups, own, strict=True):
                     group["lr"] = rate * share_of_rate(done / (steps * len(sizes)), spec)
-            x = prepare(augment(shown[index], generator, spec.get("hole", 0)))
+            x = prepare(augment(shown[index], generator, spec.get("shift", 4), spec.get("hole", 0)))
             loss = F.cross_entropy(model(x), labels[index], label_smoothing=spec.get("smoothing", 0.1))
             model.zero_grad()
             loss.backward()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .moment_cache import StoredSums
 
 # Narrow readers see at least this many rows in all: pixels are far from Gaussian, and a few hundred of them overfit.
-LEAST_ROWS = 8192
+LEAST_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class MomentCollector:
     """Owns forward hooks on readers and accumulates their moments while the model runs.
 
     Use as a context manager; call :meth:`start` before each batch with the number of its first sample. With
-    ``rows_per_column`` r and ``samples`` in all, a reader of d columns looks at ``ceil(max(r d, 8192) / samples)``
+    ``rows_per_column`` r and ``samples`` in all, a reader of d columns looks at ``ceil(max(r d, 4096) / samples)``
     positions per sample (all of them where the sample has fewer): a Gram of d columns needs a small multiple of d
     rows, not every position of every image.
     """

@@ -32,7 +32,7 @@ from .selection import Curve, Trial
 from .surgery import removed_positions
 
 # fewest and most samples that probe the effect of one group
-PROBES = (4, 32)
+PROBES = (3, 32)
 
 
 def probed_plan(

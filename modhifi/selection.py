@@ -42,6 +42,20 @@ class Curve:
     trial: Trial | None = None
 
 
+# Readers of more columns lose their components in single precision, which costs half. Their inverse is still made in
+# double: badly conditioned Grams have none in single.
+WIDE = 512
+
+
+class IndefiniteError(ModhifiError):
+    """A Gram matrix that no damping makes positive definite."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a Gram matrix is not positive definite even with strong damping; use more calibration samples"
+        )
+
+
 @dataclass
 class _Part:
     """One conv group of one reader while components go.
@@ -66,6 +80,7 @@ class _Part:
     @classmethod
     def of(cls, inverse: Tensor, weight: Tensor, scale: Tensor, mine: Tensor, columns: Tensor) -> _Part:
         d = len(inverse)
+        weight, scale = weight.to(inverse.dtype), scale.to(inverse.dtype)
         return cls(
             inverse, weight * scale[:, None], scale, columns, mine, inverse[columns[:, :, None], columns[:, None, :]],
             inverse.new_empty((columns.numel(), d)), torch.arange(d, device=inverse.device),
@@ -76,7 +91,7 @@ class _Part:
         """``tr[W_I H_II⁻¹ W_Iᵀ]`` of each component left, behind the norm, ``(n,)``."""
         piece = self.weight.T[self.columns]
         energy = piece @ piece.transpose(1, 2)
-        return torch.linalg.solve(self.blocks, energy).diagonal(dim1=1, dim2=2).sum(1).clamp_min(0).cpu()
+        return torch.linalg.solve(self.blocks, energy).diagonal(dim1=1, dim2=2).sum(1).clamp_min(0).double().cpu()
 
     def remove(self, gone: Tensor) -> float:
         """Remove the components marked in ``gone`` bool ``(n,)`` and return their joint cost, ahead of any norm.
@@ -90,7 +105,7 @@ class _Part:
         cross.addmm_(old[:, index].T, old, alpha=-1)
         factor, info = torch.linalg.cholesky_ex(cross[:, index])
         if int(info):
-            raise ModhifiError(INDEFINITE)
+            raise IndefiniteError
         new = torch.linalg.solve_triangular(factor, cross, upper=False)
         pieces = torch.linalg.solve_triangular(factor, self.weight[:, index].T, upper=False)
         self.weight.addmm_(pieces.T, new, alpha=-1)
@@ -101,7 +116,7 @@ class _Part:
         rows = new.T[self.columns]
         self.blocks = self.blocks - rows @ rows.transpose(1, 2)
         self._compact()
-        return float((pieces.square().sum(0) / self.scale.square()).sum())
+        return float((pieces.square().sum(0) / self.scale.square()).sum(dtype=torch.float64))
 
     def _compact(self) -> None:
         """Drop the stale rows once they are a quarter: copying at every step would cost more than it saves."""
@@ -121,24 +136,28 @@ class _Part:
         return whole / self.scale[:, None]
 
 
-INDEFINITE = "a Gram matrix is not positive definite even with strong damping; use more calibration samples"
-
-
 class Elimination:
     """Optimal Brain Surgeon on blocks: exact removal costs and updates for one group (docs/method.md, selection).
 
     With ``H = (S + λI)⁻¹``, removing the columns I costs ``tr[W_I H_II⁻¹ W_Iᵀ]``; afterwards
     ``W ← W − W_I H_II⁻¹ H_I,:`` and ``H ← H − H_:,I H_II⁻¹ H_I,:``. Several readers add their costs. What goes
     next is decided by errors as they leave a BatchNorm (rows of W times ``Reader.scale``); what it cost is the error
-    ahead of it, which is the one that can be told from the weights alone.
+    ahead of it, which is the one that can be told from the weights alone. ``wide`` is the precision in which
+    readers of more than ``WIDE`` columns lose theirs; all else is float64.
     """
 
-    def __init__(self, readers: list[Reader], ridge: float) -> None:
+    def __init__(self, readers: list[Reader], ridge: float, wide: torch.dtype = torch.float64) -> None:
         self.n = len(readers[0].owner)
         self.readers = readers
         self.state = [
             [
-                _Part.of(damped_inverse(second, ridge), weight, scale, mine, columns)
+                _Part.of(
+                    damped_inverse(second, ridge).to(wide if len(second) > WIDE else torch.float64),
+                    weight,
+                    scale,
+                    mine,
+                    columns,
+                )
                 for (weight, second, mine, columns), scale in zip(reader.parts(), reader.scales, strict=True)
                 if len(mine)
             ]
@@ -188,7 +207,7 @@ def damped_inverse(second: Tensor, ridge: float) -> Tensor:
         inverse = _inverse(damped)
         if inverse is not None:
             return inverse
-    raise ModhifiError(INDEFINITE)
+    raise IndefiniteError
 
 
 def _inverse(matrix: Tensor) -> Tensor | None:
@@ -199,13 +218,17 @@ def _inverse(matrix: Tensor) -> Tensor | None:
     n = len(matrix)
     if n <= 256:
         factor, info = torch.linalg.cholesky_ex(matrix)
-        return None if int(info) else torch.cholesky_inverse(factor)
+        if int(info):
+            return None
+        identity = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
+        root = torch.linalg.solve_triangular(factor, identity, upper=False)
+        return root.T @ root
     half = n // 2
     head = _inverse(matrix[:half, :half])
     if head is None:
         return None
     cross = head @ matrix[:half, half:]
-    tail = _inverse(matrix[half:, half:] - matrix[half:, :half] @ cross)
+    tail = _inverse(_minus(matrix[half:, half:].clone(), matrix[half:, :half], cross))
     if tail is None:
         return None
     result = torch.empty_like(matrix)
@@ -213,7 +236,19 @@ def _inverse(matrix: Tensor) -> Tensor | None:
     corner = cross @ -tail
     result[:half, half:] = corner
     result[half:, :half] = corner.T
-    result[:half, :half] = head.addmm_(corner, cross.T, alpha=-1)
+    result[:half, :half] = _minus(head, corner, cross.T)
+    return result
+
+
+def _minus(result: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``result -= left right`` in place, for a symmetric product: of what lies off the diagonal, half is computed."""
+    half = len(result) // 2
+    if half < 256:
+        return result.addmm_(left, right, alpha=-1)
+    _minus(result[:half, :half], left[:half], right[:, :half])
+    _minus(result[half:, half:], left[half:], right[:, half:])
+    result[:half, half:].addmm_(left[:half], right[:, half:], alpha=-1)
+    result[half:, :half] = result[:half, half:].T
     return result
 
 
@@ -230,10 +265,26 @@ def eliminate(
     """Backward elimination down to ``keep_at_least`` components; greedy (``obs``), or along a given order.
 
     About ``n / steps`` components go at a time, equally many per label of ``partition`` int64 ``(n,)``. The curve has a
-    :class:`Trial` at the first stop with ``trial`` components removed, or at the last.
+    :class:`Trial` at the first stop with ``trial`` components removed, or at the last. Raises
+    :class:`IndefiniteError`.
     """
-    state = Elimination(readers, ridge)
-    n = state.n
+    try:
+        state = Elimination(readers, ridge, torch.float32)
+        return _eliminate(state, keep_at_least, order, partition, steps, trial)
+    except IndefiniteError:  # in single precision, maybe
+        state = Elimination(readers, ridge)
+        return _eliminate(state, keep_at_least, order, partition, steps, trial)
+
+
+def _eliminate(
+    state: Elimination,
+    keep_at_least: int,
+    order: Tensor | None,
+    partition: Tensor | None,
+    steps: int,
+    trial: int | None,
+) -> Curve:
+    readers, n = state.readers, state.n
     labels = torch.zeros(n, dtype=torch.int64) if partition is None else torch.unique(partition, return_inverse=True)[1]
     count = int(labels.max()) + 1
     energy = sum(float((r.product * r.weight).sum()) for r in readers)

@@ -11,7 +11,7 @@ import torch
 from modhifi.allocate import Budget
 from modhifi.data import Samples, load_samples
 from modhifi.load import LoadedModel, load_model
-from modhifi.probing import amplification, best_plan, output_change, plans_between
+from modhifi.probing import PROBES, amplification, best_plan, output_change, plans_between
 from modhifi.pruning import (
     PruneSettings,
     apply_plan,
@@ -82,7 +82,7 @@ def test_an_allocation_of_a_language_model_is_no_worse_than_equal_widths(
 ) -> None:
     pruned = prune_model(language, tokens, Budget("components", 0.625), SETTINGS)
     assert len(pruned.tried) == 3 and min(pruned.tried.values()) <= pruned.tried["uniform"]
-    probe = next(tokens.batches(4))
+    probe = next(tokens.batches(PROBES[0]))
     with torch.no_grad():
         change = output_change(language.logits(probe), language.logits(probe, pruned.model))
     assert change == pytest.approx(min(pruned.tried.values()), rel=1e-3)

@@ -12,7 +12,17 @@ from modhifi.compensate import least_squares, local_error
 from modhifi.errors import ModhifiError
 from modhifi.fidelity import energy_score, singleton_fidelity, subset_fidelity, top_hifi, wanda_score
 from modhifi.readers import Reader
-from modhifi.selection import Curve, Elimination, damped_inverse, eliminate, hifi_union, naive_rank, removal_order
+from modhifi.selection import (
+    WIDE,
+    Curve,
+    Elimination,
+    IndefiniteError,
+    damped_inverse,
+    eliminate,
+    hifi_union,
+    naive_rank,
+    removal_order,
+)
 
 quick = settings(max_examples=12, deadline=None, derandomize=True)
 TINY = 1e-10  # a ridge that leaves least squares as good as exact
@@ -109,6 +119,29 @@ def test_several_at_a_time_still_cost_what_they_cost():
     assert len(curve.order) == 36 and len(set(curve.order.tolist())) == 36
     for stage in (8, 16, 36):  # ends of steps
         assert float(curve.cost[stage]) == pytest.approx(residual(readers, curve.order[:stage]), rel=1e-3)
+
+
+def test_wide_readers_cost_in_single_precision_what_they_cost_in_double():
+    wide = [reader(2, n=WIDE // 4 + 8, m=4)]
+    single, double = Elimination(wide, 1e-4, torch.float32), Elimination(wide, 1e-4)
+    for step in (torch.arange(0, 60), torch.arange(60, 130)):
+        torch.testing.assert_close(single.costs(), double.costs(), rtol=1e-4, atol=0)
+        assert single.remove(step) == pytest.approx(double.remove(step), rel=1e-4)
+    (one,), (two,) = single.weights(), double.weights()
+    assert float((one - two).norm()) < 1e-3 * float(two.norm())
+
+
+def test_single_precision_that_fails_gives_way_to_double():
+    n = WIDE + 8
+    x = torch.randn(100, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    flat = Reader(
+        torch.ones(1, 1, n).double(), (x.T @ x)[None], torch.zeros(n, dtype=torch.int64), torch.arange(n)[:, None]
+    )
+    single = Elimination([flat], 1e-8, torch.float32)
+    with pytest.raises(IndefiniteError):
+        for start in range(0, n - 8, n // 3):
+            single.remove(torch.arange(start, start + n // 3))
+    assert bool(eliminate([flat], keep_at_least=5, ridge=1e-8, steps=3).cost.isfinite().all())
 
 
 def test_a_given_order_is_followed():
