@@ -63,7 +63,7 @@ PER_BLOCK = "*.mlp.*"
 
 
 def resnet(walked: int) -> None:
-    loaded = reference("resnet")
+    loaded = reference("demo")
     calibration = load_samples(f"images:{DEMO_MODEL.parent / 'images' / 'calibration'}", loaded, n=200)
     held = load_samples(f"images:{cifar10() / 'test'}", loaded, n=1000)
     bound(
@@ -83,7 +83,7 @@ def untrained(name: str, title: str, architecture: str, walked: int, **arguments
     model.pretrained_cfg.update(input_size=(3, 64, 64), crop_pct=1.0)
     loaded = load_model(model.eval(), example=torch.randn(2, 3, 64, 64))
     items = [
-        load_samples(f"images:{cifar10() / part}", reference("resnet"), n=n)
+        load_samples(f"images:{cifar10() / part}", reference("demo"), n=n)
         for part, n in (("train", 200), ("test", 1000))
     ]
     bound(name, title, loaded, *(enlarged(s, 64) for s in items), walked, PruneSettings(only=(PER_BLOCK,)))

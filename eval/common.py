@@ -52,8 +52,8 @@ def imagenet_sample() -> Path:
 
 
 def reference(name: str) -> LoadedModel:
-    """A reference model trained by ``eval/train_reference.py``; the ResNet ships with the package."""
-    place = DEMO_MODEL if name == "resnet" else HERE / "models" / name
+    """A reference model trained by ``eval/train_reference.py``; the ResNet of the demo ships with the package."""
+    place = DEMO_MODEL if name == "demo" else HERE / "models" / name
     if not (place / "model.safetensors").is_file():
         raise Missing(f"train it first: python eval/train_reference.py {name} --data CIFAR10 --out eval/models/{name}")
     return load_model(place)

@@ -1,6 +1,6 @@
 """Assemble the package's demo from a trained reference ResNet and CIFAR-10.
 
-    python eval/make_demo.py --model eval/models/resnet --data CIFAR10
+    python eval/make_demo.py --model eval/models/demo --data CIFAR10
 
 Copies the model, 50 test images per class as labelled folders, and 500 other images, taken from the training set,
 without their labels.

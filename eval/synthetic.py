@@ -1,6 +1,6 @@
 """What calibration without data costs: sources of images against the accuracy of what is pruned or unlearned with them.
 
-MODHIFI_DATA=DIR python eval/synthetic.py [--part prune|unlearn|samples|imagenet] [--model resnet|vgg|swin] [--seeds 3]
+MODHIFI_DATA=DIR python eval/synthetic.py [--part prune|unlearn|samples|imagenet] [--model demo|resnet|vgg|swin] [--seeds 3]
 
 ``--model`` concerns prune and unlearn; ``--sources`` takes names of rows, or parts of them, for a smaller table.
 """
@@ -178,12 +178,12 @@ def columns(rows: list[dict[str, Any]]) -> list[str]:
 def described(options: argparse.Namespace) -> str:
     """The command line behind a table, without what was left at its default."""
     words = [f"--part {options.part}", f"--seeds {options.seeds}"]
-    words += [f"--model {options.model}"] if options.model != "resnet" else []
+    words += [f"--model {options.model}"] if options.model != "demo" else []
     return "Command: `python eval/synthetic.py " + " ".join(words) + "`."
 
 
 def results_name(options: argparse.Namespace) -> str:
-    return f"synthetic_{options.part}" + ("" if options.model == "resnet" else f"_{options.model}")
+    return f"synthetic_{options.part}" + ("" if options.model == "demo" else f"_{options.model}")
 
 
 def prune(options: argparse.Namespace) -> None:
@@ -212,7 +212,7 @@ that BatchNorm stores, before it is told to normalise by the batch: the quality 
 
 
 def samples(options: argparse.Namespace) -> None:
-    loaded, root = reference("resnet"), cifar10()
+    loaded, root = reference("demo"), cifar10()
     test = cached(load_samples(f"images:{root / 'test'}", loaded, n=TEST))
     rows: list[dict[str, Any]] = []
     for n in (50, 200, 1000, 5000):
@@ -315,7 +315,7 @@ PARTS = {"prune": prune, "unlearn": unlearn, "samples": samples, "imagenet": ima
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=PARTS)
-    parser.add_argument("--model", choices=("resnet", "vgg", "swin"), default="resnet")
+    parser.add_argument("--model", choices=("demo", "resnet", "vgg", "swin"), default="demo")
     parser.add_argument("--sources", default="", help="names of sources or parts of them, separated by ;")
     parser.add_argument("--seeds", type=int, default=3)
     wanted = parser.parse_args()

@@ -63,7 +63,7 @@ def flops_share(loaded: LoadedModel, model: nn.Module) -> float:
 
 
 def cifar(test: int = 2000) -> tuple[LoadedModel, Samples, Samples]:
-    loaded, root = reference("resnet"), cifar10()
+    loaded, root = reference("demo"), cifar10()
     calibration = cached(load_samples(f"images:{root / 'train'}", loaded, n=1000))
     held = cached(load_samples(f"images:{root / 'test'}", loaded, n=test))
     return loaded, calibration, held
