@@ -1,6 +1,7 @@
 """What calibration without data costs: sources of images against the accuracy of what is pruned or unlearned with them.
 
-MODHIFI_DATA=DIR python eval/synthetic.py [--part prune|unlearn|samples|imagenet] [--model demo|resnet|vgg|swin] [--seeds 3]
+MODHIFI_DATA=DIR python eval/synthetic.py [--part prune|unlearn|samples|imagenet] [--model demo|resnet|vgg|swin]
+[--seeds 3]
 
 ``--model`` concerns prune and unlearn; ``--sources`` takes names of rows, or parts of them, for a smaller table.
 """
