@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import ModhifiError
+from .errors import IndefiniteError
 from .fidelity import compensation
 
 
@@ -39,7 +39,7 @@ def least_squares_towards(weight: Tensor, cross: Tensor, second: Tensor, kept: T
             target = weight @ cross[:, kept] + damping * weight[:, kept]
             result[:, kept] = torch.cholesky_solve(target.T, factor).T
             return result
-    raise ModhifiError("a Gram matrix is not positive definite even with strong damping; use more calibration samples")
+    raise IndefiniteError
 
 
 def scaled(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor, ridge: float = 1e-4) -> Tensor:

@@ -19,3 +19,12 @@ class SelfTestFailed(ModhifiError):
     """A bound was violated on the very samples it was computed from: a bug of modhifi. Exit code 3."""
 
     exit_code = 3
+
+
+class IndefiniteError(ModhifiError):
+    """A Gram matrix that no damping makes positive definite."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a Gram matrix is not positive definite even with strong damping; use more calibration samples"
+        )

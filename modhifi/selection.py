@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import ModhifiError
+from .errors import IndefiniteError, ModhifiError
 from .fidelity import energy_score, hifi_size, singleton_fidelity, top_hifi, wanda_score
 from .readers import Reader, best_singletons
 
@@ -45,15 +45,6 @@ class Curve:
 # Readers of more columns lose their components in single precision, which costs half. Their inverse is still made in
 # double: badly conditioned Grams have none in single.
 WIDE = 512
-
-
-class IndefiniteError(ModhifiError):
-    """A Gram matrix that no damping makes positive definite."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "a Gram matrix is not positive definite even with strong damping; use more calibration samples"
-        )
 
 
 @dataclass
@@ -268,12 +259,11 @@ def eliminate(
     :class:`Trial` at the first stop with ``trial`` components removed, or at the last. Raises
     :class:`IndefiniteError`.
     """
+    how = (keep_at_least, order, partition, steps, trial)
     try:
-        state = Elimination(readers, ridge, torch.float32)
-        return _eliminate(state, keep_at_least, order, partition, steps, trial)
+        return _eliminate(Elimination(readers, ridge, torch.float32), *how)
     except IndefiniteError:  # in single precision, maybe
-        state = Elimination(readers, ridge)
-        return _eliminate(state, keep_at_least, order, partition, steps, trial)
+        return _eliminate(Elimination(readers, ridge), *how)
 
 
 def _eliminate(

@@ -9,14 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modhifi.compensate import least_squares, local_error
-from modhifi.errors import ModhifiError
+from modhifi.errors import IndefiniteError, ModhifiError
 from modhifi.fidelity import energy_score, singleton_fidelity, subset_fidelity, top_hifi, wanda_score
 from modhifi.readers import Reader
 from modhifi.selection import (
     WIDE,
     Curve,
     Elimination,
-    IndefiniteError,
     damped_inverse,
     eliminate,
     hifi_union,
