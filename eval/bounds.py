@@ -31,16 +31,8 @@ from modhifi.ladder_affine import Norms
 from modhifi.ladder_certified import certify
 from modhifi.ladder_newton import ROUNDS
 from modhifi.load import LoadedModel, load_model
-from modhifi.pruning import (
-    Pruned,
-    PruneSettings,
-    apply_plan,
-    choose_groups,
-    find_structure,
-    make_plan,
-    measure_moments,
-    removal_curves,
-)
+from modhifi.settings import PruneSettings
+from modhifi.stages import Pruned, apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 from modhifi.verify import BoundReport, verify_model
 
 RATIOS = (0.1, 0.25, 0.5)

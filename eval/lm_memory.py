@@ -18,16 +18,9 @@ from modhifi.allocate import Budget
 from modhifi.data import Samples
 from modhifi.load import LoadedModel, load_model
 from modhifi.measure import with_peak_memory
-from modhifi.pruning import (
-    PruneSettings,
-    apply_plan,
-    choose_groups,
-    find_structure,
-    make_plan,
-    measure_moments,
-    prune_model,
-    removal_curves,
-)
+from modhifi.pruning import prune_model
+from modhifi.settings import PruneSettings
+from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 
 DEPTHS, HIDDEN, FFN, WINDOWS, WINDOW = (2, 4, 8, 16), 64, 1024, 4, 128
 SETTINGS = PruneSettings(layout="uniform", rows_per_column=None, batch_size=2, floor=0.8)

@@ -32,17 +32,10 @@ from modhifi.measure import NextTokens
 from modhifi.moments import Moments
 from modhifi.plan import Plan
 from modhifi.probing import amplification, best_plan, plans_between
-from modhifi.pruning import (
-    PruneSettings,
-    apply_plan,
-    choose_groups,
-    find_structure,
-    make_plan,
-    measure_moments,
-    removal_curves,
-)
 from modhifi.readers import readers_of
 from modhifi.selection import Curve, removal_order
+from modhifi.settings import PruneSettings
+from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 
 WINDOW, HELD, PROBES, RATIOS = 512, 16, 2, (0.2, 0.3, 0.1)
 SETTINGS = PruneSettings(rows_per_column=None, batch_size=4, floor=0.25, layout="uniform", only=("neurons",))

@@ -25,16 +25,9 @@ from modhifi import measure
 from modhifi.allocate import Budget
 from modhifi.data import Samples, load_samples
 from modhifi.load import LoadedModel
-from modhifi.pruning import (
-    PruneSettings,
-    apply_plan,
-    choose_groups,
-    find_structure,
-    make_plan,
-    measure_moments,
-    removal_curves,
-)
 from modhifi.quality import look
+from modhifi.settings import PruneSettings
+from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 from modhifi.unlearn import UnlearnSettings, forget
 from modhifi.unlearn_data import populations
 from modhifi.unlearn_sites import find_sites

@@ -5,7 +5,7 @@
 
 ``--data`` is a directory with ``train/<class>/*.png`` and ``test/<class>/*.png``. The result is a directory in
 timm's own format (``config.json`` and a half-precision ``model.safetensors``) that
-``timm.create_model("local-dir:OUT", pretrained=True)`` loads.
+``timm.create_model("local-dir:OUT", pretrained=True)`` loads. A run that was cut off goes on from its last epoch.
 """
 
 from __future__ import annotations
@@ -44,13 +44,14 @@ REFERENCES: dict[str, dict[str, Any]] = {
         hole=8,
         smoothing=0.05,
     ),
-    "vgg": dict(arch="vgg11_bn", args=dict(mlp_ratio=1 / 64), sizes=(32,) * 5, muon=0.03),
+    "vgg": dict(arch="vgg11_bn", args=dict(mlp_ratio=1 / 64), sizes=(32,) * 5, muon=0.03, taught=True),
     "swin": dict(
         arch="swin_tiny_patch4_window7_224",
         args=dict(img_size=32, patch_size=2, window_size=4, embed_dim=48, depths=(2, 4), num_heads=(3, 6)),
-        sizes=(32,) * 16,
+        sizes=(32,) * 14,
         muon=0.02,
         scaled=False,
+        taught=True,
     ),
 }
 
@@ -135,6 +136,14 @@ def predict(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([model(prepare(chunk)) for chunk in images.split(500)])
 
 
+def taught(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Halfway between the labels and what the reference ResNet says: float32 ``(n, classes)``."""
+    teacher = timm.create_model(f"local-dir:{Path(__file__).parent / 'models' / 'resnet'}", pretrained=True).eval()
+    size = teacher.pretrained_cfg["input_size"][-1]
+    said = torch.cat([predict(teacher, enlarged(part, size)) for part in images.split(1000)]).softmax(1)
+    return (said + F.one_hot(labels, said.shape[1])) / 2
+
+
 def optimizers(model: torch.nn.Module, spec: dict[str, Any]) -> list[torch.optim.Optimizer]:
     """SGD, or Muon for the weights between the first and the last layer beside AdamW for the rest."""
     named = list(model.named_parameters())
@@ -168,6 +177,9 @@ def train(name: str, data: Path, out: Path, without: int | None, epochs: int | N
     if without is not None:
         kept = labels != without
         images, labels = images[kept], labels[kept]
+    if spec.get("taught") and without is not None:
+        raise SystemExit(f"{name} learns from the reference ResNet, which knows class {without}")
+    targets = taught(images, labels) if spec.get("taught") else labels
 
     model = timm.create_model(spec["arch"], num_classes=len(classes), **spec["args"]).to(
         memory_format=torch.channels_last
@@ -177,8 +189,17 @@ def train(name: str, data: Path, out: Path, without: int | None, epochs: int | N
     used = optimizers(model, spec)
     rates = [[group["lr"] for group in o.param_groups] for o in used]
     test_images = enlarged(test_images, size)
-    start, done, shown = time.time(), 0, images[:0]
-    for epoch, width in enumerate(sizes):
+    out.mkdir(parents=True, exist_ok=True)
+    left, first, done, spent, shown = out / "unfinished.pt", 0, 0, 0.0, images[:0]
+    if left.exists():
+        saved = torch.load(left)
+        first, done, spent = saved["epoch"], saved["done"], saved["seconds"]
+        model.load_state_dict(saved["model"])
+        for o, state in zip(used, saved["optimizers"], strict=True):
+            o.load_state_dict(state)
+        generator.set_state(saved["generator"])
+    start = time.time() - spent
+    for epoch, width in enumerate(sizes[first:], first):
         if shown.shape[-1] != width or not len(shown):
             shown = enlarged(images, width)
         model.train()
@@ -188,7 +209,7 @@ def train(name: str, data: Path, out: Path, without: int | None, epochs: int | N
                 for group, rate in zip(o.param_groups, own, strict=True):
                     group["lr"] = rate * share_of_rate(done / (steps * len(sizes)), spec)
             x = prepare(augment(shown[index], generator, spec.get("shift", 4), spec.get("hole", 0)))
-            loss = F.cross_entropy(model(x), labels[index], label_smoothing=spec.get("smoothing", 0.1))
+            loss = F.cross_entropy(model(x), targets[index], label_smoothing=spec.get("smoothing", 0.1))
             model.zero_grad()
             loss.backward()
             if "lr" in spec:
@@ -200,6 +221,10 @@ def train(name: str, data: Path, out: Path, without: int | None, epochs: int | N
         accuracy = (predict(model, test_images[sample]).argmax(1) == test_labels[sample]).float().mean().item()
         seconds = f"{time.time() - start:.0f}s"
         print(f"{name} epoch {epoch + 1}/{len(sizes)} loss {loss.item():.3f} test {accuracy:.4f} {seconds}", flush=True)
+        state = dict(epoch=epoch + 1, done=done, seconds=time.time() - start, generator=generator.get_state())
+        state |= dict(model=model.state_dict(), optimizers=[o.state_dict() for o in used])
+        torch.save(state, left.with_suffix(".tmp"))
+        left.with_suffix(".tmp").replace(left)
 
     # what the architecture's published weights say of themselves is not true of these
     for key in ("tag", "origin_url", "paper_ids", "test_input_size", "test_crop_pct"):
@@ -230,6 +255,7 @@ def train(name: str, data: Path, out: Path, without: int | None, epochs: int | N
         train_seconds=time.time() - start,
     )
     (out / "training.json").write_text(json.dumps(record, indent=1))
+    left.unlink()
     print(json.dumps(record))
 
 

@@ -20,17 +20,9 @@ from modhifi import measure
 from modhifi.allocate import Budget
 from modhifi.data import Samples, load_samples
 from modhifi.load import LoadedModel, load_model
-from modhifi.pruning import (
-    PruneSettings,
-    apply_plan,
-    choose_groups,
-    find_structure,
-    make_plan,
-    measure_moments,
-    prune_model,
-    reestimate_batchnorm,
-    removal_curves,
-)
+from modhifi.pruning import prune_model, reestimate_batchnorm
+from modhifi.settings import PruneSettings
+from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 
 LADDER = [
     ("magnitude", "none"),

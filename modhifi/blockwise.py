@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from .allocate import Budget, allocate, least_width, plan_for
 from .blocks import find_blocks, moments_by_block
 from .data import Samples
+from .editing import LayerError, edit_readers
 from .groups import Structure, operator_modules
 from .load import LoadedModel
 from .offload import staying
 from .plan import Plan
-from .pruning import LayerError, Progress, Pruned, PruneSettings, edit_readers, removal_curves
 from .readers import columns_of
 from .selection import Curve
+from .settings import Progress, PruneSettings
 from .sizes import sizes_of
+from .stages import Pruned, removal_curves
 from .surgery import shrink
 
 # Grams of a whole model up to this size may be kept, which lets another run reuse them; larger ones never are.

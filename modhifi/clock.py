@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 
-from .pruning import Progress, silent
+from .settings import Progress, silent
 
 logger = logging.getLogger("modhifi")
 PACKAGES = ("modhifi", "torch", "timm", "transformers")

@@ -27,19 +27,14 @@ from .own_data import Source
 from .plan import Plan
 from .processes import processes
 from .prune_report import before_after, describe, measure_run, measured, skipped
-from .pruning import (
-    Progress,
-    contribute,
-    find_structure,
-    prune_model,
-    reestimate_batchnorm,
-    silent,
-)
+from .pruning import contribute, prune_model, reestimate_batchnorm
 from .rebuild import expand
 from .recipe import ModelSource, PruneRecipe
 from .report import data_uri
 from .run_checks import add_bounds, add_groups
+from .settings import Progress, silent
 from .sizes import sizes_of
+from .stages import find_structure
 from .verify import BoundReport, verify_model
 
 

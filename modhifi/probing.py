@@ -11,26 +11,20 @@ from torch import Tensor, nn
 
 from .allocate import Budget
 from .data import Samples
+from .editing import compensated, store, write_compensated
 from .errors import ModhifiError
 from .groups import Group, Structure
 from .load import LoadedModel
 from .moments import Moments
 from .plan import Plan
-from .pruning import (
-    TRIAL,
-    Progress,
-    PruneSettings,
-    compensated,
-    make_plan,
-    silent,
-    store,
-    trial_size,
-    write_compensated,
-)
 from .replay import Replay
 from .selection import Curve, Trial
+from .settings import Progress, PruneSettings, silent
+from .stages import make_plan, trial_size
 from .surgery import removed_positions
 
+# the share of a group's components whose loss shows its effect on the output
+TRIAL = 0.3
 # fewest and most samples that probe the effect of one group
 PROBES = (3, 32)
 

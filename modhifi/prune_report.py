@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from . import measure
 from .data import Samples
 from .load import LoadedModel
-from .pruning import Progress, Pruned, silent
 from .recipe import PruneRecipe
+from .settings import Progress, silent
 from .sizes import sizes_of
+from .stages import Pruned
 
 # Shares of a group's components below which a fidelity lies, for the report's distribution.
 STEP = 0.005  # a share of the KV cache this near to the one asked for is that one

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .allocate import Budget
-from .pruning import PruneSettings
 from .recipe_file import Strict, validate
+from .settings import PruneSettings
 from .verdicts import Tolerances
 
 Share = Annotated[float, Field(gt=0, lt=1)]

@@ -17,11 +17,11 @@ from .errors import GateFailed, ModhifiError, SelfTestFailed
 from .moment_cache import MomentCache
 from .output import check_output, staging
 from .pipeline import run_prune
-from .pruning import Progress, silent
 from .recipe import ModelSource, PruneRecipe
 from .recipe_file import set_value, to_yaml
 from .recipe_steps import STEP, AuditRecipe, Recipe, StepsRecipe, VerifyRecipe, parse
 from .report import jsonable, render_html
+from .settings import Progress, silent
 from .unlearn_pipeline import run_audit, run_unlearn
 from .unlearn_recipe import UnlearnRecipe
 from .verify import BoundReport

@@ -19,8 +19,9 @@ from .defaults import amounts
 from .fidelity import energy_score
 from .load import LoadedModel
 from .own_data import Source
-from .pruning import Progress, PruneSettings, choose_groups, find_structure, measure_moments, removal_curves, silent
 from .readers import readers_of
+from .settings import Progress, PruneSettings, silent
+from .stages import choose_groups, find_structure, measure_moments, removal_curves
 
 
 @dataclass(frozen=True)

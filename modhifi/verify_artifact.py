@@ -15,10 +15,10 @@ from modhifi.errors import ModhifiError
 from modhifi.load import LoadedModel
 from modhifi.own_data import Source
 from modhifi.pipeline import load_source
-from modhifi.pruning import find_structure
 from modhifi.rebuild import expand, plan_of
 from modhifi.recipe import ModelSource
 from modhifi.skeleton import same_modules
+from modhifi.stages import find_structure
 from modhifi.text import window_of
 from modhifi.unlearn_data import label_samples
 from modhifi.verdicts import Tolerances

@@ -14,7 +14,9 @@ from modhifi.blocks import Stream, find_blocks
 from modhifi.data import Samples
 from modhifi.load import LoadedModel, load_model
 from modhifi.moments import Moments
-from modhifi.pruning import PruneSettings, find_structure, prune_model
+from modhifi.pruning import prune_model
+from modhifi.settings import PruneSettings
+from modhifi.stages import find_structure
 from tests import tiny_text
 
 

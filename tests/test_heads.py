@@ -13,7 +13,8 @@ from modhifi.load import load_model
 from modhifi.oracle import confirm
 from modhifi.pipeline import check_model
 from modhifi.plan import Plan
-from modhifi.pruning import PruneSettings, choose_groups
+from modhifi.settings import PruneSettings
+from modhifi.stages import choose_groups
 from modhifi.surgery import mask_readers, shrink
 from modhifi.tracing import trace
 

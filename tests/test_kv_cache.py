@@ -13,10 +13,10 @@ from modhifi.allocate import Budget, allocate
 from modhifi.errors import ModhifiError
 from modhifi.load import LoadedModel, load_model
 from modhifi.pipeline import Given, run_prune
-from modhifi.pruning import find_structure
 from modhifi.recipe import parse_recipe
 from modhifi.selection import Curve
 from modhifi.sizes import sizes_of
+from modhifi.stages import find_structure
 
 SHAPE = dict(hidden_size=24, num_attention_heads=6, num_key_value_heads=3, head_dim=4)
 

@@ -19,7 +19,8 @@ from modhifi.allocate import Budget
 from modhifi.artifact import state_hash
 from modhifi.moment_cache import MomentCache
 from modhifi.own_data import from_items
-from modhifi.pruning import PruneSettings, prune_model
+from modhifi.pruning import prune_model
+from modhifi.settings import PruneSettings
 
 SAMPLES = 48
 

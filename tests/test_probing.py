@@ -12,16 +12,9 @@ from modhifi.allocate import Budget
 from modhifi.data import Samples, load_samples
 from modhifi.load import LoadedModel, load_model
 from modhifi.probing import PROBES, amplification, best_plan, output_change, plans_between
-from modhifi.pruning import (
-    PruneSettings,
-    apply_plan,
-    choose_groups,
-    find_structure,
-    make_plan,
-    measure_moments,
-    prune_model,
-    removal_curves,
-)
+from modhifi.pruning import prune_model
+from modhifi.settings import PruneSettings
+from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 from tests import tiny_text
 
 SETTINGS = PruneSettings(rows_per_column=None, batch_size=4, only=("neurons",))

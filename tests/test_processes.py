@@ -17,7 +17,8 @@ from modhifi.data import Samples
 from modhifi.errors import ModhifiError
 from modhifi.load import load_model
 from modhifi.processes import Processes, merged
-from modhifi.pruning import PruneSettings, find_structure, measure_moments
+from modhifi.settings import PruneSettings
+from modhifi.stages import find_structure, measure_moments
 
 LAUNCH = "accelerate.commands.launch"
 

@@ -12,15 +12,10 @@ from modhifi.compensate import local_error
 from modhifi.data import Samples, load_samples
 from modhifi.errors import ModhifiError
 from modhifi.load import LoadedModel, load_model
-from modhifi.pruning import (
-    PruneSettings,
-    choose_groups,
-    find_structure,
-    measure_moments,
-    prune_model,
-    reestimate_batchnorm,
-)
+from modhifi.pruning import prune_model, reestimate_batchnorm
 from modhifi.readers import applied_second, shrinkage, weight_matrix
+from modhifi.settings import PruneSettings
+from modhifi.stages import choose_groups, find_structure, measure_moments
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from modhifi import pruning
+from modhifi import stages
 from modhifi.data import load_samples
 from modhifi.load import load_model
 from modhifi.moments import Moments
-from modhifi.pruning import PruneSettings, find_structure, measure_moments
 from modhifi.readers import weight_matrix
 from modhifi.remembered import remembered
+from modhifi.settings import PruneSettings
+from modhifi.stages import find_structure, measure_moments
 
 
 def drawn(groups: int, out: int, width: int) -> tuple[Moments, torch.Tensor]:
@@ -95,7 +96,7 @@ def test_moments_of_synthetic_images_give_what_the_norms_remember_and_real_ones_
         return float((mean - norm.running_mean).norm()), float((variance / norm.running_var).log().norm())
 
     after = gaps()
-    monkeypatch.setattr(pruning, "as_remembered", lambda model, structure, found: found)
+    monkeypatch.setattr(stages, "as_remembered", lambda model, structure, found: found)
     before = gaps()
     assert after[0] < 0.3 * before[0] and after[1] < 0.3 * before[1]
     real = load_samples([made.load(i) for i in range(16)], loaded, n=16)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from modhifi.artifact import load_artifact, save_artifact
 from modhifi.load import LoadedModel, load_model
 from modhifi.plan import Plan
-from modhifi.pruning import find_structure
+from modhifi.stages import find_structure
 from modhifi.surgery import shrink
 
 ALONE = """

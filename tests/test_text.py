@@ -17,7 +17,7 @@ from modhifi.groups import operator_modules
 from modhifi.load import PADDING, LoadedModel, load_model
 from modhifi.measure import NextTokens, compare, perplexity
 from modhifi.moments import collect
-from modhifi.pruning import find_structure
+from modhifi.stages import find_structure
 from tests import tiny_text
 
 

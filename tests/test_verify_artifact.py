@@ -18,8 +18,8 @@ from modhifi.cli.main import app
 from modhifi.errors import ModhifiError
 from modhifi.load import load_model
 from modhifi.plan import Plan
-from modhifi.pruning import find_structure
 from modhifi.rebuild import expand
+from modhifi.stages import find_structure
 from modhifi.surgery import mask_readers, shrink
 
 runner = CliRunner()

@@ -1,0 +1,101 @@
+"""New weights for the readers of removed components: compensate, write them, give the mean back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .compensate import error_and_energy, least_squares, masked, scaled
+from .errors import ModhifiError
+from .groups import Structure
+from .moments import Moments
+from .plan import Plan
+from .readers import absorb_mean, applied_second, weight_matrix, write_weight
+from .settings import PruneSettings
+from .surgery import kernel_size, removed_positions
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """Squared local error of one reader's output and its energy, both expected per row on the calibration data."""
+
+    reader: str
+    error: float
+    energy: float
+
+    @property
+    def relative(self) -> float:
+        return self.error / self.energy if self.energy > 0 else 0.0
+
+
+def edit_readers(
+    model: nn.Module, structure: Structure, plan: Plan, moments: Mapping[str, Moments], settings: PruneSettings
+) -> tuple[LayerError, ...]:
+    """Write compensated weights, zero in the removed columns, into every reader of a removed component, in place.
+
+    Shapes stay. Biases, or the running mean of the BatchNorm behind, take the change of the mean.
+    """
+    errors = []
+    for (name, role), positions in removed_positions(structure, plan).items():
+        if role == "reader":
+            errors.append(edit_reader(model, structure, name, positions, moments[name], settings))
+    return tuple(errors)
+
+
+def edit_reader(
+    model: nn.Module, structure: Structure, name: str, positions: Tensor, moments: Moments, settings: PruneSettings
+) -> LayerError:
+    """Compensate one reader for the loss of some input channels (``positions``), in place."""
+    weight, edited = write_compensated(model, structure, name, positions, moments, settings)
+    measured = moments.cov if structure.operators[name].sink is not None else moments.gram
+    found = [error_and_energy(w, e, m) for w, e, m in zip(weight, edited, measured, strict=True)]
+    return LayerError(name, sum(error for error, _ in found), sum(energy for _, energy in found))
+
+
+def write_compensated(
+    model: nn.Module, structure: Structure, name: str, positions: Tensor, moments: Moments, settings: PruneSettings
+) -> tuple[Tensor, Tensor]:
+    """What :func:`edit_reader` writes, without its error: the weights before and after, float64 ``(G, o, d)``."""
+    edited = compensated(model, structure, name, positions, moments, settings)
+    return store(model, structure, name, edited, moments, settings), edited
+
+
+def store(
+    model: nn.Module, structure: Structure, name: str, edited: Tensor, moments: Moments, settings: PruneSettings
+) -> Tensor:
+    """Write a reader's new weights ``(G, o, d)`` and, compensating, give its mean back; returns the old ones."""
+    weight, sink = weight_matrix(model.get_submodule(name)), structure.operators[name].sink
+    write_weight(model.get_submodule(name), edited)
+    if settings.compensate != "none" and sink is not None:
+        absorb_mean(model, name, sink, ((weight - edited) @ moments.mean[:, :, None]).reshape(-1))
+    return weight
+
+
+def compensated(
+    model: nn.Module, structure: Structure, name: str, positions: Tensor, moments: Moments, settings: PruneSettings
+) -> Tensor:
+    """A reader's weights after the loss of some input channels, float64 ``(G, o, d)``; nothing is written."""
+    module = model.get_submodule(name)
+    weight = weight_matrix(module)
+    groups, _, columns = weight.shape
+    kernel = kernel_size(module)
+    second = applied_second(moments, structure.operators[name].sink)
+    channels = torch.ones(groups * columns // kernel, dtype=torch.bool)
+    channels[positions] = False
+    kept = channels.view(groups, -1).to(weight.device)
+    edited = torch.empty_like(weight)
+    for g in range(groups):
+        wide = kept[g].repeat_interleave(kernel)
+        if settings.compensate == "lstsq":
+            edited[g] = least_squares(weight[g], second[g], wide, settings.ridge)
+        elif settings.compensate == "delta":
+            blocks = torch.arange(columns, device=weight.device).view(-1, kernel)
+            edited[g] = scaled(weight[g], second[g], blocks, kept[g], settings.ridge)
+        elif settings.compensate == "none":
+            edited[g] = masked(weight[g], wide)
+        else:
+            raise ModhifiError(f"unknown compensation '{settings.compensate}'; choose lstsq, delta or none")
+    return edited

@@ -1,0 +1,239 @@
+"""The stages of a pruning run, each callable on its own: structure, groups, moments, curves, plan, edited model."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from .allocate import Budget, allocate
+from .data import Samples
+from .editing import LayerError, edit_readers
+from .errors import ModhifiError
+from .groups import Group, Structure, operator_modules
+from .load import LoadedModel
+from .moment_cache import MomentCache
+from .moments import Moments, collect
+from .oracle import confirm
+from .plan import Plan
+from .processes import ALONE, Processes, merged
+from .quality import GramQuality
+from .readers import as_remembered, readers_of
+from .selection import Curve, eliminate, hifi_union, removal_order
+from .sequential import edit_sequentially, joint_moments
+from .settings import Progress, PruneSettings, silent
+from .sizes import sizes_of
+from .surgery import shrink
+from .tracing import trace
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """``model`` is physically smaller; ``dense_shape`` holds the same function in the dense model's shapes.
+
+    ``fidelity`` has the best singleton fidelity of every component, float64 ``(n,)`` by group. ``tried`` has, where
+    several plans were tried, what each does to the output: its divergence on a few samples in nats.
+    """
+
+    model: nn.Module
+    dense_shape: nn.Module
+    structure: Structure
+    plan: Plan
+    curves: Mapping[str, Curve]
+    errors: tuple[LayerError, ...]
+    fidelity: Mapping[str, Tensor] = field(default_factory=dict)
+    grams: tuple[GramQuality, ...] = ()
+    tried: Mapping[str, float] = field(default_factory=dict)
+
+
+def find_structure(loaded: LoadedModel) -> Structure:
+    """Trace the model on its example batch, and refuse what its code would not survive."""
+
+    def run(model: nn.Module) -> Tensor:
+        return loaded.logits(loaded.example, model)
+
+    return confirm(loaded.model, trace(loaded.model, run), run)
+
+
+def choose_groups(structure: Structure, settings: PruneSettings) -> Structure:
+    """Keep the prunable groups that ``only`` and ``exclude`` (shell patterns on names or kinds) and ``coupled`` allow.
+
+    Raises ModhifiError for a pattern that matches nothing and where no group is left.
+    """
+
+    def matches(group: Group, patterns: Iterable[str]) -> bool:
+        return any(fnmatch.fnmatch(name, pattern) for name in (group.name, group.kind) for pattern in patterns)
+
+    for pattern in (*settings.only, *settings.exclude):
+        if not any(matches(g, (pattern,)) for g in structure.groups):
+            raise ModhifiError(f"the pattern '{pattern}' matches no group and no kind; `modhifi check` lists them")
+    chosen = [
+        g.name
+        for g in structure.prunable
+        if (not settings.only or matches(g, settings.only))
+        and not matches(g, settings.exclude)
+        and (settings.coupled or not g.coupled)
+    ]
+    if not chosen:
+        raise ModhifiError("no group of this model can be pruned with these settings; `modhifi check` says why")
+    return structure.select(chosen)
+
+
+def measure_moments(
+    loaded: LoadedModel,
+    structure: Structure,
+    samples: Samples,
+    settings: PruneSettings,
+    progress: Progress = silent,
+    cache: MomentCache | None = None,
+    team: Processes = ALONE,
+) -> dict[str, Moments]:
+    """Moments of every reader of a prunable group, in one forward pass per sample that ``cache`` does not know.
+
+    Each process of a ``team`` runs its share of the batches, without the cache; the moments are those of all shares.
+    """
+    readers = dict(operator_modules(loaded.model, structure.prunable))
+    deciding = {key: getattr(settings, key) for key in ("rows_per_column", "batch_size", "seed")}
+    stored = None if cache is None or team.count > 1 else cache.open(loaded, readers, samples, deciding)
+    size = settings.batch_size
+    numbers = range(0 if stored is None else stored.done, len(samples), size)[team.index :: team.count]
+    if team.count > 1 and len(range(0, len(samples), size)) < team.count:
+        raise ModhifiError(f"{len(samples)} samples are fewer than {team.count} batches of {size}; use fewer processes")
+
+    def batches() -> Iterable[Tensor]:
+        for number in numbers:
+            progress("measuring", number, len(samples))
+            yield from samples.subset(range(number, min(number + size, len(samples)))).batches(size)
+        progress("measuring", len(samples), len(samples))
+
+    found = collect(
+        loaded.model,
+        loaded.run,
+        batches(),
+        readers,
+        numbers=numbers,
+        samples=len(samples),
+        rows_per_column=settings.rows_per_column,
+        use_batch_statistics=samples.synthetic,
+        seed=settings.seed,
+        stored=stored,
+    )
+    found = merged(found, team)
+    missing = [name for name in readers if name not in found]
+    if missing:
+        raise ModhifiError(f"the layer '{missing[0]}' was never run on the calibration data; exclude its group")
+    # Offloaded weights run elsewhere than they lie; the maths goes on where they lie.
+    found = {name: m.to(next(readers[name].parameters()).device) for name, m in found.items()}
+    return as_remembered(loaded.model, structure, found) if samples.synthetic else found
+
+
+def removal_curves(
+    model: nn.Module,
+    structure: Structure,
+    moments: Mapping[str, Moments],
+    settings: PruneSettings,
+    progress: Progress = silent,
+    trial: float | None = None,
+) -> dict[str, Curve]:
+    """For each prunable group the order of removal and what it costs, with a trial at that share of its components."""
+    curves = {}
+    for number, group in enumerate(structure.prunable):
+        progress("scoring", number, len(structure.prunable))
+        readers = readers_of(model, structure, group, moments)
+        if not settings.behind_norms:
+            readers = [replace(reader, scale=None) for reader in readers]
+        curves[group.name] = eliminate(
+            readers,
+            keep_at_least=max(group.step, int(settings.floor * group.n)),
+            order=removal_order(settings.selector, readers, settings.seed),
+            partition=group.partition,
+            ridge=settings.ridge,
+            trial=None if trial is None else trial_size(group, trial),
+        )
+    progress("scoring", len(structure.prunable), len(structure.prunable))
+    return curves
+
+
+def trial_size(group: Group, share: float) -> int:
+    """How many components a trial removes: a share of them, at least one of every part."""
+    return max(group.step, int(share * group.n) // group.step * group.step)
+
+
+def hifi_plan(model: nn.Module, structure: Structure, moments: Mapping[str, Moments], settings: PruneSettings) -> Plan:
+    """Keep in every group the union of its output channels' smallest NAIVE HiFi sets of fidelity ``eta``."""
+    assert settings.eta is not None
+    kept = {}
+    for group in structure.prunable:
+        if group.partition is not None:
+            continue
+        member = hifi_union(readers_of(model, structure, group, moments), settings.eta)
+        if not bool(member.all()):
+            kept[group.name] = tuple(torch.nonzero(member).flatten().tolist())
+    return Plan(kept)
+
+
+def make_plan(
+    model: nn.Module,
+    structure: Structure,
+    curves: Mapping[str, Curve],
+    budget: Budget,
+    settings: PruneSettings,
+    weights: Mapping[str, float] | None = None,
+) -> Plan:
+    """Allocate the budget over the groups."""
+    return allocate(
+        structure.prunable,
+        curves,
+        sizes_of(model, structure),
+        budget,
+        layout=settings.layout,
+        floor=settings.floor,
+        round_to=settings.round_to,
+        weights=weights,
+    )
+
+
+def apply_plan(
+    loaded: LoadedModel,
+    structure: Structure,
+    plan: Plan,
+    moments: Mapping[str, Moments],
+    settings: PruneSettings,
+    samples: Samples | None = None,
+    progress: Progress = silent,
+) -> Pruned:
+    """Compensate and cut: the edited model in the dense shapes and in its own.
+
+    ``samples`` are needed with ``settings.sequential``, which runs them once more for every reader.
+    """
+    plan.check(structure)
+    if settings.sequential is None:
+        dense_shape = copy.deepcopy(loaded.model)
+        errors = edit_readers(dense_shape, structure, plan, moments, settings)
+    else:
+        if settings.compensate != "lstsq" or samples is None:
+            raise ModhifiError("--sequential goes with --compensate lstsq only")
+
+        def moments_of(edited: nn.Module, reader: str) -> Moments:
+            assert samples is not None
+            return joint_moments(
+                loaded.model,
+                edited,
+                reader,
+                loaded.logits,
+                samples.batches(settings.batch_size),
+                samples=len(samples),
+                rows_per_column=settings.rows_per_column,
+                use_batch_statistics=samples.synthetic,
+                seed=settings.seed,
+            )
+
+        dense_shape, found = edit_sequentially(
+            loaded.model, structure, plan, moments_of, settings.sequential, settings.ridge, progress
+        )
+        errors = tuple(LayerError(*e) for e in found)
+    return Pruned(shrink(copy.deepcopy(dense_shape), structure, plan), dense_shape, structure, plan, {}, errors)
