@@ -54,6 +54,8 @@ COLUMNS = ["forget", "retain", "worst_loss", "recall", "recall_plain", "probe", 
 
 # Of the features of a VGG-11 the first four convolutions; what follows has half of the channels or more.
 VGG_STEM = 15
+# As many blocks of a residual network at least are in the tail; what edits more is left out.
+BLOCKS = 3
 
 
 class Tail(nn.Module):
@@ -62,35 +64,35 @@ class Tail(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         whole: Any = copy.deepcopy(model)
-        self.kind = type(model).__name__
-        if self.kind == "ResNet":
-            self.layer3, self.layer4, self.global_pool, self.fc = (
-                whole.layer3,
-                whole.layer4,
-                whole.global_pool,
-                whole.fc,
-            )
-        elif self.kind == "VGG":
-            self.features, self.pre_logits, self.head = whole.features[VGG_STEM:], whole.pre_logits, whole.head
-        elif self.kind == "SwinTransformer":
-            self.layers, self.norm, self.head = whole.layers[1:], whole.norm, whole.head
+        if isinstance(model, timm.models.ResNet):
+            parts = {f"layer{n}": getattr(whole, f"layer{n}") for n in range(first_stage(model), 5)}
+            parts |= dict(global_pool=whole.global_pool, fc=whole.fc)
+        elif isinstance(model, timm.models.VGG):
+            parts = dict(features=whole.features[VGG_STEM:], pre_logits=whole.pre_logits, head=whole.head)
+        elif isinstance(model, timm.models.SwinTransformer):
+            parts = dict(layers=whole.layers[1:], norm=whole.norm, head=whole.head)
         else:
-            raise Missing(f"no stem is known for a {self.kind}")
+            raise Missing(f"no stem is known for a {type(model).__name__}")
+        for name, part in parts.items():
+            self.add_module(name, part)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "ResNet":
-            out: Tensor = self.fc(self.global_pool(self.layer4(self.layer3(x))))
-        elif self.kind == "VGG":
-            out = self.head(self.pre_logits(self.features(x)))
-        else:
-            out = self.head(self.norm(self.layers(x)))
-        return out
+        for part in self.children():
+            x = part(x)
+        return x
+
+
+def first_stage(model: Any) -> int:
+    """The last stage of a ResNet from which on it has enough blocks."""
+    blocks = [len(getattr(model, f"layer{n}")) for n in range(1, 5)]
+    return max(n for n in range(1, 5) if n == 1 or sum(blocks[n - 1 :]) >= BLOCKS)
 
 
 def stem(model: Any) -> nn.Module:
     """The part of a model before its tail."""
     if isinstance(model, timm.models.ResNet):
-        parts = [model.conv1, model.bn1, model.act1, model.maxpool, model.layer1, model.layer2]
+        parts = [model.conv1, model.bn1, model.act1, model.maxpool]
+        parts += [getattr(model, f"layer{n}") for n in range(1, first_stage(model))]
     elif isinstance(model, timm.models.VGG):
         parts = [model.features[:VGG_STEM]]
     else:
@@ -214,7 +216,7 @@ def main() -> None:
     details: dict[str, Any] = {}
     edited: dict[str, nn.Module] = {}
     for name, settings in METHODS.items():
-        if chosen.methods not in name:
+        if chosen.methods not in name or settings.depth is not None and settings.depth > len(own.sites.writers):
             continue
         results = [run(own, c, settings) for c in classes]
         rows.append({"method": name, **mean([r for r, _ in results])})

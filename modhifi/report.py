@@ -32,7 +32,7 @@ from PIL import Image
 
 SCHEMA_VERSION = 1
 NOT_MEASURED = "not measured"
-PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
+PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 SMALL = ((1.0, ""), (1e-3, "m"), (1e-6, "µ"))
 # Drawn with these, then replaced by what follows the page's light or dark colours.
 INK, STRONG, FAINT = "#010203", "#010204", "#010205"
@@ -78,7 +78,8 @@ def number(value: Any, unit: str = "") -> str:
     if unit == "s" and 0 < size < 1:
         scale, prefix = next(((s, p) for s, p in SMALL if size >= s), SMALL[-1])
         return f"{value / scale:.3g} {prefix}{unit}"
-    if size >= 1e6:
+    # counts of less than a million are read as they are
+    if size >= (1e3 if unit == "B" else 1e6):
         scale, prefix = next((s, p) for s, p in PREFIXES if size >= s)
         if size / scale < 1e4:
             return f"{value / scale:.4g} {prefix}{unit}"

@@ -19,6 +19,7 @@ from .groups import conv_groups
 from .load import LoadedModel
 from .moments import Moments
 from .readers import weight_matrix, write_weight
+from .resumed import Passes
 from .unlearn_methods import Edit
 from .unlearn_moments import joint_moments, reader_moments
 from .unlearn_norms import settle_norms
@@ -191,16 +192,18 @@ class _Run:
             edit = methods.head_mask(weight_matrix(head)[0].cpu(), None if bias is None else bias.cpu(), classes)
             self.apply(Site(name, name, "bias"), [edit])
 
+    def passes(self, changed: Sequence[str]) -> Passes:
+        return Passes(self.loaded, self.model, self.samples, self.settings.batch_size, changed)
+
     def edit_writers(self) -> None:
         chosen = self.chosen_writers()
         values = self.settings.filled()
         total = values.passes * len(chosen)
+        runs = self.passes([writer.site.module for writer in chosen])
         for number in range(total):
             writer = chosen[number % len(chosen)]
             focus = self.sites.focus
-            moments = joint_moments(
-                self.loaded, self.model, self.samples, self.groups, writer, focus, self.settings.batch_size
-            )
+            moments = joint_moments(runs, self.groups, writer, focus)
             try:
                 edit = self.writer_edit(writer, moments)
             except ModhifiError as problem:
@@ -233,19 +236,16 @@ class _Run:
         if self.settings.method in ("hifi-zero", "hifi-negate", "contrastive"):
             # These are scored once, on the original, as the paper does.
             names = [s.module for s in chosen]
-            moments = reader_moments(
-                self.loaded, self.model, self.samples, self.groups, names, self.settings.batch_size
-            )
+            moments = reader_moments(self.passes(()), self.groups, names)
             for number, site in enumerate(chosen):
                 self.apply(site, self.reader_edits(site, moments[site.module]))
                 self.progress("editing", number + 1, len(chosen))
             return
         total = len(chosen) * self.settings.filled().passes
+        runs = self.passes([site.module for site in chosen])
         for number in range(total):
             site = chosen[number % len(chosen)]
-            found = reader_moments(
-                self.loaded, self.model, self.samples, self.groups, [site.module], self.settings.batch_size
-            )
+            found = reader_moments(runs, self.groups, [site.module])
             try:
                 self.apply(site, self.reader_edits(site, found[site.module]))
             except ModhifiError as problem:

@@ -14,6 +14,7 @@ from .data import Samples
 from .groups import conv_groups
 from .load import LoadedModel
 from .moments import Accumulator, Moments, reader_rows, spread_positions
+from .resumed import Passes
 from .unlearn_sites import Writer
 
 # A Gram of d columns looks at about this many rows per column in every population.
@@ -60,9 +61,7 @@ class Populations:
 
 
 @torch.no_grad()
-def reader_moments(
-    loaded: LoadedModel, model: nn.Module, samples: Samples, groups: Tensor, modules: list[str], batch_size: int
-) -> dict[str, list[Moments]]:
+def reader_moments(runs: Passes, groups: Tensor, modules: list[str]) -> dict[str, list[Moments]]:
     """The moments of what the named operators read, one for each population of ``groups`` int64 ``(n,)``."""
     found = {name: Populations(groups) for name in modules}
     first, count = 0, 0
@@ -73,12 +72,12 @@ def reader_moments(
         )
 
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: see(name, m, args[0]))
+        runs.model.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: see(name, m, args[0]))
         for name in modules
     ]
     try:
-        for first, run in passes(loaded, model, samples, batch_size):
-            count = min(batch_size, len(samples) - first)
+        for first, run in runs:
+            count = min(runs.batch_size, len(groups) - first)
             run()
     finally:
         for handle in handles:
@@ -87,21 +86,13 @@ def reader_moments(
 
 
 @torch.no_grad()
-def joint_moments(
-    loaded: LoadedModel,
-    model: nn.Module,
-    samples: Samples,
-    groups: Tensor,
-    writer: Writer,
-    focus: Tensor | None,
-    batch_size: int,
-) -> list[Moments]:
+def joint_moments(runs: Passes, groups: Tensor, writer: Writer, focus: Tensor | None) -> list[Moments]:
     """The moments of the rows ``[x, s]`` of a writer's input and its stream, one for each population.
 
     Only positions that reach the stream count, and only those of ``focus`` where the stream has them.
     """
     populations = Populations(groups)
-    layer: Any = model.get_submodule(writer.site.module)
+    layer: Any = runs.model.get_submodule(writer.site.module)
     open_positions = torch.nonzero(writer.rows[:, 0] >= 0).flatten()
     if focus is not None and writer.joined and int(focus.max()) < len(writer.rows):
         open_positions = focus
@@ -126,10 +117,10 @@ def joint_moments(
 
     hook = layer.register_forward_pre_hook(keep)
     try:
-        for first, run in passes(loaded, model, samples, batch_size):
-            count = min(batch_size, len(samples) - first)
-            with Calls({writer.call: join}):
-                run()
+        for first, run in runs:
+            count = min(runs.batch_size, len(groups) - first)
+            with Calls({writer.call: join}) as calls:
+                run(calls)
     finally:
         hook.remove()
     return populations.moments()

@@ -16,6 +16,7 @@ from modhifi.data import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.load import load_model
 from modhifi.recipe_file import read_yaml
+from modhifi.resumed import Passes
 from modhifi.unlearn import METHODS, UnlearnSettings, blend, fit_strength, forget
 from modhifi.unlearn_data import find_classes, load_unlearn_data, populations
 from modhifi.unlearn_moments import joint_moments
@@ -79,7 +80,7 @@ def test_the_class_means_of_a_stream_approach_each_other(setting) -> None:
     writer = sites.writers[-1]
 
     def gap(model: torch.nn.Module) -> float:
-        retain, gone = joint_moments(loaded, model, train, groups, writer, None, 96)
+        retain, gone = joint_moments(Passes(loaded, model, train, 96), groups, writer, None)
         return float((gone.mean[0] - retain.mean[0])[-16:].norm())
 
     assert gap(found.model) < 0.3 * gap(loaded.model)

@@ -12,6 +12,7 @@ from modhifi.branches import Calls
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError
 from modhifi.load import load_model
+from modhifi.resumed import Passes
 from modhifi.unlearn import UnlearnSettings, forget, writer_scale
 from modhifi.unlearn_moments import joint_moments, reader_moments
 from modhifi.unlearn_sites import block_of, find_sites
@@ -124,12 +125,12 @@ def test_each_row_joins_a_writers_input_with_what_its_output_is_added_to(build: 
     groups = torch.tensor([0, 0, 0, 1, 1, 1])
     for writer in sites.writers[-2:]:
         layer = loaded.model.get_submodule(writer.site.module)
-        retain = joint_moments(loaded, loaded.model, samples, groups, writer, None, 4)[0]
+        retain = joint_moments(Passes(loaded, loaded.model, samples, 4), groups, writer, None)[0]
         plain = layer.weight.detach().clone()
         # Adding c W to the writer moves the stream by c * scale * W x: the cross moments must say so.
         with torch.no_grad():
             layer.weight.mul_(2.0)
-        moved = joint_moments(loaded, loaded.model, samples, groups, writer, None, 4)[0]
+        moved = joint_moments(Passes(loaded, loaded.model, samples, 4), groups, writer, None)[0]
         with torch.no_grad():
             layer.weight.copy_(plain)
         d = plain[0].numel()
@@ -145,7 +146,7 @@ def test_populations_are_kept_apart() -> None:
     loaded = load_model(net, example=torch.randn(2, 4))
     inputs = torch.arange(24.0).view(6, 4)
     groups = torch.tensor([0, 1, 0, 2, -1, 0])
-    found = reader_moments(loaded, loaded.model, samples_of(inputs, groups), groups, ["1"], 4)["1"]
+    found = reader_moments(Passes(loaded, loaded.model, samples_of(inputs, groups), 4), groups, ["1"])["1"]
     assert [m.n for m in found] == [3, 1, 1]
     for j, moments in enumerate(found):
         assert torch.allclose(moments.mean[0], inputs[groups == j].double().mean(0))
