@@ -152,12 +152,15 @@ def optimizers(model: torch.nn.Module, spec: dict[str, Any]) -> list[torch.optim
         groups = [dict(params=decay, weight_decay=5e-4), dict(params=rest, weight_decay=0.0)]
         return [torch.optim.SGD(groups, lr=spec["lr"], momentum=0.9, nesterov=True)]
     first = named[0][0]
-    inner = [
-        n for n, p in named if p.ndim > 1 and n != first and not n.startswith(("fc.", "head.")) and "table" not in n
-    ]
-    rest = [p for n, p in named if n not in inner]
-    muon = Muon([p for n, p in named if n in inner], spec["muon"], spec.get("scaled", True))
-    return [muon, torch.optim.AdamW(rest, lr=5e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+    maps = [n for n, p in named if p.ndim > 1]
+    inner = [n for n in maps if n != first and not n.startswith(("fc.", "head.", "pre_logits.")) and "table" not in n]
+    # The head of a VGG sees one position 49 times over, and no norm follows.
+    slow = [n for n in maps if n.startswith("pre_logits.")]
+    own = dict(named)
+    groups = [dict(params=[own[n] for n in own if n not in (*inner, *slow)], lr=5e-3)]
+    groups += [dict(params=[own[n] for n in slow], lr=1e-4)] if slow else []
+    muon = Muon([own[n] for n in inner], spec["muon"], spec.get("scaled", True))
+    return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def share_of_rate(progress: float, spec: dict[str, Any]) -> float:

@@ -16,9 +16,9 @@ from .audit_text import conclude
 from .branches import Calls
 from .data import Samples
 from .load import LoadedModel
+from .resumed import Passes
 from .unlearn import UnlearnSettings, forget, settled_names, silent
 from .unlearn_data import UnlearnData, class_name, populations
-from .unlearn_moments import passes
 from .unlearn_norms import batch_norms, recall, settle_norms
 from .unlearn_sites import Sites, Writer
 
@@ -75,7 +75,7 @@ def observe(loaded: LoadedModel, model: nn.Module, sites: Sites, samples: Sample
     calls = Calls({writer.call: partial(pool, block) for block, writer in last.items()})
     logits = []
     try:
-        for first, run in passes(loaded, model, samples, batch_size):
+        for first, run in Passes(loaded, model, samples, batch_size):
             count = min(batch_size, len(samples) - first)
             with calls:
                 out = run()
@@ -242,7 +242,7 @@ def _forget_accuracy(
 ) -> float:
     gone = torch.nonzero(populations(data.test, classes) > 0).flatten()
     part = data.test.subset(gone)
-    predicted = torch.cat([run().argmax(1).cpu() for _, run in passes(loaded, model, part, batch_size)])
+    predicted = torch.cat([run().argmax(1).cpu() for _, run in Passes(loaded, model, part, batch_size)])
     return float((predicted == _labels(part)).double().mean())
 
 
@@ -251,7 +251,7 @@ def _membership(
 ) -> float:
     def scores(samples: Samples) -> Tensor:
         part = samples.subset(torch.nonzero(populations(samples, classes) > 0).flatten())
-        logits = torch.cat([run().float().cpu() for _, run in passes(loaded, model, part, batch_size)])
+        logits = torch.cat([run().float().cpu() for _, run in Passes(loaded, model, part, batch_size)])
         return logits.double().log_softmax(1).gather(1, _labels(part)[:, None])[:, 0]
 
     return attacks.auc(scores(members), scores(data.test))

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .branches import Calls
-from .data import Samples
 from .groups import conv_groups
-from .load import LoadedModel
 from .moments import Accumulator, Moments, reader_rows, spread_positions
 from .resumed import Passes
 from .unlearn_sites import Writer
 
 # A Gram of d columns looks at about this many rows per column in every population.
 ROWS_PER_COLUMN = 8
-
-
-@torch.no_grad()
-def passes(
-    loaded: LoadedModel, model: nn.Module, samples: Samples, batch_size: int
-) -> Iterator[tuple[int, Callable[[], Tensor]]]:
-    """For every batch the number of its first sample and a function that runs the model on it."""
-    first = 0
-    for batch in samples.batches(batch_size):
-        yield first, lambda batch=batch: loaded.logits(batch, model)  # type: ignore[misc]
-        first += len(batch)
 
 
 class Populations:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .data import Samples
 from .erasure import Norm, settle_norm
 from .load import LoadedModel
-from .unlearn_moments import passes
+from .resumed import Passes
 
 
 def batch_norms(model: nn.Module) -> list[str]:
@@ -52,7 +52,7 @@ def recall(loaded: LoadedModel, model: nn.Module, samples: Samples, batch_size: 
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum, norm.training = None, True
-    for _, run in passes(loaded, result, samples, batch_size):
+    for _, run in Passes(loaded, result, samples, batch_size):
         run()
     for norm, momentum in zip(norms, kept, strict=True):
         norm.momentum, norm.training = momentum, False
@@ -77,7 +77,7 @@ def _statistics(
         for name in names
     ]
     try:
-        for _, run in passes(loaded, model, samples, batch_size):
+        for _, run in Passes(loaded, model, samples, batch_size):
             run()
     finally:
         for handle in handles:

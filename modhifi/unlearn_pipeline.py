@@ -19,11 +19,11 @@ from .errors import ModhifiError
 from .load import LoadedModel, load_model
 from .pipeline import NOTHING, Given, load_source, own_skeleton
 from .report import data_uri
+from .resumed import Passes
 from .run_checks import add_bounds
 from .unlearn import Forgotten, Progress, blend, fit_strength, forget, settled_names, silent
 from .unlearn_data import UnlearnData, class_name, count_classes, find_classes, label_samples, load_unlearn_data
 from .unlearn_data import populations as populations_of
-from .unlearn_moments import passes
 from .unlearn_norms import settle_norms
 from .unlearn_recipe import UnlearnRecipe
 from .unlearn_sites import Sites, find_sites
@@ -344,7 +344,7 @@ def _within_budget(
     assert labels is not None
 
     def right(model: nn.Module) -> float:
-        outputs = [run().argmax(1).cpu() for _, run in passes(loaded, model, kept, recipe.batch_size)]
+        outputs = [run().argmax(1).cpu() for _, run in Passes(loaded, model, kept, recipe.batch_size)]
         return float((torch.cat(outputs) == labels).double().mean())
 
     before = right(loaded.model)
