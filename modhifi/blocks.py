@@ -7,7 +7,7 @@ model's own code calls every block, so each gets the masks and positions it gets
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from .load import real_tokens
 from .moments import MomentCollector, Moments
 from .offload import staying
+from .stand_in import standing_in
 
 
 class _Reached(Exception):
@@ -83,24 +84,14 @@ class Stream:
                 self.outputs.append(output)
 
 
-@contextmanager
-def _giving(blocks: list[nn.Module], value: Any) -> Iterator[None]:
+def _giving(blocks: list[nn.Module], value: Any) -> AbstractContextManager[None]:
     """Inside, the blocks give ``value`` and compute nothing; only the last one's matters."""
 
     def give(*args: Any, **kwargs: Any) -> Any:
         near = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         return tree_map(lambda v: v.to(near.device) if isinstance(v, Tensor) and near is not None else v, value)
 
-    kept = [(block, block.__dict__.get("forward")) for block in blocks]
-    for block in blocks:
-        block.forward = give
-    try:
-        yield
-    finally:
-        for block, forward in kept:
-            del block.forward
-            if forward is not None:
-                block.forward = forward
+    return standing_in(dict.fromkeys(blocks, give))
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+from .stand_in import standing_in
 
 
 class Replay:
@@ -57,25 +59,18 @@ class Replay:
         if any(count > 1 for count in calls.values()):
             self.outputs.clear()  # the order of a second run is not remembered
 
-    @contextmanager
-    def after_change(self, changed: Iterable[str]) -> Iterator[None]:
+    def after_change(self, changed: Iterable[str]) -> AbstractContextManager[None]:
         """Inside, blocks that ended before any of the ``changed`` modules began give what they gave in the recording.
 
         Pass the same input. A changed module that did not run in the recording makes every block run.
         """
         first = min(self.started.get(name, 0) for name in changed)
-        kept: list[tuple[nn.Module, Any]] = []
-        for name in list(self.outputs)[:first]:
-            block = self.model.get_submodule(name)
-            kept.append((block, block.__dict__.get("forward")))
-            block.forward = lambda *args, out=self.outputs[name], **kwargs: _copy(out)
-        try:
-            yield
-        finally:
-            for block, forward in kept:
-                del block.forward
-                if forward is not None:
-                    block.forward = forward
+        ended = list(self.outputs)[:first]
+
+        def gives(output: Any) -> Callable[..., Any]:
+            return lambda *args, **kwargs: _copy(output)
+
+        return standing_in({self.model.get_submodule(name): gives(self.outputs[name]) for name in ended})
 
 
 def _copy(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from .branches import Calls
 from .data import Samples
 from .load import LoadedModel
 from .operations import METADATA, operation_name, tensors_in
+from .stand_in import standing_in
 
 # What is remembered of all samples takes at most this many bytes, or nothing is.
 MOST_BYTES = 2**30
@@ -160,10 +161,8 @@ class _Before:
             table["begin"], table["end"] = lambda name: None, end
             yield outputs
 
-    @contextmanager
-    def given(self, outputs: dict[str, Any], calls: Calls | None, same: bool = False) -> Iterator[None]:
+    def given(self, outputs: dict[str, Any], calls: Calls | None, same: bool = False) -> AbstractContextManager[None]:
         """Inside, the modules give what they gave in a recording, copied lest later operations work in place."""
-        kept: list[tuple[nn.Module, Any]] = []
 
         def gives(name: str) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -175,17 +174,7 @@ class _Before:
 
             return forward
 
-        for name in self.calls:
-            module = self.model.get_submodule(name)
-            kept.append((module, module.__dict__.get("forward")))
-            module.forward = gives(name)
-        try:
-            yield
-        finally:
-            for module, forward in kept:
-                del module.forward
-                if forward is not None:
-                    module.forward = forward
+        return standing_in({self.model.get_submodule(name): gives(name) for name in self.calls})
 
 
 def _inside(name: str, others: set[str]) -> bool:
