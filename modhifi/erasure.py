@@ -171,9 +171,10 @@ def erase_writers(
     retain_mean = retain_mean.double()
     # Everything about the retain mean: the projection is the same for any mixture, the regression is not.
     share = forget_weight / len(forget_means)
-    moments = (1 - forget_weight) * about(retain_gram, retain_mean, retain_mean)
+    # In place: these matrices are the largest there are.
+    moments = about(retain_gram, retain_mean, retain_mean).mul_(1 - forget_weight)
     for class_mean, class_gram in zip(forget_means, forget_grams, strict=True):
-        moments = moments + share * about(class_gram, class_mean, retain_mean)
+        moments.add_(about(class_gram, class_mean, retain_mean), alpha=share)
     gaps = (forget_means.double() - retain_mean).T
     basis = _directions(gaps[width:].T, extra)
     stream, _ = factorise(moments[width:, width:], damping)
@@ -231,8 +232,9 @@ def settle_norm(norm: Norm, mean: Tensor, variance: Tensor, eps: float) -> Norm:
 
 def about(gram: Tensor, mean: Tensor, origin: Tensor) -> Tensor:
     """The second moment about ``origin`` of samples with this Gram and mean."""
-    cross = torch.outer(mean.double(), origin.double())
-    return gram.double() - cross - cross.T + torch.outer(origin.double(), origin.double())
+    mean, origin = mean.double(), origin.double()
+    left, right = torch.stack([mean, origin], 1), torch.stack([-origin, origin - mean])
+    return torch.addmm(gram.double(), left, right)
 
 
 def mean_diagonal(matrix: Tensor) -> float:
@@ -243,12 +245,14 @@ def mean_diagonal(matrix: Tensor) -> float:
 def factorise(matrix: Tensor, damping: float, unit: float | None = None) -> tuple[Tensor, float]:
     """The Cholesky factor of ``matrix + damping * unit * I``, and the first damping of the steps at which it exists.
 
-    ``unit`` defaults to the mean diagonal of ``matrix``. Raises ModhifiError where every step fails.
+    Of the symmetric ``matrix`` the lower triangle is read. ``unit`` defaults to its mean diagonal. Raises ModhifiError
+    where every step fails.
     """
     unit = mean_diagonal(matrix) if unit is None else unit
-    eye = torch.eye(len(matrix), dtype=torch.float64)
     for step in DAMPING_STEPS:
-        factor, info = torch.linalg.cholesky_ex((matrix + matrix.T) / 2 + damping * step * unit * eye)
+        damped = matrix.clone()
+        damped.diagonal().add_(damping * step * unit)
+        factor, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
             return factor, damping * step
     raise ModhifiError(

@@ -22,6 +22,10 @@ from .stand_in import standing_in
 MOST_BYTES = 2**30
 
 
+class Reached(Exception):
+    """Raised inside a pass by who needs nothing of what comes behind, and caught there."""
+
+
 class Passes:
     """Forward passes of ``model`` over ``samples``, each time from the operators in ``changed`` on.
 
@@ -61,13 +65,20 @@ class Passes:
         if first in self.outputs:
             with self.before.given(self.outputs[first], calls):
                 return self.loaded.logits(batch, self.model)
-        with self.before.recording() as outputs:
-            result = self.loaded.logits(batch, self.model)
-        self.outputs[first] = outputs
-        if self.before.size(outputs) / len(batch) * len(self.samples) > self.most_bytes:
+        outputs: dict[str, Any] = {}
+        try:
+            with self.before.recording(outputs):
+                return self.loaded.logits(batch, self.model)
+        finally:
+            self._remember(first, outputs, len(batch))
+
+    def _remember(self, first: int, outputs: dict[str, Any], count: int) -> None:
+        assert self.before is not None
+        if self.before.size(outputs) / count * len(self.samples) > self.most_bytes:
             self.before = None
             self.outputs.clear()
-        return result
+        elif len(outputs) == len(self.before.calls):  # not those of a pass that broke off
+            self.outputs[first] = outputs
 
 
 @dataclass
@@ -124,7 +135,8 @@ class _Before:
         early = {name for name, span in spans.items() if span.times == 1 and 0 <= span.end < start}
         self.calls = {name: spans[name].calls for name in spans if name in early and not _inside(name, early)}
         self.read = set(self.calls)
-        with self.recording() as outputs:
+        outputs: dict[str, Any] = {}
+        with self.recording(outputs):
             loaded.logits(loaded.example, model)
         # The same objects go in everywhere, so that reading one shows.
         with _Read() as read, self.given(outputs, None, same=True):
@@ -133,7 +145,7 @@ class _Before:
 
     def size(self, outputs: dict[str, Any]) -> int:
         """How many bytes a recording holds."""
-        return sum(t.nbytes for name in self.read for t in tensors_in(outputs[name]))
+        return sum(t.nbytes for name in self.read & outputs.keys() for t in tensors_in(outputs[name]))
 
     @contextmanager
     def _hooks(self, modules: dict[str, nn.Module]) -> Iterator[dict[str, Callable[..., None]]]:
@@ -150,16 +162,16 @@ class _Before:
                 handle.remove()
 
     @contextmanager
-    def recording(self) -> Iterator[dict[str, Any]]:
-        """Gives what the modules put out inside: copies of what is read elsewhere, of the rest the shape alone."""
-        outputs: dict[str, Any] = {}
+    def recording(self, outputs: dict[str, Any]) -> Iterator[None]:
+        """Puts into ``outputs`` what the modules put out inside: copies of what is read elsewhere, of the rest the
+        shape alone."""
 
         def end(name: str, output: Any) -> None:
             outputs[name] = _each(output, torch.clone if name in self.read else _shape)
 
         with self._hooks({name: self.model.get_submodule(name) for name in self.calls}) as table:
             table["begin"], table["end"] = lambda name: None, end
-            yield outputs
+            yield
 
     def given(self, outputs: dict[str, Any], calls: Calls | None, same: bool = False) -> AbstractContextManager[None]:
         """Inside, the modules give what they gave in a recording, copied lest later operations work in place."""

@@ -23,7 +23,7 @@ from .resumed import Passes
 from .unlearn_methods import Edit
 from .unlearn_moments import joint_moments, reader_moments
 from .unlearn_norms import settle_norms
-from .unlearn_sites import Site, Sites, Writer
+from .unlearn_sites import MOST_COLUMNS, Site, Sites, Writer, columns_of
 
 Method = Literal["erase-writers", "erase", "gls", "hifi-zero", "hifi-negate", "contrastive", "projection", "head-mask"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -349,7 +349,14 @@ class _Run:
             chosen = [s for s in readers[start:] if not (masks and s.module in self.sites.heads)]
         if not chosen:
             raise ModhifiError(f"no operator matches {', '.join(self.settings.only)}; the last is {readers[-1].module}")
-        return chosen
+        wide = {s.module: columns_of(self.model, s.module) for s in chosen}
+        self.left_out += [(n, f"its {c} input columns are too many") for n, c in wide.items() if c > MOST_COLUMNS]
+        fitting = [s for s in chosen if wide[s.module] <= MOST_COLUMNS]
+        if not fitting:
+            raise ModhifiError(
+                f"{self.left_out[0][0]} cannot be edited: {self.left_out[0][1]}; choose others with --only"
+            )
+        return fitting
 
 
 def writer_scale(model: nn.Module, writer: Writer) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from .branches import Calls
 from .groups import conv_groups
 from .moments import Accumulator, Moments, reader_rows, spread_positions
-from .resumed import Passes
+from .resumed import Passes, Reached
 from .unlearn_sites import Writer
 
 # A Gram of d columns looks at about this many rows per column in every population.
@@ -101,12 +102,13 @@ def joint_moments(runs: Passes, groups: Tensor, writer: Writer, focus: Tensor | 
             place = writer.rows[held["at"]].to(flat.device)
             s = flat.gather(1, place.flatten(1)).view(place.shape).permute(2, 0, 1).float()
             populations.add(first, torch.cat([held["x"], s[None]], 1))
+        raise Reached
 
     hook = layer.register_forward_pre_hook(keep)
     try:
         for first, run in runs:
             count = min(runs.batch_size, len(groups) - first)
-            with Calls({writer.call: join}) as calls:
+            with suppress(Reached), Calls({writer.call: join}) as calls:
                 run(calls)
     finally:
         hook.remove()

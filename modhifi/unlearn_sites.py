@@ -19,7 +19,7 @@ from .errors import ModhifiError
 from .groups import conv_groups
 from .load import LoadedModel
 
-# A joint Gram of more columns than this takes over half a gigabyte.
+# A Gram of more columns than this takes over half a gigabyte.
 MOST_COLUMNS = 8192
 
 
@@ -123,12 +123,10 @@ def _assemble(model: nn.Module, watcher: BranchWatcher, logits: Tensor) -> Sites
     refused: list[tuple[str, str]] = []
 
     def add(module: str, time: int, trail: Trail, joined: bool, size: int) -> None:
-        layer: Any = model.get_submodule(module)
-        outputs = _outputs(model, module)
-        columns = layer.weight[0].numel() if hasattr(layer, "kernel_size") else layer.weight.numel() // outputs
-        if conv_groups(layer) > 1:
+        columns = columns_of(model, module)
+        if conv_groups(model.get_submodule(module)) > 1:
             refused.append((module, "it is a grouped convolution"))
-        elif columns + outputs > MOST_COLUMNS:
+        elif columns + _outputs(model, module) > MOST_COLUMNS:
             refused.append((module, f"its {columns} input columns are too many"))
         else:
             site = Site(module, block_of(module), _sink(watcher, module))
@@ -160,6 +158,14 @@ def block_of(module: str) -> str:
     parts = module.split(".")
     numbered = [i for i, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[: numbered[-1] + 1]) if numbered else module
+
+
+def columns_of(model: nn.Module, module: str) -> int:
+    """How many columns the rows have that an operator, or one group of a convolution, reads."""
+    layer: Any = model.get_submodule(module)
+    if hasattr(layer, "kernel_size"):
+        return int(layer.weight[0].numel())
+    return int(layer.weight.numel()) // _outputs(model, module)
 
 
 def _outputs(model: nn.Module, module: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 import timm
@@ -14,7 +15,7 @@ from modhifi.branches import Calls
 from modhifi.data import Samples
 from modhifi.load import LoadedModel, load_model
 from modhifi.readers import weight_matrix, write_weight
-from modhifi.resumed import Passes
+from modhifi.resumed import Passes, Reached
 from modhifi.unlearn_sites import Sites, find_sites
 
 
@@ -85,6 +86,25 @@ def test_calls_keep_their_numbers(name: str) -> None:
                 with torch.no_grad(), Calls({writer.call: keep}) as calls:
                     run(calls)
         assert len(seen) == 3 and torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+
+
+def test_a_pass_that_ends_early_is_remembered() -> None:
+    loaded, sites, samples = world("resnet")
+    writer = sites.writers[-1]
+    runs = Passes(loaded, loaded.model, samples, 3, [writer.site.module])
+    seen: list[Tensor] = []
+
+    def stop(stream: Tensor) -> None:
+        seen.append(stream)
+        raise Reached
+
+    for _ in range(2):
+        for _, run in runs:
+            with torch.no_grad(), suppress(Reached), Calls({writer.call: stop}) as calls:
+                run(calls)
+    half = len(seen) // 2
+    assert len(runs.outputs) == half and all(torch.equal(a, b) for a, b in zip(seen, seen[half:], strict=False))
+    assert torch.equal(outputs(runs), outputs(Passes(loaded, loaded.model, samples, 3)))
 
 
 @pytest.mark.parametrize("most_bytes, skipped", [(2**30, True), (10, False)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from modhifi.unlearn_moments import joint_moments
 from modhifi.unlearn_norms import recall
 from modhifi.unlearn_pipeline import forgotten_before, run_audit, run_unlearn
 from modhifi.unlearn_recipe import parse_unlearn_recipe
-from modhifi.unlearn_sites import find_sites
+from modhifi.unlearn_sites import columns_of, find_sites
 from modhifi.verify import verify_unlearned
 
 __all__ = ["world"]
@@ -70,6 +71,19 @@ def test_every_other_method_changes_the_class_most(setting, method: str) -> None
     with torch.no_grad():
         outputs = loaded.logits(torch.stack([test.load(0)]), found.model)
     assert bool(outputs.isfinite().all())
+
+
+def test_operators_with_too_many_columns_are_left_out(setting, monkeypatch) -> None:
+    loaded, sites, train, _ = setting
+    groups, settings = populations(train, [CLASS]), UnlearnSettings(method="gls")
+    monkeypatch.setattr(sys.modules[forget.__module__], "MOST_COLUMNS", 100)
+    found = forget(loaded, sites, train, groups, settings, [CLASS])
+    widths = [columns_of(loaded.model, r.module) for r in found.records]
+    assert widths and max(widths) <= 100
+    assert found.left_out and all("columns are too many" in reason for _, reason in found.left_out)
+    monkeypatch.setattr(sys.modules[forget.__module__], "MOST_COLUMNS", 1)
+    with pytest.raises(ModhifiError, match=r"cannot be edited: its \d+ input columns"):
+        forget(loaded, sites, train, groups, settings, [CLASS])
 
 
 def test_the_class_means_of_a_stream_approach_each_other(setting) -> None:
