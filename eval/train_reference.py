@@ -1,7 +1,10 @@
-"""Train the small reference models that the evaluations use, from scratch, on CIFAR-10.
+r"""Train the small reference models that the evaluations use, from scratch, on CIFAR-10.
 
     python eval/train_reference.py resnet --data cifar10 --out eval/models/resnet
     python eval/train_reference.py resnet --data cifar10 --without 3 --out eval/models/resnet-without-3
+    python eval/train_reference.py vgg --data cifar10 --out eval/models/vgg-first
+    python eval/train_reference.py vgg --data cifar10 --start eval/models/vgg-first --rate 0.5 --epochs 4 --seed 1 \
+        --out eval/models/vgg
 
 ``--data`` is a directory with ``train/<class>/*.png`` and ``test/<class>/*.png``. The result is a directory in
 timm's own format (``config.json`` and a half-precision ``model.safetensors``) that
@@ -170,7 +173,16 @@ def share_of_rate(progress: float, spec: dict[str, Any]) -> float:
     return progress / 0.2 if progress < 0.2 else 0.5 * (1 + math.cos(math.pi * (progress - 0.2) / 0.8))
 
 
-def train(name: str, data: Path, out: Path, without: int | None, epochs: int | None, seed: int) -> None:
+def train(
+    name: str,
+    data: Path,
+    out: Path,
+    without: int | None,
+    epochs: int | None,
+    seed: int,
+    start: Path | None,
+    rate: float,
+) -> None:
     spec = REFERENCES[name]
     sizes = spec["sizes"][-epochs:] if epochs else spec["sizes"]
     torch.manual_seed(seed)
@@ -187,10 +199,12 @@ def train(name: str, data: Path, out: Path, without: int | None, epochs: int | N
     model = timm.create_model(spec["arch"], num_classes=len(classes), **spec["args"]).to(
         memory_format=torch.channels_last
     )
+    if start is not None:
+        model.load_state_dict(timm.create_model(f"local-dir:{start}", pretrained=True).state_dict())
     batch, size = 128 if "lr" in spec else 250, sizes[-1]
     steps = len(images) // batch
     used = optimizers(model, spec)
-    rates = [[group["lr"] for group in o.param_groups] for o in used]
+    rates = [[rate * group["lr"] for group in o.param_groups] for o in used]
     test_images = enlarged(test_images, size)
     out.mkdir(parents=True, exist_ok=True)
     left, first, done, spent, shown = out / "unfinished.pt", 0, 0, 0.0, images[:0]
@@ -201,7 +215,7 @@ def train(name: str, data: Path, out: Path, without: int | None, epochs: int | N
         for o, state in zip(used, saved["optimizers"], strict=True):
             o.load_state_dict(state)
         generator.set_state(saved["generator"])
-    start = time.time() - spent
+    began = time.time() - spent
     for epoch, width in enumerate(sizes[first:], first):
         if shown.shape[-1] != width or not len(shown):
             shown = enlarged(images, width)
@@ -209,8 +223,8 @@ def train(name: str, data: Path, out: Path, without: int | None, epochs: int | N
         order = torch.randperm(len(images), generator=generator)
         for index in order[: steps * batch].split(batch):
             for o, own in zip(used, rates, strict=True):
-                for group, rate in zip(o.param_groups, own, strict=True):
-                    group["lr"] = rate * share_of_rate(done / (steps * len(sizes)), spec)
+                for group, highest in zip(o.param_groups, own, strict=True):
+                    group["lr"] = highest * share_of_rate(done / (steps * len(sizes)), spec)
             x = prepare(augment(shown[index], generator, spec.get("shift", 4), spec.get("hole", 0)))
             loss = F.cross_entropy(model(x), targets[index], label_smoothing=spec.get("smoothing", 0.1))
             model.zero_grad()
@@ -222,9 +236,9 @@ def train(name: str, data: Path, out: Path, without: int | None, epochs: int | N
             done += 1
         sample = slice(None, None, 1 if epoch == len(sizes) - 1 else 5)
         accuracy = (predict(model, test_images[sample]).argmax(1) == test_labels[sample]).float().mean().item()
-        seconds = f"{time.time() - start:.0f}s"
+        seconds = f"{time.time() - began:.0f}s"
         print(f"{name} epoch {epoch + 1}/{len(sizes)} loss {loss.item():.3f} test {accuracy:.4f} {seconds}", flush=True)
-        state = dict(epoch=epoch + 1, done=done, seconds=time.time() - start, generator=generator.get_state())
+        state = dict(epoch=epoch + 1, done=done, seconds=time.time() - began, generator=generator.get_state())
         state |= dict(model=model.state_dict(), optimizers=[o.state_dict() for o in used])
         torch.save(state, left.with_suffix(".tmp"))
         left.with_suffix(".tmp").replace(left)
@@ -255,7 +269,7 @@ def train(name: str, data: Path, out: Path, without: int | None, epochs: int | N
         without=without,
         accuracy=correct.float().mean().item(),
         per_class=per_class,
-        train_seconds=time.time() - start,
+        train_seconds=time.time() - began,
     )
     (out / "training.json").write_text(json.dumps(record, indent=1))
     left.unlink()
@@ -269,6 +283,8 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--without", type=int, help="leave this class out of the training images")
     parser.add_argument("--epochs", type=int)
+    parser.add_argument("--start", type=Path, help="go on from the weights of an earlier run")
+    parser.add_argument("--rate", type=float, default=1.0, help="share of the learning rate, where a run goes on")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
-    train(a.name, a.data, a.out, a.without, a.epochs, a.seed)
+    train(a.name, a.data, a.out, a.without, a.epochs, a.seed, a.start, a.rate)
