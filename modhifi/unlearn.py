@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,6 +24,7 @@ from .unlearn_methods import Edit
 from .unlearn_moments import joint_moments, reader_moments
 from .unlearn_norms import settle_norms
 from .unlearn_sites import MOST_COLUMNS, Site, Sites, Writer, columns_of
+from .unlearn_wide import spanned_moments
 
 Method = Literal["erase-writers", "erase", "gls", "hifi-zero", "hifi-negate", "contrastive", "projection", "head-mask"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -202,24 +203,28 @@ class _Run:
         runs = self.passes([writer.site.module for writer in chosen])
         for number in range(total):
             writer = chosen[number % len(chosen)]
-            focus = self.sites.focus
-            moments = joint_moments(runs, self.groups, writer, focus)
+            weight = weight_matrix(self.model.get_submodule(writer.site.module))[0].cpu()
             try:
-                edit = self.writer_edit(writer, moments)
+                edit = self.writer_edit(runs, writer, weight)
             except ModhifiError as problem:
                 self.left_out.append((writer.site.module, str(problem)))
             else:
-                layer = self.model.get_submodule(writer.site.module)
-                self.apply(writer.site, [edit.blend(weight_matrix(layer)[0].cpu(), values.strength)])
+                self.apply(writer.site, [edit.blend(weight, values.strength)])
             self.progress("editing", number + 1, total)
         if not self.records:
             raise ModhifiError(f"no writer could be edited: {self.left_out[0][1]}; try --method erase")
 
-    def writer_edit(self, writer: Writer, moments: list[Moments]) -> Edit:
-        layer = self.model.get_submodule(writer.site.module)
+    def writer_edit(self, runs: Passes, writer: Writer, weight: Tensor) -> Edit:
+        if not writer.wide:
+            return self.solved(writer, weight, joint_moments(runs, self.groups, writer, self.sites.focus))
+        spanned = spanned_moments(runs, self.groups, writer, self.sites.focus)
+        change = self.solved(writer, weight.new_zeros(len(weight), len(spanned.factor)), spanned.moments)
+        return replace(change, weight=weight.double() + spanned.lift(change.weight))
+
+    def solved(self, writer: Writer, weight: Tensor, moments: list[Moments]) -> Edit:
         retain, *forgotten = moments
         return methods.erase_writers(
-            weight_matrix(layer)[0].cpu(),
+            weight,
             torch.stack([m.mean[0] for m in forgotten]),
             torch.stack([m.gram[0] for m in forgotten]),
             retain.mean[0],

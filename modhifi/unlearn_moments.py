@@ -14,7 +14,7 @@ from .branches import Calls
 from .groups import conv_groups
 from .moments import Accumulator, Moments, reader_rows, spread_positions
 from .resumed import Passes, Reached
-from .unlearn_sites import Writer
+from .unlearn_sites import Writer, columns_of
 
 # A Gram of d columns looks at about this many rows per column in every population.
 ROWS_PER_COLUMN = 8
@@ -73,13 +73,34 @@ def reader_moments(runs: Passes, groups: Tensor, modules: list[str]) -> dict[str
     return {name: populations.moments() for name, populations in found.items()}
 
 
-@torch.no_grad()
 def joint_moments(runs: Passes, groups: Tensor, writer: Writer, focus: Tensor | None) -> list[Moments]:
     """The moments of the rows ``[x, s]`` of a writer's input and its stream, one for each population.
 
     Only positions that reach the stream count, and only those of ``focus`` where the stream has them.
     """
     populations = Populations(groups)
+    columns = columns_of(runs.model, writer.site.module) + writer.rows.shape[1]
+    joint_rows(
+        runs, writer, focus,
+        lambda first, count, total: populations.positions(first, count, total, columns),
+        lambda first, x, s: populations.add(first, torch.cat([x, s])[None]),
+    )  # fmt: skip
+    return populations.moments()
+
+
+@torch.no_grad()
+def joint_rows(
+    runs: Passes,
+    writer: Writer,
+    focus: Tensor | None,
+    choose: Callable[[int, int, int], Tensor],
+    take: Callable[[int, Tensor, Tensor], None],
+) -> None:
+    """One pass that hands ``take(first, x, s)`` a writer's input and its stream at the same chosen positions.
+
+    ``x`` ``(d, batch, p)`` and ``s`` ``(out, batch, p)``, float32, of the samples from number ``first`` on.
+    ``choose(first, batch, total)`` says which of the ``total`` positions, int64 ``(batch, p)``.
+    """
     layer: Any = runs.model.get_submodule(writer.site.module)
     open_positions = torch.nonzero(writer.rows[:, 0] >= 0).flatten()
     if focus is not None and writer.joined and int(focus.max()) < len(writer.rows):
@@ -89,30 +110,25 @@ def joint_moments(runs: Passes, groups: Tensor, writer: Writer, focus: Tensor | 
 
     def keep(_: nn.Module, args: Any) -> None:
         with torch._C.DisableTorchFunction():
-            x = args[0].detach()
-            columns = layer.weight[0].numel() if hasattr(layer, "kernel_size") else x.shape[-1]
-            held["at"] = open_positions[
-                populations.positions(first, count, len(open_positions), columns + writer.rows.shape[1])
-            ]
-            held["x"] = _input_rows(layer, x, count, lambda *_: held["at"])
+            held["at"] = open_positions[choose(first, count, len(open_positions))]
+            held["x"] = _input_rows(layer, args[0].detach(), count, lambda *_: held["at"])[0]
 
     def join(stream: Tensor) -> None:
         with torch._C.DisableTorchFunction():
             flat = stream.detach().reshape(count, -1)
             place = writer.rows[held["at"]].to(flat.device)
             s = flat.gather(1, place.flatten(1)).view(place.shape).permute(2, 0, 1).float()
-            populations.add(first, torch.cat([held["x"], s[None]], 1))
+            take(first, held["x"], s)
         raise Reached
 
     hook = layer.register_forward_pre_hook(keep)
     try:
         for first, run in runs:
-            count = min(runs.batch_size, len(groups) - first)
+            count = min(runs.batch_size, len(runs.samples) - first)
             with suppress(Reached), Calls({writer.call: join}) as calls:
                 run(calls)
     finally:
         hook.remove()
-    return populations.moments()
 
 
 def _input_rows(layer: Any, x: Tensor, count: int, choose: Callable[[int, int], Tensor]) -> Tensor:

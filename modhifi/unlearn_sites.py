@@ -40,7 +40,8 @@ class Writer:
     (``joined``) or the operator's own output behind its norm, and behind the activation where one follows at once, for
     that is what is read. ``norm`` is the BatchNorm and ``gains`` are the parameters (layer scales) between. ``rows`` is
     int64 ``(positions, out)``: the element of one sample's flattened stream that each output element of the operator
-    ends up in, -1 for positions that are cut away before.
+    ends up in, -1 for positions that are cut away before. ``wide``: its rows and the stream's have too many columns
+    for a Gram.
     """
 
     site: Site
@@ -49,6 +50,7 @@ class Writer:
     call: int
     joined: bool
     rows: Tensor
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,16 +125,16 @@ def _assemble(model: nn.Module, watcher: BranchWatcher, logits: Tensor) -> Sites
     refused: list[tuple[str, str]] = []
 
     def add(module: str, time: int, trail: Trail, joined: bool, size: int) -> None:
-        columns = columns_of(model, module)
         if conv_groups(model.get_submodule(module)) > 1:
             refused.append((module, "it is a grouped convolution"))
-        elif columns + _outputs(model, module) > MOST_COLUMNS:
-            refused.append((module, f"its {columns} input columns are too many"))
+        elif _outputs(model, module) > MOST_COLUMNS // 2:
+            refused.append((module, f"its {_outputs(model, module)} outputs are too many"))
         else:
             site = Site(module, block_of(module), _sink(watcher, module))
             rows = _rows(model, watcher, module, trail, size)
             call = watcher.read[time if joined else module]
-            written.append((time, Writer(site, trail.norm, trail.gains, call, joined, rows)))
+            wide = columns_of(model, module) + rows.shape[1] > MOST_COLUMNS
+            written.append((time, Writer(site, trail.norm, trail.gains, call, joined, rows, wide)))
 
     for a in additions:
         if a.trail is None or a.trail.module is None:

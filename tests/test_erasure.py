@@ -9,6 +9,7 @@ from torch import Tensor
 from modhifi import unlearn_methods as um
 from modhifi.erasure import DAMPING_STEPS
 from modhifi.errors import ModhifiError
+from modhifi.unlearn_wide import spanned
 
 CLASSES, DIM, OUT = 4, 7, 5
 seeds = st.integers(0, 10_000)
@@ -281,3 +282,32 @@ def test_erase_writers_exact_refuses_inputs_that_do_not_carry_the_class() -> Non
     stream = [x @ weight.T + 1.0 * (c == 0) for c, x in enumerate(same)]
     with pytest.raises(ModhifiError, match="leave the writer out"):
         um.erase_writers(weight, *joint_moments(same, stream, 1), exact=True)
+
+
+@given(seeds, st.integers(1, 2), st.sampled_from([30, 400]))
+@settings(max_examples=10, deadline=None)
+def test_a_writer_of_many_columns_is_edited_as_by_its_gram(seed: int, forget: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    count, damping = 120, 1e-5
+    group = torch.arange(count) % (forget + 2)
+    group = torch.where(group > forget, 0, group)
+    hidden = torch.randn(count, 20, generator=generator, dtype=torch.float64) + 0.5 * group[:, None]
+    x = hidden @ torch.randn(20, columns, generator=generator, dtype=torch.float64)
+    x += 0.3 * torch.randn(count, columns, generator=generator, dtype=torch.float64)
+    weight = torch.randn(OUT, columns, generator=generator, dtype=torch.float64)
+    stream = x @ weight.T
+
+    order = [x[group == j + 1] for j in range(forget)] + [x[group == 0]]
+    streams = [stream[group == j + 1] for j in range(forget)] + [stream[group == 0]]
+    direct = um.erase_writers(weight, *joint_moments(order, streams, forget), exact=True, damping=damping)
+
+    wide = spanned(x.float(), stream.float(), group)
+    retain, *gone = wide.moments
+    means, grams = torch.stack([m.mean[0] for m in gone]), torch.stack([m.gram[0] for m in gone])
+    reduced = um.erase_writers(
+        torch.zeros(OUT, count), means, grams, retain.mean[0], retain.gram[0], exact=True, damping=damping
+    )
+    change, expected = wide.lift(reduced.weight), direct.weight - weight
+    assert float((change @ x.T - expected @ x.T).norm() / (expected @ x.T).norm()) < 1e-2
+    assert reduced.shift is not None
+    torch.testing.assert_close(reduced.shift, -change @ order[-1].mean(0), rtol=1e-3, atol=1e-3)

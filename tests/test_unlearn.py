@@ -86,6 +86,19 @@ def test_operators_with_too_many_columns_are_left_out(setting, monkeypatch) -> N
         forget(loaded, sites, train, groups, settings, [CLASS])
 
 
+def test_writers_of_too_many_columns_forget_too(setting, monkeypatch) -> None:
+    loaded, _, train, test = setting
+    for module in ("unlearn_sites", "unlearn_wide"):
+        monkeypatch.setattr(sys.modules[f"modhifi.{module}"], "MOST_COLUMNS", 150)
+    sites = find_sites(loaded)
+    assert any(w.wide for w in sites.writers)
+    before = accuracies(loaded, loaded.model, test)
+    found = forget(loaded, sites, train, populations(train, [CLASS]), UnlearnSettings(), [CLASS])
+    after = accuracies(loaded, found.model, test)
+    assert after[0] <= 0.05 and after[1] >= before[1] - 0.05
+    assert {r.module for r in found.records} & {w.site.module for w in sites.writers if w.wide}
+
+
 def test_the_class_means_of_a_stream_approach_each_other(setting) -> None:
     loaded, sites, train, _ = setting
     groups = populations(train, [CLASS])

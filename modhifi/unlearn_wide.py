@@ -1,0 +1,74 @@
+"""Writers with more input columns than a Gram can have: their samples stand for the space they span."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .erasure import factorise
+from .moments import Moments
+from .resumed import Passes
+from .unlearn_moments import joint_rows
+from .unlearn_sites import MOST_COLUMNS, Writer
+
+# Added to the samples' products, in units of their mean diagonal: single precision makes them this inexact.
+INEXACT = 1e-6
+
+
+@dataclass(frozen=True)
+class Spanned:
+    """``moments`` of the rows ``[c, s]``, one for each population: ``s`` the stream, and ``c`` the coordinates ``(n,)``
+    of a writer's input in an orthonormal basis of what ``n`` inputs span.
+
+    Ridge regression on ``c`` and on the input itself give the same map, for that lies in the span.
+    """
+
+    moments: list[Moments]
+    inputs: Tensor
+    factor: Tensor
+
+    def lift(self, change: Tensor) -> Tensor:
+        """What a map of the coordinates ``(out, n)`` is as a map of the input, float64 ``(out, d)``."""
+        on_samples = torch.linalg.solve_triangular(self.factor, change.double(), upper=False, left=False)
+        return (on_samples.to(self.inputs) @ self.inputs).double()
+
+
+def spanned(inputs: Tensor, streams: Tensor, group: Tensor) -> Spanned:
+    """See :class:`Spanned`: ``inputs`` ``(n, d)``, ``streams`` ``(n, out)``, ``group`` int64 ``(n,)`` the population.
+
+    Raises ModhifiError where the products of the inputs cannot be factorised.
+    """
+    factor, _ = factorise((inputs @ inputs.T).double(), INEXACT)
+    rows = torch.cat([factor, streams.double()], 1)
+    return Spanned([_moments(rows[group == j]) for j in range(int(group.max()) + 1)], inputs, factor)
+
+
+def spanned_moments(runs: Passes, groups: Tensor, writer: Writer, focus: Tensor | None) -> Spanned:
+    """One pass over the samples of ``groups`` int64 ``(samples,)`` (-1: not used); see :func:`spanned`.
+
+    Looks at so many of the positions, or of the samples, that their products are no larger than a Gram may be.
+    """
+    most, used = MOST_COLUMNS - writer.rows.shape[1], int((groups >= 0).sum())
+    taken = torch.zeros(len(groups), dtype=torch.bool)
+    for j in range(int(groups.max()) + 1):
+        taken[torch.nonzero(groups == j).flatten()[:: math.ceil(used / most)]] = True
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def choose(first: int, count: int, total: int) -> Tensor:
+        return torch.arange(0, total, math.ceil(total / max(1, most // used))).expand(count, -1)
+
+    def take(first: int, x: Tensor, s: Tensor) -> None:
+        mine = taken[first : first + x.shape[1]]
+        own = groups[first : first + x.shape[1]][mine].repeat_interleave(x.shape[2])
+        parts.append((x[:, mine].flatten(1).T.cpu(), s[:, mine].flatten(1).T.cpu(), own))
+
+    joint_rows(runs, writer, focus, choose, take)
+    inputs, streams, group = (torch.cat(part) for part in zip(*parts, strict=True))
+    return spanned(inputs, streams, group)
+
+
+def _moments(rows: Tensor) -> Moments:
+    return Moments(len(rows), rows.mean(0)[None], torch.cov(rows.T, correction=0)[None])
