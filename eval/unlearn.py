@@ -1,11 +1,11 @@
 """Forget CIFAR-10 classes on a reference model with every method, and attack the results.
 
-    MODHIFI_DATA=DIR python eval/unlearn.py [--model demo|resnet|vgg|swin] [--classes 0,3,6]
+    MODHIFI_DATA=DIR python eval/unlearn.py [--model resnet|vgg|swin|demo] [--classes 0,3,6]
 
 Edits see 200 training images per class, attacks learn from 100 others per class, and all is tested on test images.
 Every edit lies in the last stages, so what comes before is computed once and shared. Beside each method stand models
 that were trained without the class, where there are any (``eval/models/MODEL-without-CLASS``, train_reference.py).
-Results and the plot go to ``eval/results/unlearn.{md,json,png}``, of other models than the first to ``unlearn_MODEL``.
+Results and the plot go to ``eval/results/unlearn_MODEL.{md,json,png}``.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ METHODS: dict[str, UnlearnSettings] = {
     "erase-writers, 1 block, 3 passes": UnlearnSettings(depth=1, passes=3),
     "erase-writers, 3 blocks, 2 passes": UnlearnSettings(depth=3, passes=2),
     "erase-writers, 4 blocks, 3 passes": UnlearnSettings(depth=4, passes=3),
+    "erase-writers, class means not stressed": UnlearnSettings(class_weight=0.0),
     DEFAULT: UnlearnSettings(),
 }
 COLUMNS = ["forget", "retain", "worst_loss", "recall", "recall_plain", "probe", "probe_retain", "nearest_mean",
@@ -201,7 +202,7 @@ def plot(name: str, method: str, points: list[dict[str, Any]], honest: dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo")
+    parser.add_argument("--model", default="resnet")
     parser.add_argument("--classes", default="0,1,2,3,4,5,6,7,8,9")
     parser.add_argument("--methods", default="", help="only those whose name contains this; writes no results")
     chosen = parser.parse_args()
@@ -239,7 +240,7 @@ retained images; `recall_plain`: the same before the norms were settled. `probe`
 `relearn` (10-shot prototypes): forgotten class found in the last features.
 """
     columns = ["method", *COLUMNS, "seconds"]
-    name = "unlearn" if chosen.model == "demo" else f"unlearn_{chosen.model.replace('-', '_')}"
+    name = f"unlearn_{chosen.model}"
     write_results(name, rows, columns, intro, classes=classes, details=details, retrained=honest, curve=points)
     plot(name, DEFAULT, points, rows[-1] if honest else None)
 

@@ -205,6 +205,17 @@ def erase_writers(
     return Edit(original - change, change @ retain_mean[:width] if centred else None, used)
 
 
+def stress_classes(gram: Tensor, mean: Tensor, class_means: Tensor, shares: Tensor, weight: float) -> Tensor:
+    """The Gram ``(d, d)`` of the retained samples with the spread of their class means counted ``1 + weight`` times.
+
+    ``class_means`` ``(k, d)`` with ``shares`` ``(k,)``. An edit by :func:`erase_writers` takes from a sample as much as
+    it looks like the forgotten class, and the classes most like that one pay; with a ``weight`` their means are kept
+    where they are, as far as they do not coincide with the forgotten one's. Source: ours.
+    """
+    gaps = (class_means.double() - mean.double()) * shares.double().sqrt()[:, None]
+    return torch.addmm(gram.double(), gaps.T, gaps, alpha=weight)
+
+
 @dataclass(frozen=True)
 class Norm:
     """The four vectors ``(channels,)`` float64 of a BatchNorm in eval mode."""

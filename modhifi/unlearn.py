@@ -21,7 +21,7 @@ from .moments import Moments
 from .readers import weight_matrix, write_weight
 from .resumed import Passes
 from .unlearn_methods import Edit
-from .unlearn_moments import joint_moments, reader_moments
+from .unlearn_moments import Joint, joint_moments, reader_moments
 from .unlearn_norms import settle_norms
 from .unlearn_sites import MOST_COLUMNS, Site, Sites, Writer, columns_of
 from .unlearn_wide import spanned_moments
@@ -61,9 +61,10 @@ DEFAULTS: dict[str, Defaults] = {
 class UnlearnSettings:
     """How to forget; None takes the method's own default (:data:`DEFAULTS`).
 
-    ``only``: shell patterns of operators to edit in place of those of the last ``depth`` blocks. ``exact`` makes the
-    class means of the stream coincide, and ``forget_weight`` is the forgotten samples' share of the pooled moments
-    (both erase-writers). ``damping`` is in units of a moment matrix's mean diagonal.
+    ``only``: shell patterns of operators to edit in place of those of the last ``depth`` blocks. Of erase-writers
+    alone: ``exact`` makes the class means of the stream coincide, ``forget_weight`` is the forgotten samples' share of
+    the pooled moments, ``class_weight`` how much more the means of the retained classes count than their samples.
+    ``damping`` is in units of a moment matrix's mean diagonal.
     """
 
     method: Method = "erase-writers"
@@ -73,6 +74,7 @@ class UnlearnSettings:
     only: tuple[str, ...] = ()
     exact: bool = True
     forget_weight: float = 0.1
+    class_weight: float = 10.0
     damping: float = 1e-3
     settle: bool = True
     batch_size: int = 64
@@ -119,7 +121,7 @@ def forget(
     progress: Progress = silent,
 ) -> Forgotten:
     """A copy of the model without the classes; ``groups`` int64 ``(n,)`` is 0 for retained samples and j for the j-th
-    of ``classes`` (-1: not used).
+    of ``classes`` (-1: not used). The samples have labels.
 
     Raises ModhifiError where no operator can be edited and for patterns that match none.
     """
@@ -215,20 +217,23 @@ class _Run:
             raise ModhifiError(f"no writer could be edited: {self.left_out[0][1]}; try --method erase")
 
     def writer_edit(self, runs: Passes, writer: Writer, weight: Tensor) -> Edit:
+        assert self.samples.labels is not None
+        where = (runs, self.groups, self.samples.labels, writer, self.sites.focus)
         if not writer.wide:
-            return self.solved(writer, weight, joint_moments(runs, self.groups, writer, self.sites.focus))
-        spanned = spanned_moments(runs, self.groups, writer, self.sites.focus)
-        change = self.solved(writer, weight.new_zeros(len(weight), len(spanned.factor)), spanned.moments)
+            return self.solved(writer, weight, joint_moments(*where))
+        spanned = spanned_moments(*where)
+        change = self.solved(writer, weight.new_zeros(len(weight), len(spanned.factor)), spanned.joint)
         return replace(change, weight=weight.double() + spanned.lift(change.weight))
 
-    def solved(self, writer: Writer, weight: Tensor, moments: list[Moments]) -> Edit:
-        retain, *forgotten = moments
+    def solved(self, writer: Writer, weight: Tensor, joint: Joint) -> Edit:
+        retain, *forgotten = joint.moments
+        mean, stress = retain.mean[0], self.settings.class_weight
         return methods.erase_writers(
             weight,
             torch.stack([m.mean[0] for m in forgotten]),
             torch.stack([m.gram[0] for m in forgotten]),
-            retain.mean[0],
-            retain.gram[0],
+            mean,
+            methods.stress_classes(retain.gram[0], mean, joint.class_means, joint.shares, stress),
             scale=writer_scale(self.model, writer),
             forget_weight=self.settings.forget_weight,
             exact=self.settings.exact,

@@ -26,6 +26,7 @@ from modhifi.erasure import (
     pooled,
     scatter_directions,
     settle_norm,
+    stress_classes,
 )
 from modhifi.errors import ModhifiError
 
@@ -44,6 +45,7 @@ __all__ = [
     "projection",
     "scatter_directions",
     "settle_norm",
+    "stress_classes",
 ]
 
 # The bias that closes an output: finite in half precision, and zero after any softmax.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,19 +74,58 @@ def reader_moments(runs: Passes, groups: Tensor, modules: list[str]) -> dict[str
     return {name: populations.moments() for name, populations in found.items()}
 
 
-def joint_moments(runs: Passes, groups: Tensor, writer: Writer, focus: Tensor | None) -> list[Moments]:
+@dataclass(frozen=True)
+class Joint:
     """The moments of the rows ``[x, s]`` of a writer's input and its stream, one for each population.
+
+    ``class_means`` ``(k, d + out)`` and ``shares`` ``(k,)``, float64, are those of the retained samples' classes.
+    """
+
+    moments: list[Moments]
+    class_means: Tensor
+    shares: Tensor
+
+
+def joint_moments(runs: Passes, groups: Tensor, classes: Tensor, writer: Writer, focus: Tensor | None) -> Joint:
+    """One pass over samples of populations ``groups`` and ``classes``, both int64 ``(n,)``.
 
     Only positions that reach the stream count, and only those of ``focus`` where the stream has them.
     """
-    populations = Populations(groups)
+    populations, means = Populations(groups), ClassMeans(groups, classes)
     columns = columns_of(runs.model, writer.site.module) + writer.rows.shape[1]
+
+    def take(first: int, x: Tensor, s: Tensor) -> None:
+        rows = torch.cat([x, s])
+        populations.add(first, rows[None])
+        means.add(first, rows)
+
     joint_rows(
-        runs, writer, focus,
-        lambda first, count, total: populations.positions(first, count, total, columns),
-        lambda first, x, s: populations.add(first, torch.cat([x, s])[None]),
-    )  # fmt: skip
-    return populations.moments()
+        runs, writer, focus, lambda first, count, total: populations.positions(first, count, total, columns), take
+    )
+    return Joint(populations.moments(), *means.finish())
+
+
+class ClassMeans:
+    """The mean rows of the retained samples, those of ``groups`` 0, class by class."""
+
+    def __init__(self, groups: Tensor, classes: Tensor) -> None:
+        self.found, counts = classes[groups == 0].unique(return_counts=True)
+        self.counts = counts.double()
+        # Everything else goes into a place behind the last class.
+        self.place = torch.where(groups == 0, torch.searchsorted(self.found, classes), len(self.found))
+        self.sums: Tensor | None = None
+
+    def add(self, first: int, rows: Tensor) -> None:
+        """``rows`` ``(d, batch, p)`` of the samples from number ``first`` on."""
+        if self.sums is None:
+            self.sums = torch.zeros(len(self.found) + 1, len(rows), dtype=torch.float64)
+        place = self.place[first : first + rows.shape[1]]
+        self.sums.index_add_(0, place, rows.mean(2).T.double().cpu())
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Means ``(k, d)`` and shares ``(k,)``, float64."""
+        assert self.sums is not None
+        return self.sums[:-1] / self.counts[:, None], self.counts / self.counts.sum()
 
 
 @torch.no_grad()

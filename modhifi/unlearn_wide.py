@@ -11,7 +11,7 @@ from torch import Tensor
 from .erasure import factorise
 from .moments import Moments
 from .resumed import Passes
-from .unlearn_moments import joint_rows
+from .unlearn_moments import ClassMeans, Joint, joint_rows
 from .unlearn_sites import MOST_COLUMNS, Writer
 
 # Added to the samples' products, in units of their mean diagonal: single precision makes them this inexact.
@@ -20,13 +20,13 @@ INEXACT = 1e-6
 
 @dataclass(frozen=True)
 class Spanned:
-    """``moments`` of the rows ``[c, s]``, one for each population: ``s`` the stream, and ``c`` the coordinates ``(n,)``
-    of a writer's input in an orthonormal basis of what ``n`` inputs span.
+    """``joint`` moments of the rows ``[c, s]``: ``s`` the stream, and ``c`` the coordinates ``(n,)`` of a writer's
+    input in an orthonormal basis of what ``n`` inputs span.
 
     Ridge regression on ``c`` and on the input itself give the same map, for that lies in the span.
     """
 
-    moments: list[Moments]
+    joint: Joint
     inputs: Tensor
     factor: Tensor
 
@@ -36,18 +36,21 @@ class Spanned:
         return (on_samples.to(self.inputs) @ self.inputs).double()
 
 
-def spanned(inputs: Tensor, streams: Tensor, group: Tensor) -> Spanned:
-    """See :class:`Spanned`: ``inputs`` ``(n, d)``, ``streams`` ``(n, out)``, ``group`` int64 ``(n,)`` the population.
+def spanned(inputs: Tensor, streams: Tensor, groups: Tensor, classes: Tensor) -> Spanned:
+    """See :class:`Spanned`: ``inputs`` ``(n, d)``, ``streams`` ``(n, out)``, ``groups`` and ``classes`` int64 ``(n,)``.
 
     Raises ModhifiError where the products of the inputs cannot be factorised.
     """
     factor, _ = factorise((inputs @ inputs.T).double(), INEXACT)
     rows = torch.cat([factor, streams.double()], 1)
-    return Spanned([_moments(rows[group == j]) for j in range(int(group.max()) + 1)], inputs, factor)
+    means = ClassMeans(groups, classes)
+    means.add(0, rows.T[:, :, None])
+    moments = [_moments(rows[groups == j]) for j in range(int(groups.max()) + 1)]
+    return Spanned(Joint(moments, *means.finish()), inputs, factor)
 
 
-def spanned_moments(runs: Passes, groups: Tensor, writer: Writer, focus: Tensor | None) -> Spanned:
-    """One pass over the samples of ``groups`` int64 ``(samples,)`` (-1: not used); see :func:`spanned`.
+def spanned_moments(runs: Passes, groups: Tensor, classes: Tensor, writer: Writer, focus: Tensor | None) -> Spanned:
+    """One pass over samples of populations ``groups`` (-1: not used) and ``classes``; see :func:`spanned`.
 
     Looks at so many of the positions, or of the samples, that their products are no larger than a Gram may be.
     """
@@ -55,19 +58,18 @@ def spanned_moments(runs: Passes, groups: Tensor, writer: Writer, focus: Tensor 
     taken = torch.zeros(len(groups), dtype=torch.bool)
     for j in range(int(groups.max()) + 1):
         taken[torch.nonzero(groups == j).flatten()[:: math.ceil(used / most)]] = True
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
 
     def choose(first: int, count: int, total: int) -> Tensor:
         return torch.arange(0, total, math.ceil(total / max(1, most // used))).expand(count, -1)
 
     def take(first: int, x: Tensor, s: Tensor) -> None:
         mine = taken[first : first + x.shape[1]]
-        own = groups[first : first + x.shape[1]][mine].repeat_interleave(x.shape[2])
-        parts.append((x[:, mine].flatten(1).T.cpu(), s[:, mine].flatten(1).T.cpu(), own))
+        own = [part[first : first + x.shape[1]][mine].repeat_interleave(x.shape[2]) for part in (groups, classes)]
+        parts.append((x[:, mine].flatten(1).T.cpu(), s[:, mine].flatten(1).T.cpu(), *own))
 
     joint_rows(runs, writer, focus, choose, take)
-    inputs, streams, group = (torch.cat(part) for part in zip(*parts, strict=True))
-    return spanned(inputs, streams, group)
+    return spanned(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def _moments(rows: Tensor) -> Moments:

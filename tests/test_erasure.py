@@ -301,8 +301,8 @@ def test_a_writer_of_many_columns_is_edited_as_by_its_gram(seed: int, forget: in
     streams = [stream[group == j + 1] for j in range(forget)] + [stream[group == 0]]
     direct = um.erase_writers(weight, *joint_moments(order, streams, forget), exact=True, damping=damping)
 
-    wide = spanned(x.float(), stream.float(), group)
-    retain, *gone = wide.moments
+    wide = spanned(x.float(), stream.float(), group, group)
+    retain, *gone = wide.joint.moments
     means, grams = torch.stack([m.mean[0] for m in gone]), torch.stack([m.gram[0] for m in gone])
     reduced = um.erase_writers(
         torch.zeros(OUT, count), means, grams, retain.mean[0], retain.gram[0], exact=True, damping=damping
@@ -311,3 +311,25 @@ def test_a_writer_of_many_columns_is_edited_as_by_its_gram(seed: int, forget: in
     assert float((change @ x.T - expected @ x.T).norm() / (expected @ x.T).norm()) < 1e-2
     assert reduced.shift is not None
     torch.testing.assert_close(reduced.shift, -change @ order[-1].mean(0), rtol=1e-3, atol=1e-3)
+
+
+@given(seeds)
+@settings(max_examples=10, deadline=None)
+def test_stressed_classes_are_kept_where_they_are(seed: int) -> None:
+    inputs, _, weight, _ = writer_world(seed)
+    stream = [x @ weight.T for x in inputs]
+    mean_f, gram_f, mean_r, gram_r = joint_moments(inputs, stream, 1)
+    rows = [torch.cat(pair, 1) for pair in zip(inputs[1:], stream[1:], strict=True)]
+    means = torch.stack([r.mean(0) for r in rows])
+    shares = torch.tensor([len(r) for r in rows]) / sum(len(r) for r in rows)
+
+    def moved(stress: float) -> float:
+        gram = um.stress_classes(gram_r, mean_r, means, shares, stress)
+        edit = um.erase_writers(weight, mean_f, gram_f, mean_r, gram, exact=True, damping=1e-9)
+        assert edit.shift is not None
+        after = [x.mean(0) @ edit.weight.T + edit.shift for x in inputs]
+        torch.testing.assert_close(after[0], mean_r[DIM:], atol=1e-5, rtol=1e-5)
+        return max(float((a - s.mean(0)).norm()) for a, s in zip(after[1:], stream[1:], strict=True))
+
+    assert moved(1e4) < 0.2 * moved(0.0)
+    assert torch.equal(um.stress_classes(gram_r, mean_r, means, shares, 0.0), gram_r.double())

@@ -25,6 +25,7 @@ from modhifi.unlearn_norms import recall
 from modhifi.unlearn_pipeline import forgotten_before, run_audit, run_unlearn
 from modhifi.unlearn_recipe import parse_unlearn_recipe
 from modhifi.unlearn_sites import columns_of, find_sites
+from modhifi.unlearn_wide import spanned_moments
 from modhifi.verify import verify_unlearned
 
 __all__ = ["world"]
@@ -99,6 +100,26 @@ def test_writers_of_too_many_columns_forget_too(setting, monkeypatch) -> None:
     assert {r.module for r in found.records} & {w.site.module for w in sites.writers if w.wide}
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_means_of_retained_classes_are_those_of_their_samples(setting, monkeypatch, wide: bool) -> None:
+    loaded, sites, train, _ = setting
+    groups, writer = populations(train, [CLASS]), sites.writers[-1]
+    runs = Passes(loaded, loaded.model, train, 100, [writer.site.module])
+    if wide:
+        joint = spanned_moments(runs, groups, train.labels, writer, None).joint
+    else:
+        monkeypatch.setattr(sys.modules[joint_moments.__module__], "ROWS_PER_COLUMN", 10**6)
+        joint = joint_moments(runs, groups, train.labels, writer, None)
+    kept = [c for c in train.labels.unique().tolist() if c != CLASS]
+    assert torch.allclose(joint.shares, torch.stack([(train.labels[groups == 0] == c).double().mean() for c in kept]))
+    mean = (joint.class_means * joint.shares[:, None]).sum(0)
+    assert torch.allclose(mean, joint.moments[0].mean[0], atol=1e-4)
+    own = torch.where(train.labels == kept[0], 0, -1)
+    alone = joint_moments(runs, own, train.labels, writer, None).moments[0].mean[0]
+    streamed = len(writer.rows[0])
+    assert torch.allclose(joint.class_means[0][-streamed:], alone[-streamed:], atol=1e-4)
+
+
 def test_the_class_means_of_a_stream_approach_each_other(setting) -> None:
     loaded, sites, train, _ = setting
     groups = populations(train, [CLASS])
@@ -107,7 +128,7 @@ def test_the_class_means_of_a_stream_approach_each_other(setting) -> None:
     writer = sites.writers[-1]
 
     def gap(model: torch.nn.Module) -> float:
-        retain, gone = joint_moments(Passes(loaded, model, train, 96), groups, writer, None)
+        retain, gone = joint_moments(Passes(loaded, model, train, 96), groups, train.labels, writer, None).moments
         return float((gone.mean[0] - retain.mean[0])[-16:].norm())
 
     assert gap(found.model) < 0.3 * gap(loaded.model)

@@ -125,12 +125,12 @@ def test_each_row_joins_a_writers_input_with_what_its_output_is_added_to(build: 
     groups = torch.tensor([0, 0, 0, 1, 1, 1])
     for writer in sites.writers[-2:]:
         layer = loaded.model.get_submodule(writer.site.module)
-        retain = joint_moments(Passes(loaded, loaded.model, samples, 4), groups, writer, None)[0]
+        retain = joint_moments(Passes(loaded, loaded.model, samples, 4), groups, groups, writer, None).moments[0]
         plain = layer.weight.detach().clone()
         # Adding c W to the writer moves the stream by c * scale * W x: the cross moments must say so.
         with torch.no_grad():
             layer.weight.mul_(2.0)
-        moved = joint_moments(Passes(loaded, loaded.model, samples, 4), groups, writer, None)[0]
+        moved = joint_moments(Passes(loaded, loaded.model, samples, 4), groups, groups, writer, None).moments[0]
         with torch.no_grad():
             layer.weight.copy_(plain)
         d = plain[0].numel()
