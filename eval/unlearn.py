@@ -53,8 +53,8 @@ COLUMNS = ["forget", "retain", "worst_loss", "recall", "recall_plain", "probe", 
            "neighbours", "original_head", "relearn", "kl"]  # fmt: skip
 
 
-# Of the features of a VGG-11 the first four convolutions; what follows has half of the channels or more.
-VGG_STEM = 15
+# Of the features of a VGG-11 all but the last two convolutions: with the two layers before the classifier, four blocks.
+VGG_STEM = 22
 # As many blocks of a residual network at least are in the tail; what edits more is left out.
 BLOCKS = 3
 
