@@ -4,6 +4,8 @@ r"""Train the small reference models that the evaluations use, from scratch, on 
     python eval/train_reference.py resnet --data cifar10 --without 3 --out eval/models/resnet-without-3
     python eval/train_reference.py vgg --data cifar10 --out eval/models/vgg-first
     python eval/train_reference.py vgg --data cifar10 --start eval/models/vgg-first --rate 0.5 --epochs 4 --seed 1 \
+        --out eval/models/vgg-second
+    python eval/train_reference.py vgg --data cifar10 --start eval/models/vgg-second --rate 0.25 --epochs 2 --seed 2 \
         --out eval/models/vgg
 
 ``--data`` is a directory with ``train/<class>/*.png`` and ``test/<class>/*.png``. The result is a directory in
