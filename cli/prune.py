@@ -96,7 +96,7 @@ def model_source(
 def prune(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Directory to write; its parent must exist.")] = None,
-    ratio: Annotated[float | None, typer.Option("--ratio", help="Share of components removed, such as 0.5.")] = None,
+    ratio: Annotated[str | None, typer.Option("--ratio", help="Share of components removed, such as 0.5.")] = None,
     params: Annotated[str | None, typer.Option("--params", help="Share of parameters kept, such as 0.5x.")] = None,
     flops: Annotated[str | None, typer.Option("--flops", help="Share of FLOPs kept, such as 0.5x.")] = None,
     kv_cache: Annotated[
