@@ -33,7 +33,7 @@ from modhifi.unlearn_sites import Sites, find_sites
 
 BATCH = 250
 EDIT, FIT, TEST = 2000, 1000, 2000
-DEFAULT = "erase-writers (default: 3 blocks, 3 passes)"
+DEFAULT = "erase-writers (default: 3 blocks, {} passes)"
 METHODS: dict[str, UnlearnSettings] = {
     "head-mask (control)": UnlearnSettings(method="head-mask"),
     "hifi-zero, 1 %": UnlearnSettings(method="hifi-zero", strength=0.01),
@@ -44,6 +44,7 @@ METHODS: dict[str, UnlearnSettings] = {
     "gls, 0.3": UnlearnSettings(method="gls", strength=0.3),
     "erase, last block and head": UnlearnSettings(method="erase", depth=1),
     "erase-writers, 1 block, 3 passes": UnlearnSettings(depth=1, passes=3),
+    "erase-writers, 2 blocks, 3 passes": UnlearnSettings(depth=2, passes=3),
     "erase-writers, 3 blocks, 2 passes": UnlearnSettings(depth=3, passes=2),
     "erase-writers, 4 blocks, 3 passes": UnlearnSettings(depth=4, passes=3),
     "erase-writers, class means not stressed": UnlearnSettings(class_weight=0.0),
@@ -144,8 +145,8 @@ def retrained(name: str, own: World, classes: list[int], sets: list[Samples]) ->
     return rows
 
 
-def run(own: World, index: int, settings: UnlearnSettings) -> tuple[dict[str, Any], nn.Module]:
-    """One method on one class: the measures, seconds and the edited model before its norms were settled."""
+def run(own: World, index: int, settings: UnlearnSettings) -> tuple[dict[str, Any], nn.Module, int]:
+    """One method on one class: the measures with seconds, the edited model before its norms were settled, passes."""
     groups = populations(own.edit, [index])
     start = time.process_time()
     found = forget(own.loaded, own.sites, own.edit, groups, replace(settings, batch_size=BATCH), [index])
@@ -155,7 +156,7 @@ def run(own: World, index: int, settings: UnlearnSettings) -> tuple[dict[str, An
         names = settled_names(own.sites, [w.site.module for w in own.sites.writers][-3:])
         settle_norms(own.loaded, model, own.edit.subset(torch.nonzero(groups == 0).flatten()), names, BATCH)
     seconds = time.process_time() - start
-    return {**attack(own, index, model, found.plain), "seconds": seconds}, found.plain
+    return {**attack(own, index, model, found.plain), "seconds": seconds}, found.plain, found.passes
 
 
 def attack(own: World, index: int, model: nn.Module, plain: nn.Module | None) -> dict[str, Any]:
@@ -220,8 +221,9 @@ def main() -> None:
         if chosen.methods not in name or settings.depth is not None and settings.depth > len(own.sites.writers):
             continue
         results = [run(own, c, settings) for c in classes]
-        rows.append({"method": name, **mean([r for r, _ in results])})
-        details[name] = {str(c): r for c, (r, _) in zip(classes, results, strict=True)}
+        name = name.format(results[0][2])
+        rows.append({"method": name, **mean([r for r, _, _ in results])})
+        details[name] = {str(c): r for c, (r, _, _) in zip(classes, results, strict=True)}
         edited[name] = results[0][1]
         print(json.dumps(rows[-1]), flush=True)
     honest = retrained(chosen.model, own, classes, sets)
@@ -230,7 +232,8 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     if chosen.methods:
         return
-    points = curve(own, classes[0], edited[DEFAULT])
+    default = list(edited)[-1]
+    points = curve(own, classes[0], edited[default])
     intro = f"""# Forgetting a class
 
 Reference model `{chosen.model}`, mean over the classes {chosen.classes}; {EDIT} training images for the edit, {FIT}
@@ -242,7 +245,7 @@ retained images; `recall_plain`: the same before the norms were settled. `probe`
     columns = ["method", *COLUMNS, "seconds"]
     name = f"unlearn_{chosen.model}"
     write_results(name, rows, columns, intro, classes=classes, details=details, retrained=honest, curve=points)
-    plot(name, DEFAULT, points, rows[-1] if honest else None)
+    plot(name, default, points, rows[-1] if honest else None)
 
 
 if __name__ == "__main__":

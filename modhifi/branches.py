@@ -68,6 +68,8 @@ class BranchWatcher(TorchFunctionMode):
     # The call behind which an origin is read: its own, its norm's, its activation's.
     read: dict[str | int | None, int] = field(default_factory=dict)
     ends: dict[str, Trail] = field(default_factory=dict)
+    # The origins that are read behind an activation.
+    bent: set[str | int | None] = field(default_factory=set)
     time: int = 0
 
     def __post_init__(self) -> None:
@@ -166,6 +168,7 @@ class BranchWatcher(TorchFunctionMode):
             return none
         if name in ACTIVATIONS and trail.direct:
             self.read[trail.origin] = self.time
+            self.bent.add(trail.origin)
         if trail.module is None:
             # On the way from the stream to the classifier only positions matter.
             single = sum(b[0] is not None for b in before) == 1

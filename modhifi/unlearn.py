@@ -37,7 +37,11 @@ def silent(stage: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Defaults:
-    """``depth`` blocks back from the head, ``passes`` over them, and the ``strength`` in the method's own unit."""
+    """``depth`` blocks back from the head, ``passes`` over them, and the ``strength`` in the method's own unit.
+
+    Writers that are read behind an activation take the ``passes``, for it lets only a part of a change through; where
+    no writer is, one pass does.
+    """
 
     depth: int
     passes: int
@@ -102,12 +106,13 @@ class Record:
 @dataclass(frozen=True)
 class Forgotten:
     """``model`` has forgotten; ``plain`` is the same function before its norms were settled; ``left_out``: operators
-    that could not be edited, with the reason."""
+    that could not be edited, with the reason; ``passes``: how many times the operators were gone over."""
 
     model: nn.Module
     plain: nn.Module
     records: tuple[Record, ...]
     left_out: tuple[tuple[str, str], ...]
+    passes: int = 1
 
 
 @torch.no_grad()
@@ -126,7 +131,7 @@ def forget(
     Raises ModhifiError where no operator can be edited and for patterns that match none.
     """
     edited = copy.deepcopy(loaded.model)
-    run = _Run(loaded, edited, sites, samples, groups, settings, progress, [], [])
+    run = _Run(loaded, edited, sites, samples, groups, settings, progress, settings.filled().passes, [], [])
     if settings.method == "head-mask":
         run.mask(classes)
     elif settings.method == "erase-writers":
@@ -137,7 +142,7 @@ def forget(
     settled = settled_names(sites, [r.module for r in run.records])
     if settings.settle and settled:
         settle_norms(loaded, edited, samples.subset(torch.nonzero(groups == 0).flatten()), settled, settings.batch_size)
-    return Forgotten(edited, plain, tuple(run.records), tuple(run.left_out))
+    return Forgotten(edited, plain, tuple(run.records), tuple(run.left_out), run.rounds)
 
 
 def settled_names(sites: Sites, edited: Sequence[str]) -> list[str]:
@@ -185,6 +190,7 @@ class _Run:
     groups: Tensor
     settings: UnlearnSettings
     progress: Progress
+    rounds: int
     records: list[Record]
     left_out: list[tuple[str, str]]
 
@@ -200,8 +206,10 @@ class _Run:
 
     def edit_writers(self) -> None:
         chosen = self.chosen_writers()
-        values = self.settings.filled()
-        total = values.passes * len(chosen)
+        if self.settings.passes is None and not any(writer.bent for writer in chosen):
+            self.rounds = 1
+        strength = self.settings.filled().strength
+        total = self.rounds * len(chosen)
         runs = self.passes([writer.site.module for writer in chosen])
         for number in range(total):
             writer = chosen[number % len(chosen)]
@@ -211,7 +219,7 @@ class _Run:
             except ModhifiError as problem:
                 self.left_out.append((writer.site.module, str(problem)))
             else:
-                self.apply(writer.site, [edit.blend(weight, values.strength)])
+                self.apply(writer.site, [edit.blend(weight, strength)])
             self.progress("editing", number + 1, total)
         if not self.records:
             raise ModhifiError(f"no writer could be edited: {self.left_out[0][1]}; try --method erase")
@@ -251,7 +259,7 @@ class _Run:
                 self.apply(site, self.reader_edits(site, moments[site.module]))
                 self.progress("editing", number + 1, len(chosen))
             return
-        total = len(chosen) * self.settings.filled().passes
+        total = len(chosen) * self.rounds
         runs = self.passes([site.module for site in chosen])
         for number in range(total):
             site = chosen[number % len(chosen)]

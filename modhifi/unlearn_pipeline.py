@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -357,7 +357,7 @@ def _within_budget(
     if recipe.method.settle and names and strength > 0:
         retained = data.edit.subset(torch.nonzero(data.groups == 0).flatten())
         settle_norms(loaded, model, retained, names, recipe.batch_size)
-    return Forgotten(model, plain, found.records, found.left_out), strength, loss
+    return replace(found, model=model, plain=plain), strength, loss
 
 
 def _describe(
@@ -387,7 +387,7 @@ def _describe(
             **recipe.model_dump(mode="json", exclude={"data", "method"}),
             "method": recipe.method.name,
             "depth": values.depth,
-            "passes": values.passes,
+            "passes": found.passes,
             "strength": f"{values.strength:g} ({values.unit})",
         },
         "edits": [{"module": r.module, "change": r.change, "damping": r.damping} for r in found.records],

@@ -38,8 +38,8 @@ class Writer:
 
     The stream is the result of call number ``call`` of a forward pass: the addition that joins the branch to the skip
     (``joined``) or the operator's own output behind its norm, and behind the activation where one follows at once, for
-    that is what is read. ``norm`` is the BatchNorm and ``gains`` are the parameters (layer scales) between. ``rows`` is
-    int64 ``(positions, out)``: the element of one sample's flattened stream that each output element of the operator
+    that is what is read (``bent``). ``norm`` is the BatchNorm and ``gains`` are the parameters (layer scales) between.
+    ``rows`` is int64 ``(positions, out)``: the element of one sample's flattened stream that each output element of the operator
     ends up in, -1 for positions that are cut away before. ``wide``: its rows and the stream's have too many columns
     for a Gram.
     """
@@ -51,6 +51,7 @@ class Writer:
     joined: bool
     rows: Tensor
     wide: bool = False
+    bent: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,12 @@ def _assemble(model: nn.Module, watcher: BranchWatcher, logits: Tensor) -> Sites
         else:
             site = Site(module, block_of(module), _sink(watcher, module))
             rows = _rows(model, watcher, module, trail, size)
-            call = watcher.read[time if joined else module]
+            origin = time if joined else module
             wide = columns_of(model, module) + rows.shape[1] > MOST_COLUMNS
-            written.append((time, Writer(site, trail.norm, trail.gains, call, joined, rows, wide)))
+            bent = origin in watcher.bent
+            written.append(
+                (time, Writer(site, trail.norm, trail.gains, watcher.read[origin], joined, rows, wide, bent))
+            )
 
     for a in additions:
         if a.trail is None or a.trail.module is None:
