@@ -39,9 +39,9 @@ class Writer:
     The stream is the result of call number ``call`` of a forward pass: the addition that joins the branch to the skip
     (``joined``) or the operator's own output behind its norm, and behind the activation where one follows at once, for
     that is what is read (``bent``). ``norm`` is the BatchNorm and ``gains`` are the parameters (layer scales) between.
-    ``rows`` is int64 ``(positions, out)``: the element of one sample's flattened stream that each output element of the operator
-    ends up in, -1 for positions that are cut away before. ``wide``: its rows and the stream's have too many columns
-    for a Gram.
+    ``rows`` is int64 ``(positions, out)``: the element of one sample's flattened stream that each output element of
+    the operator ends up in, -1 for positions that are cut away before. ``wide``: its rows and the stream's have too
+    many columns for a Gram.
     """
 
     site: Site
