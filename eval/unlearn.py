@@ -33,7 +33,7 @@ from modhifi.unlearn_sites import Sites, find_sites
 
 BATCH = 250
 EDIT, FIT, TEST = 2000, 1000, 2000
-DEFAULT = "erase-writers (default: 3 blocks, {} passes)"
+DEFAULT = "erase-writers (default: 3 blocks, {})"
 METHODS: dict[str, UnlearnSettings] = {
     "head-mask (control)": UnlearnSettings(method="head-mask"),
     "hifi-zero, 1 %": UnlearnSettings(method="hifi-zero", strength=0.01),
@@ -221,7 +221,7 @@ def main() -> None:
         if chosen.methods not in name or settings.depth is not None and settings.depth > len(own.sites.writers):
             continue
         results = [run(own, c, settings) for c in classes]
-        name = name.format(results[0][2])
+        name = name.format("1 pass" if results[0][2] == 1 else f"{results[0][2]} passes")
         rows.append({"method": name, **mean([r for r, _, _ in results])})
         details[name] = {str(c): r for c, (r, _, _) in zip(classes, results, strict=True)}
         edited[name] = results[0][1]

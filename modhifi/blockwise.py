@@ -17,6 +17,7 @@ from .load import LoadedModel
 from .offload import staying
 from .plan import Plan
 from .readers import columns_of
+from .room import check_room
 from .selection import Curve
 from .settings import Progress, PruneSettings
 from .sizes import sizes_of
@@ -74,6 +75,7 @@ def prune_in_blocks(
             for g in structure.prunable}  # fmt: skip
     if not all(len(found) == 1 for found in home.values()):
         return None
+    check_room(loaded.model, structure)
     widths = uniform_widths(loaded, structure, budget, settings)
     dense_shape = copy.deepcopy(loaded.model)
     curves: dict[str, Curve] = {}

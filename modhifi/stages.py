@@ -23,6 +23,7 @@ from .plan import Plan
 from .processes import ALONE, Processes, merged
 from .quality import GramQuality
 from .readers import as_remembered, readers_of
+from .room import check_room
 from .selection import Curve, eliminate, hifi_union, removal_order
 from .sequential import edit_sequentially, joint_moments
 from .settings import Progress, PruneSettings, silent
@@ -96,6 +97,7 @@ def measure_moments(
 
     Each process of a ``team`` runs its share of the batches, without the cache; the moments are those of all shares.
     """
+    check_room(loaded.model, structure)
     readers = dict(operator_modules(loaded.model, structure.prunable))
     deciding = {key: getattr(settings, key) for key in ("rows_per_column", "batch_size", "seed")}
     stored = None if cache is None or team.count > 1 else cache.open(loaded, readers, samples, deciding)

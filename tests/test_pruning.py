@@ -135,6 +135,17 @@ def test_patterns_choose_groups(loaded: LoadedModel) -> None:
         choose_groups(structure, PruneSettings(exclude=("*",)))
 
 
+def test_a_gram_too_large_for_memory_is_refused_before_anything_is_measured(
+    loaded: LoadedModel, samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    structure = find_structure(loaded)
+    monkeypatch.setattr("modhifi.room.free_bytes", lambda device: 100_000)
+    with pytest.raises(ModhifiError, match="--exclude") as caught:
+        measure_moments(loaded, structure, samples, PruneSettings())
+    name = str(caught.value).split()[-1]
+    assert name in {g.name for g in structure.prunable}
+
+
 def test_reestimated_statistics_are_those_of_the_data(loaded: LoadedModel, samples: Samples) -> None:
     model = copy.deepcopy(loaded.model)
     reestimate_batchnorm(model, loaded, samples, 48)
