@@ -195,7 +195,7 @@ def plot(name: str, method: str, points: list[dict[str, Any]], honest: dict[str,
             axes.plot([p["strength"] for p in known], [100 * p[key] for p in known], marker="o", label=key)
     if honest is not None:
         axes.axhline(honest["probe"], color="grey", linestyle=":", label="probe, trained without")
-    axes.set_xlabel(f"share of the full edit ({method})")
+    axes.set_xlabel(f"share of the full edit\n{method}")
     axes.set_ylabel("% of test images")
     axes.legend()
     figure.savefig(RESULTS / f"{name}.png", dpi=120)
