@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +21,10 @@ from modhifi.load import PADDING, LoadedModel
 if TYPE_CHECKING:
     from modhifi.own_data import Source
 
-# Images drawn for every one kept when a synthetic set is balanced, as far as their pixels stay within the budget:
-# 1,337 candidates of 224x224, 16,384 of 64x64. Pixels, not seconds, so that a run can be repeated on any machine.
-CANDIDATES = 3
-CANDIDATE_PIXELS = 2**26
+# Images drawn at most for every one kept when a synthetic set is balanced, as far as their pixels stay within the
+# budget: 668 candidates of 224x224, 8,192 of 64x64. Pixels, not seconds, so that a run can be repeated anywhere.
+CANDIDATES = 10
+CANDIDATE_PIXELS = 2**25
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,9 +115,9 @@ def load_samples(
     ``test``), or what a program holds (see `modhifi.own_data`). At most `n` items are used, chosen and ordered by
     `seed`. ``synthetic:invert`` are images that the network's own norms draw (see `modhifi.inversion`). Items of text
     are windows of `window` tokens (1,024, or as many as the model takes, if not said).
-    `balanced` concerns synthetic images for classifiers: three candidates are drawn for each image kept (fewer for
-    large images, see `CANDIDATE_PIXELS`), and the set kept is spread over the classes that the model itself predicts;
-    it costs one forward pass for each candidate. Other models get the first `n` images.
+    `balanced` concerns synthetic images for classifiers: candidates are drawn until each class that the model itself
+    predicts has its share of `n`, ten at most for each image kept (fewer for large images, see `CANDIDATE_PIXELS`); it
+    costs one forward pass for each candidate. Other models get the first `n` images.
 
     Raises ModhifiError for a source that is unknown, missing or has nothing readable, and for a model without images.
     """
@@ -175,20 +176,25 @@ def balance(samples: Samples, loaded: LoadedModel, n: int, batch: int = 64) -> S
     """The `n` samples that are spread most evenly over the classes the model predicts, without any label.
 
     Every class gives its next sample in turn until `n` are chosen; the order of `samples` is kept. The predictions are
-    `loaded.model`'s own (arg max of its logits, eval mode). Raises ModhifiError if the model is no classifier.
+    `loaded.model`'s own (arg max of its logits, eval mode); as soon as every class has its share, no more are made.
+    Raises ModhifiError if the model is no classifier.
     """
-    if class_count(loaded) is None:
+    count = class_count(loaded)
+    if count is None:
         raise ModhifiError(f"{loaded.source} is no classifier; its samples cannot be balanced over classes")
+    share, found = math.ceil(n / count), [0] * count
+    predicted, rank = list[int](), list[int]()
     with torch.no_grad():
-        predicted = torch.cat([loaded.logits(x).argmax(dim=1).cpu() for x in samples.batches(batch)])
-    turn: dict[int, int] = {}
-    rank = []
-    for label in predicted.tolist():
-        rank.append(turn.get(label, 0))
-        turn[label] = rank[-1] + 1
-    chosen = sorted(sorted(range(len(samples)), key=lambda i: rank[i])[:n])
+        for inputs in samples.batches(batch):
+            for label in loaded.logits(inputs).argmax(dim=1).tolist():
+                predicted.append(label)
+                rank.append(found[label])
+                found[label] += 1
+            if sum(min(number, share) for number in found) >= n:
+                break
+    chosen = sorted(sorted(range(len(rank)), key=lambda i: rank[i])[:n])
     kept = samples.subset(chosen)
-    classes = len({int(predicted[i]) for i in chosen})
+    classes = len({predicted[i] for i in chosen})
     return replace(kept, description=f"{kept.description}, spread over {classes} predicted classes")
 
 
