@@ -33,9 +33,10 @@ class Samples:
 
     ``load(i)`` gives item `i` without a batch axis (float32 ``(C, H, W)`` for images). ``hashes`` has one content hash
     for each item (16 hex digits of a SHA-256), so that an overlap between two sets can be found. ``labels`` is int64
-    ``(n,)`` or None. ``synthetic`` says that moments of BatchNorm networks want batch statistics. ``skipped`` names the
-    items that could not be read, each with the reason. ``units`` numbers the document that each item was cut from,
-    where several come from one: such items are not independent.
+    ``(n,)`` or None. ``synthetic`` inputs were drawn; ``matched`` ones among them have the moments that BatchNorm
+    stores as nearly as real inputs, and are treated as such (see ``adapted``). ``skipped`` names the items that could
+    not be read, each with the reason. ``units`` numbers the document that each item was cut from, where several come
+    from one: such items are not independent.
     """
 
     load: Callable[[int], Tensor]
@@ -46,6 +47,12 @@ class Samples:
     synthetic: bool
     skipped: tuple[tuple[str, str], ...] = ()
     units: tuple[int, ...] | None = None
+    matched: bool = False
+
+    @property
+    def adapted(self) -> bool:
+        """Whether BatchNorm normalises by the batch and moments are corrected by what it stores."""
+        return self.synthetic and not self.matched
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -89,6 +96,7 @@ class Samples:
             synthetic=self.synthetic,
             skipped=self.skipped,
             units=None if self.units is None else tuple(self.units[i] for i in chosen),
+            matched=self.matched,
         )
 
     def fingerprint(self) -> str:

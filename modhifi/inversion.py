@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -27,22 +28,14 @@ from .artifact import state_hash
 from .data import Samples, class_count, image_shape, load_samples, normalisation
 from .errors import ModhifiError
 from .load import LoadedModel
+from .quality import look, statistics_gap
 
 STEPS, RATE, BATCH = 40, 0.02, 125
 # Weights of the terms beside the statistics: total variation (per pixel, normalised units) and the class.
 SMOOTH, CLASS = 0.02, 0.05
+# Images as near as this to what BatchNorm stores (real ones were found at 0.003 to 0.02) are treated like real ones.
+MATCHED = 0.02
 VERSION = 1
-
-
-def statistics_gap(mean: Tensor, var: Tensor, norm: _BatchNorm) -> Tensor:
-    """How far the moments ``(C,)`` of a BatchNorm's input are from what it remembers: a scalar, 0 for equal moments.
-
-    Mean over channels of ``((μ − μ̂) / σ̂)² + (σ/σ̂ − 1)²``, hats for the stored ones.
-    """
-    assert norm.running_mean is not None and norm.running_var is not None
-    stored = (norm.running_var + norm.eps).sqrt()
-    gap = ((mean - norm.running_mean) / stored).square() + ((var + norm.eps).sqrt() / stored - 1).square()
-    return gap.mean()
 
 
 def patch_likeness(tokens: Tensor) -> Tensor:
@@ -144,8 +137,9 @@ def inverted(
 ) -> Samples:
     """``n`` images drawn by a network's memory, from ``synthetic`` ones on, with the classes they were drawn for.
 
-    Kept in ``cache`` under a hash of the weights and settings, if given. Samples are ``synthetic``: batch statistics
-    apply. Raises ModhifiError for models without images or norms.
+    Kept in ``cache`` under a hash of the weights and settings, if given. Samples are ``synthetic``, and ``matched``
+    where their distance to the norms (:func:`modhifi.quality.look`) is at most ``MATCHED``. Raises ModhifiError for
+    models without images or norms.
     """
     _, height, width = image_shape(loaded)
     count = class_count(loaded)
@@ -173,7 +167,7 @@ def inverted(
         pictures = torch.cat(parts)
         _write(path, pictures)
     found = pictures
-    return Samples(
+    samples = Samples(
         load=lambda i: found[i],
         hashes=tuple(hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16] for image in found),
         labels=labels,
@@ -181,6 +175,7 @@ def inverted(
         description=f"synthetic:invert, {n} images of {height}x{width}, {steps} steps, seed {seed}",
         synthetic=True,
     )
+    return replace(samples, matched=look(loaded, samples, BATCH).get("mean_norm_gap", math.inf) <= MATCHED)
 
 
 def _read(path: Path | None) -> Tensor | None:

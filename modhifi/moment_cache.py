@@ -149,7 +149,7 @@ def _key(loaded: LoadedModel, readers: Mapping[str, nn.Module], samples: Samples
         "weights": state_hash(loaded.model),
         "code": repr(loaded.model) + str(getattr(loaded.model, "config", "")),
         "readers": sorted(readers),
-        "samples": [samples.fingerprint(), len(samples), samples.synthetic, seen],
+        "samples": [samples.fingerprint(), len(samples), samples.adapted, seen],
         "settings": dict(settings),
         "least_rows": LEAST_ROWS,
         "device": next(loaded.model.parameters()).device.type,

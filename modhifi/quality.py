@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .data import Samples, class_count
-from .inversion import statistics_gap
 from .load import LoadedModel
 from .moments import Moments
 
@@ -71,6 +70,17 @@ def gram_warnings(found: tuple[GramQuality, ...], samples: int) -> list[str]:
             "use more varied calibration data"
         )
     return warnings
+
+
+def statistics_gap(mean: Tensor, var: Tensor, norm: _BatchNorm) -> Tensor:
+    """How far the moments ``(C,)`` of a BatchNorm's input are from what it remembers: a scalar, 0 for equal moments.
+
+    Mean over channels of ``((μ − μ̂) / σ̂)² + (σ/σ̂ − 1)²``, hats for the stored ones.
+    """
+    assert norm.running_mean is not None and norm.running_var is not None
+    stored = (norm.running_var + norm.eps).sqrt()
+    gap = ((mean - norm.running_mean) / stored).square() + ((var + norm.eps).sqrt() / stored - 1).square()
+    return gap.mean()
 
 
 @torch.no_grad()

@@ -120,7 +120,7 @@ def measure_moments(
         numbers=numbers,
         samples=len(samples),
         rows_per_column=settings.rows_per_column,
-        use_batch_statistics=samples.synthetic,
+        use_batch_statistics=samples.adapted,
         seed=settings.seed,
         stored=stored,
     )
@@ -130,7 +130,7 @@ def measure_moments(
         raise ModhifiError(f"the layer '{missing[0]}' was never run on the calibration data; exclude its group")
     # Offloaded weights run elsewhere than they lie; the maths goes on where they lie.
     found = {name: m.to(next(readers[name].parameters()).device) for name, m in found.items()}
-    return as_remembered(loaded.model, structure, found) if samples.synthetic else found
+    return as_remembered(loaded.model, structure, found) if samples.adapted else found
 
 
 def removal_curves(
@@ -230,7 +230,7 @@ def apply_plan(
                 samples.batches(settings.batch_size),
                 samples=len(samples),
                 rows_per_column=settings.rows_per_column,
-                use_batch_statistics=samples.synthetic,
+                use_batch_statistics=samples.adapted,
                 seed=settings.seed,
             )
 

@@ -199,6 +199,7 @@ def _with_forget(retain: Samples, forgotten: Samples, classes: Sequence[int], no
         description=f"{kept.description}; forget: {own.description}",
         synthetic=kept.synthetic or own.synthetic,
         skipped=kept.skipped + own.skipped,
+        matched=kept.matched and own.matched,
     )
 
 

@@ -9,10 +9,10 @@ from modhifi.cli.main import app
 from modhifi.contact_sheet import contact_sheet
 from modhifi.data import load_samples
 from modhifi.errors import ModhifiError
-from modhifi.inversion import improve, inverted, patch_likeness, statistics_gap
+from modhifi.inversion import improve, inverted, patch_likeness
 from modhifi.load import load_model
 from modhifi.moments import Accumulator, Moments
-from modhifi.quality import gram_quality, gram_warnings, look
+from modhifi.quality import gram_quality, gram_warnings, look, statistics_gap
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_grams_of_too_few_rows_and_of_one_direction_are_told():
     assert gram_warnings(gram_quality({"a": white}), 8) == []
 
 
-def test_inverted_images_fit_the_memory_better_and_change_no_weight(small, tmp_path):
+def test_inverted_images_fit_the_memory_better_and_change_no_weight(small, tmp_path, monkeypatch):
     before = {k: v.clone() for k, v in small.model.state_dict().items()}
     start = load_samples("synthetic", small, n=20, balanced=False)
     found = inverted(small, 20, 0, steps=6, cache=tmp_path)
@@ -94,6 +94,12 @@ def test_inverted_images_fit_the_memory_better_and_change_no_weight(small, tmp_p
     assert again.fingerprint() == found.fingerprint() and file.stat().st_mtime_ns == stamp
     file.write_bytes(b"cut")
     assert inverted(small, 20, 0, steps=6, cache=tmp_path).fingerprint() == found.fingerprint()
+    # Far from the norms they are treated as synthetic, near them as real ones.
+    gap = look(small, found)["mean_norm_gap"]
+    for limit, adapted in ((0.9 * gap, True), (1.1 * gap, False)):
+        monkeypatch.setattr("modhifi.inversion.MATCHED", limit)
+        again = inverted(small, 20, 0, steps=6, cache=tmp_path)
+        assert again.synthetic and again.adapted == again.subset([1, 2]).adapted == adapted
 
 
 def test_patches_of_a_transformer_come_to_differ():
