@@ -124,8 +124,10 @@ app.add_typer(recipe, name="recipe")
 
 def main() -> None:
     """The console script."""
-    # Read by torch at its first large tensor (Linux): huge pages spare the page faults of fresh activations.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # Read by torch at its first large tensor (Linux): huge pages spare the page faults of fresh activations. Forgetting
+    # works on a few wide Grams again and again, which huge pages make slower.
+    if sys.argv[1:2] != ["unlearn"]:
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         app(prog_name="modhifi")
     except SystemExit as end:

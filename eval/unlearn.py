@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from modhifi.audit import Observed, measure, observe, recalls
 from modhifi.data import Samples, load_samples
 from modhifi.load import LoadedModel, load_model
+from modhifi.resumed import Passes
 from modhifi.unlearn import UnlearnSettings, blend, forget, settled_names
 from modhifi.unlearn_data import UnlearnData, populations
 from modhifi.unlearn_norms import settle_norms
@@ -154,7 +155,7 @@ def run(own: World, index: int, settings: UnlearnSettings) -> tuple[dict[str, An
     if settings.method == "head-mask":
         # The same norms settled as behind an edit of the last three blocks, so that the control stands no worse.
         names = settled_names(own.sites, [w.site.module for w in own.sites.writers][-3:])
-        settle_norms(own.loaded, model, own.edit.subset(torch.nonzero(groups == 0).flatten()), names, BATCH)
+        settle_norms(Passes(own.loaded, model, own.edit, BATCH), names, groups == 0)
     seconds = time.process_time() - start
     return {**attack(own, index, model, found.plain), "seconds": seconds}, found.plain, found.passes
 

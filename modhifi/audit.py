@@ -104,7 +104,7 @@ def head_mask(loaded: LoadedModel, edited: nn.Module, sites: Sites, data: Unlear
     retained = data.edit.subset(torch.nonzero(data.groups == 0).flatten())
     names = settled_names(sites, changed)
     if names:
-        settle_norms(loaded, settled, retained, names, batch_size)
+        settle_norms(Passes(loaded, settled, retained, batch_size), names)
     return settled, plain
 
 

@@ -30,7 +30,7 @@ from .errors import ModhifiError
 from .load import LoadedModel
 from .quality import look, statistics_gap
 
-STEPS, RATE, BATCH = 40, 0.02, 125
+STEPS, RATE, BATCH = 150, 0.02, 125
 # Weights of the terms beside the statistics: total variation (per pixel, normalised units) and the class.
 SMOOTH, CLASS = 0.02, 0.05
 # Images as near as this to what BatchNorm stores (real ones were found at 0.003 to 0.02) are treated like real ones.

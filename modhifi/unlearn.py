@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -141,7 +141,7 @@ def forget(
     plain = copy.deepcopy(edited)
     settled = settled_names(sites, [r.module for r in run.records])
     if settings.settle and settled:
-        settle_norms(loaded, edited, samples.subset(torch.nonzero(groups == 0).flatten()), settled, settings.batch_size)
+        settle_norms(run.runs, settled, groups == 0)
     return Forgotten(edited, plain, tuple(run.records), tuple(run.left_out), run.rounds)
 
 
@@ -193,6 +193,10 @@ class _Run:
     rounds: int
     records: list[Record]
     left_out: list[tuple[str, str]]
+    runs: Passes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.passes(())
 
     def mask(self, classes: Sequence[int]) -> None:
         for name in self.sites.heads:
@@ -202,7 +206,10 @@ class _Run:
             self.apply(Site(name, name, "bias"), [edit])
 
     def passes(self, changed: Sequence[str]) -> Passes:
-        return Passes(self.loaded, self.model, self.samples, self.settings.batch_size, changed)
+        """Passes from the first of the operators that will change on, or of the norms that will be settled."""
+        changed = [*changed, *settled_names(self.sites, changed)]
+        self.runs = Passes(self.loaded, self.model, self.samples, self.settings.batch_size, changed)
+        return self.runs
 
     def edit_writers(self) -> None:
         chosen = self.chosen_writers()

@@ -19,6 +19,8 @@ from .unlearn_sites import Writer, columns_of
 
 # A Gram of d columns looks at about this many rows per column in every population.
 ROWS_PER_COLUMN = 8
+# Rows that are held before their products are summed: adding to a wide Gram costs more than the product of few rows.
+HELD_ROWS = 1024
 
 
 class Populations:
@@ -29,6 +31,7 @@ class Populations:
         self.seed = seed
         self.counts = [int((groups == j).sum()) for j in range(int(groups.max()) + 1)]
         self.sums = [Accumulator() for _ in self.counts]
+        self.held: list[list[Tensor]] = [[] for _ in self.counts]
 
     def positions(self, first: int, batch: int, total: int, columns: int) -> Tensor:
         """Which of ``total`` positions to look at in every sample of a batch, int64 ``(batch, p)``."""
@@ -38,13 +41,22 @@ class Populations:
     def add(self, first: int, rows: Tensor) -> None:
         """``rows`` ``(G, d, batch, p)``; a large population looks at fewer of the ``p`` positions of each sample."""
         groups = self.groups[first : first + rows.shape[2]].to(rows.device)
-        for j, (sums, count) in enumerate(zip(self.sums, self.counts, strict=True)):
+        for j, count in enumerate(self.counts):
             wanted = math.ceil(ROWS_PER_COLUMN * rows.shape[1] / max(1, count))
             mine = rows[:, :, groups == j, :wanted]
             if mine.shape[2]:
-                sums.add(mine.flatten(2))
+                self.held[j].append(mine.flatten(2))
+            if sum(piece.shape[2] for piece in self.held[j]) >= HELD_ROWS:
+                self.sum_held(j)
+
+    def sum_held(self, j: int) -> None:
+        if self.held[j]:
+            self.sums[j].add(torch.cat(self.held[j], 2))
+            self.held[j].clear()
 
     def moments(self) -> list[Moments]:
+        for j in range(len(self.counts)):
+            self.sum_held(j)
         found = [sums.finish() for sums in self.sums]
         return [Moments(m.n, m.mean.cpu(), m.cov.cpu()) for m in found]
 

@@ -22,13 +22,15 @@ def batch_norms(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def settle_norms(
-    loaded: LoadedModel, model: nn.Module, samples: Samples, names: Sequence[str], batch_size: int
-) -> None:
-    """Give the named norms of ``model`` the statistics of ``samples``, in place, without changing what they compute."""
+def settle_norms(runs: Passes, names: Sequence[str], kept: Tensor | None = None) -> None:
+    """Give the named norms of a model the statistics of its samples, in place, without changing what they compute.
+
+    ``kept`` bool ``(n,)``: the samples that count, None for all.
+    """
+    model = runs.model
     known = set(batch_norms(model))
     names = [n for n in names if n in known and model.get_submodule(n).weight is not None]
-    found = _statistics(loaded, model, samples, names, batch_size)
+    found = _statistics(runs, names, kept)
     for name, (mean, variance) in found.items():
         norm: Any = model.get_submodule(name)
         old = Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var)
@@ -59,13 +61,14 @@ def recall(loaded: LoadedModel, model: nn.Module, samples: Samples, batch_size: 
     return result
 
 
-def _statistics(
-    loaded: LoadedModel, model: nn.Module, samples: Samples, names: Sequence[str], batch_size: int
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _statistics(runs: Passes, names: Sequence[str], kept: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and unbiased variance ``(channels,)`` float64 of what the named norms receive."""
     sums: dict[str, list[Any]] = {name: [0, 0.0, 0.0] for name in names}
+    first = 0
 
     def see(name: str, x: Tensor) -> None:
+        if kept is not None:
+            x = x[kept[first : first + len(x)].to(x.device)]
         rows = x.detach().double().transpose(0, 1).flatten(1)
         entry = sums[name]
         entry[0] += rows.shape[1]
@@ -73,11 +76,11 @@ def _statistics(
         entry[2] = entry[2] + rows.square().sum(1)
 
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+        runs.model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
         for name in names
     ]
     try:
-        for _, run in Passes(loaded, model, samples, batch_size):
+        for first, run in runs:  # noqa: B007 (hooks read it)
             run()
     finally:
         for handle in handles:

@@ -355,8 +355,7 @@ def _within_budget(
     model = blend(plain, plain, 1.0)
     names = settled_names(sites, [r.module for r in found.records])
     if recipe.method.settle and names and strength > 0:
-        retained = data.edit.subset(torch.nonzero(data.groups == 0).flatten())
-        settle_norms(loaded, model, retained, names, recipe.batch_size)
+        settle_norms(Passes(loaded, model, data.edit, recipe.batch_size), names, data.groups == 0)
     return replace(found, model=model, plain=plain), strength, loss
 
 
