@@ -34,7 +34,7 @@ from modhifi.unlearn_sites import Sites, find_sites
 
 BATCH = 250
 EDIT, FIT, TEST = 2000, 1000, 2000
-DEFAULT = "erase-writers (default: 3 blocks, {})"
+DEFAULT = "erase-writers (default: {})"
 METHODS: dict[str, UnlearnSettings] = {
     "head-mask (control)": UnlearnSettings(method="head-mask"),
     "hifi-zero, 1 %": UnlearnSettings(method="hifi-zero", strength=0.01),
@@ -46,6 +46,7 @@ METHODS: dict[str, UnlearnSettings] = {
     "erase, last block and head": UnlearnSettings(method="erase", depth=1),
     "erase-writers, 1 block, 3 passes": UnlearnSettings(depth=1, passes=3),
     "erase-writers, 2 blocks, 3 passes": UnlearnSettings(depth=2, passes=3),
+    "erase-writers, 3 blocks, 1 pass": UnlearnSettings(depth=3, passes=1),
     "erase-writers, 3 blocks, 2 passes": UnlearnSettings(depth=3, passes=2),
     "erase-writers, 4 blocks, 3 passes": UnlearnSettings(depth=4, passes=3),
     "erase-writers, class means not stressed": UnlearnSettings(class_weight=0.0),
@@ -146,8 +147,8 @@ def retrained(name: str, own: World, classes: list[int], sets: list[Samples]) ->
     return rows
 
 
-def run(own: World, index: int, settings: UnlearnSettings) -> tuple[dict[str, Any], nn.Module, int]:
-    """One method on one class: the measures with seconds, the edited model before its norms were settled, passes."""
+def run(own: World, index: int, settings: UnlearnSettings) -> tuple[dict[str, Any], nn.Module, str]:
+    """One method on one class: the measures with seconds, the edited model before its norms were settled, depth."""
     groups = populations(own.edit, [index])
     start = time.process_time()
     found = forget(own.loaded, own.sites, own.edit, groups, replace(settings, batch_size=BATCH), [index])
@@ -157,7 +158,8 @@ def run(own: World, index: int, settings: UnlearnSettings) -> tuple[dict[str, An
         names = settled_names(own.sites, [w.site.module for w in own.sites.writers][-3:])
         settle_norms(Passes(own.loaded, model, own.edit, BATCH), names, groups == 0)
     seconds = time.process_time() - start
-    return {**attack(own, index, model, found.plain), "seconds": seconds}, found.plain, found.passes
+    used = f"{found.values.depth} blocks, {found.values.passes} {'pass' if found.values.passes == 1 else 'passes'}"
+    return {**attack(own, index, model, found.plain), "seconds": seconds}, found.plain, used
 
 
 def attack(own: World, index: int, model: nn.Module, plain: nn.Module | None) -> dict[str, Any]:
@@ -222,7 +224,7 @@ def main() -> None:
         if chosen.methods not in name or settings.depth is not None and settings.depth > len(own.sites.writers):
             continue
         results = [run(own, c, settings) for c in classes]
-        name = name.format("1 pass" if results[0][2] == 1 else f"{results[0][2]} passes")
+        name = name.format(results[0][2])
         rows.append({"method": name, **mean([r for r, _, _ in results])})
         details[name] = {str(c): r for c, (r, _, _) in zip(classes, results, strict=True)}
         edited[name] = results[0][1]

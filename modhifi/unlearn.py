@@ -37,11 +37,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Defaults:
-    """``depth`` blocks back from the head, ``passes`` over them, and the ``strength`` in the method's own unit.
-
-    Writers that are read behind an activation take the ``passes``, for it lets only a part of a change through; where
-    no writer is, one pass does.
-    """
+    """``depth`` blocks back from the head, ``passes`` over them, and the ``strength`` in the method's own unit."""
 
     depth: int
     passes: int
@@ -59,11 +55,14 @@ DEFAULTS: dict[str, Defaults] = {
     "projection": Defaults(2, 1, 10.0, "scale of the forget space; that of the retain space is ten times it"),
     "head-mask": Defaults(1, 1, 1.0, "share of the way to the full edit"),
 }
+# Of erase-writers where no activation bends what is written: nothing is left for a second pass, and a third block costs
+# the other classes more than it takes from the forgotten one (eval/results/unlearn_swin.md).
+STRAIGHT = Defaults(2, 1, 1.0, DEFAULTS["erase-writers"].unit)
 
 
 @dataclass(frozen=True)
 class UnlearnSettings:
-    """How to forget; None takes the method's own default (:data:`DEFAULTS`).
+    """How to forget; None takes the method's own default (:data:`DEFAULTS`, :data:`STRAIGHT`).
 
     ``only``: shell patterns of operators to edit in place of those of the last ``depth`` blocks. Of erase-writers
     alone: ``exact`` makes the class means of the stream coincide, ``forget_weight`` is the forgotten samples' share of
@@ -83,9 +82,9 @@ class UnlearnSettings:
     settle: bool = True
     batch_size: int = 64
 
-    def filled(self) -> Defaults:
-        """Depth, passes and strength that apply."""
-        own = DEFAULTS[self.method]
+    def filled(self, straight: bool) -> Defaults:
+        """Depth, passes and strength that apply; ``straight`` as :attr:`modhifi.unlearn_sites.Sites.straight`."""
+        own = STRAIGHT if straight and self.method == "erase-writers" else DEFAULTS[self.method]
         return Defaults(
             own.depth if self.depth is None else self.depth,
             own.passes if self.passes is None else self.passes,
@@ -106,13 +105,13 @@ class Record:
 @dataclass(frozen=True)
 class Forgotten:
     """``model`` has forgotten; ``plain`` is the same function before its norms were settled; ``left_out``: operators
-    that could not be edited, with the reason; ``passes``: how many times the operators were gone over."""
+    that could not be edited, with the reason; ``values``: depth, passes and strength that applied."""
 
     model: nn.Module
     plain: nn.Module
     records: tuple[Record, ...]
     left_out: tuple[tuple[str, str], ...]
-    passes: int = 1
+    values: Defaults
 
 
 @torch.no_grad()
@@ -131,7 +130,7 @@ def forget(
     Raises ModhifiError where no operator can be edited and for patterns that match none.
     """
     edited = copy.deepcopy(loaded.model)
-    run = _Run(loaded, edited, sites, samples, groups, settings, progress, settings.filled().passes, [], [])
+    run = _Run(loaded, edited, sites, samples, groups, settings, progress, [], [])
     if settings.method == "head-mask":
         run.mask(classes)
     elif settings.method == "erase-writers":
@@ -142,7 +141,7 @@ def forget(
     settled = settled_names(sites, [r.module for r in run.records])
     if settings.settle and settled:
         settle_norms(run.runs, settled, groups == 0)
-    return Forgotten(edited, plain, tuple(run.records), tuple(run.left_out), run.rounds)
+    return Forgotten(edited, plain, tuple(run.records), tuple(run.left_out), run.values)
 
 
 def settled_names(sites: Sites, edited: Sequence[str]) -> list[str]:
@@ -190,12 +189,13 @@ class _Run:
     groups: Tensor
     settings: UnlearnSettings
     progress: Progress
-    rounds: int
     records: list[Record]
     left_out: list[tuple[str, str]]
     runs: Passes = field(init=False)
+    values: Defaults = field(init=False)
 
     def __post_init__(self) -> None:
+        self.values = self.settings.filled(self.sites.straight)
         self.passes(())
 
     def mask(self, classes: Sequence[int]) -> None:
@@ -213,10 +213,7 @@ class _Run:
 
     def edit_writers(self) -> None:
         chosen = self.chosen_writers()
-        if self.settings.passes is None and not any(writer.bent for writer in chosen):
-            self.rounds = 1
-        strength = self.settings.filled().strength
-        total = self.rounds * len(chosen)
+        total = self.values.passes * len(chosen)
         runs = self.passes([writer.site.module for writer in chosen])
         for number in range(total):
             writer = chosen[number % len(chosen)]
@@ -226,7 +223,7 @@ class _Run:
             except ModhifiError as problem:
                 self.left_out.append((writer.site.module, str(problem)))
             else:
-                self.apply(writer.site, [edit.blend(weight, strength)])
+                self.apply(writer.site, [edit.blend(weight, self.values.strength)])
             self.progress("editing", number + 1, total)
         if not self.records:
             raise ModhifiError(f"no writer could be edited: {self.left_out[0][1]}; try --method erase")
@@ -266,7 +263,7 @@ class _Run:
                 self.apply(site, self.reader_edits(site, moments[site.module]))
                 self.progress("editing", number + 1, len(chosen))
             return
-        total = len(chosen) * self.rounds
+        total = len(chosen) * self.values.passes
         runs = self.passes([site.module for site in chosen])
         for number in range(total):
             site = chosen[number % len(chosen)]
@@ -280,7 +277,7 @@ class _Run:
     def reader_edits(self, site: Site, moments: list[Moments]) -> list[Edit]:
         """One edit for every conv group."""
         layer = self.model.get_submodule(site.module)
-        weight, strength, damping = weight_matrix(layer).cpu(), self.settings.filled().strength, self.settings.damping
+        weight, strength, damping = weight_matrix(layer).cpu(), self.values.strength, self.settings.damping
         centred = site.sink is not None
         retain, *forgotten = moments
         edits = []
@@ -349,7 +346,7 @@ class _Run:
         self.records.append(Record(site.module, change, max(dampings, default=None)))
 
     def chosen_writers(self) -> list[Writer]:
-        last = self.sites.last(self.settings.filled().depth)
+        last = self.sites.last(self.values.depth)
         writers = self.sites.writers
         if self.settings.only:
             chosen = [w for w in writers if _matches(w.site.module, self.settings.only)]
@@ -368,7 +365,7 @@ class _Run:
         if self.settings.only:
             chosen = [s for s in readers if _matches(s.module, self.settings.only)]
         else:
-            last = self.sites.last(self.settings.filled().depth) or tuple(s.block for s in readers[-4:])
+            last = self.sites.last(self.values.depth) or tuple(s.block for s in readers[-4:])
             start = min((i for i, s in enumerate(readers) if s.block in last), default=0)
             masks = self.settings.method in ("hifi-zero", "hifi-negate", "contrastive")
             chosen = [s for s in readers[start:] if not (masks and s.module in self.sites.heads)]

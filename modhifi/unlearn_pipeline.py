@@ -367,7 +367,7 @@ def _describe(
     attacked: Mapping[str, Any],
     command: str,
 ) -> dict[str, Any]:
-    values = recipe.settings().filled()
+    values = found.values
     left_out = [f"{name} was left out: {reason}" for name, reason in dict(found.left_out).items()]
     return {
         "schema_version": 1,
@@ -386,7 +386,7 @@ def _describe(
             **recipe.model_dump(mode="json", exclude={"data", "method"}),
             "method": recipe.method.name,
             "depth": values.depth,
-            "passes": found.passes,
+            "passes": values.passes,
             "strength": f"{values.strength:g} ({values.unit})",
         },
         "edits": [{"module": r.module, "change": r.change, "damping": r.damping} for r in found.records],

@@ -74,6 +74,11 @@ class Sites:
         """The blocks that hold a writer, from the input to the head."""
         return tuple(dict.fromkeys(w.site.block for w in self.writers))
 
+    @property
+    def straight(self) -> bool:
+        """Whether no activation bends what is written near the end, as in pre-norm transformers."""
+        return not any(w.bent for w in self.writers if w.site.block in self.last(3))
+
     def last(self, depth: int) -> tuple[str, ...]:
         """The last ``depth`` blocks, all of them if there are fewer."""
         return self.blocks[-depth:] if depth > 0 else ()

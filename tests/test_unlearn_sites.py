@@ -105,7 +105,7 @@ def test_a_net_without_skips_writes_its_own_outputs() -> None:
     assert not any(w.joined for w in sites.writers)
     # Both are read behind their activation, the first behind its norm too.
     assert [w.norm for w in sites.writers] == ["1", None]
-    assert [w.bent for w in sites.writers] == [True, True]
+    assert [w.bent for w in sites.writers] == [True, True] and not sites.straight
 
 
 def test_a_regression_model_has_no_class_to_forget() -> None:
@@ -169,9 +169,9 @@ def test_writers_of_layernorm_nets_take_a_class_out_of_what_the_classifier_reads
     inputs = torch.randn(120, *loaded.example.shape[1:]) + labels[:, None, None, None] * tint
     samples = samples_of(inputs, labels)
     # Nothing bends what these streams carry, so one pass is the default.
-    assert forget(loaded, sites, samples, labels, UnlearnSettings(depth=1), [1]).passes == 1
+    assert sites.straight and forget(loaded, sites, samples, labels, UnlearnSettings(depth=1), [1]).values.passes == 1
     found = forget(loaded, sites, samples, labels, UnlearnSettings(depth=1, passes=2), [1])
-    assert not found.left_out and found.passes == 2
+    assert not found.left_out and found.values.passes == 2
 
     def gap(model: nn.Module) -> float:
         features = observe(loaded, model, sites, samples, 60).features
