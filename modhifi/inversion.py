@@ -86,12 +86,19 @@ class _Watch:
 
 
 def improve(
-    loaded: LoadedModel, images: Tensor, classes: Tensor | None, low: Tensor, high: Tensor, steps: int = STEPS
+    loaded: LoadedModel,
+    images: Tensor,
+    classes: Tensor | None,
+    low: Tensor,
+    high: Tensor,
+    steps: int = STEPS,
+    told: Callable[[int], None] = lambda step: None,
 ) -> Tensor:
     """Change a batch of images ``(B, C, H, W)`` until the network's memory fits them; same shape, within the bounds.
 
-    ``classes`` int64 ``(B,)`` or None. Adam on the images' spectra; the model's parameters get no gradient. Raises
-    ModhifiError for a network without BatchNorm and LayerNorm: it remembers nothing to draw from.
+    ``classes`` int64 ``(B,)`` or None; ``told`` hears the number of every step. Adam on the images' spectra; the
+    model's parameters get no gradient. Raises ModhifiError for a network without BatchNorm and LayerNorm: it remembers
+    nothing to draw from.
     """
     # Steps are taken on the spectrum, scaled as 1/f: on pixels they would end in noise that no photograph has.
     height, width = images.shape[2:]
@@ -109,6 +116,7 @@ def improve(
         if not watch.possible:
             raise ModhifiError(f"{loaded.source} has no norms that remember data; use --data synthetic or images:DIR")
         for step in range(steps):
+            told(step)
             for group in optimiser.param_groups:
                 group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
             # a seeded flip and shift, so that no detail is tuned to one position
@@ -158,11 +166,14 @@ def inverted(
         start = load_samples("synthetic", loaded, n=n, seed=seed, balanced=False)
         parts, rounds = [], math.ceil(n / BATCH)
         for number in range(rounds):
-            progress("drawing", number * BATCH, n)
             items = range(number * n // rounds, (number + 1) * n // rounds)
             batch = torch.stack([start.load(i) for i in items]).to(device)
             wanted = None if labels is None else labels[list(items)].to(device)
-            parts.append(improve(loaded, batch, wanted, low, high, steps).cpu())
+
+            def told(step: int, items: range = items) -> None:
+                progress("drawing", items.start + len(items) * step // steps, n)
+
+            parts.append(improve(loaded, batch, wanted, low, high, steps, told).cpu())
         progress("drawing", n, n)
         pictures = torch.cat(parts)
         _write(path, pictures)
