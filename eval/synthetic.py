@@ -3,7 +3,7 @@
 MODHIFI_DATA=DIR python eval/synthetic.py [--part prune|unlearn|samples|imagenet] [--model demo|resnet|vgg|swin]
 [--seeds 3]
 
-``--model`` concerns prune and unlearn; ``--sources`` takes names of rows, or parts of them, for a smaller table.
+``--model`` concerns all parts but imagenet; ``--sources`` takes names of rows, or parts of them, for a smaller table.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from modhifi.allocate import Budget
 from modhifi.data import Samples, load_samples
 from modhifi.load import LoadedModel
 from modhifi.quality import look
+from modhifi.readers import columns_of
 from modhifi.settings import PruneSettings
 from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 from modhifi.unlearn import UnlearnSettings, forget
@@ -33,7 +34,8 @@ from modhifi.unlearn_data import populations
 from modhifi.unlearn_sites import find_sites
 
 RATIOS = (0.25, 0.5)
-CALIBRATION, TEST = 500, 1000
+CALIBRATION, TEST = 500, 2000
+WIDEST = 8192
 FORGOTTEN = (0, 3, 6)
 
 
@@ -47,15 +49,22 @@ def plainly(samples: Samples) -> Samples:
     return replace(samples, synthetic=False)
 
 
+def as_drawn(samples: Samples) -> Samples:
+    """Real images, treated as if they were synthetic: BatchNorm normalises by the batch, moments are corrected."""
+    return replace(samples, synthetic=True)
+
+
 def sources(loaded: LoadedModel, real: Callable[[int, int], Samples], n: int) -> dict[str, Callable[[int], Samples]]:
     """By name, what gives ``n`` calibration samples for a seed."""
+
+    remembers = any(isinstance(m, _BatchNorm) for m in loaded.model.modules())
 
     def drawn(spec: str) -> Callable[[int], Samples]:
         return lambda seed: load_samples(spec, loaded, n=n, seed=seed)
 
-    remembers = any(isinstance(m, _BatchNorm) for m in loaded.model.modules())
     return {
         "real training images": lambda seed: real(n, seed),
+        **({"real, treated like synthetic": lambda seed: as_drawn(real(n, seed))} if remembers else {}),
         "synthetic:invert": drawn("synthetic:invert"),
         "synthetic": drawn("synthetic"),
         **({"Gaussian noise, batch statistics": drawn("synthetic:gaussian")} if remembers else {}),
@@ -74,11 +83,17 @@ def accuracy(loaded: LoadedModel, model: torch.nn.Module, test: Samples) -> floa
 def pruned_accuracies(loaded: LoadedModel, calibration: Samples, test: Samples) -> list[float]:
     """Accuracy after pruning the inner channels of every block at each of ``RATIOS``, from one set of moments.
 
-    A network without such channels, a transformer, loses neurons of its feed-forward layers.
+    A network without such channels, a transformer, loses neurons of its feed-forward layers. What a VGG's first
+    classifier layer reads stays: its Gram has 25,088 columns.
     """
     structure = find_structure(loaded)
     inner = any(g.kind == "channels" and not g.coupled for g in structure.prunable)
-    settings = PruneSettings(layout="uniform", coupled=False, only=("channels" if inner else "neurons",))
+    wide = tuple(
+        g.name
+        for g in structure.prunable
+        if any(columns_of(loaded.model.get_submodule(s.module))[1] > WIDEST for s in g.readers)
+    )
+    settings = PruneSettings(layout="uniform", coupled=False, only=("channels" if inner else "neurons",), exclude=wide)
     structure = choose_groups(structure, settings)
     moments = measure_moments(loaded, structure, calibration, settings)
     curves = removal_curves(loaded.model, structure, moments, settings)
@@ -172,12 +187,12 @@ def columns(rows: list[dict[str, Any]]) -> list[str]:
 def described(options: argparse.Namespace) -> str:
     """The command line behind a table, without what was left at its default."""
     words = [f"--part {options.part}", f"--seeds {options.seeds}"]
-    words += [f"--model {options.model}"] if options.model != "demo" else []
+    words += [f"--model {options.model}"] if options.model != "resnet" else []
     return "Command: `python eval/synthetic.py " + " ".join(words) + "`."
 
 
 def results_name(options: argparse.Namespace) -> str:
-    return f"synthetic_{options.part}" + ("" if options.model == "demo" else f"_{options.model}")
+    return f"synthetic_{options.part}" + ("" if options.part == "imagenet" else f"_{options.model}")
 
 
 def prune(options: argparse.Namespace) -> None:
@@ -206,7 +221,7 @@ that BatchNorm stores, before it is told to normalise by the batch: the quality 
 
 
 def samples(options: argparse.Namespace) -> None:
-    loaded, root = reference("demo"), cifar10()
+    loaded, root = reference(options.model), cifar10()
     test = cached(load_samples(f"images:{root / 'test'}", loaded, n=TEST))
     rows: list[dict[str, Any]] = []
     for n in (50, 200, 1000, 5000):
@@ -220,11 +235,12 @@ def samples(options: argparse.Namespace) -> None:
                 rows[-1][f"{ratio:.0%} removed"] = spread(r[k] for r in found)
             print(rows[-1], flush=True)
     write_results(
-        "synthetic_samples",
+        results_name(options),
         rows,
         ["source", "samples", *(f"{r:.0%} removed" for r in RATIOS)],
         f"""# How many calibration images
-As in [pruning without data](synthetic_prune.md), by number of images ({options.seeds} seeds, one for 5,000).
+As in [pruning without data](synthetic_prune_{options.model}.md), by number of images
+({options.seeds} seeds, one for 5,000).
 {described(options)}""",
     )
 
@@ -309,7 +325,7 @@ PARTS = {"prune": prune, "unlearn": unlearn, "samples": samples, "imagenet": ima
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=PARTS)
-    parser.add_argument("--model", choices=("demo", "resnet", "vgg", "swin"), default="demo")
+    parser.add_argument("--model", choices=("demo", "resnet", "vgg", "swin"), default="resnet")
     parser.add_argument("--sources", default="", help="names of sources or parts of them, separated by ;")
     parser.add_argument("--seeds", type=int, default=3)
     wanted = parser.parse_args()
