@@ -64,11 +64,12 @@ def recall(loaded: LoadedModel, model: nn.Module, samples: Samples, batch_size: 
 def _statistics(runs: Passes, names: Sequence[str], kept: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and unbiased variance ``(channels,)`` float64 of what the named norms receive."""
     sums: dict[str, list[Any]] = {name: [0, 0.0, 0.0] for name in names}
-    first = 0
+    first, count = 0, 0
 
     def see(name: str, x: Tensor) -> None:
         if kept is not None:
-            x = x[kept[first : first + len(x)].to(x.device)]
+            # A norm may see a row for each token: those of one sample stand one after another.
+            x = x[kept[first : first + count].repeat_interleave(len(x) // count).to(x.device)]
         rows = x.detach().double().transpose(0, 1).flatten(1)
         entry = sums[name]
         entry[0] += rows.shape[1]
@@ -80,7 +81,8 @@ def _statistics(runs: Passes, names: Sequence[str], kept: Tensor | None) -> dict
         for name in names
     ]
     try:
-        for first, run in runs:  # noqa: B007 (hooks read it)
+        for first, run in runs:
+            count = min(runs.batch_size, len(runs.samples) - first)
             run()
     finally:
         for handle in handles:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -15,6 +17,7 @@ from modhifi.load import load_model
 from modhifi.resumed import Passes
 from modhifi.unlearn import UnlearnSettings, forget, writer_scale
 from modhifi.unlearn_moments import joint_moments, reader_moments
+from modhifi.unlearn_norms import settle_norms
 from modhifi.unlearn_sites import block_of, find_sites
 
 
@@ -178,3 +181,31 @@ def test_writers_of_layernorm_nets_take_a_class_out_of_what_the_classifier_reads
         return float((features[labels == 1].mean(0) - features[labels == 0].mean(0)).norm())
 
     assert gap(found.model) < 0.35 * gap(loaded.model)
+
+
+class TokenNorms(nn.Module):
+    """A BatchNorm over images and one over tokens, which stand in rows of their own as LeViT has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5)
+        self.mix, self.token_norm, self.head = nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.mix(self.norm(self.stem(x)).flatten(2).transpose(1, 2))
+        return self.head(self.token_norm(tokens.flatten(0, 1)).view(tokens.shape).mean(1))
+
+
+def test_norms_settled_on_a_part_are_those_settled_on_that_part_alone() -> None:
+    torch.manual_seed(3)
+    model = TokenNorms().eval()
+    loaded = load_model(model, example=torch.randn(2, 3, 4, 4))
+    labels = torch.tensor([0, 1, 0, 0, 1, 0, 1])
+    samples = samples_of(torch.randn(7, 3, 4, 4), labels)
+    names = ["norm", "token_norm"]
+    first, second = copy.deepcopy(model), copy.deepcopy(model)
+    settle_norms(Passes(loaded, first, samples, 3), names, labels == 0)
+    settle_norms(Passes(loaded, second, samples.subset([0, 2, 3, 5]), 3), names)
+    for one, other in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    assert not torch.allclose(first.token_norm.running_mean, model.token_norm.running_mean)
