@@ -1,6 +1,6 @@
 """Forget CIFAR-10 classes on a reference model with every method, and attack the results.
 
-    MODHIFI_DATA=DIR python eval/unlearn.py [--model resnet|vgg|swin|demo] [--classes 0,3,6]
+    MODHIFI_DATA=DIR python eval/unlearn.py [--model resnet|vgg|swin|demo] [--classes 0,3,6] [--methods NAMES]
 
 Edits see 200 training images per class, attacks learn from 100 others per class, and all is tested on test images.
 Every edit lies in the last stages, so what comes before is computed once and shared. Beside each method stand models
@@ -204,11 +204,18 @@ def plot(name: str, method: str, points: list[dict[str, Any]], honest: dict[str,
     figure.savefig(RESULTS / f"{name}.png", dpi=120)
 
 
+def earlier_results(model: str, classes: list[int]) -> dict[str, Any]:
+    """The results file of a model, where there is one of the same classes."""
+    path = RESULTS / f"unlearn_{model}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found if found.get("classes") == classes else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="resnet")
     parser.add_argument("--classes", default="0,1,2,3,4,5,6,7,8,9")
-    parser.add_argument("--methods", default="", help="only those whose name contains this; writes no results")
+    parser.add_argument("--methods", default="", help="names or parts of them, separated by ;: the rest stays as it is")
     chosen = parser.parse_args()
     classes = [int(c) for c in chosen.classes.split(",")]
     whole = reference(chosen.model)
@@ -218,10 +225,16 @@ def main() -> None:
     own = world(whole, *sets)
     rows = [{"method": "original", **mean([attack(own, c, own.loaded.model, own.loaded.model) for c in classes])}]
     print(json.dumps(rows[0]), flush=True)
+    earlier = earlier_results(chosen.model, classes) if chosen.methods else {}
     details: dict[str, Any] = {}
     edited: dict[str, nn.Module] = {}
     for name, settings in METHODS.items():
-        if chosen.methods not in name or settings.depth is not None and settings.depth > len(own.sites.writers):
+        if settings.depth is not None and settings.depth > len(own.sites.writers):
+            continue
+        if not any(word in name for word in chosen.methods.split(";")):
+            known = [r for r in earlier.get("rows", ()) if r["method"].startswith(name.partition("{")[0])]
+            rows += known
+            details |= {r["method"]: earlier["details"][r["method"]] for r in known}
             continue
         results = [run(own, c, settings) for c in classes]
         name = name.format(results[0][2])
@@ -229,14 +242,14 @@ def main() -> None:
         details[name] = {str(c): r for c, (r, _, _) in zip(classes, results, strict=True)}
         edited[name] = results[0][1]
         print(json.dumps(rows[-1]), flush=True)
-    honest = retrained(chosen.model, own, classes, sets)
+    honest = earlier["retrained"] if earlier else retrained(chosen.model, own, classes, sets)
     if honest:
         rows.append({"method": f"trained without the class ({len(honest)} models)", **mean(honest)})
         print(json.dumps(rows[-1]), flush=True)
-    if chosen.methods:
+    if chosen.methods and not earlier:
         return
-    default = list(edited)[-1]
-    points = curve(own, classes[0], edited[default])
+    default = next(name for name in details if name.startswith(DEFAULT.partition("{")[0]))
+    points = curve(own, classes[0], edited[default]) if default in edited else earlier["curve"]
     intro = f"""# Forgetting a class
 
 Reference model `{chosen.model}`, mean over the classes {chosen.classes}; {EDIT} training images for the edit, {FIT}
