@@ -50,7 +50,7 @@ def plainly(samples: Samples) -> Samples:
 
 
 def as_drawn(samples: Samples) -> Samples:
-    """Real images, treated as if they were synthetic: BatchNorm normalises by the batch, moments are corrected."""
+    """Real images, treated as if they were synthetic: BatchNorm normalises by the batch."""
     return replace(samples, synthetic=True)
 
 

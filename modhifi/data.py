@@ -51,7 +51,7 @@ class Samples:
 
     @property
     def adapted(self) -> bool:
-        """Whether BatchNorm normalises by the batch and moments are corrected by what it stores."""
+        """Whether BatchNorm normalises by the batch while moments are collected."""
         return self.synthetic and not self.matched
 
     def __len__(self) -> int:

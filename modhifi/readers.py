@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 from .fidelity import singleton_fidelity
 from .groups import Group, Structure, conv_groups, reader_columns
 from .moments import Moments
-from .remembered import remembered
 
 
 @dataclass(frozen=True)
@@ -95,25 +94,6 @@ def applied_second(moments: Moments, sink: str | None) -> Tensor:
     """
     second = moments.cov if sink is not None else moments.gram
     return shrunk(second, shrinkage(second, moments.n), mean_diagonal(second))
-
-
-def as_remembered(model: nn.Module, structure: Structure, moments: Mapping[str, Moments]) -> dict[str, Moments]:
-    """Moments of synthetic data, those of readers before a BatchNorm corrected by its mean and variance.
-
-    A BatchNorm as it was made, mean 0 and variance 1, remembers nothing and corrects nothing.
-    """
-    result = dict(moments)
-    for name, found in moments.items():
-        norm, layer = structure.operators[name].norm, model.get_submodule(name)
-        if norm is None:
-            continue
-        stored = dict(model.get_submodule(norm).named_buffers())
-        mean, var = stored["running_mean"].double(), stored["running_var"]
-        if bool((mean == 0).all() and (var == 1).all()):
-            continue
-        bias = dict(layer.named_parameters()).get("bias")
-        result[name] = remembered(found, weight_matrix(layer), mean if bias is None else mean - bias.detach(), var)
-    return result
 
 
 def mean_diagonal(second: Tensor) -> Tensor:

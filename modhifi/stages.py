@@ -22,7 +22,7 @@ from .oracle import confirm
 from .plan import Plan
 from .processes import ALONE, Processes, merged
 from .quality import GramQuality
-from .readers import as_remembered, readers_of
+from .readers import readers_of
 from .room import check_room
 from .selection import Curve, eliminate, hifi_union, removal_order
 from .sequential import edit_sequentially, joint_moments
@@ -129,8 +129,7 @@ def measure_moments(
     if missing:
         raise ModhifiError(f"the layer '{missing[0]}' was never run on the calibration data; exclude its group")
     # Offloaded weights run elsewhere than they lie; the maths goes on where they lie.
-    found = {name: m.to(next(readers[name].parameters()).device) for name, m in found.items()}
-    return as_remembered(loaded.model, structure, found) if samples.adapted else found
+    return {name: m.to(next(readers[name].parameters()).device) for name, m in found.items()}
 
 
 def removal_curves(
