@@ -84,14 +84,12 @@ class Group:
 class Operator:
     """A conv or linear map of the model: its multiply-adds per sample and what takes the mean of its input.
 
-    ``sink`` is ``"bias"``, the qualified name of the BatchNorm that alone reads the output, or ``None``. ``norm`` is
-    that BatchNorm where there is one, with or without a bias before it.
+    ``sink`` is ``"bias"``, the qualified name of the BatchNorm that alone reads the output, or ``None``.
     """
 
     module: str
     macs: int
     sink: str | None
-    norm: str | None = None
 
 
 @dataclass(frozen=True)

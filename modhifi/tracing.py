@@ -88,14 +88,13 @@ class ChannelTracer(Layers):
 
 def _operators(tracer: ChannelTracer) -> Iterable[Operator]:
     for module, macs in tracer.macs.items():
-        behind, norms = None, tracer.norms.get(module, [])
-        if len(norms) == 1 and tracer.calls[module] == 1:
+        sink, norms = ("bias" if tracer.biased.get(module) else None), tracer.norms.get(module, [])
+        if sink is None and len(norms) == 1 and tracer.calls[module] == 1:
             norm, written = norms[0]
             has_mean = getattr(tracer.model.get_submodule(norm), "running_mean", None) is not None
             if has_mean and tracer.calls[norm] == 1 and tracer.uses[written] == 1:
-                behind = norm
-        sink = "bias" if tracer.biased.get(module) else behind
-        yield Operator(module, macs // max(1, tracer.samples), sink, behind)
+                sink = norm
+        yield Operator(module, macs // max(1, tracer.samples), sink)
 
 
 def _stacked(model: nn.Module) -> Iterator[Group]:
