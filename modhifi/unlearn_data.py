@@ -183,13 +183,14 @@ def _forget_set(loaded: LoadedModel, spec: str, classes: Sequence[int], n: int, 
 
 def _with_forget(retain: Samples, forgotten: Samples, classes: Sequence[int], notes: list[str]) -> Samples:
     assert retain.labels is not None and forgotten.labels is not None
-    seen = set(forgotten.hashes)
+    own = forgotten.subset(torch.nonzero(torch.isin(forgotten.labels, torch.tensor(list(classes)))).flatten())
+    # The forget data may be a folder of every class.
+    seen = set(own.hashes)
     inside = torch.isin(retain.labels, torch.tensor(list(classes)))
     again = torch.tensor([h in seen for h in retain.hashes], dtype=torch.bool)
     if bool((inside | again).any()):
         notes.append(f"{int((inside | again).sum())} samples of the forgotten classes in the retain data were left out")
     kept = retain.subset(torch.nonzero(~(inside | again)).flatten())
-    own = forgotten.subset(torch.nonzero(torch.isin(forgotten.labels, torch.tensor(list(classes)))).flatten())
     assert kept.labels is not None and own.labels is not None
     return Samples(
         load=lambda i: kept.load(i) if i < len(kept) else own.load(i - len(kept)),

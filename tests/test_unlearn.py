@@ -203,6 +203,12 @@ def test_forget_data_of_its_own_replaces_what_the_retain_data_holds(setting, wor
     assert any("were left out" in note for note in data.notes)
     blue = {name for name, label in zip(data.edit.names, data.edit.labels.tolist(), strict=True) if label == CLASS}
     assert blue and all("/" not in name for name in blue)
+    # A folder of every class gives only what is to be forgotten, and takes nothing else from the retain data.
+    both = load_unlearn_data(
+        loaded, [CLASS], source=f"images:{world / 'train'}", samples=480, forget_source=f"images:{world / 'train'}"
+    )
+    kept = both.edit.labels[both.groups == 0]
+    assert set(kept.tolist()) == {c for c in range(len(NAMES)) if c != CLASS}
 
 
 def test_unlabelled_images_are_labelled_by_the_model(setting, world: Path, tmp_path: Path) -> None:
