@@ -16,8 +16,7 @@ from .groups import Structure, operator_modules
 from .load import LoadedModel
 from .offload import staying
 from .plan import Plan
-from .readers import columns_of
-from .room import check_room
+from .room import check_room, gram_bytes
 from .selection import Curve
 from .settings import Progress, PruneSettings
 from .sizes import sizes_of
@@ -30,11 +29,7 @@ MOST_BYTES = 4 * 2**30
 
 def fit_in_memory(model: nn.Module, structure: Structure) -> bool:
     """Whether the Grams of all readers together stay under ``MOST_BYTES``."""
-    total = 0
-    for _, module in operator_modules(model, structure.prunable):
-        groups, columns = columns_of(module)
-        total += groups * columns**2 * 8
-    return total <= MOST_BYTES
+    return sum(gram_bytes(module) for _, module in operator_modules(model, structure.prunable)) <= MOST_BYTES
 
 
 def uniform_widths(

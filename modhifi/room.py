@@ -14,6 +14,12 @@ from .readers import columns_of
 COPIES = 4
 
 
+def gram_bytes(module: nn.Module) -> int:
+    """What the float64 Gram of a reader takes."""
+    groups, columns = columns_of(module)
+    return groups * columns**2 * 8
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that new tensors on ``device`` can have, in bytes."""
     if device.type == "cuda":
@@ -22,22 +28,15 @@ def free_bytes(device: torch.device) -> int:
 
 
 def check_room(model: nn.Module, structure: Structure) -> None:
-    """Raise ModhifiError if the widest reader's Gram, and what is made of it, is more than what is free.
+    """Raise ModhifiError if one reader's Gram, and what is made of it, is more than what is free.
 
     The message names the group to leave out.
     """
-    widest, bytes_ = "", 0
     for name, module in operator_modules(model, structure.prunable):
-        groups, columns = columns_of(module)
-        if groups * columns**2 * 8 > bytes_:
-            widest, bytes_ = name, groups * columns**2 * 8
-    if not widest:
-        return
-    module = model.get_submodule(widest)
-    free = free_bytes(next(module.parameters()).device)
-    if COPIES * bytes_ > free:
-        group = next(g.name for g in structure.prunable if widest in {s.module for s in g.readers})
-        raise ModhifiError(
-            f"the Gram matrix of {widest} ({columns_of(module)[1]:,} input columns) takes {bytes_ / 1e9:.1f} GB, four "
-            f"times that to work with, and {free / 1e9:.1f} GB are free: leave its group out with --exclude {group}"
-        )
+        needed, free = gram_bytes(module), free_bytes(next(module.parameters()).device)
+        if COPIES * needed > free:
+            group = next(g.name for g in structure.prunable if name in {s.module for s in g.readers})
+            raise ModhifiError(
+                f"the Gram matrix of {name} ({columns_of(module)[1]:,} input columns) takes {needed / 1e9:.1f} GB, "
+                f"four times that to work with, and {free / 1e9:.1f} GB are free: leave its group out: --exclude {group}"
+            )
