@@ -38,5 +38,6 @@ def check_room(model: nn.Module, structure: Structure) -> None:
             group = next(g.name for g in structure.prunable if name in {s.module for s in g.readers})
             raise ModhifiError(
                 f"the Gram matrix of {name} ({columns_of(module)[1]:,} input columns) takes {needed / 1e9:.1f} GB, "
-                f"four times that to work with, and {free / 1e9:.1f} GB are free: leave its group out: --exclude {group}"
+                f"four times that to work with, and {free / 1e9:.1f} GB are free; leave its group out with "
+                f"--exclude {group}"
             )
