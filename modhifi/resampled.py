@@ -26,7 +26,7 @@ class Resampler:
     Raises ModhifiError for models without a masked-LM head or a mask token.
     """
 
-    how = "sampled at temperature 1"
+    how, pieces = "sampled at temperature 1", 1
 
     def __init__(self, loaded: LoadedModel, length: int) -> None:
         name = type(loaded.model).__name__
@@ -62,3 +62,8 @@ class Resampler:
                 drawn = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=chance)
                 windows[rows, places] = drawn.view_as(places)
         return windows
+
+    def window(self, texts: list[Tensor]) -> Tensor:
+        """A window, int64 ``(length,)``: the one text that it holds."""
+        (text,) = texts
+        return text

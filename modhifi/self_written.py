@@ -1,15 +1,16 @@
 """Calibration text that a language model writes itself: no data needed, forward passes only.
 
 A masked language model resamples masked tokens (`modhifi.resampled`). A causal one writes on from what its tokenizer
-puts before every text; where that is nothing, from the model's own token for a beginning, which then is left out,
-because what stands first draws attention from everywhere and should be what stands there in real text; where there is
-no such token either, from a random ordinary word. The text goes on past the model's token for an end, so every window
-is full and nothing is padded.
+puts before every text; where that is nothing, from the model's own token for a beginning; where there is no such token
+either, from a random ordinary word. A token of the beginning draws attention from everywhere, so it stands where it
+does in real text: the tokenizer's at the front of a window, the model's nowhere. Texts are short and go on past the
+model's token for an end; as many as fit are packed into a window, so it is full and nothing is padded.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 
 import torch
@@ -23,8 +24,10 @@ from modhifi.text import cutter_of, identity, vocabulary, window_of
 
 # The rest of a distribution is thousands of tokens that do not belong, and one of them leads a text astray for good.
 NUCLEUS = 0.95
-# A window is a loop if less than this share of its runs of so many tokens are different ones.
+# A text is a loop if less than this share of its runs of so many tokens are different ones.
 RUN, LEAST_DIFFERENT = 4, 0.5
+# Tokens of a text, roughly. A small model soon loses its thread, and many beginnings show it more than a few long texts.
+TEXT = 128
 # Windows written side by side (of a masked model few, which gives logits at every place), and how many times the number
 # wanted may be written before giving up.
 BATCH, BATCH_MASKED, ATTEMPTS = 32, 4, 3
@@ -38,7 +41,7 @@ def write(
     window: int | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Samples:
-    """`n` different windows of `window` tokens written by ``loaded.model``, none of them a loop.
+    """`n` windows of `window` tokens written by ``loaded.model``, of different texts, none of them a loop.
 
     They depend on the model, the arguments and the settings above alone (and, to rounding, on the device). Raises
     ModhifiError for models that cannot write, and for one that writes nothing but loops.
@@ -52,26 +55,29 @@ def write(
     size = BATCH_MASKED if loaded.kind == "encoder" else BATCH
     found: dict[str, Tensor] = {}
     loops = written = 0
-    while len(found) < n and written < ATTEMPTS * n + BATCH:
-        progress("writing", len(found), n)
-        for tokens in writer.write(min(size, n - len(found)), chance):
+    wanted = n * writer.pieces
+    while len(found) < wanted and written < ATTEMPTS * wanted + BATCH:
+        progress("writing", len(found) // writer.pieces, n)
+        for tokens in writer.write(min(size * writer.pieces, wanted - len(found)), chance):
             written += 1
             if is_loop(tokens):
                 loops += 1
             else:
                 found.setdefault(identity(tokens), tokens)
     progress("writing", n, n)
-    if len(found) < n:
-        raise ModhifiError(f"{loaded.source} writes loops: {loops} of {written} windows repeat themselves; give text "
+    if len(found) < wanted:
+        raise ModhifiError(f"{loaded.source} writes loops: {loops} of {written} texts repeat themselves; give text "
                            "with --data text:FILE")  # fmt: skip
-    windows = list(found.values())
+    texts = list(found.values())
+    windows = [writer.window(texts[i : i + writer.pieces]) for i in range(0, wanted, writer.pieces)]
     remarks = [f"self, {n} windows of {length} tokens written from {writer.what}"]
+    remarks += [f"{writer.pieces} texts in each"] * (writer.pieces > 1)
     remarks += [f"{writer.how}, seed {seed}"]
     remarks += [f"{loops} loops rejected"] * bool(loops)
-    remarks += [f"{written - loops - n} duplicates dropped"] * (written - loops > n)
+    remarks += [f"{written - loops - wanted} duplicates dropped"] * (written - loops > wanted)
     return Samples(
         load=lambda i: windows[i],
-        hashes=tuple(found),
+        hashes=tuple(identity(tokens) for tokens in windows),
         labels=None,
         names=tuple(f"self {i}" for i in range(n)),
         description=", ".join(remarks),
@@ -80,36 +86,45 @@ def write(
 
 
 def is_loop(tokens: Tensor) -> bool:
-    """Whether a window, int64 ``(T,)``, repeats itself so much that it is no text."""
+    """Whether a text, int64 ``(T,)``, repeats itself so much that it is no text."""
     runs = tokens.unfold(0, min(RUN, len(tokens)), 1)
     return len(torch.unique(runs, dim=0)) < LEAST_DIFFERENT * len(runs)
 
 
 class Continuer:
-    """Writes windows of ``length`` tokens on from the model's own beginnings."""
+    """Writes texts on from the model's own beginnings, of which ``pieces`` fill a window of ``length`` tokens."""
 
     how = f"sampled at temperature 1 from the likeliest {NUCLEUS:.0%}"
 
     def __init__(self, loaded: LoadedModel, length: int) -> None:
         self.loaded, self.length = loaded, length
-        self.starts, self.hidden, self.what = _starts(loaded)
+        self.starts, self.hidden, self.front, self.what = _starts(loaded)
+        own = max(1, length - len(self.front))
+        self.pieces = max(1, round(own / TEXT))
+        self.text = math.ceil(own / self.pieces)
 
     def write(self, count: int, chance: torch.Generator) -> Tensor:
-        """Windows, int64 ``(count, length)``; the draws are made on the CPU."""
+        """Texts, int64 ``(count, text)``; the draws are made on the CPU."""
         begin = self.starts[torch.randint(len(self.starts), (count,), generator=chance)]
-        return _continue(self.loaded, begin, self.length + self.hidden, chance)[:, self.hidden :]
+        return _continue(self.loaded, begin, self.text + self.hidden, chance)[:, self.hidden :]
+
+    def window(self, texts: list[Tensor]) -> Tensor:
+        """A window, int64 ``(length,)``, of ``pieces`` texts."""
+        return torch.cat([self.front, *texts])[: self.length]
 
 
-def _starts(loaded: LoadedModel) -> tuple[Tensor, int, str]:
-    """What a text may start from, int64 ``(choices, k)``, how many of its tokens are left out, and what they are."""
+def _starts(loaded: LoadedModel) -> tuple[Tensor, int, Tensor, str]:
+    """What a text may start from, int64 ``(choices, k)``, how many of its tokens it leaves out, what stands at the front
+    of a window instead, int64 ``(k,)``, and all this in words."""
+    nothing = torch.zeros(0, dtype=torch.long)
     if loaded.tokenizer is not None and (frame := cutter_of(loaded, None).frame[0]):
-        return torch.tensor([frame]), 0, f"the tokenizer's own beginning {frame}"
+        return torch.tensor([frame]), len(frame), torch.tensor(frame), f"the tokenizer's own beginning {frame}"
     for owner in (loaded.tokenizer, getattr(loaded.model, "generation_config", None), loaded.model.config):
         begin = getattr(owner, "bos_token_id", None)
         if isinstance(begin, int) and 0 <= begin < vocabulary(loaded):
-            return torch.tensor([[begin]]), 1, f"the token of the beginning ({begin}), left out"
+            return torch.tensor([[begin]]), 1, nothing, f"the token of the beginning ({begin}), left out"
     words = ordinary_words(loaded)
-    return torch.tensor(words)[:, None], 0, f"one of {len(words)} ordinary words"
+    return torch.tensor(words)[:, None], 0, nothing, f"one of {len(words)} ordinary words"
 
 
 def ordinary_words(loaded: LoadedModel) -> list[int]:
@@ -138,7 +153,7 @@ def ordinary_words(loaded: LoadedModel) -> list[int]:
 
 
 def _continue(loaded: LoadedModel, tokens: Tensor, length: int, chance: torch.Generator) -> Tensor:
-    """Windows, int64 ``(n, length)``, that start with ``tokens`` ``(n, k)``; the draws are made on the CPU."""
+    """Texts, int64 ``(n, length)``, that start with ``tokens`` ``(n, k)``; the draws are made on the CPU."""
     device = next(loaded.model.parameters()).device
     # transformers has renamed what a model takes and returns as its key-value cache
     cache = "cache" if "cache" in inspect.signature(loaded.model.forward).parameters else "past_key_values"

@@ -38,6 +38,22 @@ def test_a_beginning_that_texts_do_not_have_is_left_out(tmp_path: Path) -> None:
     assert all(torch.equal(without.load(i), whole.load(i)[1:]) for i in range(8))
 
 
+@pytest.mark.parametrize(("begin", "front"), [(True, 1), (False, 0)])
+def test_windows_are_packed_with_short_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: bool, front: int
+) -> None:
+    monkeypatch.setattr(self_written, "TEXT", 5)
+    loaded = load_model(tiny_text.save(tmp_path))
+    loaded = replace(loaded, tokenizer=tiny_text.tokenizer(begin=begin))
+    samples = load_samples("self", loaded, n=10, window=14 + front)  # three texts of five tokens, the last one cut
+    windows = torch.stack([samples.load(i) for i in range(10)])
+    assert windows.shape == (10, 14 + front) and "3 texts in each" in samples.description
+    assert (windows[:, :front] == 1).all()
+    texts = load_samples("self", loaded, n=30, window=5 + front)
+    one_by_one = [torch.cat([texts.load(3 * i + k)[front:] for k in range(3)])[:14] for i in range(10)]
+    assert torch.equal(windows[:, front:], torch.stack(one_by_one))
+
+
 def test_the_cache_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_model(tiny_text.save(tmp_path))
     with warnings.catch_warnings():
@@ -85,7 +101,7 @@ def test_loops_are_rejected(tmp_path: Path) -> None:
     torch.nn.init.zeros_(loaded.model.lm_head.weight)
     loaded.model.lm_head.weight.data[5] = 1e4 * loaded.model.model.norm.weight
     loaded.model.model.embed_tokens.weight.data[:] = 1.0
-    with pytest.raises(ModhifiError, match="writes loops: 44 of 44 windows repeat themselves; give text"):
+    with pytest.raises(ModhifiError, match="writes loops: 44 of 44 texts repeat themselves; give text"):
         load_samples("self", loaded, n=4, window=16)
 
 
