@@ -1,49 +1,98 @@
 """Text that SmolLM2-135M writes itself as calibration, next to text of the domain it is measured on, at equal tokens.
 
-    MODHIFI_DATA=DIR python eval/lm_self.py [--windows N] [--ratio R]
+    MODHIFI_DATA=DIR python eval/lm_self.py [--windows N] [--cache DIR]
 
-Data and model as for eval/lm_prune.py. Rows that eval/results/lm_self.json has are not measured again.
+Data and model as for eval/lm_prune.py; the text of another domain is the reference that every Python carries
+(``pydoc_data.topics``). Rows that eval/results/lm_self.json has are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from pydoc_data import topics
+from tempfile import TemporaryDirectory
 
-from lm_prune import SETTINGS, WINDOW, Table, smollm2, wikitext
+from lm_prune import SETTINGS, WINDOW, Table, cached, smollm2, wikitext
 from torch import nn
 
 from modhifi.allocate import Budget
 from modhifi.data import Samples, load_samples
+from modhifi.groups import Structure
 from modhifi.load import LoadedModel
-from modhifi.pruning import prune_model
+from modhifi.moments import Moments
+from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+
+RATIOS = (0.05, 0.1, 0.2)
+# Windows of the domain beside windows that the model writes.
+FEW = 4
 
 
-def pruned(loaded: LoadedModel, calibration: Samples, ratio: float) -> nn.Module:
-    return prune_model(loaded, calibration, Budget("components", 1 - ratio), SETTINGS).model
+def manual(loaded: LoadedModel, windows: int) -> Samples:
+    """Real text that has nothing to do with an encyclopaedia."""
+    with TemporaryDirectory() as folder:
+        for name, text in topics.topics.items():
+            (Path(folder) / f"{name}.txt").write_text(text, encoding="utf-8")
+        found = load_samples(f"text:{folder}", loaded, n=windows, window=WINDOW)
+        items = [found.load(i) for i in range(len(found))]
+    return replace(found, load=items.__getitem__)
+
+
+def joined(first: Samples, second: Samples) -> Samples:
+    return replace(
+        first,
+        load=lambda i: first.load(i) if i < len(first) else second.load(i - len(first)),
+        hashes=first.hashes + second.hashes,
+        names=first.names + second.names,
+        units=None,
+    )
+
+
+def edited(
+    loaded: LoadedModel, structure: Structure, moments: Callable[[], dict[str, Moments]], ratio: float
+) -> nn.Module:
+    found = moments()
+    curves = removal_curves(loaded.model, structure, found, SETTINGS)
+    plan = make_plan(loaded.model, structure, curves, Budget("components", 1 - ratio), SETTINGS)
+    return apply_plan(loaded, structure, plan, found, SETTINGS).model
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--windows", type=int, default=32, help=f"calibration windows of {WINDOW} tokens")
-    parser.add_argument("--ratio", type=float, default=0.2, help="share of FFN neurons removed, in every layer")
+    parser.add_argument("--windows", type=int, default=64, help=f"calibration windows of {WINDOW} tokens")
+    parser.add_argument("--cache", type=Path, help="keep moments here, and go on from them")
     options = parser.parse_args()
-    loaded = smollm2()
-    domain, held = wikitext(loaded, options.windows)
+    loaded, n = smollm2(), options.windows
+    domain, held = wikitext(loaded, n)
+    structure = choose_groups(find_structure(loaded), SETTINGS)
     table = Table(
         "lm_self", loaded, held, ["FFN removed", "calibration"],
         f"""# What calibration text costs: SmolLM2-135M, uniform layout, no training
-{options.windows * WINDOW} tokens calibrate; perplexity on articles of WikiText-2 that calibrate nothing.
+{n * WINDOW} tokens calibrate; perplexity on articles of WikiText-2 that calibrate nothing.
 That text is of a kind of its own (blanks around punctuation, `<unk>`), which no model writes.
-Command: `python eval/lm_self.py --windows {options.windows}`.""",
+Command: `python eval/lm_self.py --windows {n}`.""",
     )  # fmt: skip
     table.add(lambda: loaded.model, **{"FFN removed": 0.0, "calibration": "(dense)"})
-    table.add(partial(pruned, loaded, domain, options.ratio),
-              **{"FFN removed": options.ratio, "calibration": "WikiText-2, other articles"})  # fmt: skip
 
-    def itself() -> nn.Module:
-        written = load_samples("self", loaded, n=options.windows, window=WINDOW)
-        print(written.description)
-        return pruned(loaded, written, options.ratio)
+    def written(windows: int) -> Samples:
+        found = load_samples("self", loaded, n=windows, window=WINDOW)
+        print(found.description, flush=True)
+        return found
 
-    table.add(itself, **{"FFN removed": options.ratio, "calibration": "self"})
+    calibrations: dict[str, Callable[[], Samples]] = {
+        "WikiText-2, other articles": lambda: domain,
+        "self": lambda: written(n),
+        f"self, {FEW} of {n} windows of WikiText-2": lambda: joined(written(n - FEW), domain.subset(range(FEW))),
+        "another domain: Python's reference": lambda: manual(loaded, n),
+    }
+    for name, source in calibrations.items():
+        path = options.cache and options.cache / f"{name.split(',')[0].split(':')[0]}-{len(name)}-{n}.pt"
+
+        def moments(source: Callable[[], Samples] = source, path: Path | None = path) -> dict[str, Moments]:
+            return cached(path, lambda: measure_moments(loaded, structure, source(), SETTINGS))  # type: ignore[no-any-return]
+
+        for ratio in RATIOS:
+            table.add(partial(edited, loaded, structure, moments, ratio), **{"FFN removed": ratio, "calibration": name})
