@@ -106,7 +106,7 @@ def pruned_accuracies(loaded: LoadedModel, calibration: Samples, test: Samples) 
 
 def spread(values: Iterable[float]) -> str:
     found = list(values)
-    return f"{statistics.mean(found):.2f} ± {statistics.stdev(found) if len(found) > 1 else 0.0:.2f}"
+    return f"{statistics.mean(found):.2f}" + (f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else "")
 
 
 def chosen(found: dict[str, Any], wanted: str) -> dict[str, Any]:
@@ -123,12 +123,12 @@ def chosen(found: dict[str, Any], wanted: str) -> dict[str, Any]:
 
 
 def earlier_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of an earlier run of as many seeds that a run with ``--sources`` leaves as they are."""
+    """Rows of an earlier run that a run with ``--sources`` leaves as they are, each with its number of seeds."""
     path = RESULTS / f"{results_name(options)}.json"
     if not options.sources or not path.is_file():
         return []
     earlier = json.loads(path.read_text())
-    return earlier["rows"] if earlier.get("seeds") == options.seeds else []
+    return [{"seeds": earlier["seeds"], **row} for row in earlier["rows"]]
 
 
 def table(
@@ -144,7 +144,8 @@ def table(
             results.append(pruned_accuracies(loaded, calibration, test))
             gaps += [seen["mean_norm_gap"]] if "mean_norm_gap" in (seen := look(loaded, calibration, BATCH)) else []
             print(name, seed, results[-1], gaps[-1:], flush=True)
-        rows.append({"source": name, "means": [statistics.mean(r[k] for r in results) for k in range(len(RATIOS))]})
+        means = [statistics.mean(r[k] for r in results) for k in range(len(RATIOS))]
+        rows.append({"source": name, "seeds": options.seeds, "means": means})
         if gaps:
             rows[-1]["distance to the norms"] = spread(gaps)
         for k, ratio in enumerate(RATIOS):
@@ -180,15 +181,20 @@ def plot(rows: list[dict[str, Any]], name: str) -> None:
 
 
 def columns(rows: list[dict[str, Any]]) -> list[str]:
+    seeds = ["seeds"] if len({row["seeds"] for row in rows}) > 1 else []
     shares = [f"{r:.0%} removed" for r in RATIOS] + [f"of the gap, {r:.0%}" for r in RATIOS]
-    return [c for c in ("source", *shares, "distance to the norms") if c in rows[0]]
+    return [c for c in ("source", *seeds, *shares, "distance to the norms") if c in rows[0]]
 
 
-def described(options: argparse.Namespace) -> str:
+def described(options: argparse.Namespace, seeds: int) -> str:
     """The command line behind a table, without what was left at its default."""
-    words = [f"--part {options.part}", f"--seeds {options.seeds}"]
+    words = [f"--part {options.part}", f"--seeds {seeds}"]
     words += [f"--model {options.model}"] if options.model != "resnet" else []
     return "Command: `python eval/synthetic.py " + " ".join(words) + "`."
+
+
+def most_seeds(rows: list[dict[str, Any]]) -> int:
+    return max(row["seeds"] for row in rows)
 
 
 def results_name(options: argparse.Namespace) -> str:
@@ -210,12 +216,12 @@ def prune(options: argparse.Namespace) -> None:
         f"""# Calibration without data: pruning
 The reference {options.model} ({accuracy(loaded, loaded.model, test):.1f} % on {TEST} CIFAR-10 test images); inner
 channels (neurons, in a transformer) of every block, `obs` and least squares, {CALIBRATION} calibration images,
-{options.seeds} seeds (mean ± standard deviation, in %).
+{most_seeds(rows)} seeds (mean ± standard deviation, in %).
 "Of the gap": from Gaussian noise (0) to real images (100). "Distance to the norms": of the images' moments to those
 that BatchNorm stores, before it is told to normalise by the batch: the quality of the data, measured without labels.
 ![plot]({results_name(options)}.png)
-{described(options)}""",
-        seeds=options.seeds,
+{described(options, most_seeds(rows))}""",
+        seeds=most_seeds(rows),
     )
     plot(rows, results_name(options))
 
@@ -241,7 +247,7 @@ def samples(options: argparse.Namespace) -> None:
         f"""# How many calibration images
 As in [pruning without data](synthetic_prune_{options.model}.md), by number of images
 ({options.seeds} seeds, one for 5,000).
-{described(options)}""",
+{described(options, options.seeds)}""",
     )
 
 
@@ -262,8 +268,9 @@ def imagenet(options: argparse.Namespace) -> None:
         f"""# Calibration without data: tf_efficientnet_lite0
 ImageNet weights ({accuracy(loaded, loaded.model, test):.1f} % on 250 samples that nothing else saw: one standard
 error is about 2 points); inner channels of every block, 125 calibration images (real ones from the
-other 250 samples), {options.seeds} seeds.
-{described(options)}""",
+other 250 samples), {most_seeds(rows)} seeds (mean ± standard deviation) where no other number stands.
+{described(options, most_seeds(rows))}""",
+        seeds=most_seeds(rows),
     )
 
 
@@ -312,7 +319,7 @@ def unlearn(options: argparse.Namespace) -> None:
         f"""# Forgetting without data
 `erase-writers` on the reference {options.model}, classes {FORGOTTEN} one by one, {options.seeds} seeds; accuracy on
 {TEST} CIFAR-10 test images in %, mean ± standard deviation over classes and seeds.
-{described(options)}""",
+{described(options, options.seeds)}""",
     )
 
 
