@@ -62,7 +62,6 @@ class _Watch:
         if not norms:
             layers = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
             self.handles = [m.register_forward_hook(lambda m, a, out: self._tokens(out)) for m in layers]
-        self.possible = bool(self.handles)
 
     def _channels(self, norm: _BatchNorm, x: Tensor) -> None:
         var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
@@ -97,8 +96,8 @@ def improve(
     """Change a batch of images ``(B, C, H, W)`` until the network's memory fits them; same shape, within the bounds.
 
     ``classes`` int64 ``(B,)`` or None; ``told`` hears the number of every step. Adam on the images' spectra; the
-    model's parameters get no gradient. Raises ModhifiError for a network without BatchNorm and LayerNorm: it remembers
-    nothing to draw from.
+    model's parameters get no gradient. Raises ModhifiError for a network without BatchNorm and without LayerNorms over
+    tokens ``(B, N, D)``: there is nothing to draw from.
     """
     # Steps are taken on the spectrum, scaled as 1/f: on pixels they would end in noise that no photograph has.
     height, width = images.shape[2:]
@@ -113,8 +112,6 @@ def improve(
         return (images + change).clamp(low, high)
 
     with torch.enable_grad(), _Watch(loaded.model) as watch:
-        if not watch.possible:
-            raise ModhifiError(f"{loaded.source} has no norms that remember data; use --data synthetic or images:DIR")
         for step in range(steps):
             told(step)
             for group in optimiser.param_groups:
@@ -124,6 +121,9 @@ def improve(
             pixels = drawn()
             moved = pixels.roll(shift, (2, 3))
             logits = loaded.logits(moved.flip(3) if step % 2 else moved)
+            if not watch.terms:
+                raise ModhifiError(f"{loaded.source} has no norms that remember data or tokens that can be told apart; "
+                                   "use --data synthetic or images:DIR")  # fmt: skip
             smooth = (pixels.diff(dim=2).abs().mean() + pixels.diff(dim=3).abs().mean()) * SMOOTH
             loss = watch.take() + smooth
             if classes is not None:

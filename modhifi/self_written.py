@@ -26,7 +26,7 @@ from modhifi.text import cutter_of, identity, vocabulary, window_of
 NUCLEUS = 0.95
 # A text is a loop if less than this share of its runs of so many tokens are different ones.
 RUN, LEAST_DIFFERENT = 4, 0.5
-# Tokens of a text, roughly. A small model soon loses its thread, and many beginnings show it more than a few long texts.
+# Tokens of a text, roughly. A small model soon loses its thread; many beginnings show it more than a few long texts.
 TEXT = 128
 # Windows written side by side (of a masked model few, which gives logits at every place), and how many times the number
 # wanted may be written before giving up.
@@ -114,8 +114,8 @@ class Continuer:
 
 
 def _starts(loaded: LoadedModel) -> tuple[Tensor, int, Tensor, str]:
-    """What a text may start from, int64 ``(choices, k)``, how many of its tokens it leaves out, what stands at the front
-    of a window instead, int64 ``(k,)``, and all this in words."""
+    """What a text may start from, int64 ``(choices, k)``, how many of its tokens it leaves out, what stands at the
+    front of a window instead, int64 ``(k,)``, and all this in words."""
     nothing = torch.zeros(0, dtype=torch.long)
     if loaded.tokenizer is not None and (frame := cutter_of(loaded, None).frame[0]):
         return torch.tensor([frame]), len(frame), torch.tensor(frame), f"the tokenizer's own beginning {frame}"

@@ -124,6 +124,10 @@ def test_a_network_without_memory_is_refused():
     loaded = load_model(model, example=torch.randn(2, 3, 8, 8))
     with pytest.raises(ModhifiError, match="no norms that remember"):
         inverted(loaded, 4, 0, steps=1)
+    convnext = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "num_classes": 3}
+    loaded = load_model("timm:convnext_tiny", pretrained=False, model_args=convnext)  # LayerNorms, over pixels alone
+    with pytest.raises(ModhifiError, match="no norms that remember"):
+        inverted(loaded, 2, 0, steps=1)
 
 
 def test_data_make_writes_what_a_run_can_read(tmp_path):
