@@ -36,9 +36,7 @@ def manual(loaded: LoadedModel, windows: int) -> Samples:
     with TemporaryDirectory() as folder:
         for name, text in topics.topics.items():
             (Path(folder) / f"{name}.txt").write_text(text, encoding="utf-8")
-        found = load_samples(f"text:{folder}", loaded, n=windows, window=WINDOW)
-        items = [found.load(i) for i in range(len(found))]
-    return replace(found, load=items.__getitem__)
+        return load_samples(f"text:{folder}", loaded, n=windows, window=WINDOW)
 
 
 def joined(first: Samples, second: Samples) -> Samples:

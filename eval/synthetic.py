@@ -268,7 +268,8 @@ def imagenet(options: argparse.Namespace) -> None:
         f"""# Calibration without data: tf_efficientnet_lite0
 ImageNet weights ({accuracy(loaded, loaded.model, test):.1f} % on 250 samples that nothing else saw: one standard
 error is about 2 points); inner channels of every block, 125 calibration images (real ones from the
-other 250 samples), {most_seeds(rows)} seeds (mean ± standard deviation) where no other number stands.
+other 250 samples), {most_seeds(rows)} seeds (mean ± standard deviation) where no other number stands
+(`--sources NAME --seeds N`).
 {described(options, most_seeds(rows))}""",
         seeds=most_seeds(rows),
     )
