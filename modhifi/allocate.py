@@ -92,9 +92,10 @@ def allocate(
 
     ``global``: remove, one step after the other, what costs least per unit saved, the cost being the curve's squared
     local error times the group's weight (its measured amplification; 1 over the readers' output energy without one).
-    ``uniform``: every group keeps the same share; where the nearest share misses the budget by over 2 %, some channel
-    groups give one step more than others. A KV cache shrinks by whole KV groups: heads alone give, and the step nearest
-    to the budget is taken. Raises :class:`ModhifiError` where floors and rounding leave the budget out of reach.
+    ``uniform``: every group keeps the same share, heads at least that share, whose steps are large; where the nearest
+    share misses the budget by over 2 %, some channel groups give one step more than others. A KV cache shrinks by whole
+    KV groups: heads alone give, and the step nearest to the budget is taken. Raises :class:`ModhifiError` where
+    floors and rounding leave the budget out of reach.
     """
     if budget.measure == "cache":
         groups = tuple(g for g in groups if g.name in sizes.cached)
@@ -250,7 +251,9 @@ def _uniform(problem: _Problem) -> dict[str, int]:
         widths = {}
         for group in problem.groups:
             step = problem.step(group)
-            width = round(share * group.n / step) * step
+            steps = share * group.n / step
+            # one head too many is made up for by a few neurons; one too few can be a third of a layer's
+            width = (math.ceil(steps - 1e-9) if group.kind == "heads" else round(steps)) * step
             widths[group.name] = fixed.get(group.name, min(group.n, max(problem.lowest[group.name], width)))
         return widths
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import tiny
+import tiny_text
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,9 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from modhifi.allocate import Budget, allocate, least_width, plan_for, step_of
 from modhifi.errors import ModhifiError
 from modhifi.groups import Group, Structure
+from modhifi.load import load_model
 from modhifi.plan import Plan
 from modhifi.selection import Curve
 from modhifi.sizes import sizes_of
+from modhifi.stages import find_structure
 from modhifi.surgery import shrink
 from modhifi.tracing import trace
 
@@ -213,3 +216,15 @@ def test_budgets_from_options(options: dict, budget: Budget):
 def test_bad_budgets(options: dict):
     with pytest.raises(ModhifiError, match="exactly one|--(ratio|params|flops|kv-cache) is the share"):
         Budget.parse(**options)
+
+
+def test_heads_are_rounded_up_in_uniform_layout_and_neurons_make_up_for_it():
+    loaded = load_model(tiny_text.llama(hidden_size=24, num_attention_heads=6, num_key_value_heads=3, head_dim=4))
+    structure = find_structure(loaded)
+    sizes, budget = sizes_of(loaded.model, structure), Budget("components", 0.8)
+    plan = allocate(structure.prunable, curves_for(structure), sizes, budget, layout="uniform")
+    kept = {g.kind: {len(plan.kept.get(h.name, range(h.n))) for h in structure.prunable if h.kind == g.kind}
+            for g in structure.prunable}  # fmt: skip
+    assert kept["heads"] == {3} and len(kept["neurons"]) == 1
+    reached = sizes.components(widths_of(structure, plan)) / sizes.components({})
+    assert reached == pytest.approx(0.8, rel=0.02)
