@@ -13,6 +13,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from modhifi.readers import columns_of
 from modhifi.settings import PruneSettings
 from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 from modhifi.unlearn import UnlearnSettings, forget
-from modhifi.unlearn_data import populations
+from modhifi.unlearn_data import FEWEST, populations
 from modhifi.unlearn_sites import find_sites
 
 RATIOS = (0.25, 0.5)
@@ -296,31 +297,44 @@ def unlearn(options: argparse.Namespace) -> None:
             own = torch.cat([loaded.logits(b).argmax(1) for b in found.batches(BATCH)])
         return replace(found, labels=own)
 
-    dense = [accuracies(loaded.model, c) for c in FORGOTTEN]
-    rows: list[dict[str, Any]] = [{"source": "not edited", **_pair(dense)}]
-    data_of = {
+    def noise(kind: str, seed: int) -> Samples:
+        return plainly(load_samples(f"synthetic:{kind}", loaded, n=1000, seed=seed))
+
+    dense = {index: accuracies(loaded.model, index) for index in FORGOTTEN}
+    plain = {"source": "not edited", "seeds": options.seeds, **_pair(list(dense.values()))}
+    rows = earlier_rows(options) or [plain]
+    data_of: dict[str, Callable[[int], Samples]] = {
         "real training images": lambda seed: load_samples(f"images:{root / 'train'}", loaded, n=1000, seed=seed),
         "synthetic:invert": lambda seed: load_samples("synthetic:invert", loaded, n=500, seed=seed),
         "synthetic, labelled by the model": lambda seed: load_samples("synthetic", loaded, n=1000, seed=seed),
+        **{f"{kind} noise, labelled by the model": partial(noise, kind.lower()) for kind in ("Gaussian", "uniform")},
     }
     for name, source in chosen(data_of, options.sources).items():
-        found = []
+        rows = [row for row in rows if row["source"] != name]
+        found, edits = [], 0
         for seed in range(options.seeds):
             data = labelled(source(seed))
             for index in FORGOTTEN:
                 groups = populations(data, [index])
-                edited = forget(loaded, sites, data, groups, UnlearnSettings(batch_size=BATCH), [index]).model
-                found.append(accuracies(edited, index))
+                if min(int((groups == part).sum()) for part in (0, 1)) < FEWEST:
+                    found.append(dense[index])  # what `modhifi unlearn` refuses: the model stays as it is
+                else:
+                    edited = forget(loaded, sites, data, groups, UnlearnSettings(batch_size=BATCH), [index]).model
+                    found.append(accuracies(edited, index))
+                    edits += 1
                 print(name, seed, index, found[-1], flush=True)
-        rows.append({"source": name, **_pair(found)})
+        rows.append({"source": name, "seeds": options.seeds, "edits": f"{edits} of {len(found)}", **_pair(found)})
+    rows.sort(key=lambda row: ["not edited", *data_of].index(row["source"]))
     write_results(
         results_name(options),
         rows,
-        ["source", "forgotten class", "other classes"],
+        ["source", "edits", "forgotten class", "other classes"],
         f"""# Forgetting without data
-`erase-writers` on the reference {options.model}, classes {FORGOTTEN} one by one, {options.seeds} seeds; accuracy on
-{TEST} CIFAR-10 test images in %, mean ± standard deviation over classes and seeds.
-{described(options, options.seeds)}""",
+`erase-writers` on the reference {options.model}, classes {FORGOTTEN} one by one, {most_seeds(rows)} seeds; accuracy on
+{TEST} CIFAR-10 test images in %, mean ± standard deviation over classes and seeds. "Edits": where the model sees a
+class in fewer than {FEWEST} samples of a source, `modhifi unlearn` refuses and the model counts as it is.
+{described(options, most_seeds(rows))}""",
+        seeds=most_seeds(rows),
     )
 
 
