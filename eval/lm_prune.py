@@ -69,32 +69,40 @@ def cached(path: Path | None, make: Callable[[], Any]) -> Any:
 
 
 class Table:
-    """Measures edited models on the held-out windows; every row is written at once, and is not measured again."""
+    """Measures edited models on the held-out windows; every row is written at once, and is not measured again.
 
-    def __init__(self, name: str, loaded: LoadedModel, held: Samples, columns: list[str], intro: str) -> None:
-        self.name, self.loaded, self.held, self.columns, self.intro = name, loaded, held, columns, intro
+    ``further`` are held-out windows of other text by the name of their column.
+    """
+
+    def __init__(
+        self, name: str, loaded: LoadedModel, held: Samples, columns: list[str], intro: str, **further: Samples
+    ) -> None:
+        self.name, self.loaded, self.columns, self.intro = name, loaded, columns, intro
+        self.held = {"over dense": held, **further}
         self.rows: list[dict[str, Any]] = []
         self.settings = {"held out": held.fingerprint(), "intro": intro}
         earlier = RESULTS / f"{name}.json"
         if earlier.is_file() and (content := json.loads(earlier.read_text())).get("settings") == self.settings:
             self.rows, self.dense = content["rows"], content["dense"]
         else:
-            self.dense = self.perplexity(loaded.model)
+            self.dense = {name: self.perplexity(loaded.model, held) for name, held in self.held.items()}
 
-    def perplexity(self, model: nn.Module) -> float:
+    def perplexity(self, model: nn.Module, held: Samples) -> float:
         passes = NextTokens(partial(self.loaded.logits, model=model))
         with torch.inference_mode():
-            for batch in self.held.batches(2):
+            for batch in held.batches(2):
                 passes(batch)
         return passes.perplexity
 
     def add(self, edit: Callable[[], nn.Module], **row: Any) -> None:
         if any(row.items() <= known.items() for known in self.rows):
             return
-        value = self.perplexity(edit())
-        self.rows.append({**row, "perplexity": value, "over dense": value / self.dense})
+        model = edit()
+        values = {name: self.perplexity(model, held) for name, held in self.held.items()}
+        ratios = {name: value / self.dense[name] for name, value in values.items()}
+        self.rows.append({**row, "perplexity": values["over dense"], **ratios})
         self.rows.sort(key=lambda r: r[self.columns[0]])
-        columns = [*self.columns, "perplexity", "over dense"]
+        columns = [*self.columns, "perplexity", *self.held]
         write_results(self.name, self.rows, columns, self.intro, dense=self.dense, settings=self.settings)
 
 

@@ -1,9 +1,10 @@
-"""Text that SmolLM2-135M writes itself as calibration, next to text of the domain it is measured on, at equal tokens.
+"""Text that SmolLM2-135M writes itself as calibration, next to real text of two kinds, at equal tokens.
 
     MODHIFI_DATA=DIR python eval/lm_self.py [--windows N] [--cache DIR]
 
-Data and model as for eval/lm_prune.py; the text of another domain is the reference that every Python carries
-(``pydoc_data.topics``). Rows that eval/results/lm_self.json has are not measured again.
+Data and model as for eval/lm_prune.py; the text of another kind is the reference that every Python carries
+(``pydoc_data.topics``). Every edited model is measured on both. Rows that eval/results/lm_self.json has are not
+measured again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from pydoc_data import topics
 from tempfile import TemporaryDirectory
 
-from lm_prune import SETTINGS, WINDOW, Table, cached, smollm2, wikitext
+from lm_prune import HELD, SETTINGS, WINDOW, Table, cached, smollm2, wikitext
 from torch import nn
 
 from modhifi.allocate import Budget
@@ -31,12 +32,12 @@ RATIOS = (0.05, 0.1, 0.2)
 FEW = 4
 
 
-def manual(loaded: LoadedModel, windows: int) -> Samples:
-    """Real text that has nothing to do with an encyclopaedia."""
+def manual(loaded: LoadedModel, windows: int) -> tuple[Samples, Samples]:
+    """Real text that has nothing to do with an encyclopaedia: calibration and held-out windows of different topics."""
     with TemporaryDirectory() as folder:
         for name, text in topics.topics.items():
             (Path(folder) / f"{name}.txt").write_text(text, encoding="utf-8")
-        return load_samples(f"text:{folder}", loaded, n=windows, window=WINDOW)
+        return load_samples(f"text:{folder}", loaded, n=windows + HELD, window=WINDOW).split(windows, HELD)
 
 
 def joined(first: Samples, second: Samples) -> Samples:
@@ -65,13 +66,16 @@ if __name__ == "__main__":
     options = parser.parse_args()
     loaded, n = smollm2(), options.windows
     domain, held = wikitext(loaded, n)
+    reference, held_reference = manual(loaded, n)
     structure = choose_groups(find_structure(loaded), SETTINGS)
     table = Table(
         "lm_self", loaded, held, ["FFN removed", "calibration"],
         f"""# What calibration text costs: SmolLM2-135M, uniform layout, no training
-{n * WINDOW} tokens calibrate; perplexity on articles of WikiText-2 that calibrate nothing.
-That text is of a kind of its own (blanks around punctuation, `<unk>`), which no model writes.
+{n * WINDOW} tokens calibrate; perplexity, and over the dense model's, on articles of WikiText-2 that calibrate nothing,
+and over the dense model's on topics of Python's reference that calibrate nothing.
+WikiText is of a kind of its own (blanks around punctuation, `<unk>`), which no model writes.
 Command: `python eval/lm_self.py --windows {n}`.""",
+        **{"on Python's reference": held_reference},
     )  # fmt: skip
     table.add(lambda: loaded.model, **{"FFN removed": 0.0, "calibration": "(dense)"})
 
@@ -84,7 +88,7 @@ Command: `python eval/lm_self.py --windows {n}`.""",
         "WikiText-2, other articles": lambda: domain,
         "self": lambda: written(n),
         f"self, {FEW} of {n} windows of WikiText-2": lambda: joined(written(n - FEW), domain.subset(range(FEW))),
-        "another domain: Python's reference": lambda: manual(loaded, n),
+        "Python's reference, other topics": lambda: reference,
     }
     for name, source in calibrations.items():
         path = options.cache and options.cache / f"{name.split(',')[0].split(':')[0]}-{len(name)}-{n}.pt"
