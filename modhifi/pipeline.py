@@ -147,6 +147,7 @@ def run_prune(
         if budget is not None:
             budget.fit(loaded.kind)
         recipe, remarks = complete(recipe, loaded, device)
+    with clock.stage("data"):
         calibration, held = load_data(recipe, loaded, given, progress)
         warnings = [*remarks, *warn_degenerate(calibration), *skipped(calibration)]
     with clock.stage("prune"):

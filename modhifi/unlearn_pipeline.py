@@ -63,8 +63,9 @@ def run_unlearn(
         classes = find_classes(recipe.forget, loaded)
         earlier = [c for c in forgotten_before(loaded) if c not in classes]
         sites = find_sites(loaded)
-        data = _load_data(recipe, loaded, classes, earlier, given)
         reference = _load_reference(recipe.reference, device)
+    with clock.stage("data"):
+        data = _load_data(recipe, loaded, classes, earlier, given)
         members = _load_members(recipe.data.members, loaded, recipe)
     with clock.stage("edit"):
         found = forget(loaded, sites, data.edit, data.groups, recipe.settings(), classes, progress)
