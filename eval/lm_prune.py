@@ -80,7 +80,8 @@ class Table:
         self.name, self.loaded, self.columns, self.intro = name, loaded, columns, intro
         self.held = {"over dense": held, **further}
         self.rows: list[dict[str, Any]] = []
-        self.settings = {"held out": held.fingerprint(), "intro": intro}
+        marks = {name: samples.fingerprint() for name, samples in further.items()}
+        self.settings = {"held out": held.fingerprint(), **marks, "intro": intro}
         earlier = RESULTS / f"{name}.json"
         if earlier.is_file() and (content := json.loads(earlier.read_text())).get("settings") == self.settings:
             self.rows, self.dense = content["rows"], content["dense"]
