@@ -37,7 +37,7 @@ def audit(
 
     from modhifi.errors import ModhifiError
     from modhifi.report import jsonable, render_html
-    from modhifi.unlearn_pipeline import run_audit
+    from modhifi.unlearning.pipeline import run_audit
 
     if out is not None and out.suffix not in (".json", ".html"):
         raise ModhifiError(f"--out {out}: the ending says the format; use .json or .html")

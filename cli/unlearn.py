@@ -117,8 +117,8 @@ def unlearn(
     from modhifi.recipe_file import apply_overrides, read_yaml
     from modhifi.recipe_run import require_forgotten
     from modhifi.summary import check_summary, write_summary
-    from modhifi.unlearn_pipeline import run_unlearn
-    from modhifi.unlearn_recipe import parse_unlearn_recipe
+    from modhifi.unlearning.pipeline import run_unlearn
+    from modhifi.unlearning.recipe import parse_unlearn_recipe
 
     check_summary(summary)
     if push_to_hub is not None:

@@ -27,9 +27,9 @@ from torch import nn
 
 from modhifi.allocate import Budget
 from modhifi.data import Samples, load_samples
-from modhifi.ladder_affine import Norms
-from modhifi.ladder_certified import certify
-from modhifi.ladder_newton import ROUNDS
+from modhifi.ladder.affine import Norms
+from modhifi.ladder.certified import certify
+from modhifi.ladder.newton import ROUNDS
 from modhifi.load import LoadedModel, load_model
 from modhifi.settings import PruneSettings
 from modhifi.stages import Pruned, apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves

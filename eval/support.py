@@ -29,7 +29,7 @@ from modhifi.groups import Group, Structure
 from modhifi.oracle import confirm
 from modhifi.plan import Plan
 from modhifi.surgery import mask_readers, shrink
-from modhifi.tracing import trace
+from modhifi.tracing.trace import trace
 
 ARCHITECTURES = """
     resnet18 resnet50 resnet26t resnext50_32x4d wide_resnet50_2 seresnet50 ecaresnet26t skresnet18 resnest14d

@@ -30,9 +30,9 @@ from modhifi.quality import look
 from modhifi.readers import columns_of
 from modhifi.settings import PruneSettings
 from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
-from modhifi.unlearn import UnlearnSettings, forget
-from modhifi.unlearn_data import FEWEST, populations
-from modhifi.unlearn_sites import find_sites
+from modhifi.unlearning.data import FEWEST, populations
+from modhifi.unlearning.edit import UnlearnSettings, forget
+from modhifi.unlearning.sites import find_sites
 
 RATIOS = (0.25, 0.5)
 CALIBRATION, TEST = 500, 2000

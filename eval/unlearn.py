@@ -23,14 +23,14 @@ from common import RESULTS, Missing, cifar10, reference, write_results
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from modhifi.audit import Observed, measure, observe, recalls
 from modhifi.data import Samples, load_samples
 from modhifi.load import LoadedModel, load_model
 from modhifi.resumed import Passes
-from modhifi.unlearn import UnlearnSettings, blend, forget, settled_names
-from modhifi.unlearn_data import UnlearnData, populations
-from modhifi.unlearn_norms import settle_norms
-from modhifi.unlearn_sites import Sites, find_sites
+from modhifi.unlearning.audit import Observed, measure, observe, recalls
+from modhifi.unlearning.data import UnlearnData, populations
+from modhifi.unlearning.edit import UnlearnSettings, blend, forget, settled_names
+from modhifi.unlearning.norms import settle_norms
+from modhifi.unlearning.sites import Sites, find_sites
 
 BATCH = 250
 EDIT, FIT, TEST = 2000, 1000, 2000

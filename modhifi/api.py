@@ -21,8 +21,8 @@ from modhifi.pipeline import Given, PruneResult, run_prune
 from modhifi.recipe import parse_recipe
 from modhifi.scoring import GroupScores, score_model
 from modhifi.settings import Progress, silent
-from modhifi.unlearn_pipeline import UnlearnResult, run_unlearn
-from modhifi.unlearn_recipe import parse_unlearn_recipe
+from modhifi.unlearning.pipeline import UnlearnResult, run_unlearn
+from modhifi.unlearning.recipe import parse_unlearn_recipe
 from modhifi.verdicts import Tolerances
 from modhifi.verify import BoundReport, verify_model
 from modhifi.verify_artifact import held_amounts, verify_artifact

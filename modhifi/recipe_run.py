@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from .artifact import read_manifest
-from .audit_text import VERDICTS
 from .errors import GateFailed, ModhifiError, SelfTestFailed
 from .moment_cache import MomentCache
 from .output import check_output, staging
@@ -22,8 +21,9 @@ from .recipe_file import set_value, to_yaml
 from .recipe_steps import STEP, AuditRecipe, Recipe, StepsRecipe, VerifyRecipe, parse
 from .report import jsonable, render_html
 from .settings import Progress, silent
-from .unlearn_pipeline import run_audit, run_unlearn
-from .unlearn_recipe import UnlearnRecipe
+from .unlearning.audit_text import VERDICTS
+from .unlearning.pipeline import run_audit, run_unlearn
+from .unlearning.recipe import UnlearnRecipe
 from .verify import BoundReport
 from .verify_artifact import verify_artifact
 

@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter, model_validator
 from .errors import ModhifiError
 from .recipe import Checks, ModelSource, PruneRecipe
 from .recipe_file import Strict, validate
-from .unlearn_recipe import UnlearnRecipe
+from .unlearning.recipe import UnlearnRecipe
 
 STEP = "step:"
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")

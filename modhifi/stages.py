@@ -29,7 +29,7 @@ from .sequential import edit_sequentially, joint_moments
 from .settings import Progress, PruneSettings, silent
 from .sizes import sizes_of
 from .surgery import shrink
-from .tracing import trace
+from .tracing.trace import trace
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
-from modhifi.ladder_units import QUANTILE, Forgetting, Interval, Statistical, Units, nll_cap
+from modhifi.ladder.units import QUANTILE, Forgetting, Interval, Statistical, Units, nll_cap
 from modhifi.statistics import divided_alpha, settling_n_mean, settling_n_rate
 
 PASSING = ("PASS-CERTIFIED", "PASS-STATISTICAL", "PASS-ON-SAMPLES")

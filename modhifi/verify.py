@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError
-from modhifi.ladder_certified import OUTPUT_SLACK, Certified, certify, logits_of
-from modhifi.ladder_hybrids import LayerShare, hybrid_changes
-from modhifi.ladder_newton import ROUNDS
-from modhifi.ladder_units import Forgetting, Statistical, Units, forgetting, run_units, statistical
+from modhifi.ladder.certified import OUTPUT_SLACK, Certified, certify, logits_of
+from modhifi.ladder.hybrids import LayerShare, hybrid_changes
+from modhifi.ladder.newton import ROUNDS
+from modhifi.ladder.units import Forgetting, Statistical, Units, forgetting, run_units, statistical
 from modhifi.load import LoadedModel
 from modhifi.report import jsonable
-from modhifi.unlearn_data import populations
+from modhifi.unlearning.data import populations
 from modhifi.verdicts import Tolerances, Verdict, enforce, forgetting_verdict, judge, self_test
 
 Progress = Callable[[str, int, int], None]

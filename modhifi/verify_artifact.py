@@ -20,7 +20,7 @@ from modhifi.recipe import ModelSource
 from modhifi.skeleton import same_modules
 from modhifi.stages import find_structure
 from modhifi.text import window_of
-from modhifi.unlearn_data import label_samples
+from modhifi.unlearning.data import label_samples
 from modhifi.verdicts import Tolerances
 from modhifi.verify import BoundReport, Progress, verify_model, verify_unlearned
 

@@ -18,7 +18,7 @@ from modhifi.selection import Curve
 from modhifi.sizes import sizes_of
 from modhifi.stages import find_structure
 from modhifi.surgery import shrink
-from modhifi.tracing import trace
+from modhifi.tracing.trace import trace
 
 
 def curves_for(structure: Structure, seed: int = 0) -> dict[str, Curve]:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 import modhifi
-from modhifi import api, own_data
+from modhifi import api, artifact, own_data
 from modhifi.errors import ModhifiError
 
 
@@ -31,11 +31,11 @@ def test_the_examples_run(name: str) -> None:
 
 
 def test_the_functions_are_public_and_files_of_their_names_do_not_hide_them() -> None:
-    import modhifi.unlearn
+    import modhifi.load
     import modhifi.verify  # noqa: F401
 
     assert {"load", "load_model", "prune", "score", "unlearn", "verify"} <= set(dir(modhifi))
-    assert modhifi.verify is api.verify and modhifi.unlearn is api.unlearn
+    assert modhifi.verify is api.verify and modhifi.load is artifact.load and modhifi.unlearn is api.unlearn
 
 
 def net() -> nn.Module:

@@ -38,7 +38,7 @@ from modhifi.load import LoadedModel, load_model
 from modhifi.plan import Plan
 from modhifi.reload import compare_outputs
 from modhifi.surgery import shrink
-from modhifi.tracing import trace
+from modhifi.tracing.trace import trace
 
 REPORT = {
     "schema_version": 1, "title": "tiny", "verdicts": [{"name": "error", "verdict": "PASS-ON-SAMPLES", "text": None}],

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modhifi import attacks
-from modhifi.audit_text import conclude
+from modhifi.unlearning import attacks
+from modhifi.unlearning.audit_text import conclude
 
 
 def clusters(seed: int, n: int = 60, classes: int = 3, d: int = 6, gap: float = 6.0) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from modhifi.bounds import (
     spectral_norms,
 )
 from modhifi.errors import ModhifiError
-from modhifi.ladder_affine import operator_norm
+from modhifi.ladder.affine import operator_norm
 
 
 def dense(size: tuple[int, ...], channels: int, operator) -> Tensor:

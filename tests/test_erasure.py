@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modhifi import unlearn_methods as um
-from modhifi.erasure import DAMPING_STEPS
 from modhifi.errors import ModhifiError
-from modhifi.unlearn_wide import spanned
+from modhifi.unlearning import methods as um
+from modhifi.unlearning.erasure import DAMPING_STEPS
+from modhifi.unlearning.wide import spanned
 
 CLASSES, DIM, OUT = 4, 7, 5
 seeds = st.integers(0, 10_000)

@@ -16,7 +16,7 @@ from modhifi.load import load_model
 from modhifi.pipeline import check_model
 from modhifi.plan import Plan
 from modhifi.surgery import shrink
-from modhifi.tracing import trace
+from modhifi.tracing.trace import trace
 
 # loads with transformers alone: the import of modhifi fails
 STOCK = """

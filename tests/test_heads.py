@@ -16,7 +16,7 @@ from modhifi.plan import Plan
 from modhifi.settings import PruneSettings
 from modhifi.stages import choose_groups
 from modhifi.surgery import mask_readers, shrink
-from modhifi.tracing import trace
+from modhifi.tracing.trace import trace
 
 NAMES = [*tiny_transformers.FAMILIES, *tiny_transformers.TIMM]
 WITHOUT_HEADS = {"convnext_atto", "beit_base_patch16_224"}

@@ -9,8 +9,8 @@ import torch
 from tiny import ARCHITECTURES, PATTERNS, architecture, pattern
 from torch import Tensor, nn
 
-from modhifi.ladder_bound import Bound, add_rule, cat_rule, mean_rule, moved_rule, mul_rule, slice_norm, total
-from modhifi.ladder_certified import Certified, certify
+from modhifi.ladder.bound import Bound, add_rule, cat_rule, mean_rule, moved_rule, mul_rule, slice_norm, total
+from modhifi.ladder.certified import Certified, certify
 from modhifi.load import LoadedModel, frozen, load_model
 
 

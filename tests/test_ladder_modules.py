@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modhifi.ladder_certified import Certified, certify
+from modhifi.ladder.certified import Certified, certify
 from modhifi.load import load_model
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from modhifi.groups import Structure
 from modhifi.oracle import FIXED, confirm
-from modhifi.tracing import trace
+from modhifi.tracing.trace import trace
 
 
 class ByHeart(nn.Module):

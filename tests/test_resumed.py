@@ -16,7 +16,7 @@ from modhifi.data import Samples
 from modhifi.load import LoadedModel, load_model
 from modhifi.readers import weight_matrix, write_weight
 from modhifi.resumed import Passes, Reached
-from modhifi.unlearn_sites import Sites, find_sites
+from modhifi.unlearning.sites import Sites, find_sites
 
 
 def densenet() -> nn.Module:

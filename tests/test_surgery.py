@@ -13,7 +13,7 @@ from modhifi.errors import ModhifiError
 from modhifi.groups import Group, Structure
 from modhifi.plan import Plan
 from modhifi.surgery import mask_readers, shrink
-from modhifi.tracing import trace
+from modhifi.tracing.trace import trace
 
 
 def keep(group: Group, share: float, generator: torch.Generator) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.groups import Group, Structure
-from modhifi.tracing import trace
+from modhifi.tracing.trace import trace
 
 
 def structure_of(name: str) -> Structure:

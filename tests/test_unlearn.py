@@ -18,14 +18,14 @@ from modhifi.errors import ModhifiError
 from modhifi.load import load_model
 from modhifi.recipe_file import read_yaml
 from modhifi.resumed import Passes
-from modhifi.unlearn import METHODS, UnlearnSettings, blend, fit_strength, forget
-from modhifi.unlearn_data import find_classes, load_unlearn_data, populations
-from modhifi.unlearn_moments import joint_moments
-from modhifi.unlearn_norms import recall
-from modhifi.unlearn_pipeline import forgotten_before, run_audit, run_unlearn
-from modhifi.unlearn_recipe import parse_unlearn_recipe
-from modhifi.unlearn_sites import columns_of, find_sites
-from modhifi.unlearn_wide import spanned_moments
+from modhifi.unlearning.data import find_classes, load_unlearn_data, populations
+from modhifi.unlearning.edit import METHODS, UnlearnSettings, blend, fit_strength, forget
+from modhifi.unlearning.moments import joint_moments
+from modhifi.unlearning.norms import recall
+from modhifi.unlearning.pipeline import forgotten_before, run_audit, run_unlearn
+from modhifi.unlearning.recipe import parse_unlearn_recipe
+from modhifi.unlearning.sites import columns_of, find_sites
+from modhifi.unlearning.wide import spanned_moments
 from modhifi.verify import verify_unlearned
 
 __all__ = ["world"]
@@ -89,8 +89,8 @@ def test_operators_with_too_many_columns_are_left_out(setting, monkeypatch) -> N
 
 def test_writers_of_too_many_columns_forget_too(setting, monkeypatch) -> None:
     loaded, _, train, test = setting
-    for module in ("unlearn_sites", "unlearn_wide"):
-        monkeypatch.setattr(sys.modules[f"modhifi.{module}"], "MOST_COLUMNS", 150)
+    for module in ("sites", "wide"):
+        monkeypatch.setattr(sys.modules[f"modhifi.unlearning.{module}"], "MOST_COLUMNS", 150)
     sites = find_sites(loaded)
     assert any(w.wide for w in sites.writers)
     before = accuracies(loaded, loaded.model, test)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modhifi import unlearn_methods as um
 from modhifi.errors import ModhifiError
+from modhifi.unlearning import methods as um
 
 CLASSES, DIM, OUT = 4, 7, 5
 seeds = st.integers(0, 10_000)

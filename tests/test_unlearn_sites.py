@@ -9,16 +9,16 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from modhifi.audit import observe
 from modhifi.branches import Calls
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError
 from modhifi.load import load_model
 from modhifi.resumed import Passes
-from modhifi.unlearn import UnlearnSettings, forget, writer_scale
-from modhifi.unlearn_moments import joint_moments, reader_moments
-from modhifi.unlearn_norms import settle_norms
-from modhifi.unlearn_sites import block_of, find_sites
+from modhifi.unlearning.audit import observe
+from modhifi.unlearning.edit import UnlearnSettings, forget, writer_scale
+from modhifi.unlearning.moments import joint_moments, reader_moments
+from modhifi.unlearning.norms import settle_norms
+from modhifi.unlearning.sites import block_of, find_sites
 
 
 def tiny(name: str, size: int, **arguments: object) -> nn.Module:

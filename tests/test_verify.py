@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from modhifi.data import Samples
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
-from modhifi.ladder_certified import certify
-from modhifi.ladder_units import forgetting, run_units, statistical
+from modhifi.ladder.certified import certify
+from modhifi.ladder.units import forgetting, run_units, statistical
 from modhifi.load import LoadedModel, load_model
 from modhifi.verdicts import Tolerances, Verdict, enforce, judge
 from modhifi.verify import verify_model

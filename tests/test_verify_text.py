@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from modhifi import measure
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError
-from modhifi.ladder_units import run_units, statistical
+from modhifi.ladder.units import run_units, statistical
 from modhifi.load import LoadedModel, load_model
 from modhifi.verdicts import Tolerances
 from modhifi.verify import BoundReport, verify_model

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .branches import BranchWatcher, Trail
-from .errors import ModhifiError
-from .groups import conv_groups
-from .load import LoadedModel
+from modhifi.branches import BranchWatcher, Trail
+from modhifi.errors import ModhifiError
+from modhifi.groups import conv_groups
+from modhifi.load import LoadedModel
 
 # A Gram of more columns than this takes over half a gigabyte.
 MOST_COLUMNS = 8192

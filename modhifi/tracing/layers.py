@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from .operations import MIXING, NORMS, Axis, Call
-from .tracing_meetings import Meetings
+from modhifi.operations import MIXING, NORMS, Axis, Call
+
+from .meetings import Meetings
 
 # these prepare their input themselves (padding, a view) before they run their operator
 PREPARING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, Conv1D)

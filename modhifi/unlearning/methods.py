@@ -14,7 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modhifi.erasure import (
+from modhifi.errors import ModhifiError
+
+from .erasure import (
     Edit,
     Norm,
     about,
@@ -28,7 +30,6 @@ from modhifi.erasure import (
     settle_norm,
     stress_classes,
 )
-from modhifi.errors import ModhifiError
 
 __all__ = [
     "Edit",

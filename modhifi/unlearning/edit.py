@@ -11,20 +11,21 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from . import unlearn_methods as methods
-from .data import Samples
-from .errors import ModhifiError
-from .fidelity import singleton_fidelity
-from .groups import conv_groups
-from .load import LoadedModel
-from .moments import Moments
-from .readers import weight_matrix, write_weight
-from .resumed import Passes
-from .unlearn_methods import Edit
-from .unlearn_moments import Joint, joint_moments, reader_moments
-from .unlearn_norms import settle_norms
-from .unlearn_sites import MOST_COLUMNS, Site, Sites, Writer, columns_of
-from .unlearn_wide import spanned_moments
+from modhifi.data import Samples
+from modhifi.errors import ModhifiError
+from modhifi.fidelity import singleton_fidelity
+from modhifi.groups import conv_groups
+from modhifi.load import LoadedModel
+from modhifi.moments import Moments
+from modhifi.readers import weight_matrix, write_weight
+from modhifi.resumed import Passes
+
+from . import methods
+from .methods import Edit
+from .moments import Joint, joint_moments, reader_moments
+from .norms import settle_norms
+from .sites import MOST_COLUMNS, Site, Sites, Writer, columns_of
+from .wide import spanned_moments
 
 Method = Literal["erase-writers", "erase", "gls", "hifi-zero", "hifi-negate", "contrastive", "projection", "head-mask"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -83,7 +84,7 @@ class UnlearnSettings:
     batch_size: int = 64
 
     def filled(self, straight: bool) -> Defaults:
-        """Depth, passes and strength that apply; ``straight`` as :attr:`modhifi.unlearn_sites.Sites.straight`."""
+        """Depth, passes and strength that apply; ``straight`` as :attr:`modhifi.unlearning.sites.Sites.straight`."""
         own = STRAIGHT if straight and self.method == "erase-writers" else DEFAULTS[self.method]
         return Defaults(
             own.depth if self.depth is None else self.depth,

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .branches import Calls
-from .groups import conv_groups
-from .moments import Accumulator, Moments, reader_rows, spread_positions
-from .resumed import Passes, Reached
-from .unlearn_sites import Writer, columns_of
+from modhifi.branches import Calls
+from modhifi.groups import conv_groups
+from modhifi.moments import Accumulator, Moments, reader_rows, spread_positions
+from modhifi.resumed import Passes, Reached
+
+from .sites import Writer, columns_of
 
 # A Gram of d columns looks at about this many rows per column in every population.
 ROWS_PER_COLUMN = 8

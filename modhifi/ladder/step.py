@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from modhifi.ladder_affine import Norms, Pending
-from modhifi.ladder_bound import UP, Bound
 from modhifi.operations import swap, tensors_in
+
+from .affine import Norms, Pending
+from .bound import UP, Bound
 
 Record = Bound | Pending
 Rule = Callable[["Step", list[Tensor]], "list[Record] | None"]

@@ -10,24 +10,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from .artifact import check_output, describe_data, save_artifact, state_hash, verify_reload
+from modhifi.artifact import check_output, describe_data, save_artifact, state_hash, verify_reload
+from modhifi.clock import Clock
+from modhifi.contact_sheet import contact_sheet
+from modhifi.data import Samples
+from modhifi.errors import ModhifiError
+from modhifi.load import LoadedModel, load_model
+from modhifi.pipeline import NOTHING, Given, load_source, own_skeleton
+from modhifi.report import data_uri
+from modhifi.resumed import Passes
+from modhifi.run_checks import add_bounds
+from modhifi.verify import BoundReport, verify_unlearned
+
 from .audit import MEASURES, audit
-from .clock import Clock
-from .contact_sheet import contact_sheet
-from .data import Samples
-from .errors import ModhifiError
-from .load import LoadedModel, load_model
-from .pipeline import NOTHING, Given, load_source, own_skeleton
-from .report import data_uri
-from .resumed import Passes
-from .run_checks import add_bounds
-from .unlearn import Forgotten, Progress, blend, fit_strength, forget, settled_names, silent
-from .unlearn_data import UnlearnData, class_name, count_classes, find_classes, label_samples, load_unlearn_data
-from .unlearn_data import populations as populations_of
-from .unlearn_norms import settle_norms
-from .unlearn_recipe import UnlearnRecipe
-from .unlearn_sites import Sites, find_sites
-from .verify import BoundReport, verify_unlearned
+from .data import UnlearnData, class_name, count_classes, find_classes, label_samples, load_unlearn_data
+from .data import populations as populations_of
+from .edit import Forgotten, Progress, blend, fit_strength, forget, settled_names, silent
+from .norms import settle_norms
+from .recipe import UnlearnRecipe
+from .sites import Sites, find_sites
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def forgotten_before(loaded: LoadedModel) -> list[int]:
     """The classes that the artefact a model was loaded from has forgotten already."""
     if "artifact" not in loaded.info:
         return []
-    from .artifact import read_manifest
+    from modhifi.artifact import read_manifest
 
     return [entry["index"] for entry in read_manifest(loaded.source).get("forgotten", [])]
 
@@ -289,7 +290,7 @@ def _arguments(edited: LoadedModel, base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _load(spec: str, loaded: LoadedModel, n: int, seed: int) -> Samples:
-    from .data import load_samples
+    from modhifi.data import load_samples
 
     return load_samples(spec, loaded, n=n, seed=seed)
 

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modhifi.ladder_affine import Norms, Pending, Source
-from modhifi.ladder_bound import Bound, nothing, settle_nan, slice_norm, total
-from modhifi.ladder_double import CASTS, kept_double
-from modhifi.ladder_modules import module_rule
-from modhifi.ladder_newton import Newton
-from modhifi.ladder_rules import RULES
-from modhifi.ladder_step import Step
 from modhifi.operations import METADATA, operation_name, swap, tensors_in
+
+from .affine import Norms, Pending, Source
+from .bound import Bound, nothing, settle_nan, slice_norm, total
+from .double import CASTS, kept_double
+from .modules import module_rule
+from .newton import Newton
+from .rules import RULES
+from .step import Step
 
 # The number of whatever went through an operation without a rule.
 LOST = -1
@@ -30,7 +31,7 @@ INPLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__seti
 
 
 class Walker(TorchFunctionMode):
-    """The records of one pass; use :func:`modhifi.ladder_walk.walk`."""
+    """The records of one pass; use :func:`modhifi.ladder.walk.walk`."""
 
     def __init__(self, dense: nn.Module, edited: nn.Module, batch: Tensor, norms: Norms, rounds: int) -> None:
         super().__init__()

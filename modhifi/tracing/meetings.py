@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .groups import last_wide
-from .operations import JOINS, PLACED, RESHAPES, SUMS, Axis, Call, Grid, constant
-from .tracing_records import Watcher
+from modhifi.groups import last_wide
+from modhifi.operations import JOINS, PLACED, RESHAPES, SUMS, Axis, Call, Grid, constant
+
+from .records import Watcher
 
 
 class Meetings(Watcher):

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modhifi.branches import Calls
+from modhifi.data import Samples
+from modhifi.load import LoadedModel
+from modhifi.resumed import Passes
+
 from . import attacks
 from .audit_text import conclude
-from .branches import Calls
-from .data import Samples
-from .load import LoadedModel
-from .resumed import Passes
-from .unlearn import UnlearnSettings, forget, settled_names, silent
-from .unlearn_data import UnlearnData, class_name, populations
-from .unlearn_norms import batch_norms, recall, settle_norms
-from .unlearn_sites import Sites, Writer
+from .data import UnlearnData, class_name, populations
+from .edit import UnlearnSettings, forget, settled_names, silent
+from .norms import batch_norms, recall, settle_norms
+from .sites import Sites, Writer
 
 Progress = Callable[[str, int, int], None]
 SHOTS = 10

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modhifi.moments import Moments
+from modhifi.resumed import Passes
+
 from .erasure import factorise
-from .moments import Moments
-from .resumed import Passes
-from .unlearn_moments import ClassMeans, Joint, joint_rows
-from .unlearn_sites import MOST_COLUMNS, Writer
+from .moments import ClassMeans, Joint, joint_rows
+from .sites import MOST_COLUMNS, Writer
 
 # Added to the samples' products, in units of their mean diagonal: single precision makes them this inexact.
 INEXACT = 1e-6

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import Samples
+from modhifi.data import Samples
+from modhifi.load import LoadedModel
+from modhifi.resumed import Passes
+
 from .erasure import Norm, settle_norm
-from .load import LoadedModel
-from .resumed import Passes
 
 
 def batch_norms(model: nn.Module) -> list[str]:

@@ -1,6 +1,6 @@
 """Erase what tells a class apart, at the readers or at the writers of a stream: closed forms on tensors.
 
-The conventions are those of :mod:`modhifi.unlearn_methods`, which offers these functions beside the other methods.
+The conventions are those of :mod:`modhifi.unlearning.methods`, which offers these functions beside the other methods.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .data import Samples, class_count, load_samples
-from .errors import ModhifiError
-from .load import LoadedModel
-from .own_data import Source, source_name
+from modhifi.data import Samples, class_count, load_samples
+from modhifi.errors import ModhifiError
+from modhifi.load import LoadedModel
+from modhifi.own_data import Source, source_name
 
 # An image that the model itself labels counts where its top class has this probability, and leads by this much.
 CONFIDENCE, MARGIN = 0.5, 0.2

@@ -7,13 +7,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .recipe import Checks, ModelSource
-from .recipe_file import Strict, validate
-from .unlearn import Method, UnlearnSettings
+from modhifi.recipe import Checks, ModelSource
+from modhifi.recipe_file import Strict, validate
+
+from .edit import Method, UnlearnSettings
 
 
 class UnlearnData(Strict):
-    """Where the samples come from; see :func:`modhifi.unlearn_data.load_unlearn_data`."""
+    """Where the samples come from; see :func:`modhifi.unlearning.data.load_unlearn_data`."""
 
     source: str
     samples: Annotated[int, Field(ge=1)] = 2000

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .attributes import described
-from .groups import Group, Operator, Structure
-from .operations import (
+from modhifi.attributes import described
+from modhifi.groups import Group, Operator, Structure
+from modhifi.operations import (
     BINARY,
     CONVS,
     CREATION,
@@ -32,7 +32,8 @@ from .operations import (
     Grid,
     tensors_in,
 )
-from .tracing_layers import Layers
+
+from .layers import Layers
 
 
 class ChannelTracer(Layers):

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from modhifi.ladder_affine import Norms, Source
-from modhifi.ladder_bound import Bound, total
-from modhifi.ladder_newton import ROUNDS, radius_of
-from modhifi.ladder_walker import LOST, Walker
+from .affine import Norms, Source
+from .bound import Bound, total
+from .newton import ROUNDS, radius_of
+from .walker import LOST, Walker
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Bounds carried through one watched pass of the original, an operation at a time."""

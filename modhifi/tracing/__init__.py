@@ -1,0 +1,1 @@
+"""One watched forward pass, in which coupled components are found."""

@@ -1,0 +1,1 @@
+"""Class unlearning in closed form: populations, moments, methods, edits and the whole run."""
