@@ -30,7 +30,7 @@ from modhifi.quality import look
 from modhifi.readers import columns_of
 from modhifi.settings import PruneSettings
 from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
-from modhifi.unlearning.data import FEWEST, populations
+from modhifi.unlearning.data import FEWEST, label_samples, populations
 from modhifi.unlearning.edit import UnlearnSettings, forget
 from modhifi.unlearning.sites import find_sites
 
@@ -159,11 +159,11 @@ def table(
     return rows
 
 
-def plot(rows: list[dict[str, Any]], name: str) -> None:
-    """Quality of data, as told without labels, against the accuracy of what is pruned with it."""
+def plot(rows: list[dict[str, Any]], name: str) -> bool:
+    """Quality of data, as told without labels, against the accuracy of what is pruned with it; whether there is any."""
     known = [row for row in rows if "distance to the norms" in row]
     if not known:
-        return
+        return False
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     distances = [float(row["distance to the norms"].split()[0]) for row in known]
@@ -179,6 +179,7 @@ def plot(rows: list[dict[str, Any]], name: str) -> None:
     axes.set_ylabel("% of test images")
     axes.legend()
     figure.savefig(RESULTS / f"{name}.png", dpi=120)
+    return True
 
 
 def columns(rows: list[dict[str, Any]]) -> list[str]:
@@ -210,6 +211,7 @@ def prune(options: argparse.Namespace) -> None:
         return load_samples(f"images:{root / 'train'}", loaded, n=n, seed=seed)
 
     rows = table(loaded, real, test, CALIBRATION, options)
+    picture = f"![plot]({results_name(options)}.png)\n" if plot(rows, results_name(options)) else ""
     write_results(
         results_name(options),
         rows,
@@ -220,11 +222,9 @@ channels (neurons, in a transformer) of every block, `obs` and least squares, {C
 {most_seeds(rows)} seeds (mean ± standard deviation, in %).
 "Of the gap": from Gaussian noise (0) to real images (100). "Distance to the norms": of the images' moments to those
 that BatchNorm stores, before it is told to normalise by the batch: the quality of the data, measured without labels.
-![plot]({results_name(options)}.png)
-{described(options, most_seeds(rows))}""",
+{picture}{described(options, most_seeds(rows))}""",
         seeds=most_seeds(rows),
     )
-    plot(rows, results_name(options))
 
 
 def samples(options: argparse.Namespace) -> None:
@@ -289,13 +289,8 @@ def unlearn(options: argparse.Namespace) -> None:
         return 100 * float(right[mine].double().mean()), 100 * float(right[~mine].double().mean())
 
     def labelled(found: Samples) -> Samples:
-        """By the model itself, as for unlabelled images; inverted ones have the class they were drawn for."""
-        if found.labels is not None:
-            return cached(found)
-        found = cached(found)
-        with torch.no_grad():
-            own = torch.cat([loaded.logits(b).argmax(1) for b in found.batches(BATCH)])
-        return replace(found, labels=own)
+        """As `modhifi unlearn` takes them: by the model where it is sure; inverted ones by what they were drawn for."""
+        return label_samples(loaded, cached(found), BATCH)[0]
 
     def noise(kind: str, seed: int) -> Samples:
         return plainly(load_samples(f"synthetic:{kind}", loaded, n=1000, seed=seed))
