@@ -27,7 +27,7 @@ def tasks(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Run tasks of lm-eval (pip install 'modhifi[lm-eval]') on a language model before and after its edit."""
+    """Run tasks of lm-eval (pip install 'modhifi\\[lm-eval]') on a language model before and after its edit."""
     from modhifi.load import load_model
     from modhifi.pipeline import load_source
     from modhifi.recipe import ModelSource

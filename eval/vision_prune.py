@@ -89,7 +89,7 @@ def ladder() -> None:
         rows,
         ["method", "removed", "FLOPs kept", "accuracy", "accuracy, BatchNorm re-estimated"],
         f"""# Ladder of methods, no training
-The reference ResNet on {len(held)} CIFAR-10 test images; the same share of the inner channels of every block removed;
+The demo's ResNet on {len(held)} CIFAR-10 test images; the same share of the inner channels of every block removed;
 {len(calibration)} unlabelled training images. `naive` is the paper's selection, `delta` its compensation.
 Torch-Pruning prunes magnitudes on its own choice of groups, down to the FLOPs of the rows above.
 Command: `python eval/vision_prune.py --part ladder`.""",
@@ -177,7 +177,7 @@ def further() -> None:
         rows,
         ["method", "FLOPs kept", "accuracy", "accuracy, BatchNorm re-estimated"],
         f"""# What goes further, at equal FLOPs
-`obs + lstsq` on the reference ResNet ({accuracy(loaded, loaded.model, held):.2f} % on {len(held)} test images),
+`obs + lstsq` on the demo's ResNet ({accuracy(loaded, loaded.model, held):.2f} % on {len(held)} test images),
 {len(calibration)} unlabelled training images, no training. "The same" is all groups, global by amplification.
 Command: `python eval/vision_prune.py --part further`.""",
     )

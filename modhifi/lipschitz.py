@@ -37,7 +37,7 @@ SLOPES: Mapping[str, tuple[float, float]] = MappingProxyType(
         "selu": (0.0, 1.758100),
     }
 )
-# Not elementwise, but 1-Lipschitz as a whole; Householder's reflection axis must have unit length (docs/method.md, R1).
+# Not elementwise, but 1-Lipschitz as a whole; Householder's reflection axis must have unit length (docs/bounds.md, R1).
 ONE_LIPSCHITZ = frozenset({"max_min", "group_sort", "householder"})
 
 

@@ -39,7 +39,7 @@ def two_layer_bound(first: Tensor, second: Tensor, slopes: tuple[float, float] =
     `first` is (h, in), `second` (out, h). The smallest of: the product of norms, the same after diagonal rescaling,
     and for slopes in [0, 1] `L^2 = ||W1' T (2T - W2' W2)^-1 T W1||` for diagonal T with `2T - W2' W2` positive
     definite, proven by a Cholesky factorisation. Other intervals [a, b]: phi = a x + (b - a) psi, psi in [0, 1].
-    Source: LipSDP (Fazlyab et al., NeurIPS 2019) without a solver; docs/method.md, R1.
+    Source: LipSDP (Fazlyab et al., NeurIPS 2019) without a solver; docs/bounds.md, R1.
     """
     low, high = slopes
     one, two = first.detach().double(), second.detach().double()

@@ -1,4 +1,4 @@
-"""From bounds to verdicts: the order of precedence of docs/method.md, and what to say beside each."""
+"""From bounds to verdicts: the order of precedence of docs/bounds.md, and what to say beside each."""
 
 from __future__ import annotations
 

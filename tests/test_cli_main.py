@@ -171,3 +171,4 @@ def test_the_shell_can_be_taught() -> None:
 def test_help_keeps_what_stands_in_brackets() -> None:
     shown = CliRunner().invoke(app, ["prune", "--help"], env={"COLUMNS": "200"}).output
     assert "hf:ORG/NAME[@REVISION]" in shown and "hf:DATASET[:SPLIT]" in shown
+    assert "modhifi[lm-eval]" in CliRunner().invoke(app, ["tasks", "--help"], env={"COLUMNS": "200"}).output

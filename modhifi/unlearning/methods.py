@@ -4,7 +4,7 @@ Every function takes the operator's weight as ``(out, d)`` (a convolution flatte
 convolution group), computes in float64 and returns float64. ``x`` is the operator's input row, ``mean`` is ``E[x]`` and
 ``gram`` is ``E[x x^T]``, both estimated on the samples that the argument names. ``centred`` says that the operator has
 a place for a mean (a bias, or a BatchNorm behind it); without one, the edits leave the output at the retain mean alone.
-The formulas are those of the section on class unlearning in docs/method.md.
+The formulas are those of docs/unlearning.md.
 """
 
 from __future__ import annotations
