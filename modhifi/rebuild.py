@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from modhifi.errors import ModhifiError
-from modhifi.groups import Structure, conv_groups
+from modhifi.groups import Structure, conv_groups, last_wide
 from modhifi.plan import Plan
-from modhifi.surgery import removed_positions
+from modhifi.surgery import removed_positions, staying
 
 
 def plan_of(manifest: Mapping[str, Any]) -> Plan:
@@ -47,7 +47,7 @@ def expand(small: nn.Module, dense: nn.Module, structure: Structure, plan: Plan)
         owner, _, leaf = name.rpartition(".")
         if isinstance(getattr(model.get_submodule(owner), leaf), nn.Parameter):
             done.add(name)
-            dim = next(d for d, size in enumerate(ours[name].shape) if size > 1)
+            dim = last_wide(ours[name])
             _fill(ours[name].movedim(dim, 0), theirs[name].movedim(dim, 0), along, name)
             continue
         module = model.get_submodule(name)
@@ -68,7 +68,7 @@ def expand(small: nn.Module, dense: nn.Module, structure: Structure, plan: Plan)
 
 
 def _fill(target: Tensor, value: Tensor, gone: Tensor, name: str) -> None:
-    stay = _stay(len(target), gone)
+    stay = staying(len(target), gone)
     _same_shape(target[stay], value, name)
     target[stay] = value.to(target.dtype)
 
@@ -79,8 +79,8 @@ def _operator(module: nn.Module, target: Tensor, value: Tensor, inputs: Tensor, 
         target, value, groups = target.T, value.T, 1
     else:
         groups = conv_groups(module)
-    rows = _stay(target.shape[0], outputs).view(groups, -1)
-    columns = _stay(target.shape[1] * groups, inputs).view(groups, -1)
+    rows = staying(target.shape[0], outputs).view(groups, -1)
+    columns = staying(target.shape[1] * groups, inputs).view(groups, -1)
     if len(value) % groups:
         raise ModhifiError(f"'{name}' has other widths than the original under this plan; is it the same model?")
     for part, small, row, column in zip(target.chunk(groups), value.chunk(groups), rows, columns, strict=True):
@@ -89,12 +89,6 @@ def _operator(module: nn.Module, target: Tensor, value: Tensor, inputs: Tensor, 
         _same_shape(block[:, column], small, name)
         block[:, column] = small.to(part.dtype)
         part[row] = block
-
-
-def _stay(total: int, gone: Tensor) -> Tensor:
-    stay = torch.ones(total, dtype=torch.bool)
-    stay[gone] = False
-    return stay
 
 
 def _same_shape(ours: Tensor, theirs: Tensor, name: str) -> None:

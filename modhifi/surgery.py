@@ -80,7 +80,8 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
     return model
 
 
-def _stay(total: int, gone: Tensor) -> Tensor:
+def staying(total: int, gone: Tensor) -> Tensor:
+    """Which of ``total`` positions are not ``gone``: bool ``(total,)``."""
     stay = torch.ones(total, dtype=torch.bool)
     stay[gone] = False
     return stay
@@ -97,7 +98,7 @@ def _replace(module: nn.Module, name: str, value: Tensor) -> None:
 def _shrink_parameter(parent: nn.Module, leaf: str, gone: Tensor) -> None:
     value = getattr(parent, leaf).data
     dim = last_wide(value)
-    stay = torch.nonzero(_stay(value.shape[dim], gone)).flatten()
+    stay = torch.nonzero(staying(value.shape[dim], gone)).flatten()
     _replace(parent, leaf, value.index_select(dim, stay.to(value.device)))
     _set(parent, "num_parameters", len(stay))
 
@@ -110,7 +111,7 @@ def _set(module: nn.Module, attribute: str, value: int) -> None:
 def _shrink_along(module: Any, gone: Tensor) -> None:
     """A norm, or a depthwise conv (whose positions are those of its output)."""
     reference = module.weight if getattr(module, "weight", None) is not None else module.running_mean
-    stay = _stay(len(reference), gone).to(reference.device)
+    stay = staying(len(reference), gone).to(reference.device)
     for name in ("weight", "bias", "running_mean", "running_var"):
         value = getattr(module, name, None)
         if value is not None:
@@ -127,14 +128,14 @@ def _shrink_along(module: Any, gone: Tensor) -> None:
 
 def _shrink_operator(module: Any, inputs: Tensor, outputs: Tensor) -> None:
     if isinstance(module, Conv1D):
-        stay_in, stay_out = _stay(module.nx, inputs), _stay(module.nf, outputs)
+        stay_in, stay_out = staying(module.nx, inputs), staying(module.nf, outputs)
         _replace(module, "weight", module.weight.data[stay_in][:, stay_out])
         _replace(module, "bias", module.bias.data[stay_out])
         module.nx, module.nf = int(stay_in.sum()), int(stay_out.sum())
         return
     weight, groups = module.weight.data, conv_groups(module)
-    stay_out = _stay(weight.shape[0], outputs).to(weight.device)
-    stay_in = _stay(weight.shape[1] * groups, inputs).to(weight.device)
+    stay_out = staying(weight.shape[0], outputs).to(weight.device)
+    stay_in = staying(weight.shape[1] * groups, inputs).to(weight.device)
     rows, columns = stay_out.view(groups, -1), stay_in.view(groups, -1)
     parts = [part[r][:, c] for part, r, c in zip(weight.chunk(groups), rows, columns, strict=True)]
     _replace(module, "weight", torch.cat(parts))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import tiny_transformers
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
@@ -147,3 +148,26 @@ def test_expanding_undoes_shrinking(name: str) -> None:
         torch.testing.assert_close(big(example.double()), small(example.double()))
         with pytest.raises(ModhifiError):
             expand(small, model, structure, Plan({}))
+
+
+def test_expanding_undoes_shrinking_where_heads_share_a_table_of_positions() -> None:
+    model, example, run = tiny_transformers.family("swin_tiny_patch4_window7_224")
+    structure = find_structure(load_model(model, example=example))
+    heads = [g for g in structure.prunable if g.kind == "heads"]
+    plan = Plan({g.name: tuple(range(1, g.n)) for g in heads})
+    small = shrink(mask_readers(model, structure, plan), structure, plan)
+    assert heads
+    with torch.no_grad():
+        torch.testing.assert_close(run(expand(small, model, structure, plan)), run(small), rtol=1e-4, atol=1e-4)
+
+
+def test_an_artefact_pruned_twice_is_verified_against_the_first_model(
+    artefact: Path, model_dir: Path, image_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "again"
+    common = ["--data", f"images:{image_dir}", "--samples", 16, "--evaluation-samples", 8, "--walked", 1, "--quiet"]
+    code, _, stderr = run("prune", artefact, *common, "--ratio", 0.2, "--only", "*layer4*", "--out", out)
+    assert code == 0, stderr
+    code, stdout, stderr = verify(out, model_dir, "--data", "synthetic", "--json")
+    assert code == 0, stderr
+    assert "R4 measured" in {v["name"] for v in json.loads(stdout)["verdicts"]}
