@@ -12,10 +12,9 @@ import hashlib
 import math
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +27,7 @@ from .artifact import state_hash
 from .data import Samples, class_count, image_shape, load_samples, normalisation
 from .errors import ModhifiError
 from .load import LoadedModel
+from .moment_cache import make_room
 from .quality import look, statistics_gap
 
 STEPS, RATE, BATCH = 150, 0.02, 125
@@ -193,7 +193,9 @@ def _read(path: Path | None) -> Tensor | None:
     if path is None or not path.is_file():
         return None
     try:
-        return load_file(path)["images"]
+        images = load_file(path)["images"]
+        os.utime(path)
+        return images
     except (OSError, SafetensorError, KeyError):
         return None
 
@@ -202,11 +204,13 @@ def _write(path: Path | None, images: Tensor) -> None:
     """Whole or not at all; a disk that is full costs the cache, not the run."""
     if path is None:
         return
-    with ExitStack() as stack:
+    part = path.with_suffix(f".{os.getpid()}.part")
+    with suppress(OSError):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = stack.enter_context(NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False))
-            save_file({"images": images.contiguous()}, part.name)
-            os.replace(part.name, path)
-        except (OSError, SafetensorError):
-            Path(part.name).unlink(missing_ok=True)
+            if make_room(path, images.nbytes):
+                save_file({"images": images.contiguous()}, part)
+                os.replace(part, path)
+        except SafetensorError:
+            pass
+        finally:
+            part.unlink(missing_ok=True)

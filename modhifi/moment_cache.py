@@ -18,7 +18,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -27,6 +26,7 @@ from .artifact import state_hash
 from .data import Samples
 from .load import LoadedModel
 from .moments import LEAST_ROWS, Accumulator
+from .own_data import digest
 
 FORMAT = 1
 # Writing takes at most this share of the time of a pass.
@@ -115,7 +115,7 @@ class StoredSums:
         }
         partial = self.path.with_suffix(f".{os.getpid()}.part")
         try:
-            if self._make_room(sum(t.nbytes for t in tensors.values())):
+            if make_room(self.path, sum(t.nbytes for t in tensors.values())):
                 save_file(tensors, partial, metadata=facts)
                 os.replace(partial, self.path)
         except (OSError, SafetensorError):
@@ -124,32 +124,31 @@ class StoredSums:
         self._written = time.perf_counter()
         self._cost = self._written - now
 
-    def _make_room(self, needed: int) -> bool:
-        """Whether a file of that size may be written; older files are removed for it."""
-        directory = self.path.parent
-        directory.mkdir(parents=True, exist_ok=True)
-        files = {path: path.stat() for path in directory.glob("*.safetensors") if path != self.path}
-        used = sum(s.st_size for s in files.values())
-        limit = (shutil.disk_usage(directory).free + used) * SHARE
-        if needed > limit:
-            return False
-        for path, facts in sorted(files.items(), key=lambda item: item[1].st_mtime):
-            if used + needed <= limit:
-                break
-            path.unlink(missing_ok=True)
-            used -= facts.st_size
-        return True
+
+def make_room(path: Path, needed: int) -> bool:
+    """Whether a file of ``needed`` bytes may be written to ``path``; older ones beside it are removed for it."""
+    directory = path.parent
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {other: other.stat() for other in directory.glob("*.safetensors") if other != path}
+    used = sum(s.st_size for s in files.values())
+    limit = (shutil.disk_usage(directory).free + used) * SHARE
+    if needed > limit:
+        return False
+    for other, facts in sorted(files.items(), key=lambda item: item[1].st_mtime):
+        if used + needed <= limit:
+            break
+        other.unlink(missing_ok=True)
+        used -= facts.st_size
+    return True
 
 
 def _key(loaded: LoadedModel, readers: Mapping[str, nn.Module], samples: Samples, settings: Mapping[str, Any]) -> str:
-    first = samples.load(0).contiguous()
-    seen = hashlib.sha256(first.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
     parts = {
         "format": FORMAT,
         "weights": state_hash(loaded.model),
         "code": repr(loaded.model) + str(getattr(loaded.model, "config", "")),
         "readers": sorted(readers),
-        "samples": [samples.fingerprint(), len(samples), samples.adapted, seen],
+        "samples": [samples.fingerprint(), len(samples), samples.adapted, digest(samples.load(0))],
         "settings": dict(settings),
         "least_rows": LEAST_ROWS,
         "device": next(loaded.model.parameters()).device.type,

@@ -78,6 +78,11 @@ def test_grams_of_too_few_rows_and_of_one_direction_are_told():
     assert gram_warnings(gram_quality({"a": white}), 8) == []
 
 
+def test_a_cache_that_cannot_be_written_costs_only_the_cache(small, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert len(inverted(small, 4, 0, steps=1, cache=tmp_path / "file" / "cache")) == 4
+
+
 def test_inverted_images_fit_the_memory_better_and_change_no_weight(small, tmp_path, monkeypatch):
     before = {k: v.clone() for k, v in small.model.state_dict().items()}
     start = load_samples("synthetic", small, n=20, balanced=False)
@@ -89,9 +94,9 @@ def test_inverted_images_fit_the_memory_better_and_change_no_weight(small, tmp_p
     assert found.labels.bincount().tolist() == [5] * 4
     contact_sheet(found, small)
     (file,) = tmp_path.iterdir()
-    stamp = file.stat().st_mtime_ns
+    stamp = file.stat().st_ino
     again = inverted(small, 20, 0, steps=6, cache=tmp_path)
-    assert again.fingerprint() == found.fingerprint() and file.stat().st_mtime_ns == stamp
+    assert again.fingerprint() == found.fingerprint() and file.stat().st_ino == stamp
     file.write_bytes(b"cut")
     assert inverted(small, 20, 0, steps=6, cache=tmp_path).fingerprint() == found.fingerprint()
     # Far from the norms they are treated as synthetic, near them as real ones.
