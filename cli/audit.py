@@ -35,12 +35,11 @@ def audit(
     """Try to get forgotten classes back: norms re-estimated, probes, neighbours, prototypes; beside an output mask."""
     import json
 
-    from modhifi.errors import ModhifiError
+    from modhifi.output import check_file
     from modhifi.report import jsonable, render_html
     from modhifi.unlearning.pipeline import run_audit
 
-    if out is not None and out.suffix not in (".json", ".html"):
-        raise ModhifiError(f"--out {out}: the ending says the format; use .json or .html")
+    check_file(out, "--out", json="figures", html="a page")
     with progress(quiet or as_json) as report:
         result = run_audit(
             directory,

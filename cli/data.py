@@ -62,12 +62,13 @@ def make(
     """Write the samples of a source as files, images or texts, and say how well they suit the model."""
     from modhifi.contact_sheet import materialise, save_sheet
     from modhifi.data import load_samples
-    from modhifi.output import check_output, staging
+    from modhifi.output import check_file, check_output, staging
     from modhifi.pipeline import load_source
     from modhifi.quality import look
     from modhifi.recipe import ModelSource
 
     check_output(out)
+    check_file(sheet, "--sheet", png="an image")
     source = model_source(model, model_arg, weights, revision, random_weights, trust_remote_code, gguf_file)
     with progress(quiet or as_json) as report:
         loaded = load_source(ModelSource(**source))

@@ -29,7 +29,7 @@ from .common import (
     resolve_device,
     stdout_console,
 )
-from .push import PushOption, pushed
+from .push import PushOption, check_pushed, pushed
 from .summary import SummaryOption
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
@@ -95,7 +95,7 @@ def model_source(
 
 def prune(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Directory to write; its parent must exist.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Directory to write.")] = None,
     ratio: Annotated[str | None, typer.Option("--ratio", help="Share of components removed, such as 0.5.")] = None,
     params: Annotated[str | None, typer.Option("--params", help="Share of parameters kept, such as 0.5x.")] = None,
     flops: Annotated[str | None, typer.Option("--flops", help="Share of FLOPs kept, such as 0.5x.")] = None,
@@ -200,14 +200,11 @@ def prune(
 
     from modhifi.moment_cache import MomentCache
     from modhifi.pipeline import run_prune
-    from modhifi.push import check_push
     from modhifi.recipe import parse_recipe
     from modhifi.recipe_file import apply_overrides, read_yaml
     from modhifi.summary import check_summary, write_summary
 
     check_summary(summary)
-    if push_to_hub is not None:
-        check_push(push_to_hub)
     if recipe is not None:
         content = read_yaml(recipe)
         if model is not None:
@@ -261,6 +258,7 @@ def prune(
     parsed = parse_recipe(apply_overrides(content, set_values or []), recipe or "the options")
     if parsed.out is None and not dry_run:
         raise ModhifiError("give --out DIR for the pruned model, or --dry-run to see the plan only")
+    check_pushed(push_to_hub, None if dry_run else parsed.out)
     kept = cache_directory(cache, no_cache)
     moments = None if kept is None else MomentCache(kept)
     with progress(quiet or as_json) as report:

@@ -7,10 +7,23 @@ from typing import Annotated
 
 import typer
 
+from modhifi.errors import ModhifiError
+
 PushOption = Annotated[
     str | None,
     typer.Option("--push-to-hub", metavar="ORG/NAME", help="Upload what passes; a new repository is private."),
 ]
+
+
+def check_pushed(repo: str | None, out: str | Path | None) -> None:
+    """Raise ModhifiError, before the work, for an upload of nothing, a bad name or no login."""
+    if repo is None:
+        return
+    from modhifi.push import check_push
+
+    if out is None:
+        raise ModhifiError("--push-to-hub uploads what a run writes; give --out DIR")
+    check_push(repo)
 
 
 def pushed(path: Path | None, repo: str | None) -> None:

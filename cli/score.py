@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from modhifi.errors import ModhifiError
-
 from .common import (
     DeviceOption,
     JsonOption,
@@ -52,12 +50,12 @@ def score(
     as_json: JsonOption = False,
 ) -> None:
     """Measure every component: singleton fidelity, energy score, exact removal cost, order of removal."""
+    from modhifi.output import check_file
     from modhifi.pipeline import load_source
     from modhifi.recipe import ModelSource
     from modhifi.scoring import score_model, write_scores
 
-    if out is not None and out.suffix not in (".json", ".csv", ".safetensors"):
-        raise ModhifiError(f"--out {out}: the ending says the format; use .json, .csv or .safetensors")
+    check_file(out, "--out", json="all", csv="a table", safetensors="tensors")
     source = model_source(model, model_arg, weights, revision, random_weights, trust_remote_code, gguf_file)
     with progress(quiet or as_json) as report:
         loaded = load_source(ModelSource(**source))

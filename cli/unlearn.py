@@ -35,7 +35,7 @@ from .prune import (
     WeightsOption,
     model_source,
 )
-from .push import PushOption, pushed
+from .push import PushOption, check_pushed, pushed
 from .summary import SummaryOption
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def unlearn(
         str | None,
         typer.Option("--data", help="Images with the forgotten and other classes: images:DIR or hf:DATASET."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Directory to write; its parent must exist.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Directory to write.")] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Number of images the edit sees.")] = 2000,
     forget_data: ForgetDataOption = None,
     evaluate: Annotated[
@@ -113,7 +113,6 @@ def unlearn(
     """Make a classifier forget classes with forward passes only, then attack the result. No proof of data deletion."""
     import shlex
 
-    from modhifi.push import check_push
     from modhifi.recipe_file import apply_overrides, read_yaml
     from modhifi.recipe_run import require_forgotten
     from modhifi.summary import check_summary, write_summary
@@ -121,8 +120,6 @@ def unlearn(
     from modhifi.unlearning.recipe import parse_unlearn_recipe
 
     check_summary(summary)
-    if push_to_hub is not None:
-        check_push(push_to_hub)
     if recipe is not None:
         content = read_yaml(recipe)
         if model is not None:
@@ -169,6 +166,7 @@ def unlearn(
         content["out"] = str(out)
     content = apply_overrides(content, set_values or [])
     parsed = parse_unlearn_recipe(content, recipe or "the options")
+    check_pushed(push_to_hub, parsed.out)
     with progress(quiet or as_json) as report:
         result = run_unlearn(
             parsed,

@@ -31,6 +31,20 @@ def check_output(out: str | Path, force: bool = False) -> None:
         raise ModhifiError(f"cannot write to {place}; give --out a directory that can be written")
 
 
+def check_file(path: Path | None, option: str, **endings: str) -> None:
+    """Raise ModhifiError if a file could not be written to ``path``: ask before the work, not after it.
+
+    ``endings`` are what the format may be, each with its name, ``md="Markdown"`` say.
+    """
+    if path is None:
+        return
+    if path.suffix.removeprefix(".") not in endings:
+        formats = " or ".join(f".{ending} ({name})" for ending, name in endings.items())
+        raise ModhifiError(f"{option} {path}: the ending says the format; use {formats}")
+    if not path.absolute().parent.is_dir():
+        raise ModhifiError(f"{option} {path}: there is no directory {path.parent}; make it first")
+
+
 def _stays(out: Path) -> bool:
     """Whether ``out`` exists and cannot be replaced as a whole: a mount point, or in a parent that is not ours."""
     return out.is_dir() and (os.path.ismount(out) or not os.access(out.parent, os.W_OK | os.X_OK))

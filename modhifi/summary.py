@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as XML
 
-from .errors import ModhifiError
+from .output import check_file
 from .report import change, number
 
 FAILED = ("FAIL", "INCONCLUSIVE", "BUG")
@@ -15,9 +15,8 @@ Report = Mapping[str, Any]
 
 
 def check_summary(path: Path | None) -> None:
-    """Raise ModhifiError for an ending that is neither .md nor .xml, before any work."""
-    if path is not None and path.suffix not in (".md", ".xml"):
-        raise ModhifiError(f"--summary {path}: the ending says the format; use .md (Markdown) or .xml (JUnit)")
+    """Raise ModhifiError, before any work, for another ending than .md and .xml or a directory that is not there."""
+    check_file(path, "--summary", md="Markdown", xml="JUnit")
 
 
 def write_summary(path: Path, reports: Sequence[tuple[str, Report]]) -> None:

@@ -102,3 +102,12 @@ def test_it_is_refused_before_the_work(
     out = tmp_path / "out"
     done = runner.invoke(app, ["prune", "demo:resnet", "--ratio", "0.2", "--out", str(out), "--push-to-hub", name])
     assert done.exit_code == 2 and message in done.stderr and not out.exists()
+
+
+@pytest.mark.parametrize("arguments", [
+    ["prune", "demo:resnet", "--ratio", "0.2", "--dry-run"],
+    ["unlearn", "demo:resnet", "--forget", "frog", "--data", "demo:calibration"],
+])  # fmt: skip
+def test_nothing_is_not_uploaded(arguments: list[str], server: HubServer) -> None:
+    done = runner.invoke(app, [*arguments, "--push-to-hub", "someone/nothing"])
+    assert done.exit_code == 2 and "give --out DIR" in done.stderr and "someone/nothing" not in server.repositories
