@@ -47,6 +47,8 @@ def demo(
             progress=report,
             command=shlex.join(["modhifi", *sys.argv[1:]]),
         )
+    if not result.report:
+        return  # the main process of several goes on
     if as_json:
         print_json({**result.report, "path": str(result.path)})
     else:

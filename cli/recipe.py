@@ -110,6 +110,8 @@ def run(
     with progress(quiet or as_json) as report:
         command = shlex.join(["modhifi", *sys.argv[1:]])
         found = run_recipe(parsed, How(resolve_device, force, cache_directory(cache, no_cache), report, command))
+    if not found[-1].report:
+        return  # the main process of several goes on
     if summary is not None:
         write_summary(summary, [(done.name, done.report) for done in found])
     if as_json:

@@ -152,7 +152,7 @@ def load(directory: str | Path, *, skeleton: nn.Module | None = None) -> nn.Modu
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
     """The content of ``modhifi.json``; ModhifiError if it is missing, broken, or of a modhifi too new or too old."""
-    path = Path(directory) / MANIFEST
+    path = Path(directory).expanduser() / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = int(manifest["schema_version"])
@@ -190,8 +190,8 @@ def _library_hint(manifest: Mapping[str, Any]) -> Iterator[None]:
 
 def weights_match(directory: str | Path) -> bool:
     """Whether the weight files are, by their SHA-256, those that the manifest was written for."""
-    files = read_manifest(directory)["weights"]["files"]
-    return all((path := Path(directory) / name).is_file() and _sha256(path) == sha for name, sha in files.items())
+    files, place = read_manifest(directory)["weights"]["files"], Path(directory).expanduser()
+    return all((path := place / name).is_file() and _sha256(path) == sha for name, sha in files.items())
 
 
 def describe_data(samples: Samples) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import quality
-from .artifact import check_output, describe_data, save_artifact, verify_reload
+from .artifact import check_output, describe_data, read_manifest, save_artifact, verify_reload
 from .blocks import find_blocks
 from .clock import Clock
 from .contact_sheet import contact_sheet
@@ -75,6 +75,16 @@ def load_source(source: ModelSource) -> LoadedModel:
         gguf_file=source.gguf_file,
         trust_remote_code=source.trust_remote_code,
     )
+
+
+def original_of(directory: str | Path) -> ModelSource:
+    """What to load to have the model that an artefact was made from, by its manifest."""
+    manifest = read_manifest(directory)
+    base, named = manifest["base"], (manifest.get("recipe") or {}).get("model") or {}
+    if named.get("name") == base["source"]:
+        return ModelSource(**named)
+    arguments = manifest["model"]["info"].get("model_args") if str(base["source"]).startswith("timm:") else None
+    return ModelSource(name=base["source"], revision=base.get("revision"), args=arguments or {})
 
 
 def load_data(
@@ -215,7 +225,7 @@ def run_prune(
             batch = next(held.batches(min(4, len(held))))
             with torch.no_grad():
                 expected = loaded.logits(batch, pruned.model.cpu())
-            verify_reload(path, batch, expected, own_skeleton(loaded))
+            verify_reload(path, batch, expected, own_skeleton(path, loaded))
         for kind in export:
             with clock.stage(f"export {kind}"):
                 export_model(pruned.model, batch, path / f"model{SUFFIXES[kind]}", kind)
@@ -231,9 +241,9 @@ def place(loaded: LoadedModel, device: torch.device | str, offload: bool) -> Non
         loaded.model.to(device)
 
 
-def own_skeleton(loaded: LoadedModel) -> nn.Module | None:
-    """The dense module where no library builds it anew, so that an artefact of it can be loaded."""
-    return loaded.model if loaded.framework == "torch" else None
+def own_skeleton(path: Path, loaded: LoadedModel) -> nn.Module | None:
+    """The dense module, where no library builds it anew and the artefact at ``path`` cannot be loaded without it."""
+    return loaded.model if read_manifest(path)["model"]["framework"] == "torch" else None
 
 
 def check_model(loaded: LoadedModel) -> dict[str, Any]:

@@ -30,9 +30,14 @@ class Processes:
 ALONE = Processes()
 
 
+def launched() -> bool:
+    """Whether a launcher started several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def processes() -> Processes:
     """Join the other processes of this run, if a launcher started several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if not launched():
         return ALONE
     from accelerate import PartialState
 

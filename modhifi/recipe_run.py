@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from .artifact import read_manifest
 from .errors import GateFailed, ModhifiError, SelfTestFailed
 from .moment_cache import MomentCache
 from .output import check_output, staging
-from .pipeline import run_prune
-from .recipe import ModelSource, PruneRecipe
+from .pipeline import original_of, run_prune
+from .processes import launched
+from .recipe import PruneRecipe
 from .recipe_file import set_value, to_yaml
 from .recipe_steps import STEP, AuditRecipe, Recipe, StepsRecipe, VerifyRecipe, parse
 from .report import jsonable, render_html
@@ -59,7 +59,9 @@ def run_recipe(recipe: Recipe, how: How) -> list[Done]:
         return [_run(recipe.task, recipe, how)]
     if recipe.out is None:
         raise ModhifiError("a recipe of several steps writes a directory for each; give --out DIR")
-    out = Path(recipe.out)
+    if launched():
+        raise ModhifiError("a recipe of several steps runs in one process; launch `modhifi prune` alone")
+    out = Path(recipe.out).expanduser()
     check_output(out, how.force)
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.yaml").write_text(to_yaml(recipe.model_dump(mode="json")), encoding="utf-8")
@@ -130,7 +132,7 @@ def _run(name: str, recipe: PruneRecipe | UnlearnRecipe | VerifyRecipe | AuditRe
         edited = run_unlearn(recipe, device=device, force=how.force, progress=how.progress, command=how.command)
         failure = _caught(partial(_enforce, edited.bounds)) or _caught(partial(require_forgotten, edited.report))
         return Done(name, edited.report, edited.path, failure)
-    out = None if recipe.out is None else Path(recipe.out)
+    out = None if recipe.out is None else Path(recipe.out).expanduser()
     if out is not None:
         check_output(out, how.force)
     if isinstance(recipe, VerifyRecipe):
@@ -156,7 +158,7 @@ def require_forgotten(report: Mapping[str, Any]) -> None:
 def write_report(out: Path, report: Mapping[str, Any], recipe: Mapping[str, Any]) -> Path:
     """A directory with ``report.json``, ``report.html`` and ``recipe.yaml``, written whole or not at all."""
     content = jsonable(report)
-    with staging(out.expanduser().absolute()) as directory:
+    with staging(out.absolute()) as directory:
         (directory / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
         (directory / "report.html").write_text(render_html(content), "utf-8")
         (directory / "recipe.yaml").write_text(to_yaml(jsonable(recipe)), "utf-8")
@@ -197,15 +199,6 @@ def _verify(
         **content,
         "warnings": content["bounds"]["warnings"],
     }, found.enforce
-
-
-def original_of(directory: str) -> ModelSource:
-    """What to load to have the model that an artefact was made from, by its manifest."""
-    manifest = read_manifest(directory)
-    base, named = manifest["base"]["source"], (manifest.get("recipe") or {}).get("model") or {}
-    if named.get("name") == base:
-        return ModelSource(**named)
-    return ModelSource(name=base, revision=manifest["base"].get("revision"))
 
 
 def _audit(recipe: AuditRecipe, device: torch.device, progress: Progress) -> tuple[dict[str, Any], Callable[[], None]]:

@@ -125,6 +125,7 @@ def test_list_show_copy_validate(tmp_path: Path) -> None:
         (["ci/sweep"], "give --out DIR"),
         (["ci/swep", "--out", "x"], "is ci/sweep meant"),
         (["ci/sweep", "--out", "x", "--summary", "s.txt"], ".md (Markdown) or .xml (JUnit)"),
+        (["ci/sweep", "--out", "x", "--summary", "none/s.md"], "there is no directory none"),
         (["ci/sweep", "--out", "x", "--set", "steps.prune.out=y"], "remove its out"),
     ],
 )
@@ -133,3 +134,19 @@ def test_bad_arguments(arguments: list[str], message: str, tmp_path: Path, monke
     code, _, stderr = run("recipe", "run", *arguments)
     assert code == 2 and message in stderr and not list(tmp_path.iterdir())
     shutil.rmtree(tmp_path)
+
+
+def test_several_steps_run_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, stderr = run("recipe", "run", "ci/prune-verify", "--out", tmp_path / "out")
+    assert code == 2 and "runs in one process" in stderr and not (tmp_path / "out").exists()
+
+
+def test_a_home_directory_is_the_same_for_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    small = ["--set", "steps.prune.data.samples=32", "--set", "steps.prune.data.evaluation_samples=32"]
+    code, _, stderr = run("recipe", "run", "ci/prune-verify", "--set", "out=~/runs", *small, "--quiet")
+    assert code in (0, 1), stderr
+    assert (tmp_path / "home" / "runs" / "verify" / "report.json").is_file() and not (tmp_path / "~").exists()

@@ -16,7 +16,8 @@ from modhifi.contact_sheet import contact_sheet
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError
 from modhifi.load import LoadedModel, load_model
-from modhifi.pipeline import NOTHING, Given, load_source, own_skeleton
+from modhifi.pipeline import NOTHING, Given, load_source, original_of, own_skeleton
+from modhifi.processes import launched
 from modhifi.report import data_uri
 from modhifi.resumed import Passes
 from modhifi.run_checks import add_bounds
@@ -50,7 +51,12 @@ def run_unlearn(
     progress: Progress = silent,
     command: str = "",
 ) -> UnlearnResult:
-    """Run an unlearning recipe: load, edit, fit the strength, attack, save, reload."""
+    """Run an unlearning recipe: load, edit, fit the strength, attack, save, reload.
+
+    Raises ModhifiError for bad input, and where a launcher started several processes.
+    """
+    if launched():
+        raise ModhifiError("unlearning runs in one process; start it without a launcher")
     clock = Clock(progress, command)
     progress = clock.inner
     out = None if recipe.out is None else Path(recipe.out)
@@ -136,7 +142,7 @@ def run_unlearn(
             batch = next(data.test.batches(min(4, len(data.test))))
             with torch.no_grad():
                 expected = loaded.logits(batch, found.model.cpu())
-            verify_reload(path, batch, expected, own_skeleton(loaded))
+            verify_reload(path, batch, expected, own_skeleton(path, loaded))
     report["timing"] = clock.seconds
     return UnlearnResult(report, found.model, path, bounds)
 
@@ -165,7 +171,7 @@ def run_audit(
     base = edited.info.get("artifact", {}).get("base")
     if original is None and base is None:
         raise ModhifiError(f"{directory} has no manifest; give the model before the edit with --original")
-    loaded = load_model(original or base["source"], **({} if original else _arguments(edited, base)))
+    loaded = load_source(original_of(directory)) if original is None else load_model(original)
     notes = []
     if base is not None and base.get("sha256") not in (None, state_hash(loaded.model)):
         if original is None:
@@ -280,13 +286,6 @@ def shown(attacked: Mapping[str, Any]) -> dict[str, Any]:
 
 def _percentages(shares: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
-
-
-def _arguments(edited: LoadedModel, base: Mapping[str, Any]) -> dict[str, Any]:
-    """What it takes to load the base of an artefact again."""
-    if str(base["source"]).startswith("timm:") and edited.info.get("model_args"):
-        return {"model_args": edited.info["model_args"]}
-    return {}
 
 
 def _load(spec: str, loaded: LoadedModel, n: int, seed: int) -> Samples:
