@@ -58,7 +58,7 @@ Report = Callable[[str, int, int], None]
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called ``name``, where ``auto`` is cuda, mps or cpu, whichever there is first.
+    """The device called ``name``, where ``auto`` is cuda if it is there and cpu if not; mps has no float64.
 
     Raises ModhifiError if the device is not available.
     """
@@ -66,7 +66,7 @@ def resolve_device(name: str) -> torch.device:
 
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(device for device, there in available.items() if there)
+        name = "cuda" if available["cuda"] else "cpu"
     if not available.get(name, False):
         raise ModhifiError(f"the device {name!r} is not available here; use --device auto or --device cpu")
     return torch.device(name)
