@@ -108,7 +108,10 @@ def real_tokens(batch: Tensor) -> Tensor | None:
 
 
 def main_output(out: Any) -> Tensor:
-    """The logits in a model's output, else its last hidden state, else its first tensor; ModhifiError without one."""
+    """The logits in a model's output, else its last hidden state, else its first tensor; ModhifiError without one.
+
+    A single number for each item becomes ``(batch, 1)``.
+    """
     for name in ("logits", "last_hidden_state"):
         value = out.get(name) if isinstance(out, Mapping) else getattr(out, name, None)
         if isinstance(value, Tensor):
@@ -117,7 +120,9 @@ def main_output(out: Any) -> Tensor:
         out = next(iter(out.values())) if isinstance(out, Mapping) else out[0]
     if not isinstance(out, Tensor):
         raise ModhifiError(f"the model returns {type(out).__name__}, not a tensor; wrap it to return one")
-    return out
+    if out.ndim == 0:
+        raise ModhifiError("the model returns one number for a whole batch; wrap it to return an output for each item")
+    return out[:, None] if out.ndim == 1 else out
 
 
 def load_model(

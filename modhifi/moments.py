@@ -148,6 +148,12 @@ def _padded(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int,
     return x, kernel, stride, dilation
 
 
+def only_input(args: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    """What a layer is given, whether its caller names it or not."""
+    given: Tensor = args[0] if args else next(iter(named.values()))
+    return given
+
+
 class MomentCollector:
     """Owns forward hooks on readers and accumulates their moments while the model runs.
 
@@ -175,7 +181,8 @@ class MomentCollector:
     def __enter__(self) -> MomentCollector:
         for name, module in self.readers.items():
             see = partial(self._see, name)
-            self.handles.append(module.register_forward_pre_hook(lambda m, args, see=see: see(m, args[0])))
+            self.handles.append(module.register_forward_pre_hook(
+                lambda m, args, named, see=see: see(m, only_input(args, named)), with_kwargs=True))  # fmt: skip
         return self
 
     def __exit__(self, *_: object) -> None:

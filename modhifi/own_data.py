@@ -41,7 +41,7 @@ def from_items(items: Indexed, transform: Callable[[Image.Image], Tensor] | None
     def read(index: int) -> tuple[Tensor, int | None]:
         item, label = items[index], None
         if isinstance(item, tuple | list) and len(item) == 2:
-            item, label = item[0], int(item[1])
+            item, label = item[0], _class_index(item[1], index)
         if isinstance(item, Image.Image):
             if transform is None:
                 raise ModhifiError("this model brings no preprocessing for images; give tensors that it reads")
@@ -49,15 +49,20 @@ def from_items(items: Indexed, transform: Callable[[Image.Image], Tensor] | None
         if not isinstance(item, Tensor):
             raise ModhifiError(f"item {index} of the data is {type(item).__name__}; give tensors, PIL images, or pairs "
                                "of one with a class index")  # fmt: skip
-        return item, label
+        return item.detach().cpu(), label
 
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen: dict[str, tuple[int, int | None]] = {}
+    shape: torch.Size | None = None
     for index in order:
         if len(chosen) == n:
             break
         tensor, label = read(index)
-        chosen.setdefault(_digest(tensor), (index, label))
+        shape = shape or tensor.shape
+        if tensor.ndim != 1 and tensor.shape != shape:
+            raise ModhifiError(f"item {index} of the data is {tuple(tensor.shape)} and another {tuple(shape)}; give "
+                               "items of one shape")  # fmt: skip
+        chosen.setdefault(digest(tensor), (index, label))
     places = [index for index, _ in chosen.values()]
     labels = [label for _, label in chosen.values() if label is not None]
     if labels and len(labels) < len(places):
@@ -71,6 +76,13 @@ def from_items(items: Indexed, transform: Callable[[Image.Image], Tensor] | None
         description=f"{len(places)} of {len(items)} items of a {kind}, seed {seed}",
         synthetic=bool(getattr(items, "synthetic", False)),
     )
+
+
+def _class_index(label: Any, index: int) -> int:
+    try:
+        return int(label)
+    except (TypeError, ValueError):
+        raise ModhifiError(f"the label of item {index} of the data is {label!r}; give class indices") from None
 
 
 def first_items(items: Indexed, count: int = 2) -> Tensor:
@@ -95,6 +107,7 @@ def samples_from(source: Samples | Indexed, loaded: LoadedModel, *, n: int, seed
     return from_items(source, loaded.transform, n=n, seed=seed)
 
 
-def _digest(tensor: Tensor) -> str:
+def digest(tensor: Tensor) -> str:
+    """Hash of a tensor's bytes: 16 hex digits of a SHA-256."""
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return hashlib.sha256(raw).hexdigest()[:16]

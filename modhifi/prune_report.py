@@ -17,8 +17,8 @@ from .settings import Progress, silent
 from .sizes import sizes_of
 from .stages import Pruned
 
-# Shares of a group's components below which a fidelity lies, for the report's distribution.
 STEP = 0.005  # a share of the KV cache this near to the one asked for is that one
+# Shares of a group's components below which a fidelity lies, for the report's distribution.
 QUANTILES = (0.1, 0.5, 0.9)
 
 
@@ -113,6 +113,8 @@ def measure_run(
     """Everything measured on the held-out samples and on this device, before and after."""
     device = next(edited.parameters()).device
     one = next(held.batches(1)).to(device)
+    if one.is_floating_point():
+        one = one.to(next(edited.parameters()).dtype)
     progress("checking", 0, 3)
     dense, after = measure.Timed(loaded.logits), measure.Timed(partial(loaded.logits, model=edited))
     errors: dict[str, Any]

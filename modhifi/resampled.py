@@ -42,9 +42,6 @@ class Resampler:
         self.mask, self.special = mask, [i for i in cutter.tokenizer.all_special_ids if i < cutter.vocabulary]
         self.empty = torch.tensor([*before, *[mask] * (length - len(before) - len(behind)), *behind])
         self.inner = torch.arange(len(before), length - len(behind))
-        if not len(self.inner):
-            raise ModhifiError(f"a window of {length} tokens is no longer than the tokenizer's frame; give a larger "
-                               "--window")  # fmt: skip
 
     @property
     def what(self) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .compensate import least_squares_towards
 from .groups import Structure
 from .load import real_tokens
-from .moments import Accumulator, MomentCollector, Moments, batch_statistics, reader_rows
+from .moments import Accumulator, MomentCollector, Moments, batch_statistics, only_input, reader_rows
 from .plan import Plan
 from .readers import absorb_mean, mean_diagonal, shrinkage, shrunk, weight_matrix, write_weight
 from .surgery import kernel_size, removed_positions
@@ -28,12 +28,12 @@ def _rows_of(
 ) -> Iterator[list[Tensor]]:
     found: list[Tensor] = []
 
-    def see(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].detach()
+    def see(layer: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        x = only_input(args, named).detach()
         found.append(reader_rows(layer, x, lambda total: positions(x, total), keep))
         raise _Reached
 
-    handle = module.register_forward_pre_hook(see)
+    handle = module.register_forward_pre_hook(see, with_kwargs=True)
     try:
         yield found
     finally:

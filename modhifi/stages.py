@@ -165,7 +165,10 @@ def trial_size(group: Group, share: float) -> int:
 
 
 def hifi_plan(model: nn.Module, structure: Structure, moments: Mapping[str, Moments], settings: PruneSettings) -> Plan:
-    """Keep in every group the union of its output channels' smallest NAIVE HiFi sets of fidelity ``eta``."""
+    """Keep in every group the union of its output channels' smallest NAIVE HiFi sets of fidelity ``eta``.
+
+    Groups that lose whole parts at a time (heads, grouped convolutions) stay as they are.
+    """
     assert settings.eta is not None
     kept = {}
     for group in structure.prunable:
@@ -221,7 +224,7 @@ def apply_plan(
 
         def moments_of(edited: nn.Module, reader: str) -> Moments:
             assert samples is not None
-            return joint_moments(
+            found = joint_moments(
                 loaded.model,
                 edited,
                 reader,
@@ -232,6 +235,7 @@ def apply_plan(
                 use_batch_statistics=samples.adapted,
                 seed=settings.seed,
             )
+            return found.to(next(edited.get_submodule(reader).parameters()).device)  # where its weights lie
 
         dense_shape, found = edit_sequentially(
             loaded.model, structure, plan, moments_of, settings.sequential, settings.ridge, progress

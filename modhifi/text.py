@@ -44,10 +44,16 @@ class Cutter:
 
     @cached_property
     def frame(self) -> tuple[list[int], list[int]]:
-        """The special tokens that the tokenizer puts before and behind a text, [CLS] and [SEP] say."""
+        """The special tokens that the tokenizer puts before and behind a text, [CLS] and [SEP] say.
+
+        Raises ModhifiError where they fill a window.
+        """
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         framed = self.tokenizer("a")["input_ids"]
         at = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), 0)
+        if len(framed) - len(plain) >= self.length:
+            raise ModhifiError(f"a window of {self.length} tokens is no longer than the tokenizer's frame; give a "
+                               "larger --window")  # fmt: skip
         return framed[:at], framed[at + len(plain) :]
 
     def tokens(self, document: str) -> list[int]:

@@ -77,6 +77,8 @@ def test_pictures_are_prepared_by_the_model(image_dir: Path, model_dir: Path) ->
         ({"a": 1}, "is dict"),
         ([(torch.zeros(3, 8, 8), 1), torch.ones(3, 8, 8)], "all of them one"),
         ([Image.new("RGB", (8, 8))] * 4, "no preprocessing"),
+        ([(torch.zeros(3, 8, 8), "cat")], "label of item 0 of the data is 'cat'"),
+        ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], "items of one shape"),
     ],
 )
 def test_bad_data(data: object, message: str) -> None:
@@ -109,3 +111,50 @@ def test_a_module_needs_tensors_and_the_demo_has_names() -> None:
         modhifi.prune("demo:nothing", ratio=0.5)
     with pytest.raises(ModhifiError, match="brings demo:calibration and demo:test"):
         modhifi.prune("demo:resnet", "demo:nothing", ratio=0.5)
+
+
+def test_half_precision_and_tensors_with_gradients(tmp_path: Path) -> None:
+    x = torch.randn(40, 3, 8, 8, requires_grad=True)
+    result = modhifi.prune(net().bfloat16(), x, ratio=0.4, samples=24, checks={"walked": 0}, out=tmp_path / "small")
+    assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
+    before, after = result.report["size"]["flops"]
+    assert after < before
+
+
+def test_a_layer_called_by_keyword_and_an_output_of_one_number() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(input=self.first(x).relu()).squeeze(1)
+
+    result = modhifi.prune(Named(), torch.randn(64, 6), ratio=0.5, samples=40, checks={"walked": 0})
+    assert result.model(torch.randn(5, 6)).shape == (5,)
+    assert result.report["size"]["parameters"][1] < result.report["size"]["parameters"][0]
+
+
+def test_a_model_of_a_library_changed_by_hand_is_saved_with_its_skeleton(tmp_path: Path, model_dir: Path) -> None:
+    model = modhifi.load_model(model_dir).model
+    model.fc = nn.Sequential(nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 3))
+    x = torch.randn(24, 3, 32, 32)
+    result = modhifi.prune(model, x, ratio=0.3, samples=16, checks={"walked": 0}, out=tmp_path / "small")
+    again = modhifi.load(tmp_path / "small", skeleton=model)
+    assert torch.equal(again(x[:4]), result.model(x[:4]))
+
+
+def test_classes_are_forgotten_with_held_out_tensors_and_any_size_of_example() -> None:
+    module, x = net().eval(), torch.randn(600, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    head = module[-1]
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        logits = module(x)
+        head.weight.mul_(4 / logits.std(0)[:, None])
+        head.bias.copy_(-4 * (logits.mean(0) - head.bias) / logits.std(0))  # sure of every class now and then
+    loaded = modhifi.load_model(module, example=x[:8])
+    result = modhifi.unlearn(loaded, x[:300], forget=1, evaluate=x[300:], samples=300, evaluation_samples=300,
+                             checks={"walked": 0})  # fmt: skip
+    rows = result.report["audit"]["rows"]
+    assert rows["edited"]["forget"] < rows["original"]["forget"]

@@ -126,7 +126,7 @@ def load_unlearn_data(
         notes.extend([remark] if remark else [])
         return loaded_samples
 
-    both = load(source, samples if evaluate else 2 * samples)
+    both = load(source, samples if evaluate is not None else 2 * samples)
     if forget_source is not None:
         forgotten = _forget_set(loaded, forget_source, classes, samples, seed, batch_size)
         both = _with_forget(both, forgotten, classes, notes)

@@ -85,7 +85,7 @@ class Sites:
 
 
 def find_sites(loaded: LoadedModel) -> Sites:
-    """Watch one forward pass of a classifier on its two example inputs.
+    """Watch one forward pass of a classifier on two example inputs.
 
     Raises ModhifiError for a model that is no classifier: one whose output is not ``(batch, classes)`` with at least
     two classes, written by a linear operator.
@@ -98,7 +98,7 @@ def find_sites(loaded: LoadedModel) -> Sites:
         m.register_forward_pre_hook(lambda *_, name=name: watcher.path.append(name))
         for name, m in model.named_modules()
     ] + [m.register_forward_hook(lambda *_: (watcher.path.pop(), None)[1]) for _, m in model.named_modules()]
-    example = loaded.example.clone()
+    example = _pair(loaded.example)
     watcher.depth[id(example)] = 0
     watcher.alive.append(example)
     try:
@@ -113,6 +113,11 @@ def find_sites(loaded: LoadedModel) -> Sites:
             "least two classes"
         )
     return _assemble(model, watcher, logits)
+
+
+def _pair(example: Tensor) -> Tensor:
+    """Two items: what the batch axis is shows in the sizes."""
+    return example[:2].clone() if len(example) > 1 else example.repeat(2, *[1] * (example.ndim - 1))
 
 
 def _assemble(model: nn.Module, watcher: BranchWatcher, logits: Tensor) -> Sites:
