@@ -25,9 +25,6 @@ DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda", "mps"],
     typer.Option("--device", help="Where to run; auto takes a GPU if there is one."),
 ]
-DtypeOption = Annotated[
-    Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="The type of weights and activations.")
-]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="The seed of everything random.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.")]

@@ -21,6 +21,7 @@ from modhifi.pipeline import Given, PruneResult, run_prune
 from modhifi.recipe import parse_recipe
 from modhifi.scoring import GroupScores, score_model
 from modhifi.settings import Progress, silent
+from modhifi.skeleton import same_shapes
 from modhifi.unlearning.pipeline import UnlearnResult, run_unlearn
 from modhifi.unlearning.recipe import parse_unlearn_recipe
 from modhifi.verdicts import Tolerances
@@ -235,13 +236,10 @@ def verify(
     held = load_samples(data, original, n=n, seed=seed, window=window)
     original.model.to(device)
     edited.to(device)
-    same = {k: v.shape for k, v in original.model.state_dict().items()} == {
-        k: v.shape for k, v in edited.state_dict().items()
-    }
     return verify_model(
         original,
         edited,
-        edited if same else None,
+        edited if same_shapes(original.model, edited) else None,
         held,
         tolerances,
         walked=walked,

@@ -10,7 +10,6 @@ import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from modhifi.clock import version_of
 from modhifi.errors import ModhifiError
 from modhifi.hub import fetch_description, fetch_weights, split_revision
 from modhifi.load import LoadedModel, frozen, load_model
@@ -307,10 +307,7 @@ def _groups(structure: Structure | None, plan: Plan | None) -> list[dict[str, An
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed as a package"
+        found[name] = version_of(name)
     return found
 
 

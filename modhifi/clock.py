@@ -22,7 +22,7 @@ class Clock:
         self.outer = progress
         self.seconds: dict[str, float] = {}
         self.lines: list[str] = []
-        versions = [f"{name} {_version(name)}" for name in PACKAGES]
+        versions = [f"{name} {version_of(name)}" for name in PACKAGES]
         self.note(f"python {platform.python_version()}, {', '.join(versions)}, {platform.platform()}")
         if command:
             self.note(command)
@@ -55,7 +55,8 @@ class Clock:
         self.note(f"{name}: {self.seconds[name]:.1f} s")
 
 
-def _version(name: str) -> str:
+def version_of(name: str) -> str:
+    """The installed version of a package, in words where there is none."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -64,7 +64,7 @@ def export(model: nn.Module, example: Tensor, path: str | Path, kind: str) -> fl
     if example.is_floating_point():
         example = example.to(dtype)
     if kind == "onnx" and dtype != torch.float32:
-        raise ModhifiError(f"ONNX Runtime on the CPU cannot check a model in {dtype}; export it with --dtype float32")
+        raise ModhifiError(f"ONNX Runtime on the CPU cannot check a model in {dtype}; prune a float32 copy of it")
     batches = [example, torch.cat([example, example[:1]])]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

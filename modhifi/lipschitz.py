@@ -79,29 +79,6 @@ def batchnorm_scale(gamma: Tensor | None, variance: Tensor, eps: float) -> Tenso
     return scale if gamma is None else scale * gamma.detach().double()
 
 
-def batchnorm_constant(gamma: Tensor | None, variance: Tensor, eps: float) -> float:
-    """The Lipschitz constant of a BatchNorm in eval mode: its largest factor."""
-    return float(batchnorm_scale(gamma, variance, eps).abs().max()) * (1 + 1e-12)
-
-
-def fold_batchnorm(weight: Tensor, gamma: Tensor | None, variance: Tensor, eps: float) -> Tensor:
-    """The weight (out, ...) of a Linear or convolution with the BatchNorm behind it folded in: float64."""
-    scale = batchnorm_scale(gamma, variance, eps)
-    if len(scale) != len(weight):
-        raise ModhifiError(f"a BatchNorm of {len(scale)} channels cannot follow {len(weight)} outputs; check the pair")
-    return weight.detach().double() * scale.reshape(-1, *[1] * (weight.ndim - 1))
-
-
-def residual(*branches: float) -> float:
-    """The constant of a sum of branches that read the same input: the sum of theirs (1 for the plain skip)."""
-    return math.fsum(branches) * (1 + 1e-15)
-
-
-def concatenation(*branches: float) -> float:
-    """The constant of a concatenation of branches that read the same input: the root of the sum of squares."""
-    return math.hypot(*branches) * (1 + 1e-15)
-
-
 def input_box(mean: Tensor, std: Tensor, size: Sequence[int]) -> tuple[Tensor, float]:
     """The centre (c, *size), float64, and the Euclidean radius of all pixels in [0, 1] after normalisation.
 

@@ -15,30 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modhifi.errors import ModhifiError
-from modhifi.lipschitz import SLOPES
 
 # Sums of fewer than a million float64 terms are good to 1e-10.
 _UP = 1 + 1e-9
-
-
-def linear_rule(radius: Tensor, norm: float | Tensor, own_error: Tensor | float = 0.0) -> Tensor:
-    """`norm * radius + own_error`: any operator with a constant; a modified reader adds its own measured error."""
-    return (radius.double() * norm + own_error) * _UP
-
-
-def residual_rule(*radii: Tensor) -> Tensor:
-    """The radius of a sum: the sum of the radii."""
-    return torch.stack([radius.double() for radius in radii]).sum(0) * _UP
-
-
-def concat_rule(*radii: Tensor) -> Tensor:
-    """The radius of a concatenation: the root of the sum of squares."""
-    return _length(torch.stack([radius.double() for radius in radii]), 0) * _UP
-
-
-def gather_rule(radius: Tensor) -> Tensor:
-    """From a radius for each token (b, t) to one for the whole sample (b,): the root of the sum of squares."""
-    return _length(radius.double().flatten(1), 1) * _UP
 
 
 def norm_rule(z: Tensor, radius: Tensor, gamma: Tensor | None, eps: float, *, centred: bool) -> Tensor:
@@ -64,37 +43,6 @@ def norm_rule(z: Tensor, radius: Tensor, gamma: Tensor | None, eps: float, *, ce
     ceiling = 2 * math.sqrt(d * vectors.shape[-1])
     top = 1.0 if gamma is None else float(gamma.detach().abs().double().max())
     return torch.clamp(relative, max=ceiling) * (top * _UP)
-
-
-def product_rule(a: Tensor, u: Tensor, radius_a: Tensor, radius_u: Tensor) -> Tensor:
-    """The elementwise product a * u of two activations (..., d) that move by their own radii."""
-    ra, ru = radius_a.double(), radius_u.double()
-    return (_largest(u, ru) * ra + _largest(a, ra) * ru + ra * ru) * _UP
-
-
-def gated_rule(
-    gate: Tensor, up: Tensor, radius_gate: Tensor, radius_up: Tensor, slopes: tuple[float, float] = SLOPES["silu"]
-) -> Tensor:
-    """`phi(gate) * up` (SwiGLU, GeGLU): gate is the clean input of phi, `slopes` those of phi, with phi(0) = 0."""
-    c = max(abs(slopes[0]), abs(slopes[1]))
-    # From phi(0) = 0; the known ones are evaluated instead.
-    activated = gate.double().abs() * c
-    if slopes == SLOPES["silu"]:
-        activated = F.silu(gate.double())
-    elif slopes in (SLOPES["gelu"], SLOPES["gelu_tanh"]):
-        activated = F.gelu(gate.double(), approximate="tanh" if slopes == SLOPES["gelu_tanh"] else "none")
-    return product_rule(activated, up, radius_gate.double() * c, radius_up)
-
-
-def squeeze_excite_rule(
-    x: Tensor, gate: Tensor, radius_x: Tensor, radius_gate: Tensor, ceiling: float = math.inf
-) -> Tensor:
-    """`x * gate`, x (b, c, *size), gate (b, c), radii (b,); `ceiling` is the gate's largest value (1 for a sigmoid)."""
-    rx, rg = radius_x.double(), radius_gate.double()
-    clean = gate.double().flatten(1).abs().amax(1)
-    channel = _length(x.double().flatten(2), 2).amax(1)
-    # x'g' - xg = (x' - x) g' + x (g' - g); a change of the gate scales whole channels.
-    return (torch.clamp(clean + rg, max=ceiling) * rx + channel * rg) * _UP
 
 
 def scores_rule(
@@ -140,11 +88,6 @@ def attention_rule(
     # Each probability keeps within a factor exp(2r) of the clean one.
     turned = torch.minimum(2 * shift * far, torch.expm1(2 * r) * (p * distance).sum(-1))
     return (moved + turned) * _UP
-
-
-def heads_rule(radius: Tensor) -> Tensor:
-    """From each head's radius (b, h, t) to that of the concatenated heads (b, t)."""
-    return _length(radius.double(), 1) * _UP
 
 
 def max_pool_rule(

@@ -124,11 +124,6 @@ def _median_iqr(values: list[float]) -> tuple[float, float]:
     return median, third - first
 
 
-def size_on_disk(path: Path) -> int:
-    """Bytes of a file, or of all files under a directory."""
-    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
-
-
 def with_peak_memory(run: Callable[[], T], device: torch.device | str = "cpu") -> tuple[T, int]:
     """Call ``run`` and return its result and the peak of memory meanwhile, in bytes.
 
@@ -216,16 +211,6 @@ def compare(
     Raises ModhifiError if an output is not finite.
     """
     return _compare_batches(dense, edited, samples.batches(batch_size), device)
-
-
-def compare_tokens(
-    dense: Logits, edited: Logits, tokens: Tensor, *, batch_size: int = 4, device: torch.device | str = "cpu"
-) -> Comparison:
-    """Compare two causal language models on token windows, int64 ``(n, T)``; agreement is that on the next token.
-
-    Raises ModhifiError if an output is not finite.
-    """
-    return _compare_batches(dense, edited, tokens.split(batch_size), device)
 
 
 @torch.inference_mode()
@@ -339,7 +324,7 @@ def perplexity(logits: Logits, tokens: Tensor, *, batch_size: int = 4, device: t
 
 def _finite(outputs: Tensor) -> Tensor:
     if not outputs.isfinite().all():
-        raise ModhifiError("the model's outputs are not finite; check its weights and use a wider --dtype")
+        raise ModhifiError("the model's outputs are not finite; check its weights, or give it in a wider type")
     return outputs
 
 

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .artifact import state_hash
+from .clock import version_of
 from .data import Samples
 from .load import LoadedModel
 from .moments import LEAST_ROWS, Accumulator
@@ -152,13 +153,6 @@ def _key(loaded: LoadedModel, readers: Mapping[str, nn.Module], samples: Samples
         "settings": dict(settings),
         "least_rows": LEAST_ROWS,
         "device": next(loaded.model.parameters()).device.type,
-        "versions": [metadata.version("torch"), _own_version()],
+        "versions": [metadata.version("torch"), version_of("modhifi")],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _own_version() -> str:
-    try:
-        return metadata.version("modhifi")
-    except metadata.PackageNotFoundError:
-        return "not installed as a package"

@@ -78,6 +78,12 @@ def computed_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name not in stored}
 
 
+def same_shapes(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two modules have parameters and buffers of the same names and shapes."""
+    ours, theirs = first.state_dict(), second.state_dict()
+    return {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
 def same_modules(skeleton: nn.Module, model: nn.Module) -> bool:
     """Whether two models have the same modules under the same names, whatever their shapes."""
     return {n: type(m) for n, m in skeleton.named_modules()} == {n: type(m) for n, m in model.named_modules()}

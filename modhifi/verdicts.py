@@ -9,8 +9,6 @@ from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
 from modhifi.ladder.units import QUANTILE, Forgetting, Interval, Statistical, Units, nll_cap
 from modhifi.statistics import divided_alpha, settling_n_mean, settling_n_rate
 
-PASSING = ("PASS-CERTIFIED", "PASS-STATISTICAL", "PASS-ON-SAMPLES")
-
 
 @dataclass(frozen=True)
 class Tolerances:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,10 +25,9 @@ from modhifi.ladder.newton import ROUNDS
 from modhifi.ladder.units import Forgetting, Statistical, Units, forgetting, run_units, statistical
 from modhifi.load import LoadedModel
 from modhifi.report import jsonable
+from modhifi.settings import Progress, silent
 from modhifi.unlearning.data import populations
 from modhifi.verdicts import Tolerances, Verdict, enforce, forgetting_verdict, judge, self_test
-
-Progress = Callable[[str, int, int], None]
 
 # Beyond this the float64 walk takes longer than the pruning itself.
 WALKED_PARAMETERS = 10_000_000
@@ -91,7 +90,7 @@ def verify_model(
     *,
     walked: int | None = None,
     batch_size: int = 32,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> BoundReport:
     """Compute every rung for ``edited``, made from ``loaded.model``, on held-out samples that calibrated nothing.
 
@@ -145,7 +144,7 @@ def verify_unlearned(
     earlier: Sequence[int] = (),
     walked: int | None = None,
     batch_size: int = 32,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> BoundReport:
     """The ladder on labelled held-out samples of the classes that stay, and how often ``classes`` are no longer said.
 

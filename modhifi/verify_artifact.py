@@ -17,12 +17,13 @@ from modhifi.own_data import Source
 from modhifi.pipeline import load_source
 from modhifi.rebuild import expand, plan_of
 from modhifi.recipe import ModelSource
-from modhifi.skeleton import same_modules
+from modhifi.settings import Progress, silent
+from modhifi.skeleton import same_modules, same_shapes
 from modhifi.stages import find_structure
 from modhifi.text import window_of
 from modhifi.unlearning.data import label_samples
 from modhifi.verdicts import Tolerances
-from modhifi.verify import BoundReport, Progress, verify_model, verify_unlearned
+from modhifi.verify import BoundReport, verify_model, verify_unlearned
 
 
 def verify_artifact(
@@ -38,7 +39,7 @@ def verify_artifact(
     batch_size: int | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> BoundReport:
     """The ladder of bounds for an artefact directory; ``samples``, ``window`` and ``batch_size`` as in `held_amounts`.
 
@@ -68,7 +69,7 @@ def verify_artifact(
         pass  # the manifest counts components of the artefact before
     elif manifest.get("groups"):
         dense_shape = expand(edited.model, original.model, find_structure(original), plan_of(manifest))
-    elif _same_shapes(original, edited):
+    elif same_shapes(original.model, edited.model):
         dense_shape = edited.model
     original.model.to(device)
     edited.model.to(device)
@@ -107,8 +108,3 @@ def held_out(manifest: dict[str, Any], samples: Samples, allow_overlap: bool = F
             "seen; give other data, or --allow-overlap"
         )
     return samples
-
-
-def _same_shapes(original: LoadedModel, edited: LoadedModel) -> bool:
-    ours, theirs = original.model.state_dict(), edited.model.state_dict()
-    return {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}

@@ -174,19 +174,6 @@ def test_damping_rises_in_recorded_steps() -> None:
         um.erase(torch.eye(3), gram * float("nan"), zero, gone, retain)
 
 
-def test_scatter_directions_find_the_axis_that_the_forget_class_alone_uses() -> None:
-    generator = torch.Generator().manual_seed(0)
-    forget = torch.randn(4000, DIM, generator=generator, dtype=torch.float64)
-    retain = torch.randn(4000, DIM, generator=generator, dtype=torch.float64)
-    forget[:, 3] *= 9
-    (mean_f, gram_f), (mean, gram) = moments(forget), moments(torch.cat([forget, retain]))
-    directions = um.scatter_directions(gram_f, mean_f, gram, mean, 2)
-    assert directions.shape == (2, DIM)
-    assert int(directions[0].abs().argmax()) == 3
-    assert float(directions[0].abs()[3] / directions[0].norm()) > 0.99
-    assert um.scatter_directions(gram_f, mean_f, gram, mean, 0).shape == (0, DIM)
-
-
 def writer_world(seed: int) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """Inputs, skips, a writer ``(OUT, DIM)`` and its scale: the stream is ``scale * (W x) + skip``."""
     generator = torch.Generator().manual_seed(seed + 7)

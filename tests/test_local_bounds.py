@@ -9,21 +9,12 @@ from torch import Tensor
 
 from modhifi.bounds import max_pool_constant
 from modhifi.errors import ModhifiError
-from modhifi.lipschitz import SLOPES
 from modhifi.local_bounds import (
     attention_rule,
     cannot_flip,
-    concat_rule,
-    gated_rule,
-    gather_rule,
-    heads_rule,
-    linear_rule,
     max_pool_rule,
     norm_rule,
-    product_rule,
-    residual_rule,
     scores_rule,
-    squeeze_excite_rule,
 )
 
 TRIALS = 10_000
@@ -116,8 +107,6 @@ def test_attention_is_never_below_sampled_truth(causal: bool) -> None:
         assert bool((change.amax(-1) <= moved_scores).all())
         moved = attend(new_q, new_k, v + step(dv, rv)) - clean
         assert bool((moved.norm(dim=-1) <= bound).all())
-        whole = moved.transpose(1, 2).flatten(2).norm(dim=-1)
-        assert bool((whole <= heads_rule(bound)).all())
     plain = rv.amax(-1, keepdim=True) + 2 * torch.tanh(moved_scores / 2) * torch.cdist(clean, v).amax(-1)
     assert bool((bound <= plain * (1 + 1e-8)).all())
 
@@ -146,38 +135,6 @@ def test_masked_scores_and_empty_rows() -> None:
     assert bool(torch.isfinite(attention_rule(scores, v, torch.full((1, 1, 2), 1e9), rv)).all())
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
-def test_gated_products_are_never_below_sampled_truth(activation: str) -> None:
-    functions = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
-    phi = functions[activation]
-    generator = torch.Generator().manual_seed(4)
-    gate, up = normal(generator, TRIALS, 5) * 2, normal(generator, TRIALS, 5)
-    rg, ru = spread(generator, TRIALS), spread(generator, TRIALS)
-    bound = gated_rule(gate, up, rg, ru, SLOPES[activation])
-    general = gated_rule(gate, up, rg, ru, (-2.0, 2.0))
-    one = F.one_hot(up.abs().argmax(1), 5).double()
-    for dg, du in ((normal(generator, TRIALS, 5), normal(generator, TRIALS, 5)), (gate.sign(), up.sign()), (one, one)):
-        moved = phi(gate + step(dg, rg)) * (up + step(du, ru)) - phi(gate) * up
-        assert bool((moved.norm(dim=1) <= bound).all()) and bool((bound <= general).all())
-    a, u = phi(gate), up
-    moved = (a + step(one, rg)) * (u + step(one, ru)) - a * u
-    assert bool((moved.norm(dim=1) <= product_rule(a, u, rg, ru)).all())
-
-
-def test_squeeze_and_excite_is_never_below_sampled_truth() -> None:
-    generator = torch.Generator().manual_seed(5)
-    x, logits = normal(generator, TRIALS, 3, 2, 2), normal(generator, TRIALS, 3) * 2
-    rx, rl = spread(generator, TRIALS), spread(generator, TRIALS)
-    gate = torch.sigmoid(logits)
-    bound = squeeze_excite_rule(x, gate, rx, linear_rule(rl, 0.25), ceiling=1.0)
-    loudest = F.one_hot(x.flatten(2).norm(dim=2).argmax(1), 3).double()
-    for dx, dl in ((normal(generator, *x.shape), normal(generator, TRIALS, 3)), (x, loudest), (x, logits)):
-        new = torch.sigmoid(logits + step(dl, rl))[..., None, None] * (x + step(dx, rx))
-        moved = (new - x * gate[..., None, None]).flatten(1).norm(dim=1)
-        assert bool((moved <= bound).all())
-    assert bool((bound <= squeeze_excite_rule(x, gate, rx, linear_rule(rl, 0.25))).all())
-
-
 def test_max_pooling_counts_only_candidates() -> None:
     generator = torch.Generator().manual_seed(8)
     z, radius = normal(generator, 3_000, 2, 5, 5), spread(generator, 3_000, -4, 1)
@@ -193,15 +150,6 @@ def test_max_pooling_counts_only_candidates() -> None:
         moved = F.max_pool2d(z + step(direction, radius), 3, 2, 1) - clean
         assert bool((moved.flatten(1).norm(dim=1) <= bound).all())
     assert torch.allclose(max_pool_rule(z, radius, 2), radius)
-
-
-def test_sums_concatenations_and_modified_readers() -> None:
-    one, two = torch.tensor([[3.0, 0.0]]), torch.tensor([[4.0, 2.0]])
-    assert torch.allclose(residual_rule(one, two), torch.tensor([[7.0, 2.0]]).double())
-    assert torch.allclose(concat_rule(one, two), torch.tensor([[5.0, 2.0]]).double())
-    assert gather_rule(torch.tensor([[3.0, 4.0]])).tolist() == pytest.approx([5.0])
-    assert linear_rule(one, 2.0, torch.tensor([[1.0, 0.5]])).tolist() == [pytest.approx([7.0, 0.5])]
-    assert bool((residual_rule(one, two) >= one.double() + two.double()).all())
 
 
 def test_margins_that_no_change_can_overturn() -> None:

@@ -114,14 +114,6 @@ def test_latency_refuses_models_on_two_devices() -> None:
         measure.compare_latency({"a": linear(0), "b": linear(0).to("meta")}, torch.randn(1, 6))
 
 
-def test_size_on_disk_sums_files_below_a_directory(tmp_path: Path) -> None:
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "a").write_bytes(b"12345")
-    (tmp_path / "deep" / "b").write_bytes(b"123")
-    assert measure.size_on_disk(tmp_path) == 8
-    assert measure.size_on_disk(tmp_path / "a") == 5
-
-
 def occupy(size: int, device: str) -> int:
     """Hold ``size`` bytes for a moment; on the CPU in a mapping of its own, as C may reuse what it holds."""
     if device != "cpu":
@@ -235,13 +227,3 @@ def test_perplexity_of_a_uniform_model_is_the_size_of_the_vocabulary() -> None:
 def test_perplexity_needs_two_tokens() -> None:
     with pytest.raises(ModhifiError, match="two tokens"):
         measure.perplexity(bigram(0), torch.zeros(3, 1, dtype=torch.long))
-
-
-def test_windows_are_averaged_over_their_tokens() -> None:
-    tokens = torch.randint(0, 7, (3, 6), generator=torch.Generator().manual_seed(2))
-    first, second = bigram(0), bigram(1)
-    result = measure.compare_tokens(first, second, tokens, batch_size=2)
-    same = first.weight.argmax(-1) == second.weight.argmax(-1)
-    torch.testing.assert_close(result.agreement, same[tokens].double().mean(-1))
-    error = (first.weight - second.weight).double().square().sum(-1)
-    torch.testing.assert_close(result.squared_error, error[tokens].mean(-1))

@@ -16,6 +16,7 @@ from cli.main import app
 from modhifi.data import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.load import load_model
+from modhifi.readers import columns_of
 from modhifi.recipe_file import read_yaml
 from modhifi.resumed import Passes
 from modhifi.unlearning.data import find_classes, load_unlearn_data, populations
@@ -24,7 +25,7 @@ from modhifi.unlearning.moments import joint_moments
 from modhifi.unlearning.norms import recall
 from modhifi.unlearning.pipeline import forgotten_before, run_audit, run_unlearn
 from modhifi.unlearning.recipe import parse_unlearn_recipe
-from modhifi.unlearning.sites import columns_of, find_sites
+from modhifi.unlearning.sites import find_sites
 from modhifi.unlearning.wide import spanned_moments
 from modhifi.verify import verify_unlearned
 
@@ -79,7 +80,7 @@ def test_operators_with_too_many_columns_are_left_out(setting, monkeypatch) -> N
     groups, settings = populations(train, [CLASS]), UnlearnSettings(method="gls")
     monkeypatch.setattr(sys.modules[forget.__module__], "MOST_COLUMNS", 100)
     found = forget(loaded, sites, train, groups, settings, [CLASS])
-    widths = [columns_of(loaded.model, r.module) for r in found.records]
+    widths = [columns_of(loaded.model.get_submodule(r.module))[1] for r in found.records]
     assert widths and max(widths) <= 100
     assert found.left_out and all("columns are too many" in reason for _, reason in found.left_out)
     monkeypatch.setattr(sys.modules[forget.__module__], "MOST_COLUMNS", 1)

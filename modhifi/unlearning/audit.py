@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,15 +15,15 @@ from modhifi.branches import Calls
 from modhifi.data import Samples
 from modhifi.load import LoadedModel
 from modhifi.resumed import Passes
+from modhifi.settings import Progress, silent
 
 from . import attacks
 from .audit_text import conclude
 from .data import UnlearnData, class_name, populations
-from .edit import UnlearnSettings, forget, settled_names, silent
+from .edit import UnlearnSettings, forget, settled_names
 from .norms import batch_norms, recall, settle_norms
 from .sites import Sites, Writer
 
-Progress = Callable[[str, int, int], None]
 SHOTS = 10
 # What each row measures on test images, as shares; `forgotten` ones are of the forgotten classes alone.
 MEASURES = {

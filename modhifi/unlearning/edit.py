@@ -17,23 +17,19 @@ from modhifi.fidelity import singleton_fidelity
 from modhifi.groups import conv_groups
 from modhifi.load import LoadedModel
 from modhifi.moments import Moments
-from modhifi.readers import weight_matrix, write_weight
+from modhifi.readers import absorb_mean, columns_of, weight_matrix, write_weight
 from modhifi.resumed import Passes
+from modhifi.settings import Progress, silent
 
 from . import methods
 from .methods import Edit
 from .moments import Joint, joint_moments, reader_moments
 from .norms import settle_norms
-from .sites import MOST_COLUMNS, Site, Sites, Writer, columns_of
+from .sites import MOST_COLUMNS, Site, Sites, Writer
 from .wide import spanned_moments
 
 Method = Literal["erase-writers", "erase", "gls", "hifi-zero", "hifi-negate", "contrastive", "projection", "head-mask"]
 METHODS: tuple[str, ...] = get_args(Method)
-Progress = Callable[[str, int, int], None]
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """A progress callback that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -336,12 +332,8 @@ class _Run:
         after = torch.stack([e.weight for e in edits]).to(before)
         write_weight(layer, after)
         shifts = [e.shift for e in edits if e.shift is not None]
-        if shifts and site.sink == "bias":
-            layer.bias.data += torch.cat(shifts).to(layer.bias)
-        elif shifts and site.sink is not None:
-            norm: Any = self.model.get_submodule(site.sink)
-            mean = norm.running_mean
-            mean -= torch.cat(shifts).to(mean)
+        if shifts and site.sink is not None:
+            absorb_mean(self.model, site.module, site.sink, torch.cat(shifts).to(before))
         change = float((after - before).norm() / before.norm().clamp_min(1e-30))
         dampings = [e.damping for e in edits if e.damping is not None]
         self.records.append(Record(site.module, change, max(dampings, default=None)))
@@ -372,7 +364,7 @@ class _Run:
             chosen = [s for s in readers[start:] if not (masks and s.module in self.sites.heads)]
         if not chosen:
             raise ModhifiError(f"no operator matches {', '.join(self.settings.only)}; the last is {readers[-1].module}")
-        wide = {s.module: columns_of(self.model, s.module) for s in chosen}
+        wide = {s.module: columns_of(self.model.get_submodule(s.module))[1] for s in chosen}
         self.left_out += [(n, f"its {c} input columns are too many") for n, c in wide.items() if c > MOST_COLUMNS]
         fitting = [s for s in chosen if wide[s.module] <= MOST_COLUMNS]
         if not fitting:

@@ -99,7 +99,7 @@ def erase(
 
     ``weight``: ``(out, d)``. ``gram``, ``mean``: ``(d, d)``, ``(d,)`` of forget and retain samples pooled.
     ``forget_means``: ``(m, d)``, one row per forgotten class. ``retain_mean``: ``(d,)``. ``extra``: ``(k, d)`` further
-    directions (:func:`scatter_directions`). ``shift = W P mu_r``, so that every forgotten class mean and the retain
+    directions. ``shift = W P mu_r``, so that every forgotten class mean and the retain
     mean give one output, the retain mean's. Raises ModhifiError where the moments cannot be factorised, or where a
     reader without a place for the mean is asked to erase the retain mean itself.
 
@@ -113,24 +113,6 @@ def erase(
     original = weight.double()
     change = original @ projection
     return Edit(original - change, change @ retain_mean.double() if centred else None, used)
-
-
-def scatter_directions(
-    forget_gram: Tensor, forget_mean: Tensor, gram: Tensor, mean: Tensor, count: int, *, damping: float = 1e-4
-) -> Tensor:
-    """The ``count`` input directions ``(count, d)`` in which the forget class scatters most against the pooled samples.
-
-    ``S v`` for the top generalised eigenvectors ``F v = kappa S v``, with ``F`` and ``S`` the covariances of the forget
-    and of the pooled samples. They extend :func:`erase` and :func:`erase_writers`. Raises ModhifiError where ``S``
-    cannot be factorised.
-    """
-    forget_mean, mean = forget_mean.double(), mean.double()
-    factor, _ = factorise(gram.double() - torch.outer(mean, mean), damping)
-    scatter = forget_gram.double() - torch.outer(forget_mean, forget_mean)
-    half = torch.linalg.solve_triangular(factor, scatter, upper=False)
-    whitened = torch.linalg.solve_triangular(factor, half.T, upper=False)
-    vectors = torch.linalg.eigh((whitened + whitened.T) / 2).eigenvectors
-    return (factor @ vectors[:, -count:].flip(1)).T if count else mean.new_zeros(0, len(mean))
 
 
 def erase_writers(

@@ -26,7 +26,6 @@ from .erasure import (
     factorise,
     mean_diagonal,
     pooled,
-    scatter_directions,
     settle_norm,
     stress_classes,
 )
@@ -44,7 +43,6 @@ __all__ = [
     "hifi_zero",
     "pooled",
     "projection",
-    "scatter_directions",
     "settle_norm",
     "stress_classes",
 ]

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from modhifi.branches import Calls
 from modhifi.groups import conv_groups
 from modhifi.moments import Accumulator, Moments, reader_rows, spread_positions
+from modhifi.readers import columns_of
 from modhifi.resumed import Passes, Reached
 
-from .sites import Writer, columns_of
+from .sites import Writer
 
 # A Gram of d columns looks at about this many rows per column in every population.
 ROWS_PER_COLUMN = 8
@@ -105,7 +106,7 @@ def joint_moments(runs: Passes, groups: Tensor, classes: Tensor, writer: Writer,
     Only positions that reach the stream count, and only those of ``focus`` where the stream has them.
     """
     populations, means = Populations(groups), ClassMeans(groups, classes)
-    columns = columns_of(runs.model, writer.site.module) + writer.rows.shape[1]
+    columns = columns_of(runs.model.get_submodule(writer.site.module))[1] + writer.rows.shape[1]
 
     def take(first: int, x: Tensor, s: Tensor) -> None:
         rows = torch.cat([x, s])

@@ -21,12 +21,13 @@ from modhifi.processes import launched
 from modhifi.report import data_uri
 from modhifi.resumed import Passes
 from modhifi.run_checks import add_bounds
+from modhifi.settings import Progress, silent
 from modhifi.verify import BoundReport, verify_unlearned
 
 from .audit import MEASURES, audit
 from .data import UnlearnData, class_name, count_classes, find_classes, label_samples, load_unlearn_data
 from .data import populations as populations_of
-from .edit import Forgotten, Progress, blend, fit_strength, forget, settled_names, silent
+from .edit import Forgotten, blend, fit_strength, forget, settled_names
 from .norms import settle_norms
 from .recipe import UnlearnRecipe
 from .sites import Sites, find_sites

@@ -18,6 +18,7 @@ from modhifi.branches import BranchWatcher, Trail
 from modhifi.errors import ModhifiError
 from modhifi.groups import conv_groups
 from modhifi.load import LoadedModel
+from modhifi.readers import columns_of
 
 # A Gram of more columns than this takes over half a gigabyte.
 MOST_COLUMNS = 8192
@@ -144,7 +145,7 @@ def _assemble(model: nn.Module, watcher: BranchWatcher, logits: Tensor) -> Sites
             site = Site(module, block_of(module), _sink(watcher, module))
             rows = _rows(model, watcher, module, trail, size)
             origin = time if joined else module
-            wide = columns_of(model, module) + rows.shape[1] > MOST_COLUMNS
+            wide = columns_of(model.get_submodule(module))[1] + rows.shape[1] > MOST_COLUMNS
             bent = origin in watcher.bent
             written.append(
                 (time, Writer(site, trail.norm, trail.gains, watcher.read[origin], joined, rows, wide, bent))
@@ -174,14 +175,6 @@ def block_of(module: str) -> str:
     parts = module.split(".")
     numbered = [i for i, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[: numbered[-1] + 1]) if numbered else module
-
-
-def columns_of(model: nn.Module, module: str) -> int:
-    """How many columns the rows have that an operator, or one group of a convolution, reads."""
-    layer: Any = model.get_submodule(module)
-    if hasattr(layer, "kernel_size"):
-        return int(layer.weight[0].numel())
-    return int(layer.weight.numel()) // _outputs(model, module)
 
 
 def _outputs(model: nn.Module, module: str) -> int:
