@@ -37,8 +37,10 @@ from modhifi.selection import Curve, removal_order
 from modhifi.settings import PruneSettings
 from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 
-WINDOW, HELD, PROBES, RATIOS = 512, 16, 2, (0.2, 0.3, 0.1)
-SETTINGS = PruneSettings(rows_per_column=None, batch_size=4, floor=0.25, layout="uniform", only=("neurons",))
+WINDOW, HELD, RATIOS = 512, 16, (0.2, 0.3, 0.1)
+# As `modhifi prune` has them for text, three windows that probe an allocation included.
+SETTINGS = PruneSettings(rows_per_column=None, batch_size=4, layout="uniform", only=("neurons",))
+PROBES = 3
 BOTH = replace(SETTINGS, only=())
 
 
@@ -142,7 +144,7 @@ class Work:
 
     @cached_property
     def weights(self) -> dict[str, float]:
-        return self.kept("weights", lambda: amplification(  # type: ignore[no-any-return]
+        return self.kept(f"weights-{PROBES}", lambda: amplification(  # type: ignore[no-any-return]
             self.loaded, self.everything, self.curves, self.moments, BOTH, self.probe))  # fmt: skip
 
     def parameters(self, modules: str = "") -> int:
