@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import quality
 from .artifact import check_output, describe_data, read_manifest, save_artifact, verify_reload
@@ -222,10 +222,7 @@ def run_prune(
                 force=force,
             )
         with clock.stage("reload"):
-            batch = next(held.batches(min(4, len(held))))
-            with torch.no_grad():
-                expected = loaded.logits(batch, pruned.model.cpu())
-            verify_reload(path, batch, expected, own_skeleton(path, loaded))
+            batch = reload_alike(path, loaded, pruned.model.cpu(), held)
         for kind in export:
             with clock.stage(f"export {kind}"):
                 export_model(pruned.model, batch, path / f"model{SUFFIXES[kind]}", kind)
@@ -241,9 +238,18 @@ def place(loaded: LoadedModel, device: torch.device | str, offload: bool) -> Non
         loaded.model.to(device)
 
 
-def own_skeleton(path: Path, loaded: LoadedModel) -> nn.Module | None:
-    """The dense module, where no library builds it anew and the artefact at ``path`` cannot be loaded without it."""
-    return loaded.model if read_manifest(path)["model"]["framework"] == "torch" else None
+def reload_alike(path: Path, loaded: LoadedModel, edited: nn.Module, held: Samples) -> Tensor:
+    """Load an artefact again and compare its outputs with those of ``edited``, on the CPU; the batch that was used.
+
+    Where no library builds the dense module anew, the one in memory is its skeleton. Raises SelfTestFailed if anything
+    differs.
+    """
+    batch = next(held.batches(min(4, len(held))))
+    with torch.no_grad():
+        expected = loaded.logits(batch, edited)
+    own = read_manifest(path)["model"]["framework"] == "torch"
+    verify_reload(path, batch, expected, loaded.model if own else None)
+    return batch
 
 
 def check_model(loaded: LoadedModel) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from modhifi.artifact import check_output, describe_data, save_artifact, state_hash, verify_reload
+from modhifi.artifact import check_output, describe_data, save_artifact, state_hash
 from modhifi.clock import Clock
 from modhifi.contact_sheet import contact_sheet
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError
 from modhifi.load import LoadedModel, load_model
-from modhifi.pipeline import NOTHING, Given, load_source, original_of, own_skeleton
+from modhifi.pipeline import NOTHING, Given, load_source, original_of, reload_alike
 from modhifi.processes import launched
 from modhifi.report import data_uri
 from modhifi.resumed import Passes
@@ -140,10 +140,7 @@ def run_unlearn(
                 force=force,
             )
         with clock.stage("reload"):
-            batch = next(data.test.batches(min(4, len(data.test))))
-            with torch.no_grad():
-                expected = loaded.logits(batch, found.model.cpu())
-            verify_reload(path, batch, expected, own_skeleton(path, loaded))
+            reload_alike(path, loaded, found.model.cpu(), data.test)
     report["timing"] = clock.seconds
     return UnlearnResult(report, found.model, path, bounds)
 
