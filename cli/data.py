@@ -68,7 +68,7 @@ def make(
     from modhifi.recipe import ModelSource
 
     check_output(out)
-    check_file(sheet, "--sheet", png="an image")
+    check_file(sheet, "--sheet", within=out, png="an image")
     source = model_source(model, model_arg, weights, revision, random_weights, trust_remote_code, gguf_file)
     with progress(quiet or as_json) as report:
         loaded = load_source(ModelSource(**source))

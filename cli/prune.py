@@ -204,7 +204,6 @@ def prune(
     from modhifi.recipe_file import apply_overrides, read_yaml
     from modhifi.summary import check_summary, write_summary
 
-    check_summary(summary)
     if recipe is not None:
         content = read_yaml(recipe)
         if model is not None:
@@ -258,6 +257,7 @@ def prune(
     parsed = parse_recipe(apply_overrides(content, set_values or []), recipe or "the options")
     if parsed.out is None and not dry_run:
         raise ModhifiError("give --out DIR for the pruned model, or --dry-run to see the plan only")
+    check_summary(summary, None if dry_run else parsed.out)
     check_pushed(push_to_hub, None if dry_run else parsed.out)
     kept = cache_directory(cache, no_cache)
     moments = None if kept is None else MomentCache(kept)

@@ -22,7 +22,9 @@ def check_pushed(repo: str | None, out: str | Path | None) -> None:
     from modhifi.push import check_push
 
     if out is None:
-        raise ModhifiError("--push-to-hub uploads what a run writes; give --out DIR")
+        raise ModhifiError(
+            "--push-to-hub uploads what a run writes and this one writes nothing; give --out DIR, without --dry-run"
+        )
     check_push(repo)
 
 

@@ -105,8 +105,8 @@ def run(
     from modhifi.recipe_run import How, run_recipe
     from modhifi.summary import check_summary, write_summary
 
-    check_summary(summary)
     parsed = read(recipe, set_values, out)
+    check_summary(summary, parsed.out)
     with progress(quiet or as_json) as report:
         command = shlex.join(["modhifi", *sys.argv[1:]])
         found = run_recipe(parsed, How(resolve_device, force, cache_directory(cache, no_cache), report, command))

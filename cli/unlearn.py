@@ -119,7 +119,6 @@ def unlearn(
     from modhifi.unlearning.pipeline import run_unlearn
     from modhifi.unlearning.recipe import parse_unlearn_recipe
 
-    check_summary(summary)
     if recipe is not None:
         content = read_yaml(recipe)
         if model is not None:
@@ -166,6 +165,7 @@ def unlearn(
         content["out"] = str(out)
     content = apply_overrides(content, set_values or [])
     parsed = parse_unlearn_recipe(content, recipe or "the options")
+    check_summary(summary, parsed.out)
     check_pushed(push_to_hub, parsed.out)
     with progress(quiet or as_json) as report:
         result = run_unlearn(

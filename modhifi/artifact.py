@@ -74,6 +74,7 @@ def save_artifact(
 
     out = Path(out).expanduser().absolute()
     check_output(out, force)
+    base = _base(loaded)
     if loaded.framework == "timm":
         from modhifi import load_timm
 
@@ -87,7 +88,7 @@ def save_artifact(
         content = jsonable({
             "schema_version": SCHEMA_VERSION,
             **manifest,
-            "base": _base(loaded),
+            "base": base,
             "model": {**_model_entry(loaded, framework, changes), "stock": stock, "remote": remote},
             "groups": _groups(structure, plan),
             "weights": weights,
@@ -280,7 +281,8 @@ def _base(loaded: LoadedModel) -> dict[str, Any]:
         parent = {"source": loaded.source, "task": artifact["task"], "files": artifact["weights"]["files"]}
         return {**artifact["base"], "edits_before": [*artifact["base"].get("edits_before", []), parent]}
     known = {key: loaded.info.get(key) for key in ("repository", "revision", "licence")}
-    return {"source": loaded.source, **known, "sha256": state_hash(loaded.model)}
+    arguments = {"args": loaded.info["model_args"]} if loaded.info.get("model_args") else {}
+    return {"source": loaded.source, **arguments, **known, "sha256": state_hash(loaded.model)}
 
 
 def _model_entry(loaded: LoadedModel, framework: str, changes: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from .data import Samples, class_count, image_shape, load_samples, normalisation
 from .errors import ModhifiError
 from .load import LoadedModel
 from .moment_cache import make_room
+from .moments import only_input
 from .quality import look, statistics_gap
 
 STEPS, RATE, BATCH = 150, 0.02, 125
@@ -58,7 +59,10 @@ class _Watch:
     def __init__(self, model: nn.Module) -> None:
         self.terms: list[Tensor] = []
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-        self.handles = [m.register_forward_pre_hook(lambda m, a: self._channels(m, a[0])) for m in norms]
+        self.handles = [
+            m.register_forward_pre_hook(lambda m, a, k: self._channels(m, only_input(a, k)), with_kwargs=True)
+            for m in norms
+        ]
         if not norms:
             layers = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
             self.handles = [m.register_forward_hook(lambda m, a, out: self._tokens(out)) for m in layers]
@@ -194,7 +198,8 @@ def _read(path: Path | None) -> Tensor | None:
         return None
     try:
         images = load_file(path)["images"]
-        os.utime(path)
+        with suppress(OSError):
+            os.utime(path)
         return images
     except (OSError, SafetensorError, KeyError):
         return None

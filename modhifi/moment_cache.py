@@ -73,7 +73,8 @@ class StoredSums:
                 facts = file.metadata()
             self.done, self.seconds = int(facts["done"]), float(facts["seconds"])
             self._counts = json.loads(facts["counts"])
-            os.utime(path)
+            with suppress(OSError):
+                os.utime(path)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             self.done = 0
         self._began = self._written = time.perf_counter()

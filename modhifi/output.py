@@ -31,17 +31,19 @@ def check_output(out: str | Path, force: bool = False) -> None:
         raise ModhifiError(f"cannot write to {place}; give --out a directory that can be written")
 
 
-def check_file(path: Path | None, option: str, **endings: str) -> None:
+def check_file(path: Path | None, option: str, *, within: str | Path | None = None, **endings: str) -> None:
     """Raise ModhifiError if a file could not be written to ``path``: ask before the work, not after it.
 
-    ``endings`` are what the format may be, each with its name, ``md="Markdown"`` say.
+    ``endings`` are what the format may be, each with its name, ``md="Markdown"`` say. ``within`` is a directory that
+    the work makes.
     """
     if path is None:
         return
     if path.suffix.removeprefix(".") not in endings:
         formats = " or ".join(f".{ending} ({name})" for ending, name in endings.items())
         raise ModhifiError(f"{option} {path}: the ending says the format; use {formats}")
-    if not path.absolute().parent.is_dir():
+    made = within is not None and path.absolute().is_relative_to(Path(within).expanduser().absolute())
+    if not made and not path.absolute().parent.is_dir():
         raise ModhifiError(f"{option} {path}: there is no directory {path.parent}; make it first")
 
 

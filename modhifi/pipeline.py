@@ -81,10 +81,11 @@ def original_of(directory: str | Path) -> ModelSource:
     """What to load to have the model that an artefact was made from, by its manifest."""
     manifest = read_manifest(directory)
     base, named = manifest["base"], (manifest.get("recipe") or {}).get("model") or {}
-    if named.get("name") == base["source"]:
-        return ModelSource(**named)
-    arguments = manifest["model"]["info"].get("model_args") if str(base["source"]).startswith("timm:") else None
-    return ModelSource(name=base["source"], revision=base.get("revision"), args=arguments or {})
+    if named.get("name") != base["source"]:
+        named = {"name": base["source"], "revision": base.get("revision")}
+    if str(base["source"]).startswith("timm:"):  # a directory states its own
+        named = {**named, "args": named.get("args") or base.get("args") or {}}
+    return ModelSource(**named)
 
 
 def load_data(

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .data import Samples, class_count
 from .load import LoadedModel
-from .moments import Moments
+from .moments import Moments, only_input
 
 # Samples that are run to compare a network's memory with what it sees.
 LOOKED_AT = 128
@@ -104,7 +104,10 @@ def look(loaded: LoadedModel, samples: Samples, batch_size: int = 32) -> dict[st
         terms = [x.numel() / x.shape[1], x.double().sum(dims), x.double().square().sum(dims)]
         sums[name] = [old + new for old, new in zip(sums.get(name, [0.0] * 3), terms, strict=True)]
 
-    handles = [norm.register_forward_pre_hook(lambda m, a, name=name: see(name, a[0])) for name, norm in norms.items()]
+    handles = [
+        norm.register_forward_pre_hook(lambda m, a, k, name=name: see(name, only_input(a, k)), with_kwargs=True)
+        for name, norm in norms.items()
+    ]
     few = samples.subset(range(min(LOOKED_AT, len(samples))))
     device = next(loaded.model.parameters()).device
     try:

@@ -14,9 +14,12 @@ FAILED = ("FAIL", "INCONCLUSIVE", "BUG")
 Report = Mapping[str, Any]
 
 
-def check_summary(path: Path | None) -> None:
-    """Raise ModhifiError, before any work, for another ending than .md and .xml or a directory that is not there."""
-    check_file(path, "--summary", md="Markdown", xml="JUnit")
+def check_summary(path: Path | None, out: str | Path | None = None) -> None:
+    """Raise ModhifiError, before any work, for another ending than .md and .xml or a directory that is not there.
+
+    ``out`` is the directory that the run writes.
+    """
+    check_file(path, "--summary", within=out, md="Markdown", xml="JUnit")
 
 
 def write_summary(path: Path, reports: Sequence[tuple[str, Report]]) -> None:

@@ -65,10 +65,10 @@ def verify_artifact(
     n, window = samples or usual.evaluation_samples, window or usual.window
     held = held_out(manifest, load_samples(data, original, n=n, seed=seed, window=window), allow_overlap)
     dense_shape = None
-    if manifest["base"].get("edits_before"):
-        pass  # the manifest counts components of the artefact before
-    elif manifest.get("groups"):
-        dense_shape = expand(edited.model, original.model, find_structure(original), plan_of(manifest))
+    cut_before = any(edit["task"] == "prune" for edit in manifest["base"].get("edits_before", []))
+    if manifest.get("groups"):
+        if not cut_before:  # else they count components of the artefact before
+            dense_shape = expand(edited.model, original.model, find_structure(original), plan_of(manifest))
     elif same_shapes(original.model, edited.model):
         dense_shape = edited.model
     original.model.to(device)

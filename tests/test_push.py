@@ -110,4 +110,8 @@ def test_it_is_refused_before_the_work(
 ])  # fmt: skip
 def test_nothing_is_not_uploaded(arguments: list[str], server: HubServer) -> None:
     done = runner.invoke(app, [*arguments, "--push-to-hub", "someone/nothing"])
-    assert done.exit_code == 2 and "give --out DIR" in done.stderr and "someone/nothing" not in server.repositories
+    assert (
+        done.exit_code == 2
+        and "this one writes nothing" in done.stderr
+        and "someone/nothing" not in server.repositories
+    )

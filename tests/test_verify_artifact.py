@@ -15,6 +15,7 @@ from timm.models import save_for_hf
 from tiny import PATTERNS, pattern
 from typer.testing import CliRunner
 
+from modhifi import pipeline
 from modhifi.cli.main import app
 from modhifi.errors import ModhifiError
 from modhifi.load import load_model
@@ -170,4 +171,17 @@ def test_an_artefact_pruned_twice_is_verified_against_the_first_model(
     assert code == 0, stderr
     code, stdout, stderr = verify(out, model_dir, "--data", "synthetic", "--json")
     assert code == 0, stderr
-    assert "R4 measured" in {v["name"] for v in json.loads(stdout)["verdicts"]}
+    verdicts = {v["name"]: v["verdict"] for v in json.loads(stdout)["verdicts"]}
+    assert verdicts["R4 measured"] == "not available" and verdicts["R3 share of flips"] != "not available"
+
+
+@pytest.mark.parametrize("named", ["timm:x", "an artefact"])
+def test_the_original_has_its_own_arguments(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = {
+        "base": {"source": "timm:x", "args": {"img_size": 64}, "revision": None},
+        "recipe": {"model": {"name": named}},
+        "model": {"info": {"model_args": {"mlp_ratio": 2.5}}},
+    }
+    monkeypatch.setattr(pipeline, "read_manifest", lambda directory: manifest)
+    found = pipeline.original_of("directory")
+    assert (found.name, found.args) == ("timm:x", {"img_size": 64})

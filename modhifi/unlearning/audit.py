@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from modhifi.branches import Calls
 from modhifi.data import Samples
 from modhifi.load import LoadedModel
+from modhifi.moments import only_input
 from modhifi.resumed import Passes
 from modhifi.settings import Progress, silent
 
@@ -70,7 +71,8 @@ def observe(loaded: LoadedModel, model: nn.Module, sites: Sites, samples: Sample
 
     handles: list[Any] = [
         model.get_submodule(sites.heads[0]).register_forward_pre_hook(
-            lambda _, args: features.append(args[0].detach().flatten(1).float().cpu())
+            lambda _, args, named: features.append(only_input(args, named).detach().flatten(1).float().cpu()),
+            with_kwargs=True,
         )
     ]
     calls = Calls({writer.call: partial(pool, block) for block, writer in last.items()})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modhifi.branches import Calls
 from modhifi.groups import conv_groups
-from modhifi.moments import Accumulator, Moments, reader_rows, spread_positions
+from modhifi.moments import Accumulator, Moments, only_input, reader_rows, spread_positions
 from modhifi.readers import columns_of
 from modhifi.resumed import Passes, Reached
 
@@ -75,7 +75,9 @@ def reader_moments(runs: Passes, groups: Tensor, modules: list[str]) -> dict[str
         )
 
     handles = [
-        runs.model.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: see(name, m, args[0]))
+        runs.model.get_submodule(name).register_forward_pre_hook(
+            lambda m, args, named, name=name: see(name, m, only_input(args, named)), with_kwargs=True
+        )
         for name in modules
     ]
     try:
@@ -162,10 +164,10 @@ def joint_rows(
     held: dict[str, Any] = {}
     first, count = 0, 0
 
-    def keep(_: nn.Module, args: Any) -> None:
+    def keep(_: nn.Module, args: Any, named: Any) -> None:
         with torch._C.DisableTorchFunction():
             held["at"] = open_positions[choose(first, count, len(open_positions))]
-            held["x"] = _input_rows(layer, args[0].detach(), count, lambda *_: held["at"])[0]
+            held["x"] = _input_rows(layer, only_input(args, named).detach(), count, lambda *_: held["at"])[0]
 
     def join(stream: Tensor) -> None:
         with torch._C.DisableTorchFunction():
@@ -175,7 +177,7 @@ def joint_rows(
             take(first, held["x"], s)
         raise Reached
 
-    hook = layer.register_forward_pre_hook(keep)
+    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         for first, run in runs:
             count = min(runs.batch_size, len(runs.samples) - first)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from modhifi.data import Samples
 from modhifi.load import LoadedModel
+from modhifi.moments import only_input
 from modhifi.resumed import Passes
 
 from .erasure import Norm, settle_norm
@@ -78,7 +79,9 @@ def _statistics(runs: Passes, names: Sequence[str], kept: Tensor | None) -> dict
         entry[2] = entry[2] + rows.square().sum(1)
 
     handles = [
-        runs.model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+        runs.model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, named, name=name: see(name, only_input(args, named)), with_kwargs=True
+        )
         for name in names
     ]
     try:
