@@ -175,6 +175,9 @@ def run_prune(
     for warning in warnings:
         clock.note(f"warning: {warning}")
     report = describe(recipe, loaded, calibration, held, pruned, warnings, command)
+    if team.count > 1:
+        report["data"]["moments"] = f"moments were measured by {team.count} processes"
+        clock.note(report["data"]["moments"])
     if cache is not None and cache.remark:
         report["data"]["moments"] = cache.remark
         clock.note(cache.remark)

@@ -36,12 +36,18 @@ def launched() -> bool:
 
 
 def processes() -> Processes:
-    """Join the other processes of this run, if a launcher started several."""
+    """Join the other processes of this run, if a launcher started several.
+
+    Raises ModhifiError where they cannot be joined: alone, each would do and write the whole.
+    """
     if not launched():
         return ALONE
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes != int(os.environ["WORLD_SIZE"]):
+        raise ModhifiError(f"{os.environ['WORLD_SIZE']} processes were started and cannot be joined on {state.device}; "
+                           "start one, without a launcher")  # fmt: skip
     return Processes(state.process_index, state.num_processes, state.device)
 
 

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -16,42 +18,50 @@ from modhifi.cli.main import app
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError
 from modhifi.load import load_model
-from modhifi.processes import Processes, merged
+from modhifi.processes import Processes, merged, processes
 from modhifi.settings import PruneSettings
 from modhifi.stages import find_structure, measure_moments
 
-LAUNCH = "accelerate.commands.launch"
+LAUNCHERS = {
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                   "--mixed_precision", "no", "--dynamo_backend", "no", "-m"],
+    "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "-m"],
+}  # fmt: skip
 
 
-def test_two_processes_make_the_plan_of_one(model_dir: Path, image_dir: Path, tmp_path: Path) -> None:
+def launch(launcher: str, where: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", *LAUNCHERS[launcher], "modhifi", *arguments],
+        capture_output=True, text=True, env=environment, cwd=where, timeout=240,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_make_the_plan_of_one(launcher: str, model_dir: Path, image_dir: Path, tmp_path: Path) -> None:
     """What the sums add up to, rows looked at included; only the main process prints."""
     arguments = [
         "prune", str(model_dir), "--data", f"images:{image_dir}", "--samples", "30", "--evaluation-samples", "10",
         "--batch-size", "4", "--ratio", "0.4", "--device", "cpu", "--dry-run", "--json", "--no-cache",
     ]  # fmt: skip
-    options = [
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")} | {"OMP_NUM_THREADS": "1"}
-    together = subprocess.run(
-        [sys.executable, "-m", LAUNCH, *options, "-m", "modhifi", *arguments],
-        capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240,
-    )  # fmt: skip
+    together = launch(launcher, tmp_path, *arguments)
     assert together.returncode == 0, together.stderr
     alone = CliRunner().invoke(app, arguments)
     assert alone.exit_code == 0, alone.output
     theirs, ours = json.loads(together.stdout), json.loads(alone.stdout)
-    assert theirs["plan"] == ours["plan"]
+    assert theirs["data"]["moments"] == "moments were measured by 2 processes"
+    assert theirs["plan"]["kept"] == ours["plan"]["kept"]
+    assert theirs["plan"]["removal_cost"] == pytest.approx(ours["plan"]["removal_cost"], rel=1e-5, abs=1e-9)
     for one, two in zip(theirs["groups"], ours["groups"], strict=True):
         assert one["local_error"] == pytest.approx(two["local_error"], rel=1e-5, abs=1e-9)
+
+
+def test_processes_that_cannot_be_joined_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them would do, and write, the whole."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(accelerate, "PartialState", lambda cpu: SimpleNamespace(num_processes=1, device="cpu"))
+    with pytest.raises(ModhifiError, match="2 processes were started and cannot be joined"):
+        processes()
 
 
 def test_one_process_is_no_team() -> None:
