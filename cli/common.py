@@ -98,8 +98,15 @@ def progress(quiet: bool) -> Iterator[Report]:
 
     # isatty and not rich's own test, which FORCE_COLOR overrides: bars have no place in a log.
     hidden = quiet or not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeElapsedColumn(),
-               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), disable=hidden) as bars:
         tasks: dict[str, TaskID] = {}
 

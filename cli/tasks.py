@@ -37,9 +37,7 @@ def tasks(
     original, edited = load_source(ModelSource(**source)), load_model(directory)
     for loaded in (original, edited):
         loaded.model.to(resolve_device(device))
-    rows = compare_tasks(
-        original, edited, task, limit=limit, include=include, batch_size=batch_size, seed=seed
-    )  # fmt: skip
+    rows = compare_tasks(original, edited, task, limit=limit, include=include, batch_size=batch_size, seed=seed)
     if as_json:
         print_json({"rows": [row.to_json() for row in rows]})
         return
@@ -47,8 +45,13 @@ def tasks(
 
     table = Table("task", "metric", "documents", "before", "after", title=f"lm-eval on {directory}")
     for row in rows:
-        table.add_row(row.task, row.metric, str(row.n), _figure(row.before, row.stderr_before),
-                      _figure(row.after, row.stderr_after))  # fmt: skip
+        table.add_row(
+            row.task,
+            row.metric,
+            str(row.n),
+            _figure(row.before, row.stderr_before),
+            _figure(row.after, row.stderr_after),
+        )
     stdout_console().print(table)
 
 

@@ -39,10 +39,23 @@ RATIOS = (0.1, 0.25, 0.5)
 # Depths, evenly spread, from which on the edits are bounded alone.
 POINTS = 10
 COLUMNS = [
-    "removed", "self-test", "flips", "flips at most (R3)", "R4 measured", "R2", "R1 theorem", "R1 every input",
-    "constant predictor", "R1 / R2", "R2 of 1 round", "R2 of 2", "R1 informative from", "R2 informative from",
-    "CPU seconds", "of it R3",
-]  # fmt: skip
+    "removed",
+    "self-test",
+    "flips",
+    "flips at most (R3)",
+    "R4 measured",
+    "R2",
+    "R1 theorem",
+    "R1 every input",
+    "constant predictor",
+    "R1 / R2",
+    "R2 of 1 round",
+    "R2 of 2",
+    "R1 informative from",
+    "R2 informative from",
+    "CPU seconds",
+    "of it R3",
+]
 LEGEND = (
     "Changes of the output are Euclidean; R1, R2 and R4 are root mean squares over the {walked} walked, R3 is "
     "one-sided at 95 % over {units}. A bound is informative below the error of a predictor of the mean output; "
@@ -107,9 +120,15 @@ def language(walked: int, windows: int = 24, held: int = 48, window: int = 128) 
 
 
 def bound(
-    name: str, title: str, loaded: LoadedModel, calibration: Samples, held: Samples, walked: int,
-    settings: PruneSettings, columns: list[str] | None = None,
-) -> None:  # fmt: skip
+    name: str,
+    title: str,
+    loaded: LoadedModel,
+    calibration: Samples,
+    held: Samples,
+    walked: int,
+    settings: PruneSettings,
+    columns: list[str] | None = None,
+) -> None:
     structure = choose_groups(find_structure(loaded), settings)
     moments = measure_moments(loaded, structure, calibration, settings)
     print(f"{name}: measured", flush=True)
@@ -121,9 +140,14 @@ def bound(
         pruned = apply_plan(loaded, structure, plan, moments, settings)
         marks = [time.process_time()]
         report = verify_model(
-            loaded, pruned.model, pruned.dense_shape, held, walked=walked, batch_size=settings.batch_size,
+            loaded,
+            pruned.model,
+            pruned.dense_shape,
+            held,
+            walked=walked,
+            batch_size=settings.batch_size,
             progress=lambda stage, done, total, marks=marks: marks.append(time.process_time()),
-        )  # fmt: skip
+        )
         seconds = {"CPU seconds": marks[-1] - marks[0], "of it R3": marks[2] - marks[1]}
         rows.append(row(ratio, report) | seconds)
         if rows[-1]["R1 theorem"] is not None:  # R2 alone, layer by layer, takes hours on a language model
@@ -132,9 +156,7 @@ def bound(
         print({k: v for k, v in rows[-1].items() if k != "by depth"}, flush=True)
     units = "sequences" if loaded.kind == "text" else "images"
     legend = LEGEND.format(walked=f"{walked} {units}", units=f"{len(held)} {units}", points=POINTS, rounds=ROUNDS)
-    write_results(
-        name, rows, [*COLUMNS[:4], *(columns or []), *COLUMNS[4:]], f"{title} {legend}", bounds=content
-    )  # fmt: skip
+    write_results(name, rows, [*COLUMNS[:4], *(columns or []), *COLUMNS[4:]], f"{title} {legend}", bounds=content)
 
 
 def row(ratio: float, report: BoundReport) -> dict[str, Any]:
@@ -194,15 +216,22 @@ def undo(edited: nn.Module, dense: nn.Module, names: list[str]) -> None:
 PARTS: dict[str, Callable[[], None]] = {
     "resnet": lambda: resnet(16),
     "vit": lambda: untrained(
-        "bounds_vit", "Pruning FFN neurons of a ViT-Tiny of six blocks with RANDOM weights.", "vit_tiny_patch16_224",
-        16, img_size=64, depth=6,
+        "bounds_vit",
+        "Pruning FFN neurons of a ViT-Tiny of six blocks with RANDOM weights.",
+        "vit_tiny_patch16_224",
+        16,
+        img_size=64,
+        depth=6,
     ),
     "convnext": lambda: untrained(
-        "bounds_convnext", "Pruning FFN neurons of a ConvNeXt-Atto with RANDOM weights.", "convnext_atto", 8,
+        "bounds_convnext",
+        "Pruning FFN neurons of a ConvNeXt-Atto with RANDOM weights.",
+        "convnext_atto",
+        8,
         ls_init_value=0.5,
     ),
     "smollm2": lambda: language(1),
-}  # fmt: skip
+}
 
 
 if __name__ == "__main__":

@@ -43,9 +43,11 @@ if __name__ == "__main__":
     whole = seconds(lambda: prune_model(loaded, calibration, Budget("components", 0.8), settings))
     row = {"tokens": windows * WINDOW, "plain forward (s)": plain, "whole prune (s)": whole, "ratio": whole / plain}
     write_results(
-        "lm_cost", [row], list(row),
+        "lm_cost",
+        [row],
+        list(row),
         f"""# Cost of a whole prune of SmolLM2-135M
 Tracing, moments, selection, least squares and surgery, block by block, FFN neurons at 20 % in uniform layout, against a
 plain forward pass with logits over the same tokens; processor time of one thread. Command:
 `python eval/lm_cost.py --windows {windows}`.""",
-    )  # fmt: skip
+    )

@@ -30,9 +30,14 @@ BUDGET = Budget("components", 0.9)
 def llama(depth: int) -> LoadedModel:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=512, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=depth, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=WINDOW,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=depth,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=WINDOW,
+    )
     return load_model(transformers.LlamaForCausalLM(config))
 
 
@@ -70,15 +75,22 @@ if __name__ == "__main__":
     above(by_block, DEPTHS[0])  # what libraries load at first use
     rows: list[dict[str, Any]] = []
     for depth in DEPTHS:
-        rows.append({"blocks": depth, "block by block (MiB)": above(by_block, depth),
-                     "all at once (MiB)": above(at_once, depth)})  # fmt: skip
+        rows.append(
+            {
+                "blocks": depth,
+                "block by block (MiB)": above(by_block, depth),
+                "all at once (MiB)": above(at_once, depth),
+            }
+        )
     weights = sum(p.numel() for p in llama(1).model.model.layers.parameters()) * 4 / 2**20
     write_results(
-        "lm_memory", rows, list(rows[0]),
+        "lm_memory",
+        rows,
+        list(rows[0]),
         f"""# Peak memory of pruning by depth
 Resident memory of the process at the peak, above what it held before; Llama with random weights, residual width
 {HIDDEN}, FFN width {FFN}, {WINDOWS} windows of {WINDOW} tokens. A Gram takes
 {FFN * FFN * 8 / 2**20:.0f} MiB, a block's weights {weights:.1f} MiB; a run makes two copies of the weights, which
 is what grows block by block.
 Command: `python eval/lm_memory.py`.""",
-    )  # fmt: skip
+    )

@@ -144,8 +144,12 @@ class Work:
 
     @cached_property
     def weights(self) -> dict[str, float]:
-        return self.kept(f"weights-{PROBES}", lambda: amplification(  # type: ignore[no-any-return]
-            self.loaded, self.everything, self.curves, self.moments, BOTH, self.probe))  # fmt: skip
+        return self.kept(
+            f"weights-{PROBES}",
+            lambda: amplification(  # type: ignore[no-any-return]
+                self.loaded, self.everything, self.curves, self.moments, BOTH, self.probe
+            ),
+        )
 
     def parameters(self, modules: str = "") -> int:
         return sum(p.numel() for n, p in self.loaded.model.named_parameters() if modules in n)
@@ -191,7 +195,8 @@ class Work:
             ("uniform", "obs + least squares"): lambda r: self.obs(r, "uniform"),
             ("allocated by amplification", "obs + least squares"): lambda r: self.obs(r, "global"),
             ("allocated, tried as a whole", "obs + least squares"): lambda r: self.tried(
-                r, structure, Budget("components", 1 - r), SETTINGS),
+                r, structure, Budget("components", 1 - r), SETTINGS
+            ),
             ("allocated, tried as a whole", "obs + least squares, heads and FFN"): self.both,
             ("uniform", "wanda (= cholesky) + delta, the paper's"): lambda r: self.ordered(r, "wanda", "delta"),
             ("uniform", "wanda, no compensation"): lambda r: self.ordered(r, "wanda", "none"),
@@ -199,7 +204,7 @@ class Work:
             ("", "ShortGPT-style block removal"): lambda r: short_gpt(loaded, self.measured[1], round(r * ffn / block)),
             ("", "SliceGPT-style width cut"): lambda r: slice_gpt(loaded, self.measured[1], r * ffn / everything),
             ("uniform", "magnitude, no compensation"): lambda r: self.ordered(r, "magnitude", "none"),
-        }  # fmt: skip
+        }
 
 
 def table(windows: int, cache: Path | None, ratios: list[float], only: str) -> None:
@@ -207,13 +212,16 @@ def table(windows: int, cache: Path | None, ratios: list[float], only: str) -> N
     calibration, held = wikitext(loaded, windows)
     work = Work(loaded, calibration, cache)
     result = Table(
-        "lm_prune", loaded, held, ["FFN removed", "layout", "method"],
+        "lm_prune",
+        loaded,
+        held,
+        ["FFN removed", "layout", "method"],
         f"""# FFN pruning of SmolLM2-135M, no training
 WikiText-2's validation text in windows of {WINDOW} tokens: {windows} calibrate ({windows * WINDOW} tokens), {HELD} of
 other articles are held out. `FFN removed` is the share of FFN parameters; ShortGPT and SliceGPT remove as many
 parameters elsewhere.
 Command: `python eval/lm_prune.py --windows {windows}`.""",
-    )  # fmt: skip
+    )
     result.add(lambda: loaded.model, **{"FFN removed": 0.0, "layout": "", "method": "dense"})
     for ratio in ratios:
         for (layout, method), edit in work.methods().items():

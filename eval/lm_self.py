@@ -69,14 +69,17 @@ if __name__ == "__main__":
     reference, held_reference = manual(loaded, n)
     structure = choose_groups(find_structure(loaded), SETTINGS)
     table = Table(
-        "lm_self", loaded, held, ["FFN removed", "calibration"],
+        "lm_self",
+        loaded,
+        held,
+        ["FFN removed", "calibration"],
         f"""# What calibration text costs: SmolLM2-135M, uniform layout, no training
 {n * WINDOW} tokens calibrate; perplexity, and over the dense model's, on articles of WikiText-2 that calibrate nothing,
 and over the dense model's on topics of Python's reference that calibrate nothing.
 WikiText is of a kind of its own (blanks around punctuation, `<unk>`), which no model writes.
 Command: `python eval/lm_self.py --windows {n}`.""",
         **{"on Python's reference": held_reference},
-    )  # fmt: skip
+    )
     table.add(lambda: loaded.model, **{"FFN removed": 0.0, "calibration": "(dense)"})
 
     def written(windows: int) -> Samples:

@@ -52,8 +52,20 @@ METHODS: dict[str, UnlearnSettings] = {
     "erase-writers, class means not stressed": UnlearnSettings(class_weight=0.0),
     DEFAULT: UnlearnSettings(),
 }
-COLUMNS = ["forget", "retain", "worst_loss", "recall", "recall_plain", "probe", "probe_retain", "nearest_mean",
-           "neighbours", "original_head", "relearn", "kl"]  # fmt: skip
+COLUMNS = [
+    "forget",
+    "retain",
+    "worst_loss",
+    "recall",
+    "recall_plain",
+    "probe",
+    "probe_retain",
+    "nearest_mean",
+    "neighbours",
+    "original_head",
+    "relearn",
+    "kl",
+]
 
 
 # Of the features of a VGG-11 all but the last two convolutions: with the two layers before the classifier, four blocks.

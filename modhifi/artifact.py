@@ -34,9 +34,16 @@ if TYPE_CHECKING:
     from modhifi.plan import Plan
 
 __all__ = [
-    "check_output", "describe_data", "load", "load_artifact", "read_manifest", "save_artifact", "state_hash",
-    "verify_reload", "weights_match",
-]  # fmt: skip
+    "check_output",
+    "describe_data",
+    "load",
+    "load_artifact",
+    "read_manifest",
+    "save_artifact",
+    "state_hash",
+    "verify_reload",
+    "weights_match",
+]
 SCHEMA_VERSION = 1
 # Versions that are read as they stand. Keys may be added without a new version: what lacks is then not needed.
 READABLE = (1,)
@@ -85,16 +92,18 @@ def save_artifact(
     with staging(out) as directory:
         weights = _write_weights(directory, edited)
         stock, remote = _write_ecosystem_files(directory, edited, loaded, framework, changes)
-        content = jsonable({
-            "schema_version": SCHEMA_VERSION,
-            **manifest,
-            "base": base,
-            "model": {**_model_entry(loaded, framework, changes), "stock": stock, "remote": remote},
-            "groups": _groups(structure, plan),
-            "weights": weights,
-            "recipe": recipe,
-            "versions": _versions(),
-        })  # fmt: skip
+        content = jsonable(
+            {
+                "schema_version": SCHEMA_VERSION,
+                **manifest,
+                "base": base,
+                "model": {**_model_entry(loaded, framework, changes), "stock": stock, "remote": remote},
+                "groups": _groups(structure, plan),
+                "weights": weights,
+                "recipe": recipe,
+                "versions": _versions(),
+            }
+        )
         _write_json(directory / MANIFEST, content)
         _write_json(directory / "report.json", report)
         (directory / "report.html").write_text(render_html(report), encoding="utf-8")
@@ -121,18 +130,25 @@ def load_artifact(directory: str | Path, skeleton: nn.Module | None = None) -> L
         if skeleton is not None:
             model = frozen(copy.deepcopy(skeleton).cpu())
         elif framework == "torch":
-            raise ModhifiError(f"{directory} was made from a module of your own ({info['architecture']}); pass that "
-                               "dense module: modhifi.load(directory, skeleton=module)")  # fmt: skip
+            raise ModhifiError(
+                f"{directory} was made from a module of your own ({info['architecture']}); pass that "
+                "dense module: modhifi.load(directory, skeleton=module)"
+            )
         else:
             model = build_skeleton(framework, info, config)
-        model = fill(reshape(model, entry["differences"]), _read_weights(directory), manifest["weights"]["tied"],
-                     str(directory))  # fmt: skip
+        model = fill(
+            reshape(model, entry["differences"]), _read_weights(directory), manifest["weights"]["tied"], str(directory)
+        )
     loaded = _describe(model, framework, directory, entry)
     notes = list(loaded.info["notes"])
     if not weights_match(directory):
         notes.append(f"the weights in {directory} are not those that were saved: their hash differs from {MANIFEST}")
-    artifact = {"task": manifest.get("task"), "base": base, "weights": manifest["weights"],
-                "differences": entry["differences"]}  # fmt: skip
+    artifact = {
+        "task": manifest.get("task"),
+        "base": base,
+        "weights": manifest["weights"],
+        "differences": entry["differences"],
+    }
     known = {key: base[key] for key in ("repository", "revision", "licence") if key in base}
     labels = tuple(entry["labels"]) if entry.get("labels") else None
     return replace(loaded, labels=labels, info=loaded.info | known | {"notes": notes, "artifact": artifact})
@@ -164,13 +180,16 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError) as error:
         raise ModhifiError(f"{path} is broken; restore the file") from error
     if version > SCHEMA_VERSION:
-        raise ModhifiError(f"{path} has schema version {version} and this modhifi reads up to {SCHEMA_VERSION}; "
-                           "upgrade modhifi")  # fmt: skip
+        raise ModhifiError(
+            f"{path} has schema version {version} and this modhifi reads up to {SCHEMA_VERSION}; upgrade modhifi"
+        )
     if version not in READABLE:
         writer = (manifest.get("versions") or {}).get("modhifi", "that wrote it")
         again = f"modhifi recipe run {path.with_name('recipe.yaml')}"
-        raise ModhifiError(f"{path} has schema version {version}, which this modhifi no longer reads; install the "
-                           f"modhifi {writer}, or make it again: {again}")  # fmt: skip
+        raise ModhifiError(
+            f"{path} has schema version {version}, which this modhifi no longer reads; install the "
+            f"modhifi {writer}, or make it again: {again}"
+        )
     return manifest
 
 

@@ -45,9 +45,14 @@ def uniform_widths(
         for g in structure.prunable
     }
     plan = allocate(
-        structure.prunable, curves, sizes_of(loaded.model, structure), budget,
-        layout="uniform", floor=settings.floor, round_to=settings.round_to,
-    )  # fmt: skip
+        structure.prunable,
+        curves,
+        sizes_of(loaded.model, structure),
+        budget,
+        layout="uniform",
+        floor=settings.floor,
+        round_to=settings.round_to,
+    )
     return {g.name: len(plan.kept.get(g.name, range(g.n))) for g in structure.prunable}
 
 
@@ -66,8 +71,10 @@ def prune_in_blocks(
     if loaded.kind not in ("text", "encoder"):
         return None  # whose samples would be read from disk again for every block
     blocks = find_blocks(loaded.model, lambda: loaded.run(loaded.example))
-    home = {g.name: {b for b in blocks if all(s.module.startswith(f"{b}.") for s in (*g.readers, *g.producers))}
-            for g in structure.prunable}  # fmt: skip
+    home = {
+        g.name: {b for b in blocks if all(s.module.startswith(f"{b}.") for s in (*g.readers, *g.producers))}
+        for g in structure.prunable
+    }
     if not all(len(found) == 1 for found in home.values()):
         return None
     check_room(loaded.model, structure)
@@ -82,9 +89,15 @@ def prune_in_blocks(
         return samples.batches(settings.batch_size)
 
     passes = moments_by_block(
-        loaded.model, blocks, loaded.run, batches, dict(operator_modules(loaded.model, structure.prunable)),
-        samples=len(samples), rows_per_column=settings.rows_per_column, seed=settings.seed,
-    )  # fmt: skip
+        loaded.model,
+        blocks,
+        loaded.run,
+        batches,
+        dict(operator_modules(loaded.model, structure.prunable)),
+        samples=len(samples),
+        rows_per_column=settings.rows_per_column,
+        seed=settings.seed,
+    )
     for number, block in enumerate(blocks):
         progress("pruning blocks", number, len(blocks))
         moments = next(passes)

@@ -52,15 +52,21 @@ def complete(recipe: PruneRecipe, loaded: LoadedModel, device: torch.device | st
         )
     rows = method.rows_per_column
     alike = loaded.framework == "transformers" or says(loaded.model, "neurons")
-    return recipe.model_copy(update={
-        "batch_size": recipe.batch_size or usual.batch_size,
-        "data": data.model_copy(update={
-            "samples": data.samples or usual.samples,
-            "evaluation_samples": data.evaluation_samples or usual.evaluation_samples,
-            "window": window,
-        }),
-        "method": method.model_copy(update={
-            "layout": method.layout or ("uniform" if alike else "global"),
-            "rows_per_column": rows if rows is not None else 2 if usual is IMAGES else 0,
-        }),
-    }), remarks  # fmt: skip
+    return recipe.model_copy(
+        update={
+            "batch_size": recipe.batch_size or usual.batch_size,
+            "data": data.model_copy(
+                update={
+                    "samples": data.samples or usual.samples,
+                    "evaluation_samples": data.evaluation_samples or usual.evaluation_samples,
+                    "window": window,
+                }
+            ),
+            "method": method.model_copy(
+                update={
+                    "layout": method.layout or ("uniform" if alike else "global"),
+                    "rows_per_column": rows if rows is not None else 2 if usual is IMAGES else 0,
+                }
+            ),
+        }
+    ), remarks

@@ -53,8 +53,10 @@ def fetch_weights(repo: str, commit: str, gguf_file: str | None = None) -> None:
             folder = snapshot_download(repo, revision=commit, allow_patterns=[pattern], ignore_patterns=OTHER_FORMATS)
             if any(Path(folder).glob(pattern)):
                 return
-    raise ModhifiError(f"hf:{repo} has no safetensors or pytorch_model.bin weights; is another format's name meant "
-                       "(gguf_file), or another repository?")  # fmt: skip
+    raise ModhifiError(
+        f"hf:{repo} has no safetensors or pytorch_model.bin weights; is another format's name meant "
+        "(gguf_file), or another repository?"
+    )
 
 
 def resolve_commit(repo: str, revision: str | None) -> str:

@@ -126,8 +126,10 @@ def improve(
             moved = pixels.roll(shift, (2, 3))
             logits = loaded.logits(moved.flip(3) if step % 2 else moved)
             if not watch.terms:
-                raise ModhifiError(f"{loaded.source} has no norms that remember data or tokens that can be told apart; "
-                                   "use --data synthetic or images:DIR")  # fmt: skip
+                raise ModhifiError(
+                    f"{loaded.source} has no norms that remember data or tokens that can be told apart; "
+                    "use --data synthetic or images:DIR"
+                )
             smooth = (pixels.diff(dim=2).abs().mean() + pixels.diff(dim=3).abs().mean()) * SMOOTH
             loss = watch.take() + smooth
             if classes is not None:

@@ -181,8 +181,11 @@ class MomentCollector:
     def __enter__(self) -> MomentCollector:
         for name, module in self.readers.items():
             see = partial(self._see, name)
-            self.handles.append(module.register_forward_pre_hook(
-                lambda m, args, named, see=see: see(m, only_input(args, named)), with_kwargs=True))  # fmt: skip
+            self.handles.append(
+                module.register_forward_pre_hook(
+                    lambda m, args, named, see=see: see(m, only_input(args, named)), with_kwargs=True
+                )
+            )
         return self
 
     def __exit__(self, *_: object) -> None:

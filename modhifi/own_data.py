@@ -47,8 +47,10 @@ def from_items(items: Indexed, transform: Callable[[Image.Image], Tensor] | None
                 raise ModhifiError("this model brings no preprocessing for images; give tensors that it reads")
             item = transform(item)
         if not isinstance(item, Tensor):
-            raise ModhifiError(f"item {index} of the data is {type(item).__name__}; give tensors, PIL images, or pairs "
-                               "of one with a class index")  # fmt: skip
+            raise ModhifiError(
+                f"item {index} of the data is {type(item).__name__}; give tensors, PIL images, or pairs "
+                "of one with a class index"
+            )
         return item.detach().cpu(), label
 
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -60,8 +62,9 @@ def from_items(items: Indexed, transform: Callable[[Image.Image], Tensor] | None
         tensor, label = read(index)
         shape = shape or tensor.shape
         if tensor.ndim != 1 and tensor.shape != shape:
-            raise ModhifiError(f"item {index} of the data is {tuple(tensor.shape)} and another {tuple(shape)}; give "
-                               "items of one shape")  # fmt: skip
+            raise ModhifiError(
+                f"item {index} of the data is {tuple(tensor.shape)} and another {tuple(shape)}; give items of one shape"
+            )
         chosen.setdefault(digest(tensor), (index, label))
     places = [index for index, _ in chosen.values()]
     labels = [label for _, label in chosen.values() if label is not None]

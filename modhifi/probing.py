@@ -52,8 +52,14 @@ def probed_plan(
     plan = make_plan(loaded.model, structure, curves, budget, settings, weights)
     if loaded.kind not in ("text", "encoder"):
         return plan, {}
-    return best_plan(loaded, structure, plans_between(loaded, structure, curves, budget, settings, weights, plan),
-                     moments, settings, probe)  # fmt: skip
+    return best_plan(
+        loaded,
+        structure,
+        plans_between(loaded, structure, curves, budget, settings, weights, plan),
+        moments,
+        settings,
+        probe,
+    )
 
 
 def plans_between(
@@ -155,10 +161,13 @@ def _trial(
     stay = torch.ones(group.n, dtype=torch.bool)
     stay[curve.order[:removed]] = False
     gone = removed_positions(structure, Plan({group.name: tuple(torch.nonzero(stay).flatten().tolist())}))
-    return Trial(removed, tuple(
-        compensated(model, structure, piece.module, gone[piece.module, "reader"], moments[piece.module], settings)
-        for piece in group.readers
-    ))  # fmt: skip
+    return Trial(
+        removed,
+        tuple(
+            compensated(model, structure, piece.module, gone[piece.module, "reader"], moments[piece.module], settings)
+            for piece in group.readers
+        ),
+    )
 
 
 @contextmanager

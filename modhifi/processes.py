@@ -46,8 +46,10 @@ def processes() -> Processes:
 
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes != int(os.environ["WORLD_SIZE"]):
-        raise ModhifiError(f"{os.environ['WORLD_SIZE']} processes were started and cannot be joined on {state.device}; "
-                           "start one, without a launcher")  # fmt: skip
+        raise ModhifiError(
+            f"{os.environ['WORLD_SIZE']} processes were started and cannot be joined on {state.device}; "
+            "start one, without a launcher"
+        )
     return Processes(state.process_index, state.num_processes, state.device)
 
 

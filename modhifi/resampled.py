@@ -31,13 +31,17 @@ class Resampler:
     def __init__(self, loaded: LoadedModel, length: int) -> None:
         name = type(loaded.model).__name__
         if name not in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
-            raise ModhifiError(f"{loaded.source} ({name}) has no masked-language-model head to write text with; give "
-                               "--data text:FILE or hf:DATASET")  # fmt: skip
+            raise ModhifiError(
+                f"{loaded.source} ({name}) has no masked-language-model head to write text with; give "
+                "--data text:FILE or hf:DATASET"
+            )
         self.loaded, cutter = loaded, cutter_of(loaded, length)
         mask = cutter.tokenizer.mask_token_id
         if mask is None:
-            raise ModhifiError(f"the tokenizer of {loaded.source} has no mask token to write text with; give --data "
-                               "text:FILE or hf:DATASET")  # fmt: skip
+            raise ModhifiError(
+                f"the tokenizer of {loaded.source} has no mask token to write text with; give --data "
+                "text:FILE or hf:DATASET"
+            )
         before, behind = cutter.frame
         self.mask, self.special = mask, [i for i in cutter.tokenizer.all_special_ids if i < cutter.vocabulary]
         self.empty = torch.tensor([*before, *[mask] * (length - len(before) - len(behind)), *behind])

@@ -73,10 +73,16 @@ class _Part:
         d = len(inverse)
         weight, scale = weight.to(inverse.dtype), scale.to(inverse.dtype)
         return cls(
-            inverse, weight * scale[:, None], scale, columns, mine, inverse[columns[:, :, None], columns[:, None, :]],
-            inverse.new_empty((columns.numel(), d)), torch.arange(d, device=inverse.device),
+            inverse,
+            weight * scale[:, None],
+            scale,
+            columns,
+            mine,
+            inverse[columns[:, :, None], columns[:, None, :]],
+            inverse.new_empty((columns.numel(), d)),
+            torch.arange(d, device=inverse.device),
             torch.ones(d, dtype=torch.bool),
-        )  # fmt: skip
+        )
 
     def costs(self) -> Tensor:
         """``tr[W_I H_II⁻¹ W_Iᵀ]`` of each component left, behind the norm, ``(n,)``."""

@@ -47,8 +47,10 @@ def write(
     ModhifiError for models that cannot write, and for one that writes nothing but loops.
     """
     if loaded.kind not in ("text", "encoder"):
-        raise ModhifiError(f"{loaded.source} (kind {loaded.kind}) cannot write text, only a language model can; give "
-                           "--data images:DIR or synthetic")  # fmt: skip
+        raise ModhifiError(
+            f"{loaded.source} (kind {loaded.kind}) cannot write text, only a language model can; give "
+            "--data images:DIR or synthetic"
+        )
     length = window_of(loaded, window)
     chance = torch.Generator().manual_seed(seed)
     writer = Resampler(loaded, length) if loaded.kind == "encoder" else Continuer(loaded, length)
@@ -66,8 +68,10 @@ def write(
                 found.setdefault(identity(tokens), tokens)
     progress("writing", n, n)
     if len(found) < wanted:
-        raise ModhifiError(f"{loaded.source} writes loops: {loops} of {written} texts repeat themselves; give text "
-                           "with --data text:FILE")  # fmt: skip
+        raise ModhifiError(
+            f"{loaded.source} writes loops: {loops} of {written} texts repeat themselves; give text "
+            "with --data text:FILE"
+        )
     texts = list(found.values())
     windows = [writer.window(texts[i : i + writer.pieces]) for i in range(0, wanted, writer.pieces)]
     remarks = [f"self, {n} windows of {length} tokens written from {writer.what}"]
@@ -147,8 +151,10 @@ def ordinary_words(loaded: LoadedModel) -> list[int]:
         if begins and i not in special and len(bare) > 1 and bare.isascii() and bare.isalpha():
             words.append(i)
     if not words:
-        raise ModhifiError(f"the vocabulary of {loaded.source} has neither a token of the beginning nor ordinary words "
-                           "to start from; give --data text:FILE")  # fmt: skip
+        raise ModhifiError(
+            f"the vocabulary of {loaded.source} has neither a token of the beginning nor ordinary words "
+            "to start from; give --data text:FILE"
+        )
     return words
 
 

@@ -64,9 +64,16 @@ def compare_tasks(
         model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
         with explained(f"the tasks {', '.join(tasks)}"):
             found = simple_evaluate(
-                model=model, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False,
-                random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-            )  # fmt: skip
+                model=model,
+                tasks=list(tasks),
+                limit=limit,
+                task_manager=manager,
+                log_samples=False,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
         return dict(found)
 
     return _rows(evaluate(original), evaluate(edited))
@@ -85,6 +92,14 @@ def _rows(before: dict[str, Any], after: dict[str, Any]) -> tuple[TaskRow, ...]:
             name = metric if kind == "none" else f"{metric} ({kind})"
             count = int(before.get("n-samples", {}).get(task, {}).get("effective", 0))
             errors = [r.get(spread) for r in (old, new)]
-            rows.append(TaskRow(task, name, count, float(value), float(new[key]),
-                                *(float(e) if isinstance(e, int | float) else None for e in errors)))  # fmt: skip
+            rows.append(
+                TaskRow(
+                    task,
+                    name,
+                    count,
+                    float(value),
+                    float(new[key]),
+                    *(float(e) if isinstance(e, int | float) else None for e in errors),
+                )
+            )
     return tuple(rows)

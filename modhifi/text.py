@@ -52,16 +52,19 @@ class Cutter:
         framed = self.tokenizer("a")["input_ids"]
         at = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), 0)
         if len(framed) - len(plain) >= self.length:
-            raise ModhifiError(f"a window of {self.length} tokens is no longer than the tokenizer's frame; give a "
-                               "larger --window")  # fmt: skip
+            raise ModhifiError(
+                f"a window of {self.length} tokens is no longer than the tokenizer's frame; give a larger --window"
+            )
         return framed[:at], framed[at + len(plain) :]
 
     def tokens(self, document: str) -> list[int]:
         """Token ids of a text without its frame. Raises ModhifiError for ids that the model has no embedding of."""
         ids: list[int] = self.tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         if ids and max(ids) >= self.vocabulary:
-            raise ModhifiError(f"the tokenizer gives token {max(ids)} and the model knows {self.vocabulary}; they do "
-                               "not belong together")  # fmt: skip
+            raise ModhifiError(
+                f"the tokenizer gives token {max(ids)} and the model knows {self.vocabulary}; they do "
+                "not belong together"
+            )
         return ids
 
     def windows(self, document: str) -> list[Tensor]:
@@ -121,8 +124,10 @@ def cutter_of(loaded: LoadedModel, window: int | None) -> Cutter:
     """The model's own tokenizer as a :class:`Cutter`. Raises ModhifiError if it has none or takes no text."""
     length = window_of(loaded, window)
     if loaded.tokenizer is None:
-        raise ModhifiError(f"{loaded.source} comes without a tokenizer, which text needs; put its tokenizer files "
-                           "(tokenizer.json) beside its config.json")  # fmt: skip
+        raise ModhifiError(
+            f"{loaded.source} comes without a tokenizer, which text needs; put its tokenizer files "
+            "(tokenizer.json) beside its config.json"
+        )
     return Cutter(loaded.tokenizer, length, vocabulary(loaded))
 
 
@@ -170,8 +175,10 @@ def _drawn(
         stretched, documents = True, [whole]
         found = _spread(documents, [0], cutter, n)
     if not found:
-        raise ModhifiError(f"{source} holds {len(cutter.tokens(whole))} tokens, less than one window of "
-                           f"{cutter.length}; give a longer text or a smaller --window")  # fmt: skip
+        raise ModhifiError(
+            f"{source} holds {len(cutter.tokens(whole))} tokens, less than one window of "
+            f"{cutter.length}; give a longer text or a smaller --window"
+        )
     kept = list(found.values())
     used = len({document for document, _, _ in kept})
     what = "places in one text" if stretched else "documents"

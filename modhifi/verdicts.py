@@ -98,9 +98,16 @@ def judge(tolerances: Tolerances, found: Statistical, units: Units, every_input:
 
 
 def _verdict(
-    name: str, tau: float, tolerances: Tolerances, found: Statistical, interval: Interval, certified: bool,
-    settling: int | None, what: str, percent: bool = False,
-) -> Verdict:  # fmt: skip
+    name: str,
+    tau: float,
+    tolerances: Tolerances,
+    found: Statistical,
+    interval: Interval,
+    certified: bool,
+    settling: int | None,
+    what: str,
+    percent: bool = False,
+) -> Verdict:
     def show(value: float) -> str:
         return f"{100 * value:.3g} %" if percent else f"{value:.4g}"
 

@@ -232,15 +232,28 @@ def _certified_rungs(found: Certified, constant_error: float) -> tuple[Rung, ...
     n = len(found.measured)
     certain = f"{100 * found.cannot_flip:.3g} % of them proven not to flip"
     return (
-        rung("R1 every input", found.every_input, "global constants, operator norms of the edit, the whole input box; "
-             "holds for every input", "every input"),
-        rung("R1 theorem form", found.expected, f"global constants of the modified tails times errors measured on {n} "
-             "samples; root mean square over them", "R1"),
-        rung("R2 certified-local", _rms(found.local), f"{ROUNDS} rounds of Newton's method from the clean activations "
-             f"of {n} samples, plus a certified remainder ({_rms(found.remainder):.3g}); root mean square over them; "
-             f"{certain}", "R2"),
+        rung(
+            "R1 every input",
+            found.every_input,
+            "global constants, operator norms of the edit, the whole input box; holds for every input",
+            "every input",
+        ),
+        rung(
+            "R1 theorem form",
+            found.expected,
+            f"global constants of the modified tails times errors measured on {n} samples; root mean square over them",
+            "R1",
+        ),
+        rung(
+            "R2 certified-local",
+            _rms(found.local),
+            f"{ROUNDS} rounds of Newton's method from the clean activations "
+            f"of {n} samples, plus a certified remainder ({_rms(found.remainder):.3g}); root mean square over them; "
+            f"{certain}",
+            "R2",
+        ),
         rung("R4 measured", _rms(found.measured), f"measured on {n} samples, root mean square; no guarantee", "R4"),
-    )  # fmt: skip
+    )
 
 
 def _statistical_rungs(found: Statistical, units: Units) -> tuple[Rung, ...]:

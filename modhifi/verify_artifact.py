@@ -78,9 +78,16 @@ def verify_artifact(
     if gone:
         held, remark = label_samples(original, held, size)
         found = verify_unlearned(
-            original, edited.model, dense_shape, held, gone, tolerances, walked=walked, batch_size=size,
+            original,
+            edited.model,
+            dense_shape,
+            held,
+            gone,
+            tolerances,
+            walked=walked,
+            batch_size=size,
             progress=progress,
-        )  # fmt: skip
+        )
         return replace(found, warnings=(*found.warnings, *([remark] if remark else [])))
     return verify_model(
         original, edited.model, dense_shape, held, tolerances, walked=walked, batch_size=size, progress=progress

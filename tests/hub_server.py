@@ -146,8 +146,18 @@ class HubServer:
             return _json(entries)
         if api:
             siblings = [{"rfilename": n} for n in files]
-            return _json({"id": name, "modelId": name, "sha": sha, "siblings": siblings, "private": repository.private,
-                          "gated": "manual" if repository.gated else False, "tags": [], "downloads": 0})  # fmt: skip
+            return _json(
+                {
+                    "id": name,
+                    "modelId": name,
+                    "sha": sha,
+                    "siblings": siblings,
+                    "private": repository.private,
+                    "gated": "manual" if repository.gated else False,
+                    "tags": [],
+                    "downloads": 0,
+                }
+            )
         if rest[:1] != ["resolve"]:
             return _error(404, "", f"unknown path {path}")
         if repository.gated and token != TOKEN:

@@ -145,9 +145,14 @@ def test_plans_keep_the_components_that_go_last():
 def test_rounding_and_floors(layout: str):
     model, _, structure = known("mobilenetv3_small_100")
     plan = allocate(
-        structure.prunable, curves_for(structure), sizes_of(model, structure), Budget("macs", 0.6),
-        layout=layout, round_to=8, floor=0.25,
-    )  # fmt: skip
+        structure.prunable,
+        curves_for(structure),
+        sizes_of(model, structure),
+        Budget("macs", 0.6),
+        layout=layout,
+        round_to=8,
+        floor=0.25,
+    )
     for group in structure.prunable:
         width = len(plan.kept.get(group.name, range(group.n)))
         assert width == group.n or width % 8 == 0
@@ -208,11 +213,20 @@ def test_budgets_from_options(options: dict, budget: Budget):
 @pytest.mark.parametrize(
     "options",
     [
-        {}, dict(ratio=0.5, flops="0.5x"), dict(ratio=0.0), dict(ratio=1.0), dict(ratio=-1.0), dict(ratio=float("nan")),
-        dict(params="abc"), dict(params="0x"), dict(flops="1x"), dict(flops="-0.5x"), dict(flops="50%"),
+        {},
+        dict(ratio=0.5, flops="0.5x"),
+        dict(ratio=0.0),
+        dict(ratio=1.0),
+        dict(ratio=-1.0),
+        dict(ratio=float("nan")),
+        dict(params="abc"),
+        dict(params="0x"),
+        dict(flops="1x"),
+        dict(flops="-0.5x"),
+        dict(flops="50%"),
         dict(kv_cache="1x"),
     ],
-)  # fmt: skip
+)
 def test_bad_budgets(options: dict):
     with pytest.raises(ModhifiError, match="exactly one|--(ratio|params|flops|kv-cache) is the share"):
         Budget.parse(**options)
@@ -223,8 +237,10 @@ def test_heads_are_rounded_up_in_uniform_layout_and_neurons_make_up_for_it():
     structure = find_structure(loaded)
     sizes, budget = sizes_of(loaded.model, structure), Budget("components", 0.8)
     plan = allocate(structure.prunable, curves_for(structure), sizes, budget, layout="uniform")
-    kept = {g.kind: {len(plan.kept.get(h.name, range(h.n))) for h in structure.prunable if h.kind == g.kind}
-            for g in structure.prunable}  # fmt: skip
+    kept = {
+        g.kind: {len(plan.kept.get(h.name, range(h.n))) for h in structure.prunable if h.kind == g.kind}
+        for g in structure.prunable
+    }
     assert kept["heads"] == {3} and len(kept["neurons"]) == 1
     reached = sizes.components(widths_of(structure, plan)) / sizes.components({})
     assert reached == pytest.approx(0.8, rel=0.02)

@@ -41,9 +41,14 @@ def test_the_functions_are_public_and_files_of_their_names_do_not_hide_them() ->
 def net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
-    )  # fmt: skip
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 4),
+    )
 
 
 def test_a_module_and_a_dataset_of_ones_own(tmp_path: Path) -> None:
@@ -154,7 +159,8 @@ def test_classes_are_forgotten_with_held_out_tensors_and_any_size_of_example() -
         head.weight.mul_(4 / logits.std(0)[:, None])
         head.bias.copy_(-4 * (logits.mean(0) - head.bias) / logits.std(0))  # sure of every class now and then
     loaded = modhifi.load_model(module, example=x[:8])
-    result = modhifi.unlearn(loaded, x[:300], forget=1, evaluate=x[300:], samples=300, evaluation_samples=300,
-                             checks={"walked": 0})  # fmt: skip
+    result = modhifi.unlearn(
+        loaded, x[:300], forget=1, evaluate=x[300:], samples=300, evaluation_samples=300, checks={"walked": 0}
+    )
     rows = result.report["audit"]["rows"]
     assert rows["edited"]["forget"] < rows["original"]["forget"]

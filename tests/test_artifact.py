@@ -41,9 +41,11 @@ from modhifi.surgery import shrink
 from modhifi.tracing.trace import trace
 
 REPORT = {
-    "schema_version": 1, "title": "tiny", "verdicts": [{"name": "error", "verdict": "PASS-ON-SAMPLES", "text": None}],
+    "schema_version": 1,
+    "title": "tiny",
+    "verdicts": [{"name": "error", "verdict": "PASS-ON-SAMPLES", "text": None}],
     "before_after": [{"name": "Accuracy", "before": 0.9, "after": 0.8, "unit": "%"}],
-}  # fmt: skip
+}
 RESNET = {"channels": (8, 16, 16, 16), "stem_width": 8, "num_classes": 5}
 
 
@@ -122,8 +124,14 @@ def test_loading_by_directory_describes_the_model(saved):
 def test_the_directory_holds_what_it_should(saved):
     out, loaded, edited = saved
     assert sorted(p.name for p in out.iterdir()) == [
-        "README.md", "config.json", "model.safetensors", "modhifi.json", "recipe.yaml", "report.html", "report.json",
-    ]  # fmt: skip
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "modhifi.json",
+        "recipe.yaml",
+        "report.html",
+        "report.json",
+    ]
     manifest = read_manifest(out)
     assert manifest["schema_version"] == 1 and manifest["task"] == "prune" and manifest["seed"] == 0
     assert manifest["base"]["sha256"] == state_hash(loaded.model) != state_hash(edited)
@@ -230,8 +238,15 @@ def test_transformers_with_tied_weights_and_uneven_widths(tmp_path):
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=31, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, tie_word_embeddings=True)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=31,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
     loaded = load_model(LlamaForCausalLM(config))
     edited = copy.deepcopy(loaded.model)
     assert cut(edited, [6, 6]).lm_head.weight is edited.model.embed_tokens.weight

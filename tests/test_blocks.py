@@ -21,8 +21,10 @@ from tests import tiny_text
 
 
 def token_samples(lengths: list[int]) -> Samples:
-    items = [torch.randint(3, tiny_text.VOCABULARY, (n,), generator=torch.Generator().manual_seed(i))
-             for i, n in enumerate(lengths)]  # fmt: skip
+    items = [
+        torch.randint(3, tiny_text.VOCABULARY, (n,), generator=torch.Generator().manual_seed(i))
+        for i, n in enumerate(lengths)
+    ]
     names = tuple(str(i) for i in range(len(lengths)))
     return Samples(lambda i: items[i], names, None, names, "tokens", False)
 
@@ -30,26 +32,48 @@ def token_samples(lengths: list[int]) -> Samples:
 def gemma() -> transformers.PreTrainedModel:
     """Blocks of two kinds, with a sliding and with a full attention mask."""
     config = transformers.Gemma2Config(
-        vocab_size=tiny_text.VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=3, head_dim=4,
-        num_attention_heads=4, num_key_value_heads=2, sliding_window=4, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=tiny_text.VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        head_dim=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=4,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     return transformers.Gemma2ForCausalLM(config).eval()
 
 
 def gpt2() -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=tiny_text.VOCABULARY, n_embd=16, n_layer=3, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2,
-    )).eval()  # fmt: skip
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=tiny_text.VOCABULARY,
+            n_embd=16,
+            n_layer=3,
+            n_head=2,
+            n_positions=32,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ).eval()
 
 
 def bert() -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    return transformers.BertForMaskedLM(transformers.BertConfig(
-        vocab_size=tiny_text.VOCABULARY, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
-        intermediate_size=24,
-    )).eval()  # fmt: skip
+    return transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=tiny_text.VOCABULARY,
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=24,
+        )
+    ).eval()
 
 
 MODELS = {"llama": lambda: tiny_text.llama(num_hidden_layers=3), "gemma2": gemma, "gpt2": gpt2, "bert": bert}

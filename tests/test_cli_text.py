@@ -52,9 +52,19 @@ def test_text_in_uniform_layout_then_again(model: Path, text: str, tmp_path: Pat
     small = modhifi.load(tmp_path / "one")
     assert small.model.layers[1].mlp.up_proj.weight.shape == (18, 16) and small.dtype == torch.bfloat16
     code, stdout, stderr = run(
-        "prune", tmp_path / "one", "--data", text, "--window", 32, "--ratio", 0.3333, "--only", "neurons",
-        "--dry-run", "--json",
-    )  # fmt: skip
+        "prune",
+        tmp_path / "one",
+        "--data",
+        text,
+        "--window",
+        32,
+        "--ratio",
+        0.3333,
+        "--only",
+        "neurons",
+        "--dry-run",
+        "--json",
+    )
     assert code == 0 and [g["kept"] for g in json.loads(stdout)["groups"]] == [12, 12], stderr
     code, stdout, stderr = run("prune", "--recipe", tmp_path / "one" / "recipe.yaml", "--dry-run", "--json")
     again, first = json.loads(stdout), json.loads((tmp_path / "one" / "modhifi.json").read_text())

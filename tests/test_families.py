@@ -72,9 +72,20 @@ def uniform(name: str, kinds: tuple[str, ...], folder: Path) -> torch.nn.Module:
 
 def test_uniform_artefacts_load_with_transformers_alone(tmp_path: Path):
     both, neurons = ("heads", "neurons"), ("neurons",)
-    cases = {"llama": both, "llama, tied": both, "qwen3": both, "gemma3": both, "phi3": both, "vit": both,
-             "gpt2": neurons, "opt": neurons, "bert": neurons, "distilbert": neurons, "gpt_neox": neurons,
-             "swin": neurons}  # fmt: skip
+    cases = {
+        "llama": both,
+        "llama, tied": both,
+        "qwen3": both,
+        "gemma3": both,
+        "phi3": both,
+        "vit": both,
+        "gpt2": neurons,
+        "opt": neurons,
+        "bert": neurons,
+        "distilbert": neurons,
+        "gpt_neox": neurons,
+        "swin": neurons,
+    }
     folders = []
     for name, kinds in cases.items():
         folders.append(str(tmp_path / name.replace(", ", "-")))
@@ -126,10 +137,13 @@ def test_what_a_configuration_cannot_say_comes_back_with_modhifi(name: str, tmp_
 @pytest.mark.parametrize(
     "name, kinds",
     [
-        ("gpt2", ["heads"]), ("llama", []), ("dinov2", ["neurons"]),
-        ("vit_tiny_patch16_224", ["heads"]), ("beit_base_patch16_224", []),
+        ("gpt2", ["heads"]),
+        ("llama", []),
+        ("dinov2", ["neurons"]),
+        ("vit_tiny_patch16_224", ["heads"]),
+        ("beit_base_patch16_224", []),
     ],
-)  # fmt: skip
+)
 def test_check_tells_what_the_stock_configuration_cannot_say(name: str, kinds: list[str]):
     model, _, _ = tiny_transformers.family(name)
     assert check_model(load_model(model.float()))["not_stock"] == kinds

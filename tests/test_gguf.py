@@ -34,9 +34,17 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 def test_llama_cpps_converter_reads_a_uniform_artefact(tmp_path: Path) -> None:
     tokens = tokenizer()
     config = transformers.LlamaConfig(
-        vocab_size=len(tokens), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=len(tokens),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
     tokens.save_pretrained(tmp_path / "dense")

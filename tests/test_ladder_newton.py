@@ -34,9 +34,14 @@ def network(blocks: int, activation: str, norm: str, pool: bool) -> nn.Module:
     middle = [Block(5, activation, norm) for _ in range(blocks)]
     pools = [nn.MaxPool2d(3, 2, 1)] if pool else []
     model = nn.Sequential(
-        nn.Conv2d(2, 5, 3), ACTIVATIONS[activation](), *pools, *middle, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Conv2d(2, 5, 3),
+        ACTIVATIONS[activation](),
+        *pools,
+        *middle,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
         nn.Linear(5, 3),
-    )  # fmt: skip
+    )
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()

@@ -35,9 +35,14 @@ def save_timm(directory: Path, half: bool = False) -> nn.Module:
     torch.manual_seed(1)
     model = timm.create_model("resnet18", num_classes=3, **NARROW).eval()
     model.pretrained_cfg.update(
-        input_size=(3, 32, 32), mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.2), crop_pct=1.0, num_classes=3,
-        label_names=["cat", "dog", "owl"], license="mit",
-    )  # fmt: skip
+        input_size=(3, 32, 32),
+        mean=(0.4, 0.5, 0.6),
+        std=(0.2, 0.2, 0.2),
+        crop_pct=1.0,
+        num_classes=3,
+        label_names=["cat", "dog", "owl"],
+        license="mit",
+    )
     save_for_hf(model.half() if half else model, directory, model_args=NARROW, safe_serialization=True)
     return model.float()
 
@@ -244,10 +249,17 @@ def write_gguf(path: Path, model: nn.Module) -> None:
     writer.add_token_merges(["t 1"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-             "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-             "post_attention_layernorm": "ffn_norm"}  # fmt: skip
+    names = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
     writer.add_tensor("token_embd.weight", state["model.embed_tokens.weight"])
     writer.add_tensor("output_norm.weight", state["model.norm.weight"])
     writer.add_tensor("output.weight", state["lm_head.weight"])
@@ -521,8 +533,11 @@ def downloads(tmp_path_factory: pytest.TempPathFactory) -> types.SimpleNamespace
     with HubServer(models) as server:
         hidden = ("HF_", "HUGGING", "TRANSFORMERS_", "http", "HTTP")
         env = {k: v for k, v in os.environ.items() if not k.startswith(hidden)} | {
-            "HF_ENDPOINT": server.url, "HF_HOME": str(root / "home"), "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1",
-        }  # fmt: skip
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(root / "home"),
+            "PYTHONPATH": str(ROOT),
+            "NO_PROXY": "127.0.0.1",
+        }
         command = [sys.executable, "-c", DOWNLOADS, json.dumps(cases), TOKEN]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -22,8 +22,15 @@ from modhifi.pipeline import PruneResult
 from tests import tiny_text
 
 BLOCKS = ("model.layers.0", "model.layers.1", "model.layers.2")
-SPLIT = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk",
-         "model.layers.2": "disk", "model.norm": "disk", "lm_head": "cpu"}  # fmt: skip
+SPLIT = {
+    "model.embed_tokens": "cpu",
+    "model.rotary_emb": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.layers.2": "disk",
+    "model.norm": "disk",
+    "lm_head": "cpu",
+}
 
 DISPATCH: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
     "cpu": lambda m, at: accelerate.cpu_offload(m, "cpu"),
@@ -35,8 +42,16 @@ DISPATCH: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
 def prune(model: nn.Module, layout: str, **more: Any) -> PruneResult:
     chance = torch.Generator().manual_seed(0)
     windows = [torch.randint(3, tiny_text.VOCABULARY, (12,), generator=chance) for _ in range(20)]
-    return modhifi.prune(model, windows, ratio=0.3, samples=16, evaluation_samples=4, method={"layout": layout},
-                         checks={"walked": 0}, **more)  # fmt: skip
+    return modhifi.prune(
+        model,
+        windows,
+        ratio=0.3,
+        samples=16,
+        evaluation_samples=4,
+        method={"layout": layout},
+        checks={"walked": 0},
+        **more,
+    )
 
 
 @pytest.mark.parametrize("way", DISPATCH)

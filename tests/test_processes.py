@@ -23,27 +23,57 @@ from modhifi.settings import PruneSettings
 from modhifi.stages import find_structure, measure_moments
 
 LAUNCHERS = {
-    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-                   "--mixed_precision", "no", "--dynamo_backend", "no", "-m"],
+    "accelerate": [
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "-m",
+    ],
     "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "-m"],
-}  # fmt: skip
+}
 
 
 def launch(launcher: str, where: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")} | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", *LAUNCHERS[launcher], "modhifi", *arguments],
-        capture_output=True, text=True, env=environment, cwd=where, timeout=240,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=where,
+        timeout=240,
+    )
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_make_the_plan_of_one(launcher: str, model_dir: Path, image_dir: Path, tmp_path: Path) -> None:
     """What the sums add up to, rows looked at included; only the main process prints."""
     arguments = [
-        "prune", str(model_dir), "--data", f"images:{image_dir}", "--samples", "30", "--evaluation-samples", "10",
-        "--batch-size", "4", "--ratio", "0.4", "--device", "cpu", "--dry-run", "--json", "--no-cache",
-    ]  # fmt: skip
+        "prune",
+        str(model_dir),
+        "--data",
+        f"images:{image_dir}",
+        "--samples",
+        "30",
+        "--evaluation-samples",
+        "10",
+        "--batch-size",
+        "4",
+        "--ratio",
+        "0.4",
+        "--device",
+        "cpu",
+        "--dry-run",
+        "--json",
+        "--no-cache",
+    ]
     together = launch(launcher, tmp_path, *arguments)
     assert together.returncode == 0, together.stderr
     alone = CliRunner().invoke(app, arguments)

@@ -91,9 +91,14 @@ def test_the_command_uploads_only_when_asked_and_only_what_passes(
     assert "uploaded: " in done.stderr and len(server.repositories["someone/taken"].commits) == 1
 
 
-@pytest.mark.parametrize(("token", "name", "message"), [
-    (None, "someone/x", "needs a login"), ("wrong", "someone/x", "refused access"), (TOKEN, "a/b/c", "not a name"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("token", "name", "message"),
+    [
+        (None, "someone/x", "needs a login"),
+        ("wrong", "someone/x", "refused access"),
+        (TOKEN, "a/b/c", "not a name"),
+    ],
+)
 def test_it_is_refused_before_the_work(
     token: str | None, name: str, message: str, server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -104,10 +109,13 @@ def test_it_is_refused_before_the_work(
     assert done.exit_code == 2 and message in done.stderr and not out.exists()
 
 
-@pytest.mark.parametrize("arguments", [
-    ["prune", "demo:resnet", "--ratio", "0.2", "--dry-run"],
-    ["unlearn", "demo:resnet", "--forget", "frog", "--data", "demo:calibration"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prune", "demo:resnet", "--ratio", "0.2", "--dry-run"],
+        ["unlearn", "demo:resnet", "--forget", "frog", "--data", "demo:calibration"],
+    ],
+)
 def test_nothing_is_not_uploaded(arguments: list[str], server: HubServer) -> None:
     done = runner.invoke(app, [*arguments, "--push-to-hub", "someone/nothing"])
     assert (

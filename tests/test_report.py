@@ -27,9 +27,16 @@ REPORT = {
         {"name": "Latency", "before": 0.0123, "after": None, "unit": "s"},
     ],
     "groups": [
-        {"name": f"layer{i}.0.conv1", "kind": "channels", "n": 16, "kept": 4 + i, "local_error": 0.1 * i,
-         "relative_error": 0.01 * i, "amplification": None,
-         "fidelity": {"kept": [0.1, 0.2, 0.5], "removed": [0, 0.1, 0.2]}}
+        {
+            "name": f"layer{i}.0.conv1",
+            "kind": "channels",
+            "n": 16,
+            "kept": 4 + i,
+            "local_error": 0.1 * i,
+            "relative_error": 0.01 * i,
+            "amplification": None,
+            "fidelity": {"kept": [0.1, 0.2, 0.5], "removed": [0, 0.1, 0.2]},
+        }
         for i in range(1, 5)
     ],
     "refused": [{"name": "conv1", "reason": "a <softmax> runs across these channels"}],
@@ -42,7 +49,7 @@ REPORT = {
     "warnings": ["3 images could not be read: a.png, b.png, c.png"],
     "command": "modhifi prune timm:resnet18 --flops 0.5x --out out",
     "timing": {"collect": 1.5, "plan": 0.02},
-}  # fmt: skip
+}
 
 
 class Page(HTMLParser):
@@ -83,10 +90,25 @@ def test_page_holds_every_part_and_needs_nothing_else():
     html = render_html(json.loads(json.dumps(REPORT | {"contact_sheet": data_uri(image)})))
     page = parse(html)
     for words in (
-        REPORT["title"], "91.30 %", "−1.30 points", "11.69 M", "−50.0 %", "12.3 ms", "not measured", "layer3.0.conv1",
-        "7 of 16", "PASS-STATISTICAL", "VACUOUS", "a <softmax> runs", "3 images could not be read",
-        "held out: agreement",        REPORT["command"], "1.5 s", "20 ms", "3, 32, 32",
-    ):  # fmt: skip
+        REPORT["title"],
+        "91.30 %",
+        "−1.30 points",
+        "11.69 M",
+        "−50.0 %",
+        "12.3 ms",
+        "not measured",
+        "layer3.0.conv1",
+        "7 of 16",
+        "PASS-STATISTICAL",
+        "VACUOUS",
+        "a <softmax> runs",
+        "3 images could not be read",
+        "held out: agreement",
+        REPORT["command"],
+        "1.5 s",
+        "20 ms",
+        "3, 32, 32",
+    ):
         assert words in page.text, words
     assert [s[:22] for s in page.sources] == ["data:image/png;base64,"]
     assert "@import" not in html and not re.search(r"url\((?!#)", html) and "<script" not in html
@@ -130,13 +152,24 @@ def test_the_same_report_gives_the_same_page():
 @pytest.mark.parametrize(
     ("value", "unit", "text"),
     [
-        (None, "%", "not measured"), (0.913, "%", "91.30 %"), (0.0123, "s", "12.3 ms"), (2e-5, "s", "20 µs"),
-        (3, "s", "3 s"), (0.0, "s", "0 s"), (0, "B", "0 B"), (46_800_000, "B", "46.8 MB"),
-        (1_817_000_000, "FLOP", "1.817 GFLOP"), (11_689_512, "", "11.69 M"),
-        (11_690, "", "11,690"), (0.012346, "", "0.01235"),
-        (math.nan, "", "not measured"), (math.inf, "", "infinite"), (1e38, "", "1e+38"), ("Infinity", "", "Infinity"),
+        (None, "%", "not measured"),
+        (0.913, "%", "91.30 %"),
+        (0.0123, "s", "12.3 ms"),
+        (2e-5, "s", "20 µs"),
+        (3, "s", "3 s"),
+        (0.0, "s", "0 s"),
+        (0, "B", "0 B"),
+        (46_800_000, "B", "46.8 MB"),
+        (1_817_000_000, "FLOP", "1.817 GFLOP"),
+        (11_689_512, "", "11.69 M"),
+        (11_690, "", "11,690"),
+        (0.012346, "", "0.01235"),
+        (math.nan, "", "not measured"),
+        (math.inf, "", "infinite"),
+        (1e38, "", "1e+38"),
+        ("Infinity", "", "Infinity"),
     ],
-)  # fmt: skip
+)
 def test_numbers(value, unit, text):
     assert number(value, unit) == text
 

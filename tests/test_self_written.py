@@ -105,8 +105,14 @@ def test_loops_are_rejected(tmp_path: Path) -> None:
         load_samples("self", loaded, n=4, window=16)
 
 
-BERT = transformers.BertConfig(vocab_size=tiny_text.VOCABULARY + 3, hidden_size=16, num_hidden_layers=1,
-                               num_attention_heads=2, intermediate_size=24, initializer_range=0.5)  # fmt: skip
+BERT = transformers.BertConfig(
+    vocab_size=tiny_text.VOCABULARY + 3,
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=24,
+    initializer_range=0.5,
+)
 
 
 def masked(kind: type = transformers.BertForMaskedLM) -> LoadedModel:

@@ -157,8 +157,13 @@ def test_padding_leaves_no_trace_in_moments_and_measures(loaded: LoadedModel) ->
 
 def test_padding_is_masked_out_of_an_encoders_attention() -> None:
     torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=tiny_text.VOCABULARY, hidden_size=16, num_hidden_layers=2,
-                                     num_attention_heads=2, intermediate_size=24)  # fmt: skip
+    config = transformers.BertConfig(
+        vocab_size=tiny_text.VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+    )
     loaded = load_model(transformers.BertForMaskedLM(config))
     samples = padded([4, 9])
     batch = next(samples.batches(2))

@@ -33,8 +33,10 @@ def test_plain_chain():
 def test_multiply_adds_count_one_sample_and_tell_where_the_mean_goes():
     operators = structure_of("plain").operators
     assert {name: o.macs for name, o in operators.items()} == {
-        "stem.0": 12 * 12 * 3 * 9 * 8, "conv.0": 6 * 6 * 8 * 9 * 6, "head": 6 * 5,
-    }  # fmt: skip
+        "stem.0": 12 * 12 * 3 * 9 * 8,
+        "conv.0": 6 * 6 * 8 * 9 * 6,
+        "head": 6 * 5,
+    }
     assert {name: o.sink for name, o in operators.items()} == {"stem.0": "stem.1", "conv.0": "conv.1", "head": "bias"}
 
 

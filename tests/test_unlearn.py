@@ -198,9 +198,13 @@ def test_parts_are_disjoint_and_too_few_samples_are_named(setting, world: Path) 
 def test_forget_data_of_its_own_replaces_what_the_retain_data_holds(setting, world: Path) -> None:
     loaded = setting[0]
     data = load_unlearn_data(
-        loaded, [CLASS], source=f"images:{world / 'train'}", samples=480,
-        forget_source=f"images:{world / 'test' / 'blue'}", evaluate=None,
-    )  # fmt: skip
+        loaded,
+        [CLASS],
+        source=f"images:{world / 'train'}",
+        samples=480,
+        forget_source=f"images:{world / 'test' / 'blue'}",
+        evaluate=None,
+    )
     assert any("were left out" in note for note in data.notes)
     blue = {name for name, label in zip(data.edit.names, data.edit.labels.tolist(), strict=True) if label == CLASS}
     assert blue and all("/" not in name for name in blue)
@@ -320,14 +324,16 @@ def test_the_screen_names_verdicts_and_the_retained_class_that_lost_most(capsys:
 
     classes = [["cat", 0.9, 0.1], ["dog", 0.8, 0.7], ["frog", 0.9, 0.9]]
     report = {
-        "title": "run", "warnings": [], "audit": {"forgotten": ["cat"], "moved": []},
+        "title": "run",
+        "warnings": [],
+        "audit": {"forgotten": ["cat"], "moved": []},
         "tables": [
             {"title": "Attacks, model by model", "columns": ["", "original", "edited"], "rows": [["probe", 0.5, None]]},
             {"title": "Accuracy by class", "columns": ["class", "original", "edited"], "rows": classes},
             {"title": "Which layers spend the error", "columns": ["layer", "own error"], "rows": [["conv", 8.7, 0.4]]},
         ],
         "verdicts": [{"name": "R4 measured", "verdict": "INFORMATIVE", "text": "0.5"}],
-    }  # fmt: skip
+    }
     show_audit(report, None)
     shown = capsys.readouterr().out
     assert "worst retained class: dog, 80.0 % before, 70.0 % after" in shown

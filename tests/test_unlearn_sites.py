@@ -100,9 +100,15 @@ def test_a_gated_branch_is_refused_and_not_guessed() -> None:
 
 def test_a_net_without_skips_writes_its_own_outputs() -> None:
     net = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(), nn.Linear(6, 3),
-    )  # fmt: skip
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 3),
+    )
     sites = find_sites(load_model(net, example=torch.randn(2, 3, 8, 8)))
     assert [w.site.module for w in sites.writers] == ["0", "3"]
     assert not any(w.joined for w in sites.writers)

@@ -54,7 +54,7 @@ def test_what_later_versions_added_is_not_needed(artefact: Path, tmp_path: Path)
             r"written with timm 0.9 \(.* is installed\): install those",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_loaded_says_what_to_do(
     artefact: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:

@@ -36,9 +36,20 @@ def run(*arguments: object) -> tuple[int, str, str]:
 def artefact(model_dir: Path, image_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("artefacts") / "small"
     code, _, stderr = run(
-        "prune", model_dir, "--data", f"images:{image_dir}", "--samples", 16, "--evaluation-samples", 8, "--ratio", 0.2,
-        "--out", out, "--quiet",
-    )  # fmt: skip
+        "prune",
+        model_dir,
+        "--data",
+        f"images:{image_dir}",
+        "--samples",
+        16,
+        "--evaluation-samples",
+        8,
+        "--ratio",
+        0.2,
+        "--out",
+        out,
+        "--quiet",
+    )
     assert code == 0, stderr
     return out
 
@@ -80,9 +91,27 @@ def test_pruning_ends_with_the_bounds(model_dir: Path, image_dir: Path, tmp_path
     """A tolerance that is not met: exit code 1, and the artefact is there, marked."""
     out = tmp_path / "out"
     code, stdout, stderr = run(
-        "prune", model_dir, "--data", f"images:{image_dir}", "--samples", 24, "--evaluation-samples", 10,
-        "--ratio", 0.2, "--max-error", 1e-6, "--max-flip", 0.01, "--walked", 2, "--out", out, "--quiet", "--json",
-    )  # fmt: skip
+        "prune",
+        model_dir,
+        "--data",
+        f"images:{image_dir}",
+        "--samples",
+        24,
+        "--evaluation-samples",
+        10,
+        "--ratio",
+        0.2,
+        "--max-error",
+        1e-6,
+        "--max-flip",
+        0.01,
+        "--walked",
+        2,
+        "--out",
+        out,
+        "--quiet",
+        "--json",
+    )
     assert code == 1 and "error: max flip 0.01: INCONCLUSIVE" in stderr and "368 units" in stderr, stderr
     report = json.loads(stdout)
     verdicts = {v["name"]: v["verdict"] for v in report["verdicts"]}

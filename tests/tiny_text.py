@@ -40,12 +40,20 @@ def llama(begin: bool = True, **changes: object) -> transformers.LlamaForCausalL
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         **{
-            "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-            "bos_token_id": 1 if begin else None, "eos_token_id": 2, "pad_token_id": None, "initializer_range": 0.3,
+            "vocab_size": VOCABULARY,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "bos_token_id": 1 if begin else None,
+            "eos_token_id": 2,
+            "pad_token_id": None,
+            "initializer_range": 0.3,
             **changes,
         }  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
     return transformers.LlamaForCausalLM(config).eval()
 
 

@@ -33,27 +33,42 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", TEXT | dict(rotary_pct=0.5)),
     "bert": ("BertForMaskedLM", "BertConfig", TEXT),
     "roberta": ("RobertaForMaskedLM", "RobertaConfig", TEXT),
-    "distilbert": ("DistilBertForMaskedLM", "DistilBertConfig",
-                   TEXT | dict(dim=32, hidden_dim=40, n_layers=2, n_heads=4)),
+    "distilbert": (
+        "DistilBertForMaskedLM",
+        "DistilBertConfig",
+        TEXT | dict(dim=32, hidden_dim=40, n_layers=2, n_heads=4),
+    ),
     "vit": ("ViTForImageClassification", "ViTConfig", IMAGE),
     "deit": ("DeiTForImageClassification", "DeiTConfig", IMAGE),
     "beit": ("BeitForImageClassification", "BeitConfig", IMAGE | dict(use_relative_position_bias=True)),
     "dinov2": ("Dinov2ForImageClassification", "Dinov2Config", IMAGE | dict(mlp_ratio=2)),
-    "swin": ("SwinForImageClassification", "SwinConfig",
-             dict(image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4,
-                  mlp_ratio=2.0, num_labels=5)),
+    "swin": (
+        "SwinForImageClassification",
+        "SwinConfig",
+        dict(
+            image_size=32,
+            patch_size=4,
+            embed_dim=16,
+            depths=[2, 2],
+            num_heads=[2, 4],
+            window_size=4,
+            mlp_ratio=2.0,
+            num_labels=5,
+        ),
+    ),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", GROUPED | EXPERTS),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", GROUPED | EXPERTS | dict(moe_intermediate_size=12)),
-}  # fmt: skip
+}
 VIT = dict(embed_dim=32, depth=2, num_heads=4, mlp_ratio=2, img_size=32, patch_size=8)
 TIMM: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": VIT,
     "deit_tiny_distilled_patch16_224": VIT,
     "beit_base_patch16_224": VIT,
-    "swin_tiny_patch4_window7_224": dict(embed_dim=16, depths=(2, 2), num_heads=(2, 4), img_size=32, patch_size=4,
-                                         window_size=4),
+    "swin_tiny_patch4_window7_224": dict(
+        embed_dim=16, depths=(2, 2), num_heads=(2, 4), img_size=32, patch_size=4, window_size=4
+    ),
     "convnext_atto": dict(dims=(8, 12, 12, 16), depths=(1, 1, 1, 1)),
-}  # fmt: skip
+}
 
 
 def family(name: str) -> tuple[nn.Module, Tensor, Callable[[nn.Module], Tensor]]:

@@ -43,9 +43,15 @@ def build(directory: Path) -> None:
             loss.backward()
             optimizer.step()
     model.eval().pretrained_cfg.update(
-        input_size=(3, SIZE, SIZE), mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=1.0, fixed_input_size=True,
-        label_names=list(NAMES), num_classes=len(NAMES), license="apache-2.0",
-    )  # fmt: skip
+        input_size=(3, SIZE, SIZE),
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        crop_pct=1.0,
+        fixed_input_size=True,
+        label_names=list(NAMES),
+        num_classes=len(NAMES),
+        license="apache-2.0",
+    )
     save_for_hf(model, directory / "model", model_args=ARGUMENTS, safe_serialization=True)
     for split, (pixels, truth) in {"train": (images, labels), "test": pictures(1, PER_CLASS)}.items():
         for number, (image, label) in enumerate(zip(pixels, truth.tolist(), strict=True)):

@@ -21,8 +21,10 @@ def _fused(step: Step, outputs: list[Tensor]) -> list[Record] | None:
     if query.ndim != 4 or dropout or (mask is not None and not step.bound(mask).constant):
         return None
     bounds = [step.bound(t) for t in (query, key, value)]
-    radii = [coarsen(b.radius, [*b.radius.shape[:-1], 1]).expand(*t.shape[:-1], 1)[..., 0]
-             for b, t in zip(bounds, (query, key, value), strict=True)]  # fmt: skip
+    radii = [
+        coarsen(b.radius, [*b.radius.shape[:-1], 1]).expand(*t.shape[:-1], 1)[..., 0]
+        for b, t in zip(bounds, (query, key, value), strict=True)
+    ]
     if step.kwargs.get("enable_gqa"):
         times = query.shape[1] // key.shape[1]
         key, value = (t.repeat_interleave(times, 1) for t in (key, value))

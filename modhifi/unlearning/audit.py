@@ -97,8 +97,9 @@ def changed_operators(original: nn.Module, edited: nn.Module) -> list[str]:
     return sorted(names - norms)
 
 
-def head_mask(loaded: LoadedModel, edited: nn.Module, sites: Sites, data: UnlearnData, classes: Sequence[int],
-              batch_size: int) -> tuple[nn.Module, nn.Module]:  # fmt: skip
+def head_mask(
+    loaded: LoadedModel, edited: nn.Module, sites: Sites, data: UnlearnData, classes: Sequence[int], batch_size: int
+) -> tuple[nn.Module, nn.Module]:
     """The control, the original with closed outputs: norms settled where the edited model's are, and as they were."""
     settings = UnlearnSettings(method="head-mask", settle=False, batch_size=batch_size)
     plain = forget(loaded, sites, data.edit, data.groups, settings, classes).model
