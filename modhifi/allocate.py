@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import ModhifiError
-from .groups import Group
-from .plan import Plan
-from .selection import Curve
-from .sizes import Sizes
+from modhifi.errors import ModhifiError
+from modhifi.groups import Group
+from modhifi.plan import Plan
+from modhifi.selection import Curve
+from modhifi.sizes import Sizes
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,20 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .allocate import Budget, allocate, least_width, plan_for
-from .blocks import find_blocks, moments_by_block
-from .data import Samples
-from .editing import LayerError, edit_readers
-from .groups import Structure, operator_modules
-from .load import LoadedModel
-from .offload import staying
-from .plan import Plan
-from .room import check_room, gram_bytes
-from .selection import Curve
-from .settings import Progress, PruneSettings
-from .sizes import sizes_of
-from .stages import Pruned, removal_curves
-from .surgery import shrink
+from modhifi.allocate import Budget, allocate, least_width, plan_for
+from modhifi.blocks import find_blocks, moments_by_block
+from modhifi.data import Samples
+from modhifi.editing import LayerError, edit_readers
+from modhifi.groups import Structure, operator_modules
+from modhifi.load import LoadedModel
+from modhifi.offload import staying
+from modhifi.plan import Plan
+from modhifi.room import check_room, gram_bytes
+from modhifi.selection import Curve
+from modhifi.settings import Progress, PruneSettings
+from modhifi.sizes import sizes_of
+from modhifi.stages import Pruned, removal_curves
+from modhifi.surgery import shrink
 
 # Grams of a whole model up to this size may be kept, which lets another run reuse them; larger ones never are.
 MOST_BYTES = 4 * 2**30

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 
-from .settings import Progress, silent
+from modhifi.settings import Progress, silent
 
 logger = logging.getLogger("modhifi")
 PACKAGES = ("modhifi", "torch", "timm", "transformers")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import IndefiniteError
-from .fidelity import compensation
+from modhifi.errors import IndefiniteError
+from modhifi.fidelity import compensation
 
 
 def least_squares(weight: Tensor, second: Tensor, kept: Tensor, ridge: float = 1e-4) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .groups import Group, Role, Slice
+from modhifi.groups import Group, Role, Slice
 
 
 @dataclass(frozen=True)

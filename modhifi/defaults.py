@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .families import says
-from .load import LoadedModel
-from .recipe import PruneRecipe
-from .text import window_of
+from modhifi.families import says
+from modhifi.load import LoadedModel
+from modhifi.recipe import PruneRecipe
+from modhifi.text import window_of
 
 
 @dataclass(frozen=True)

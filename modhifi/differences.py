@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import ModhifiError
-from .report import change
+from modhifi.errors import ModhifiError
+from modhifi.report import change
 
 ABSENT = "absent"
 
@@ -34,7 +34,7 @@ def diff_runs(first: str | Path, second: str | Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    from .artifact import MANIFEST, read_manifest
+    from modhifi.artifact import MANIFEST, read_manifest
 
     file = path / "report.json" if path.is_dir() else path
     try:

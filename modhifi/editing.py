@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .compensate import error_and_energy, least_squares, masked, scaled
-from .errors import ModhifiError
-from .groups import Structure
-from .moments import Moments
-from .plan import Plan
-from .readers import absorb_mean, applied_second, weight_matrix, write_weight
-from .settings import PruneSettings
-from .surgery import kernel_size, removed_positions
+from modhifi.compensate import error_and_energy, least_squares, masked, scaled
+from modhifi.errors import ModhifiError
+from modhifi.groups import Structure
+from modhifi.moments import Moments
+from modhifi.plan import Plan
+from modhifi.readers import absorb_mean, applied_second, weight_matrix, write_weight
+from modhifi.settings import PruneSettings
+from modhifi.surgery import kernel_size, removed_positions
 
 
 @dataclass(frozen=True)

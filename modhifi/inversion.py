@@ -23,13 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .artifact import state_hash
-from .data import Samples, class_count, image_shape, load_samples, normalisation
-from .errors import ModhifiError
-from .load import LoadedModel
-from .moment_cache import make_room
-from .moments import only_input
-from .quality import look, statistics_gap
+from modhifi.artifact import state_hash
+from modhifi.data import Samples, class_count, image_shape, load_samples, normalisation
+from modhifi.errors import ModhifiError
+from modhifi.load import LoadedModel
+from modhifi.moment_cache import make_room
+from modhifi.moments import only_input
+from modhifi.quality import look, statistics_gap
 
 STEPS, RATE, BATCH = 150, 0.02, 125
 # Weights of the terms beside the statistics: total variation (per pixel, normalised units) and the class.

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .errors import ModhifiError
-from .load import PADDING, real_tokens
+from modhifi.errors import ModhifiError
+from modhifi.load import PADDING, real_tokens
 
 if TYPE_CHECKING:
-    from .data import Samples
+    from modhifi.data import Samples
 
 Logits = Callable[[Tensor], Tensor]
 """One forward pass, from a batch to logits ``(batch, ..., classes)``: ``partial(loaded.logits, model=edited)``, say."""

@@ -22,12 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .artifact import state_hash
-from .clock import version_of
-from .data import Samples
-from .load import LoadedModel
-from .moments import LEAST_ROWS, Accumulator
-from .own_data import digest
+from modhifi.artifact import state_hash
+from modhifi.clock import version_of
+from modhifi.data import Samples
+from modhifi.load import LoadedModel
+from modhifi.moments import LEAST_ROWS, Accumulator
+from modhifi.own_data import digest
 
 FORMAT = 1
 # Writing takes at most this share of the time of a pass.

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
-from .groups import conv_groups
-from .load import real_tokens
+from modhifi.groups import conv_groups
+from modhifi.load import real_tokens
 
 if TYPE_CHECKING:
-    from .moment_cache import StoredSums
+    from modhifi.moment_cache import StoredSums
 
 # Narrow readers see at least this many rows in all: pixels are far from Gaussian, and a few hundred of them overfit.
 LEAST_ROWS = 4096

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .errors import ModhifiError
+from modhifi.errors import ModhifiError
 
 
 def own_copy(module: nn.Module) -> nn.Module:

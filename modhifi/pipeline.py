@@ -9,33 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import quality
-from .artifact import check_output, describe_data, read_manifest, save_artifact, verify_reload
-from .blocks import find_blocks
-from .clock import Clock
-from .contact_sheet import contact_sheet
-from .data import Samples, load_samples, warn_degenerate
-from .defaults import complete
-from .errors import ModhifiError
-from .export import SUFFIXES, check_export
-from .export import export as export_model
-from .families import says
-from .load import LoadedModel, load_model
-from .moment_cache import MomentCache
-from .offload import let_visit
-from .own_data import Source
-from .plan import Plan
-from .processes import processes
-from .prune_report import before_after, describe, measure_run, measured, skipped
-from .pruning import contribute, prune_model, reestimate_batchnorm
-from .rebuild import expand
-from .recipe import ModelSource, PruneRecipe
-from .report import data_uri
-from .run_checks import add_bounds, add_groups
-from .settings import Progress, silent
-from .sizes import sizes_of
-from .stages import find_structure
-from .verify import BoundReport, verify_model
+from modhifi import quality
+from modhifi.artifact import check_output, describe_data, read_manifest, save_artifact, verify_reload
+from modhifi.blocks import find_blocks
+from modhifi.clock import Clock
+from modhifi.contact_sheet import contact_sheet
+from modhifi.data import Samples, load_samples, warn_degenerate
+from modhifi.defaults import complete
+from modhifi.errors import ModhifiError
+from modhifi.export import SUFFIXES, check_export
+from modhifi.export import export as export_model
+from modhifi.families import says
+from modhifi.load import LoadedModel, load_model
+from modhifi.moment_cache import MomentCache
+from modhifi.offload import let_visit
+from modhifi.own_data import Source
+from modhifi.plan import Plan
+from modhifi.processes import processes
+from modhifi.prune_report import before_after, describe, measure_run, measured, skipped
+from modhifi.pruning import contribute, prune_model, reestimate_batchnorm
+from modhifi.rebuild import expand
+from modhifi.recipe import ModelSource, PruneRecipe
+from modhifi.report import data_uri
+from modhifi.run_checks import add_bounds, add_groups
+from modhifi.settings import Progress, silent
+from modhifi.sizes import sizes_of
+from modhifi.stages import find_structure
+from modhifi.verify import BoundReport, verify_model
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ModhifiError
-from .groups import Group, Structure
+from modhifi.errors import ModhifiError
+from modhifi.groups import Group, Structure
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .allocate import Budget
-from .data import Samples
-from .editing import compensated, store, write_compensated
-from .errors import ModhifiError
-from .groups import Group, Structure
-from .load import LoadedModel
-from .moments import Moments
-from .plan import Plan
-from .replay import Replay
-from .selection import Curve, Trial
-from .settings import Progress, PruneSettings, silent
-from .stages import make_plan, trial_size
-from .surgery import removed_positions
+from modhifi.allocate import Budget
+from modhifi.data import Samples
+from modhifi.editing import compensated, store, write_compensated
+from modhifi.errors import ModhifiError
+from modhifi.groups import Group, Structure
+from modhifi.load import LoadedModel
+from modhifi.moments import Moments
+from modhifi.plan import Plan
+from modhifi.replay import Replay
+from modhifi.selection import Curve, Trial
+from modhifi.settings import Progress, PruneSettings, silent
+from modhifi.stages import make_plan, trial_size
+from modhifi.surgery import removed_positions
 
 # the share of a group's components whose loss shows its effect on the output
 TRIAL = 0.3

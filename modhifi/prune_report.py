@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import measure
-from .data import Samples
-from .load import LoadedModel
-from .recipe import PruneRecipe
-from .settings import Progress, silent
-from .sizes import sizes_of
-from .stages import Pruned
+from modhifi import measure
+from modhifi.data import Samples
+from modhifi.load import LoadedModel
+from modhifi.recipe import PruneRecipe
+from modhifi.settings import Progress, silent
+from modhifi.sizes import sizes_of
+from modhifi.stages import Pruned
 
 STEP = 0.005  # a share of the KV cache this near to the one asked for is that one
 # Shares of a group's components below which a fidelity lies, for the report's distribution.

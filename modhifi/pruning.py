@@ -7,21 +7,21 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .allocate import Budget
-from .blockwise import fit_in_memory, prune_in_blocks
-from .data import Samples
-from .errors import ModhifiError
-from .groups import Structure
-from .load import LoadedModel
-from .moment_cache import MomentCache
-from .plan import Plan
-from .probing import TRIAL, probed_plan
-from .processes import ALONE, Processes
-from .quality import gram_quality
-from .readers import best_singletons, readers_of
-from .selection import Curve
-from .settings import Progress, PruneSettings, silent
-from .stages import (
+from modhifi.allocate import Budget
+from modhifi.blockwise import fit_in_memory, prune_in_blocks
+from modhifi.data import Samples
+from modhifi.errors import ModhifiError
+from modhifi.groups import Structure
+from modhifi.load import LoadedModel
+from modhifi.moment_cache import MomentCache
+from modhifi.plan import Plan
+from modhifi.probing import TRIAL, probed_plan
+from modhifi.processes import ALONE, Processes
+from modhifi.quality import gram_quality
+from modhifi.readers import best_singletons, readers_of
+from modhifi.selection import Curve
+from modhifi.settings import Progress, PruneSettings, silent
+from modhifi.stages import (
     Pruned,
     apply_plan,
     choose_groups,

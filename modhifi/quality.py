@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .data import Samples, class_count
-from .load import LoadedModel
-from .moments import Moments, only_input
+from modhifi.data import Samples, class_count
+from modhifi.load import LoadedModel
+from modhifi.moments import Moments, only_input
 
 # Samples that are run to compare a network's memory with what it sees.
 LOOKED_AT = 128

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .fidelity import singleton_fidelity
-from .groups import Group, Structure, conv_groups, reader_columns
-from .moments import Moments
+from modhifi.fidelity import singleton_fidelity
+from modhifi.groups import Group, Structure, conv_groups, reader_columns
+from modhifi.moments import Moments
 
 
 @dataclass(frozen=True)

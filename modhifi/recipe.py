@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .allocate import Budget
-from .recipe_file import Strict, validate
-from .settings import PruneSettings
-from .verdicts import Tolerances
+from modhifi.allocate import Budget
+from modhifi.recipe_file import Strict, validate
+from modhifi.settings import PruneSettings
+from modhifi.verdicts import Tolerances
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 

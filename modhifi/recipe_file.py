@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .errors import ModhifiError
+from modhifi.errors import ModhifiError
 
 
 class Strict(BaseModel):

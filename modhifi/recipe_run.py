@@ -11,21 +11,21 @@ from typing import Any
 
 import torch
 
-from .errors import GateFailed, ModhifiError, SelfTestFailed
-from .moment_cache import MomentCache
-from .output import check_output, staging
-from .pipeline import original_of, run_prune
-from .processes import launched
-from .recipe import PruneRecipe
-from .recipe_file import set_value, to_yaml
-from .recipe_steps import STEP, AuditRecipe, Recipe, StepsRecipe, VerifyRecipe, parse
-from .report import jsonable, render_html
-from .settings import Progress, silent
-from .unlearning.audit_text import VERDICTS
-from .unlearning.pipeline import run_audit, run_unlearn
-from .unlearning.recipe import UnlearnRecipe
-from .verify import BoundReport
-from .verify_artifact import verify_artifact
+from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
+from modhifi.moment_cache import MomentCache
+from modhifi.output import check_output, staging
+from modhifi.pipeline import original_of, run_prune
+from modhifi.processes import launched
+from modhifi.recipe import PruneRecipe
+from modhifi.recipe_file import set_value, to_yaml
+from modhifi.recipe_steps import STEP, AuditRecipe, Recipe, StepsRecipe, VerifyRecipe, parse
+from modhifi.report import jsonable, render_html
+from modhifi.settings import Progress, silent
+from modhifi.unlearning.audit_text import VERDICTS
+from modhifi.unlearning.pipeline import run_audit, run_unlearn
+from modhifi.unlearning.recipe import UnlearnRecipe
+from modhifi.verify import BoundReport
+from modhifi.verify_artifact import verify_artifact
 
 
 @dataclass(frozen=True)

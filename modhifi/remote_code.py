@@ -12,7 +12,7 @@ from typing import Any
 
 import transformers
 
-from .load_transformers import auto_class
+from modhifi.load_transformers import auto_class
 
 MODULE = "modeling_modhifi"
 FIELD = "modhifi"

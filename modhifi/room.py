@@ -6,9 +6,9 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from torch import nn
 
-from .errors import ModhifiError
-from .groups import Structure, operator_modules
-from .readers import columns_of
+from modhifi.errors import ModhifiError
+from modhifi.groups import Structure, operator_modules
+from modhifi.readers import columns_of
 
 # The Gram that is worked on stands beside its damped copy, that one's factor and its inverse.
 COPIES = 4

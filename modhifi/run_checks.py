@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .groups import Structure
-from .report import number
-from .verify import BoundReport
+from modhifi.groups import Structure
+from modhifi.report import number
+from modhifi.verify import BoundReport
 
 LAYERS_SHOWN = 20
 

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .data import load_samples
-from .defaults import amounts
-from .fidelity import energy_score
-from .load import LoadedModel
-from .own_data import Source
-from .readers import readers_of
-from .settings import Progress, PruneSettings, silent
-from .stages import choose_groups, find_structure, measure_moments, removal_curves
+from modhifi.data import load_samples
+from modhifi.defaults import amounts
+from modhifi.fidelity import energy_score
+from modhifi.load import LoadedModel
+from modhifi.own_data import Source
+from modhifi.readers import readers_of
+from modhifi.settings import Progress, PruneSettings, silent
+from modhifi.stages import choose_groups, find_structure, measure_moments, removal_curves
 
 
 @dataclass(frozen=True)

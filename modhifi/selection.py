@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import IndefiniteError, ModhifiError
-from .fidelity import energy_score, hifi_size, singleton_fidelity, top_hifi, wanda_score
-from .readers import Reader, best_singletons
+from modhifi.errors import IndefiniteError, ModhifiError
+from modhifi.fidelity import energy_score, hifi_size, singleton_fidelity, top_hifi, wanda_score
+from modhifi.readers import Reader, best_singletons
 
 
 @dataclass(frozen=True)

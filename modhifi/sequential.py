@@ -9,13 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .compensate import least_squares_towards
-from .groups import Structure
-from .load import real_tokens
-from .moments import Accumulator, MomentCollector, Moments, batch_statistics, only_input, reader_rows
-from .plan import Plan
-from .readers import absorb_mean, mean_diagonal, shrinkage, shrunk, weight_matrix, write_weight
-from .surgery import kernel_size, removed_positions
+from modhifi.compensate import least_squares_towards
+from modhifi.groups import Structure
+from modhifi.load import real_tokens
+from modhifi.moments import Accumulator, MomentCollector, Moments, batch_statistics, only_input, reader_rows
+from modhifi.plan import Plan
+from modhifi.readers import absorb_mean, mean_diagonal, shrinkage, shrunk, weight_matrix, write_weight
+from modhifi.surgery import kernel_size, removed_positions
 
 
 class _Reached(Exception):

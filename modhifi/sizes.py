@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .groups import Group, Structure, last_wide
+from modhifi.groups import Group, Structure, last_wide
 
 
 @dataclass(frozen=True)

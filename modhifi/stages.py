@@ -10,26 +10,26 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from .allocate import Budget, allocate
-from .data import Samples
-from .editing import LayerError, edit_readers
-from .errors import ModhifiError
-from .groups import Group, Structure, operator_modules
-from .load import LoadedModel
-from .moment_cache import MomentCache
-from .moments import Moments, collect
-from .oracle import confirm
-from .plan import Plan
-from .processes import ALONE, Processes, merged
-from .quality import GramQuality
-from .readers import readers_of
-from .room import check_room
-from .selection import Curve, eliminate, hifi_union, removal_order
-from .sequential import edit_sequentially, joint_moments
-from .settings import Progress, PruneSettings, silent
-from .sizes import sizes_of
-from .surgery import shrink
-from .tracing.trace import trace
+from modhifi.allocate import Budget, allocate
+from modhifi.data import Samples
+from modhifi.editing import LayerError, edit_readers
+from modhifi.errors import ModhifiError
+from modhifi.groups import Group, Structure, operator_modules
+from modhifi.load import LoadedModel
+from modhifi.moment_cache import MomentCache
+from modhifi.moments import Moments, collect
+from modhifi.oracle import confirm
+from modhifi.plan import Plan
+from modhifi.processes import ALONE, Processes, merged
+from modhifi.quality import GramQuality
+from modhifi.readers import readers_of
+from modhifi.room import check_room
+from modhifi.selection import Curve, eliminate, hifi_union, removal_order
+from modhifi.sequential import edit_sequentially, joint_moments
+from modhifi.settings import Progress, PruneSettings, silent
+from modhifi.sizes import sizes_of
+from modhifi.surgery import shrink
+from modhifi.tracing.trace import trace
 
 
 @dataclass(frozen=True)

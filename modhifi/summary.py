@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as XML
 
-from .output import check_file
-from .report import change, number
+from modhifi.output import check_file
+from modhifi.report import change, number
 
 FAILED = ("FAIL", "INCONCLUSIVE", "BUG")
 Report = Mapping[str, Any]

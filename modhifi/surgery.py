@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .attributes import set_count
-from .families import restate
-from .groups import Structure, conv_groups, last_wide
-from .plan import Plan
-from .readers import weight_matrix, write_weight
+from modhifi.attributes import set_count
+from modhifi.families import restate
+from modhifi.groups import Structure, conv_groups, last_wide
+from modhifi.plan import Plan
+from modhifi.readers import weight_matrix, write_weight
 
 
 def removed_positions(structure: Structure, plan: Plan) -> dict[tuple[str, str], Tensor]:

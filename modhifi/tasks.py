@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ModhifiError
-from .hub import explained
-from .load import LoadedModel
+from modhifi.errors import ModhifiError
+from modhifi.hub import explained
+from modhifi.load import LoadedModel
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from modhifi.ladder.bound import UP, Bound, coarsen, settle_nan, slice_norm
+from modhifi.ladder.step import Record, Rule, Step
 from modhifi.local_bounds import attention_rule, scores_rule
-
-from .bound import UP, Bound, coarsen, settle_nan, slice_norm
-from .step import Record, Rule, Step
 
 
 def _fused(step: Step, outputs: list[Tensor]) -> list[Record] | None:

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 from modhifi.data import normalisation
 from modhifi.errors import ModhifiError
+from modhifi.ladder.affine import Norms
+from modhifi.ladder.bound import UP
+from modhifi.ladder.double import Double
+from modhifi.ladder.newton import ROUNDS
+from modhifi.ladder.walk import Walk, walk
 from modhifi.lipschitz import input_box, minkowski
 from modhifi.load import LoadedModel
 from modhifi.local_bounds import cannot_flip
-
-from .affine import Norms
-from .bound import UP
-from .double import Double
-from .newton import ROUNDS
-from .walk import Walk, walk
 
 # Above the rounding of two float64 passes; the rules themselves round up.
 RELATIVE_SLACK, OUTPUT_SLACK = 1e-6, 1e-6

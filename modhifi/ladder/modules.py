@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from modhifi.lipschitz import SLOPES
 
 if TYPE_CHECKING:
-    from .step import Step
+    from modhifi.ladder.step import Step
 
 ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "NewGELUActivation": ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
@@ -57,7 +57,7 @@ def _activation(step: Step, outputs: list[Tensor]) -> list[Any] | None:
 
 
 def _isometry(step: Step, outputs: list[Tensor]) -> list[Any] | None:
-    from .bound import UP, coarsen
+    from modhifi.ladder.bound import UP, coarsen
 
     module: Any = step.func
     x, out = step.inputs[0], outputs[0]
@@ -96,7 +96,7 @@ def _reflected(x: Tensor, theta: Any) -> Tensor | None:
 
 
 def _rms_norm(step: Step, outputs: list[Tensor]) -> list[Any] | None:
-    from .rules import normalised
+    from modhifi.ladder.rules import normalised
 
     module: Any = step.func
     x, eps, gamma = step.inputs[0], _eps(module), _gain(module, step.inputs[0], outputs[0])

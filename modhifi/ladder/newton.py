@@ -17,12 +17,11 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from modhifi.ladder.affine import Pending
+from modhifi.ladder.bound import Bound, nothing, settle_nan, slice_norm, total
+from modhifi.ladder.modules import as_function
+from modhifi.ladder.step import Record, Rule, Step
 from modhifi.operations import swap, tensors_in
-
-from .affine import Pending
-from .bound import Bound, nothing, settle_nan, slice_norm, total
-from .modules import as_function
-from .step import Record, Rule, Step
 
 ROUNDS = 8
 # A tangent that misses no more than this share of the largest entry is exact: what differs is rounding.

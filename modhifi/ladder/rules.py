@@ -14,15 +14,14 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from modhifi.ladder.affine import Affine, Pending, conv_options
+from modhifi.ladder.attention import ATTENTION
+from modhifi.ladder.bound import UP, Bound, add_rule, coarsen, mul_rule, nothing, total
+from modhifi.ladder.places import PLACES
+from modhifi.ladder.step import Record, Rule, Step
 from modhifi.lipschitz import activation_constant, batchnorm_scale, norm_constant
 from modhifi.local_bounds import norm_rule
 from modhifi.operations import tensors_in
-
-from .affine import Affine, Pending, conv_options
-from .attention import ATTENTION
-from .bound import UP, Bound, add_rule, coarsen, mul_rule, nothing, total
-from .places import PLACES
-from .step import Record, Rule, Step
 
 
 # -- linear operators and norms ----------------------------------------------------------------------------------------

@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from modhifi.ladder.affine import Norms, Pending
+from modhifi.ladder.bound import UP, Bound
 from modhifi.operations import swap, tensors_in
-
-from .affine import Norms, Pending
-from .bound import UP, Bound
 
 Record = Bound | Pending
 Rule = Callable[["Step", list[Tensor]], "list[Record] | None"]

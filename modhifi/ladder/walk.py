@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from .affine import Norms, Source
-from .bound import Bound, total
-from .newton import ROUNDS, radius_of
-from .walker import LOST, Walker
+from modhifi.ladder.affine import Norms, Source
+from modhifi.ladder.bound import Bound, total
+from modhifi.ladder.newton import ROUNDS, radius_of
+from modhifi.ladder.walker import LOST, Walker
 
 
 @dataclass(frozen=True)

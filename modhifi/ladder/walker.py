@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from modhifi.ladder.affine import Norms, Pending, Source
+from modhifi.ladder.bound import Bound, nothing, settle_nan, slice_norm, total
+from modhifi.ladder.double import CASTS, kept_double
+from modhifi.ladder.modules import module_rule
+from modhifi.ladder.newton import Newton
+from modhifi.ladder.rules import RULES
+from modhifi.ladder.step import Step
 from modhifi.operations import METADATA, operation_name, swap, tensors_in
-
-from .affine import Norms, Pending, Source
-from .bound import Bound, nothing, settle_nan, slice_norm, total
-from .double import CASTS, kept_double
-from .modules import module_rule
-from .newton import Newton
-from .rules import RULES
-from .step import Step
 
 # The number of whatever went through an operation without a rule.
 LOST = -1

@@ -10,8 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from modhifi.operations import MIXING, NORMS, Axis, Call
-
-from .meetings import Meetings
+from modhifi.tracing.meetings import Meetings
 
 # these prepare their input themselves (padding, a view) before they run their operator
 PREPARING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, Conv1D)

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from modhifi.groups import last_wide
 from modhifi.operations import JOINS, PLACED, RESHAPES, SUMS, Axis, Call, Grid, constant
-
-from .records import Watcher
+from modhifi.tracing.records import Watcher
 
 
 class Meetings(Watcher):

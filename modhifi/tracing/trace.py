@@ -32,8 +32,7 @@ from modhifi.operations import (
     Grid,
     tensors_in,
 )
-
-from .layers import Layers
+from modhifi.tracing.layers import Layers
 
 
 class ChannelTracer(Layers):

@@ -17,13 +17,12 @@ from modhifi.load import LoadedModel
 from modhifi.moments import only_input
 from modhifi.resumed import Passes
 from modhifi.settings import Progress, silent
-
-from . import attacks
-from .audit_text import conclude
-from .data import UnlearnData, class_name, populations
-from .edit import UnlearnSettings, forget, settled_names
-from .norms import batch_norms, recall, settle_norms
-from .sites import Sites, Writer
+from modhifi.unlearning import attacks
+from modhifi.unlearning.audit_text import conclude
+from modhifi.unlearning.data import UnlearnData, class_name, populations
+from modhifi.unlearning.edit import UnlearnSettings, forget, settled_names
+from modhifi.unlearning.norms import batch_norms, recall, settle_norms
+from modhifi.unlearning.sites import Sites, Writer
 
 SHOTS = 10
 # What each row measures on test images, as shares; `forgotten` ones are of the forgotten classes alone.

@@ -20,13 +20,12 @@ from modhifi.moments import Moments
 from modhifi.readers import absorb_mean, columns_of, weight_matrix, write_weight
 from modhifi.resumed import Passes
 from modhifi.settings import Progress, silent
-
-from . import methods
-from .methods import Edit
-from .moments import Joint, joint_moments, reader_moments
-from .norms import settle_norms
-from .sites import MOST_COLUMNS, Site, Sites, Writer
-from .wide import spanned_moments
+from modhifi.unlearning import methods
+from modhifi.unlearning.methods import Edit
+from modhifi.unlearning.moments import Joint, joint_moments, reader_moments
+from modhifi.unlearning.norms import settle_norms
+from modhifi.unlearning.sites import MOST_COLUMNS, Site, Sites, Writer
+from modhifi.unlearning.wide import spanned_moments
 
 Method = Literal["erase-writers", "erase", "gls", "hifi-zero", "hifi-negate", "contrastive", "projection", "head-mask"]
 METHODS: tuple[str, ...] = get_args(Method)

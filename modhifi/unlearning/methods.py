@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from modhifi.errors import ModhifiError
-
-from .erasure import (
+from modhifi.unlearning.erasure import (
     Edit,
     Norm,
     about,

@@ -16,8 +16,7 @@ from modhifi.groups import conv_groups
 from modhifi.moments import Accumulator, Moments, only_input, reader_rows, spread_positions
 from modhifi.readers import columns_of
 from modhifi.resumed import Passes, Reached
-
-from .sites import Writer
+from modhifi.unlearning.sites import Writer
 
 # A Gram of d columns looks at about this many rows per column in every population.
 ROWS_PER_COLUMN = 8

@@ -13,8 +13,7 @@ from modhifi.data import Samples
 from modhifi.load import LoadedModel
 from modhifi.moments import only_input
 from modhifi.resumed import Passes
-
-from .erasure import Norm, settle_norm
+from modhifi.unlearning.erasure import Norm, settle_norm
 
 
 def batch_norms(model: nn.Module) -> list[str]:

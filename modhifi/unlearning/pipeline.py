@@ -22,15 +22,21 @@ from modhifi.report import data_uri
 from modhifi.resumed import Passes
 from modhifi.run_checks import add_bounds
 from modhifi.settings import Progress, silent
+from modhifi.unlearning.audit import MEASURES, audit
+from modhifi.unlearning.data import (
+    UnlearnData,
+    class_name,
+    count_classes,
+    find_classes,
+    label_samples,
+    load_unlearn_data,
+)
+from modhifi.unlearning.data import populations as populations_of
+from modhifi.unlearning.edit import Forgotten, blend, fit_strength, forget, settled_names
+from modhifi.unlearning.norms import settle_norms
+from modhifi.unlearning.recipe import UnlearnRecipe
+from modhifi.unlearning.sites import Sites, find_sites
 from modhifi.verify import BoundReport, verify_unlearned
-
-from .audit import MEASURES, audit
-from .data import UnlearnData, class_name, count_classes, find_classes, label_samples, load_unlearn_data
-from .data import populations as populations_of
-from .edit import Forgotten, blend, fit_strength, forget, settled_names
-from .norms import settle_norms
-from .recipe import UnlearnRecipe
-from .sites import Sites, find_sites
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from pydantic import Field
 
 from modhifi.recipe import Checks, ModelSource
 from modhifi.recipe_file import Strict, validate
-
-from .edit import Method, UnlearnSettings
+from modhifi.unlearning.edit import Method, UnlearnSettings
 
 
 class UnlearnData(Strict):

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from modhifi.moments import Moments
 from modhifi.resumed import Passes
-
-from .erasure import factorise
-from .moments import ClassMeans, Joint, joint_rows
-from .sites import MOST_COLUMNS, Writer
+from modhifi.unlearning.erasure import factorise
+from modhifi.unlearning.moments import ClassMeans, Joint, joint_rows
+from modhifi.unlearning.sites import MOST_COLUMNS, Writer
 
 # Added to the samples' products, in units of their mean diagonal: single precision makes them this inexact.
 INEXACT = 1e-6
