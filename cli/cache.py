@@ -16,6 +16,6 @@ NoCacheOption = Annotated[bool, typer.Option("--no-cache", help="Neither use nor
 
 def cache_directory(cache: Path | None, off: bool) -> Path | None:
     """The directory that the options ask for, None where they forbid one."""
-    from modhifi.moment_cache import default_directory
+    from modhifi.disk import default_directory
 
     return None if off else cache or default_directory()

@@ -62,7 +62,7 @@ def make(
     """Write the samples of a source as files, images or texts, and say how well they suit the model."""
     from modhifi.contact_sheet import materialise, save_sheet
     from modhifi.data import load_samples
-    from modhifi.output import check_file, check_output, staging
+    from modhifi.disk import check_file, check_output, staging
     from modhifi.pipeline import load_source
     from modhifi.quality import look
     from modhifi.recipe import ModelSource

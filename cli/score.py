@@ -50,7 +50,7 @@ def score(
     as_json: JsonOption = False,
 ) -> None:
     """Measure every component: singleton fidelity, energy score, exact removal cost, order of removal."""
-    from modhifi.output import check_file
+    from modhifi.disk import check_file
     from modhifi.pipeline import load_source
     from modhifi.recipe import ModelSource
     from modhifi.scoring import score_model, write_scores

@@ -18,9 +18,9 @@ from modhifi.load import LoadedModel, load_model
 from modhifi.moment_cache import MomentCache
 from modhifi.own_data import Source, first_items, source_name
 from modhifi.pipeline import Given, PruneResult, run_prune
+from modhifi.progress import Progress, silent
 from modhifi.recipe import parse_recipe
 from modhifi.scoring import GroupScores, score_model
-from modhifi.settings import Progress, silent
 from modhifi.skeleton import same_shapes
 from modhifi.unlearning.pipeline import UnlearnResult, run_unlearn
 from modhifi.unlearning.recipe import parse_unlearn_recipe

@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from modhifi.clock import version_of
+from modhifi.disk import check_output, staging
 from modhifi.errors import ModhifiError
 from modhifi.hub import fetch_description, fetch_weights, split_revision
 from modhifi.load import LoadedModel, frozen, load_model
-from modhifi.output import check_output, staging
+from modhifi.progress import version_of
 from modhifi.reload import verify_reload
 from modhifi.skeleton import build_skeleton, fill, is_stock, own_config, read_config, record, reshape
 
@@ -77,7 +77,8 @@ def save_artifact(
     """
     # Drawing libraries, which loading an artefact does without.
     from modhifi.card import model_card
-    from modhifi.report import jsonable, render_html
+    from modhifi.disk import jsonable
+    from modhifi.report import render_html
 
     out = Path(out).expanduser().absolute()
     check_output(out, force)

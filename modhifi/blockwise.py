@@ -16,9 +16,10 @@ from modhifi.groups import Structure, operator_modules
 from modhifi.load import LoadedModel
 from modhifi.offload import staying
 from modhifi.plan import Plan
+from modhifi.progress import Progress
 from modhifi.room import check_room, gram_bytes
 from modhifi.selection import Curve
-from modhifi.settings import Progress, PruneSettings
+from modhifi.settings import PruneSettings
 from modhifi.sizes import sizes_of
 from modhifi.stages import Pruned, removal_curves
 from modhifi.surgery import shrink

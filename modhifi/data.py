@@ -132,7 +132,7 @@ def load_samples(
     if n < 1:
         raise ModhifiError(f"{n} samples asked for; ask for at least 1")
     from modhifi import images, inversion, own_data, self_written, text  # which build on Samples
-    from modhifi.moment_cache import default_directory
+    from modhifi.disk import default_directory
 
     if not isinstance(spec, str):
         return own_data.samples_from(spec, loaded, n=n, seed=seed)

@@ -25,9 +25,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from modhifi.artifact import state_hash
 from modhifi.data import Samples, class_count, image_shape, load_samples, normalisation
+from modhifi.disk import make_room
 from modhifi.errors import ModhifiError
 from modhifi.load import LoadedModel
-from modhifi.moment_cache import make_room
 from modhifi.moments import only_input
 from modhifi.quality import look, statistics_gap
 

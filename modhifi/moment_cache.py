@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,26 +22,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from modhifi.artifact import state_hash
-from modhifi.clock import version_of
 from modhifi.data import Samples
+from modhifi.disk import make_room
 from modhifi.load import LoadedModel
 from modhifi.moments import LEAST_ROWS, Accumulator
 from modhifi.own_data import digest
+from modhifi.progress import version_of
 
 FORMAT = 1
 # Writing takes at most this share of the time of a pass.
 OVERHEAD = 0.1
-# The cache takes at most this share of what is free on its disk; the files used longest ago go first.
-SHARE = 0.1
 PARTS = ("shift", "first", "second")
-
-
-def default_directory() -> Path:
-    """``$MODHIFI_CACHE``, or ``modhifi`` in the user's cache directory."""
-    named = os.environ.get("MODHIFI_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modhifi"
 
 
 class MomentCache:
@@ -125,23 +115,6 @@ class StoredSums:
                 partial.unlink(missing_ok=True)
         self._written = time.perf_counter()
         self._cost = self._written - now
-
-
-def make_room(path: Path, needed: int) -> bool:
-    """Whether a file of ``needed`` bytes may be written to ``path``; older ones beside it are removed for it."""
-    directory = path.parent
-    directory.mkdir(parents=True, exist_ok=True)
-    files = {other: other.stat() for other in directory.glob("*.safetensors") if other != path}
-    used = sum(s.st_size for s in files.values())
-    limit = (shutil.disk_usage(directory).free + used) * SHARE
-    if needed > limit:
-        return False
-    for other, facts in sorted(files.items(), key=lambda item: item[1].st_mtime):
-        if used + needed <= limit:
-            break
-        other.unlink(missing_ok=True)
-        used -= facts.st_size
-    return True
 
 
 def _key(loaded: LoadedModel, readers: Mapping[str, nn.Module], samples: Samples, settings: Mapping[str, Any]) -> str:

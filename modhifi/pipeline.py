@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from modhifi import quality
 from modhifi.artifact import check_output, describe_data, read_manifest, save_artifact, verify_reload
 from modhifi.blocks import find_blocks
-from modhifi.clock import Clock
 from modhifi.contact_sheet import contact_sheet
 from modhifi.data import Samples, load_samples, warn_degenerate
 from modhifi.defaults import complete
@@ -26,13 +25,13 @@ from modhifi.offload import let_visit
 from modhifi.own_data import Source
 from modhifi.plan import Plan
 from modhifi.processes import processes
+from modhifi.progress import Clock, Progress, silent
 from modhifi.prune_report import before_after, describe, measure_run, measured, skipped
 from modhifi.pruning import contribute, prune_model, reestimate_batchnorm
 from modhifi.rebuild import expand
 from modhifi.recipe import ModelSource, PruneRecipe
 from modhifi.report import data_uri
 from modhifi.run_checks import add_bounds, add_groups
-from modhifi.settings import Progress, silent
 from modhifi.sizes import sizes_of
 from modhifi.stages import find_structure
 from modhifi.verify import BoundReport, verify_model

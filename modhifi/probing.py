@@ -17,9 +17,10 @@ from modhifi.groups import Group, Structure
 from modhifi.load import LoadedModel
 from modhifi.moments import Moments
 from modhifi.plan import Plan
+from modhifi.progress import Progress, silent
 from modhifi.replay import Replay
 from modhifi.selection import Curve, Trial
-from modhifi.settings import Progress, PruneSettings, silent
+from modhifi.settings import PruneSettings
 from modhifi.stages import make_plan, trial_size
 from modhifi.surgery import removed_positions
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from modhifi import measure
 from modhifi.data import Samples
 from modhifi.load import LoadedModel
+from modhifi.progress import Progress, silent
 from modhifi.recipe import PruneRecipe
-from modhifi.settings import Progress, silent
 from modhifi.sizes import sizes_of
 from modhifi.stages import Pruned
 

@@ -17,10 +17,11 @@ from modhifi.moment_cache import MomentCache
 from modhifi.plan import Plan
 from modhifi.probing import TRIAL, probed_plan
 from modhifi.processes import ALONE, Processes
+from modhifi.progress import Progress, silent
 from modhifi.quality import gram_quality
 from modhifi.readers import best_singletons, readers_of
 from modhifi.selection import Curve
-from modhifi.settings import Progress, PruneSettings, silent
+from modhifi.settings import PruneSettings
 from modhifi.stages import (
     Pruned,
     apply_plan,

@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
+from modhifi.disk import check_output, jsonable, staging
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
 from modhifi.moment_cache import MomentCache
-from modhifi.output import check_output, staging
 from modhifi.pipeline import original_of, run_prune
 from modhifi.processes import launched
+from modhifi.progress import Progress, silent
 from modhifi.recipe import PruneRecipe
 from modhifi.recipe_file import set_value, to_yaml
 from modhifi.recipe_steps import STEP, AuditRecipe, Recipe, StepsRecipe, VerifyRecipe, parse
-from modhifi.report import jsonable, render_html
-from modhifi.settings import Progress, silent
+from modhifi.report import render_html
 from modhifi.unlearning.audit_text import VERDICTS
 from modhifi.unlearning.pipeline import run_audit, run_unlearn
 from modhifi.unlearning.recipe import UnlearnRecipe

@@ -125,26 +125,6 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def jsonable(value: Any) -> Any:
-    """The value with tuples as lists, tensors and numpy numbers as plain ones, paths as text.
-
-    NaN becomes null; an infinity, which JSON has not got, the text ``Infinity`` or ``-Infinity``.
-    """
-    if isinstance(value, Mapping):
-        return {str(k): jsonable(v) for k, v in value.items()}
-    if isinstance(value, str | bool | int) or value is None:
-        return value
-    if isinstance(value, float):
-        if math.isinf(value):
-            return "Infinity" if value > 0 else "-Infinity"
-        return None if math.isnan(value) else value
-    if hasattr(value, "tolist"):
-        return jsonable(value.tolist())
-    if isinstance(value, Sequence | set | frozenset):
-        return [jsonable(v) for v in value]
-    return str(value)
-
-
 # -- charts ------------------------------------------------------------------------------------------------------------
 def _widths(groups: Sequence[Mapping[str, Any]]) -> Markup | None:
     """How many components every group had and keeps."""

@@ -19,8 +19,9 @@ from modhifi.defaults import amounts
 from modhifi.fidelity import energy_score
 from modhifi.load import LoadedModel
 from modhifi.own_data import Source
+from modhifi.progress import Progress, silent
 from modhifi.readers import readers_of
-from modhifi.settings import Progress, PruneSettings, silent
+from modhifi.settings import PruneSettings
 from modhifi.stages import choose_groups, find_structure, measure_moments, removal_curves
 
 

@@ -21,12 +21,13 @@ from modhifi.moments import Moments, collect
 from modhifi.oracle import confirm
 from modhifi.plan import Plan
 from modhifi.processes import ALONE, Processes, merged
+from modhifi.progress import Progress, silent
 from modhifi.quality import GramQuality
 from modhifi.readers import readers_of
 from modhifi.room import check_room
 from modhifi.selection import Curve, eliminate, hifi_union, removal_order
 from modhifi.sequential import edit_sequentially, joint_moments
-from modhifi.settings import Progress, PruneSettings, silent
+from modhifi.settings import PruneSettings
 from modhifi.sizes import sizes_of
 from modhifi.surgery import shrink
 from modhifi.tracing.trace import trace

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as XML
 
-from modhifi.output import check_file
+from modhifi.disk import check_file
 from modhifi.report import change, number
 
 FAILED = ("FAIL", "INCONCLUSIVE", "BUG")

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.data import Samples
+from modhifi.disk import jsonable
 from modhifi.errors import ModhifiError
 from modhifi.ladder.certified import OUTPUT_SLACK, Certified, certify, logits_of
 from modhifi.ladder.hybrids import LayerShare, hybrid_changes
 from modhifi.ladder.newton import ROUNDS
 from modhifi.ladder.units import Forgetting, Statistical, Units, forgetting, run_units, statistical
 from modhifi.load import LoadedModel
-from modhifi.report import jsonable
-from modhifi.settings import Progress, silent
+from modhifi.progress import Progress, silent
 from modhifi.unlearning.data import populations
 from modhifi.verdicts import Tolerances, Verdict, enforce, forgetting_verdict, judge, self_test
 

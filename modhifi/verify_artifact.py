@@ -15,9 +15,9 @@ from modhifi.errors import ModhifiError
 from modhifi.load import LoadedModel
 from modhifi.own_data import Source
 from modhifi.pipeline import load_source
+from modhifi.progress import Progress, silent
 from modhifi.rebuild import expand, plan_of
 from modhifi.recipe import ModelSource
-from modhifi.settings import Progress, silent
 from modhifi.skeleton import same_modules, same_shapes
 from modhifi.stages import find_structure
 from modhifi.text import window_of

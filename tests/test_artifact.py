@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import modhifi
-from modhifi import artifact, output, report
+from modhifi import artifact, disk, report
 from modhifi.artifact import (
     check_output,
     describe_data,
@@ -348,7 +348,7 @@ def test_a_failed_move_puts_the_old_directory_back(saved, tmp_path, monkeypatch)
             raise OSError(errno.EIO, "input/output error")
         real(source, to)
 
-    monkeypatch.setattr(output.os, "replace", fail)
+    monkeypatch.setattr(disk.os, "replace", fail)
     with pytest.raises(ModhifiError, match="input/output error"):
         save(old, saved[1], saved[2], force=True)
     assert [p.name for p in tmp_path.iterdir()] == ["old"] and weights_match(old)
@@ -368,7 +368,7 @@ def test_a_directory_that_cannot_be_replaced_is_filled(saved, tmp_path, monkeypa
     out.mkdir()
     (out / "stale.txt").write_text("of the run before")
     number = out.stat().st_ino
-    monkeypatch.setattr(output.os.path, "ismount", lambda path: Path(path) == out)
+    monkeypatch.setattr(disk.os.path, "ismount", lambda path: Path(path) == out)
     save(out, saved[1], saved[2], force=True)
     assert out.stat().st_ino == number and weights_match(out)
     assert not (out / "stale.txt").exists() and not any(p.name.startswith(".") for p in out.iterdir())
@@ -388,7 +388,7 @@ def test_output_is_checked_before_the_work(tmp_path, monkeypatch):
         with pytest.raises(ModhifiError, match=message):
             check_output(out, force)
     check_output(tmp_path, force=True)
-    monkeypatch.setattr(output.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(disk.os, "access", lambda path, mode: False)
     with pytest.raises(ModhifiError, match=f"cannot write to {tmp_path}"):
         check_output(tmp_path / "new")
 

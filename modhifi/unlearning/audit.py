@@ -15,8 +15,8 @@ from modhifi.branches import Calls
 from modhifi.data import Samples
 from modhifi.load import LoadedModel
 from modhifi.moments import only_input
+from modhifi.progress import Progress, silent
 from modhifi.resumed import Passes
-from modhifi.settings import Progress, silent
 from modhifi.unlearning import attacks
 from modhifi.unlearning.audit_text import conclude
 from modhifi.unlearning.data import UnlearnData, class_name, populations

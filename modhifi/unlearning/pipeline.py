@@ -11,17 +11,16 @@ import torch
 from torch import nn
 
 from modhifi.artifact import check_output, describe_data, save_artifact, state_hash
-from modhifi.clock import Clock
 from modhifi.contact_sheet import contact_sheet
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError
 from modhifi.load import LoadedModel, load_model
 from modhifi.pipeline import NOTHING, Given, load_source, original_of, reload_alike
 from modhifi.processes import launched
+from modhifi.progress import Clock, Progress, silent
 from modhifi.report import data_uri
 from modhifi.resumed import Passes
 from modhifi.run_checks import add_bounds
-from modhifi.settings import Progress, silent
 from modhifi.unlearning.audit import MEASURES, audit
 from modhifi.unlearning.data import (
     UnlearnData,

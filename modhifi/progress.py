@@ -5,11 +5,16 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 
-from modhifi.settings import Progress, silent
+Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """A progress callback that does nothing."""
+
 
 logger = logging.getLogger("modhifi")
 PACKAGES = ("modhifi", "torch", "timm", "transformers")

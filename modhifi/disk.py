@@ -2,15 +2,67 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from modhifi.errors import ModhifiError
+
+
+def jsonable(value: Any) -> Any:
+    """The value with tuples as lists, tensors and numpy numbers as plain ones, paths as text.
+
+    NaN becomes null; an infinity, which JSON has not got, the text ``Infinity`` or ``-Infinity``.
+    """
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, str | bool | int) or value is None:
+        return value
+    if isinstance(value, float):
+        if math.isinf(value):
+            return "Infinity" if value > 0 else "-Infinity"
+        return None if math.isnan(value) else value
+    if hasattr(value, "tolist"):
+        return jsonable(value.tolist())
+    if isinstance(value, Sequence | set | frozenset):
+        return [jsonable(v) for v in value]
+    return str(value)
+
+
+# The cache takes at most this share of what is free on its disk; the files used longest ago go first.
+SHARE = 0.1
+
+
+def default_directory() -> Path:
+    """``$MODHIFI_CACHE``, or ``modhifi`` in the user's cache directory."""
+    named = os.environ.get("MODHIFI_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modhifi"
+
+
+def make_room(path: Path, needed: int) -> bool:
+    """Whether a file of ``needed`` bytes may be written to ``path``; older ones beside it are removed for it."""
+    directory = path.parent
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {other: other.stat() for other in directory.glob("*.safetensors") if other != path}
+    used = sum(s.st_size for s in files.values())
+    limit = (shutil.disk_usage(directory).free + used) * SHARE
+    if needed > limit:
+        return False
+    for other, facts in sorted(files.items(), key=lambda item: item[1].st_mtime):
+        if used + needed <= limit:
+            break
+        other.unlink(missing_ok=True)
+        used -= facts.st_size
+    return True
 
 
 def check_output(out: str | Path, force: bool = False) -> None:
