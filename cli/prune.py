@@ -289,7 +289,7 @@ def read_plan(path: Path) -> dict[str, Any]:
     """The components kept, group by group, from a plan or from the JSON of a dry run that holds one."""
     import json
 
-    from modhifi.plan import Plan
+    from modhifi.structure.plan import Plan
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

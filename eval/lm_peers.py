@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi.groups import Structure
 from modhifi.load import LoadedModel
 from modhifi.moments import Moments
+from modhifi.structure.groups import Structure
 
 
 class BlockStatistics:

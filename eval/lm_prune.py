@@ -26,16 +26,16 @@ from torch import nn
 
 from modhifi.allocate import Budget
 from modhifi.data import Samples, load_samples
-from modhifi.groups import Structure
 from modhifi.load import LoadedModel, load_model
 from modhifi.measure import NextTokens
 from modhifi.moments import Moments
-from modhifi.plan import Plan
 from modhifi.probing import amplification, best_plan, plans_between
 from modhifi.readers import readers_of
 from modhifi.selection import Curve, removal_order
 from modhifi.settings import PruneSettings
 from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+from modhifi.structure.groups import Structure
+from modhifi.structure.plan import Plan
 
 WINDOW, HELD, RATIOS = 512, 16, (0.2, 0.3, 0.1)
 # As `modhifi prune` has them for text, three windows that probe an allocation included.

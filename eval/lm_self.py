@@ -22,10 +22,10 @@ from torch import nn
 
 from modhifi.allocate import Budget
 from modhifi.data import Samples, load_samples
-from modhifi.groups import Structure
 from modhifi.load import LoadedModel
 from modhifi.moments import Moments
 from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+from modhifi.structure.groups import Structure
 
 RATIOS = (0.05, 0.1, 0.2)
 # Windows of the domain beside windows that the model writes.

@@ -25,11 +25,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from modhifi.groups import Group, Structure
-from modhifi.oracle import confirm
-from modhifi.plan import Plan
-from modhifi.surgery import mask_readers, shrink
-from modhifi.tracing.trace import trace
+from modhifi.structure.groups import Group, Structure
+from modhifi.structure.plan import Plan
+from modhifi.structure.surgery import mask_readers, shrink
+from modhifi.structure.tracing.tracer import trace
+from modhifi.structure.trial_cut import confirm
 
 ARCHITECTURES = """
     resnet18 resnet50 resnet26t resnext50_32x4d wide_resnet50_2 seresnet50 ecaresnet26t skresnet18 resnest14d

@@ -27,9 +27,9 @@ from modhifi.allocate import Budget
 from modhifi.data import Samples, load_samples
 from modhifi.load import LoadedModel
 from modhifi.quality import look
-from modhifi.readers import columns_of
 from modhifi.settings import PruneSettings
 from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+from modhifi.structure.operators import columns_of
 from modhifi.unlearning.data import FEWEST, label_samples, populations
 from modhifi.unlearning.edit import UnlearnSettings, forget
 from modhifi.unlearning.sites import find_sites

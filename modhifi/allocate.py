@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from modhifi.errors import ModhifiError
-from modhifi.groups import Group
-from modhifi.plan import Plan
 from modhifi.selection import Curve
-from modhifi.sizes import Sizes
+from modhifi.structure.groups import Group
+from modhifi.structure.plan import Plan
+from modhifi.structure.sizes import Sizes
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from modhifi.skeleton import build_skeleton, fill, is_stock, own_config, read_co
 
 if TYPE_CHECKING:
     from modhifi.data import Samples
-    from modhifi.groups import Structure
-    from modhifi.plan import Plan
+    from modhifi.structure.groups import Structure
+    from modhifi.structure.plan import Plan
 
 __all__ = [
     "check_output",

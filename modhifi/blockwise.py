@@ -12,17 +12,18 @@ from modhifi.allocate import Budget, allocate, least_width, plan_for
 from modhifi.blocks import find_blocks, moments_by_block
 from modhifi.data import Samples
 from modhifi.editing import LayerError, edit_readers
-from modhifi.groups import Structure, operator_modules
 from modhifi.load import LoadedModel
 from modhifi.offload import staying
-from modhifi.plan import Plan
 from modhifi.progress import Progress
 from modhifi.room import check_room, gram_bytes
 from modhifi.selection import Curve
 from modhifi.settings import PruneSettings
-from modhifi.sizes import sizes_of
 from modhifi.stages import Pruned, removal_curves
-from modhifi.surgery import shrink
+from modhifi.structure.groups import Structure
+from modhifi.structure.operators import operator_modules
+from modhifi.structure.plan import Plan
+from modhifi.structure.sizes import sizes_of
+from modhifi.structure.surgery import shrink
 
 # Grams of a whole model up to this size may be kept, which lets another run reuse them; larger ones never are.
 MOST_BYTES = 4 * 2**30

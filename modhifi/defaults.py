@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from modhifi.families import says
 from modhifi.load import LoadedModel
 from modhifi.recipe import PruneRecipe
+from modhifi.structure.families import says
 from modhifi.text import window_of
 
 

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from modhifi.compensate import error_and_energy, least_squares, masked, scaled
 from modhifi.errors import ModhifiError
-from modhifi.groups import Structure
 from modhifi.moments import Moments
-from modhifi.plan import Plan
-from modhifi.readers import absorb_mean, applied_second, weight_matrix, write_weight
+from modhifi.readers import applied_second
 from modhifi.settings import PruneSettings
-from modhifi.surgery import kernel_size, removed_positions
+from modhifi.structure.groups import Structure
+from modhifi.structure.operators import absorb_mean, kernel_size, weight_matrix, write_weight
+from modhifi.structure.plan import Plan
+from modhifi.structure.surgery import removed_positions
 
 
 @dataclass(frozen=True)

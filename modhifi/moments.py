@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
-from modhifi.groups import conv_groups
 from modhifi.load import real_tokens
+from modhifi.structure.operators import conv_groups
 
 if TYPE_CHECKING:
     from modhifi.moment_cache import StoredSums

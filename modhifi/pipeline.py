@@ -18,22 +18,22 @@ from modhifi.defaults import complete
 from modhifi.errors import ModhifiError
 from modhifi.export import SUFFIXES, check_export
 from modhifi.export import export as export_model
-from modhifi.families import says
 from modhifi.load import LoadedModel, load_model
 from modhifi.moment_cache import MomentCache
 from modhifi.offload import let_visit
 from modhifi.own_data import Source
-from modhifi.plan import Plan
 from modhifi.processes import processes
 from modhifi.progress import Clock, Progress, silent
 from modhifi.prune_report import before_after, describe, measure_run, measured, skipped
 from modhifi.pruning import contribute, prune_model, reestimate_batchnorm
-from modhifi.rebuild import expand
 from modhifi.recipe import ModelSource, PruneRecipe
 from modhifi.report import data_uri
 from modhifi.run_checks import add_bounds, add_groups
-from modhifi.sizes import sizes_of
 from modhifi.stages import find_structure
+from modhifi.structure.expand import expand
+from modhifi.structure.families import says
+from modhifi.structure.plan import Plan
+from modhifi.structure.sizes import sizes_of
 from modhifi.verify import BoundReport, verify_model
 
 

@@ -13,16 +13,16 @@ from modhifi.allocate import Budget
 from modhifi.data import Samples
 from modhifi.editing import compensated, store, write_compensated
 from modhifi.errors import ModhifiError
-from modhifi.groups import Group, Structure
 from modhifi.load import LoadedModel
 from modhifi.moments import Moments
-from modhifi.plan import Plan
 from modhifi.progress import Progress, silent
 from modhifi.replay import Replay
 from modhifi.selection import Curve, Trial
 from modhifi.settings import PruneSettings
 from modhifi.stages import make_plan, trial_size
-from modhifi.surgery import removed_positions
+from modhifi.structure.groups import Group, Structure
+from modhifi.structure.plan import Plan
+from modhifi.structure.surgery import removed_positions
 
 # the share of a group's components whose loss shows its effect on the output
 TRIAL = 0.3

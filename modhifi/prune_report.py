@@ -14,8 +14,8 @@ from modhifi.data import Samples
 from modhifi.load import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.recipe import PruneRecipe
-from modhifi.sizes import sizes_of
 from modhifi.stages import Pruned
+from modhifi.structure.sizes import sizes_of
 
 STEP = 0.005  # a share of the KV cache this near to the one asked for is that one
 # Shares of a group's components below which a fidelity lies, for the report's distribution.

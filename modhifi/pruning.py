@@ -11,10 +11,8 @@ from modhifi.allocate import Budget
 from modhifi.blockwise import fit_in_memory, prune_in_blocks
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError
-from modhifi.groups import Structure
 from modhifi.load import LoadedModel
 from modhifi.moment_cache import MomentCache
-from modhifi.plan import Plan
 from modhifi.probing import TRIAL, probed_plan
 from modhifi.processes import ALONE, Processes
 from modhifi.progress import Progress, silent
@@ -32,6 +30,8 @@ from modhifi.stages import (
     measure_moments,
     removal_curves,
 )
+from modhifi.structure.groups import Structure
+from modhifi.structure.plan import Plan
 
 
 def _chosen(loaded: LoadedModel, settings: PruneSettings, plan: Plan | None) -> Structure:

@@ -8,11 +8,11 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from modhifi.fidelity import singleton_fidelity
-from modhifi.groups import Group, Structure, conv_groups, reader_columns
 from modhifi.moments import Moments
+from modhifi.structure.groups import Group, Structure
+from modhifi.structure.operators import norm_scale, reader_columns, weight_matrix
 
 
 @dataclass(frozen=True)
@@ -48,41 +48,6 @@ class Reader:
             mine = torch.nonzero(self.owner == g).flatten()
             result.append((self.weight[g], self.second[g], mine, self.columns[mine]))
         return result
-
-
-def weight_matrix(module: nn.Module) -> Tensor:
-    """An operator's weight as float64 ``(G, out / G, d)``, columns in im2col order."""
-    weight: Tensor = module.get_parameter("weight").detach().double()
-    if isinstance(module, Conv1D):
-        return weight.T[None]
-    groups = conv_groups(module)
-    return weight.reshape(groups, weight.shape[0] // groups, -1)
-
-
-def columns_of(module: nn.Module) -> tuple[int, int]:
-    """The number of conv groups of an operator and of columns in each: the shape of its Gram, without making it."""
-    weight = module.get_parameter("weight")
-    return conv_groups(module), weight.shape[0] if isinstance(module, Conv1D) else weight[0].numel()
-
-
-def write_weight(module: nn.Module, matrix: Tensor) -> None:
-    """Inverse of :func:`weight_matrix`: store ``(G, out / G, d)`` in the module, in the module's dtype."""
-    flat, weight = matrix.reshape(-1, matrix.shape[-1]), module.get_parameter("weight")
-    weight.data.copy_(flat.T if isinstance(module, Conv1D) else flat.reshape(weight.shape))
-
-
-def absorb_mean(model: nn.Module, reader: str, sink: str, shift: Tensor) -> None:
-    """Give a reader's lost mean output, ``shift`` float64 ``(out,)``, back at its sink, in place.
-
-    ``sink`` is ``"bias"`` (the shift is added to the reader's own) or the name of the BatchNorm behind it (the shift is
-    taken from its running mean).
-    """
-    if sink == "bias":
-        bias: Tensor = model.get_submodule(reader).bias.data  # type: ignore[assignment]
-        bias.add_(shift.to(bias.dtype))
-    else:
-        mean: Tensor = model.get_submodule(sink).running_mean.data  # type: ignore[assignment]
-        mean.sub_(shift.to(mean.dtype))
 
 
 def applied_second(moments: Moments, sink: str | None) -> Tensor:
@@ -126,14 +91,6 @@ def reader_of(model: nn.Module, structure: Structure, group: Group, module: str,
     weight, sink = weight_matrix(layer), structure.operators[module].sink
     scale = None if sink in (None, "bias") else norm_scale(model.get_submodule(str(sink))).view(weight.shape[:2])
     return Reader(weight, applied_second(moments, sink), owner, columns, scale)
-
-
-def norm_scale(norm: nn.Module) -> Tensor:
-    """``|γ| / √(σ² + ε)`` of a BatchNorm, float64 ``(channels,)``; a millionth of the largest at least."""
-    scale = (norm.running_var.double() + norm.eps).rsqrt()  # type: ignore[operator]
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach().double().abs()  # type: ignore[operator]
-    return scale.clamp_min(max(1e-6 * float(scale.max()), 1e-300))
 
 
 def readers_of(model: nn.Module, structure: Structure, group: Group, moments: Mapping[str, Moments]) -> list[Reader]:

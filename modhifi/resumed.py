@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from modhifi.branches import Calls
 from modhifi.data import Samples
 from modhifi.load import LoadedModel
-from modhifi.operations import METADATA, operation_name, tensors_in
 from modhifi.stand_in import standing_in
+from modhifi.structure.torch_ops import METADATA, operation_name, tensors_in
+from modhifi.structure.tracing.branches import Calls
 
 # What is remembered of all samples takes at most this many bytes, or nothing is.
 MOST_BYTES = 2**30

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from modhifi.errors import ModhifiError
-from modhifi.groups import Structure, operator_modules
-from modhifi.readers import columns_of
+from modhifi.structure.groups import Structure
+from modhifi.structure.operators import columns_of, operator_modules
 
 # The Gram that is worked on stands beside its damped copy, that one's factor and its inverse.
 COPIES = 4

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from modhifi.groups import Structure
 from modhifi.report import number
+from modhifi.structure.groups import Structure
 from modhifi.verify import BoundReport
 
 LAYERS_SHOWN = 20

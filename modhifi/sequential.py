@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.compensate import least_squares_towards
-from modhifi.groups import Structure
 from modhifi.load import real_tokens
 from modhifi.moments import Accumulator, MomentCollector, Moments, batch_statistics, only_input, reader_rows
-from modhifi.plan import Plan
-from modhifi.readers import absorb_mean, mean_diagonal, shrinkage, shrunk, weight_matrix, write_weight
-from modhifi.surgery import kernel_size, removed_positions
+from modhifi.readers import mean_diagonal, shrinkage, shrunk
+from modhifi.structure.groups import Structure
+from modhifi.structure.operators import absorb_mean, kernel_size, weight_matrix, write_weight
+from modhifi.structure.plan import Plan
+from modhifi.structure.surgery import removed_positions
 
 
 class _Reached(Exception):

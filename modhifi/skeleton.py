@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi.attributes import set_count
 from modhifi.errors import ModhifiError
 from modhifi.hub import explained
 from modhifi.load import LoadedModel, frozen
+from modhifi.structure.head_counts import set_count
 
 Differences = dict[str, dict[str, Any]]
 

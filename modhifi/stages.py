@@ -14,12 +14,9 @@ from modhifi.allocate import Budget, allocate
 from modhifi.data import Samples
 from modhifi.editing import LayerError, edit_readers
 from modhifi.errors import ModhifiError
-from modhifi.groups import Group, Structure, operator_modules
 from modhifi.load import LoadedModel
 from modhifi.moment_cache import MomentCache
 from modhifi.moments import Moments, collect
-from modhifi.oracle import confirm
-from modhifi.plan import Plan
 from modhifi.processes import ALONE, Processes, merged
 from modhifi.progress import Progress, silent
 from modhifi.quality import GramQuality
@@ -28,9 +25,13 @@ from modhifi.room import check_room
 from modhifi.selection import Curve, eliminate, hifi_union, removal_order
 from modhifi.sequential import edit_sequentially, joint_moments
 from modhifi.settings import PruneSettings
-from modhifi.sizes import sizes_of
-from modhifi.surgery import shrink
-from modhifi.tracing.trace import trace
+from modhifi.structure.groups import Group, Structure
+from modhifi.structure.operators import operator_modules
+from modhifi.structure.plan import Plan
+from modhifi.structure.sizes import sizes_of
+from modhifi.structure.surgery import shrink
+from modhifi.structure.tracing.tracer import trace
+from modhifi.structure.trial_cut import confirm
 
 
 @dataclass(frozen=True)

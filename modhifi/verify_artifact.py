@@ -16,10 +16,10 @@ from modhifi.load import LoadedModel
 from modhifi.own_data import Source
 from modhifi.pipeline import load_source
 from modhifi.progress import Progress, silent
-from modhifi.rebuild import expand, plan_of
 from modhifi.recipe import ModelSource
 from modhifi.skeleton import same_modules, same_shapes
 from modhifi.stages import find_structure
+from modhifi.structure.expand import expand, plan_of
 from modhifi.text import window_of
 from modhifi.unlearning.data import label_samples
 from modhifi.verdicts import Tolerances

@@ -11,14 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modhifi.allocate import Budget, allocate, least_width, plan_for, step_of
 from modhifi.errors import ModhifiError
-from modhifi.groups import Group, Structure
 from modhifi.load import load_model
-from modhifi.plan import Plan
 from modhifi.selection import Curve
-from modhifi.sizes import sizes_of
 from modhifi.stages import find_structure
-from modhifi.surgery import shrink
-from modhifi.tracing.trace import trace
+from modhifi.structure.groups import Group, Structure
+from modhifi.structure.plan import Plan
+from modhifi.structure.sizes import sizes_of
+from modhifi.structure.surgery import shrink
+from modhifi.structure.tracing.tracer import trace
 
 
 def curves_for(structure: Structure, seed: int = 0) -> dict[str, Curve]:

@@ -33,12 +33,12 @@ from modhifi.artifact import (
 )
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError, SelfTestFailed
-from modhifi.groups import Structure
 from modhifi.load import LoadedModel, load_model
-from modhifi.plan import Plan
 from modhifi.reload import compare_outputs
-from modhifi.surgery import shrink
-from modhifi.tracing.trace import trace
+from modhifi.structure.groups import Structure
+from modhifi.structure.plan import Plan
+from modhifi.structure.surgery import shrink
+from modhifi.structure.tracing.tracer import trace
 
 REPORT = {
     "schema_version": 1,

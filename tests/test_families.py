@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from modhifi.artifact import load, save_artifact
-from modhifi.families import restate, says
 from modhifi.load import load_model
 from modhifi.pipeline import check_model
-from modhifi.plan import Plan
-from modhifi.surgery import shrink
-from modhifi.tracing.trace import trace
+from modhifi.structure.families import restate, says
+from modhifi.structure.plan import Plan
+from modhifi.structure.surgery import shrink
+from modhifi.structure.tracing.tracer import trace
 
 # loads with transformers alone: the import of modhifi fails
 STOCK = """

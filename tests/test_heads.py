@@ -8,15 +8,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from modhifi.groups import Group
 from modhifi.load import load_model
-from modhifi.oracle import confirm
 from modhifi.pipeline import check_model
-from modhifi.plan import Plan
 from modhifi.settings import PruneSettings
 from modhifi.stages import choose_groups
-from modhifi.surgery import mask_readers, shrink
-from modhifi.tracing.trace import trace
+from modhifi.structure.groups import Group
+from modhifi.structure.plan import Plan
+from modhifi.structure.surgery import mask_readers, shrink
+from modhifi.structure.tracing.tracer import trace
+from modhifi.structure.trial_cut import confirm
 
 NAMES = [*tiny_transformers.FAMILIES, *tiny_transformers.TIMM]
 WITHOUT_HEADS = {"convnext_atto", "beit_base_patch16_224"}

@@ -15,8 +15,8 @@ from modhifi.load import LoadedModel, load_model
 from modhifi.pipeline import Given, run_prune
 from modhifi.recipe import parse_recipe
 from modhifi.selection import Curve
-from modhifi.sizes import sizes_of
 from modhifi.stages import find_structure
+from modhifi.structure.sizes import sizes_of
 
 SHAPE = dict(hidden_size=24, num_attention_heads=6, num_key_value_heads=3, head_dim=4)
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modhifi.groups import Structure
-from modhifi.oracle import FIXED, confirm
-from modhifi.tracing.trace import trace
+from modhifi.structure.groups import Structure
+from modhifi.structure.tracing.tracer import trace
+from modhifi.structure.trial_cut import FIXED, confirm
 
 
 class ByHeart(nn.Module):

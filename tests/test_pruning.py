@@ -13,9 +13,10 @@ from modhifi.data import Samples, load_samples
 from modhifi.errors import ModhifiError
 from modhifi.load import LoadedModel, load_model
 from modhifi.pruning import prune_model, reestimate_batchnorm
-from modhifi.readers import applied_second, shrinkage, weight_matrix
+from modhifi.readers import applied_second, shrinkage
 from modhifi.settings import PruneSettings
 from modhifi.stages import choose_groups, find_structure, measure_moments
+from modhifi.structure.operators import weight_matrix
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 from modhifi.artifact import load_artifact, save_artifact
 from modhifi.load import LoadedModel, load_model
-from modhifi.plan import Plan
 from modhifi.stages import find_structure
-from modhifi.surgery import shrink
+from modhifi.structure.plan import Plan
+from modhifi.structure.surgery import shrink
 
 ALONE = """
 import sys

@@ -11,11 +11,11 @@ import torch
 from test_unlearn_sites import convnext, resnet, samples_of, swin, vit
 from torch import Tensor, nn
 
-from modhifi.branches import Calls
 from modhifi.data import Samples
 from modhifi.load import LoadedModel, load_model
-from modhifi.readers import weight_matrix, write_weight
 from modhifi.resumed import Passes, Reached
+from modhifi.structure.operators import weight_matrix, write_weight
+from modhifi.structure.tracing.branches import Calls
 from modhifi.unlearning.sites import Sites, find_sites
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
-from modhifi.groups import Group, Structure
-from modhifi.plan import Plan
-from modhifi.surgery import mask_readers, shrink
-from modhifi.tracing.trace import trace
+from modhifi.structure.groups import Group, Structure
+from modhifi.structure.plan import Plan
+from modhifi.structure.surgery import mask_readers, shrink
+from modhifi.structure.tracing.tracer import trace
 
 
 def keep(group: Group, share: float, generator: torch.Generator) -> tuple[int, ...]:

@@ -13,11 +13,11 @@ from torch import nn
 
 from modhifi.data import Samples, load_samples
 from modhifi.errors import ModhifiError
-from modhifi.groups import operator_modules
 from modhifi.load import PADDING, LoadedModel, load_model
 from modhifi.measure import NextTokens, compare, perplexity
 from modhifi.moments import collect
 from modhifi.stages import find_structure
+from modhifi.structure.operators import operator_modules
 from tests import tiny_text
 
 

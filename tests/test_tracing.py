@@ -5,8 +5,8 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from modhifi.groups import Group, Structure
-from modhifi.tracing.trace import trace
+from modhifi.structure.groups import Group, Structure
+from modhifi.structure.tracing.tracer import trace
 
 
 def structure_of(name: str) -> Structure:

@@ -16,9 +16,9 @@ from cli.main import app
 from modhifi.data import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.load import load_model
-from modhifi.readers import columns_of
 from modhifi.recipe_file import read_yaml
 from modhifi.resumed import Passes
+from modhifi.structure.operators import columns_of
 from modhifi.unlearning.data import find_classes, load_unlearn_data, populations
 from modhifi.unlearning.edit import METHODS, UnlearnSettings, blend, fit_strength, forget
 from modhifi.unlearning.moments import joint_moments

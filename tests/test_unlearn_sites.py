@@ -9,11 +9,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from modhifi.branches import Calls
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError
 from modhifi.load import load_model
 from modhifi.resumed import Passes
+from modhifi.structure.tracing.branches import Calls
 from modhifi.unlearning.audit import observe
 from modhifi.unlearning.edit import UnlearnSettings, forget, writer_scale
 from modhifi.unlearning.moments import joint_moments, reader_moments

@@ -19,10 +19,10 @@ from modhifi import pipeline
 from modhifi.cli.main import app
 from modhifi.errors import ModhifiError
 from modhifi.load import load_model
-from modhifi.plan import Plan
-from modhifi.rebuild import expand
 from modhifi.stages import find_structure
-from modhifi.surgery import mask_readers, shrink
+from modhifi.structure.expand import expand
+from modhifi.structure.plan import Plan
+from modhifi.structure.surgery import mask_readers, shrink
 
 runner = CliRunner()
 

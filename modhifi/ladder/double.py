@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from modhifi.operations import operation_name
+from modhifi.structure.torch_ops import operation_name
 
 CASTS = frozenset({"to", "float", "half", "bfloat16", "type", "type_as"})
 

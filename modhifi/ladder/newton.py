@@ -21,7 +21,7 @@ from modhifi.ladder.affine import Pending
 from modhifi.ladder.bound import Bound, nothing, settle_nan, slice_norm, total
 from modhifi.ladder.modules import as_function
 from modhifi.ladder.step import Record, Rule, Step
-from modhifi.operations import swap, tensors_in
+from modhifi.structure.torch_ops import swap, tensors_in
 
 ROUNDS = 8
 # A tangent that misses no more than this share of the largest entry is exact: what differs is rounding.

@@ -14,7 +14,7 @@ from modhifi.bounds import adaptive_avg_pool_norm, avg_pool_norm, max_pool_const
 from modhifi.ladder.bound import UP, cat_rule, coarsen, mean_rule, moved_rule, settle_nan, total
 from modhifi.ladder.step import Record, Rule, Step
 from modhifi.local_bounds import max_pool_rule
-from modhifi.operations import tensors_in
+from modhifi.structure.torch_ops import tensors_in
 
 PLAIN_MOVES = frozenset(
     """view reshape flatten unflatten permute transpose swapaxes movedim unsqueeze squeeze chunk split tensor_split

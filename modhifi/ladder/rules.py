@@ -21,7 +21,7 @@ from modhifi.ladder.places import PLACES
 from modhifi.ladder.step import Record, Rule, Step
 from modhifi.lipschitz import activation_constant, batchnorm_scale, norm_constant
 from modhifi.local_bounds import norm_rule
-from modhifi.operations import tensors_in
+from modhifi.structure.torch_ops import tensors_in
 
 
 # -- linear operators and norms ----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modhifi.ladder.affine import Norms, Pending
 from modhifi.ladder.bound import UP, Bound
-from modhifi.operations import swap, tensors_in
+from modhifi.structure.torch_ops import swap, tensors_in
 
 Record = Bound | Pending
 Rule = Callable[["Step", list[Tensor]], "list[Record] | None"]

@@ -22,7 +22,7 @@ from modhifi.ladder.modules import module_rule
 from modhifi.ladder.newton import Newton
 from modhifi.ladder.rules import RULES
 from modhifi.ladder.step import Step
-from modhifi.operations import METADATA, operation_name, swap, tensors_in
+from modhifi.structure.torch_ops import METADATA, operation_name, swap, tensors_in
 
 # The number of whatever went through an operation without a rule.
 LOST = -1

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi.branches import Calls
 from modhifi.data import Samples
 from modhifi.load import LoadedModel
 from modhifi.moments import only_input
 from modhifi.progress import Progress, silent
 from modhifi.resumed import Passes
+from modhifi.structure.tracing.branches import Calls
 from modhifi.unlearning import attacks
 from modhifi.unlearning.audit_text import conclude
 from modhifi.unlearning.data import UnlearnData, class_name, populations

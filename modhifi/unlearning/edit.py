@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError
 from modhifi.fidelity import singleton_fidelity
-from modhifi.groups import conv_groups
 from modhifi.load import LoadedModel
 from modhifi.moments import Moments
 from modhifi.progress import Progress, silent
-from modhifi.readers import absorb_mean, columns_of, weight_matrix, write_weight
 from modhifi.resumed import Passes
+from modhifi.structure.operators import absorb_mean, columns_of, conv_groups, weight_matrix, write_weight
 from modhifi.unlearning import methods
 from modhifi.unlearning.methods import Edit
 from modhifi.unlearning.moments import Joint, joint_moments, reader_moments

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi.branches import Calls
-from modhifi.groups import conv_groups
 from modhifi.moments import Accumulator, Moments, only_input, reader_rows, spread_positions
-from modhifi.readers import columns_of
 from modhifi.resumed import Passes, Reached
+from modhifi.structure.operators import columns_of, conv_groups
+from modhifi.structure.tracing.branches import Calls
 from modhifi.unlearning.sites import Writer
 
 # A Gram of d columns looks at about this many rows per column in every population.

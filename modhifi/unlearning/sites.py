@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi.branches import BranchWatcher, Trail
 from modhifi.errors import ModhifiError
-from modhifi.groups import conv_groups
 from modhifi.load import LoadedModel
-from modhifi.readers import columns_of
+from modhifi.structure.operators import columns_of, conv_groups
+from modhifi.structure.tracing.branches import BranchWatcher, Trail
 
 # A Gram of more columns than this takes over half a gigabyte.
 MOST_COLUMNS = 8192

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from modhifi.attributes import set_count
-from modhifi.families import restate
-from modhifi.groups import Structure, conv_groups, last_wide
-from modhifi.plan import Plan
-from modhifi.readers import weight_matrix, write_weight
+from modhifi.structure.families import restate
+from modhifi.structure.groups import Structure
+from modhifi.structure.head_counts import set_count
+from modhifi.structure.operators import conv_groups, kernel_size, last_wide, weight_matrix, write_weight
+from modhifi.structure.plan import Plan
 
 
 def removed_positions(structure: Structure, plan: Plan) -> dict[tuple[str, str], Tensor]:
@@ -42,13 +42,6 @@ def mask_readers(model: nn.Module, structure: Structure, plan: Plan) -> nn.Modul
         matrix[positions // per, :, positions % per] = 0
         write_weight(module, matrix.flatten(2))
     return model
-
-
-def kernel_size(module: nn.Module) -> int:
-    size = 1
-    for k in getattr(module, "kernel_size", ()):
-        size *= int(k)
-    return size
 
 
 def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from modhifi.groups import Group
+from modhifi.structure.groups import Group
 
 HEADS = re.compile(r"(^|_|\.)heads?$")  # num_heads, n_head, num_key_value_heads
 WIDTHS = re.compile(r"(^|_)(dim|size)(_out_(qk|v))?$")  # attn_dim, split_size, all_head_size, dim_out_qk
@@ -23,7 +23,7 @@ def described(model: nn.Module, group: Group) -> Group:
     """The group with its kind, and for heads with the attributes of the modules around that count them.
 
     A name does not say what a model's code does with such an integer: a pass with fewer heads has to show that it
-    still computes the same (:func:`modhifi.oracle.confirm`).
+    still computes the same (:func:`modhifi.structure.trial_cut.confirm`).
     """
     if group.kind == "neurons":
         linear = all(isinstance(model.get_submodule(s.module), (nn.Linear, Conv1D)) for s in group.producers)

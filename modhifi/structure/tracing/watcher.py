@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modhifi.coupling import Couplings
-from modhifi.groups import last_wide
-from modhifi.operations import CONVS, METADATA, Axis, Call, Grid, operation_name, tensors_in
+from modhifi.structure.couplings import Couplings
+from modhifi.structure.operators import last_wide
+from modhifi.structure.torch_ops import CONVS, METADATA, Axis, Call, Grid, operation_name, tensors_in
 
 
 class Watcher(TorchFunctionMode):
-    """The records of one pass, and the couplings that the rules of :mod:`modhifi.tracing.trace` find in it."""
+    """The records of one pass, and the couplings that the rules of `tracer` find in it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from modhifi.operations import MIXING, NORMS, Axis, Call
-from modhifi.tracing.meetings import Meetings
+from modhifi.structure.torch_ops import MIXING, NORMS, Axis, Call
+from modhifi.structure.tracing.elementwise_rules import Meetings
 
 # these prepare their input themselves (padding, a view) before they run their operator
 PREPARING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, Conv1D)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modhifi.operations import CONVS, ELEMENTWISE, METADATA, MOVEMENT, operation_name, swap, tensors_in
+from modhifi.structure.torch_ops import CONVS, ELEMENTWISE, METADATA, MOVEMENT, operation_name, swap, tensors_in
 
 ADDITIONS = frozenset("add add_ __add__ __radd__ __iadd__".split())
 PRODUCTS = frozenset("mul mul_ __mul__ __rmul__ __imul__ multiply".split())

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from modhifi.attributes import described
-from modhifi.groups import Group, Operator, Structure
-from modhifi.operations import (
+from modhifi.structure.groups import Group, Operator, Structure
+from modhifi.structure.head_counts import described
+from modhifi.structure.torch_ops import (
     BINARY,
     CONVS,
     CREATION,
@@ -32,7 +32,7 @@ from modhifi.operations import (
     Grid,
     tensors_in,
 )
-from modhifi.tracing.layers import Layers
+from modhifi.structure.tracing.layer_rules import Layers
 
 
 class ChannelTracer(Layers):

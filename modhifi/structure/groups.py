@@ -6,12 +6,11 @@ same producers and readers. Everything downstream (moments, selection, surgery) 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Role = Literal["producer", "reader", "along"]
 Kind = Literal["channels", "neurons", "heads"]
@@ -114,44 +113,3 @@ class Structure:
             g if g.refused or g.name in wanted else replace(g, refused="excluded on request") for g in self.groups
         )
         return replace(self, groups=groups)
-
-
-def operator_modules(model: nn.Module, groups: Iterable[Group]) -> Iterator[tuple[str, nn.Module]]:
-    """The distinct reader modules of some groups, in order of first appearance."""
-    seen: set[str] = set()
-    for group in groups:
-        for piece in group.readers:
-            if piece.module not in seen:
-                seen.add(piece.module)
-                yield piece.module, model.get_submodule(piece.module)
-
-
-def last_wide(tensor: Tensor) -> int:
-    """The axis of a parameter along which components can stand: its last one of more than one element."""
-    return max((d for d, size in enumerate(tensor.shape) if size > 1), default=tensor.ndim - 1)
-
-
-def conv_groups(module: nn.Module) -> int:
-    """Number of conv groups of an operator: 1 for everything but a grouped conv."""
-    return int(getattr(module, "groups", 1) or 1) if hasattr(module, "kernel_size") else 1
-
-
-def reader_columns(module: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of a reader's weight matrix that belong to each component.
-
-    ``index`` int64 ``(n, m)`` are input channels. Returns the conv group ``(n,)`` of each component and its columns
-    ``(n, m * kernel positions)`` inside that conv group's matrix, in im2col order (channel, then kernel position).
-    """
-    kernel = 1
-    for size in getattr(module, "kernel_size", ()):
-        kernel *= int(size)
-    groups = conv_groups(module)
-    total = int(getattr(module, "in_channels", 0)) or int(index.max()) + 1
-    width = total // groups if groups > 1 else total
-    if groups > 1:
-        owner = index[:, 0] // width
-        local = index % width
-    else:
-        owner, local = torch.zeros(len(index), dtype=torch.int64), index
-    columns = local[:, :, None] * kernel + torch.arange(kernel)
-    return owner, columns.reshape(len(index), -1)

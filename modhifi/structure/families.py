@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from modhifi.groups import Structure
+from modhifi.structure.groups import Structure
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from modhifi.groups import Group, Structure, last_wide
+from modhifi.structure.groups import Group, Structure
+from modhifi.structure.operators import last_wide
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modhifi.groups import last_wide
-from modhifi.operations import JOINS, PLACED, RESHAPES, SUMS, Axis, Call, Grid, constant
-from modhifi.tracing.records import Watcher
+from modhifi.structure.operators import last_wide
+from modhifi.structure.torch_ops import JOINS, PLACED, RESHAPES, SUMS, Axis, Call, Grid, constant
+from modhifi.structure.tracing.watcher import Watcher
 
 
 class Meetings(Watcher):

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from modhifi.errors import ModhifiError
-from modhifi.groups import Structure, conv_groups, last_wide
-from modhifi.plan import Plan
-from modhifi.surgery import removed_positions, staying
+from modhifi.structure.groups import Structure
+from modhifi.structure.operators import conv_groups, last_wide
+from modhifi.structure.plan import Plan
+from modhifi.structure.surgery import removed_positions, staying
 
 
 def plan_of(manifest: Mapping[str, Any]) -> Plan:
@@ -26,7 +27,7 @@ def plan_of(manifest: Mapping[str, Any]) -> Plan:
 
 
 def expand(small: nn.Module, dense: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
-    """The inverse of :func:`modhifi.surgery.shrink`: ``small`` in the shapes of ``dense``, which stays as it is.
+    """The inverse of `surgery.shrink`: ``small`` in the shapes of ``dense``, which stays as it is.
 
     Raises ModhifiError where the two do not fit under this plan: another original, other modules, other widths.
     """

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi.groups import Group, Structure
-from modhifi.operations import tensors_in
-from modhifi.plan import Plan
-from modhifi.surgery import mask_readers, shrink
+from modhifi.structure.groups import Group, Structure
+from modhifi.structure.plan import Plan
+from modhifi.structure.surgery import mask_readers, shrink
+from modhifi.structure.torch_ops import tensors_in
 
 FIXED = "the model's code counts on this width: it fails, or computes something else, once a component is cut"
 

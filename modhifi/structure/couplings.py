@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modhifi.groups import Group, Role, Slice
+from modhifi.structure.groups import Group, Role, Slice
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modhifi.errors import ModhifiError
-from modhifi.groups import Group, Structure
+from modhifi.structure.groups import Group, Structure
 
 
 @dataclass(frozen=True)

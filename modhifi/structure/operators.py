@@ -1,0 +1,102 @@
+"""A layer's weights as matrices: conv groups, columns of components, where a mean can be given back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from modhifi.structure.groups import Group
+
+
+def kernel_size(module: nn.Module) -> int:
+    size = 1
+    for k in getattr(module, "kernel_size", ()):
+        size *= int(k)
+    return size
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """An operator's weight as float64 ``(G, out / G, d)``, columns in im2col order."""
+    weight: Tensor = module.get_parameter("weight").detach().double()
+    if isinstance(module, Conv1D):
+        return weight.T[None]
+    groups = conv_groups(module)
+    return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
+def columns_of(module: nn.Module) -> tuple[int, int]:
+    """The number of conv groups of an operator and of columns in each: the shape of its Gram, without making it."""
+    weight = module.get_parameter("weight")
+    return conv_groups(module), weight.shape[0] if isinstance(module, Conv1D) else weight[0].numel()
+
+
+def write_weight(module: nn.Module, matrix: Tensor) -> None:
+    """Inverse of :func:`weight_matrix`: store ``(G, out / G, d)`` in the module, in the module's dtype."""
+    flat, weight = matrix.reshape(-1, matrix.shape[-1]), module.get_parameter("weight")
+    weight.data.copy_(flat.T if isinstance(module, Conv1D) else flat.reshape(weight.shape))
+
+
+def absorb_mean(model: nn.Module, reader: str, sink: str, shift: Tensor) -> None:
+    """Give a reader's lost mean output, ``shift`` float64 ``(out,)``, back at its sink, in place.
+
+    ``sink`` is ``"bias"`` (the shift is added to the reader's own) or the name of the BatchNorm behind it (the shift is
+    taken from its running mean).
+    """
+    if sink == "bias":
+        bias: Tensor = model.get_submodule(reader).bias.data  # type: ignore[assignment]
+        bias.add_(shift.to(bias.dtype))
+    else:
+        mean: Tensor = model.get_submodule(sink).running_mean.data  # type: ignore[assignment]
+        mean.sub_(shift.to(mean.dtype))
+
+
+def norm_scale(norm: nn.Module) -> Tensor:
+    """``|γ| / √(σ² + ε)`` of a BatchNorm, float64 ``(channels,)``; a millionth of the largest at least."""
+    scale = (norm.running_var.double() + norm.eps).rsqrt()  # type: ignore[operator]
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double().abs()  # type: ignore[operator]
+    return scale.clamp_min(max(1e-6 * float(scale.max()), 1e-300))
+
+
+def operator_modules(model: nn.Module, groups: Iterable[Group]) -> Iterator[tuple[str, nn.Module]]:
+    """The distinct reader modules of some groups, in order of first appearance."""
+    seen: set[str] = set()
+    for group in groups:
+        for piece in group.readers:
+            if piece.module not in seen:
+                seen.add(piece.module)
+                yield piece.module, model.get_submodule(piece.module)
+
+
+def last_wide(tensor: Tensor) -> int:
+    """The axis of a parameter along which components can stand: its last one of more than one element."""
+    return max((d for d, size in enumerate(tensor.shape) if size > 1), default=tensor.ndim - 1)
+
+
+def conv_groups(module: nn.Module) -> int:
+    """Number of conv groups of an operator: 1 for everything but a grouped conv."""
+    return int(getattr(module, "groups", 1) or 1) if hasattr(module, "kernel_size") else 1
+
+
+def reader_columns(module: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of a reader's weight matrix that belong to each component.
+
+    ``index`` int64 ``(n, m)`` are input channels. Returns the conv group ``(n,)`` of each component and its columns
+    ``(n, m * kernel positions)`` inside that conv group's matrix, in im2col order (channel, then kernel position).
+    """
+    kernel = 1
+    for size in getattr(module, "kernel_size", ()):
+        kernel *= int(size)
+    groups = conv_groups(module)
+    total = int(getattr(module, "in_channels", 0)) or int(index.max()) + 1
+    width = total // groups if groups > 1 else total
+    if groups > 1:
+        owner = index[:, 0] // width
+        local = index % width
+    else:
+        owner, local = torch.zeros(len(index), dtype=torch.int64), index
+    columns = local[:, :, None] * kernel + torch.arange(kernel)
+    return owner, columns.reshape(len(index), -1)

@@ -1,1 +1,0 @@
-"""One watched forward pass, in which coupled components are found."""
