@@ -28,7 +28,7 @@ def tasks(
     as_json: JsonOption = False,
 ) -> None:
     """Run tasks of lm-eval (pip install 'modhifi\\[lm-eval]') on a language model before and after its edit."""
-    from modhifi.load import load_model
+    from modhifi.models.load import load_model
     from modhifi.pipeline import load_source
     from modhifi.recipe import ModelSource
     from modhifi.tasks import compare_tasks

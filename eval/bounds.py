@@ -30,7 +30,8 @@ from modhifi.data import Samples, load_samples
 from modhifi.ladder.affine import Norms
 from modhifi.ladder.certified import certify
 from modhifi.ladder.newton import ROUNDS
-from modhifi.load import LoadedModel, load_model
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
 from modhifi.settings import PruneSettings
 from modhifi.stages import Pruned, apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 from modhifi.verify import BoundReport, verify_model

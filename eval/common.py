@@ -14,7 +14,8 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-from modhifi.load import LoadedModel, load_model
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"

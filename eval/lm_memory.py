@@ -16,8 +16,9 @@ from common import write_results
 
 from modhifi.allocate import Budget
 from modhifi.data import Samples
-from modhifi.load import LoadedModel, load_model
 from modhifi.measure import with_peak_memory
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
 from modhifi.pruning import prune_model
 from modhifi.settings import PruneSettings
 from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves

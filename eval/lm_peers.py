@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi.load import LoadedModel
+from modhifi.models.loaded import LoadedModel
 from modhifi.moments import Moments
 from modhifi.structure.groups import Structure
 

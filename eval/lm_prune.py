@@ -26,8 +26,9 @@ from torch import nn
 
 from modhifi.allocate import Budget
 from modhifi.data import Samples, load_samples
-from modhifi.load import LoadedModel, load_model
 from modhifi.measure import NextTokens
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
 from modhifi.moments import Moments
 from modhifi.probing import amplification, best_plan, plans_between
 from modhifi.readers import readers_of

@@ -22,7 +22,7 @@ from torch import nn
 
 from modhifi.allocate import Budget
 from modhifi.data import Samples, load_samples
-from modhifi.load import LoadedModel
+from modhifi.models.loaded import LoadedModel
 from modhifi.moments import Moments
 from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 from modhifi.structure.groups import Structure

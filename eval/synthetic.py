@@ -25,7 +25,7 @@ from unlearn import BATCH
 from modhifi import measure
 from modhifi.allocate import Budget
 from modhifi.data import Samples, load_samples
-from modhifi.load import LoadedModel
+from modhifi.models.loaded import LoadedModel
 from modhifi.quality import look
 from modhifi.settings import PruneSettings
 from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves

@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from modhifi.data import Samples, load_samples
-from modhifi.load import LoadedModel, load_model
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
 from modhifi.resumed import Passes
 from modhifi.unlearning.audit import Observed, measure, observe, recalls
 from modhifi.unlearning.data import UnlearnData, populations

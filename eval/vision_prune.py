@@ -19,7 +19,8 @@ from torch import nn
 from modhifi import measure
 from modhifi.allocate import Budget
 from modhifi.data import Samples, load_samples
-from modhifi.load import LoadedModel, load_model
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
 from modhifi.pruning import prune_model, reestimate_batchnorm
 from modhifi.settings import PruneSettings
 from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from modhifi.api import score as score
     from modhifi.api import unlearn as unlearn
     from modhifi.api import verify as verify
-    from modhifi.artifact import load as load
-    from modhifi.load import load_model as load_model
+    from modhifi.models.artifact import load as load
+    from modhifi.models.load import load_model as load_model
 
 # The public functions: name, file of the package. They are imported at first use, so that `import modhifi` stays quick.
 PUBLIC = {
-    "load": "artifact",
-    "load_model": "load",
+    "load": "models.artifact",
+    "load_model": "models.load",
     "prune": "api",
     "score": "api",
     "unlearn": "api",

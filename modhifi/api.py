@@ -14,14 +14,15 @@ from torch import nn
 
 from modhifi.data import Samples, load_samples
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel, load_model
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
+from modhifi.models.skeleton import same_shapes
 from modhifi.moment_cache import MomentCache
 from modhifi.own_data import Source, first_items, source_name
 from modhifi.pipeline import Given, PruneResult, run_prune
 from modhifi.progress import Progress, silent
 from modhifi.recipe import parse_recipe
 from modhifi.scoring import GroupScores, score_model
-from modhifi.skeleton import same_shapes
 from modhifi.unlearning.pipeline import UnlearnResult, run_unlearn
 from modhifi.unlearning.recipe import parse_unlearn_recipe
 from modhifi.verdicts import Tolerances

@@ -2,57 +2,29 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
 import os
-import platform
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from modhifi.disk import check_output, staging
-from modhifi.errors import ModhifiError
-from modhifi.hub import fetch_description, fetch_weights, split_revision
-from modhifi.load import LoadedModel, frozen, load_model
-from modhifi.progress import version_of
-from modhifi.reload import verify_reload
-from modhifi.skeleton import build_skeleton, fill, is_stock, own_config, read_config, record, reshape
+from modhifi.models.artifact import MANIFEST, SCHEMA_VERSION, WEIGHTS, file_hash, installed_versions
+from modhifi.models.loaded import LoadedModel
+from modhifi.models.skeleton import is_stock, own_config, record
+from modhifi.models.weights import state_hash
 
 if TYPE_CHECKING:
     from modhifi.data import Samples
     from modhifi.structure.groups import Structure
     from modhifi.structure.plan import Plan
 
-__all__ = [
-    "check_output",
-    "describe_data",
-    "load",
-    "load_artifact",
-    "read_manifest",
-    "save_artifact",
-    "state_hash",
-    "verify_reload",
-    "weights_match",
-]
-SCHEMA_VERSION = 1
-# Versions that are read as they stand. Keys may be added without a new version: what lacks is then not needed.
-READABLE = (1,)
-NEEDED = ("base", "model", "weights")
-MANIFEST = "modhifi.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SHARD = "5GB"
-PACKAGES = ("modhifi", "torch", "timm", "transformers", "safetensors")
 
 
 def save_artifact(
@@ -84,10 +56,10 @@ def save_artifact(
     check_output(out, force)
     base = _base(loaded)
     if loaded.framework == "timm":
-        from modhifi import load_timm
+        from modhifi.models import from_timm
 
         # Those of the edited model, which may state its widths there.
-        loaded = replace(loaded, info=loaded.info | {"model_args": load_timm.arguments(edited)})
+        loaded = replace(loaded, info=loaded.info | {"model_args": from_timm.arguments(edited)})
     framework, changes = record(loaded, edited)
     recipe, report = jsonable(dict(recipe)), jsonable(dict(report))
     with staging(out) as directory:
@@ -102,7 +74,7 @@ def save_artifact(
                 "groups": _groups(structure, plan),
                 "weights": weights,
                 "recipe": recipe,
-                "versions": _versions(),
+                "versions": installed_versions(),
             }
         )
         _write_json(directory / MANIFEST, content)
@@ -115,106 +87,6 @@ def save_artifact(
     return out
 
 
-def load_artifact(directory: str | Path, skeleton: nn.Module | None = None) -> LoadedModel:
-    """Rebuild the model of an artefact: eval mode, on the CPU, plain modules of its own library.
-
-    ``skeleton`` is the dense module, for an artefact made from a module that neither timm nor transformers builds; it
-    is copied. Weights that are not those once saved are told in ``info["notes"]``. Raises ModhifiError for a directory
-    that is no artefact, one of a newer modhifi, a missing skeleton and weights that do not fit.
-    """
-    directory = Path(directory).expanduser()
-    manifest = read_manifest(directory)
-    entry, base = manifest["model"], manifest["base"]
-    framework, info = entry["framework"], entry["info"]
-    config = read_config(directory) if framework == "transformers" and skeleton is None else None
-    with _library_hint(manifest):
-        if skeleton is not None:
-            model = frozen(copy.deepcopy(skeleton).cpu())
-        elif framework == "torch":
-            raise ModhifiError(
-                f"{directory} was made from a module of your own ({info['architecture']}); pass that "
-                "dense module: modhifi.load(directory, skeleton=module)"
-            )
-        else:
-            model = build_skeleton(framework, info, config)
-        model = fill(
-            reshape(model, entry["differences"]), _read_weights(directory), manifest["weights"]["tied"], str(directory)
-        )
-    loaded = _describe(model, framework, directory, entry)
-    notes = list(loaded.info["notes"])
-    if not weights_match(directory):
-        notes.append(f"the weights in {directory} are not those that were saved: their hash differs from {MANIFEST}")
-    artifact = {
-        "task": manifest.get("task"),
-        "base": base,
-        "weights": manifest["weights"],
-        "differences": entry["differences"],
-    }
-    known = {key: base[key] for key in ("repository", "revision", "licence") if key in base}
-    labels = tuple(entry["labels"]) if entry.get("labels") else None
-    return replace(loaded, labels=labels, info=loaded.info | known | {"notes": notes, "artifact": artifact})
-
-
-def load(directory: str | Path, *, skeleton: nn.Module | None = None) -> nn.Module:
-    """The model of an artefact directory as a plain torch module in eval mode, on the CPU.
-
-    ``hf:ORG/NAME[@REVISION]`` is fetched first. ``skeleton`` and errors: see :func:`load_artifact`.
-    """
-    if str(directory).startswith("hf:"):
-        name, revision = split_revision(str(directory).removeprefix("hf:"), None)
-        fetched = fetch_description(name, revision)
-        fetch_weights(name, fetched.name)
-        directory = fetched
-    return load_artifact(directory, skeleton).model
-
-
-def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """The content of ``modhifi.json``; ModhifiError if it is missing, broken, or of a modhifi too new or too old."""
-    path = Path(directory).expanduser() / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = int(manifest["schema_version"])
-        if version in READABLE and not all(isinstance(manifest[part], dict) for part in NEEDED):
-            raise ValueError("parts are missing")
-    except OSError as error:
-        raise ModhifiError(f"{directory} is no modhifi artefact: it has no readable {MANIFEST}") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModhifiError(f"{path} is broken; restore the file") from error
-    if version > SCHEMA_VERSION:
-        raise ModhifiError(
-            f"{path} has schema version {version} and this modhifi reads up to {SCHEMA_VERSION}; upgrade modhifi"
-        )
-    if version not in READABLE:
-        writer = (manifest.get("versions") or {}).get("modhifi", "that wrote it")
-        again = f"modhifi recipe run {path.with_name('recipe.yaml')}"
-        raise ModhifiError(
-            f"{path} has schema version {version}, which this modhifi no longer reads; install the "
-            f"modhifi {writer}, or make it again: {again}"
-        )
-    return manifest
-
-
-@contextmanager
-def _library_hint(manifest: Mapping[str, Any]) -> Iterator[None]:
-    """Say, where a model cannot be rebuilt, which of its libraries are other ones than those it was written with."""
-    try:
-        yield
-    except ModhifiError as error:
-        now = _versions()
-        framework = manifest["model"]["framework"]
-        then = {name: (manifest.get("versions") or {}).get(name) for name in (framework, "torch")}
-        moved = [f"{n} {v} ({now[n]} is installed)" for n, v in then.items() if v and n in now and v != now[n]]
-        if not moved:
-            raise
-        raise ModhifiError(f"{error}; it was written with {' and '.join(moved)}: install those") from error
-
-
-def weights_match(directory: str | Path) -> bool:
-    """Whether the weight files are, by their SHA-256, those that the manifest was written for."""
-    files, place = read_manifest(directory)["weights"]["files"], Path(directory).expanduser()
-    return all((path := place / name).is_file() and _sha256(path) == sha for name, sha in files.items())
-
-
 def describe_data(samples: Samples) -> dict[str, Any]:
     """The fingerprint of a set of samples for a manifest: one hash per item, so that an overlap can be found."""
     return {
@@ -225,15 +97,6 @@ def describe_data(samples: Samples) -> dict[str, Any]:
         "synthetic": samples.synthetic,
         "skipped": [list(item) for item in samples.skipped],
     }
-
-
-def state_hash(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of a model's state dict: 64 hex digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -257,7 +120,7 @@ def _write_weights(directory: Path, model: nn.Module) -> dict[str, Any]:
     os.umask(mask := os.umask(0))
     for path in files:
         path.chmod(0o666 & ~mask)  # safetensors makes its files private, the others are not
-    return {"files": {path.name: _sha256(path) for path in files}, "tied": tied}
+    return {"files": {path.name: file_hash(path) for path in files}, "tied": tied}
 
 
 def _write_ecosystem_files(
@@ -281,7 +144,7 @@ def _write_ecosystem_files(
         whole = (directory / WEIGHTS).is_file()  # timm reads no shards
         return ("create_model" if whole and is_stock(edited, loaded, None, changes) else None), None
     elif framework == "transformers":
-        from modhifi.load_transformers import auto_class
+        from modhifi.models.from_transformers import auto_class
         from modhifi.remote_code import add_code
 
         config = own_config(edited)
@@ -326,47 +189,8 @@ def _groups(structure: Structure | None, plan: Plan | None) -> list[dict[str, An
     ]
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        found[name] = version_of(name)
-    return found
-
-
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
-def _read_weights(directory: Path) -> dict[str, Tensor]:
-    try:
-        index = directory / INDEX
-        names = [WEIGHTS]
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        # Copies: matrix products may round differently where the memory is not aligned as torch aligns it.
-        return {k: v.clone() for name in names for k, v in load_file(directory / name).items()}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModhifiError(f"cannot read the weights in {directory}: {error}; restore the files") from error
-
-
-def _describe(model: nn.Module, framework: str, directory: Path, entry: dict[str, Any]) -> LoadedModel:
-    source = str(directory)
-    if framework == "timm":
-        from modhifi import load_timm
-
-        return load_timm.describe(model, source)
-    if framework == "transformers":
-        from modhifi import load_transformers
-
-        return load_transformers.describe(model, source, directory)
-    shape, dtype = entry["example"]["shape"], getattr(torch, entry["example"]["dtype"])
-    example = torch.zeros(shape, dtype=dtype)
-    if dtype.is_floating_point:
-        example = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return replace(load_model(model, example=example), source=source)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from modhifi.load import real_tokens
+from modhifi.models.hooks import standing_in
+from modhifi.models.loaded import real_tokens
+from modhifi.models.offload import staying
 from modhifi.moments import MomentCollector, Moments
-from modhifi.offload import staying
-from modhifi.stand_in import standing_in
 
 
 class _Reached(Exception):

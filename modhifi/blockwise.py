@@ -12,8 +12,8 @@ from modhifi.allocate import Budget, allocate, least_width, plan_for
 from modhifi.blocks import find_blocks, moments_by_block
 from modhifi.data import Samples
 from modhifi.editing import LayerError, edit_readers
-from modhifi.load import LoadedModel
-from modhifi.offload import staying
+from modhifi.models.loaded import LoadedModel
+from modhifi.models.offload import staying
 from modhifi.progress import Progress
 from modhifi.room import check_room, gram_bytes
 from modhifi.selection import Curve

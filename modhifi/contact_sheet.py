@@ -11,7 +11,7 @@ from PIL import Image
 
 from modhifi.data import Samples, normalisation
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel
+from modhifi.models.loaded import LoadedModel
 
 
 def picture(samples: Samples, loaded: LoadedModel, index: int) -> Image.Image:

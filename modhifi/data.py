@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from modhifi import synthetic
-from modhifi.bundled import IMAGES, bundled
 from modhifi.errors import ModhifiError
-from modhifi.load import PADDING, LoadedModel
+from modhifi.models.demo import IMAGES, bundled
+from modhifi.models.loaded import PADDING, LoadedModel
 
 if TYPE_CHECKING:
     from modhifi.own_data import Source

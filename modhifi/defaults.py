@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from modhifi.load import LoadedModel
+from modhifi.models.loaded import LoadedModel
 from modhifi.recipe import PruneRecipe
 from modhifi.structure.families import says
 from modhifi.text import window_of

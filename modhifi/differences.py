@@ -34,7 +34,7 @@ def diff_runs(first: str | Path, second: str | Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    from modhifi.artifact import MANIFEST, read_manifest
+    from modhifi.models.artifact import MANIFEST, read_manifest
 
     file = path / "report.json" if path.is_dir() else path
     try:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.errors import GateFailed, ModhifiError
-from modhifi.hub import explained
-from modhifi.load import main_output
+from modhifi.models.hub import explained
+from modhifi.models.loaded import main_output
 
 TOLERANCE = 1e-4
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from modhifi import hub
 from modhifi.data import Samples, class_count, image_shape
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel, to_mode
+from modhifi.models import hub
+from modhifi.models.loaded import LoadedModel, to_mode
 
 IMAGE_FILES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"))
 # Below this size prepared images stay in memory; above it they are read again at every pass.

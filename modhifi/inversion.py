@@ -23,12 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from modhifi.artifact import state_hash
 from modhifi.data import Samples, class_count, image_shape, load_samples, normalisation
 from modhifi.disk import make_room
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel
-from modhifi.moments import only_input
+from modhifi.models.hooks import only_input
+from modhifi.models.loaded import LoadedModel
+from modhifi.models.weights import state_hash
 from modhifi.quality import look, statistics_gap
 
 STEPS, RATE, BATCH = 150, 0.02, 125

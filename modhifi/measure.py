@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from modhifi.errors import ModhifiError
-from modhifi.load import PADDING, real_tokens
+from modhifi.models.loaded import PADDING, real_tokens
 
 if TYPE_CHECKING:
     from modhifi.data import Samples
@@ -255,7 +255,7 @@ def _compare_rows(dense: Tensor, edited: Tensor) -> Tensor:
 class NextTokens:
     """A causal language model's forward pass that also sums up the loss of every token that has one before it.
 
-    Call it like the pass it wraps; padding (:data:`modhifi.load.PADDING`) counts for nothing.
+    Call it like the pass it wraps; padding (:data:`modhifi.models.loaded.PADDING`) counts for nothing.
     """
 
     def __init__(self, logits: Logits) -> None:

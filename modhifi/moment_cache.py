@@ -21,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from modhifi.artifact import state_hash
 from modhifi.data import Samples
 from modhifi.disk import make_room
-from modhifi.load import LoadedModel
+from modhifi.models.loaded import LoadedModel
+from modhifi.models.weights import state_hash
 from modhifi.moments import LEAST_ROWS, Accumulator
 from modhifi.own_data import digest
 from modhifi.progress import version_of

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -15,7 +14,8 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
-from modhifi.load import real_tokens
+from modhifi.models.hooks import batch_statistics, only_input
+from modhifi.models.loaded import real_tokens
 from modhifi.structure.operators import conv_groups
 
 if TYPE_CHECKING:
@@ -148,12 +148,6 @@ def _padded(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int,
     return x, kernel, stride, dilation
 
 
-def only_input(args: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-    """What a layer is given, whether its caller names it or not."""
-    given: Tensor = args[0] if args else next(iter(named.values()))
-    return given
-
-
 class MomentCollector:
     """Owns forward hooks on readers and accumulates their moments while the model runs.
 
@@ -208,30 +202,6 @@ class MomentCollector:
 
     def moments(self) -> dict[str, Moments]:
         return {name: sums.finish() for name, sums in self.sums.items() if sums.n}
-
-
-@contextmanager
-def batch_statistics(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """Let every BatchNorm normalise by its batch while its running statistics stay untouched.
-
-    The outputs of each BatchNorm then have the channel means and variances that the stored affine parameters
-    prescribe, whatever is fed in (docs/method.md, synthetic data).
-    """
-    norms = [
-        m
-        for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None and active
-    ]
-    before = [(m.momentum, m.num_batches_tracked.clone() if m.num_batches_tracked is not None else None) for m in norms]
-    for norm in norms:
-        norm.training, norm.momentum = True, 0.0
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.training, norm.momentum = False, momentum
-            if count is not None and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.copy_(count)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel
+from modhifi.models.loaded import LoadedModel
 
 
 @runtime_checkable

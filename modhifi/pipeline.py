@@ -10,23 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from modhifi import quality
-from modhifi.artifact import check_output, describe_data, read_manifest, save_artifact, verify_reload
+from modhifi.artifact import describe_data, save_artifact
 from modhifi.blocks import find_blocks
 from modhifi.contact_sheet import contact_sheet
 from modhifi.data import Samples, load_samples, warn_degenerate
 from modhifi.defaults import complete
+from modhifi.disk import check_output
 from modhifi.errors import ModhifiError
 from modhifi.export import SUFFIXES, check_export
 from modhifi.export import export as export_model
-from modhifi.load import LoadedModel, load_model
+from modhifi.models.artifact import read_manifest
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
+from modhifi.models.offload import let_visit
 from modhifi.moment_cache import MomentCache
-from modhifi.offload import let_visit
 from modhifi.own_data import Source
 from modhifi.processes import processes
 from modhifi.progress import Clock, Progress, silent
 from modhifi.prune_report import before_after, describe, measure_run, measured, skipped
 from modhifi.pruning import contribute, prune_model, reestimate_batchnorm
 from modhifi.recipe import ModelSource, PruneRecipe
+from modhifi.reload import verify_reload
 from modhifi.report import data_uri
 from modhifi.run_checks import add_bounds, add_groups
 from modhifi.stages import find_structure

@@ -13,7 +13,7 @@ from modhifi.allocate import Budget
 from modhifi.data import Samples
 from modhifi.editing import compensated, store, write_compensated
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel
+from modhifi.models.loaded import LoadedModel
 from modhifi.moments import Moments
 from modhifi.progress import Progress, silent
 from modhifi.replay import Replay

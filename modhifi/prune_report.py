@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modhifi import measure
 from modhifi.data import Samples
-from modhifi.load import LoadedModel
+from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.recipe import PruneRecipe
 from modhifi.stages import Pruned

@@ -11,7 +11,7 @@ from modhifi.allocate import Budget
 from modhifi.blockwise import fit_in_memory, prune_in_blocks
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel
+from modhifi.models.loaded import LoadedModel
 from modhifi.moment_cache import MomentCache
 from modhifi.probing import TRIAL, probed_plan
 from modhifi.processes import ALONE, Processes

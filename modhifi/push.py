@@ -7,10 +7,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from modhifi.artifact import read_manifest
 from modhifi.card import model_card
 from modhifi.errors import ModhifiError
-from modhifi.hub import explained
+from modhifi.models.artifact import read_manifest
+from modhifi.models.hub import explained
 
 
 def check_push(repo: str) -> None:

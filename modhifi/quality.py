@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from modhifi.data import Samples, class_count
-from modhifi.load import LoadedModel
-from modhifi.moments import Moments, only_input
+from modhifi.models.hooks import only_input
+from modhifi.models.loaded import LoadedModel
+from modhifi.moments import Moments
 
 # Samples that are run to compare a network's memory with what it sees.
 LOOKED_AT = 128

@@ -21,7 +21,7 @@ def verify_reload(directory: str | Path, batch: Tensor, expected: Tensor, skelet
     ``expected`` are the logits of the model in memory, computed on the CPU. With a ``skeleton``, which no other process
     has, the artefact is loaded in this one. Raises SelfTestFailed if anything differs or the process fails.
     """
-    from modhifi.artifact import load_artifact  # which offers this function as its own
+    from modhifi.models.artifact import load_artifact  # which offers this function as its own
 
     if skeleton is not None:
         with torch.inference_mode():
@@ -56,7 +56,7 @@ def compare_outputs(outputs: Tensor, expected: Tensor) -> str:
 
 def _child() -> None:
     """The fresh process of :func:`verify_reload`."""
-    from modhifi.artifact import load_artifact
+    from modhifi.models.artifact import load_artifact
 
     directory, file, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))

@@ -12,10 +12,10 @@ from typing import Any
 
 import transformers
 
-from modhifi.load_transformers import auto_class
+from modhifi.models.from_transformers import auto_class
+from modhifi.models.skeleton import FIELD
 
 MODULE = "modeling_modhifi"
-FIELD = "modhifi"
 CODE = Template('''"""$name with the layer widths that config.json records under "$field"; written by modhifi."""
 
 import copy
@@ -46,7 +46,7 @@ class $name(Stock):
 def add_code(directory: Path, config: Any, changes: dict[str, Any]) -> str | None:
     """Write the code beside the model and name it in ``config``; the Auto class that then loads the directory.
 
-    ``changes`` are those of :func:`modhifi.skeleton.differences`. None, and nothing written, where they are not only
+    ``changes`` are those of `skeleton.differences`. None, and nothing written, where they are not only
     narrower layers of a class of transformers.
     """
     name = config.architectures[0]
@@ -58,11 +58,3 @@ def add_code(directory: Path, config: Any, changes: dict[str, Any]) -> str | Non
     config.auto_map = {auto: f"{MODULE}.{name}"}
     setattr(config, FIELD, {key: changes[key] for key in ("shapes", "attributes")})
     return auto
-
-
-def without_code(config: Any) -> Any:
-    """The configuration of the family's own class, in place: what :func:`add_code` named is taken out."""
-    if hasattr(config, FIELD):
-        del config.auto_map
-        delattr(config, FIELD)
-    return config

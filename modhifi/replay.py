@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from modhifi.stand_in import standing_in
+from modhifi.models.hooks import standing_in
 
 
 class Replay:

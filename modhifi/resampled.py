@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel
+from modhifi.models.loaded import LoadedModel
 from modhifi.text import cutter_of
 
 # The share of a window that is masked at once, as these models are trained, and how often each place is drawn.

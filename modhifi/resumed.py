@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from modhifi.data import Samples
-from modhifi.load import LoadedModel
-from modhifi.stand_in import standing_in
+from modhifi.models.hooks import standing_in
+from modhifi.models.loaded import LoadedModel
 from modhifi.structure.torch_ops import METADATA, operation_name, tensors_in
 from modhifi.structure.tracing.branches import Calls
 

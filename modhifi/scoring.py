@@ -17,7 +17,7 @@ from torch import Tensor
 from modhifi.data import load_samples
 from modhifi.defaults import amounts
 from modhifi.fidelity import energy_score
-from modhifi.load import LoadedModel
+from modhifi.models.loaded import LoadedModel
 from modhifi.own_data import Source
 from modhifi.progress import Progress, silent
 from modhifi.readers import readers_of

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel
+from modhifi.models.loaded import LoadedModel
 from modhifi.resampled import Resampler
 from modhifi.text import cutter_of, identity, vocabulary, window_of
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.compensate import least_squares_towards
-from modhifi.load import real_tokens
-from modhifi.moments import Accumulator, MomentCollector, Moments, batch_statistics, only_input, reader_rows
+from modhifi.models.hooks import batch_statistics, only_input
+from modhifi.models.loaded import real_tokens
+from modhifi.moments import Accumulator, MomentCollector, Moments, reader_rows
 from modhifi.readers import mean_diagonal, shrinkage, shrunk
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import absorb_mean, kernel_size, weight_matrix, write_weight

@@ -14,7 +14,7 @@ from modhifi.allocate import Budget, allocate
 from modhifi.data import Samples
 from modhifi.editing import LayerError, edit_readers
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel
+from modhifi.models.loaded import LoadedModel
 from modhifi.moment_cache import MomentCache
 from modhifi.moments import Moments, collect
 from modhifi.processes import ALONE, Processes, merged

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from modhifi.errors import ModhifiError
-from modhifi.hub import explained
-from modhifi.load import LoadedModel
+from modhifi.models.hub import explained
+from modhifi.models.loaded import LoadedModel
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modhifi import hub
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel
+from modhifi.models import hub
+from modhifi.models.loaded import LoadedModel
 
 # Tokens of a window where nothing is said, if the model takes as many.
 WINDOW = 1024

@@ -24,7 +24,7 @@ from modhifi.ladder.certified import OUTPUT_SLACK, Certified, certify, logits_of
 from modhifi.ladder.hybrids import LayerShare, hybrid_changes
 from modhifi.ladder.newton import ROUNDS
 from modhifi.ladder.units import Forgetting, Statistical, Units, forgetting, run_units, statistical
-from modhifi.load import LoadedModel
+from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.unlearning.data import populations
 from modhifi.verdicts import Tolerances, Verdict, enforce, forgetting_verdict, judge, self_test

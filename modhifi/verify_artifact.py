@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
-from modhifi.artifact import load_artifact, read_manifest, state_hash, weights_match
 from modhifi.data import Samples, load_samples
 from modhifi.defaults import Amounts, amounts
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel
+from modhifi.models.artifact import load_artifact, read_manifest, weights_match
+from modhifi.models.loaded import LoadedModel
+from modhifi.models.skeleton import same_modules, same_shapes
+from modhifi.models.weights import state_hash
 from modhifi.own_data import Source
 from modhifi.pipeline import load_source
 from modhifi.progress import Progress, silent
 from modhifi.recipe import ModelSource
-from modhifi.skeleton import same_modules, same_shapes
 from modhifi.stages import find_structure
 from modhifi.structure.expand import expand, plan_of
 from modhifi.text import window_of

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modhifi.allocate import Budget, allocate, least_width, plan_for, step_of
 from modhifi.errors import ModhifiError
-from modhifi.load import load_model
+from modhifi.models.load import load_model
 from modhifi.selection import Curve
 from modhifi.stages import find_structure
 from modhifi.structure.groups import Group, Structure

@@ -21,20 +21,15 @@ from torch import nn
 
 import modhifi
 from modhifi import artifact, disk, report
-from modhifi.artifact import (
-    check_output,
-    describe_data,
-    load_artifact,
-    read_manifest,
-    save_artifact,
-    state_hash,
-    verify_reload,
-    weights_match,
-)
+from modhifi.artifact import describe_data, save_artifact
 from modhifi.data import Samples
+from modhifi.disk import check_output
 from modhifi.errors import ModhifiError, SelfTestFailed
-from modhifi.load import LoadedModel, load_model
-from modhifi.reload import compare_outputs
+from modhifi.models.artifact import load_artifact, read_manifest, weights_match
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
+from modhifi.models.weights import state_hash
+from modhifi.reload import compare_outputs, verify_reload
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import shrink
@@ -424,10 +419,10 @@ def test_data_are_described_item_by_item():
 def test_files_of_the_package_do_not_hide_its_functions():
     code = (
         "import sys, modhifi; assert 'torch' not in sys.modules\n"
-        "import modhifi.load\n"
-        "from modhifi.load import load_model\n"
-        "assert callable(modhifi.load) and modhifi.load.__module__ == 'modhifi.artifact'\n"
-        "from modhifi import load, hub; assert load is modhifi.load and 'load' in dir(modhifi)\n"
+        "import modhifi.models.load\n"
+        "from modhifi.models.load import load_model\n"
+        "assert callable(modhifi.load) and modhifi.load.__module__ == 'modhifi.models.artifact'\n"
+        "from modhifi import load; assert load is modhifi.load and 'load' in dir(modhifi)\n"
         "assert not hasattr(modhifi, 'nothing')"
     )
     env = os.environ | {"PYTHONPATH": str(Path(modhifi.__file__).parents[1])}

@@ -12,7 +12,8 @@ from modhifi import blockwise
 from modhifi.allocate import Budget
 from modhifi.blocks import Stream, find_blocks
 from modhifi.data import Samples
-from modhifi.load import LoadedModel, load_model
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
 from modhifi.moments import Moments
 from modhifi.pruning import prune_model
 from modhifi.settings import PruneSettings

@@ -18,7 +18,7 @@ from modhifi import data, images
 from modhifi.contact_sheet import contact_sheet, materialise, picture
 from modhifi.data import Samples, balance, load_samples, normalisation, warn_degenerate
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel
+from modhifi.models.loaded import LoadedModel
 
 MEAN, STD = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.25, 0.5]).view(3, 1, 1)
 

@@ -10,8 +10,9 @@ import tiny_transformers
 import torch
 from safetensors.torch import save_file
 
-from modhifi.artifact import load, save_artifact
-from modhifi.load import load_model
+from modhifi.artifact import save_artifact
+from modhifi.models.artifact import load
+from modhifi.models.load import load_model
 from modhifi.pipeline import check_model
 from modhifi.structure.families import restate, says
 from modhifi.structure.plan import Plan

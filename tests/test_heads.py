@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from modhifi.load import load_model
+from modhifi.models.load import load_model
 from modhifi.pipeline import check_model
 from modhifi.settings import PruneSettings
 from modhifi.stages import choose_groups

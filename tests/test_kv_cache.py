@@ -11,7 +11,8 @@ import transformers
 import modhifi
 from modhifi.allocate import Budget, allocate
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel, load_model
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
 from modhifi.pipeline import Given, run_prune
 from modhifi.recipe import parse_recipe
 from modhifi.selection import Curve

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from modhifi.ladder.bound import Bound, add_rule, cat_rule, mean_rule, moved_rule, mul_rule, slice_norm, total
 from modhifi.ladder.certified import Certified, certify
-from modhifi.load import LoadedModel, frozen, load_model
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel, frozen
 
 
 def noisy(model: nn.Module, seed: int, size: float = 1e-3) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.ladder.certified import Certified, certify
-from modhifi.load import load_model
+from modhifi.models.load import load_model
 
 
 class MaxMin(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modhifi.ladder.affine import Norms
 from modhifi.ladder.certified import Certified, certify
-from modhifi.load import load_model
+from modhifi.models.load import load_model
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "leaky": lambda: nn.LeakyReLU(0.3)}
 

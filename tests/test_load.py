@@ -21,8 +21,9 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel, load_model, main_output, to_mode
-from modhifi.load_transformers import _without_quantiser
+from modhifi.models.from_transformers import _without_quantiser
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel, main_output, to_mode
 
 ROOT = Path(__file__).parents[1]
 NARROW = {"channels": (8, 8, 8, 8)}

@@ -16,7 +16,7 @@ from torch import nn
 import modhifi
 from modhifi import moment_cache
 from modhifi.allocate import Budget
-from modhifi.artifact import state_hash
+from modhifi.models.weights import state_hash
 from modhifi.moment_cache import MomentCache
 from modhifi.own_data import from_items
 from modhifi.pruning import prune_model

@@ -8,15 +8,8 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from modhifi import moments
-from modhifi.moments import (
-    Accumulator,
-    MomentCollector,
-    Moments,
-    batch_statistics,
-    collect,
-    reader_rows,
-    spread_positions,
-)
+from modhifi.models.hooks import batch_statistics
+from modhifi.moments import Accumulator, MomentCollector, Moments, collect, reader_rows, spread_positions
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 import modhifi
-from modhifi import offload
 from modhifi.blocks import Stream
 from modhifi.errors import ModhifiError
-from modhifi.load import load_model
-from modhifi.offload import let_visit, own_copy
+from modhifi.models import offload
+from modhifi.models.load import load_model
+from modhifi.models.offload import let_visit, own_copy
 from modhifi.pipeline import PruneResult
 from tests import tiny_text
 

@@ -10,7 +10,8 @@ import torch
 
 from modhifi.allocate import Budget
 from modhifi.data import Samples, load_samples
-from modhifi.load import LoadedModel, load_model
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
 from modhifi.probing import PROBES, amplification, best_plan, output_change, plans_between
 from modhifi.pruning import prune_model
 from modhifi.settings import PruneSettings

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from modhifi.cli.main import app
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError
-from modhifi.load import load_model
+from modhifi.models.load import load_model
 from modhifi.processes import Processes, merged, processes
 from modhifi.settings import PruneSettings
 from modhifi.stages import find_structure, measure_moments

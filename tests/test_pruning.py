@@ -11,7 +11,8 @@ from modhifi.allocate import Budget
 from modhifi.compensate import local_error
 from modhifi.data import Samples, load_samples
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel, load_model
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
 from modhifi.pruning import prune_model, reestimate_batchnorm
 from modhifi.readers import applied_second, shrinkage
 from modhifi.settings import PruneSettings

@@ -10,7 +10,7 @@ from modhifi.contact_sheet import contact_sheet
 from modhifi.data import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.inversion import improve, inverted, patch_likeness
-from modhifi.load import load_model
+from modhifi.models.load import load_model
 from modhifi.moments import Accumulator, Moments
 from modhifi.quality import gram_quality, gram_warnings, look, statistics_gap
 

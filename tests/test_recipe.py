@@ -12,7 +12,7 @@ from torch import nn
 
 from modhifi.defaults import complete
 from modhifi.errors import ModhifiError
-from modhifi.load import load_model
+from modhifi.models.load import load_model
 from modhifi.recipe import PruneRecipe, parse_recipe
 from modhifi.recipe_file import apply_overrides, read_yaml, to_yaml, validate
 from modhifi.recipe_shelf import find, shipped, summary

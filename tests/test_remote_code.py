@@ -14,8 +14,10 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from modhifi.artifact import load_artifact, save_artifact
-from modhifi.load import LoadedModel, load_model
+from modhifi.artifact import save_artifact
+from modhifi.models.artifact import load_artifact
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
 from modhifi.stages import find_structure
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import shrink

@@ -12,7 +12,8 @@ from test_unlearn_sites import convnext, resnet, samples_of, swin, vit
 from torch import Tensor, nn
 
 from modhifi.data import Samples
-from modhifi.load import LoadedModel, load_model
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
 from modhifi.resumed import Passes, Reached
 from modhifi.structure.operators import weight_matrix, write_weight
 from modhifi.structure.tracing.branches import Calls

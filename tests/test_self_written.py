@@ -13,7 +13,8 @@ import transformers
 from modhifi import self_written
 from modhifi.data import load_samples
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel, load_model
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
 from modhifi.resampled import Resampler
 from tests import tiny_text
 

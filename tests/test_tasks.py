@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from modhifi.cli.main import app
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel, load_model
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
 from modhifi.tasks import TaskRow, compare_tasks
 from tests import tiny_text
 

@@ -13,8 +13,9 @@ from torch import nn
 
 from modhifi.data import Samples, load_samples
 from modhifi.errors import ModhifiError
-from modhifi.load import PADDING, LoadedModel, load_model
 from modhifi.measure import NextTokens, compare, perplexity
+from modhifi.models.load import load_model
+from modhifi.models.loaded import PADDING, LoadedModel
 from modhifi.moments import collect
 from modhifi.stages import find_structure
 from modhifi.structure.operators import operator_modules

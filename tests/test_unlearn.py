@@ -15,7 +15,7 @@ from unlearn_world import NAMES, world
 from cli.main import app
 from modhifi.data import load_samples
 from modhifi.errors import ModhifiError
-from modhifi.load import load_model
+from modhifi.models.load import load_model
 from modhifi.recipe_file import read_yaml
 from modhifi.resumed import Passes
 from modhifi.structure.operators import columns_of

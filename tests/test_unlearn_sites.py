@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError
-from modhifi.load import load_model
+from modhifi.models.load import load_model
 from modhifi.resumed import Passes
 from modhifi.structure.tracing.branches import Calls
 from modhifi.unlearning.audit import observe

@@ -15,7 +15,8 @@ from modhifi.data import Samples
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
 from modhifi.ladder.certified import certify
 from modhifi.ladder.units import forgetting, run_units, statistical
-from modhifi.load import LoadedModel, load_model
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
 from modhifi.verdicts import Tolerances, Verdict, enforce, judge
 from modhifi.verify import verify_model
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from modhifi import pipeline
 from modhifi.cli.main import app
 from modhifi.errors import ModhifiError
-from modhifi.load import load_model
+from modhifi.models.load import load_model
 from modhifi.stages import find_structure
 from modhifi.structure.expand import expand
 from modhifi.structure.plan import Plan

@@ -15,7 +15,8 @@ from modhifi import measure
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError
 from modhifi.ladder.units import run_units, statistical
-from modhifi.load import LoadedModel, load_model
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
 from modhifi.verdicts import Tolerances
 from modhifi.verify import BoundReport, verify_model
 

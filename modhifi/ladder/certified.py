@@ -21,8 +21,8 @@ from modhifi.ladder.double import Double
 from modhifi.ladder.newton import ROUNDS
 from modhifi.ladder.walk import Walk, walk
 from modhifi.lipschitz import input_box, minkowski
-from modhifi.load import LoadedModel
 from modhifi.local_bounds import cannot_flip
+from modhifi.models.loaded import LoadedModel
 
 # Above the rounding of two float64 passes; the rules themselves round up.
 RELATIVE_SLACK, OUTPUT_SLACK = 1e-6, 1e-6

@@ -23,8 +23,6 @@ ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "PytorchGELUTanh": ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
     "QuickGELUActivation": ("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x)),
 }
-
-
 # Sorting channels in groups, and reflecting pairs of them onto one side of a line: 1-Lipschitz (Anil et al. 2019, ICML;
 # Singla et al. 2022, ICLR).
 ISOMETRIES = frozenset({"maxmin", "groupsort", "groupsort2", "fullsort", "householder"})

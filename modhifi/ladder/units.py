@@ -16,7 +16,7 @@ from torch import Tensor
 from modhifi import statistics as stats
 from modhifi.data import Samples
 from modhifi.errors import GateFailed, ModhifiError
-from modhifi.load import real_tokens
+from modhifi.models.loaded import real_tokens
 
 QUANTILE = 0.95
 # Sequences whose outputs show what one constant output would miss.

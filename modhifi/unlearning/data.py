@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modhifi.data import Samples, class_count, load_samples
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel
+from modhifi.models.loaded import LoadedModel
 from modhifi.own_data import Source, source_name
 
 # An image that the model itself labels counts where its top class has this probability, and leads by this much.

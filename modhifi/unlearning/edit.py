@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from modhifi.data import Samples
 from modhifi.errors import ModhifiError
 from modhifi.fidelity import singleton_fidelity
-from modhifi.load import LoadedModel
+from modhifi.models.loaded import LoadedModel
 from modhifi.moments import Moments
 from modhifi.progress import Progress, silent
 from modhifi.resumed import Passes

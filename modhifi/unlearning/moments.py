@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi.moments import Accumulator, Moments, only_input, reader_rows, spread_positions
+from modhifi.models.hooks import only_input
+from modhifi.moments import Accumulator, Moments, reader_rows, spread_positions
 from modhifi.resumed import Passes, Reached
 from modhifi.structure.operators import columns_of, conv_groups
 from modhifi.structure.tracing.branches import Calls

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.data import Samples
-from modhifi.load import LoadedModel
-from modhifi.moments import only_input
+from modhifi.models.hooks import only_input
+from modhifi.models.loaded import LoadedModel
 from modhifi.resumed import Passes
 from modhifi.unlearning.erasure import Norm, settle_norm
 

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from modhifi.artifact import check_output, describe_data, save_artifact, state_hash
+from modhifi.artifact import describe_data, save_artifact
 from modhifi.contact_sheet import contact_sheet
 from modhifi.data import Samples
+from modhifi.disk import check_output
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel, load_model
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
+from modhifi.models.weights import state_hash
 from modhifi.pipeline import NOTHING, Given, load_source, original_of, reload_alike
 from modhifi.processes import launched
 from modhifi.progress import Clock, Progress, silent
@@ -229,7 +232,7 @@ def forgotten_before(loaded: LoadedModel) -> list[int]:
     """The classes that the artefact a model was loaded from has forgotten already."""
     if "artifact" not in loaded.info:
         return []
-    from modhifi.artifact import read_manifest
+    from modhifi.models.artifact import read_manifest
 
     return [entry["index"] for entry in read_manifest(loaded.source).get("forgotten", [])]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel
+from modhifi.models.loaded import LoadedModel
 from modhifi.structure.operators import columns_of, conv_groups
 from modhifi.structure.tracing.branches import BranchWatcher, Trail
 

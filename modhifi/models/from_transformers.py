@@ -19,9 +19,9 @@ from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.utils import logging
 
-from modhifi import hub
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel, Preprocess, frozen, random_pixels
+from modhifi.models import hub
+from modhifi.models.loaded import LoadedModel, Preprocess, frozen, random_pixels
 
 HEADS: tuple[tuple[str, Any, str], ...] = (
     ("AutoModelForImageClassification", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, "image"),

@@ -13,9 +13,9 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from timm.models import get_model_args, get_model_input_config, load_state_dict
 from torch import nn
 
-from modhifi import hub
 from modhifi.errors import ModhifiError
-from modhifi.load import LoadedModel, Preprocess, frozen, random_pixels
+from modhifi.models import hub
+from modhifi.models.loaded import LoadedModel, Preprocess, frozen, random_pixels
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 MODES = {1: "L", 3: "RGB"}

@@ -16,9 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
-from modhifi.hub import explained
-from modhifi.load import LoadedModel, frozen
+from modhifi.models.hub import explained
+from modhifi.models.loaded import LoadedModel, frozen
 from modhifi.structure.head_counts import set_count
+
+FIELD = "modhifi"
+
+
+def without_code(config: Any) -> Any:
+    """The configuration of the family's own class, in place: what :func:`add_code` named is taken out."""
+    if hasattr(config, FIELD):
+        del config.auto_map
+        delattr(config, FIELD)
+    return config
+
 
 Differences = dict[str, dict[str, Any]]
 
@@ -55,7 +66,7 @@ def _construct(framework: str, info: dict[str, Any], config: Any) -> nn.Module:
     if framework == "transformers":
         import transformers
 
-        from modhifi.load_transformers import auto_class
+        from modhifi.models.from_transformers import auto_class
 
         model = getattr(transformers, auto_class(config)).from_config(config, trust_remote_code=False)
         return model
@@ -216,8 +227,6 @@ def own_config(model: Any) -> Any:
 def read_config(directory: Path) -> Any:
     """The transformers configuration in an artefact."""
     import transformers
-
-    from modhifi.remote_code import without_code
 
     with explained(str(directory)):
         return without_code(transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=False))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from modhifi.errors import ModhifiError
 
-ROOT = Path(__file__).parent / "demo"
+ROOT = Path(__file__).parent.parent / "demo"
 MODELS = {"demo:resnet": ROOT / "model"}
 IMAGES = {"demo:calibration": ROOT / "images" / "calibration", "demo:test": ROOT / "images" / "test"}
 

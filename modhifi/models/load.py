@@ -1,0 +1,126 @@
+"""Load a model from timm, transformers, a local directory or Python into one frozen ``LoadedModel``.
+
+Nothing here unpickles code, and no code of a model's author runs unless ``trust_remote_code`` says so.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from modhifi.errors import ModhifiError
+from modhifi.models import hub
+from modhifi.models.demo import MODELS, bundled
+from modhifi.models.from_module import from_module
+from modhifi.models.loaded import LoadedModel
+from modhifi.models.weights import check_weights, read_config, refuse_quantised_config, refuse_quantised_files
+
+DESCRIPTIONS = ("config.json", "modhifi.json")
+
+
+def load_model(
+    spec: str | Path | nn.Module,
+    *,
+    pretrained: bool = True,
+    model_args: Mapping[str, Any] | None = None,
+    weights: str | Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    example: Tensor | None = None,
+    gguf_file: str | None = None,
+) -> LoadedModel:
+    """Load ``timm:NAME``, ``hf:ORG/NAME[@REVISION]``, a local directory (timm, transformers or modhifi) or a module.
+
+    ``demo:resnet`` is the model that comes with the package.
+    ``pretrained=False`` gives random weights from a fixed seed. ``model_args`` reach ``timm.create_model``, and
+    ``weights`` is a ``.safetensors`` or ``.pth`` file for ``timm:NAME``. ``gguf_file`` names a GGUF file of the model,
+    which is dequantised. ``example`` (batch first) replaces the random example and is required for a module that is
+    neither timm's nor transformers'. A module is copied: the caller's own stays as it is.
+
+    Raises ModhifiError, one line, for a name nobody knows, a model that cannot be had, one that is already quantised
+    and one with NaN or infinite weights.
+    """
+    name, args = "" if isinstance(spec, nn.Module) else str(spec), dict(model_args or {})
+    if weights is not None and not name.startswith("timm:"):
+        raise ModhifiError("a weight file does not say its architecture; give timm:NAME with weights=FILE")
+    if revision and not name.startswith(("timm:", "hf:")):
+        raise ModhifiError("a revision pins a model of the hub; give it with hf:ORG/NAME or timm:NAME")
+    if gguf_file and (not name or name.startswith("timm:")):
+        raise ModhifiError("a GGUF file holds a language model; give it with hf:ORG/NAME or a directory")
+
+    if isinstance(spec, nn.Module):
+        loaded = from_module(spec, args, example)
+    elif name.startswith("timm:"):
+        from modhifi.models import from_timm
+
+        loaded = from_timm.from_name(name.removeprefix("timm:"), pretrained, args, weights, revision)
+    elif name.startswith("hf:"):
+        repo, revision = hub.split_revision(name.removeprefix("hf:"), revision)
+        directory = hub.fetch_description(repo, revision, code=trust_remote_code)
+        refuse_quantised_config(directory, f"hf:{repo}")
+        if gguf_file or (pretrained and any((directory / f).is_file() for f in DESCRIPTIONS)):
+            hub.fetch_weights(repo, directory.name, gguf_file)
+        loaded = _from_directory(directory, f"hf:{repo}", pretrained, args, trust_remote_code, gguf_file)
+        loaded = replace(loaded, info=loaded.info | {"repository": repo, "revision": directory.name})
+    elif name.startswith("demo:"):
+        loaded = _from_directory(bundled(name, MODELS), name, pretrained, args, trust_remote_code, gguf_file)
+    else:
+        directory = Path(name).expanduser()
+        if directory.suffix == ".gguf" and directory.is_file():
+            directory, gguf_file = directory.parent, directory.name
+        _require_directory(directory)
+        loaded = _from_directory(directory, name, pretrained, args, trust_remote_code, gguf_file)
+    check_weights(loaded.model, loaded.source)
+    return loaded if example is None else replace(loaded, example=example)
+
+
+def _from_directory(
+    directory: Path, source: str, pretrained: bool, args: dict[str, Any], trust_remote_code: bool, gguf_file: str | None
+) -> LoadedModel:
+    if (directory / "modhifi.json").is_file():
+        from modhifi.models.artifact import load_artifact
+
+        loaded: LoadedModel = load_artifact(directory)
+        return loaded
+    config = read_config(directory)
+    refuse_quantised_config(directory, source)
+    if pretrained and not gguf_file:
+        refuse_quantised_files(directory, source)
+    if "architecture" in config and not gguf_file:
+        from modhifi.models import from_timm
+
+        loaded = from_timm.from_directory(directory, source, pretrained, args)
+    elif "model_type" in config or gguf_file:
+        from modhifi.models import from_transformers
+
+        if args:
+            raise ModhifiError(f"model arguments are for timm's models; {source} takes its shape from its config.json")
+        loaded = from_transformers.from_directory(directory, source, pretrained, trust_remote_code, gguf_file)
+    else:
+        raise ModhifiError(
+            f"{source} is not a model that can be loaded: it needs a config.json in timm's or transformers' format "
+            "or a modhifi.json"
+        )
+    return loaded
+
+
+def _require_directory(directory: Path) -> None:
+    if directory.is_dir():
+        return
+    if directory.is_file():
+        raise ModhifiError(f"{directory} is a file and does not say its architecture; give timm:NAME with weights=FILE")
+    import timm
+
+    hint = "give timm:NAME, hf:ORG/NAME or a directory"
+    if timm.is_model(directory.name.split(".")[0]):
+        hint = f"is timm:{directory.name} meant?"
+    elif str(directory).count("/") == 1 and not directory.is_absolute():
+        hint = f"is hf:{directory} meant?"
+    elif close := difflib.get_close_matches(str(directory), timm.list_models(), n=1, cutoff=0.8):
+        hint = f"is timm:{close[0]} meant?"
+    raise ModhifiError(f"there is no directory {directory}; {hint}")

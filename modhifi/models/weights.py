@@ -1,0 +1,90 @@
+"""What a checkpoint's weights must be: whole, finite, in floating point; and their hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from modhifi.errors import ModhifiError
+from modhifi.models import hub
+
+
+def state_hash(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a model's state dict: 64 hex digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_weights(model: nn.Module, source: str) -> None:
+    """Raise ModhifiError if the model is quantised or holds NaN or infinite values, naming the first such tensor.
+
+    Buffers may hold minus infinity, as attention masks do. Tensors on the meta device have no values to look at.
+    """
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(("torch.ao.nn", "torch.nn.quantized", "bitsandbytes")) or hasattr(
+            module, "qweight"
+        ):
+            _refuse_quantised(source, f"module {name!r} is a {type(module).__name__}")
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    for name, tensor in parameters.items():
+        if tensor.dtype not in FLOATS or type(tensor.data).__module__.startswith("torchao"):
+            _refuse_quantised(source, f"parameter {name!r} is {tensor.dtype}")
+    for name, tensor in (parameters | dict(model.named_buffers())).items():
+        if tensor.is_meta or not tensor.is_floating_point():
+            continue
+        masked = tensor.isneginf() if name not in parameters else False
+        if not bool((tensor.isfinite() | masked).all()):
+            raise ModhifiError(f"{source}: tensor {name!r} holds NaN or infinite values; repair the checkpoint")
+
+
+def refuse_quantised_config(directory: Path, source: str) -> None:
+    """Raise ModhifiError if the directory's ``config.json`` says that the weights are quantised."""
+    config = read_config(directory)
+    for part in (config, config.get("text_config") or {}):
+        if quantised := part.get("quantization_config") or part.get("compression_config"):
+            bits = quantised.get("bits") or ("4" if quantised.get("load_in_4bit") else None)
+            method = quantised.get("quant_method", "an unnamed method")
+            _refuse_quantised(source, f"quantization_config: {method}{f', {bits}-bit' if bits else ''}")
+
+
+def refuse_quantised_files(directory: Path, source: str) -> None:
+    """Raise ModhifiError if a safetensors file holds weights in integers or 8-bit floats.
+
+    Copied into float parameters they would load without complaint, and without their scales.
+    """
+    for path in sorted(directory.glob("*.safetensors")):
+        with hub.explained(source), safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - the handle is no dictionary
+                kind = file.get_slice(name).get_dtype()
+                if name.endswith("weight") and kind not in ("F64", "F32", "F16", "BF16"):
+                    _refuse_quantised(source, f"tensor {name!r} of {path.name} is {kind}")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of ``config.json``, empty if there is none; ModhifiError if it is not a JSON object."""
+    path = directory / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModhifiError(f"{path} is not JSON ({error}); restore the file") from error
+    if not isinstance(config, dict):
+        raise ModhifiError(f"{path} is not a JSON object; restore the file")
+    return config
+
+
+def _refuse_quantised(source: str, why: str) -> NoReturn:
+    raise ModhifiError(f"{source} is already quantised ({why}); prune the full-precision model, then quantise")
