@@ -60,11 +60,11 @@ def make(
     as_json: JsonOption = False,
 ) -> None:
     """Write the samples of a source as files, images or texts, and say how well they suit the model."""
-    from modhifi.contact_sheet import materialise, save_sheet
-    from modhifi.data import load_samples
+    from modhifi.data.contact_sheet import materialise, save_sheet
+    from modhifi.data.quality import look
+    from modhifi.data.sources import load_samples
     from modhifi.disk import check_file, check_output, staging
     from modhifi.pipeline import load_source
-    from modhifi.quality import look
     from modhifi.recipe import ModelSource
 
     check_output(out)

@@ -26,7 +26,8 @@ from lm_prune import smollm2
 from torch import nn
 
 from modhifi.allocate import Budget
-from modhifi.data import Samples, load_samples
+from modhifi.data.samples import Samples
+from modhifi.data.sources import load_samples
 from modhifi.ladder.affine import Norms
 from modhifi.ladder.certified import certify
 from modhifi.ladder.newton import ROUNDS

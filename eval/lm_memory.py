@@ -15,7 +15,7 @@ import transformers
 from common import write_results
 
 from modhifi.allocate import Budget
-from modhifi.data import Samples
+from modhifi.data.samples import Samples
 from modhifi.measure import with_peak_memory
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel

@@ -25,7 +25,8 @@ from lm_peers import BlockStatistics, flap, short_gpt, slice_gpt
 from torch import nn
 
 from modhifi.allocate import Budget
-from modhifi.data import Samples, load_samples
+from modhifi.data.samples import Samples
+from modhifi.data.sources import load_samples
 from modhifi.measure import NextTokens
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel

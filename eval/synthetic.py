@@ -24,13 +24,15 @@ from unlearn import BATCH
 
 from modhifi import measure
 from modhifi.allocate import Budget
-from modhifi.data import Samples, load_samples
+from modhifi.data.labels import label_samples, populations
+from modhifi.data.quality import look
+from modhifi.data.samples import Samples
+from modhifi.data.sources import load_samples
 from modhifi.models.loaded import LoadedModel
-from modhifi.quality import look
 from modhifi.settings import PruneSettings
 from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 from modhifi.structure.operators import columns_of
-from modhifi.unlearning.data import FEWEST, label_samples, populations
+from modhifi.unlearning.data import FEWEST
 from modhifi.unlearning.edit import UnlearnSettings, forget
 from modhifi.unlearning.sites import find_sites
 

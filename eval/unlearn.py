@@ -23,12 +23,14 @@ from common import RESULTS, Missing, cifar10, reference, write_results
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from modhifi.data import Samples, load_samples
+from modhifi.data.labels import populations
+from modhifi.data.samples import Samples
+from modhifi.data.sources import load_samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.resumed import Passes
 from modhifi.unlearning.audit import Observed, measure, observe, recalls
-from modhifi.unlearning.data import UnlearnData, populations
+from modhifi.unlearning.data import UnlearnData
 from modhifi.unlearning.edit import UnlearnSettings, blend, forget, settled_names
 from modhifi.unlearning.norms import settle_norms
 from modhifi.unlearning.sites import Sites, find_sites

@@ -18,7 +18,8 @@ from torch import nn
 
 from modhifi import measure
 from modhifi.allocate import Budget
-from modhifi.data import Samples, load_samples
+from modhifi.data.samples import Samples
+from modhifi.data.sources import load_samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning import prune_model, reestimate_batchnorm

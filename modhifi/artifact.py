@@ -20,7 +20,6 @@ from modhifi.models.skeleton import is_stock, own_config, record
 from modhifi.models.weights import state_hash
 
 if TYPE_CHECKING:
-    from modhifi.data import Samples
     from modhifi.structure.groups import Structure
     from modhifi.structure.plan import Plan
 
@@ -85,18 +84,6 @@ def save_artifact(
             (directory / "modhifi.log").write_text(log, encoding="utf-8")
         (directory / "README.md").write_text(model_card(out.name, content, report), encoding="utf-8")
     return out
-
-
-def describe_data(samples: Samples) -> dict[str, Any]:
-    """The fingerprint of a set of samples for a manifest: one hash per item, so that an overlap can be found."""
-    return {
-        "description": samples.description,
-        "n": len(samples),
-        "fingerprint": samples.fingerprint(),
-        "hashes": list(samples.hashes),
-        "synthetic": samples.synthetic,
-        "skipped": [list(item) for item in samples.skipped],
-    }
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from modhifi.allocate import Budget, allocate, least_width, plan_for
 from modhifi.blocks import find_blocks, moments_by_block
-from modhifi.data import Samples
+from modhifi.data.samples import Samples
 from modhifi.editing import LayerError, edit_readers
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.offload import staying

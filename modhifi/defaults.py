@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from modhifi.data.text import window_of
 from modhifi.models.loaded import LoadedModel
 from modhifi.recipe import PruneRecipe
 from modhifi.structure.families import says
-from modhifi.text import window_of
 
 
 @dataclass(frozen=True)

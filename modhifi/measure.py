@@ -21,7 +21,7 @@ from modhifi.errors import ModhifiError
 from modhifi.models.loaded import PADDING, real_tokens
 
 if TYPE_CHECKING:
-    from modhifi.data import Samples
+    from modhifi.data.samples import Samples
 
 Logits = Callable[[Tensor], Tensor]
 """One forward pass, from a batch to logits ``(batch, ..., classes)``: ``partial(loaded.logits, model=edited)``, say."""

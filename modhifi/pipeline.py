@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from modhifi import quality
-from modhifi.artifact import describe_data, save_artifact
+from modhifi.artifact import save_artifact
 from modhifi.blocks import find_blocks
-from modhifi.contact_sheet import contact_sheet
-from modhifi.data import Samples, load_samples, warn_degenerate
+from modhifi.data.contact_sheet import contact_sheet
+from modhifi.data.in_memory import Source
+from modhifi.data.samples import Samples, describe_data, warn_degenerate
+from modhifi.data.sources import load_samples
 from modhifi.defaults import complete
 from modhifi.disk import check_output
 from modhifi.errors import ModhifiError
@@ -24,7 +26,6 @@ from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.offload import let_visit
 from modhifi.moment_cache import MomentCache
-from modhifi.own_data import Source
 from modhifi.processes import processes
 from modhifi.progress import Clock, Progress, silent
 from modhifi.prune_report import before_after, describe, measure_run, measured, skipped

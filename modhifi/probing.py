@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.allocate import Budget
-from modhifi.data import Samples
+from modhifi.data.samples import Samples
 from modhifi.editing import compensated, store, write_compensated
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi import measure
-from modhifi.data import Samples
+from modhifi.data.samples import Samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.recipe import PruneRecipe

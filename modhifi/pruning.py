@@ -9,7 +9,7 @@ from torch import nn
 
 from modhifi.allocate import Budget
 from modhifi.blockwise import fit_in_memory, prune_in_blocks
-from modhifi.data import Samples
+from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.moment_cache import MomentCache

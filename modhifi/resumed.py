@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from modhifi.data import Samples
+from modhifi.data.samples import Samples
 from modhifi.models.hooks import standing_in
 from modhifi.models.loaded import LoadedModel
 from modhifi.structure.torch_ops import METADATA, operation_name, tensors_in

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modhifi.data import load_samples
+from modhifi.data.in_memory import Source
+from modhifi.data.sources import load_samples
 from modhifi.defaults import amounts
 from modhifi.fidelity import energy_score
 from modhifi.models.loaded import LoadedModel
-from modhifi.own_data import Source
 from modhifi.progress import Progress, silent
 from modhifi.readers import readers_of
 from modhifi.settings import PruneSettings

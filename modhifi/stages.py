@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.allocate import Budget, allocate
-from modhifi.data import Samples
+from modhifi.data.samples import Samples
 from modhifi.editing import LayerError, edit_readers
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel

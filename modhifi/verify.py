@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi.data import Samples
+from modhifi.data.labels import populations
+from modhifi.data.samples import Samples
 from modhifi.disk import jsonable
 from modhifi.errors import ModhifiError
 from modhifi.ladder.certified import OUTPUT_SLACK, Certified, certify, logits_of
@@ -26,7 +27,6 @@ from modhifi.ladder.newton import ROUNDS
 from modhifi.ladder.units import Forgetting, Statistical, Units, forgetting, run_units, statistical
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
-from modhifi.unlearning.data import populations
 from modhifi.verdicts import Tolerances, Verdict, enforce, forgetting_verdict, judge, self_test
 
 # Beyond this the float64 walk takes longer than the pruning itself.

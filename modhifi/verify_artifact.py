@@ -8,21 +8,22 @@ from typing import Any
 
 import torch
 
-from modhifi.data import Samples, load_samples
+from modhifi.data.in_memory import Source
+from modhifi.data.labels import label_samples
+from modhifi.data.samples import Samples
+from modhifi.data.sources import load_samples
+from modhifi.data.text import window_of
 from modhifi.defaults import Amounts, amounts
 from modhifi.errors import ModhifiError
 from modhifi.models.artifact import load_artifact, read_manifest, weights_match
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.skeleton import same_modules, same_shapes
 from modhifi.models.weights import state_hash
-from modhifi.own_data import Source
 from modhifi.pipeline import load_source
 from modhifi.progress import Progress, silent
 from modhifi.recipe import ModelSource
 from modhifi.stages import find_structure
 from modhifi.structure.expand import expand, plan_of
-from modhifi.text import window_of
-from modhifi.unlearning.data import label_samples
 from modhifi.verdicts import Tolerances
 from modhifi.verify import BoundReport, verify_model, verify_unlearned
 

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import nn
 
 import modhifi
-from modhifi import api, artifact, own_data
+from modhifi import api, artifact
+from modhifi.data import in_memory
 from modhifi.errors import ModhifiError
 
 
@@ -94,8 +95,8 @@ def test_bad_data(data: object, message: str) -> None:
 
 def test_items_are_chosen_by_the_seed_and_equal_ones_once() -> None:
     items = [torch.full((2,), float(i % 5)) for i in range(20)]
-    first, again, other = (own_data.from_items(items, None, n=4, seed=s) for s in (0, 0, 1))
-    assert len(own_data.from_items(items, None, n=20, seed=0)) == 5
+    first, again, other = (in_memory.from_items(items, None, n=4, seed=s) for s in (0, 0, 1))
+    assert len(in_memory.from_items(items, None, n=20, seed=0)) == 5
     assert first.hashes == again.hashes != other.hashes
     assert torch.equal(first.load(0), again.load(0))
 
@@ -105,8 +106,8 @@ def test_a_sampler_says_that_its_items_are_drawn() -> None:
         synthetic = True
 
     items = [torch.randn(2) for _ in range(3)]
-    assert own_data.from_items(Sampler(items), None, n=3, seed=0).synthetic
-    assert not own_data.from_items(items, None, n=3, seed=0).synthetic
+    assert in_memory.from_items(Sampler(items), None, n=3, seed=0).synthetic
+    assert not in_memory.from_items(items, None, n=3, seed=0).synthetic
 
 
 def test_a_module_needs_tensors_and_the_demo_has_names() -> None:

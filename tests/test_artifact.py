@@ -21,8 +21,8 @@ from torch import nn
 
 import modhifi
 from modhifi import artifact, disk, report
-from modhifi.artifact import describe_data, save_artifact
-from modhifi.data import Samples
+from modhifi.artifact import save_artifact
+from modhifi.data.samples import Samples, describe_data
 from modhifi.disk import check_output
 from modhifi.errors import ModhifiError, SelfTestFailed
 from modhifi.models.artifact import load_artifact, read_manifest, weights_match

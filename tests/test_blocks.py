@@ -11,7 +11,7 @@ import transformers
 from modhifi import blockwise
 from modhifi.allocate import Budget
 from modhifi.blocks import Stream, find_blocks
-from modhifi.data import Samples
+from modhifi.data.samples import Samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.moments import Moments

@@ -14,9 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from modhifi import data, images
-from modhifi.contact_sheet import contact_sheet, materialise, picture
-from modhifi.data import Samples, balance, load_samples, normalisation, warn_degenerate
+from modhifi.data import images, procedural, synthetic
+from modhifi.data.contact_sheet import contact_sheet, materialise, picture
+from modhifi.data.image_inputs import class_count, normalisation
+from modhifi.data.samples import Samples, warn_degenerate
+from modhifi.data.sources import load_samples
+from modhifi.data.synthetic import balance
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 
@@ -236,13 +239,13 @@ def test_one_channel_models_get_grey_images() -> None:
 
 def test_synthetic_items_are_lazy_and_reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
-    draw = data.synthetic.draw
+    draw = procedural.draw
 
     def counted(kind: str, seed: int, index: int, height: int, width: int) -> Any:
         drawn.append(index)
         return draw(kind, seed, index, height, width)
 
-    monkeypatch.setattr(data.synthetic, "draw", counted)
+    monkeypatch.setattr(procedural, "draw", counted)
     samples = load_samples("synthetic", stand_in(), n=100_000, seed=3, balanced=False)
     assert len(samples) == 100_000 and drawn == []
     item = samples.load(99_999)
@@ -280,13 +283,13 @@ def test_balance_flattens_the_predicted_classes() -> None:
 def test_synthetic_is_balanced_by_default() -> None:
     loaded = stand_in(classes=7)
     default = load_samples("synthetic", loaded, n=40)
-    by_hand = balance(load_samples("synthetic", loaded, n=40 * data.CANDIDATES, balanced=False), loaded, 40)
+    by_hand = balance(load_samples("synthetic", loaded, n=40 * synthetic.CANDIDATES, balanced=False), loaded, 40)
     assert default.names == by_hand.names
     assert default.names != load_samples("synthetic", loaded, n=40, balanced=False).names
 
 
 def test_balancing_large_sets_stays_within_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "CANDIDATE_PIXELS", 50 * 16 * 16)
+    monkeypatch.setattr(synthetic, "CANDIDATE_PIXELS", 50 * 16 * 16)
     assert "40 of: synthetic:mixed, 50 images" in load_samples("synthetic", stand_in(), n=40).description
     assert "synthetic:mixed, 60 images of 16x16, seed 0" == load_samples("synthetic", stand_in(), n=60).description
 
@@ -297,7 +300,7 @@ def test_balance_needs_a_classifier() -> None:
         balance(load_samples("synthetic", backbone, n=4), backbone, 2)
     headless = stand_in()
     headless.model.num_classes = 0  # type: ignore[assignment]
-    assert data.class_count(headless) is None and data.class_count(stand_in()) == 4
+    assert class_count(headless) is None and class_count(stand_in()) == 4
 
 
 def samples_of(*items: Tensor) -> Samples:
@@ -382,7 +385,7 @@ def test_datasets_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pictures_show_the_pixels_drawn(tmp_path: Path) -> None:
     loaded = stand_in()
     samples = load_samples("synthetic", loaded, n=5, seed=2, balanced=False)
-    drawn = data.synthetic.draw("mixed", 2, 3, 16, 16)
+    drawn = procedural.draw("mixed", 2, 3, 16, 16)
     assert np.array_equal(np.asarray(picture(samples, loaded, 3)), drawn)
     sheet = contact_sheet(samples, loaded, n=64, tile=40)  # images of 16 pixels, enlarged twice
     assert sheet.size == (3 * 34, 2 * 34)

@@ -16,9 +16,9 @@ from torch import nn
 import modhifi
 from modhifi import moment_cache
 from modhifi.allocate import Budget
+from modhifi.data.in_memory import from_items
 from modhifi.models.weights import state_hash
 from modhifi.moment_cache import MomentCache
-from modhifi.own_data import from_items
 from modhifi.pruning import prune_model
 from modhifi.settings import PruneSettings
 

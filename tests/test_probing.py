@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from modhifi.allocate import Budget
-from modhifi.data import Samples, load_samples
+from modhifi.data.samples import Samples
+from modhifi.data.sources import load_samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.probing import PROBES, amplification, best_plan, output_change, plans_between

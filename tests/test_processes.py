@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from modhifi.cli.main import app
-from modhifi.data import Samples
+from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.processes import Processes, merged, processes

@@ -9,7 +9,8 @@ import torch
 from modhifi import measure
 from modhifi.allocate import Budget
 from modhifi.compensate import local_error
-from modhifi.data import Samples, load_samples
+from modhifi.data.samples import Samples
+from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel

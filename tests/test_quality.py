@@ -6,13 +6,14 @@ from torch import nn
 from typer.testing import CliRunner
 
 from modhifi.cli.main import app
-from modhifi.contact_sheet import contact_sheet
-from modhifi.data import load_samples
+from modhifi.data.contact_sheet import contact_sheet
+from modhifi.data.inversion import improve, inverted, patch_likeness
+from modhifi.data.quality import look, statistics_gap
+from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
-from modhifi.inversion import improve, inverted, patch_likeness
 from modhifi.models.load import load_model
 from modhifi.moments import Accumulator, Moments
-from modhifi.quality import gram_quality, gram_warnings, look, statistics_gap
+from modhifi.quality import gram_quality, gram_warnings
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_inverted_images_fit_the_memory_better_and_change_no_weight(small, tmp_p
     # Far from the norms they are treated as synthetic, near them as real ones.
     gap = look(small, found)["mean_norm_gap"]
     for limit, adapted in ((0.9 * gap, True), (1.1 * gap, False)):
-        monkeypatch.setattr("modhifi.inversion.MATCHED", limit)
+        monkeypatch.setattr("modhifi.data.inversion.MATCHED", limit)
         again = inverted(small, 20, 0, steps=6, cache=tmp_path)
         assert again.synthetic and again.adapted == again.subset([1, 2]).adapted == adapted
 

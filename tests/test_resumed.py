@@ -11,7 +11,7 @@ import torch
 from test_unlearn_sites import convnext, resnet, samples_of, swin, vit
 from torch import Tensor, nn
 
-from modhifi.data import Samples
+from modhifi.data.samples import Samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.resumed import Passes, Reached

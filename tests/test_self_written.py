@@ -10,12 +10,12 @@ import pytest
 import torch
 import transformers
 
-from modhifi import self_written
-from modhifi.data import load_samples
+from modhifi.data import self_generated
+from modhifi.data.resampling import Resampler
+from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.resampled import Resampler
 from tests import tiny_text
 
 
@@ -43,7 +43,7 @@ def test_a_beginning_that_texts_do_not_have_is_left_out(tmp_path: Path) -> None:
 def test_windows_are_packed_with_short_texts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: bool, front: int
 ) -> None:
-    monkeypatch.setattr(self_written, "TEXT", 5)
+    monkeypatch.setattr(self_generated, "TEXT", 5)
     loaded = load_model(tiny_text.save(tmp_path))
     loaded = replace(loaded, tokenizer=tiny_text.tokenizer(begin=begin))
     samples = load_samples("self", loaded, n=10, window=14 + front)  # three texts of five tokens, the last one cut
@@ -78,11 +78,11 @@ def test_the_cache_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_draws_follow_the_models_distribution_in_its_nucleus() -> None:
     logits = torch.tensor([0.01, 0.3, 0.5, 0.03, 0.16]).log().expand(4000, 5)
-    drawn = self_written.draw(logits, torch.Generator().manual_seed(0)).flatten()
+    drawn = self_generated.draw(logits, torch.Generator().manual_seed(0)).flatten()
     shares = torch.bincount(drawn, minlength=5) / 4000
     torch.testing.assert_close(shares, torch.tensor([0, 0.3, 0.5, 0, 0.16]) / 0.96, atol=0.03, rtol=0)
     certain = torch.tensor([[0.0, 9.0, 0.0]])  # one token alone is more than the nucleus
-    assert self_written.draw(certain, torch.Generator()).tolist() == [[1]]
+    assert self_generated.draw(certain, torch.Generator()).tolist() == [[1]]
 
 
 def test_without_a_beginning_ordinary_words_start(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_without_a_beginning_ordinary_words_start(tmp_path: Path) -> None:
 
 
 def test_loops_are_rejected(tmp_path: Path) -> None:
-    assert self_written.is_loop(torch.tensor([1, 2, 3] * 10)) and not self_written.is_loop(torch.arange(30))
+    assert self_generated.is_loop(torch.tensor([1, 2, 3] * 10)) and not self_generated.is_loop(torch.arange(30))
     loaded = load_model(tiny_text.save(tmp_path))
     torch.nn.init.zeros_(loaded.model.lm_head.weight)
     loaded.model.lm_head.weight.data[5] = 1e4 * loaded.model.model.norm.weight

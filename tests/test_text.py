@@ -11,7 +11,8 @@ import torch
 import transformers
 from torch import nn
 
-from modhifi.data import Samples, load_samples
+from modhifi.data.samples import Samples
+from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.measure import NextTokens, compare, perplexity
 from modhifi.models.load import load_model

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from modhifi.data import Samples
+from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.resumed import Passes

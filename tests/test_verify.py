@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from modhifi.data import Samples
+from modhifi.data.samples import Samples
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
 from modhifi.ladder.certified import certify
 from modhifi.ladder.units import forgetting, run_units, statistical

@@ -12,7 +12,7 @@ from tiny_text import VOCABULARY, llama
 from torch import Tensor, nn
 
 from modhifi import measure
-from modhifi.data import Samples
+from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.ladder.units import run_units, statistical
 from modhifi.models.load import load_model

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modhifi.data import normalisation
+from modhifi.data.image_inputs import normalisation
 from modhifi.errors import ModhifiError
 from modhifi.ladder.affine import Norms
 from modhifi.ladder.bound import UP

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modhifi import statistics as stats
-from modhifi.data import Samples
+from modhifi.data.samples import Samples
 from modhifi.errors import GateFailed, ModhifiError
 from modhifi.models.loaded import real_tokens
 

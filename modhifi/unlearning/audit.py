@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi.data import Samples
+from modhifi.data.labels import class_name, populations
+from modhifi.data.samples import Samples
 from modhifi.models.hooks import only_input
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
@@ -19,7 +20,7 @@ from modhifi.resumed import Passes
 from modhifi.structure.tracing.branches import Calls
 from modhifi.unlearning import attacks
 from modhifi.unlearning.audit_text import conclude
-from modhifi.unlearning.data import UnlearnData, class_name, populations
+from modhifi.unlearning.data import UnlearnData
 from modhifi.unlearning.edit import UnlearnSettings, forget, settled_names
 from modhifi.unlearning.norms import batch_norms, recall, settle_norms
 from modhifi.unlearning.sites import Sites, Writer

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from modhifi.data import Samples, class_count, load_samples
+from modhifi.data.image_inputs import class_count
+from modhifi.data.in_memory import Source, source_name
+from modhifi.data.labels import class_name, label_samples, populations
+from modhifi.data.samples import Samples
+from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
-from modhifi.own_data import Source, source_name
 
-# An image that the model itself labels counts where its top class has this probability, and leads by this much.
-CONFIDENCE, MARGIN = 0.5, 0.2
 # A class mean of fewer samples says little about the class.
 FEWEST = 16
 
@@ -81,22 +82,6 @@ def _class(name: str, known: dict[str, int], total: int, loaded: LoadedModel) ->
     raise ModhifiError(f"{loaded.source} has no class '{name}'; {hint}")
 
 
-def label_samples(loaded: LoadedModel, samples: Samples, batch_size: int) -> tuple[Samples, str | None]:
-    """The samples with labels: their own, or the model's predictions where it is sure; and a remark on the latter."""
-    if samples.labels is not None:
-        return samples, None
-    with torch.no_grad():
-        outputs = [loaded.logits(b).float().softmax(1).cpu() for b in samples.batches(batch_size)]
-    top = torch.cat(outputs).topk(2, 1)
-    sure = (top.values[:, 0] >= CONFIDENCE) & (top.values[:, 0] - top.values[:, 1] >= MARGIN)
-    kept = torch.nonzero(sure).flatten()
-    remark = (
-        f"no labels: {len(kept)} of {len(samples)} images were labelled by the model itself (probability at least "
-        f"{CONFIDENCE:g}, leading by {MARGIN:g}), so accuracy here is agreement with the original"
-    )
-    return replace(samples.subset(kept), labels=top.indices[kept, 0]), remark
-
-
 def load_unlearn_data(
     loaded: LoadedModel,
     classes: Sequence[int],
@@ -144,22 +129,6 @@ def load_unlearn_data(
     for name, part in (("edit", edit), ("attacks", fit), ("test", test)):
         _require(name, populations(part, classes, earlier), classes, loaded)
     return UnlearnData(edit, groups, fit, test, tuple(notes))
-
-
-def populations(samples: Samples, classes: Sequence[int], earlier: Sequence[int] = ()) -> Tensor:
-    """The population of each labelled sample, int64 ``(n,)``: 0 retained, j the j-th forgotten class, -1 neither."""
-    assert samples.labels is not None
-    groups = torch.zeros(len(samples), dtype=torch.int64)
-    for index in earlier:
-        groups[samples.labels == index] = -1
-    for number, index in enumerate(classes, start=1):
-        groups[samples.labels == index] = number
-    return groups
-
-
-def class_name(loaded: LoadedModel, index: int) -> str:
-    """The label of a class where the model has one, else its number."""
-    return loaded.labels[index] if loaded.labels and index < len(loaded.labels) else str(index)
 
 
 def _require(name: str, groups: Tensor, classes: Sequence[int], loaded: LoadedModel) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from modhifi.data import Samples
+from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.fidelity import singleton_fidelity
 from modhifi.models.loaded import LoadedModel

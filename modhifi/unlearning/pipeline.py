@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from modhifi.artifact import describe_data, save_artifact
-from modhifi.contact_sheet import contact_sheet
-from modhifi.data import Samples
+from modhifi.artifact import save_artifact
+from modhifi.data.contact_sheet import contact_sheet
+from modhifi.data.labels import class_name, label_samples
+from modhifi.data.labels import populations as populations_of
+from modhifi.data.samples import Samples, describe_data
 from modhifi.disk import check_output
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
@@ -25,15 +27,7 @@ from modhifi.report import data_uri
 from modhifi.resumed import Passes
 from modhifi.run_checks import add_bounds
 from modhifi.unlearning.audit import MEASURES, audit
-from modhifi.unlearning.data import (
-    UnlearnData,
-    class_name,
-    count_classes,
-    find_classes,
-    label_samples,
-    load_unlearn_data,
-)
-from modhifi.unlearning.data import populations as populations_of
+from modhifi.unlearning.data import UnlearnData, count_classes, find_classes, load_unlearn_data
 from modhifi.unlearning.edit import Forgotten, blend, fit_strength, forget, settled_names
 from modhifi.unlearning.norms import settle_norms
 from modhifi.unlearning.recipe import UnlearnRecipe
@@ -295,7 +289,7 @@ def _percentages(shares: Mapping[str, float]) -> str:
 
 
 def _load(spec: str, loaded: LoadedModel, n: int, seed: int) -> Samples:
-    from modhifi.data import load_samples
+    from modhifi.data.sources import load_samples
 
     return load_samples(spec, loaded, n=n, seed=seed)
 

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from modhifi.data import Samples, class_count, image_shape
+from modhifi.data.image_inputs import class_count, image_shape
+from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
 from modhifi.models.loaded import LoadedModel, to_mode

@@ -1,6 +1,6 @@
 """Calibration text that a language model writes itself: no data needed, forward passes only.
 
-A masked language model resamples masked tokens (`modhifi.resampled`). A causal one writes on from what its tokenizer
+A masked language model resamples masked tokens (`resampling`). A causal one writes on from what its tokenizer
 puts before every text; where that is nothing, from the model's own token for a beginning; where there is no such token
 either, from a random ordinary word. A token of the beginning draws attention from everywhere, so it stands where it
 does in real text: the tokenizer's at the front of a window, the model's nowhere. Texts are short and go on past the
@@ -16,11 +16,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from modhifi.data import Samples
+from modhifi.data.resampling import Resampler
+from modhifi.data.samples import Samples
+from modhifi.data.text import cutter_of, identity, vocabulary, window_of
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
-from modhifi.resampled import Resampler
-from modhifi.text import cutter_of, identity, vocabulary, window_of
 
 # The rest of a distribution is thousands of tokens that do not belong, and one of them leads a text astray for good.
 NUCLEUS = 0.95

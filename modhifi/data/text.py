@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modhifi.data import Samples
+from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
 from modhifi.models.loaded import LoadedModel

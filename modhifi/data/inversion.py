@@ -23,13 +23,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from modhifi.data import Samples, class_count, image_shape, load_samples, normalisation
+from modhifi.data.image_inputs import class_count, image_shape, normalisation
+from modhifi.data.quality import look, statistics_gap
+from modhifi.data.samples import Samples
+from modhifi.data.synthetic import drawn
 from modhifi.disk import make_room
 from modhifi.errors import ModhifiError
 from modhifi.models.hooks import only_input
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.weights import state_hash
-from modhifi.quality import look, statistics_gap
 
 STEPS, RATE, BATCH = 150, 0.02, 125
 # Weights of the terms beside the statistics: total variation (per pixel, normalised units) and the class.
@@ -152,7 +154,7 @@ def inverted(
     """``n`` images drawn by a network's memory, from ``synthetic`` ones on, with the classes they were drawn for.
 
     Kept in ``cache`` under a hash of the weights and settings, if given. Samples are ``synthetic``, and ``matched``
-    where their distance to the norms (:func:`modhifi.quality.look`) is at most ``MATCHED``. Raises ModhifiError for
+    where their distance to the norms (`quality.look`) is at most ``MATCHED``. Raises ModhifiError for
     models without images or norms.
     """
     _, height, width = image_shape(loaded)
@@ -169,7 +171,7 @@ def inverted(
         mean, std = normalisation(loaded)
         device = next(loaded.model.parameters()).device
         low, high = (-mean / std).to(device), ((1 - mean) / std).to(device)
-        start = load_samples("synthetic", loaded, n=n, seed=seed, balanced=False)
+        start = drawn("mixed", loaded, n, seed, balanced=False)
         parts, rounds = [], math.ceil(n / BATCH)
         for number in range(rounds):
             items = range(number * n // rounds, (number + 1) * n // rounds)

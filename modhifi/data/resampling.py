@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from modhifi.data.text import cutter_of
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
-from modhifi.text import cutter_of
 
 # The share of a window that is masked at once, as these models are trained, and how often each place is drawn.
 MASKED, SWEEPS = 0.15, 3

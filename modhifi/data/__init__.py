@@ -1,0 +1,1 @@
+"""Calibration and held-out samples: where they come from, and what they are worth."""

@@ -1,0 +1,50 @@
+"""What an image model takes: its size, its normalisation, its classes."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from modhifi.data import procedural
+from modhifi.errors import ModhifiError
+from modhifi.models.loaded import LoadedModel
+
+
+def class_count(loaded: LoadedModel) -> int | None:
+    """Number of classes of an image classifier; None for any other model (a backbone's features are no classes)."""
+    if loaded.example.ndim != 4 or getattr(loaded.model, "num_classes", None) == 0:
+        return None
+    with torch.no_grad():
+        logits = loaded.logits(loaded.example)
+    return int(logits.shape[1]) if logits.ndim == 2 and logits.shape[1] > 1 else None
+
+
+def normalisation(loaded: LoadedModel) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, float32 ``(C, 1, 1)``, such that the model's input is ``(pixel - mean) / std``.
+
+    Pixels are in [0, 1]. Read off the model's own transform with a black and a white image; a model without one gets
+    images with the mean and the spread of its example batch. Raises ModhifiError if the model takes no images.
+    """
+    channels, height, width = image_shape(loaded)
+    if loaded.transform is not None:
+        plain = [loaded.transform(Image.new("RGB", (width, height), colour)) for colour in ("black", "white")]
+        # The centre, because a transform may pad.
+        black, white = (image[:, image.shape[1] // 2, image.shape[2] // 2] for image in plain)
+        std = 1 / (white - black)
+        mean = -black * std
+    else:
+        example = loaded.example.float().transpose(0, 1).flatten(1)
+        std = torch.from_numpy(procedural.PIXEL_STD).mean() / example.std(dim=1).clamp_min(1e-12)
+        mean = torch.from_numpy(procedural.MEAN_COLOUR).mean() - example.mean(dim=1) * std
+    if not bool(torch.isfinite(std).all() and (std.abs() < 1e9).all()):
+        raise ModhifiError(f"cannot tell how {loaded.source} normalises its input; give a varied example batch")
+    return mean.float().view(channels, 1, 1), std.float().view(channels, 1, 1)
+
+
+def image_shape(loaded: LoadedModel) -> tuple[int, int, int]:
+    """Channels, height and width of the model's input. Raises ModhifiError if it takes no images."""
+    shape = tuple(loaded.example.shape)
+    if loaded.kind not in ("image", "tensor") or len(shape) != 4 or shape[1] not in (1, 3):
+        raise ModhifiError(f"{loaded.source} takes no images (kind {loaded.kind}, input {shape}); use another source")
+    return shape[1], shape[2], shape[3]

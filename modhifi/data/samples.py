@@ -1,0 +1,130 @@
+"""Samples: indexable, lazily loaded, seeded inputs, ready for the model they were made for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modhifi.models.loaded import PADDING
+
+
+def describe_data(samples: Samples) -> dict[str, Any]:
+    """The fingerprint of a set of samples for a manifest: one hash per item, so that an overlap can be found."""
+    return {
+        "description": samples.description,
+        "n": len(samples),
+        "fingerprint": samples.fingerprint(),
+        "hashes": list(samples.hashes),
+        "synthetic": samples.synthetic,
+        "skipped": [list(item) for item in samples.skipped],
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """A set of model-ready inputs.
+
+    ``load(i)`` gives item `i` without a batch axis (float32 ``(C, H, W)`` for images). ``hashes`` has one content hash
+    for each item (16 hex digits of a SHA-256), so that an overlap between two sets can be found. ``labels`` is int64
+    ``(n,)`` or None. ``synthetic`` inputs were drawn; ``matched`` ones among them have the moments that BatchNorm
+    stores as nearly as real inputs, and are treated as such (see ``adapted``). ``skipped`` names the items that could
+    not be read, each with the reason. ``units`` numbers the document that each item was cut from, where several come
+    from one: such items are not independent.
+    """
+
+    load: Callable[[int], Tensor]
+    hashes: tuple[str, ...]
+    labels: Tensor | None
+    names: tuple[str, ...]
+    description: str
+    synthetic: bool
+    skipped: tuple[tuple[str, str], ...] = ()
+    units: tuple[int, ...] | None = None
+    matched: bool = False
+
+    @property
+    def adapted(self) -> bool:
+        """Whether BatchNorm normalises by the batch while moments are collected."""
+        return self.synthetic and not self.matched
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Stack the items in order, `size` at a time; the last batch may be smaller. Short texts are padded."""
+        for start in range(0, len(self), size):
+            items = [self.load(i) for i in range(start, min(start + size, len(self)))]
+            if items[0].ndim == 1 and len({len(x) for x in items}) > 1:
+                yield torch.nn.utils.rnn.pad_sequence(items, batch_first=True, padding_value=PADDING)
+            else:
+                yield torch.stack(items)
+
+    def split(self, first: int, second: int) -> tuple[Samples, Samples]:
+        """Two disjoint sets of at most `first` and `second` items, in proportion if there are fewer in all.
+
+        No unit has items in both.
+        """
+        n = len(self)
+        cut = max(min(first, round(n * first / (first + second))), n - second)
+        units = self.units if self.units is not None else range(n)
+        kept, later = set(dict.fromkeys(units)), set[int]()
+        for unit in reversed(dict.fromkeys(units)):
+            if len(kept) == 1 or sum(u in later for u in units) >= n - cut:
+                break
+            kept.remove(unit)
+            later.add(unit)
+        ours = [i for i, unit in enumerate(units) if unit in kept][:first]
+        theirs = [i for i, unit in enumerate(units) if unit in later][:second]
+        return self.subset(ours), self.subset(theirs)
+
+    def subset(self, indices: Iterable[int] | Tensor) -> Samples:
+        """The items at `indices`, in that order, still loaded lazily."""
+        chosen = [int(i) for i in indices]
+        return Samples(
+            load=lambda i: self.load(chosen[i]),
+            hashes=tuple(self.hashes[i] for i in chosen),
+            labels=None if self.labels is None else self.labels[torch.tensor(chosen, dtype=torch.long)],
+            names=tuple(self.names[i] for i in chosen),
+            description=f"{len(chosen)} of: {self.description}",
+            synthetic=self.synthetic,
+            skipped=self.skipped,
+            units=None if self.units is None else tuple(self.units[i] for i in chosen),
+            matched=self.matched,
+        )
+
+    def fingerprint(self) -> str:
+        """Hash of the whole set, its order included: 16 hex digits."""
+        return hashlib.sha256("\n".join(self.hashes).encode()).hexdigest()[:16]
+
+
+def warn_degenerate(samples: Samples, look_at: int = 64) -> list[str]:
+    """Reasons why moments of `samples` may be worthless: one sentence each, none for a healthy set.
+
+    Looks at no more than `look_at` items.
+    """
+    warnings = []
+    if len(samples) == 1:
+        warnings.append("only one sample: its statistics say nothing about other inputs; use a few hundred")
+    looked = [samples.load(i) for i in range(min(len(samples), look_at))]
+    broken = sum(not bool(torch.isfinite(x).all()) for x in looked if x.is_floating_point())
+    if broken:
+        warnings.append(f"{broken} of the first {len(looked)} samples hold NaN or infinite values")
+    flat = sum(_is_flat(x) for x in looked)
+    if flat == len(looked):
+        warnings.append(f"all of the first {len(looked)} samples are flat (one colour or token): they excite no filter")
+    elif flat > len(looked) // 2:
+        warnings.append(f"{flat} of the first {len(looked)} samples are flat (one colour or token)")
+    if len(looked) > 1 and all(torch.equal(x, looked[0]) for x in looked[1:]):
+        warnings.append(f"the first {len(looked)} samples are all the same")
+    return warnings
+
+
+def _is_flat(x: Tensor) -> bool:
+    """Whether every channel of an image, or every token of a text, has one value."""
+    rows = x.flatten(1) if x.ndim == 3 else x.reshape(1, -1)
+    return bool((rows == rows[:, :1]).all())
