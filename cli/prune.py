@@ -198,7 +198,7 @@ def prune(
     """Make a model physically smaller, without its training data, labels or gradients."""
     import shlex
 
-    from modhifi.moment_cache import MomentCache
+    from modhifi.calibration.cache import MomentCache
     from modhifi.pipeline import run_prune
     from modhifi.recipe import parse_recipe
     from modhifi.recipe_file import apply_overrides, read_yaml

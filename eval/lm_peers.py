@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modhifi.calibration.moments import Moments
 from modhifi.models.loaded import LoadedModel
-from modhifi.moments import Moments
 from modhifi.structure.groups import Structure
 
 

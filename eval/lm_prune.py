@@ -25,12 +25,12 @@ from lm_peers import BlockStatistics, flap, short_gpt, slice_gpt
 from torch import nn
 
 from modhifi.allocate import Budget
+from modhifi.calibration.moments import Moments
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.measure import NextTokens
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.moments import Moments
 from modhifi.probing import amplification, best_plan, plans_between
 from modhifi.readers import readers_of
 from modhifi.selection import Curve, removal_order

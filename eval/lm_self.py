@@ -21,10 +21,10 @@ from lm_prune import HELD, SETTINGS, WINDOW, Table, cached, smollm2, wikitext
 from torch import nn
 
 from modhifi.allocate import Budget
+from modhifi.calibration.moments import Moments
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.models.loaded import LoadedModel
-from modhifi.moments import Moments
 from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 from modhifi.structure.groups import Structure
 

@@ -23,12 +23,12 @@ from common import RESULTS, Missing, cifar10, reference, write_results
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from modhifi.calibration.prefix_cache import Passes
 from modhifi.data.labels import populations
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.resumed import Passes
 from modhifi.unlearning.audit import Observed, measure, observe, recalls
 from modhifi.unlearning.data import UnlearnData
 from modhifi.unlearning.edit import UnlearnSettings, blend, forget, settled_names

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from modhifi.calibration.cache import MomentCache
 from modhifi.data.in_memory import Source, first_items, source_name
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
@@ -19,7 +20,6 @@ from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.skeleton import same_shapes
-from modhifi.moment_cache import MomentCache
 from modhifi.pipeline import Given, PruneResult, run_prune
 from modhifi.progress import Progress, silent
 from modhifi.recipe import parse_recipe

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.allocate import Budget, allocate, least_width, plan_for
-from modhifi.blocks import find_blocks, moments_by_block
+from modhifi.calibration.block_stream import find_blocks, moments_by_block
+from modhifi.calibration.memory import check_room, gram_bytes
 from modhifi.data.samples import Samples
 from modhifi.editing import LayerError, edit_readers
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.offload import staying
 from modhifi.progress import Progress
-from modhifi.room import check_room, gram_bytes
 from modhifi.selection import Curve
 from modhifi.settings import PruneSettings
 from modhifi.stages import Pruned, removal_curves

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from modhifi.calibration.moments import Moments
 from modhifi.compensate import error_and_energy, least_squares, masked, scaled
 from modhifi.errors import ModhifiError
-from modhifi.moments import Moments
 from modhifi.readers import applied_second
 from modhifi.settings import PruneSettings
 from modhifi.structure.groups import Structure

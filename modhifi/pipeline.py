@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from modhifi import quality
 from modhifi.artifact import save_artifact
-from modhifi.blocks import find_blocks
+from modhifi.calibration.batchnorm import reestimate_batchnorm
+from modhifi.calibration.block_stream import find_blocks
+from modhifi.calibration.cache import MomentCache
+from modhifi.calibration.distributed import processes
 from modhifi.data.contact_sheet import contact_sheet
 from modhifi.data.in_memory import Source
 from modhifi.data.samples import Samples, describe_data, warn_degenerate
@@ -25,11 +28,9 @@ from modhifi.models.artifact import read_manifest
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.offload import let_visit
-from modhifi.moment_cache import MomentCache
-from modhifi.processes import processes
 from modhifi.progress import Clock, Progress, silent
 from modhifi.prune_report import before_after, describe, measure_run, measured, skipped
-from modhifi.pruning import contribute, prune_model, reestimate_batchnorm
+from modhifi.pruning import contribute, prune_model
 from modhifi.recipe import ModelSource, PruneRecipe
 from modhifi.reload import verify_reload
 from modhifi.report import data_uri

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.allocate import Budget
+from modhifi.calibration.moments import Moments
+from modhifi.calibration.replay import Replay
 from modhifi.data.samples import Samples
 from modhifi.editing import compensated, store, write_compensated
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
-from modhifi.moments import Moments
 from modhifi.progress import Progress, silent
-from modhifi.replay import Replay
 from modhifi.selection import Curve, Trial
 from modhifi.settings import PruneSettings
 from modhifi.stages import make_plan, trial_size

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-from torch import nn
-
 from modhifi.allocate import Budget
 from modhifi.blockwise import fit_in_memory, prune_in_blocks
+from modhifi.calibration.cache import MomentCache
+from modhifi.calibration.distributed import ALONE, Processes
+from modhifi.calibration.gram_quality import gram_quality
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
-from modhifi.moment_cache import MomentCache
 from modhifi.probing import TRIAL, probed_plan
-from modhifi.processes import ALONE, Processes
 from modhifi.progress import Progress, silent
-from modhifi.quality import gram_quality
 from modhifi.readers import best_singletons, readers_of
 from modhifi.selection import Curve
 from modhifi.settings import PruneSettings
@@ -96,17 +93,3 @@ def prune_model(
             fidelity[g.name] = best_singletons(readers_of(loaded.model, structure, g, moments), g.n)
     pruned = apply_plan(loaded, structure, plan, moments, settings, samples, progress)
     return replace(pruned, curves=curves, fidelity=fidelity, grams=gram_quality(moments), tried=tried)
-
-
-@torch.no_grad()
-def reestimate_batchnorm(model: nn.Module, loaded: LoadedModel, samples: Samples, batch_size: int) -> None:
-    """Replace every BatchNorm's running statistics by those of ``samples``, in place (plain average over batches)."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum, norm.training = None, True
-    for batch in samples.batches(batch_size):
-        loaded.logits(batch, model)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum, norm.training = momentum, False

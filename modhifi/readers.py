@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from modhifi.calibration.moments import Moments
 from modhifi.fidelity import singleton_fidelity
-from modhifi.moments import Moments
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import norm_scale, reader_columns, weight_matrix
 

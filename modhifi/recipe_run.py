@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from modhifi.calibration.cache import MomentCache
+from modhifi.calibration.distributed import launched
 from modhifi.disk import check_output, jsonable, staging
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
-from modhifi.moment_cache import MomentCache
 from modhifi.pipeline import original_of, run_prune
-from modhifi.processes import launched
 from modhifi.progress import Progress, silent
 from modhifi.recipe import PruneRecipe
 from modhifi.recipe_file import set_value, to_yaml

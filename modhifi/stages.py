@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.allocate import Budget, allocate
+from modhifi.calibration.cache import MomentCache
+from modhifi.calibration.collect import collect
+from modhifi.calibration.distributed import ALONE, Processes, merged
+from modhifi.calibration.gram_quality import GramQuality
+from modhifi.calibration.memory import check_room
+from modhifi.calibration.moments import Moments
 from modhifi.data.samples import Samples
 from modhifi.editing import LayerError, edit_readers
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
-from modhifi.moment_cache import MomentCache
-from modhifi.moments import Moments, collect
-from modhifi.processes import ALONE, Processes, merged
 from modhifi.progress import Progress, silent
-from modhifi.quality import GramQuality
 from modhifi.readers import readers_of
-from modhifi.room import check_room
 from modhifi.selection import Curve, eliminate, hifi_union, removal_order
 from modhifi.sequential import edit_sequentially, joint_moments
 from modhifi.settings import PruneSettings

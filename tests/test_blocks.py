@@ -10,11 +10,11 @@ import transformers
 
 from modhifi import blockwise
 from modhifi.allocate import Budget
-from modhifi.blocks import Stream, find_blocks
+from modhifi.calibration.block_stream import Stream, find_blocks
+from modhifi.calibration.moments import Moments
 from modhifi.data.samples import Samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.moments import Moments
 from modhifi.pruning import prune_model
 from modhifi.settings import PruneSettings
 from modhifi.stages import find_structure

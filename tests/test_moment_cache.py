@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 import modhifi
-from modhifi import moment_cache
 from modhifi.allocate import Budget
+from modhifi.calibration import cache
+from modhifi.calibration.cache import MomentCache
 from modhifi.data.in_memory import from_items
 from modhifi.models.weights import state_hash
-from modhifi.moment_cache import MomentCache
 from modhifi.pruning import prune_model
 from modhifi.settings import PruneSettings
 
@@ -104,12 +104,12 @@ def test_the_cache_stays_small_and_a_full_disk_costs_only_the_cache(
     (first,) = (tmp_path / "moments").iterdir()
     os.utime(first, (0, 0))
     # Room for one and a half such files.
-    room = first.stat().st_size * 1.5 / moment_cache.SHARE
-    monkeypatch.setattr(moment_cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": room}))
+    room = first.stat().st_size * 1.5 / cache.SHARE
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": room}))
     prune(tmp_path, seed=1)
     (second,) = (tmp_path / "moments").iterdir()
     assert second != first
-    monkeypatch.setattr(moment_cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0}))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0}))
     assert prune(tmp_path)[0] == plain
     (tmp_path / "file").write_text("")
     assert prune(tmp_path / "file")[0] == plain
@@ -117,7 +117,7 @@ def test_the_cache_stays_small_and_a_full_disk_costs_only_the_cache(
 
 def test_the_place_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MODHIFI_CACHE", str(tmp_path))
-    assert moment_cache.default_directory() == tmp_path
+    assert cache.default_directory() == tmp_path
     monkeypatch.delenv("MODHIFI_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert moment_cache.default_directory() == tmp_path / "xdg" / "modhifi"
+    assert cache.default_directory() == tmp_path / "xdg" / "modhifi"

@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from modhifi import moments
+from modhifi.calibration import moments
+from modhifi.calibration.collect import MomentCollector, collect
+from modhifi.calibration.im2col import reader_rows, spread_positions
+from modhifi.calibration.moments import Accumulator, Moments
 from modhifi.models.hooks import batch_statistics
-from modhifi.moments import Accumulator, MomentCollector, Moments, collect, reader_rows, spread_positions
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import modhifi
-from modhifi.blocks import Stream
+from modhifi.calibration.block_stream import Stream
 from modhifi.errors import ModhifiError
 from modhifi.models import offload
 from modhifi.models.load import load_model

@@ -14,11 +14,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from modhifi.calibration.distributed import Processes, merged, processes
 from modhifi.cli.main import app
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
-from modhifi.processes import Processes, merged, processes
 from modhifi.settings import PruneSettings
 from modhifi.stages import find_structure, measure_moments
 

@@ -8,13 +8,14 @@ import torch
 
 from modhifi import measure
 from modhifi.allocate import Budget
+from modhifi.calibration.batchnorm import reestimate_batchnorm
 from modhifi.compensate import local_error
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.pruning import prune_model, reestimate_batchnorm
+from modhifi.pruning import prune_model
 from modhifi.readers import applied_second, shrinkage
 from modhifi.settings import PruneSettings
 from modhifi.stages import choose_groups, find_structure, measure_moments
@@ -142,7 +143,7 @@ def test_a_gram_too_large_for_memory_is_refused_before_anything_is_measured(
     loaded: LoadedModel, samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     structure = find_structure(loaded)
-    monkeypatch.setattr("modhifi.room.free_bytes", lambda device: 100_000)
+    monkeypatch.setattr("modhifi.calibration.memory.free_bytes", lambda device: 100_000)
     with pytest.raises(ModhifiError, match="--exclude") as caught:
         measure_moments(loaded, structure, samples, PruneSettings())
     name = str(caught.value).split()[-1]

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from modhifi.calibration.gram_quality import gram_quality, gram_warnings
+from modhifi.calibration.moments import Accumulator, Moments
 from modhifi.cli.main import app
 from modhifi.data.contact_sheet import contact_sheet
 from modhifi.data.inversion import improve, inverted, patch_likeness
@@ -12,8 +14,6 @@ from modhifi.data.quality import look, statistics_gap
 from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
-from modhifi.moments import Accumulator, Moments
-from modhifi.quality import gram_quality, gram_warnings
 
 
 @pytest.fixture(scope="module")

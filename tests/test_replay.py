@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modhifi.replay import Replay
+from modhifi.calibration.replay import Replay
 
 
 def resnet() -> tuple[nn.Module, torch.Tensor]:

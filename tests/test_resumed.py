@@ -11,10 +11,10 @@ import torch
 from test_unlearn_sites import convnext, resnet, samples_of, swin, vit
 from torch import Tensor, nn
 
+from modhifi.calibration.prefix_cache import Passes, Reached
 from modhifi.data.samples import Samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.resumed import Passes, Reached
 from modhifi.structure.operators import weight_matrix, write_weight
 from modhifi.structure.tracing.branches import Calls
 from modhifi.unlearning.sites import Sites, find_sites

@@ -11,13 +11,13 @@ import torch
 import transformers
 from torch import nn
 
+from modhifi.calibration.collect import collect
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.measure import NextTokens, compare, perplexity
 from modhifi.models.load import load_model
 from modhifi.models.loaded import PADDING, LoadedModel
-from modhifi.moments import collect
 from modhifi.stages import find_structure
 from modhifi.structure.operators import operator_modules
 from tests import tiny_text

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 from unlearn_world import NAMES, world
 
 from cli.main import app
+from modhifi.calibration.prefix_cache import Passes
 from modhifi.data.labels import populations
 from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.recipe_file import read_yaml
-from modhifi.resumed import Passes
 from modhifi.structure.operators import columns_of
 from modhifi.unlearning.data import find_classes, load_unlearn_data
 from modhifi.unlearning.edit import METHODS, UnlearnSettings, blend, fit_strength, forget

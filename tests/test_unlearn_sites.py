@@ -9,10 +9,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from modhifi.calibration.prefix_cache import Passes
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
-from modhifi.resumed import Passes
 from modhifi.structure.tracing.branches import Calls
 from modhifi.unlearning.audit import observe
 from modhifi.unlearning.edit import UnlearnSettings, forget, writer_scale

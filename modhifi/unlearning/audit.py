@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modhifi.calibration.prefix_cache import Passes
 from modhifi.data.labels import class_name, populations
 from modhifi.data.samples import Samples
 from modhifi.models.hooks import only_input
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
-from modhifi.resumed import Passes
 from modhifi.structure.tracing.branches import Calls
 from modhifi.unlearning import attacks
 from modhifi.unlearning.audit_text import conclude

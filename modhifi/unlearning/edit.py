@@ -11,13 +11,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from modhifi.calibration.moments import Moments
+from modhifi.calibration.prefix_cache import Passes
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.fidelity import singleton_fidelity
 from modhifi.models.loaded import LoadedModel
-from modhifi.moments import Moments
 from modhifi.progress import Progress, silent
-from modhifi.resumed import Passes
 from modhifi.structure.operators import absorb_mean, columns_of, conv_groups, weight_matrix, write_weight
 from modhifi.unlearning import methods
 from modhifi.unlearning.methods import Edit

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modhifi.calibration.im2col import reader_rows, spread_positions
+from modhifi.calibration.moments import Accumulator, Moments
+from modhifi.calibration.prefix_cache import Passes, Reached
 from modhifi.models.hooks import only_input
-from modhifi.moments import Accumulator, Moments, reader_rows, spread_positions
-from modhifi.resumed import Passes, Reached
 from modhifi.structure.operators import columns_of, conv_groups
 from modhifi.structure.tracing.branches import Calls
 from modhifi.unlearning.sites import Writer

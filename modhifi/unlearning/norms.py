@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modhifi.calibration.prefix_cache import Passes
 from modhifi.data.samples import Samples
 from modhifi.models.hooks import only_input
 from modhifi.models.loaded import LoadedModel
-from modhifi.resumed import Passes
 from modhifi.unlearning.erasure import Norm, settle_norm
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from modhifi.artifact import save_artifact
+from modhifi.calibration.distributed import launched
+from modhifi.calibration.prefix_cache import Passes
 from modhifi.data.contact_sheet import contact_sheet
 from modhifi.data.labels import class_name, label_samples
 from modhifi.data.labels import populations as populations_of
@@ -21,10 +23,8 @@ from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.weights import state_hash
 from modhifi.pipeline import NOTHING, Given, load_source, original_of, reload_alike
-from modhifi.processes import launched
 from modhifi.progress import Clock, Progress, silent
 from modhifi.report import data_uri
-from modhifi.resumed import Passes
 from modhifi.run_checks import add_bounds
 from modhifi.unlearning.audit import MEASURES, audit
 from modhifi.unlearning.data import UnlearnData, count_classes, find_classes, load_unlearn_data

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modhifi.moments import Moments
-from modhifi.resumed import Passes
+from modhifi.calibration.moments import Moments
+from modhifi.calibration.prefix_cache import Passes
 from modhifi.unlearning.erasure import factorise
 from modhifi.unlearning.moments import ClassMeans, Joint, joint_rows
 from modhifi.unlearning.sites import MOST_COLUMNS, Writer

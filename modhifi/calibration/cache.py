@@ -21,12 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from modhifi.calibration.moments import LEAST_ROWS, Accumulator
 from modhifi.data.in_memory import digest
 from modhifi.data.samples import Samples
 from modhifi.disk import make_room
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.weights import state_hash
-from modhifi.moments import LEAST_ROWS, Accumulator
 from modhifi.progress import version_of
 
 FORMAT = 1

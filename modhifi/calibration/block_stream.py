@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from modhifi.calibration.collect import MomentCollector
+from modhifi.calibration.moments import Moments
 from modhifi.models.hooks import standing_in
 from modhifi.models.loaded import real_tokens
 from modhifi.models.offload import staying
-from modhifi.moments import MomentCollector, Moments
 
 
 class _Reached(Exception):

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import distributed
 
+from modhifi.calibration.moments import Moments
 from modhifi.errors import ModhifiError
-from modhifi.moments import Moments
 
 
 @dataclass(frozen=True)

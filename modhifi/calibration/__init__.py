@@ -1,0 +1,1 @@
+"""What forward passes tell: the moments of each reader's input."""

@@ -1,0 +1,65 @@
+"""How much a Gram knows: its rows, its width, its effective rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modhifi.calibration.moments import Moments
+
+
+@dataclass(frozen=True)
+class GramQuality:
+    """``rows`` that a reader's Gram saw, its ``width`` in columns, and the effective ``rank`` of its inputs.
+
+    The participation ratio ``(tr C)² / ‖C‖²`` of the correlations C of those columns that vary: their number for
+    independent ones, 1 where all move together. Correlations, as a few channels of a language model can be so large
+    that they alone would decide.
+    """
+
+    reader: str
+    rows: int
+    width: int
+    rank: float
+
+
+def gram_quality(moments: Mapping[str, Moments]) -> tuple[GramQuality, ...]:
+    """The quality of every reader's Gram; of a grouped conv's, the lowest."""
+    found = []
+    for name, m in moments.items():
+        rank = min(_participation(cov) for cov in m.cov)
+        found.append(GramQuality(name, m.n, m.cov.shape[-1], rank))
+    return tuple(found)
+
+
+def _participation(cov: Tensor) -> float:
+    scale = cov.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(scale > 1e-12 * scale.max(), 1 / scale.clamp_min(1e-300), 0.0)
+    live = float((scale > 0).sum())
+    squares = float(torch.linalg.vector_norm(cov * scale[:, None] * scale).square())
+    return live**2 / squares if live else 0.0
+
+
+def gram_warnings(found: tuple[GramQuality, ...], samples: int) -> list[str]:
+    """A sentence for Grams of fewer rows than columns, with the number of samples that would do, and one for inputs
+    that do not vary."""
+    warnings = []
+    short = [q for q in found if q.rows < q.width]
+    if short:
+        worst = max(short, key=lambda q: q.width / q.rows)
+        enough = math.ceil(samples * worst.width / worst.rows)
+        warnings.append(
+            f"{len(short)} of {len(found)} readers saw fewer rows than they have columns (worst: {worst.reader}, "
+            f"{worst.rows} of {worst.width}); {enough} samples would do"
+        )
+    still = [q.reader for q in found if q.rank < 1.5 and q.width > 8]
+    if still:
+        warnings.append(
+            f"the inputs of {len(still)} of {len(found)} readers vary along one direction only (first: {still[0]}); "
+            "use more varied calibration data"
+        )
+    return warnings
