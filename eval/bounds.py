@@ -26,16 +26,16 @@ from lm_prune import smollm2
 from torch import nn
 
 from modhifi.allocate import Budget
+from modhifi.bounds.certified import certify
+from modhifi.bounds.ladder import BoundReport, verify_model
+from modhifi.bounds.propagation.affine import Norms
+from modhifi.bounds.propagation.newton import ROUNDS
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
-from modhifi.ladder.affine import Norms
-from modhifi.ladder.certified import certify
-from modhifi.ladder.newton import ROUNDS
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.settings import PruneSettings
 from modhifi.stages import Pruned, apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
-from modhifi.verify import BoundReport, verify_model
 
 RATIOS = (0.1, 0.25, 0.5)
 # Depths, evenly spread, from which on the edits are bounded alone.

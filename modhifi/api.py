@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from modhifi.bounds.ladder import BoundReport, verify_model
+from modhifi.bounds.verdicts import Tolerances
 from modhifi.calibration.cache import MomentCache
 from modhifi.data.in_memory import Source, first_items, source_name
 from modhifi.data.samples import Samples
@@ -26,8 +28,6 @@ from modhifi.recipe import parse_recipe
 from modhifi.scoring import GroupScores, score_model
 from modhifi.unlearning.pipeline import UnlearnResult, run_unlearn
 from modhifi.unlearning.recipe import parse_unlearn_recipe
-from modhifi.verdicts import Tolerances
-from modhifi.verify import BoundReport, verify_model
 from modhifi.verify_artifact import held_amounts, verify_artifact
 
 Model = str | Path | nn.Module | LoadedModel

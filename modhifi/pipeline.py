@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi import quality
 from modhifi.artifact import save_artifact
+from modhifi.bounds.ladder import BoundReport, verify_model
 from modhifi.calibration.batchnorm import reestimate_batchnorm
 from modhifi.calibration.block_stream import find_blocks
 from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.distributed import processes
+from modhifi.calibration.gram_quality import gram_warnings
 from modhifi.data.contact_sheet import contact_sheet
 from modhifi.data.in_memory import Source
+from modhifi.data.quality import look
 from modhifi.data.samples import Samples, describe_data, warn_degenerate
 from modhifi.data.sources import load_samples
 from modhifi.defaults import complete
@@ -40,7 +42,6 @@ from modhifi.structure.expand import expand
 from modhifi.structure.families import says
 from modhifi.structure.plan import Plan
 from modhifi.structure.sizes import sizes_of
-from modhifi.verify import BoundReport, verify_model
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def run_prune(
         )
         if recipe.method.reestimate_batchnorm:
             reestimate_batchnorm(pruned.model, loaded, calibration, settings.batch_size)
-        warnings += quality.gram_warnings(pruned.grams, len(calibration))
+        warnings += gram_warnings(pruned.grams, len(calibration))
     for warning in warnings:
         clock.note(f"warning: {warning}")
     report = describe(recipe, loaded, calibration, held, pruned, warnings, command)
@@ -191,7 +192,7 @@ def run_prune(
         return PruneResult(report, pruned.plan)
     with clock.stage("measure"):
         report["calibration"] = {
-            **quality.look(loaded, calibration, settings.batch_size),
+            **look(loaded, calibration, settings.batch_size),
             "grams": [vars(q) for q in pruned.grams],
         }
         report |= measure_run(loaded, pruned.model, held, settings.batch_size, progress)

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from modhifi.allocate import Budget
+from modhifi.bounds.verdicts import Tolerances
 from modhifi.recipe_file import Strict, validate
 from modhifi.settings import PruneSettings
-from modhifi.verdicts import Tolerances
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -72,7 +72,7 @@ class Method(Strict):
 
 
 class Checks(Strict):
-    """Tolerances on how far the outputs may move; see :class:`modhifi.verdicts.Tolerances`.
+    """Tolerances on how far the outputs may move; see :class:`modhifi.bounds.verdicts.Tolerances`.
 
     ``walked`` samples get the certified rungs; null takes as many as the model's size allows.
     """

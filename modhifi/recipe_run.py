@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from modhifi.bounds.ladder import BoundReport
 from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.distributed import launched
 from modhifi.disk import check_output, jsonable, staging
@@ -24,7 +25,6 @@ from modhifi.report import render_html
 from modhifi.unlearning.audit_text import VERDICTS
 from modhifi.unlearning.pipeline import run_audit, run_unlearn
 from modhifi.unlearning.recipe import UnlearnRecipe
-from modhifi.verify import BoundReport
 from modhifi.verify_artifact import verify_artifact
 
 

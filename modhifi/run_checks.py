@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from modhifi.bounds.ladder import BoundReport
 from modhifi.report import number
 from modhifi.structure.groups import Structure
-from modhifi.verify import BoundReport
 
 LAYERS_SHOWN = 20
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from modhifi.bounds.ladder import BoundReport, verify_model, verify_unlearned
+from modhifi.bounds.verdicts import Tolerances
 from modhifi.data.in_memory import Source
 from modhifi.data.labels import label_samples
 from modhifi.data.samples import Samples
@@ -24,8 +26,6 @@ from modhifi.progress import Progress, silent
 from modhifi.recipe import ModelSource
 from modhifi.stages import find_structure
 from modhifi.structure.expand import expand, plan_of
-from modhifi.verdicts import Tolerances
-from modhifi.verify import BoundReport, verify_model, verify_unlearned
 
 
 def verify_artifact(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modhifi.bounds import (
+from modhifi.bounds.operator_norms import (
     adaptive_avg_pool_norm,
     avg_pool_norm,
     conv_norm,
@@ -19,8 +19,8 @@ from modhifi.bounds import (
     spectral_norm,
     spectral_norms,
 )
+from modhifi.bounds.propagation.affine import operator_norm
 from modhifi.errors import ModhifiError
-from modhifi.ladder.affine import operator_norm
 
 
 def dense(size: tuple[int, ...], channels: int, operator) -> Tensor:

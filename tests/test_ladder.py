@@ -9,8 +9,17 @@ import torch
 from tiny import ARCHITECTURES, PATTERNS, architecture, pattern
 from torch import Tensor, nn
 
-from modhifi.ladder.bound import Bound, add_rule, cat_rule, mean_rule, moved_rule, mul_rule, slice_norm, total
-from modhifi.ladder.certified import Certified, certify
+from modhifi.bounds.certified import Certified, certify
+from modhifi.bounds.propagation.interval import (
+    Bound,
+    add_rule,
+    cat_rule,
+    mean_rule,
+    moved_rule,
+    mul_rule,
+    slice_norm,
+    total,
+)
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel, frozen
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modhifi.ladder.certified import Certified, certify
+from modhifi.bounds.certified import Certified, certify
 from modhifi.models.load import load_model
 
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from modhifi.ladder.affine import Norms
-from modhifi.ladder.certified import Certified, certify
+from modhifi.bounds.certified import Certified, certify
+from modhifi.bounds.propagation.affine import Norms
 from modhifi.models.load import load_model
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "leaky": lambda: nn.LeakyReLU(0.3)}
@@ -129,7 +129,7 @@ def test_where_a_tangent_is_not_known_the_plain_radius_goes_on() -> None:
         def refuse(*args: object) -> None:
             raise NotImplementedError("no forward derivative")
 
-        patch.setattr("modhifi.ladder.newton._tangent", refuse)
+        patch.setattr("modhifi.bounds.propagation.newton._tangent", refuse)
         (found,) = bounds(model, twin, batch, 4)
     assert found.local.tolist() == pytest.approx(plain.local.tolist(), rel=1e-6) and found.violations() == ()
     (sharp,) = bounds(model, twin, batch, 4)

@@ -7,13 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modhifi.lipschitz import (
-    activation_constant,
-    activation_slopes,
-    input_box,
-    minkowski,
-    norm_constant,
-)
+from modhifi.bounds.lipschitz import activation_constant, activation_slopes, input_box, minkowski, norm_constant
 
 FUNCTIONS = {
     "relu": F.relu,

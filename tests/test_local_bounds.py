@@ -7,15 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modhifi.bounds import max_pool_constant
+from modhifi.bounds.local_lipschitz import attention_rule, cannot_flip, max_pool_rule, norm_rule, scores_rule
+from modhifi.bounds.operator_norms import max_pool_constant
 from modhifi.errors import ModhifiError
-from modhifi.local_bounds import (
-    attention_rule,
-    cannot_flip,
-    max_pool_rule,
-    norm_rule,
-    scores_rule,
-)
 
 TRIALS = 10_000
 

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modhifi.errors import ModhifiError
-from modhifi.statistics import (
+from modhifi.bounds.confidence import (
     bernstein_lower,
     bernstein_upper,
     betting_lower,
@@ -24,6 +23,7 @@ from modhifi.statistics import (
     settling_n_mean,
     settling_n_rate,
 )
+from modhifi.errors import ModhifiError
 
 
 def exact_cdf(k: int, n: int, p: Fraction) -> Fraction:

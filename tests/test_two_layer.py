@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modhifi.bounds import conv_norm, spectral_norm, spectral_norms
+from modhifi.bounds.lipschitz import activation_slopes
+from modhifi.bounds.operator_norms import conv_norm, spectral_norm, spectral_norms
+from modhifi.bounds.two_layer import balanced, certified, two_layer_bound
 from modhifi.errors import ModhifiError
-from modhifi.lipschitz import activation_slopes
-from modhifi.two_layer import balanced, certified, two_layer_bound
 
 
 def random_weight(rng: np.random.Generator, *shape: int) -> Tensor:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from unlearn_world import NAMES, world
 
 from cli.main import app
+from modhifi.bounds.ladder import verify_unlearned
 from modhifi.calibration.prefix_cache import Passes
 from modhifi.data.labels import populations
 from modhifi.data.sources import load_samples
@@ -28,7 +29,6 @@ from modhifi.unlearning.pipeline import forgotten_before, run_audit, run_unlearn
 from modhifi.unlearning.recipe import parse_unlearn_recipe
 from modhifi.unlearning.sites import find_sites
 from modhifi.unlearning.wide import spanned_moments
-from modhifi.verify import verify_unlearned
 
 __all__ = ["world"]
 CLASS = 2

@@ -11,14 +11,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from modhifi.bounds.certified import certify
+from modhifi.bounds.ladder import verify_model
+from modhifi.bounds.statistical import forgetting, run_units, statistical
+from modhifi.bounds.verdicts import Tolerances, Verdict, enforce, judge
 from modhifi.data.samples import Samples
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
-from modhifi.ladder.certified import certify
-from modhifi.ladder.units import forgetting, run_units, statistical
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.verdicts import Tolerances, Verdict, enforce, judge
-from modhifi.verify import verify_model
 
 
 class Small(nn.Module):

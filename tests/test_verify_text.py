@@ -12,13 +12,13 @@ from tiny_text import VOCABULARY, llama
 from torch import Tensor, nn
 
 from modhifi import measure
+from modhifi.bounds.ladder import BoundReport, verify_model
+from modhifi.bounds.statistical import run_units, statistical
+from modhifi.bounds.verdicts import Tolerances
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
-from modhifi.ladder.units import run_units, statistical
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.verdicts import Tolerances
-from modhifi.verify import BoundReport, verify_model
 
 
 @pytest.fixture(scope="module")

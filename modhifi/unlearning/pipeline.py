@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from modhifi.artifact import save_artifact
+from modhifi.bounds.ladder import BoundReport, verify_unlearned
 from modhifi.calibration.distributed import launched
 from modhifi.calibration.prefix_cache import Passes
 from modhifi.data.contact_sheet import contact_sheet
@@ -32,7 +33,6 @@ from modhifi.unlearning.edit import Forgotten, blend, fit_strength, forget, sett
 from modhifi.unlearning.norms import settle_norms
 from modhifi.unlearning.recipe import UnlearnRecipe
 from modhifi.unlearning.sites import Sites, find_sites
-from modhifi.verify import BoundReport, verify_unlearned
 
 
 @dataclass(frozen=True)

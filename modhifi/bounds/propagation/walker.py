@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modhifi.ladder.affine import Norms, Pending, Source
-from modhifi.ladder.bound import Bound, nothing, settle_nan, slice_norm, total
-from modhifi.ladder.double import CASTS, kept_double
-from modhifi.ladder.modules import module_rule
-from modhifi.ladder.newton import Newton
-from modhifi.ladder.rules import RULES
-from modhifi.ladder.step import Step
+from modhifi.bounds.propagation.affine import Norms, Pending, Source
+from modhifi.bounds.propagation.float64 import CASTS, kept_double
+from modhifi.bounds.propagation.interval import Bound, nothing, settle_nan, slice_norm, total
+from modhifi.bounds.propagation.module_rules import module_rule
+from modhifi.bounds.propagation.newton import Newton
+from modhifi.bounds.propagation.operation import Step
+from modhifi.bounds.propagation.rules import RULES
 from modhifi.structure.torch_ops import METADATA, operation_name, swap, tensors_in
 
 # The number of whatever went through an operation without a rule.
@@ -30,7 +30,7 @@ INPLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__seti
 
 
 class Walker(TorchFunctionMode):
-    """The records of one pass; use :func:`modhifi.ladder.walk.walk`."""
+    """The records of one pass; use :func:`modhifi.bounds.propagation.propagate.walk`."""
 
     def __init__(self, dense: nn.Module, edited: nn.Module, batch: Tensor, norms: Norms, rounds: int) -> None:
         super().__init__()

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from modhifi.bounds.lipschitz import input_box, minkowski
+from modhifi.bounds.local_lipschitz import cannot_flip
+from modhifi.bounds.propagation.affine import Norms
+from modhifi.bounds.propagation.float64 import Double
+from modhifi.bounds.propagation.interval import UP
+from modhifi.bounds.propagation.newton import ROUNDS
+from modhifi.bounds.propagation.propagate import Walk, walk
 from modhifi.data.image_inputs import normalisation
 from modhifi.errors import ModhifiError
-from modhifi.ladder.affine import Norms
-from modhifi.ladder.bound import UP
-from modhifi.ladder.double import Double
-from modhifi.ladder.newton import ROUNDS
-from modhifi.ladder.walk import Walk, walk
-from modhifi.lipschitz import input_box, minkowski
-from modhifi.local_bounds import cannot_flip
 from modhifi.models.loaded import LoadedModel
 
 # Above the rounding of two float64 passes; the rules themselves round up.

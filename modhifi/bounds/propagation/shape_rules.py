@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modhifi.bounds import adaptive_avg_pool_norm, avg_pool_norm, max_pool_constant
-from modhifi.ladder.bound import UP, cat_rule, coarsen, mean_rule, moved_rule, settle_nan, total
-from modhifi.ladder.step import Record, Rule, Step
-from modhifi.local_bounds import max_pool_rule
+from modhifi.bounds.local_lipschitz import max_pool_rule
+from modhifi.bounds.operator_norms import adaptive_avg_pool_norm, avg_pool_norm, max_pool_constant
+from modhifi.bounds.propagation.interval import UP, cat_rule, coarsen, mean_rule, moved_rule, settle_nan, total
+from modhifi.bounds.propagation.operation import Record, Rule, Step
 from modhifi.structure.torch_ops import tensors_in
 
 PLAIN_MOVES = frozenset(

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modhifi.bounds import conv_norm, gram_norm, spectral_norm
-from modhifi.ladder.bound import UP, Bound, settle_nan, slice_norm, times
+from modhifi.bounds.operator_norms import conv_norm, gram_norm, spectral_norm
+from modhifi.bounds.propagation.interval import UP, Bound, settle_nan, slice_norm, times
 
 # Above this side a Gram iteration replaces the eigenvalue solve: at most 1 % above the norm, and far cheaper.
 LARGE = 1024

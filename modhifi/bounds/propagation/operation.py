@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from modhifi.ladder.affine import Norms, Pending
-from modhifi.ladder.bound import UP, Bound
+from modhifi.bounds.propagation.affine import Norms, Pending
+from modhifi.bounds.propagation.interval import UP, Bound
 from modhifi.structure.torch_ops import swap, tensors_in
 
 Record = Bound | Pending

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from modhifi.ladder.affine import Norms, Source
-from modhifi.ladder.bound import Bound, total
-from modhifi.ladder.newton import ROUNDS, radius_of
-from modhifi.ladder.walker import LOST, Walker
+from modhifi.bounds.propagation.affine import Norms, Source
+from modhifi.bounds.propagation.interval import Bound, total
+from modhifi.bounds.propagation.newton import ROUNDS, radius_of
+from modhifi.bounds.propagation.walker import LOST, Walker
 
 
 @dataclass(frozen=True)

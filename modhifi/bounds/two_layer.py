@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from modhifi.bounds import spectral_norm
+from modhifi.bounds.operator_norms import spectral_norm
 from modhifi.errors import ModhifiError
 
 _EPS = torch.finfo(torch.float64).eps

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from modhifi.ladder.bound import UP, Bound, coarsen, settle_nan, slice_norm
-from modhifi.ladder.step import Record, Rule, Step
-from modhifi.local_bounds import attention_rule, scores_rule
+from modhifi.bounds.local_lipschitz import attention_rule, scores_rule
+from modhifi.bounds.propagation.interval import UP, Bound, coarsen, settle_nan, slice_norm
+from modhifi.bounds.propagation.operation import Record, Rule, Step
 
 
 def _fused(step: Step, outputs: list[Tensor]) -> list[Record] | None:

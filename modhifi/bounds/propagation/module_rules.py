@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modhifi.lipschitz import SLOPES
+from modhifi.bounds.lipschitz import SLOPES
 
 if TYPE_CHECKING:
-    from modhifi.ladder.step import Step
+    from modhifi.bounds.propagation.operation import Step
 
 ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "NewGELUActivation": ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
@@ -55,7 +55,7 @@ def _activation(step: Step, outputs: list[Tensor]) -> list[Any] | None:
 
 
 def _isometry(step: Step, outputs: list[Tensor]) -> list[Any] | None:
-    from modhifi.ladder.bound import UP, coarsen
+    from modhifi.bounds.propagation.interval import UP, coarsen
 
     module: Any = step.func
     x, out = step.inputs[0], outputs[0]
@@ -94,7 +94,7 @@ def _reflected(x: Tensor, theta: Any) -> Tensor | None:
 
 
 def _rms_norm(step: Step, outputs: list[Tensor]) -> list[Any] | None:
-    from modhifi.ladder.rules import normalised
+    from modhifi.bounds.propagation.rules import normalised
 
     module: Any = step.func
     x, eps, gamma = step.inputs[0], _eps(module), _gain(module, step.inputs[0], outputs[0])

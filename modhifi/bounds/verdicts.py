@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from modhifi.bounds.confidence import divided_alpha, settling_n_mean, settling_n_rate
+from modhifi.bounds.statistical import QUANTILE, Forgetting, Interval, Statistical, Units, nll_cap
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
-from modhifi.ladder.units import QUANTILE, Forgetting, Interval, Statistical, Units, nll_cap
-from modhifi.statistics import divided_alpha, settling_n_mean, settling_n_rate
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modhifi.bounds.certified import OUTPUT_SLACK, Certified, certify, logits_of
+from modhifi.bounds.propagation.newton import ROUNDS
+from modhifi.bounds.statistical import Forgetting, Statistical, Units, forgetting, run_units, statistical
+from modhifi.bounds.telescoping import LayerShare, hybrid_changes
+from modhifi.bounds.verdicts import Tolerances, Verdict, enforce, forgetting_verdict, judge, self_test
 from modhifi.data.labels import populations
 from modhifi.data.samples import Samples
 from modhifi.disk import jsonable
 from modhifi.errors import ModhifiError
-from modhifi.ladder.certified import OUTPUT_SLACK, Certified, certify, logits_of
-from modhifi.ladder.hybrids import LayerShare, hybrid_changes
-from modhifi.ladder.newton import ROUNDS
-from modhifi.ladder.units import Forgetting, Statistical, Units, forgetting, run_units, statistical
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
-from modhifi.verdicts import Tolerances, Verdict, enforce, forgetting_verdict, judge, self_test
 
 # Beyond this the float64 walk takes longer than the pruning itself.
 WALKED_PARAMETERS = 10_000_000

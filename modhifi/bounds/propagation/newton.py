@@ -17,10 +17,10 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from modhifi.ladder.affine import Pending
-from modhifi.ladder.bound import Bound, nothing, settle_nan, slice_norm, total
-from modhifi.ladder.modules import as_function
-from modhifi.ladder.step import Record, Rule, Step
+from modhifi.bounds.propagation.affine import Pending
+from modhifi.bounds.propagation.interval import Bound, nothing, settle_nan, slice_norm, total
+from modhifi.bounds.propagation.module_rules import as_function
+from modhifi.bounds.propagation.operation import Record, Rule, Step
 from modhifi.structure.torch_ops import swap, tensors_in
 
 ROUNDS = 8

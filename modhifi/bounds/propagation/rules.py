@@ -14,13 +14,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from modhifi.ladder.affine import Affine, Pending, conv_options
-from modhifi.ladder.attention import ATTENTION
-from modhifi.ladder.bound import UP, Bound, add_rule, coarsen, mul_rule, nothing, total
-from modhifi.ladder.places import PLACES
-from modhifi.ladder.step import Record, Rule, Step
-from modhifi.lipschitz import activation_constant, batchnorm_scale, norm_constant
-from modhifi.local_bounds import norm_rule
+from modhifi.bounds.lipschitz import activation_constant, batchnorm_scale, norm_constant
+from modhifi.bounds.local_lipschitz import norm_rule
+from modhifi.bounds.propagation.affine import Affine, Pending, conv_options
+from modhifi.bounds.propagation.attention_rules import ATTENTION
+from modhifi.bounds.propagation.interval import UP, Bound, add_rule, coarsen, mul_rule, nothing, total
+from modhifi.bounds.propagation.operation import Record, Rule, Step
+from modhifi.bounds.propagation.shape_rules import PLACES
 from modhifi.structure.torch_ops import tensors_in
 
 

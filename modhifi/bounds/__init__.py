@@ -1,0 +1,1 @@
+"""How far two models can differ: sound constants, propagation, confidence, verdicts."""
