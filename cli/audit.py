@@ -35,8 +35,8 @@ def audit(
     """Try to get forgotten classes back: norms re-estimated, probes, neighbours, prototypes; beside an output mask."""
     import json
 
+    from modhifi.artifacts.report import render_html
     from modhifi.disk import check_file, jsonable
-    from modhifi.report import render_html
     from modhifi.unlearning.pipeline import run_audit
 
     check_file(out, "--out", json="figures", html="a page")

@@ -14,7 +14,7 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="An artefact's 
 
 def diff(first: RunArgument, second: RunArgument, as_json: JsonOption = False) -> None:
     """Compare two artefacts or reports: figures, kept widths, settings, verdicts, and whether the weights are equal."""
-    from modhifi.differences import diff_runs
+    from modhifi.artifacts.diff import diff_runs
 
     found = diff_runs(first, second)
     if as_json:
@@ -26,7 +26,7 @@ def diff(first: RunArgument, second: RunArgument, as_json: JsonOption = False) -
 def _show(found: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from modhifi.report import number, plain
+    from modhifi.artifacts.report import number, plain
 
     console = stdout_console()
     if found["figures"]:

@@ -198,11 +198,11 @@ def prune(
     """Make a model physically smaller, without its training data, labels or gradients."""
     import shlex
 
+    from modhifi.artifacts.summary import check_summary, write_summary
     from modhifi.calibration.cache import MomentCache
     from modhifi.pipeline import run_prune
     from modhifi.recipe import parse_recipe
     from modhifi.recipe_file import apply_overrides, read_yaml
-    from modhifi.summary import check_summary, write_summary
 
     if recipe is not None:
         content = read_yaml(recipe)
@@ -302,7 +302,7 @@ def show(report: dict[str, Any], path: Path | None) -> None:
     """The run on one screen."""
     from rich.table import Table
 
-    from modhifi.report import change, number
+    from modhifi.artifacts.report import change, number
 
     console = stdout_console()
     for warning in report["warnings"]:

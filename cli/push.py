@@ -19,7 +19,7 @@ def check_pushed(repo: str | None, out: str | Path | None) -> None:
     """Raise ModhifiError, before the work, for an upload of nothing, a bad name or no login."""
     if repo is None:
         return
-    from modhifi.push import check_push
+    from modhifi.artifacts.push import check_push
 
     if out is None:
         raise ModhifiError(
@@ -32,6 +32,6 @@ def pushed(path: Path | None, repo: str | None) -> None:
     """Upload what was written, if that was asked for, and say where it is."""
     if path is None or repo is None:
         return
-    from modhifi.push import push
+    from modhifi.artifacts.push import push
 
     typer.echo(f"uploaded: {push(path, repo)}", err=True)

@@ -102,8 +102,8 @@ def run(
     """Run a recipe: every step in order; exit code 1 where a check fails, after everything is written."""
     import shlex
 
+    from modhifi.artifacts.summary import check_summary, write_summary
     from modhifi.recipe_run import How, run_recipe
-    from modhifi.summary import check_summary, write_summary
 
     parsed = read(recipe, set_values, out)
     check_summary(summary, parsed.out)

@@ -113,9 +113,9 @@ def unlearn(
     """Make a classifier forget classes with forward passes only, then attack the result. No proof of data deletion."""
     import shlex
 
+    from modhifi.artifacts.summary import check_summary, write_summary
     from modhifi.recipe_file import apply_overrides, read_yaml
     from modhifi.recipe_run import require_forgotten
-    from modhifi.summary import check_summary, write_summary
     from modhifi.unlearning.pipeline import run_unlearn
     from modhifi.unlearning.recipe import parse_unlearn_recipe
 

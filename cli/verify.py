@@ -76,9 +76,9 @@ def verify(
 
     Exit code 0 where every tolerance given is met, 1 where one is not or stays open, 3 if the self-test fails.
     """
+    from modhifi.artifacts.summary import check_summary, write_summary
     from modhifi.bounds.verdicts import Tolerances
     from modhifi.recipe import ModelSource
-    from modhifi.summary import check_summary, write_summary
     from modhifi.verify_artifact import verify_artifact
 
     check_summary(summary)

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from modhifi.artifact import save_artifact
+from modhifi.artifacts.export import SUFFIXES, check_export
+from modhifi.artifacts.export import export as export_model
+from modhifi.artifacts.reload_check import reload_alike
+from modhifi.artifacts.report import data_uri
+from modhifi.artifacts.save import save_artifact
 from modhifi.bounds.ladder import BoundReport, verify_model
 from modhifi.calibration.batchnorm import reestimate_batchnorm
 from modhifi.calibration.block_stream import find_blocks
@@ -24,8 +28,6 @@ from modhifi.data.sources import load_samples
 from modhifi.defaults import complete
 from modhifi.disk import check_output
 from modhifi.errors import ModhifiError
-from modhifi.export import SUFFIXES, check_export
-from modhifi.export import export as export_model
 from modhifi.models.artifact import read_manifest
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
@@ -34,8 +36,6 @@ from modhifi.progress import Clock, Progress, silent
 from modhifi.prune_report import before_after, describe, measure_run, measured, skipped
 from modhifi.pruning import contribute, prune_model
 from modhifi.recipe import ModelSource, PruneRecipe
-from modhifi.reload import verify_reload
-from modhifi.report import data_uri
 from modhifi.run_checks import add_bounds, add_groups
 from modhifi.stages import find_structure
 from modhifi.structure.expand import expand
@@ -246,20 +246,6 @@ def place(loaded: LoadedModel, device: torch.device | str, offload: bool) -> Non
         let_visit(loaded.model, find_blocks(loaded.model, lambda: loaded.run(loaded.example)), device)
     else:
         loaded.model.to(device)
-
-
-def reload_alike(path: Path, loaded: LoadedModel, edited: nn.Module, held: Samples) -> Tensor:
-    """Load an artefact again and compare its outputs with those of ``edited``, on the CPU; the batch that was used.
-
-    Where no library builds the dense module anew, the one in memory is its skeleton. Raises SelfTestFailed if anything
-    differs.
-    """
-    batch = next(held.batches(min(4, len(held))))
-    with torch.no_grad():
-        expected = loaded.logits(batch, edited)
-    own = read_manifest(path)["model"]["framework"] == "torch"
-    verify_reload(path, batch, expected, loaded.model if own else None)
-    return batch
 
 
 def check_model(loaded: LoadedModel) -> dict[str, Any]:

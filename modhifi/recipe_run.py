@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from modhifi.artifacts.report import render_html
 from modhifi.bounds.ladder import BoundReport
 from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.distributed import launched
@@ -21,7 +22,6 @@ from modhifi.progress import Progress, silent
 from modhifi.recipe import PruneRecipe
 from modhifi.recipe_file import set_value, to_yaml
 from modhifi.recipe_steps import STEP, AuditRecipe, Recipe, StepsRecipe, VerifyRecipe, parse
-from modhifi.report import render_html
 from modhifi.unlearning.audit_text import VERDICTS
 from modhifi.unlearning.pipeline import run_audit, run_unlearn
 from modhifi.unlearning.recipe import UnlearnRecipe

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from modhifi.artifacts.report import number
 from modhifi.bounds.ladder import BoundReport
-from modhifi.report import number
 from modhifi.structure.groups import Structure
 
 LAYERS_SHOWN = 20

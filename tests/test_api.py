@@ -11,7 +11,8 @@ from PIL import Image
 from torch import nn
 
 import modhifi
-from modhifi import api, artifact
+from modhifi import api
+from modhifi.artifacts import save
 from modhifi.data import in_memory
 from modhifi.errors import ModhifiError
 
@@ -36,7 +37,7 @@ def test_the_functions_are_public_and_files_of_their_names_do_not_hide_them() ->
     import modhifi.verify  # noqa: F401
 
     assert {"load", "load_model", "prune", "score", "unlearn", "verify"} <= set(dir(modhifi))
-    assert modhifi.verify is api.verify and modhifi.load is artifact.load and modhifi.unlearn is api.unlearn
+    assert modhifi.verify is api.verify and modhifi.load is save.load and modhifi.unlearn is api.unlearn
 
 
 def net() -> nn.Module:

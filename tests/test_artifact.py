@@ -20,8 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import modhifi
-from modhifi import artifact, disk, report
-from modhifi.artifact import save_artifact
+from modhifi import disk
+from modhifi.artifacts import report
+from modhifi.artifacts import save as save_module
+from modhifi.artifacts.reload_check import compare_outputs, verify_reload
+from modhifi.artifacts.save import save_artifact
 from modhifi.data.samples import Samples, describe_data
 from modhifi.disk import check_output
 from modhifi.errors import ModhifiError, SelfTestFailed
@@ -29,7 +32,6 @@ from modhifi.models.artifact import load_artifact, read_manifest, weights_match
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.weights import state_hash
-from modhifi.reload import compare_outputs, verify_reload
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import shrink
@@ -281,7 +283,7 @@ def test_half_precision_keeps_its_dtypes(tmp_path):
 
 
 def test_large_weights_are_sharded(tmp_path, monkeypatch):
-    monkeypatch.setattr(artifact, "SHARD", "40KB")
+    monkeypatch.setattr(save_module, "SHARD", "40KB")
     loaded = tiny()
     out = save(tmp_path / "a", loaded, loaded.model)
     assert len(list(out.glob("model-*-of-*.safetensors"))) > 1 and not (out / "model.safetensors").exists()

@@ -14,10 +14,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from modhifi.artifacts.diff import diff_runs
+from modhifi.artifacts.summary import junit, markdown, write_summary
 from modhifi.cli.main import app
-from modhifi.differences import diff_runs
 from modhifi.errors import ModhifiError
-from modhifi.summary import junit, markdown, write_summary
 
 ROOT = Path(__file__).resolve().parent.parent
 runner = CliRunner()

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from modhifi import export as export_module
+from modhifi.artifacts import export as export_module
+from modhifi.artifacts.export import check_export, export
 from modhifi.errors import GateFailed, ModhifiError
-from modhifi.export import check_export, export
 
 HAVE_ONNX = all(importlib.util.find_spec(name) for name in export_module.ONNX_PACKAGES)
 needs_onnx = pytest.mark.skipif(not HAVE_ONNX, reason="the onnx extra is not installed")

@@ -10,7 +10,7 @@ import tiny_transformers
 import torch
 from safetensors.torch import save_file
 
-from modhifi.artifact import save_artifact
+from modhifi.artifacts.save import save_artifact
 from modhifi.models.artifact import load
 from modhifi.models.load import load_model
 from modhifi.pipeline import check_model

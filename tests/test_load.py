@@ -435,9 +435,9 @@ def test_modhifi_directory_goes_to_the_artefact_loader(tmp_path: Path, monkeypat
     save_timm(tmp_path)
     expected = load(tmp_path)
     (tmp_path / "modhifi.json").write_text("{}")
-    stub = types.ModuleType("modhifi.artifact")
+    stub = types.ModuleType("modhifi.artifacts.save")
     stub.load_artifact = lambda directory: expected if directory == tmp_path else None  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "modhifi.artifact", stub)
+    monkeypatch.setitem(sys.modules, "modhifi.artifacts.save", stub)
     assert load(tmp_path) is expected
 
 

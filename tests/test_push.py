@@ -61,7 +61,7 @@ def test_the_card_has_the_metadata_of_the_hub_and_its_snippet_runs(artefact: Pat
 
 
 def test_an_upload_can_be_loaded_from_the_hub(artefact: Path, server: HubServer) -> None:
-    from modhifi.push import push
+    from modhifi.artifacts.push import push
 
     url = push(artefact, "someone/small")
     repository = server.repositories["someone/small"]

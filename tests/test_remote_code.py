@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from modhifi.artifact import save_artifact
+from modhifi.artifacts.save import save_artifact
 from modhifi.models.artifact import load_artifact
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel

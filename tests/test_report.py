@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from modhifi.artifacts.report import change, data_uri, number, plain, render_html, tone
 from modhifi.disk import jsonable
-from modhifi.report import change, data_uri, number, plain, render_html, tone
 
 REPORT = {
     "schema_version": 1,

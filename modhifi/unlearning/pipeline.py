@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from modhifi.artifact import save_artifact
+from modhifi.artifacts.reload_check import reload_alike
+from modhifi.artifacts.report import data_uri
+from modhifi.artifacts.save import save_artifact
 from modhifi.bounds.ladder import BoundReport, verify_unlearned
 from modhifi.calibration.distributed import launched
 from modhifi.calibration.prefix_cache import Passes
@@ -23,9 +25,8 @@ from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.weights import state_hash
-from modhifi.pipeline import NOTHING, Given, load_source, original_of, reload_alike
+from modhifi.pipeline import NOTHING, Given, load_source, original_of
 from modhifi.progress import Clock, Progress, silent
-from modhifi.report import data_uri
 from modhifi.run_checks import add_bounds
 from modhifi.unlearning.audit import MEASURES, audit
 from modhifi.unlearning.data import UnlearnData, count_classes, find_classes, load_unlearn_data

@@ -6,16 +6,16 @@ A module is taken for what its name says only if its output on the tensors at ha
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modhifi.bounds.lipschitz import SLOPES
-
-if TYPE_CHECKING:
-    from modhifi.bounds.propagation.operation import Step
+from modhifi.bounds.propagation.interval import UP, coarsen
+from modhifi.bounds.propagation.operation import Step
+from modhifi.bounds.propagation.rules import normalised
 
 ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "NewGELUActivation": ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
@@ -55,8 +55,6 @@ def _activation(step: Step, outputs: list[Tensor]) -> list[Any] | None:
 
 
 def _isometry(step: Step, outputs: list[Tensor]) -> list[Any] | None:
-    from modhifi.bounds.propagation.interval import UP, coarsen
-
     module: Any = step.func
     x, out = step.inputs[0], outputs[0]
     if x.ndim < 2 or x.shape != out.shape or any(id(p) in step.twins for p in module.parameters()):
@@ -94,8 +92,6 @@ def _reflected(x: Tensor, theta: Any) -> Tensor | None:
 
 
 def _rms_norm(step: Step, outputs: list[Tensor]) -> list[Any] | None:
-    from modhifi.bounds.propagation.rules import normalised
-
     module: Any = step.func
     x, eps, gamma = step.inputs[0], _eps(module), _gain(module, step.inputs[0], outputs[0])
     if gamma is None or eps is None or id(module.weight) in step.twins:

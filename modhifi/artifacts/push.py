@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from modhifi.card import model_card
+from modhifi.artifacts.model_card import model_card
 from modhifi.errors import ModhifiError
 from modhifi.models.artifact import read_manifest
 from modhifi.models.hub import explained

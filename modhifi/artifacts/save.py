@@ -7,21 +7,19 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
-from modhifi.disk import check_output, staging
+from modhifi.disk import check_output, jsonable, staging
 from modhifi.models.artifact import MANIFEST, SCHEMA_VERSION, WEIGHTS, file_hash, installed_versions
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.skeleton import is_stock, own_config, record
 from modhifi.models.weights import state_hash
-
-if TYPE_CHECKING:
-    from modhifi.structure.groups import Structure
-    from modhifi.structure.plan import Plan
+from modhifi.structure.groups import Structure
+from modhifi.structure.plan import Plan
 
 SHARD = "5GB"
 
@@ -47,9 +45,8 @@ def save_artifact(
     stays until then. Raises ModhifiError where :func:`check_output` does or if the disk is full.
     """
     # Drawing libraries, which loading an artefact does without.
-    from modhifi.card import model_card
-    from modhifi.disk import jsonable
-    from modhifi.report import render_html
+    from modhifi.artifacts.model_card import model_card
+    from modhifi.artifacts.report import render_html
 
     out = Path(out).expanduser().absolute()
     check_output(out, force)
@@ -131,8 +128,8 @@ def _write_ecosystem_files(
         whole = (directory / WEIGHTS).is_file()  # timm reads no shards
         return ("create_model" if whole and is_stock(edited, loaded, None, changes) else None), None
     elif framework == "transformers":
+        from modhifi.artifacts.remote_code import add_code
         from modhifi.models.from_transformers import auto_class
-        from modhifi.remote_code import add_code
 
         config = own_config(edited)
         stock = auto_class(config) if is_stock(edited, loaded, config, changes) else None

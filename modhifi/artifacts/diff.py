@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from modhifi.artifacts.report import change
 from modhifi.errors import ModhifiError
-from modhifi.report import change
+from modhifi.models.artifact import MANIFEST, read_manifest
 
 ABSENT = "absent"
 
@@ -34,7 +35,6 @@ def diff_runs(first: str | Path, second: str | Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    from modhifi.models.artifact import MANIFEST, read_manifest
 
     file = path / "report.json" if path.is_dir() else path
     try:

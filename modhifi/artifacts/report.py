@@ -45,7 +45,7 @@ RUNGS = ("INFORMATIVE", "VACUOUS", "not available")
 def render_html(report: Mapping[str, Any]) -> str:
     """The page of a report: no network, no script, readable on a phone and on paper, in light and dark."""
     environment = Environment(
-        loader=PackageLoader("modhifi", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("modhifi.artifacts", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": number, "plain": plain, "tone": tone}
     groups = report.get("groups") or []

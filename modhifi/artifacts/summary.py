@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as XML
 
+from modhifi.artifacts.report import change, number
 from modhifi.disk import check_file
-from modhifi.report import change, number
 
 FAILED = ("FAIL", "INCONCLUSIVE", "BUG")
 Report = Mapping[str, Any]

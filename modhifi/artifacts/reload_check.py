@@ -12,7 +12,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from modhifi.data.samples import Samples
 from modhifi.errors import SelfTestFailed
+from modhifi.models.artifact import load_artifact, read_manifest
+from modhifi.models.loaded import LoadedModel
+
+
+def reload_alike(path: Path, loaded: LoadedModel, edited: nn.Module, held: Samples) -> Tensor:
+    """Load an artefact again and compare its outputs with those of ``edited``, on the CPU; the batch that was used.
+
+    Where no library builds the dense module anew, the one in memory is its skeleton. Raises SelfTestFailed if anything
+    differs.
+    """
+    batch = next(held.batches(min(4, len(held))))
+    with torch.no_grad():
+        expected = loaded.logits(batch, edited)
+    own = read_manifest(path)["model"]["framework"] == "torch"
+    verify_reload(path, batch, expected, loaded.model if own else None)
+    return batch
 
 
 def verify_reload(directory: str | Path, batch: Tensor, expected: Tensor, skeleton: nn.Module | None = None) -> None:
@@ -21,8 +38,6 @@ def verify_reload(directory: str | Path, batch: Tensor, expected: Tensor, skelet
     ``expected`` are the logits of the model in memory, computed on the CPU. With a ``skeleton``, which no other process
     has, the artefact is loaded in this one. Raises SelfTestFailed if anything differs or the process fails.
     """
-    from modhifi.models.artifact import load_artifact  # which offers this function as its own
-
     if skeleton is not None:
         with torch.inference_mode():
             outputs = load_artifact(directory, skeleton).logits(batch)
@@ -34,7 +49,7 @@ def verify_reload(directory: str | Path, batch: Tensor, expected: Tensor, skelet
             # The same number of threads: sums over other shares round differently.
             arguments = [str(Path(directory).absolute()), str(file), str(torch.get_num_threads())]
             run = subprocess.run(
-                [sys.executable, "-c", "from modhifi.reload import _child; _child()", *arguments],
+                [sys.executable, "-c", "from modhifi.artifacts.reload_check import _child; _child()", *arguments],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
                 capture_output=True,
                 text=True,
@@ -56,8 +71,6 @@ def compare_outputs(outputs: Tensor, expected: Tensor) -> str:
 
 def _child() -> None:
     """The fresh process of :func:`verify_reload`."""
-    from modhifi.models.artifact import load_artifact
-
     directory, file, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     given = load_file(file)

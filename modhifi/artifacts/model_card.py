@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from modhifi.report import change, number
+from modhifi.artifacts.report import change, number
 
 PIPELINES = {"image": "image-classification", "text": "text-generation", "encoder": "feature-extraction"}
 HEADS = {"SequenceClassification": "text-classification", "MaskedLM": "fill-mask"}

@@ -1,0 +1,1 @@
+"""What a run writes: weights, manifest, card, report, exports."""
