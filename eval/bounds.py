@@ -25,7 +25,6 @@ from common import DEMO_MODEL, Missing, cifar10, reference, write_results
 from lm_prune import smollm2
 from torch import nn
 
-from modhifi.allocate import Budget
 from modhifi.bounds.certified import certify
 from modhifi.bounds.ladder import BoundReport, verify_model
 from modhifi.bounds.propagation.affine import Norms
@@ -34,8 +33,17 @@ from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.settings import PruneSettings
-from modhifi.stages import Pruned, apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+from modhifi.pruning.allocation import Budget
+from modhifi.pruning.settings import PruneSettings
+from modhifi.pruning.stages import (
+    Pruned,
+    apply_plan,
+    choose_groups,
+    find_structure,
+    make_plan,
+    measure_moments,
+    removal_curves,
+)
 
 RATIOS = (0.1, 0.25, 0.5)
 # Depths, evenly spread, from which on the edits are bounded alone.

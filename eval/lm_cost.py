@@ -14,8 +14,8 @@ import torch
 from common import write_results
 from lm_prune import SETTINGS, WINDOW, smollm2, wikitext
 
-from modhifi.allocate import Budget
-from modhifi.pruning import prune_model
+from modhifi.pruning.allocation import Budget
+from modhifi.pruning.prune import prune_model
 
 
 def seconds(run: Callable[[], object]) -> float:

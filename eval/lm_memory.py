@@ -14,14 +14,14 @@ import torch
 import transformers
 from common import write_results
 
-from modhifi.allocate import Budget
 from modhifi.data.samples import Samples
 from modhifi.measure import with_peak_memory
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.pruning import prune_model
-from modhifi.settings import PruneSettings
-from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+from modhifi.pruning.allocation import Budget
+from modhifi.pruning.prune import prune_model
+from modhifi.pruning.settings import PruneSettings
+from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 
 DEPTHS, HIDDEN, FFN, WINDOWS, WINDOW = (2, 4, 8, 16), 64, 1024, 4, 128
 SETTINGS = PruneSettings(layout="uniform", rows_per_column=None, batch_size=2, floor=0.8)

@@ -24,18 +24,19 @@ from common import RESULTS, Missing, write_results
 from lm_peers import BlockStatistics, flap, short_gpt, slice_gpt
 from torch import nn
 
-from modhifi.allocate import Budget
 from modhifi.calibration.moments import Moments
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.measure import NextTokens
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.probing import amplification, best_plan, plans_between
-from modhifi.readers import readers_of
-from modhifi.selection import Curve, removal_order
-from modhifi.settings import PruneSettings
-from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+from modhifi.pruning.allocation import Budget
+from modhifi.pruning.elimination import Curve
+from modhifi.pruning.readers import readers_of
+from modhifi.pruning.selectors import removal_order
+from modhifi.pruning.sensitivity import amplification, best_plan, plans_between
+from modhifi.pruning.settings import PruneSettings
+from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
 

@@ -20,12 +20,12 @@ from tempfile import TemporaryDirectory
 from lm_prune import HELD, SETTINGS, WINDOW, Table, cached, smollm2, wikitext
 from torch import nn
 
-from modhifi.allocate import Budget
 from modhifi.calibration.moments import Moments
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.models.loaded import LoadedModel
-from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+from modhifi.pruning.allocation import Budget
+from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 from modhifi.structure.groups import Structure
 
 RATIOS = (0.05, 0.1, 0.2)

@@ -17,15 +17,15 @@ from common import Missing, cifar10, efficientnet_lite0, imagenet_sample, refere
 from torch import nn
 
 from modhifi import measure
-from modhifi.allocate import Budget
 from modhifi.calibration.batchnorm import reestimate_batchnorm
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.pruning import prune_model
-from modhifi.settings import PruneSettings
-from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+from modhifi.pruning.allocation import Budget
+from modhifi.pruning.prune import prune_model
+from modhifi.pruning.settings import PruneSettings
+from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 
 LADDER = [
     ("magnitude", "none"),

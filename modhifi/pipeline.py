@@ -34,10 +34,10 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.models.offload import let_visit
 from modhifi.progress import Clock, Progress, silent
 from modhifi.prune_report import before_after, describe, measure_run, measured, skipped
-from modhifi.pruning import contribute, prune_model
+from modhifi.pruning.prune import contribute, prune_model
+from modhifi.pruning.stages import find_structure
 from modhifi.recipe import ModelSource, PruneRecipe
 from modhifi.run_checks import add_bounds, add_groups
-from modhifi.stages import find_structure
 from modhifi.structure.expand import expand
 from modhifi.structure.families import says
 from modhifi.structure.plan import Plan

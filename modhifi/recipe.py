@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from modhifi.allocate import Budget
 from modhifi.bounds.verdicts import Tolerances
+from modhifi.pruning.allocation import Budget
+from modhifi.pruning.settings import PruneSettings
 from modhifi.recipe_file import Strict, validate
-from modhifi.settings import PruneSettings
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 

@@ -23,8 +23,8 @@ from modhifi.models.skeleton import same_modules, same_shapes
 from modhifi.models.weights import state_hash
 from modhifi.pipeline import load_source
 from modhifi.progress import Progress, silent
+from modhifi.pruning.stages import find_structure
 from modhifi.recipe import ModelSource
-from modhifi.stages import find_structure
 from modhifi.structure.expand import expand, plan_of
 
 

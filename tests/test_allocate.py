@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from modhifi.allocate import Budget, allocate, least_width, plan_for, step_of
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
-from modhifi.selection import Curve
-from modhifi.stages import find_structure
+from modhifi.pruning.allocation import Budget, allocate, least_width, plan_for, step_of
+from modhifi.pruning.elimination import Curve
+from modhifi.pruning.stages import find_structure
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.plan import Plan
 from modhifi.structure.sizes import sizes_of

@@ -8,16 +8,16 @@ import pytest
 import torch
 import transformers
 
-from modhifi import blockwise
-from modhifi.allocate import Budget
 from modhifi.calibration.block_stream import Stream, find_blocks
 from modhifi.calibration.moments import Moments
 from modhifi.data.samples import Samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.pruning import prune_model
-from modhifi.settings import PruneSettings
-from modhifi.stages import find_structure
+from modhifi.pruning import blockwise
+from modhifi.pruning.allocation import Budget
+from modhifi.pruning.prune import prune_model
+from modhifi.pruning.settings import PruneSettings
+from modhifi.pruning.stages import find_structure
 from tests import tiny_text
 
 

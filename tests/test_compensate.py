@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modhifi.compensate import least_squares, least_squares_towards, local_error, masked, scaled
 from modhifi.errors import ModhifiError
-from modhifi.fidelity import compensation
+from modhifi.pruning.compensation import least_squares, least_squares_towards, local_error, masked, scaled
+from modhifi.pruning.fidelity import compensation
 
 quick = settings(max_examples=15, deadline=None, derandomize=True)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modhifi.fidelity import (
+from modhifi.pruning.fidelity import (
     compensation,
     energy_score,
     hifi_size,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from modhifi.models.load import load_model
 from modhifi.pipeline import check_model
-from modhifi.settings import PruneSettings
-from modhifi.stages import choose_groups
+from modhifi.pruning.settings import PruneSettings
+from modhifi.pruning.stages import choose_groups
 from modhifi.structure.groups import Group
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import mask_readers, shrink

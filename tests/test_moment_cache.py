@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 import modhifi
-from modhifi.allocate import Budget
 from modhifi.calibration import cache
 from modhifi.calibration.cache import MomentCache
 from modhifi.data.in_memory import from_items
 from modhifi.models.weights import state_hash
-from modhifi.pruning import prune_model
-from modhifi.settings import PruneSettings
+from modhifi.pruning.allocation import Budget
+from modhifi.pruning.prune import prune_model
+from modhifi.pruning.settings import PruneSettings
 
 SAMPLES = 48
 

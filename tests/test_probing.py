@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from modhifi.allocate import Budget
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.probing import PROBES, amplification, best_plan, output_change, plans_between
-from modhifi.pruning import prune_model
-from modhifi.settings import PruneSettings
-from modhifi.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+from modhifi.pruning.allocation import Budget
+from modhifi.pruning.prune import prune_model
+from modhifi.pruning.sensitivity import PROBES, amplification, best_plan, output_change, plans_between
+from modhifi.pruning.settings import PruneSettings
+from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 from tests import tiny_text
 
 SETTINGS = PruneSettings(rows_per_column=None, batch_size=4, only=("neurons",))

@@ -19,8 +19,8 @@ from modhifi.cli.main import app
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
-from modhifi.settings import PruneSettings
-from modhifi.stages import find_structure, measure_moments
+from modhifi.pruning.settings import PruneSettings
+from modhifi.pruning.stages import find_structure, measure_moments
 
 LAUNCHERS = {
     "accelerate": [

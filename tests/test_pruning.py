@@ -7,18 +7,19 @@ import pytest
 import torch
 
 from modhifi import measure
-from modhifi.allocate import Budget
 from modhifi.calibration.batchnorm import reestimate_batchnorm
-from modhifi.compensate import local_error
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.pruning import prune_model
-from modhifi.readers import applied_second, shrinkage
-from modhifi.settings import PruneSettings
-from modhifi.stages import choose_groups, find_structure, measure_moments
+from modhifi.pruning.allocation import Budget
+from modhifi.pruning.compensation import local_error
+from modhifi.pruning.linalg import shrinkage
+from modhifi.pruning.prune import prune_model
+from modhifi.pruning.readers import applied_second
+from modhifi.pruning.settings import PruneSettings
+from modhifi.pruning.stages import choose_groups, find_structure, measure_moments
 from modhifi.structure.operators import weight_matrix
 
 

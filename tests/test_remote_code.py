@@ -18,7 +18,7 @@ from modhifi.artifacts.save import save_artifact
 from modhifi.models.artifact import load_artifact
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.stages import find_structure
+from modhifi.pruning.stages import find_structure
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import shrink
 

@@ -8,20 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modhifi.compensate import least_squares, local_error
 from modhifi.errors import IndefiniteError, ModhifiError
-from modhifi.fidelity import energy_score, singleton_fidelity, subset_fidelity, top_hifi, wanda_score
-from modhifi.readers import Reader
-from modhifi.selection import (
-    WIDE,
-    Curve,
-    Elimination,
-    damped_inverse,
-    eliminate,
-    hifi_union,
-    naive_rank,
-    removal_order,
-)
+from modhifi.pruning.compensation import least_squares, local_error
+from modhifi.pruning.elimination import WIDE, Curve, Elimination, eliminate
+from modhifi.pruning.fidelity import energy_score, singleton_fidelity, subset_fidelity, top_hifi, wanda_score
+from modhifi.pruning.linalg import damped_inverse
+from modhifi.pruning.readers import Reader
+from modhifi.pruning.selectors import hifi_union, naive_rank, removal_order
 
 quick = settings(max_examples=12, deadline=None, derandomize=True)
 TINY = 1e-10  # a ridge that leaves least squares as good as exact

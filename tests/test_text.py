@@ -18,7 +18,7 @@ from modhifi.errors import ModhifiError
 from modhifi.measure import NextTokens, compare, perplexity
 from modhifi.models.load import load_model
 from modhifi.models.loaded import PADDING, LoadedModel
-from modhifi.stages import find_structure
+from modhifi.pruning.stages import find_structure
 from modhifi.structure.operators import operator_modules
 from tests import tiny_text
 

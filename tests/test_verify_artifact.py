@@ -19,7 +19,7 @@ from modhifi import pipeline
 from modhifi.cli.main import app
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
-from modhifi.stages import find_structure
+from modhifi.pruning.stages import find_structure
 from modhifi.structure.expand import expand
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import mask_readers, shrink

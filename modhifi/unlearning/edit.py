@@ -15,9 +15,9 @@ from modhifi.calibration.moments import Moments
 from modhifi.calibration.prefix_cache import Passes
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
-from modhifi.fidelity import singleton_fidelity
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
+from modhifi.pruning.fidelity import singleton_fidelity
 from modhifi.structure.operators import absorb_mean, columns_of, conv_groups, weight_matrix, write_weight
 from modhifi.unlearning import methods
 from modhifi.unlearning.methods import Edit

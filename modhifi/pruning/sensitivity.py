@@ -9,17 +9,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from modhifi.allocate import Budget
 from modhifi.calibration.moments import Moments
 from modhifi.calibration.replay import Replay
 from modhifi.data.samples import Samples
-from modhifi.editing import compensated, store, write_compensated
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
-from modhifi.selection import Curve, Trial
-from modhifi.settings import PruneSettings
-from modhifi.stages import make_plan, trial_size
+from modhifi.pruning.allocation import Budget
+from modhifi.pruning.editing import compensated, store, write_compensated
+from modhifi.pruning.elimination import Curve, Trial
+from modhifi.pruning.settings import PruneSettings
+from modhifi.pruning.stages import make_plan, trial_size
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import removed_positions

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from modhifi.allocate import Budget, allocate
 from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.collect import collect
 from modhifi.calibration.distributed import ALONE, Processes, merged
@@ -18,14 +17,16 @@ from modhifi.calibration.gram_quality import GramQuality
 from modhifi.calibration.memory import check_room
 from modhifi.calibration.moments import Moments
 from modhifi.data.samples import Samples
-from modhifi.editing import LayerError, edit_readers
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
-from modhifi.readers import readers_of
-from modhifi.selection import Curve, eliminate, hifi_union, removal_order
-from modhifi.sequential import edit_sequentially, joint_moments
-from modhifi.settings import PruneSettings
+from modhifi.pruning.allocation import Budget, allocate
+from modhifi.pruning.editing import LayerError, edit_readers
+from modhifi.pruning.elimination import Curve, eliminate
+from modhifi.pruning.readers import readers_of
+from modhifi.pruning.selectors import hifi_union, removal_order
+from modhifi.pruning.sequential import edit_sequentially, joint_moments
+from modhifi.pruning.settings import PruneSettings
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import operator_modules
 from modhifi.structure.plan import Plan

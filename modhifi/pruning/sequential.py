@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from modhifi.calibration.collect import MomentCollector
 from modhifi.calibration.im2col import reader_rows
 from modhifi.calibration.moments import Accumulator, Moments
-from modhifi.compensate import least_squares_towards
 from modhifi.models.hooks import batch_statistics, only_input
 from modhifi.models.loaded import real_tokens
-from modhifi.readers import mean_diagonal, shrinkage, shrunk
+from modhifi.pruning.compensation import least_squares_towards
+from modhifi.pruning.linalg import mean_diagonal, shrinkage, shrunk
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import absorb_mean, kernel_size, weight_matrix, write_weight
 from modhifi.structure.plan import Plan

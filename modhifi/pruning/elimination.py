@@ -7,15 +7,14 @@ curves of different selectors and groups can be compared and allocated together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from modhifi.errors import IndefiniteError, ModhifiError
-from modhifi.fidelity import energy_score, hifi_size, singleton_fidelity, top_hifi, wanda_score
-from modhifi.readers import Reader, best_singletons
+from modhifi.errors import IndefiniteError
+from modhifi.pruning.linalg import damped_inverse
+from modhifi.pruning.readers import Reader, best_singletons
 
 
 @dataclass(frozen=True)
@@ -192,63 +191,6 @@ class Elimination:
         return tuple(result)
 
 
-def damped_inverse(second: Tensor, ridge: float) -> Tensor:
-    """``(S + λI)⁻¹`` with λ = ``ridge`` times the mean diagonal.
-
-    If the matrix is not positive definite, λ grows tenfold up to four times; then it is an error.
-    """
-    scale = float(second.diagonal().mean()) or 1.0
-    for attempt in range(5):
-        damped = second.clone()
-        damped.diagonal().add_(ridge * 10**attempt * scale)
-        inverse = _inverse(damped)
-        if inverse is not None:
-            return inverse
-    raise IndefiniteError
-
-
-def _inverse(matrix: Tensor) -> Tensor | None:
-    """Inverse of a positive definite matrix by halves, nearly all of it in matrix products; None if it is not one.
-
-    LAPACK's own (``cholesky_inverse``) does less work, but on busy cores its threads wait for each other.
-    """
-    n = len(matrix)
-    if n <= 256:
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        if int(info):
-            return None
-        identity = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
-        root = torch.linalg.solve_triangular(factor, identity, upper=False)
-        return root.T @ root
-    half = n // 2
-    head = _inverse(matrix[:half, :half])
-    if head is None:
-        return None
-    cross = head @ matrix[:half, half:]
-    tail = _inverse(_minus(matrix[half:, half:].clone(), matrix[half:, :half], cross))
-    if tail is None:
-        return None
-    result = torch.empty_like(matrix)
-    result[half:, half:] = tail
-    corner = cross @ -tail
-    result[:half, half:] = corner
-    result[half:, :half] = corner.T
-    result[:half, :half] = _minus(head, corner, cross.T)
-    return result
-
-
-def _minus(result: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``result -= left right`` in place, for a symmetric product: of what lies off the diagonal, half is computed."""
-    half = len(result) // 2
-    if half < 256:
-        return result.addmm_(left, right, alpha=-1)
-    _minus(result[:half, :half], left[:half], right[:, :half])
-    _minus(result[half:, half:], left[half:], right[:, half:])
-    result[:half, half:].addmm_(left[:half], right[:, half:], alpha=-1)
-    result[half:, :half] = result[:half, half:].T
-    return result
-
-
 def eliminate(
     readers: list[Reader],
     *,
@@ -309,63 +251,3 @@ def _eliminate(
                 found = Trial(removed, state.weights())
     removal = torch.cat(gone) if gone else torch.empty(0, dtype=torch.int64)
     return Curve(removal, torch.tensor(cost, dtype=torch.float64), energy, best_singletons(readers, n), found)
-
-
-def _summed(readers: list[Reader], score: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    total = torch.zeros(len(readers[0].owner), dtype=torch.float64)
-    for reader in readers:
-        for weight, second, mine, columns in reader.parts():
-            if len(mine):
-                total[mine] += score(weight, second, columns).cpu()
-    return total
-
-
-def _weight_norm(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
-    return weight.square().sum(0)[blocks].sum(1)
-
-
-def naive_rank(readers: list[Reader]) -> Tensor:
-    """For each component the least k at which it enters some output channel's top-k of singleton fidelity, ``(n,)``.
-
-    Ties are broken by the largest singleton fidelity: keeping the components of lowest rank is keeping the union of
-    the channels' NAIVE HiFi sets of size k.
-    """
-    n = len(readers[0].owner)
-    best = torch.full((n,), float(n), dtype=torch.float64)
-    for reader in readers:
-        for weight, second, mine, columns in reader.parts():
-            if not len(mine):
-                continue
-            singles = singleton_fidelity(weight, second, columns).cpu()
-            places = singles.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            entry = places.min(0).values + 1 - singles.amax(0).clamp(0, 1) * 0.999
-            best[mine] = torch.minimum(best[mine], entry.double())
-    return best
-
-
-def hifi_union(readers: list[Reader], eta: float) -> Tensor:
-    """Union over readers and output channels of the smallest NAIVE sets of fidelity ``eta``: bool ``(n,)``."""
-    member = torch.zeros(len(readers[0].owner), dtype=torch.bool)
-    for reader in readers:
-        for weight, second, mine, columns in reader.parts():
-            if len(mine):
-                singles = singleton_fidelity(weight, second, columns).cpu()
-                for channel, size in enumerate(hifi_size(weight, second, columns, eta)):
-                    member[mine] |= top_hifi(singles[channel : channel + 1], int(size))
-    return member
-
-
-def removal_order(selector: str, readers: list[Reader], seed: int) -> Tensor | None:
-    """Components from first to last to go, int64 ``(n,)``; None for ``obs``, which finds its order while removing."""
-    if selector == "obs":
-        return None
-    n = len(readers[0].owner)
-    if selector == "random":
-        return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    if selector == "naive":
-        return naive_rank(readers).argsort(descending=True, stable=True)
-    scores = {"energy": energy_score, "wanda": wanda_score, "cholesky": wanda_score, "magnitude": _weight_norm}
-    if selector not in scores:
-        known = ", ".join(["obs", "naive", *scores, "random"])
-        raise ModhifiError(f"unknown selector '{selector}'; choose one of {known}")
-    return _summed(readers, scores[selector]).argsort(stable=True)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from modhifi.allocate import Budget
-from modhifi.blockwise import fit_in_memory, prune_in_blocks
 from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.distributed import ALONE, Processes
 from modhifi.calibration.gram_quality import gram_quality
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
-from modhifi.probing import TRIAL, probed_plan
 from modhifi.progress import Progress, silent
-from modhifi.readers import best_singletons, readers_of
-from modhifi.selection import Curve
-from modhifi.settings import PruneSettings
-from modhifi.stages import (
+from modhifi.pruning.allocation import Budget
+from modhifi.pruning.blockwise import fit_in_memory, prune_in_blocks
+from modhifi.pruning.elimination import Curve
+from modhifi.pruning.readers import best_singletons, readers_of
+from modhifi.pruning.sensitivity import TRIAL, probed_plan
+from modhifi.pruning.settings import PruneSettings
+from modhifi.pruning.stages import (
     Pruned,
     apply_plan,
     choose_groups,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.calibration.moments import Moments
-from modhifi.compensate import error_and_energy, least_squares, masked, scaled
 from modhifi.errors import ModhifiError
-from modhifi.readers import applied_second
-from modhifi.settings import PruneSettings
+from modhifi.pruning.compensation import error_and_energy, least_squares, masked, scaled
+from modhifi.pruning.readers import applied_second
+from modhifi.pruning.settings import PruneSettings
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import absorb_mean, kernel_size, weight_matrix, write_weight
 from modhifi.structure.plan import Plan

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from modhifi.errors import ModhifiError
-from modhifi.selection import Curve
+from modhifi.pruning.elimination import Curve
 from modhifi.structure.groups import Group
 from modhifi.structure.plan import Plan
 from modhifi.structure.sizes import Sizes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modhifi.errors import IndefiniteError
-from modhifi.fidelity import compensation
+from modhifi.pruning.fidelity import compensation
 
 
 def least_squares(weight: Tensor, second: Tensor, kept: Tensor, ridge: float = 1e-4) -> Tensor:

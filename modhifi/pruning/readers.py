@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.calibration.moments import Moments
-from modhifi.fidelity import singleton_fidelity
+from modhifi.pruning.fidelity import singleton_fidelity
+from modhifi.pruning.linalg import mean_diagonal, shrinkage, shrunk
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import norm_scale, reader_columns, weight_matrix
 
@@ -59,28 +60,6 @@ def applied_second(moments: Moments, sink: str | None) -> Tensor:
     """
     second = moments.cov if sink is not None else moments.gram
     return shrunk(second, shrinkage(second, moments.n), mean_diagonal(second))
-
-
-def mean_diagonal(second: Tensor) -> Tensor:
-    """``tr S / d``, ``(G,)``."""
-    return second.diagonal(dim1=1, dim2=2).mean(1)
-
-
-def shrinkage(second: Tensor, rows: int) -> Tensor:
-    """The share of the identity in :func:`applied_second`, float64 ``(G,)`` in [0, 1]."""
-    d = second.shape[-1]
-    trace = second.diagonal(dim1=1, dim2=2).sum(1)
-    squares = torch.linalg.vector_norm(second, dim=(1, 2)).square()
-    gap = (rows + 1 - 2 / d) * (squares - trace.square() / d)
-    share = ((1 - 2 / d) * squares + trace.square()) / gap.clamp_min(1e-300)
-    return torch.where(gap > 0, share, torch.ones_like(share)).clamp(0.0, 1.0)
-
-
-def shrunk(second: Tensor, share: Tensor, scale: Tensor) -> Tensor:
-    """``(1 − share) S + share · scale · I``; ``second`` ``(G, d, d)``, ``share`` and ``scale`` ``(G,)``."""
-    result = second * (1 - share[:, None, None])
-    result.diagonal(dim1=1, dim2=2).add_((share * scale)[:, None])
-    return result
 
 
 def reader_of(model: nn.Module, structure: Structure, group: Group, module: str, moments: Moments) -> Reader:

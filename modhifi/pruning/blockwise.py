@@ -8,17 +8,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from modhifi.allocate import Budget, allocate, least_width, plan_for
 from modhifi.calibration.block_stream import find_blocks, moments_by_block
 from modhifi.calibration.memory import check_room, gram_bytes
 from modhifi.data.samples import Samples
-from modhifi.editing import LayerError, edit_readers
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.offload import staying
 from modhifi.progress import Progress
-from modhifi.selection import Curve
-from modhifi.settings import PruneSettings
-from modhifi.stages import Pruned, removal_curves
+from modhifi.pruning.allocation import Budget, allocate, least_width, plan_for
+from modhifi.pruning.editing import LayerError, edit_readers
+from modhifi.pruning.elimination import Curve
+from modhifi.pruning.settings import PruneSettings
+from modhifi.pruning.stages import Pruned, removal_curves
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import operator_modules
 from modhifi.structure.plan import Plan

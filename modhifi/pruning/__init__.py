@@ -1,0 +1,1 @@
+"""From moments to a smaller model: fidelity, selection, allocation, compensation."""
