@@ -37,7 +37,7 @@ def audit(
 
     from modhifi.artifacts.report import render_html
     from modhifi.disk import check_file, jsonable
-    from modhifi.unlearning.pipeline import run_audit
+    from modhifi.runs.audit import run_audit
 
     check_file(out, "--out", json="figures", html="a page")
     with progress(quiet or as_json) as report:

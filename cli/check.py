@@ -30,8 +30,9 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Say what can be pruned of a model, and what not and why. Exit code 1 if nothing can."""
-    from modhifi.pipeline import check_model, load_source
-    from modhifi.recipe import ModelSource
+    from modhifi.runs.check import check_model
+    from modhifi.runs.inputs import load_source
+    from modhifi.runs.recipe import ModelSource
 
     source = model_source(model, model_arg, weights, revision, random_weights, trust_remote_code, gguf_file)
     found = check_model(load_source(ModelSource(**source)))

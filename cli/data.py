@@ -64,8 +64,8 @@ def make(
     from modhifi.data.quality import look
     from modhifi.data.sources import load_samples
     from modhifi.disk import check_file, check_output, staging
-    from modhifi.pipeline import load_source
-    from modhifi.recipe import ModelSource
+    from modhifi.runs.inputs import load_source
+    from modhifi.runs.recipe import ModelSource
 
     check_output(out)
     check_file(sheet, "--sheet", within=out, png="an image")

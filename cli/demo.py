@@ -22,8 +22,8 @@ def demo(
     import shlex
     import sys
 
-    from modhifi.pipeline import run_prune
-    from modhifi.recipe import parse_recipe
+    from modhifi.runs.prune import run_prune
+    from modhifi.runs.recipe import parse_recipe
 
     recipe = parse_recipe(
         {

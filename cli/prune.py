@@ -200,9 +200,9 @@ def prune(
 
     from modhifi.artifacts.summary import check_summary, write_summary
     from modhifi.calibration.cache import MomentCache
-    from modhifi.pipeline import run_prune
-    from modhifi.recipe import parse_recipe
-    from modhifi.recipe_file import apply_overrides, read_yaml
+    from modhifi.runs.prune import run_prune
+    from modhifi.runs.recipe import parse_recipe
+    from modhifi.runs.recipe_file import apply_overrides, read_yaml
 
     if recipe is not None:
         content = read_yaml(recipe)

@@ -15,7 +15,7 @@ from .common import ForceOption, JsonOption, QuietOption, print_json, progress, 
 from .summary import SummaryOption
 
 if TYPE_CHECKING:
-    from modhifi.recipe_steps import Recipe
+    from modhifi.runs.recipe_tasks import Recipe
 
 NameArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, an artefact's directory, or a name of `recipe ls`.")
@@ -32,7 +32,7 @@ def ls(as_json: JsonOption = False) -> None:
     """List the recipes that come with the package."""
     from rich.table import Table
 
-    from modhifi.recipe_shelf import shipped, summary
+    from modhifi.runs.bundled_recipes import shipped, summary
 
     found = {name: summary(path) for name, path in shipped().items()}
     if as_json:
@@ -47,7 +47,7 @@ def ls(as_json: JsonOption = False) -> None:
 @app.command("show")
 def show(recipe: NameArgument) -> None:
     """Print a recipe."""
-    from modhifi.recipe_shelf import find
+    from modhifi.runs.bundled_recipes import find
 
     typer.echo(find(recipe).read_text(encoding="utf-8"), nl=False)
 
@@ -59,7 +59,7 @@ def copy(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Copy a recipe, to change it."""
-    from modhifi.recipe_shelf import find
+    from modhifi.runs.bundled_recipes import find
 
     source = find(recipe)
     file = target / source.name if target.is_dir() else target
@@ -72,7 +72,7 @@ def copy(
 @app.command("validate")
 def validate(recipe: NameArgument, set_values: SetOption = None) -> None:
     """Check a recipe without running it; print it with every default filled in."""
-    from modhifi.recipe_file import to_yaml
+    from modhifi.runs.recipe_file import to_yaml
 
     typer.echo(to_yaml(read(recipe, set_values).model_dump(mode="json")), nl=False)
 
@@ -80,7 +80,7 @@ def validate(recipe: NameArgument, set_values: SetOption = None) -> None:
 @app.command("schema")
 def schema() -> None:
     """Print the JSON schema of recipes, for editors that complete and check YAML."""
-    from modhifi.recipe_steps import schema
+    from modhifi.runs.recipe_tasks import schema
 
     print_json(schema())
 
@@ -103,7 +103,7 @@ def run(
     import shlex
 
     from modhifi.artifacts.summary import check_summary, write_summary
-    from modhifi.recipe_run import How, run_recipe
+    from modhifi.runs.run_recipe import How, run_recipe
 
     parsed = read(recipe, set_values, out)
     check_summary(summary, parsed.out)
@@ -126,9 +126,9 @@ def run(
 
 def read(recipe: str, set_values: list[str] | None, out: Path | None = None) -> Recipe:
     """The recipe of a name or a file, with changes, validated."""
-    from modhifi.recipe_file import apply_overrides, read_yaml
-    from modhifi.recipe_shelf import find
-    from modhifi.recipe_steps import parse
+    from modhifi.runs.bundled_recipes import find
+    from modhifi.runs.recipe_file import apply_overrides, read_yaml
+    from modhifi.runs.recipe_tasks import parse
 
     path = find(recipe)
     content = apply_overrides(read_yaml(path), set_values or [])

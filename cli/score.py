@@ -51,9 +51,9 @@ def score(
 ) -> None:
     """Measure every component: singleton fidelity, energy score, exact removal cost, order of removal."""
     from modhifi.disk import check_file
-    from modhifi.pipeline import load_source
-    from modhifi.recipe import ModelSource
-    from modhifi.scoring import score_model, write_scores
+    from modhifi.runs.inputs import load_source
+    from modhifi.runs.recipe import ModelSource
+    from modhifi.runs.score import score_model, write_scores
 
     check_file(out, "--out", json="all", csv="a table", safetensors="tensors")
     source = model_source(model, model_arg, weights, revision, random_weights, trust_remote_code, gguf_file)

@@ -29,9 +29,9 @@ def tasks(
 ) -> None:
     """Run tasks of lm-eval (pip install 'modhifi\\[lm-eval]') on a language model before and after its edit."""
     from modhifi.models.load import load_model
-    from modhifi.pipeline import load_source
-    from modhifi.recipe import ModelSource
-    from modhifi.tasks import compare_tasks
+    from modhifi.runs.inputs import load_source
+    from modhifi.runs.lm_eval_tasks import compare_tasks
+    from modhifi.runs.recipe import ModelSource
 
     source = model_source(against, None, None, revision, False, trust_remote_code, gguf_file)
     original, edited = load_source(ModelSource(**source)), load_model(directory)

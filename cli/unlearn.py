@@ -114,10 +114,10 @@ def unlearn(
     import shlex
 
     from modhifi.artifacts.summary import check_summary, write_summary
-    from modhifi.recipe_file import apply_overrides, read_yaml
-    from modhifi.recipe_run import require_forgotten
-    from modhifi.unlearning.pipeline import run_unlearn
-    from modhifi.unlearning.recipe import parse_unlearn_recipe
+    from modhifi.runs.recipe_file import apply_overrides, read_yaml
+    from modhifi.runs.run_recipe import require_forgotten
+    from modhifi.runs.unlearn import run_unlearn
+    from modhifi.runs.unlearn_recipe import parse_unlearn_recipe
 
     if recipe is not None:
         content = read_yaml(recipe)

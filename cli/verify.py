@@ -78,8 +78,8 @@ def verify(
     """
     from modhifi.artifacts.summary import check_summary, write_summary
     from modhifi.bounds.verdicts import Tolerances
-    from modhifi.recipe import ModelSource
-    from modhifi.verify_artifact import verify_artifact
+    from modhifi.runs.recipe import ModelSource
+    from modhifi.runs.verify import verify_artifact
 
     check_summary(summary)
     source = model_source(against, model_arg, weights, revision, random_weights, trust_remote_code, gguf_file)

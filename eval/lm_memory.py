@@ -15,13 +15,13 @@ import transformers
 from common import write_results
 
 from modhifi.data.samples import Samples
-from modhifi.measure import with_peak_memory
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.allocation import Budget
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+from modhifi.runs.measure import with_peak_memory
 
 DEPTHS, HIDDEN, FFN, WINDOWS, WINDOW = (2, 4, 8, 16), 64, 1024, 4, 128
 SETTINGS = PruneSettings(layout="uniform", rows_per_column=None, batch_size=2, floor=0.8)

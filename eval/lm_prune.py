@@ -27,7 +27,6 @@ from torch import nn
 from modhifi.calibration.moments import Moments
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
-from modhifi.measure import NextTokens
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.allocation import Budget
@@ -37,6 +36,7 @@ from modhifi.pruning.selectors import removal_order
 from modhifi.pruning.sensitivity import amplification, best_plan, plans_between
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+from modhifi.runs.measure import NextTokens
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
 

@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 from torch.nn.modules.batchnorm import _BatchNorm
 from unlearn import BATCH
 
-from modhifi import measure
 from modhifi.data.labels import label_samples, populations
 from modhifi.data.quality import look
 from modhifi.data.samples import Samples
@@ -31,6 +30,7 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.allocation import Budget
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+from modhifi.runs import measure
 from modhifi.structure.operators import columns_of
 from modhifi.unlearning.data import FEWEST
 from modhifi.unlearning.edit import UnlearnSettings, forget

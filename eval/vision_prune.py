@@ -16,7 +16,6 @@ import torch
 from common import Missing, cifar10, efficientnet_lite0, imagenet_sample, reference, write_results
 from torch import nn
 
-from modhifi import measure
 from modhifi.calibration.batchnorm import reestimate_batchnorm
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
@@ -26,6 +25,7 @@ from modhifi.pruning.allocation import Budget
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+from modhifi.runs import measure
 
 LADDER = [
     ("magnitude", "none"),

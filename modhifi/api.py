@@ -22,13 +22,14 @@ from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.skeleton import same_shapes
-from modhifi.pipeline import Given, PruneResult, run_prune
 from modhifi.progress import Progress, silent
-from modhifi.recipe import parse_recipe
-from modhifi.scoring import GroupScores, score_model
-from modhifi.unlearning.pipeline import UnlearnResult, run_unlearn
-from modhifi.unlearning.recipe import parse_unlearn_recipe
-from modhifi.verify_artifact import held_amounts, verify_artifact
+from modhifi.runs.inputs import Given
+from modhifi.runs.prune import PruneResult, run_prune
+from modhifi.runs.recipe import parse_recipe
+from modhifi.runs.score import GroupScores, score_model
+from modhifi.runs.unlearn import UnlearnResult, run_unlearn
+from modhifi.runs.unlearn_recipe import parse_unlearn_recipe
+from modhifi.runs.verify import held_amounts, verify_artifact
 
 Model = str | Path | nn.Module | LoadedModel
 """``timm:NAME``, ``hf:ORG/NAME[@REVISION]``, ``demo:resnet``, a directory, a module (it is copied), a loaded model."""
@@ -63,7 +64,7 @@ def prune(
     (``"0.5x"``).
     ``data``: a source string, samples, or items that you hold: a tensor ``(n, C, H, W)`` of model-ready inputs, a list
     of tensors or PIL images, a map-style Dataset. ``evaluate`` holds out other data; by default it is a disjoint part
-    of ``data``. ``window`` is tokens in an item of text; amounts not said are those of `modhifi.defaults`.
+    of ``data``. ``window`` is tokens in an item of text; amounts not said are those of `modhifi.runs.defaults`.
     ``method`` and ``checks``: the keys of those parts of a recipe; the result's ``bounds`` answer the checks.
     With ``out`` the artefact is written there. ``cache`` is a directory where moments are kept: a second
     budget then needs no second pass over the data. ``offload``: weights stay in main memory, and one block at a time

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from modhifi.artifacts.save import save_artifact
 from modhifi.models.artifact import load
 from modhifi.models.load import load_model
-from modhifi.pipeline import check_model
+from modhifi.runs.check import check_model
 from modhifi.structure.families import restate, says
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import shrink

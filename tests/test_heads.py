@@ -9,9 +9,9 @@ import transformers
 from torch import Tensor, nn
 
 from modhifi.models.load import load_model
-from modhifi.pipeline import check_model
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import choose_groups
+from modhifi.runs.check import check_model
 from modhifi.structure.groups import Group
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import mask_readers, shrink

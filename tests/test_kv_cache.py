@@ -12,11 +12,12 @@ import modhifi
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.pipeline import Given, run_prune
 from modhifi.pruning.allocation import Budget, allocate
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.stages import find_structure
-from modhifi.recipe import parse_recipe
+from modhifi.runs.inputs import Given
+from modhifi.runs.prune import run_prune
+from modhifi.runs.recipe import parse_recipe
 from modhifi.structure.sizes import sizes_of
 
 SHAPE = dict(hidden_size=24, num_attention_heads=6, num_key_value_heads=3, head_dim=4)

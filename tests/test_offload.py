@@ -18,7 +18,7 @@ from modhifi.errors import ModhifiError
 from modhifi.models import offload
 from modhifi.models.load import load_model
 from modhifi.models.offload import let_visit, own_copy
-from modhifi.pipeline import PruneResult
+from modhifi.runs.prune import PruneResult
 from tests import tiny_text
 
 BLOCKS = ("model.layers.0", "model.layers.1", "model.layers.2")

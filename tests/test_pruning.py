@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from modhifi import measure
 from modhifi.calibration.batchnorm import reestimate_batchnorm
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
@@ -20,6 +19,7 @@ from modhifi.pruning.prune import prune_model
 from modhifi.pruning.readers import applied_second
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import choose_groups, find_structure, measure_moments
+from modhifi.runs import measure
 from modhifi.structure.operators import weight_matrix
 
 

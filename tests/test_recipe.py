@@ -10,13 +10,13 @@ import torch
 import yaml
 from torch import nn
 
-from modhifi.defaults import complete
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
-from modhifi.recipe import PruneRecipe, parse_recipe
-from modhifi.recipe_file import apply_overrides, read_yaml, to_yaml, validate
-from modhifi.recipe_shelf import find, shipped, summary
-from modhifi.recipe_steps import StepsRecipe, parse, schema
+from modhifi.runs.bundled_recipes import find, shipped, summary
+from modhifi.runs.defaults import complete
+from modhifi.runs.recipe import PruneRecipe, parse_recipe
+from modhifi.runs.recipe_file import apply_overrides, read_yaml, to_yaml, validate
+from modhifi.runs.recipe_tasks import StepsRecipe, parse, schema
 
 CONTENT = {"model": {"name": "timm:resnet18"}, "budget": {"flops": "0.5x"}}
 STEPS = """\

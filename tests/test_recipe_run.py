@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from modhifi.cli.main import app
-from modhifi.recipe_shelf import shipped
+from modhifi.runs.bundled_recipes import shipped
 
 runner = CliRunner()
 

@@ -16,7 +16,7 @@ from modhifi.cli.main import app
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.tasks import TaskRow, compare_tasks
+from modhifi.runs.lm_eval_tasks import TaskRow, compare_tasks
 from tests import tiny_text
 
 WORDS = tiny_text.WORDS

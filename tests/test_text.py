@@ -15,10 +15,10 @@ from modhifi.calibration.collect import collect
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
-from modhifi.measure import NextTokens, compare, perplexity
 from modhifi.models.load import load_model
 from modhifi.models.loaded import PADDING, LoadedModel
 from modhifi.pruning.stages import find_structure
+from modhifi.runs.measure import NextTokens, compare, perplexity
 from modhifi.structure.operators import operator_modules
 from tests import tiny_text
 

@@ -19,14 +19,16 @@ from modhifi.data.labels import populations
 from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
-from modhifi.recipe_file import read_yaml
+from modhifi.runs.audit import run_audit
+from modhifi.runs.inputs import forgotten_before
+from modhifi.runs.recipe_file import read_yaml
+from modhifi.runs.unlearn import run_unlearn
+from modhifi.runs.unlearn_recipe import parse_unlearn_recipe
 from modhifi.structure.operators import columns_of
 from modhifi.unlearning.data import find_classes, load_unlearn_data
 from modhifi.unlearning.edit import METHODS, UnlearnSettings, blend, fit_strength, forget
 from modhifi.unlearning.moments import joint_moments
 from modhifi.unlearning.norms import recall
-from modhifi.unlearning.pipeline import forgotten_before, run_audit, run_unlearn
-from modhifi.unlearning.recipe import parse_unlearn_recipe
 from modhifi.unlearning.sites import find_sites
 from modhifi.unlearning.wide import spanned_moments
 

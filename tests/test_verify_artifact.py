@@ -15,11 +15,11 @@ from timm.models import save_for_hf
 from tiny import PATTERNS, pattern
 from typer.testing import CliRunner
 
-from modhifi import pipeline
 from modhifi.cli.main import app
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.pruning.stages import find_structure
+from modhifi.runs import prune
 from modhifi.structure.expand import expand
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import mask_readers, shrink
@@ -211,6 +211,6 @@ def test_the_original_has_its_own_arguments(named: str, monkeypatch: pytest.Monk
         "recipe": {"model": {"name": named}},
         "model": {"info": {"model_args": {"mlp_ratio": 2.5}}},
     }
-    monkeypatch.setattr(pipeline, "read_manifest", lambda directory: manifest)
-    found = pipeline.original_of("directory")
+    monkeypatch.setattr(prune, "read_manifest", lambda directory: manifest)
+    found = prune.original_of("directory")
     assert (found.name, found.args) == ("timm:x", {"img_size": 64})

@@ -11,7 +11,6 @@ import torch
 from tiny_text import VOCABULARY, llama
 from torch import Tensor, nn
 
-from modhifi import measure
 from modhifi.bounds.ladder import BoundReport, verify_model
 from modhifi.bounds.statistical import run_units, statistical
 from modhifi.bounds.verdicts import Tolerances
@@ -19,6 +18,7 @@ from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
+from modhifi.runs import measure
 
 
 @pytest.fixture(scope="module")

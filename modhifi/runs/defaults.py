@@ -8,7 +8,7 @@ import torch
 
 from modhifi.data.text import window_of
 from modhifi.models.loaded import LoadedModel
-from modhifi.recipe import PruneRecipe
+from modhifi.runs.recipe import PruneRecipe
 from modhifi.structure.families import says
 
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, model_validator
 
 from modhifi.errors import ModhifiError
-from modhifi.recipe import Checks, ModelSource, PruneRecipe
-from modhifi.recipe_file import Strict, validate
-from modhifi.unlearning.recipe import UnlearnRecipe
+from modhifi.runs.recipe import Checks, ModelSource, PruneRecipe
+from modhifi.runs.recipe_file import Strict, validate
+from modhifi.runs.unlearn_recipe import UnlearnRecipe
 
 STEP = "step:"
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")

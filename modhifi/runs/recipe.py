@@ -10,7 +10,7 @@ from pydantic import Field
 from modhifi.bounds.verdicts import Tolerances
 from modhifi.pruning.allocation import Budget
 from modhifi.pruning.settings import PruneSettings
-from modhifi.recipe_file import Strict, validate
+from modhifi.runs.recipe_file import Strict, validate
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -30,7 +30,7 @@ class ModelSource(Strict):
 class DataSource(Strict):
     """Calibration and held-out samples; without ``evaluate`` the held-out ones come from ``source`` too, disjoint.
 
-    None, here and below: what `modhifi.defaults` says for the kind of model.
+    None, here and below: what `modhifi.runs.defaults` says for the kind of model.
     """
 
     source: str = "synthetic"
@@ -105,7 +105,7 @@ class PruneRecipe(Strict):
     out: str | None = None
 
     def settings(self) -> PruneSettings:
-        """What the stages need, of a recipe that `modhifi.defaults.complete` has completed."""
+        """What the stages need, of a recipe that `modhifi.runs.defaults.complete` has completed."""
         m = self.method
         assert m.layout is not None and self.batch_size is not None
         return PruneSettings(
@@ -128,5 +128,5 @@ class PruneRecipe(Strict):
 
 
 def parse_recipe(data: Any, where: str | Path = "the recipe") -> PruneRecipe:
-    """A pruning recipe from a mapping; see :func:`modhifi.recipe_file.validate`."""
+    """A pruning recipe from a mapping; see :func:`modhifi.runs.recipe_file.validate`."""
     return validate(PruneRecipe, data, where)

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from modhifi.recipe import Checks, ModelSource
-from modhifi.recipe_file import Strict, validate
+from modhifi.runs.recipe import Checks, ModelSource
+from modhifi.runs.recipe_file import Strict, validate
 from modhifi.unlearning.edit import Method, UnlearnSettings
 
 
@@ -70,5 +70,5 @@ class UnlearnRecipe(Strict):
 
 
 def parse_unlearn_recipe(data: Any, where: str | Path = "the recipe") -> UnlearnRecipe:
-    """An unlearning recipe from a mapping; see :func:`modhifi.recipe_file.validate`."""
+    """An unlearning recipe from a mapping; see :func:`modhifi.runs.recipe_file.validate`."""
     return validate(UnlearnRecipe, data, where)

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from modhifi.data.in_memory import Source
 from modhifi.data.sources import load_samples
-from modhifi.defaults import amounts
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.pruning.fidelity import energy_score
 from modhifi.pruning.readers import readers_of
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import choose_groups, find_structure, measure_moments, removal_curves
+from modhifi.runs.defaults import amounts
 
 
 @dataclass(frozen=True)

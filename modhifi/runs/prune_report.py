@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi import measure
 from modhifi.data.samples import Samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.pruning.stages import Pruned
-from modhifi.recipe import PruneRecipe
+from modhifi.runs import measure
+from modhifi.runs.recipe import PruneRecipe
 from modhifi.structure.sizes import sizes_of
 
 STEP = 0.005  # a share of the KV cache this near to the one asked for is that one

@@ -17,15 +17,17 @@ from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.distributed import launched
 from modhifi.disk import check_output, jsonable, staging
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
-from modhifi.pipeline import original_of, run_prune
 from modhifi.progress import Progress, silent
-from modhifi.recipe import PruneRecipe
-from modhifi.recipe_file import set_value, to_yaml
-from modhifi.recipe_steps import STEP, AuditRecipe, Recipe, StepsRecipe, VerifyRecipe, parse
+from modhifi.runs.audit import run_audit
+from modhifi.runs.inputs import original_of
+from modhifi.runs.prune import run_prune
+from modhifi.runs.recipe import PruneRecipe
+from modhifi.runs.recipe_file import set_value, to_yaml
+from modhifi.runs.recipe_tasks import STEP, AuditRecipe, Recipe, StepsRecipe, VerifyRecipe, parse
+from modhifi.runs.unlearn import run_unlearn
+from modhifi.runs.unlearn_recipe import UnlearnRecipe
+from modhifi.runs.verify import verify_artifact
 from modhifi.unlearning.audit_text import VERDICTS
-from modhifi.unlearning.pipeline import run_audit, run_unlearn
-from modhifi.unlearning.recipe import UnlearnRecipe
-from modhifi.verify_artifact import verify_artifact
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,16 @@ from modhifi.data.labels import label_samples
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.data.text import window_of
-from modhifi.defaults import Amounts, amounts
 from modhifi.errors import ModhifiError
 from modhifi.models.artifact import load_artifact, read_manifest, weights_match
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.skeleton import same_modules, same_shapes
 from modhifi.models.weights import state_hash
-from modhifi.pipeline import load_source
 from modhifi.progress import Progress, silent
 from modhifi.pruning.stages import find_structure
-from modhifi.recipe import ModelSource
+from modhifi.runs.defaults import Amounts, amounts
+from modhifi.runs.inputs import load_source
+from modhifi.runs.recipe import ModelSource
 from modhifi.structure.expand import expand, plan_of
 
 

@@ -1,0 +1,1 @@
+"""One recipe, one run: load, do, measure, bound, save."""

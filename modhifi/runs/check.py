@@ -1,0 +1,48 @@
+"""What can be pruned of a model, and why not the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modhifi.models.loaded import LoadedModel
+from modhifi.pruning.stages import find_structure
+from modhifi.structure.families import says
+from modhifi.structure.sizes import sizes_of
+
+
+def check_model(loaded: LoadedModel) -> dict[str, Any]:
+    """What can be pruned of a model and what not, as JSON-able data."""
+    structure = find_structure(loaded)
+    sizes = sizes_of(loaded.model, structure)
+    dense = {g.name: g.n for g in structure.prunable}
+    touching = sizes.touching()
+    groups = []
+    for g in structure.prunable:
+        local = touching[g.name]
+        half = {**dense, g.name: max(g.step, g.n // 2 // g.step * g.step)}
+        groups.append(
+            {
+                "name": g.name,
+                "kind": g.label,
+                "n": g.n,
+                "step": g.step,
+                "readers": [s.module for s in g.readers],
+                "producers": [s.module for s in g.producers],
+                "parameters_saved_by_half": local.parameters(dense) - local.parameters(half),
+                "macs_saved_by_half": local.macs(dense) - local.macs(half),
+            }
+        )
+    total = sizes.parameters(dense)
+    refused = [{"name": g.name, "n": g.n, "reason": g.refused} for g in structure.refused]
+    return {
+        "model": loaded.source,
+        "parameters": total,
+        "groups": groups,
+        "refused": refused,
+        "prunable": bool(groups),
+        "not_stock": [
+            kind
+            for kind in ("neurons", "heads")
+            if any(g.kind == kind for g in structure.prunable) and not says(loaded.model, kind)
+        ],
+    }

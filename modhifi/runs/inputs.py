@@ -1,0 +1,107 @@
+"""What a run works on: the model, the data, what an artefact was made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from modhifi.calibration.block_stream import find_blocks
+from modhifi.data.in_memory import Source
+from modhifi.data.samples import Samples
+from modhifi.data.sources import load_samples
+from modhifi.errors import ModhifiError
+from modhifi.models.artifact import read_manifest
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
+from modhifi.models.offload import let_visit
+from modhifi.progress import Progress, silent
+from modhifi.runs.recipe import ModelSource, PruneRecipe
+
+
+def forgotten_before(loaded: LoadedModel) -> list[int]:
+    """The classes that the artefact a model was loaded from has forgotten already."""
+    if "artifact" not in loaded.info:
+        return []
+    from modhifi.models.artifact import read_manifest
+
+    return [entry["index"] for entry in read_manifest(loaded.source).get("forgotten", [])]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a Python program hands over itself; it takes the place of what the recipe names."""
+
+    model: LoadedModel | None = None
+    data: Source | None = None
+    evaluate: Source | None = None
+
+
+NOTHING = Given()
+
+
+def load_source(source: ModelSource) -> LoadedModel:
+    """Load what a recipe names."""
+    return load_model(
+        source.name,
+        pretrained=source.pretrained,
+        model_args=source.args,
+        weights=source.weights,
+        revision=source.revision,
+        gguf_file=source.gguf_file,
+        trust_remote_code=source.trust_remote_code,
+    )
+
+
+def original_of(directory: str | Path) -> ModelSource:
+    """What to load to have the model that an artefact was made from, by its manifest."""
+    manifest = read_manifest(directory)
+    base, named = manifest["base"], (manifest.get("recipe") or {}).get("model") or {}
+    if named.get("name") != base["source"]:
+        named = {"name": base["source"], "revision": base.get("revision")}
+    if str(base["source"]).startswith("timm:"):  # a directory states its own
+        named = {**named, "args": named.get("args") or base.get("args") or {}}
+    return ModelSource(**named)
+
+
+def load_data(
+    recipe: PruneRecipe, loaded: LoadedModel, given: Given = NOTHING, progress: Progress = silent
+) -> tuple[Samples, Samples]:
+    """Calibration and held-out samples, disjoint by content, and by document where text is cut from documents.
+
+    Raises ModhifiError where too few samples are left for either.
+    """
+    data, seed = recipe.data, recipe.seed
+    source = data.source if given.data is None else given.data
+    evaluate = data.evaluate if given.evaluate is None else given.evaluate
+    assert data.samples is not None and data.evaluation_samples is not None
+
+    def load(spec: Source, n: int) -> Samples:
+        return load_samples(spec, loaded, n=n, seed=seed, window=data.window, progress=progress)
+
+    # Both from one source are told apart by document, which hashes of windows cannot do.
+    same = isinstance(evaluate, str) and isinstance(source, str) and evaluate == source
+    if evaluate is not None and not same:
+        calibration = load(source, data.samples)
+        seen = set(calibration.hashes)
+        held = load(evaluate, data.evaluation_samples + len(seen))
+        fresh = [i for i, h in enumerate(held.hashes) if h not in seen][: data.evaluation_samples]
+        if not fresh:
+            raise ModhifiError("every evaluation sample is also a calibration sample; give other data to --evaluate")
+        return calibration, held if len(fresh) == len(held) else held.subset(fresh)
+    both = load(source, data.samples + data.evaluation_samples)
+    if len(both) < 4:
+        raise ModhifiError(
+            f"{both.description}: {len(both)} different usable samples are too few to calibrate and to check; "
+            "give at least 4"
+        )
+    return both.split(data.samples, data.evaluation_samples)
+
+
+def place(loaded: LoadedModel, device: torch.device | str, offload: bool) -> None:
+    """Put a model on a device, in place: all of it, or with ``offload`` all but its blocks, which visit it."""
+    if offload:
+        let_visit(loaded.model, find_blocks(loaded.model, lambda: loaded.run(loaded.example)), device)
+    else:
+        loaded.model.to(device)
