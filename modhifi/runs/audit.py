@@ -8,19 +8,19 @@ from typing import Any
 import torch
 
 from modhifi.data.labels import label_samples
+from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.weights import state_hash
 from modhifi.progress import Progress, silent
 from modhifi.runs.inputs import forgotten_before, load_source, original_of
-from modhifi.runs.unlearn import _load
 from modhifi.unlearning.audit import MEASURES, audit
 from modhifi.unlearning.data import count_classes, find_classes, load_unlearn_data
 from modhifi.unlearning.sites import Sites, find_sites
 
 
-def _load_reference(name: str | None, device: torch.device | str) -> tuple[LoadedModel, Sites] | None:
+def load_reference(name: str | None, device: torch.device | str) -> tuple[LoadedModel, Sites] | None:
     if name is None:
         return None
     loaded = load_model(name)
@@ -81,14 +81,14 @@ def run_audit(
     )
     member_set = None
     if members is not None:
-        member_set = label_samples(loaded, _load(members, loaded, samples, seed), batch_size)[0]
+        member_set = label_samples(loaded, load_samples(members, loaded, n=samples, seed=seed), batch_size)[0]
     attacked = audit(
         loaded,
         edited.model,
         find_sites(loaded),
         data,
         classes,
-        reference=_load_reference(reference, device),
+        reference=load_reference(reference, device),
         members=member_set,
         batch_size=batch_size,
         progress=progress,

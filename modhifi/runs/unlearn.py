@@ -20,11 +20,12 @@ from modhifi.data.contact_sheet import contact_sheet
 from modhifi.data.labels import class_name, label_samples
 from modhifi.data.labels import populations as populations_of
 from modhifi.data.samples import Samples, describe_data
+from modhifi.data.sources import load_samples
 from modhifi.disk import check_output
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Clock, Progress, silent
-from modhifi.runs.audit import _load_reference, shown
+from modhifi.runs.audit import load_reference, shown
 from modhifi.runs.bound_report import add_bounds
 from modhifi.runs.inputs import NOTHING, Given, forgotten_before, load_source
 from modhifi.runs.unlearn_recipe import UnlearnRecipe
@@ -73,7 +74,7 @@ def run_unlearn(
         classes = find_classes(recipe.forget, loaded)
         earlier = [c for c in forgotten_before(loaded) if c not in classes]
         sites = find_sites(loaded)
-        reference = _load_reference(recipe.reference, device)
+        reference = load_reference(recipe.reference, device)
     with clock.stage("data"):
         data = _load_data(recipe, loaded, classes, earlier, given)
         members = _load_members(recipe.data.members, loaded, recipe)
@@ -147,12 +148,6 @@ def run_unlearn(
     return UnlearnResult(report, found.model, path, bounds)
 
 
-def _load(spec: str, loaded: LoadedModel, n: int, seed: int) -> Samples:
-    from modhifi.data.sources import load_samples
-
-    return load_samples(spec, loaded, n=n, seed=seed)
-
-
 def _load_data(
     recipe: UnlearnRecipe, loaded: LoadedModel, classes: Sequence[int], earlier: Sequence[int], given: Given
 ) -> UnlearnData:
@@ -174,7 +169,7 @@ def _load_data(
 def _load_members(spec: str | None, loaded: LoadedModel, recipe: UnlearnRecipe) -> Samples | None:
     if spec is None:
         return None
-    found = _load(spec, loaded, recipe.data.samples, recipe.seed)
+    found = load_samples(spec, loaded, n=recipe.data.samples, seed=recipe.seed)
     return label_samples(loaded, found, recipe.batch_size)[0]
 
 
