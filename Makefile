@@ -16,6 +16,7 @@ test: $(VENV)/editable
 
 lint: $(VENV)/editable
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 eval: $(VENV)/editable

@@ -87,7 +87,8 @@ class _Part:
         """``tr[W_I H_II⁻¹ W_Iᵀ]`` of each component left, behind the norm, ``(n,)``."""
         piece = self.weight.T[self.columns]
         energy = piece @ piece.transpose(1, 2)
-        return torch.linalg.solve(self.blocks, energy).diagonal(dim1=1, dim2=2).sum(1).clamp_min(0).double().cpu()
+        solved: Tensor = torch.linalg.solve(self.blocks, energy)
+        return solved.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0).double().cpu()
 
     def remove(self, gone: Tensor) -> float:
         """Remove the components marked in ``gone`` bool ``(n,)`` and return their joint cost, ahead of any norm.

@@ -56,7 +56,7 @@ def _inverse(matrix: Tensor) -> Tensor | None:
         if int(info):
             return None
         identity = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
-        root = torch.linalg.solve_triangular(factor, identity, upper=False)
+        root: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
         return root.T @ root
     half = n // 2
     head = _inverse(matrix[:half, :half])

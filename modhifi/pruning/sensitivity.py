@@ -206,7 +206,8 @@ def _touched(structure: Structure, groups: Iterable[Group]) -> list[str]:
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
     owner, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf).data
+    value: Tensor = getattr(model.get_submodule(owner), leaf).data
+    return value
 
 
 def _remember(model: nn.Module, structure: Structure, groups: Iterable[Group]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ def standardise(fit: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
 def linear_probe(fit: Tensor, labels: Tensor, test: Tensor, ridge: float = RIDGE) -> Tensor:
     """The classes that a ridge regression on one-hot labels reads from the features."""
     a, b = standardise(fit, test)
+    classes: Tensor
     classes, targets = labels.unique(return_inverse=True)
     a, b = F.pad(a, (0, 1), value=1.0), F.pad(b, (0, 1), value=1.0)
     eye = torch.eye(a.shape[1], dtype=torch.float64)
@@ -35,7 +36,7 @@ def linear_probe(fit: Tensor, labels: Tensor, test: Tensor, ridge: float = RIDGE
 def nearest_mean(fit: Tensor, labels: Tensor, test: Tensor) -> Tensor:
     """The class whose mean is nearest, in standardised features."""
     a, b = standardise(fit, test)
-    classes = labels.unique()
+    classes: Tensor = labels.unique()
     means = torch.stack([a[labels == c].mean(0) for c in classes])
     return classes[torch.cdist(b, means).argmin(1)]
 
@@ -43,6 +44,7 @@ def nearest_mean(fit: Tensor, labels: Tensor, test: Tensor) -> Tensor:
 def nearest_neighbours(fit: Tensor, labels: Tensor, test: Tensor, k: int = NEIGHBOURS) -> Tensor:
     """The class of most of the ``k`` nearest fitted samples, in standardised features; fewer where there are fewer."""
     a, b = standardise(fit, test)
+    classes: Tensor
     classes, targets = labels.unique(return_inverse=True)
     nearest = torch.cdist(b, a).topk(min(k, len(a)), largest=False).indices
     return classes[F.one_hot(targets[nearest], len(classes)).sum(1).argmax(1)]

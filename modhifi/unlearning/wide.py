@@ -32,7 +32,7 @@ class Spanned:
 
     def lift(self, change: Tensor) -> Tensor:
         """What a map of the coordinates ``(out, n)`` is as a map of the input, float64 ``(out, d)``."""
-        on_samples = torch.linalg.solve_triangular(self.factor, change.double(), upper=False, left=False)
+        on_samples: Tensor = torch.linalg.solve_triangular(self.factor, change.double(), upper=False, left=False)
         return (on_samples.to(self.inputs) @ self.inputs).double()
 
 

@@ -207,7 +207,7 @@ class Calls(TorchFunctionMode):
 
     def __enter__(self) -> Calls:
         self.time = 0
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:

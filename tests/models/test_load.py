@@ -25,7 +25,7 @@ from modhifi.models.from_transformers import _without_quantiser
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel, main_output, to_mode
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NARROW = {"channels": (8, 8, 8, 8)}
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = SMALL | {"vocab_size": 50}
@@ -435,9 +435,9 @@ def test_modhifi_directory_goes_to_the_artefact_loader(tmp_path: Path, monkeypat
     save_timm(tmp_path)
     expected = load(tmp_path)
     (tmp_path / "modhifi.json").write_text("{}")
-    stub = types.ModuleType("modhifi.artifacts.save")
+    stub = types.ModuleType("modhifi.models.artifact")
     stub.load_artifact = lambda directory: expected if directory == tmp_path else None  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "modhifi.artifacts.save", stub)
+    monkeypatch.setitem(sys.modules, "modhifi.models.artifact", stub)
     assert load(tmp_path) is expected
 
 
@@ -446,7 +446,7 @@ DOWNLOADS = """
 import json, os, sys, urllib.request
 import torch
 from modhifi.errors import ModhifiError
-from modhifi.load import load_model
+from modhifi.models.load import load_model
 
 def attempt(*args, **options):
     try:

@@ -19,7 +19,7 @@ from modhifi.cli.main import app
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.pruning.stages import find_structure
-from modhifi.runs import prune
+from modhifi.runs import inputs
 from modhifi.structure.expand import expand
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import mask_readers, shrink
@@ -211,6 +211,6 @@ def test_the_original_has_its_own_arguments(named: str, monkeypatch: pytest.Monk
         "recipe": {"model": {"name": named}},
         "model": {"info": {"model_args": {"mlp_ratio": 2.5}}},
     }
-    monkeypatch.setattr(prune, "read_manifest", lambda directory: manifest)
-    found = prune.original_of("directory")
+    monkeypatch.setattr(inputs, "read_manifest", lambda directory: manifest)
+    found = inputs.original_of("directory")
     assert (found.name, found.args) == ("timm:x", {"img_size": 64})

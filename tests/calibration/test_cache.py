@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import modhifi
-from modhifi.calibration import cache
+from modhifi import disk
 from modhifi.calibration.cache import MomentCache
 from modhifi.data.in_memory import from_items
 from modhifi.models.weights import state_hash
@@ -81,7 +81,7 @@ def test_a_second_ratio_reuses_the_moments(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
-    script = "import test_moment_cache as t, sys, pathlib; t.prune(pathlib.Path(sys.argv[1]), seconds=0.02)"
+    script = "import test_cache as t, sys, pathlib; t.prune(pathlib.Path(sys.argv[1]), seconds=0.02)"
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=os.environ | {"PYTHONPATH": path})
     until = time.monotonic() + 60
@@ -104,12 +104,12 @@ def test_the_cache_stays_small_and_a_full_disk_costs_only_the_cache(
     (first,) = (tmp_path / "moments").iterdir()
     os.utime(first, (0, 0))
     # Room for one and a half such files.
-    room = first.stat().st_size * 1.5 / cache.SHARE
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": room}))
+    room = first.stat().st_size * 1.5 / disk.SHARE
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: type("Usage", (), {"free": room}))
     prune(tmp_path, seed=1)
     (second,) = (tmp_path / "moments").iterdir()
     assert second != first
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0}))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0}))
     assert prune(tmp_path)[0] == plain
     (tmp_path / "file").write_text("")
     assert prune(tmp_path / "file")[0] == plain
@@ -117,7 +117,7 @@ def test_the_cache_stays_small_and_a_full_disk_costs_only_the_cache(
 
 def test_the_place_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MODHIFI_CACHE", str(tmp_path))
-    assert cache.default_directory() == tmp_path
+    assert disk.default_directory() == tmp_path
     monkeypatch.delenv("MODHIFI_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache.default_directory() == tmp_path / "xdg" / "modhifi"
+    assert disk.default_directory() == tmp_path / "xdg" / "modhifi"

@@ -19,7 +19,7 @@ from modhifi.artifacts.summary import junit, markdown, write_summary
 from modhifi.cli.main import app
 from modhifi.errors import ModhifiError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 runner = CliRunner()
 
 REPORT = {

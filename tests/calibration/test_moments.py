@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from modhifi.calibration import moments
+from modhifi.calibration import collect as collect_module
 from modhifi.calibration.collect import MomentCollector, collect
 from modhifi.calibration.im2col import reader_rows, spread_positions
 from modhifi.calibration.moments import Accumulator, Moments
@@ -137,7 +137,7 @@ def test_merging_is_exact():
 
 
 def test_positions_depend_on_the_sample_and_not_on_the_batch(monkeypatch):
-    monkeypatch.setattr(moments, "LEAST_ROWS", 1)
+    monkeypatch.setattr(collect_module, "LEAST_ROWS", 1)
     module = nn.Conv2d(4, 6, 3, padding=1)
     x = example(module)
     whole = gathered(module, [x], rows_per_column=1, seed=5)
@@ -164,7 +164,7 @@ def test_positions_are_visited_equally_often():
 
 
 def test_sub_sampling_estimates_the_moments_of_all_positions(monkeypatch):
-    monkeypatch.setattr(moments, "LEAST_ROWS", 1)
+    monkeypatch.setattr(collect_module, "LEAST_ROWS", 1)
     module = nn.Conv2d(2, 3, 3, padding=1)
     generator = torch.Generator().manual_seed(0)
     x = F.avg_pool2d(torch.randn(300, 2, 14, 14, generator=generator), 3, stride=1)

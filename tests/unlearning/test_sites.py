@@ -7,10 +7,10 @@ import copy
 import pytest
 import timm
 import torch
+from tiny_timm import convnext, linear_resnet, resnet, samples_of, swin, vit
 from torch import Tensor, nn
 
 from modhifi.calibration.prefix_cache import Passes
-from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.structure.tracing.branches import Calls
@@ -19,40 +19,6 @@ from modhifi.unlearning.edit import UnlearnSettings, forget, writer_scale
 from modhifi.unlearning.moments import joint_moments, reader_moments
 from modhifi.unlearning.norms import settle_norms
 from modhifi.unlearning.sites import block_of, find_sites
-
-
-def tiny(name: str, size: int, **arguments: object) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model(name, num_classes=5, img_size=size, **arguments)
-
-
-def swin() -> nn.Module:
-    return tiny("swin_tiny_patch4_window7_224", 56, depths=(2, 2), embed_dim=16, num_heads=(2, 2), window_size=7)
-
-
-def vit() -> nn.Module:
-    return tiny("vit_tiny_patch16_224", 48, depth=2, embed_dim=16, num_heads=2)
-
-
-def convnext() -> nn.Module:
-    torch.manual_seed(0)
-    shape = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
-    return timm.create_model("convnext_atto", num_classes=5, ls_init_value=0.5, **shape)
-
-
-def resnet(**arguments: object) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model("resnet10t", num_classes=5, channels=(8, 12, 16, 16), stem_width=8, **arguments)
-
-
-def linear_resnet() -> nn.Module:
-    """Nothing between the additions and what reads them, so that a stream is linear in its writers."""
-    return resnet(act_layer=nn.Identity)
-
-
-def samples_of(inputs: Tensor, labels: Tensor) -> Samples:
-    names = tuple(str(i) for i in range(len(inputs)))
-    return Samples(lambda i: inputs[i], names, labels, names, "random", False)
 
 
 def test_a_writer_is_the_last_operator_of_its_branch() -> None:

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 import timm
 import torch
-from test_unlearn_sites import convnext, resnet, samples_of, swin, vit
+from tiny_timm import convnext, resnet, samples_of, swin, vit
 from torch import Tensor, nn
 
 from modhifi.calibration.prefix_cache import Passes, Reached
