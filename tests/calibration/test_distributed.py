@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,28 +23,24 @@ from modhifi.models.load import load_model
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import find_structure, measure_moments
 
+ALONE_IN_PAIRS = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 LAUNCHERS = {
-    "accelerate": [
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "-m",
-    ],
-    "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "-m"],
+    "accelerate": ["accelerate.commands.launch", *ALONE_IN_PAIRS.split(), "--main_process_port"],
+    "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"],
 }
+
+
+def free_port() -> str:
+    """Launchers that run side by side would both take their usual one."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return str(place.getsockname()[1])
 
 
 def launch(launcher: str, where: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")} | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", *LAUNCHERS[launcher], "modhifi", *arguments],
+        [sys.executable, "-m", *LAUNCHERS[launcher], free_port(), "-m", "modhifi", *arguments],
         capture_output=True,
         text=True,
         env=environment,
