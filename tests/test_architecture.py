@@ -13,7 +13,7 @@ ROOT = Path(modhifi.__file__).parent
 # Each room knows those on the lines before its own, and none beside it.
 FLOORS = (
     "errors",
-    "progress disk",
+    "progress disk registry",
     "structure",
     "models",
     "data",

@@ -1,0 +1,94 @@
+"""One registry a kind of thing: a selector, a data source, an attack is one small file that registers itself.
+
+Whatever lists the choices (recipes, the command line, the docs) asks the registry, so that a new file is all it takes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Generic, Protocol, TypeVar
+
+from pydantic import AfterValidator, WithJsonSchema
+
+from modhifi.errors import ModhifiError
+
+
+class Entry(Protocol):
+    """``summary`` says in one line what the entry does, ``source`` names the paper or equation, empty for ours."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def summary(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class Registry(Mapping[str, E], Generic[E]):
+    """The entries of one kind by name, in the order in which they were registered.
+
+    ``kind`` is what an error calls them, in the singular: "selector".
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.entries: dict[str, E] = {}
+        self.aliases: dict[str, str] = {}
+
+    def register(self, entry: E, *aliases: str) -> E:
+        """Add an entry under its name and its aliases. Raises ModhifiError for a name that is taken."""
+        for name in (entry.name, *aliases):
+            if name in self.entries or name in self.aliases:
+                raise ModhifiError(f"there is a {self.kind} '{name}' already; give another name")
+        self.entries[entry.name] = entry
+        self.aliases |= dict.fromkeys(aliases, entry.name)
+        return entry
+
+    def discover(self, package: str) -> None:
+        """Import every file of a package, each of which registers what it defines, by its name's order."""
+        path = importlib.import_module(package).__path__
+        for module in sorted(pkgutil.iter_modules(path), key=lambda m: m.name):
+            importlib.import_module(f"{package}.{module.name}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that may be given, aliases last."""
+        return (*self.entries, *self.aliases)
+
+    def __getitem__(self, name: str) -> E:
+        """The entry of a name or alias. Raises ModhifiError, with the nearest names, for an unknown one."""
+        if self.aliases.get(name, name) not in self.entries:
+            raise ModhifiError(f"{self.unknown(name)}")
+        return self.entries[self.aliases.get(name, name)]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries or name in self.aliases
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def unknown(self, name: object) -> str:
+        """What to say of a name that is not registered."""
+        close = difflib.get_close_matches(str(name), self.names, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"choose one of {', '.join(self.names)}"
+        return f"unknown {self.kind} '{name}'; {hint}"
+
+
+def one_of(registry: Registry[Any]) -> Any:
+    """The type of a recipe's field that takes a name of a registry, also of an entry that is registered later."""
+
+    def known(name: str) -> str:
+        if name not in registry:
+            raise ValueError(registry.unknown(name))
+        return name
+
+    return Annotated[str, AfterValidator(known), WithJsonSchema({"type": "string", "enum": list(registry.names)})]
