@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modhifi.errors import IndefiniteError
 from modhifi.pruning.fidelity import compensation
+from modhifi.pruning.linalg import damping_unit, factorise
 
 
 def least_squares(weight: Tensor, second: Tensor, kept: Tensor, ridge: float = 1e-4) -> Tensor:
@@ -27,19 +27,12 @@ def least_squares_towards(weight: Tensor, cross: Tensor, second: Tensor, kept: T
 
     ``cross`` float64 ``(d, d)`` is ``C = E[x_d x_pᵀ]``, ``second`` is ``S`` of ``x_p``, both centred or both not.
     """
+    unit = damping_unit(second)
+    factor, used = factorise(second[kept][:, kept], ridge, unit)
+    target = weight @ cross[:, kept] + used * unit * weight[:, kept]
     result = torch.zeros_like(weight)
-    inner = second[kept][:, kept]
-    scale = float(second.diagonal().mean()) or 1.0
-    for attempt in range(5):
-        damping = ridge * 10**attempt * scale
-        damped = inner.clone()
-        damped.diagonal().add_(damping)
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if not int(info):
-            target = weight @ cross[:, kept] + damping * weight[:, kept]
-            result[:, kept] = torch.cholesky_solve(target.T, factor).T
-            return result
-    raise IndefiniteError
+    result[:, kept] = torch.cholesky_solve(target.T, factor).T
+    return result
 
 
 def scaled(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor, ridge: float = 1e-4) -> Tensor:

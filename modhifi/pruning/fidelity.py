@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from modhifi.pruning.linalg import factorise
+
 
 def output_energy(weight: Tensor, second: Tensor) -> Tensor:
     """``E‖Y_c‖² = W_c S W_cᵀ`` of every output channel, ``(out,)``."""
@@ -94,19 +96,18 @@ def subset_fidelity(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor
 def compensation(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor, ridge: float = 1e-4) -> Tensor:
     """The paper's scalars ``δ*_C = 1 + Q_CC⁻¹ Q_CC̄ 1`` of the kept components, ``(out, k)``.
 
-    ``ridge`` is in units of the mean diagonal of ``Q_CC``; 0 uses the pseudo-inverse.
+    ``ridge`` is in units of the mean diagonal of ``Q_CC``; 0 uses the pseudo-inverse. Raises
+    :class:`modhifi.errors.IndefiniteError` where no damping makes ``Q_CC`` positive definite.
     """
     rest = torch.ones(len(blocks), dtype=torch.bool, device=weight.device)
     rest[kept] = False
     scales = torch.ones(len(weight), len(kept), dtype=weight.dtype, device=weight.device)
-    eye = torch.eye(len(kept), dtype=weight.dtype, device=weight.device)
     weight, second = _ordered(weight, second, blocks)
     for channel, row in enumerate(weight):
         q = _similarity(row, second, len(blocks))
         own, gap = q[kept][:, kept], q[kept][:, rest].sum(1)
-        damping = ridge * own.diagonal().mean() if len(kept) else torch.zeros(())
-        if damping > 0:
-            scales[channel] += torch.linalg.solve(own + damping * eye, gap)
+        if len(kept) and ridge * own.diagonal().mean() > 0:
+            scales[channel] += torch.cholesky_solve(gap[:, None], factorise(own, ridge)[0])[:, 0]
         else:
             scales[channel] += torch.linalg.pinv(own, hermitian=True) @ gap
     return scales
