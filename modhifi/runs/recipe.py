@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from modhifi.bounds.verdicts import Tolerances
-from modhifi.pruning.allocation import Budget
+from modhifi.pruning.budget import Budget
 from modhifi.pruning.settings import PruneSettings
 from modhifi.runs.recipe_file import Strict, validate
 
