@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from modhifi.errors import ModhifiError
-from modhifi.pruning.linalg import factorise
 
+# Where a Cholesky factorisation fails, the damping is multiplied by the next of these; the Edit records the result.
+DAMPING_STEPS = (1.0, 10.0, 100.0, 1000.0)
 # A direction weaker than this share of the strongest one counts as a combination of the others.
 RANK_TOLERANCE = 1e-8
 # Channels that their BatchNorm or layer scale attenuates below this share of the median cannot be written.
@@ -227,6 +228,30 @@ def about(gram: Tensor, mean: Tensor, origin: Tensor) -> Tensor:
     mean, origin = mean.double(), origin.double()
     left, right = torch.stack([mean, origin], 1), torch.stack([-origin, origin - mean])
     return torch.addmm(gram.double(), left, right)
+
+
+def mean_diagonal(matrix: Tensor) -> float:
+    """The unit of damping; 1 for a matrix without energy, which any ridge makes solvable."""
+    return float(matrix.diagonal().mean()) or 1.0
+
+
+def factorise(matrix: Tensor, damping: float, unit: float | None = None) -> tuple[Tensor, float]:
+    """The Cholesky factor of ``matrix + damping * unit * I``, and the first damping of the steps at which it exists.
+
+    Of the symmetric ``matrix`` the lower triangle is read. ``unit`` defaults to its mean diagonal. Raises ModhifiError
+    where every step fails.
+    """
+    unit = mean_diagonal(matrix) if unit is None else unit
+    for step in DAMPING_STEPS:
+        damped = matrix.clone()
+        damped.diagonal().add_(damping * step * unit)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            return factor, damping * step
+    raise ModhifiError(
+        f"the moments cannot be factorised even with damping {damping * DAMPING_STEPS[-1]:g}; "
+        "use more samples or check them for NaN"
+    )
 
 
 def _directions(gaps: Tensor, extra: Tensor | None) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from modhifi.errors import ModhifiError
-from modhifi.pruning.linalg import damping_unit, factorise
 from modhifi.unlearning.erasure import (
     Edit,
     Norm,
@@ -23,6 +22,8 @@ from modhifi.unlearning.erasure import (
     erase,
     erase_writers,
     erasing_projection,
+    factorise,
+    mean_diagonal,
     pooled,
     settle_norm,
     stress_classes,
@@ -75,7 +76,7 @@ def gls(
     energy = float(drop.trace())
     pull = strength * float(keep.trace()) / energy if energy > 0 else 0.0
     # The ridge belongs to what is kept, so that it pulls towards the original weight.
-    unit = damping_unit(keep)
+    unit = mean_diagonal(keep)
     factor, used = factorise(keep + pull * drop, damping, unit)
     kept = keep + used * unit * torch.eye(len(keep), dtype=torch.float64)
     target = kept if centred else kept + pull * torch.outer(retain_mean, forget_mean)
