@@ -114,19 +114,14 @@ def prune(
             "--evaluation-samples", min=1, help="Held-out samples; by default 256 images, 32 windows (16 on a CPU)."
         ),
     ] = None,
-    selector: Annotated[
-        Literal["obs", "naive", "energy", "wanda", "cholesky", "magnitude", "random"],
-        typer.Option("--selector", help="How components are chosen."),
-    ] = "obs",
-    compensate: Annotated[
-        Literal["lstsq", "delta", "none"], typer.Option("--compensate", help="What makes up for the removed ones.")
-    ] = "lstsq",
+    selector: Annotated[str, typer.Option("--selector", help="How components are chosen.")] = "obs",
+    compensate: Annotated[str, typer.Option("--compensate", help="What makes up for the removed ones.")] = "lstsq",
     allocate: Annotated[
-        Literal["energy", "amplification"],
+        str,
         typer.Option("--allocate", help="Weight of each group's error: its own energy, or its measured effect."),
     ] = "amplification",
     layout: Annotated[
-        Literal["global", "uniform"] | None,
+        str | None,
         typer.Option("--layout", help="Allocate over all groups, or the same share each (default of transformers)."),
     ] = None,
     sequential: Annotated[

@@ -14,7 +14,7 @@ import torch
 from common import write_results
 from lm_prune import SETTINGS, WINDOW, smollm2, wikitext
 
-from modhifi.pruning.allocation import Budget
+from modhifi.pruning.budget import Budget
 from modhifi.pruning.prune import prune_model
 
 

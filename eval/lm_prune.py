@@ -29,10 +29,10 @@ from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.pruning.allocation import Budget
+from modhifi.pruning.budget import Budget
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.readers import readers_of
-from modhifi.pruning.selectors import removal_order
+from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.sensitivity import amplification, best_plan, plans_between
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
@@ -185,7 +185,7 @@ class Work:
         """Every layer's components that go last, in an order that needs no curve."""
         kept = {}
         for group in self.structure.prunable:
-            order = removal_order(selector, readers_of(self.loaded.model, self.structure, group, self.moments), 0)
+            order = SELECTORS[selector].order(readers_of(self.loaded.model, self.structure, group, self.moments), 0)
             assert order is not None
             kept[group.name] = tuple(sorted(order[round(ratio * group.n) :].tolist()))
         return self.apply(self.structure, Plan(kept), replace(SETTINGS, compensate=compensate))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from modhifi.api import prune as prune
+    from modhifi.api import register_selector as register_selector
     from modhifi.api import score as score
     from modhifi.api import unlearn as unlearn
     from modhifi.api import verify as verify
@@ -18,6 +19,7 @@ PUBLIC = {
     "load": "models.artifact",
     "load_model": "models.load",
     "prune": "api",
+    "register_selector": "api",
     "score": "api",
     "unlearn": "api",
     "verify": "api",

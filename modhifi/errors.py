@@ -26,5 +26,6 @@ class IndefiniteError(ModhifiError):
 
     def __init__(self) -> None:
         super().__init__(
-            "a Gram matrix is not positive definite even with strong damping; use more calibration samples"
+            "a Gram matrix is not positive definite even with strong damping; "
+            "use more calibration samples, or check them for NaN"
         )

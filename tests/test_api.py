@@ -15,6 +15,7 @@ from modhifi import api
 from modhifi.data import in_memory
 from modhifi.errors import ModhifiError
 from modhifi.models import artifact
+from modhifi.pruning.selectors import SELECTORS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,7 +26,13 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", ["prune", "score", "unlearn", "verify"])
+@pytest.fixture(autouse=True)
+def own_selectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(SELECTORS, "entries", dict(SELECTORS))
+
+
+@pytest.mark.parametrize("name", ["prune", "register_selector", "score", "unlearn", "verify"])
 def test_the_examples_run(name: str) -> None:
     (found,) = doctest.DocTestFinder().find(getattr(api, name), name, module=False, globs={})
     assert found.examples
@@ -33,8 +40,18 @@ def test_the_examples_run(name: str) -> None:
 
 
 def test_the_functions_are_public() -> None:
-    assert {"load", "load_model", "prune", "score", "unlearn", "verify"} <= set(dir(modhifi))
+    assert {"load", "load_model", "prune", "register_selector", "score", "unlearn", "verify"} <= set(dir(modhifi))
     assert modhifi.verify is api.verify and modhifi.load is artifact.load and modhifi.unlearn is api.unlearn
+
+
+def test_a_selector_of_ones_own_has_a_name_of_its_own_and_gives_every_component_once() -> None:
+    with pytest.raises(ModhifiError, match="there is a selector 'cholesky' already"):
+        modhifi.register_selector("cholesky", lambda readers, seed: None)
+    modhifi.register_selector("short", lambda readers, seed: torch.arange(3))
+    with pytest.raises(ModhifiError, match="there is a selector 'short' already; give another name"):
+        modhifi.register_selector("short", lambda readers, seed: None)
+    with pytest.raises(ModhifiError, match="all 8 components of the group once each"):
+        modhifi.prune(net(), torch.randn(32, 3, 8, 8), ratio=0.4, samples=16, method={"selector": "short"})
 
 
 def net() -> nn.Module:

@@ -14,9 +14,11 @@ from modhifi.data.samples import Samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.offload import staying
 from modhifi.progress import Progress
-from modhifi.pruning.allocation import Budget, allocate, least_width, plan_for
+from modhifi.pruning.allocation import allocate, plan_for
+from modhifi.pruning.budget import Budget
 from modhifi.pruning.editing import LayerError, edit_readers
 from modhifi.pruning.elimination import Curve
+from modhifi.pruning.layouts.base import least_width
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import Pruned, removal_curves
 from modhifi.structure.groups import Structure
@@ -37,7 +39,7 @@ def fit_in_memory(model: nn.Module, structure: Structure) -> bool:
 def uniform_widths(
     loaded: LoadedModel, structure: Structure, budget: Budget, settings: PruneSettings
 ) -> dict[str, int]:
-    """Every group's width in ``uniform`` layout, which depends on sizes alone. Raises what `allocate` raises."""
+    """Every group's width in a layout that depends on sizes alone. Raises what `allocate` raises."""
     curves = {
         g.name: Curve(
             torch.arange(g.n - least_width(g, settings.floor, 1)),
@@ -51,7 +53,7 @@ def uniform_widths(
         curves,
         sizes_of(loaded.model, structure),
         budget,
-        layout="uniform",
+        layout=settings.layout,
         floor=settings.floor,
         round_to=settings.round_to,
     )

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.calibration.moments import Moments
-from modhifi.errors import ModhifiError
-from modhifi.pruning.compensation import error_and_energy, least_squares, masked, scaled
+from modhifi.pruning.compensations import COMPENSATIONS
+from modhifi.pruning.local_error import local_error
 from modhifi.pruning.readers import applied_second
 from modhifi.pruning.settings import PruneSettings
 from modhifi.structure.groups import Structure
@@ -52,8 +52,8 @@ def edit_reader(
     """Compensate one reader for the loss of some input channels (``positions``), in place."""
     weight, edited = write_compensated(model, structure, name, positions, moments, settings)
     measured = moments.cov if structure.operators[name].sink is not None else moments.gram
-    found = [error_and_energy(w, e, m) for w, e, m in zip(weight, edited, measured, strict=True)]
-    return LayerError(name, sum(error for error, _ in found), sum(energy for _, energy in found))
+    errors, energies = zip(*map(local_error, weight, edited, measured), strict=True)
+    return LayerError(name, sum(errors), sum(energies))
 
 
 def write_compensated(
@@ -70,7 +70,7 @@ def store(
     """Write a reader's new weights ``(G, o, d)`` and, compensating, give its mean back; returns the old ones."""
     weight, sink = weight_matrix(model.get_submodule(name)), structure.operators[name].sink
     write_weight(model.get_submodule(name), edited)
-    if settings.compensate != "none" and sink is not None:
+    if COMPENSATIONS[settings.compensate].restores_mean and sink is not None:
         absorb_mean(model, name, sink, ((weight - edited) @ moments.mean[:, :, None]).reshape(-1))
     return weight
 
@@ -87,16 +87,6 @@ def compensated(
     channels = torch.ones(groups * columns // kernel, dtype=torch.bool)
     channels[positions] = False
     kept = channels.view(groups, -1).to(weight.device)
-    edited = torch.empty_like(weight)
-    for g in range(groups):
-        wide = kept[g].repeat_interleave(kernel)
-        if settings.compensate == "lstsq":
-            edited[g] = least_squares(weight[g], second[g], wide, settings.ridge)
-        elif settings.compensate == "delta":
-            blocks = torch.arange(columns, device=weight.device).view(-1, kernel)
-            edited[g] = scaled(weight[g], second[g], blocks, kept[g], settings.ridge)
-        elif settings.compensate == "none":
-            edited[g] = masked(weight[g], wide)
-        else:
-            raise ModhifiError(f"unknown compensation '{settings.compensate}'; choose lstsq, delta or none")
-    return edited
+    blocks = torch.arange(columns, device=weight.device).view(-1, kernel)
+    edit = COMPENSATIONS[settings.compensate].edit
+    return torch.stack([edit(w, s, blocks, k, settings.ridge) for w, s, k in zip(weight, second, kept, strict=True)])

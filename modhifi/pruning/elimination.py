@@ -1,7 +1,7 @@
-"""In which order a group's components go, and what that costs. Pure.
+"""Block Optimal Brain Surgeon: in which order a group's components go, and what that costs. Pure.
 
-Every selector returns a :class:`Curve`; costs are squared local errors after least squares over all kept columns, so
-curves of different selectors and groups can be compared and allocated together.
+Every selector's order becomes a :class:`Curve`; costs are squared local errors after least squares over all kept
+columns, so curves of different selectors and groups can be compared and allocated together.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modhifi.errors import IndefiniteError
+from modhifi.errors import IndefiniteError, ModhifiError
 from modhifi.pruning.linalg import damped_inverse
-from modhifi.pruning.readers import Reader, best_singletons
+from modhifi.pruning.readers import Reader, ReaderPart, best_singletons
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Curve:
-    """``order`` int64 ``(r,)``: components in order of removal; ``cost`` float64 ``(r + 1,)``: total squared local
-    error of the group's readers after removing the first j; ``energy``: output energy of those readers; ``fidelity``
-    float64 ``(n,)``: the components' best singleton fidelity; ``trial`` where one was asked for."""
+    """In which order r of a group's n components go, and what has been lost at every stage.
+
+    ``order`` int64 ``(r,)``: components in order of removal; ``cost`` float64 ``(r + 1,)``: squared local error of
+    the group's readers, added up, after removing the first j; ``energy``: output energy of those readers; ``fidelity``
+    float64 ``(n,)``: the components' best singleton fidelity; ``trial`` where one was asked for.
+    """
 
     order: Tensor
     cost: Tensor
@@ -47,36 +50,37 @@ WIDE = 512
 
 
 @dataclass
-class _Part:
-    """One conv group of one reader while components go.
+class _PartState:
+    """One part of one reader while components go.
 
     ``inverse`` is H ``(d, d)`` of the full reader and never changes: H of what is left is ``inverse − UᵀU``, where the
-    first ``spent`` rows of ``factor`` are U. Columns of U and of ``weight`` stand for the columns ``at`` of the reader;
-    ``live`` says which of them still count. ``blocks`` ``(n, m, m)`` are the components' own blocks of the current H,
-    ``columns`` ``(n, m)`` their places, ``mine`` their numbers in the group.
+    first ``rank`` rows of ``factor`` are U. Columns of U and of ``weight`` stand for the ``positions`` ``(l,)`` of the
+    reader; ``present`` bool ``(l,)`` says which of them are left. ``components`` ``(n,)`` are the numbers of those left
+    in their group, ``columns`` ``(n, m)`` where theirs are among the positions, ``blocks`` ``(n, m, m)`` their own
+    blocks of the current H.
     """
 
     inverse: Tensor
     weight: Tensor
     scale: Tensor
+    components: Tensor
     columns: Tensor
-    mine: Tensor
     blocks: Tensor
     factor: Tensor
-    at: Tensor
-    live: Tensor
-    spent: int = 0
+    positions: Tensor
+    present: Tensor
+    rank: int = 0
 
     @classmethod
-    def of(cls, inverse: Tensor, weight: Tensor, scale: Tensor, mine: Tensor, columns: Tensor) -> _Part:
+    def of(cls, inverse: Tensor, part: ReaderPart, scale: Tensor) -> _PartState:
         d = len(inverse)
-        weight, scale = weight.to(inverse.dtype), scale.to(inverse.dtype)
+        weight, scale, columns = part.weight.to(inverse.dtype), scale.to(inverse.dtype), part.columns
         return cls(
             inverse,
             weight * scale[:, None],
             scale,
+            part.components,
             columns,
-            mine,
             inverse[columns[:, :, None], columns[:, None, :]],
             inverse.new_empty((columns.numel(), d)),
             torch.arange(d, device=inverse.device),
@@ -90,15 +94,15 @@ class _Part:
         solved: Tensor = torch.linalg.solve(self.blocks, energy)
         return solved.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0).double().cpu()
 
-    def remove(self, gone: Tensor) -> float:
-        """Remove the components marked in ``gone`` bool ``(n,)`` and return their joint cost, ahead of any norm.
+    def remove(self, removed: Tensor) -> float:
+        """Remove the components marked in ``removed`` bool ``(n,)`` and return their joint cost, ahead of any norm.
 
-        One step of a block Cholesky factorisation of H, pivoted by whom we let go: only the columns of H that are
-        about to go are ever brought up to date.
+        One step of a block Cholesky factorisation of H, pivoted by what goes: only the columns of H that are
+        about to go are ever brought up to date. Raises :class:`IndefiniteError`.
         """
-        index = self.columns[gone].reshape(-1)
-        old = self.factor[: self.spent]
-        cross = self.inverse.index_select(0, self.at[index]).index_select(1, self.at)
+        index = self.columns[removed].reshape(-1)
+        old = self.factor[: self.rank]
+        cross = self.inverse.index_select(0, self.positions[index]).index_select(1, self.positions)
         cross.addmm_(old[:, index].T, old, alpha=-1)
         factor, info = torch.linalg.cholesky_ex(cross[:, index])
         if int(info):
@@ -106,30 +110,32 @@ class _Part:
         new = torch.linalg.solve_triangular(factor, cross, upper=False)
         pieces = torch.linalg.solve_triangular(factor, self.weight[:, index].T, upper=False)
         self.weight.addmm_(pieces.T, new, alpha=-1)
-        self.factor[self.spent : self.spent + len(new)] = new
-        self.spent += len(new)
-        self.live[index.cpu()] = False
-        self.columns, self.mine, self.blocks = self.columns[~gone], self.mine[~gone], self.blocks[~gone]
+        self.factor[self.rank : self.rank + len(new)] = new
+        self.rank += len(new)
+        self.present[index.cpu()] = False
+        self.columns, self.components = self.columns[~removed], self.components[~removed]
         rows = new.T[self.columns]
-        self.blocks = self.blocks - rows @ rows.transpose(1, 2)
+        self.blocks = self.blocks[~removed] - rows @ rows.transpose(1, 2)
         self._compact()
         return float((pieces.square().sum(0) / self.scale.square()).sum(dtype=torch.float64))
 
     def _compact(self) -> None:
-        """Drop the stale rows once they are a quarter: copying at every step would cost more than it saves."""
-        if self.live.sum() > 0.75 * len(self.live):
+        """Drop the stale columns once they are a quarter: copying at every step would cost more than it saves."""
+        if self.present.sum() > 0.75 * len(self.present):
             return
-        left = torch.nonzero(self.live).flatten().to(self.at.device)
+        left = torch.nonzero(self.present).flatten().to(self.positions.device)
         smaller = self.factor.new_empty((len(self.factor), len(left)))
-        torch.index_select(self.factor[: self.spent], 1, left, out=smaller[: self.spent])
-        self.factor, self.weight, self.at = smaller, self.weight.index_select(1, left), self.at[left]
-        self.columns = (torch.cumsum(self.live, 0) - 1).to(self.columns.device)[self.columns]
-        self.live = torch.ones(len(left), dtype=torch.bool)
+        torch.index_select(self.factor[: self.rank], 1, left, out=smaller[: self.rank])
+        self.factor, self.weight = smaller, self.weight.index_select(1, left)
+        self.positions = self.positions[left]
+        self.columns = (torch.cumsum(self.present, 0) - 1).to(self.columns.device)[self.columns]
+        self.present = torch.ones(len(left), dtype=torch.bool)
 
     def whole_weight(self) -> Tensor:
-        """The layer's weights as they are now, ``(o, d)``, zero in the removed columns."""
+        """The part's weights as they are now, ``(o, d)``, zero in the removed columns."""
+        present = self.present.to(self.positions.device)
         whole = self.weight.new_zeros((len(self.weight), len(self.inverse)))
-        whole[:, self.at[self.live.to(self.at.device)]] = self.weight[:, self.live.to(self.at.device)]
+        whole[:, self.positions[present]] = self.weight[:, present]
         return whole / self.scale[:, None]
 
 
@@ -148,15 +154,12 @@ class Elimination:
         self.readers = readers
         self.state = [
             [
-                _Part.of(
-                    damped_inverse(second, ridge).to(wide if len(second) > WIDE else torch.float64),
-                    weight,
-                    scale,
-                    mine,
-                    columns,
+                _PartState.of(
+                    damped_inverse(part.second, ridge).to(wide if len(part.second) > WIDE else torch.float64),
+                    part,
+                    reader.scales[part.group],
                 )
-                for (weight, second, mine, columns), scale in zip(reader.parts(), reader.scales, strict=True)
-                if len(mine)
+                for part in reader.parts()
             ]
             for reader in readers
         ]
@@ -164,31 +167,30 @@ class Elimination:
     def costs(self) -> Tensor:
         """Cost behind the norms of removing each remaining component alone; infinity for the removed ones. ``(n,)``."""
         total = torch.full((self.n,), math.inf, dtype=torch.float64)
-        for number, parts in enumerate(self.state):
-            for part in parts:
-                if len(part.mine):
-                    alone = part.costs()
-                    total[part.mine] = alone if not number else total[part.mine] + alone
+        for number, states in enumerate(self.state):
+            for state in states:
+                if len(state.components):
+                    alone = state.costs()
+                    total[state.components] = total[state.components] + alone if number else alone
         return total
 
-    def remove(self, chosen: Tensor) -> float:
-        """Remove components jointly and return the exact joint cost."""
+    def remove(self, components: Tensor) -> float:
+        """Remove components, by number, jointly and return the exact joint cost. Raises :class:`IndefiniteError`."""
         cost = 0.0
-        for part in (p for parts in self.state for p in parts):
-            gone = torch.isin(part.mine, chosen)
-            if bool(gone.any()):
-                cost += part.remove(gone)
+        for state in (state for states in self.state for state in states):
+            removed = torch.isin(state.components, components)
+            if bool(removed.any()):
+                cost += state.remove(removed)
         return cost
 
     def weights(self) -> tuple[Tensor, ...]:
         """Every reader's weights as they are now, float32 ``(G, o, d)``."""
         result = []
-        for reader, parts in zip(self.readers, self.state, strict=True):
-            whole, mine = reader.weight.float(), iter(parts)
-            for g, (*_, numbers, _) in enumerate(reader.parts()):
-                if len(numbers):
-                    whole[g] = next(mine).whole_weight().float()
-            result.append(whole)
+        for reader, states in zip(self.readers, self.state, strict=True):
+            weight = reader.weight.float()
+            for part, state in zip(reader.parts(), states, strict=True):
+                weight[part.group] = state.whole_weight().float()
+            result.append(weight)
         return tuple(result)
 
 
@@ -206,7 +208,8 @@ def eliminate(
 
     About ``n / steps`` components go at a time, equally many per label of ``partition`` int64 ``(n,)``. The curve has a
     :class:`Trial` at the first stop with ``trial`` components removed, or at the last. Raises
-    :class:`IndefiniteError`.
+    :class:`IndefiniteError` where a Gram cannot be inverted, and ModhifiError for an ``order`` that is no permutation
+    of the n components.
     """
     how = (keep_at_least, order, partition, steps, trial)
     try:
@@ -221,34 +224,40 @@ def _eliminate(
     order: Tensor | None,
     partition: Tensor | None,
     steps: int,
-    trial: int | None,
+    trial_size: int | None,
 ) -> Curve:
     readers, n = state.readers, state.n
+    rank = None if order is None else _rank(order, n)
     labels = torch.zeros(n, dtype=torch.int64) if partition is None else torch.unique(partition, return_inverse=True)[1]
     count = int(labels.max()) + 1
+    members = [torch.nonzero(labels == label).flatten() for label in range(count)]
+    least = max(keep_at_least, count)
     energy = sum(float((r.product * r.weight).sum()) for r in readers)
-    gone: list[Tensor] = []
-    cost = [0.0]
-    rank, found = None, None
-    if order is not None:
-        rank = torch.empty(n, dtype=torch.float64)
-        rank[order] = torch.arange(len(order), dtype=torch.float64)
-    removed = 0
-    while n - removed - count >= max(keep_at_least, count):
+    removals: list[Tensor] = []
+    cost, removed = [0.0], 0
+    trial: Trial | None = None
+    while n - removed - count >= least:
         alone = state.costs()
         ranking = alone if rank is None else torch.where(alone.isinf(), alone, rank)
-        each = max(1, n // (steps * count))
-        each = min(each, (n - removed - max(keep_at_least, count)) // count)
-        members = [torch.nonzero(labels == k).flatten() for k in range(count)]
+        each = min(max(1, n // (steps * count)), (n - removed - least) // count)
         # one of each part in turn: every multiple of the number of parts is a valid place to stop
         chosen = torch.stack([m[ranking[m].argsort(stable=True)[:each]] for m in members], 1).reshape(-1)
-        spent = state.remove(chosen)
-        weights = alone[chosen].cumsum(0) / alone[chosen].sum().clamp_min(1e-300)
-        cost.extend((cost[-1] + spent * weights).tolist() if spent > 0 else [cost[-1]] * len(chosen))
-        gone.append(chosen)
+        joint = state.remove(chosen)
+        shares = alone[chosen].cumsum(0) / alone[chosen].sum().clamp_min(1e-300)
+        cost.extend((cost[-1] + joint * shares).tolist() if joint > 0 else [cost[-1]] * len(chosen))
+        removals.append(chosen)
         removed += len(chosen)
-        if trial is not None and (found is None or found.removed < trial):
-            if removed >= trial or n - removed - count < max(keep_at_least, count):
-                found = Trial(removed, state.weights())
-    removal = torch.cat(gone) if gone else torch.empty(0, dtype=torch.int64)
-    return Curve(removal, torch.tensor(cost, dtype=torch.float64), energy, best_singletons(readers, n), found)
+        if trial_size is not None and (trial is None or trial.removed < trial_size):
+            if removed >= trial_size or n - removed - count < least:
+                trial = Trial(removed, state.weights())
+    removal = torch.cat(removals) if removals else torch.empty(0, dtype=torch.int64)
+    return Curve(removal, torch.tensor(cost, dtype=torch.float64), energy, best_singletons(readers, n), trial)
+
+
+def _rank(order: Tensor, n: int) -> Tensor:
+    """The place of every component in an order, float64 ``(n,)``. Raises ModhifiError for one that is none."""
+    if not torch.equal(order.sort().values, torch.arange(n)):
+        raise ModhifiError(f"a selector must give all {n} components of the group once each, from first to last to go")
+    rank = torch.empty(n, dtype=torch.float64)
+    rank[order] = torch.arange(n, dtype=torch.float64)
+    return rank

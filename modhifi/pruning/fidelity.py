@@ -11,10 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def output_energy(weight: Tensor, second: Tensor) -> Tensor:
-    """``E‖Y_c‖² = W_c S W_cᵀ`` of every output channel, ``(out,)``."""
-    return ((weight @ second) * weight).sum(1)
+from modhifi.pruning.linalg import factorise
 
 
 def _ordered(weight: Tensor, second: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,7 +22,7 @@ def _ordered(weight: Tensor, second: Tensor, blocks: Tensor) -> tuple[Tensor, Te
     return weight[:, columns], second[columns][:, columns]
 
 
-def _parts(
+def _energies(
     weight: Tensor, second: Tensor, blocks: Tensor, product: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``⟨Y_c, A_ci⟩`` and ``E‖A_ci‖²``, both ``(out, n)``, and ``E‖Y_c‖²``, ``(out,)``."""
@@ -50,24 +47,16 @@ def singleton_fidelity(weight: Tensor, second: Tensor, blocks: Tensor, product: 
 
     0 where a contribution or the whole channel has no energy. ``product`` is ``weight @ second`` where it is known.
     """
-    inner, own, energy = _parts(weight, second, blocks, product)
+    inner, own, energy = _energies(weight, second, blocks, product)
     alone = _ratio(inner.square(), own, own.amax(1, keepdim=True))
     return _ratio(alone, energy[:, None].expand_as(own), own.sum(1, keepdim=True)).clamp(0.0, 1.0)
 
 
-def singleton_scale(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
-    """The best scalar for each component alone, ``α_ci = ⟨Y_c,A_ci⟩ / E‖A_ci‖²``, ``(out, n)``."""
-    inner, own, _ = _parts(weight, second, blocks)
-    return _ratio(inner, own, own.amax(1, keepdim=True))
+def similarity(row: Tensor, second: Tensor, n: int) -> Tensor:
+    """The paper's component-similarity matrix ``Q_c[i,j] = W_ciᵀ S_ij W_cj`` of one output channel, ``(n, n)``.
 
-
-def similarity(weight: Tensor, second: Tensor, blocks: Tensor, channel: int) -> Tensor:
-    """The paper's component-similarity matrix ``Q_c[i,j] = W_ciᵀ S_ij W_cj`` of one output channel, ``(n, n)``."""
-    weight, second = _ordered(weight[channel : channel + 1], second, blocks)
-    return _similarity(weight[0], second, len(blocks))
-
-
-def _similarity(row: Tensor, second: Tensor, n: int) -> Tensor:
+    ``row`` ``(d,)`` is the channel's weight; the columns of each of the n components stand side by side.
+    """
     half = (second * row).view(len(row), n, -1).sum(2)
     return (half * row[:, None]).view(n, -1, n).sum(1)
 
@@ -81,7 +70,7 @@ def subset_fidelity(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor
     result = torch.ones(len(weight), dtype=weight.dtype, device=weight.device)
     weight, second = _ordered(weight, second, blocks)
     for channel, row in enumerate(weight):
-        q = _similarity(row, second, len(blocks))
+        q = similarity(row, second, len(blocks))
         energy = q.sum()
         if energy <= q.diagonal().sum() * 1e-14:
             continue
@@ -91,22 +80,21 @@ def subset_fidelity(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor
     return result
 
 
-def compensation(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor, ridge: float = 1e-4) -> Tensor:
+def optimal_scalars(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor, ridge: float = 1e-4) -> Tensor:
     """The paper's scalars ``δ*_C = 1 + Q_CC⁻¹ Q_CC̄ 1`` of the kept components, ``(out, k)``.
 
-    ``ridge`` is in units of the mean diagonal of ``Q_CC``; 0 uses the pseudo-inverse.
+    ``ridge`` is in units of the mean diagonal of ``Q_CC``; 0 uses the pseudo-inverse. Raises
+    :class:`modhifi.errors.IndefiniteError` where no damping makes ``Q_CC`` positive definite.
     """
     rest = torch.ones(len(blocks), dtype=torch.bool, device=weight.device)
     rest[kept] = False
     scales = torch.ones(len(weight), len(kept), dtype=weight.dtype, device=weight.device)
-    eye = torch.eye(len(kept), dtype=weight.dtype, device=weight.device)
     weight, second = _ordered(weight, second, blocks)
     for channel, row in enumerate(weight):
-        q = _similarity(row, second, len(blocks))
+        q = similarity(row, second, len(blocks))
         own, gap = q[kept][:, kept], q[kept][:, rest].sum(1)
-        damping = ridge * own.diagonal().mean() if len(kept) else torch.zeros(())
-        if damping > 0:
-            scales[channel] += torch.linalg.solve(own + damping * eye, gap)
+        if len(kept) and ridge * own.diagonal().mean() > 0:
+            scales[channel] += torch.cholesky_solve(gap[:, None], factorise(own, ridge)[0])[:, 0]
         else:
             scales[channel] += torch.linalg.pinv(own, hermitian=True) @ gap
     return scales
@@ -114,7 +102,7 @@ def compensation(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor, r
 
 def energy_score(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
     """How much of the reader's output energy each component explains alone, ``Σ_c E‖Y_c‖² s_ci``, ``(n,)``."""
-    _, _, energy = _parts(weight, second, blocks)
+    _, _, energy = _energies(weight, second, blocks)
     return (singleton_fidelity(weight, second, blocks) * energy[:, None]).sum(0)
 
 
@@ -124,7 +112,7 @@ def wanda_score(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
     For one column per component this is weight norm² times activation norm² (structured Wanda), and the squared row
     norms of the Cholesky factor of the summed similarity (the paper's shortcut for language models).
     """
-    return _parts(weight, second, blocks)[1].sum(0)
+    return _energies(weight, second, blocks)[1].sum(0)
 
 
 def top_hifi(singletons: Tensor, k: int) -> Tensor:

@@ -1,20 +1,29 @@
-"""Damped inverses, and matrices of second moments shrunk towards what few rows can tell."""
+"""Damped factorisations and inverses, and second moments shrunk towards what few rows can tell. Pure."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from modhifi.errors import IndefiniteError
 
+# How often a ridge grows tenfold, where rounding has made a matrix indefinite, before that is an error.
+GROWTHS = 4
+
 
 def mean_diagonal(second: Tensor) -> Tensor:
-    """``tr S / d``, ``(G,)``."""
+    """``tr S / d`` of each matrix of ``(G, d, d)``, ``(G,)``."""
     return second.diagonal(dim1=1, dim2=2).mean(1)
 
 
 def shrinkage(second: Tensor, rows: int) -> Tensor:
-    """The share of the identity in :func:`applied_second`, float64 ``(G,)`` in [0, 1]."""
+    """The share of the identity that Oracle Approximating Shrinkage derives from the rows, float64 ``(G,)`` in [0, 1].
+
+    ``second`` float64 ``(G, d, d)`` is of ``rows`` rows. Source: Chen, Wiesel, Eldar, Hero, IEEE Transactions on Signal
+    Processing 2010.
+    """
     d = second.shape[-1]
     trace = second.diagonal(dim1=1, dim2=2).sum(1)
     squares = torch.linalg.vector_norm(second, dim=(1, 2)).square()
@@ -30,19 +39,44 @@ def shrunk(second: Tensor, share: Tensor, scale: Tensor) -> Tensor:
     return result
 
 
-def damped_inverse(second: Tensor, ridge: float) -> Tensor:
-    """``(S + λI)⁻¹`` with λ = ``ridge`` times the mean diagonal.
+def damping_unit(matrix: Tensor) -> float:
+    """The mean diagonal of a matrix ``(d, d)``, in whose units damping is given; 1 for a matrix without energy."""
+    return float(matrix.diagonal().mean()) or 1.0
 
-    If the matrix is not positive definite, λ grows tenfold up to four times; then it is an error.
+
+def factorise(matrix: Tensor, ridge: float, unit: float | None = None) -> tuple[Tensor, float]:
+    """The lower Cholesky factor of ``matrix + λI`` and the ridge used, where λ is the ridge times ``unit``.
+
+    ``matrix`` is symmetric ``(d, d)``, of which the lower triangle is read; ``unit`` defaults to :func:`damping_unit`.
+    The ridge grows tenfold, up to ``GROWTHS`` times, until a factor exists. Raises :class:`IndefiniteError` where none
+    does.
     """
-    scale = float(second.diagonal().mean()) or 1.0
-    for attempt in range(5):
-        damped = second.clone()
-        damped.diagonal().add_(ridge * 10**attempt * scale)
-        inverse = _inverse(damped)
-        if inverse is not None:
-            return inverse
+    return _first_damped(matrix, ridge, unit, _cholesky)
+
+
+def damped_inverse(matrix: Tensor, ridge: float) -> Tensor:
+    """``(matrix + λI)⁻¹`` ``(d, d)``, with the damping, and the error, of :func:`factorise`."""
+    return _first_damped(matrix, ridge, None, _inverse)[0]
+
+
+def _first_damped(
+    matrix: Tensor, ridge: float, unit: float | None, decompose: Callable[[Tensor], Tensor | None]
+) -> tuple[Tensor, float]:
+    unit = damping_unit(matrix) if unit is None else unit
+    for growth in range(GROWTHS + 1):
+        grown = ridge * 10**growth
+        damped = matrix.clone()
+        damped.diagonal().add_(grown * unit)
+        result = decompose(damped)
+        if result is not None:
+            return result, grown
     raise IndefiniteError
+
+
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    """The lower Cholesky factor of a symmetric matrix; None where it is not positive definite."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    return None if int(info) else factor
 
 
 def _inverse(matrix: Tensor) -> Tensor | None:
@@ -52,8 +86,8 @@ def _inverse(matrix: Tensor) -> Tensor | None:
     """
     n = len(matrix)
     if n <= 256:
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        if int(info):
+        factor = _cholesky(matrix)
+        if factor is None:
             return None
         identity = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
         root: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)

@@ -11,11 +11,12 @@ from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
-from modhifi.pruning.allocation import Budget
 from modhifi.pruning.blockwise import fit_in_memory, prune_in_blocks
+from modhifi.pruning.budget import Budget
+from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.elimination import Curve
+from modhifi.pruning.layouts import LAYOUTS
 from modhifi.pruning.readers import best_singletons, readers_of
-from modhifi.pruning.sensitivity import TRIAL, probed_plan
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import (
     Pruned,
@@ -27,6 +28,7 @@ from modhifi.pruning.stages import (
     measure_moments,
     removal_curves,
 )
+from modhifi.pruning.weightings import WEIGHTINGS
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
 
@@ -64,7 +66,7 @@ def prune_model(
     """
     structure = _chosen(loaded, settings, plan)
     # Blocks are measured one after the other: that pass is not shared among processes.
-    if plan is None and budget is not None and settings.layout == "uniform" and team.count == 1:
+    if plan is None and budget is not None and not LAYOUTS[settings.layout].reads_costs and team.count == 1:
         if settings.eta is None and settings.sequential is None:
             if cache is None or not fit_in_memory(loaded.model, structure):
                 found = prune_in_blocks(loaded, structure, samples, budget, settings, progress)
@@ -78,13 +80,11 @@ def prune_model(
     elif plan is None:
         if budget is None:
             raise ModhifiError("give a budget: --ratio, --params, --flops or --kv-cache")
-        probing = settings.weighting == "amplification" and settings.layout == "global"
-        trial = TRIAL if probing and settings.compensate == "lstsq" else None
+        weighting, reads_costs = WEIGHTINGS[settings.weighting], LAYOUTS[settings.layout].reads_costs
+        trial = weighting.trial if reads_costs and COMPENSATIONS[settings.compensate].least_squares else None
         curves = removal_curves(loaded.model, structure, moments, settings, progress, trial)
-        if settings.weighting not in ("energy", "amplification"):
-            raise ModhifiError(f"unknown weighting '{settings.weighting}'; choose energy or amplification")
-        if probing:
-            plan, tried = probed_plan(loaded, structure, curves, moments, samples, budget, settings, progress)
+        if reads_costs:
+            plan, tried = weighting.plan(loaded, structure, curves, moments, samples, budget, settings, progress)
         else:
             plan = make_plan(loaded.model, structure, curves, budget, settings)
     fidelity = {name: curve.fidelity for name, curve in curves.items() if curve.fidelity is not None}

@@ -17,6 +17,21 @@ from modhifi.structure.operators import norm_scale, reader_columns, weight_matri
 
 
 @dataclass(frozen=True)
+class ReaderPart:
+    """One convolution group of a reader, which is all of a plain convolution or linear map.
+
+    ``group`` is its number in the reader; ``weight`` float64 ``(o, d)``; ``second`` float64 ``(d, d)``; ``components``
+    int64 ``(k,)``, above none, the numbers of its components in their group; ``columns`` int64 ``(k, m)``.
+    """
+
+    group: int
+    weight: Tensor
+    second: Tensor
+    components: Tensor
+    columns: Tensor
+
+
+@dataclass(frozen=True)
 class Reader:
     """One reader as seen by one group.
 
@@ -42,13 +57,14 @@ class Reader:
         """``scale`` with ones in place of None."""
         return torch.ones_like(self.weight[:, :, 0]) if self.scale is None else self.scale
 
-    def parts(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Per conv group: weight ``(o, d)``, S ``(d, d)``, numbers of its components, their columns."""
-        result = []
-        for g in range(len(self.weight)):
-            mine = torch.nonzero(self.owner == g).flatten()
-            result.append((self.weight[g], self.second[g], mine, self.columns[mine]))
-        return result
+    def parts(self) -> list[ReaderPart]:
+        """The convolution groups that have a component, in order."""
+        members = ((g, torch.nonzero(self.owner == g).flatten()) for g in range(len(self.weight)))
+        return [
+            ReaderPart(g, self.weight[g], self.second[g], components, self.columns[components])
+            for g, components in members
+            if len(components)
+        ]
 
 
 def applied_second(moments: Moments, sink: str | None) -> Tensor:
@@ -79,10 +95,10 @@ def readers_of(model: nn.Module, structure: Structure, group: Group, moments: Ma
 
 def best_singletons(readers: Sequence[Reader], n: int) -> Tensor:
     """The largest singleton fidelity of each of a group's n components over its readers' channels, float64 ``(n,)``."""
-    result = torch.zeros(n, dtype=torch.float64)
+    best = torch.zeros(n, dtype=torch.float64)
     for reader in readers:
-        for (weight, second, mine, columns), product in zip(reader.parts(), reader.product, strict=True):
-            if len(mine):
-                singles = singleton_fidelity(weight, second, columns, product)
-                result[mine] = torch.maximum(result[mine], singles.amax(0).cpu())
-    return result
+        for part in reader.parts():
+            product = reader.product[part.group]
+            singletons = singleton_fidelity(part.weight, part.second, part.columns, product)
+            best[part.components] = torch.maximum(best[part.components], singletons.amax(0).cpu())
+    return best

@@ -15,7 +15,7 @@ from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
-from modhifi.pruning.allocation import Budget
+from modhifi.pruning.budget import Budget
 from modhifi.pruning.editing import compensated, store, write_compensated
 from modhifi.pruning.elimination import Curve, Trial
 from modhifi.pruning.settings import PruneSettings

@@ -14,7 +14,7 @@ from modhifi.calibration.im2col import reader_rows
 from modhifi.calibration.moments import Accumulator, Moments
 from modhifi.models.hooks import batch_statistics, only_input
 from modhifi.models.loaded import real_tokens
-from modhifi.pruning.compensation import least_squares_towards
+from modhifi.pruning.compensations.lstsq import least_squares_towards
 from modhifi.pruning.linalg import mean_diagonal, shrinkage, shrunk
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import absorb_mean, kernel_size, weight_matrix, write_weight

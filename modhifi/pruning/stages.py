@@ -20,11 +20,14 @@ from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
-from modhifi.pruning.allocation import Budget, allocate
+from modhifi.pruning.allocation import allocate
+from modhifi.pruning.budget import Budget
+from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.editing import LayerError, edit_readers
 from modhifi.pruning.elimination import Curve, eliminate
 from modhifi.pruning.readers import readers_of
-from modhifi.pruning.selectors import hifi_union, removal_order
+from modhifi.pruning.selectors import SELECTORS
+from modhifi.pruning.selectors.naive import hifi_union
 from modhifi.pruning.sequential import edit_sequentially, joint_moments
 from modhifi.pruning.settings import PruneSettings
 from modhifi.structure.groups import Group, Structure
@@ -145,7 +148,7 @@ def removal_curves(
     trial: float | None = None,
 ) -> dict[str, Curve]:
     """For each prunable group the order of removal and what it costs, with a trial at that share of its components."""
-    curves = {}
+    selector, curves = SELECTORS[settings.selector], {}
     for number, group in enumerate(structure.prunable):
         progress("scoring", number, len(structure.prunable))
         readers = readers_of(model, structure, group, moments)
@@ -154,7 +157,7 @@ def removal_curves(
         curves[group.name] = eliminate(
             readers,
             keep_at_least=max(group.step, int(settings.floor * group.n)),
-            order=removal_order(settings.selector, readers, settings.seed),
+            order=selector.order(readers, settings.seed),
             partition=group.partition,
             ridge=settings.ridge,
             trial=None if trial is None else trial_size(group, trial),
@@ -223,7 +226,7 @@ def apply_plan(
         dense_shape = copy.deepcopy(loaded.model)
         errors = edit_readers(dense_shape, structure, plan, moments, settings)
     else:
-        if settings.compensate != "lstsq" or samples is None:
+        if not COMPENSATIONS[settings.compensate].least_squares or samples is None:
             raise ModhifiError("--sequential goes with --compensate lstsq only")
 
         def moments_of(edited: nn.Module, reader: str) -> Moments:

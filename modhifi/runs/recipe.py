@@ -8,8 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from modhifi.bounds.verdicts import Tolerances
-from modhifi.pruning.allocation import Budget
+from modhifi.pruning.budget import Budget
+from modhifi.pruning.compensations import COMPENSATIONS
+from modhifi.pruning.layouts import LAYOUTS
+from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.settings import PruneSettings
+from modhifi.pruning.weightings import WEIGHTINGS
+from modhifi.registry import one_of
 from modhifi.runs.recipe_file import Strict, validate
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -55,10 +60,10 @@ class BudgetChoice(Strict):
 class Method(Strict):
     """How components are chosen and what makes up for them."""
 
-    selector: Literal["obs", "naive", "energy", "wanda", "cholesky", "magnitude", "random"] = "obs"
-    compensate: Literal["lstsq", "delta", "none"] = "lstsq"
-    allocate: Literal["energy", "amplification"] = "amplification"
-    layout: Literal["global", "uniform"] | None = None
+    selector: one_of(SELECTORS) = "obs"  # type: ignore[valid-type]
+    compensate: one_of(COMPENSATIONS) = "lstsq"  # type: ignore[valid-type]
+    allocate: one_of(WEIGHTINGS) = "amplification"  # type: ignore[valid-type]
+    layout: one_of(LAYOUTS) | None = None  # type: ignore[valid-type]
     sequential: Literal["own", "dense"] | None = None
     eta: Annotated[float, Field(gt=0, le=1)] | None = None
     floor: Share = 0.1

@@ -46,7 +46,9 @@ def validate(kind: type[R], content: Any, where: str | Path) -> R:
             raise ModhifiError(f"{place}: unknown key '{path}'{hint}") from None
         if first["type"] == "missing":
             raise ModhifiError(f"{place}: '{path}' is missing; add it") from None
-        shown = "" if isinstance(first["input"], dict) else f", not {first['input']!r}"
+        # The errors of our own validators say what they found.
+        plain = first["type"] == "value_error" or isinstance(first["input"], dict)
+        shown = "" if plain else f", not {first['input']!r}"
         message = first["msg"].removeprefix("Value error, ")
         raise ModhifiError(f"{place}: {path}: {message[:1].lower()}{message[1:]}{shown}") from None
 

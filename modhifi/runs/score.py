@@ -20,6 +20,7 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.pruning.fidelity import energy_score
 from modhifi.pruning.readers import readers_of
+from modhifi.pruning.selectors.base import summed
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import choose_groups, find_structure, measure_moments, removal_curves
 from modhifi.runs.defaults import amounts
@@ -76,17 +77,12 @@ def score_model(
     result = []
     for group in structure.prunable:
         readers = readers_of(loaded.model, structure, group, moments)
-        energy = torch.zeros(group.n, dtype=torch.float64)
-        for reader in readers:
-            for weight, second, mine, columns in reader.parts():
-                if len(mine):
-                    energy[mine] += energy_score(weight, second, columns).cpu()
         curve = curves[group.name]
         assert curve.fidelity is not None
         cost = torch.full((group.n,), float("inf"), dtype=torch.float64)
         rank = torch.full((group.n,), group.n, dtype=torch.int64)
         cost[curve.order], rank[curve.order] = curve.cost[1:], torch.arange(len(curve.order))
-        result.append(GroupScores(group.name, curve.fidelity, energy, cost, rank, curve.energy))
+        result.append(GroupScores(group.name, curve.fidelity, summed(readers, energy_score), cost, rank, curve.energy))
     return result
 
 

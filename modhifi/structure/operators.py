@@ -19,8 +19,8 @@ def kernel_size(module: nn.Module) -> int:
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
-    """An operator's weight as float64 ``(G, out / G, d)``, columns in im2col order."""
-    weight: Tensor = module.get_parameter("weight").detach().double()
+    """A copy of an operator's weight as float64 ``(G, out / G, d)``, columns in im2col order."""
+    weight: Tensor = module.get_parameter("weight").detach().to(torch.float64, copy=True)
     if isinstance(module, Conv1D):
         return weight.T[None]
     groups = conv_groups(module)

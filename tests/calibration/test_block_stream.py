@@ -14,7 +14,7 @@ from modhifi.data.samples import Samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning import blockwise
-from modhifi.pruning.allocation import Budget
+from modhifi.pruning.budget import Budget
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import find_structure

@@ -18,7 +18,7 @@ from modhifi import disk
 from modhifi.calibration.cache import MomentCache
 from modhifi.data.in_memory import from_items
 from modhifi.models.weights import state_hash
-from modhifi.pruning.allocation import Budget
+from modhifi.pruning.budget import Budget
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.settings import PruneSettings
 

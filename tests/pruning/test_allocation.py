@@ -11,8 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
-from modhifi.pruning.allocation import Budget, allocate, least_width, plan_for, step_of
+from modhifi.pruning.allocation import allocate, plan_for
+from modhifi.pruning.budget import Budget
 from modhifi.pruning.elimination import Curve
+from modhifi.pruning.layouts.base import least_width, step_of
 from modhifi.pruning.stages import find_structure
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.plan import Plan

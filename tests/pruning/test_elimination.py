@@ -6,53 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from random_readers import READERS, TINY, reader, residual
 
-from modhifi.errors import IndefiniteError, ModhifiError
-from modhifi.pruning.compensation import least_squares, local_error
+from modhifi.errors import IndefiniteError
+from modhifi.pruning.compensations.lstsq import least_squares
 from modhifi.pruning.elimination import WIDE, Curve, Elimination, eliminate
-from modhifi.pruning.fidelity import energy_score, singleton_fidelity, subset_fidelity, top_hifi, wanda_score
-from modhifi.pruning.linalg import damped_inverse
+from modhifi.pruning.fidelity import singleton_fidelity
+from modhifi.pruning.local_error import local_error
 from modhifi.pruning.readers import Reader
-from modhifi.pruning.selectors import hifi_union, naive_rank, removal_order
 
 quick = settings(max_examples=12, deadline=None, derandomize=True)
-TINY = 1e-10  # a ridge that leaves least squares as good as exact
-
-
-def reader(seed: int, n: int = 6, m: int = 2, out: int = 4, groups: int = 1, spare: int = 0) -> Reader:
-    """A reader with a random positive definite S; components are dealt out to the conv groups in blocks."""
-    generator = torch.Generator().manual_seed(seed)
-    d = n // groups * m + spare
-    second = []
-    for _ in range(groups):
-        x = torch.randn(4 * d, d, generator=generator, dtype=torch.float64)
-        x = x @ torch.randn(d, d, generator=generator, dtype=torch.float64)
-        second.append(x.T @ x / len(x))
-    weight = torch.randn(groups, out, d, generator=generator, dtype=torch.float64)
-    columns = torch.cat([torch.randperm(d, generator=generator)[: n // groups * m].view(-1, m) for _ in range(groups)])
-    owner = torch.arange(groups).repeat_interleave(n // groups)
-    return Reader(weight, torch.stack(second), owner, columns)
-
-
-def residual(readers: list[Reader], removed: Tensor, ridge: float = TINY) -> float:
-    """Squared error of the best readers without some components, each solved from scratch."""
-    total = 0.0
-    for r in readers:
-        for weight, second, mine, columns in r.parts():
-            kept = torch.ones(second.shape[0], dtype=torch.bool)
-            kept[columns[torch.isin(mine, removed)].reshape(-1)] = False
-            total += local_error(weight, least_squares(weight, second, kept, ridge), second)
-    return total
-
-
-READERS = {
-    "one": lambda seed: [reader(seed)],
-    "several": lambda seed: [reader(seed, m=1), reader(seed + 1, m=3, out=2)],
-    "conv groups": lambda seed: [reader(seed, groups=2)],
-    "conv groups beside a plain one": lambda seed: [reader(seed, m=1), reader(seed + 1, groups=3)],
-    "part of a concatenation": lambda seed: [reader(seed, spare=5)],
-}
 
 
 @pytest.mark.parametrize("kind", READERS)
@@ -91,7 +54,9 @@ def test_curves_hold_the_error_of_every_stage(seed: int, kind: str):
     for stage in range(1, 6):
         assert float(curve.cost[stage]) == pytest.approx(residual(readers, curve.order[:stage]), rel=1e-3, abs=1e-9)
     # what is removed counts against the whole output of the readers
-    nothing = sum(local_error(r.weight[g], 0 * r.weight[g], r.second[g]) for r in readers for g in range(len(r.weight)))
+    nothing = sum(
+        local_error(r.weight[g], 0 * r.weight[g], r.second[g])[0] for r in readers for g in range(len(r.weight))
+    )
     assert curve.energy == pytest.approx(nothing)
 
 
@@ -174,66 +139,6 @@ def test_a_dead_component_goes_first_and_for_nothing():
     assert float(curve.cost[1]) < 1e-5 * curve.energy
 
 
-def test_the_ridge_of_a_broken_gram_grows_and_gives_up():
-    second = torch.eye(3).double()
-    second[0, 0] = -1e-3
-    assert torch.isfinite(damped_inverse(second, 1e-4)).all()
-    with pytest.raises(ModhifiError, match="use more calibration samples"):
-        damped_inverse(-torch.eye(3).double(), 1e-4)
-
-
-def parts(r: Reader) -> tuple[Tensor, Tensor, Tensor]:
-    return r.weight[0], r.second[0], r.columns
-
-
-@quick
-@given(st.integers(0, 10_000), st.integers(1, 6))
-def test_naive_keeps_the_union_of_the_channels_best(seed: int, k: int):
-    readers = [reader(seed, out=3), reader(seed + 1, out=2, m=1)]
-    union = top_hifi(singleton_fidelity(*parts(readers[0])), k) | top_hifi(singleton_fidelity(*parts(readers[1])), k)
-    best = naive_rank(readers).argsort(stable=True)[: int(union.sum())]
-    assert set(best.tolist()) == set(torch.nonzero(union).flatten().tolist())
-    order = removal_order("naive", readers, seed=0)
-    assert set(order[6 - int(union.sum()) :].tolist()) == set(best.tolist())
-
-
-def test_hifi_union_reaches_the_fidelity_in_every_channel():
-    readers = [reader(11, n=8, m=1, out=3), reader(12, n=8, m=2, out=2)]
-    for eta in (0.5, 0.9, 1.0):
-        kept = torch.nonzero(hifi_union(readers, eta)).flatten()
-        for r in readers:
-            assert bool((subset_fidelity(*parts(r), kept) >= eta - 1e-9).all())
-    assert int(hifi_union(readers, 0.5).sum()) <= int(hifi_union(readers, 0.9).sum())
-
-
-def test_orders_of_the_scores():
-    readers = [reader(0, m=1), reader(1, m=3)]
-    for selector, score in (("energy", energy_score), ("wanda", wanda_score), ("cholesky", wanda_score)):
-        total = sum(score(*parts(r)) for r in readers)
-        assert removal_order(selector, readers, seed=0).tolist() == total.argsort().tolist()
-    norms = sum(r.weight[0].square().sum(0)[r.columns].sum(1) for r in readers)
-    assert removal_order("magnitude", readers, seed=0).tolist() == norms.argsort().tolist()
-
-
-def test_random_orders_depend_on_the_seed_alone():
-    readers = [reader(0, n=12)]
-    first, again, other = (removal_order("random", readers, seed=s) for s in (1, 1, 2))
-    assert sorted(first.tolist()) == list(range(12))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-
-
-def test_scores_of_conv_groups_are_their_own():
-    r = reader(3, n=6, m=1, groups=2)
-    halves = [wanda_score(weight, second, columns) for weight, second, _, columns in r.parts()]
-    assert removal_order("wanda", [r], seed=0).tolist() == torch.cat(halves).argsort().tolist()
-
-
-def test_obs_has_no_order_and_other_names_are_errors():
-    assert removal_order("obs", [reader(0)], seed=0) is None
-    with pytest.raises(ModhifiError, match="unknown selector 'best'; choose one of obs, naive, energy"):
-        removal_order("best", [reader(0)], seed=0)
-
-
 def test_curves_are_values():
     curve = eliminate([reader(0)], keep_at_least=3)
     assert isinstance(curve, Curve) and curve.order.dtype == torch.int64 and curve.cost.dtype == torch.float64
@@ -250,17 +155,17 @@ def test_a_trial_has_the_least_squares_weights_of_its_stop(kind: str, wanted: in
     assert removed == (3 if partition is not None else min(wanted, 5))
     for r, found in zip(readers, curve.trial.weights, strict=True):
         expected = r.weight.clone()
-        for g, (weight, second, mine, columns) in enumerate(r.parts()):
-            kept = torch.ones(len(second), dtype=torch.bool)
-            kept[columns[torch.isin(mine, curve.order[:removed])].reshape(-1)] = False
-            expected[g] = least_squares(weight, second, kept, 1e-3) if len(mine) else weight
+        for part in r.parts():
+            kept = torch.ones(len(part.second), dtype=torch.bool)
+            kept[part.columns[torch.isin(part.components, curve.order[:removed])].reshape(-1)] = False
+            expected[part.group] = least_squares(part.weight, part.second, kept, 1e-3)
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_fidelity_of_a_curve_is_the_best_singleton():
     readers = READERS["part of a concatenation"](3)
-    weight, second, _, columns = readers[0].parts()[0]
-    best = singleton_fidelity(weight, second, columns).amax(0)
+    (part,) = readers[0].parts()
+    best = singleton_fidelity(part.weight, part.second, part.columns).amax(0)
     torch.testing.assert_close(eliminate(readers, keep_at_least=1).fidelity, best)
 
 

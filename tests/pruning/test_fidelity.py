@@ -11,13 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modhifi.pruning.fidelity import (
-    compensation,
     energy_score,
     hifi_size,
-    output_energy,
+    optimal_scalars,
     similarity,
     singleton_fidelity,
-    singleton_scale,
     subset_fidelity,
     top_hifi,
     wanda_score,
@@ -39,6 +37,11 @@ class Case:
     def contributions(self, channel: int) -> Tensor:
         """What each component adds to an output channel in every row: ``(r, n)``."""
         return (self.rows * self.weight[channel])[:, self.blocks].sum(2)
+
+    def similarity(self, channel: int) -> Tensor:
+        """The component-similarity matrix of an output channel: ``(n, n)``."""
+        columns = self.blocks.reshape(-1)
+        return similarity(self.weight[channel, columns], self.second[columns][:, columns], len(self.blocks))
 
 
 def make(seed: int, n: int = 5, m: int = 1, out: int = 3, rows: int = 60, spare: int = 0) -> Case:
@@ -110,7 +113,6 @@ def test_subset_fidelity_stays_monotone_where_activations_are_degenerate():
 @given(wide_cases)
 def test_singletons_are_their_definition(case: Case):
     fidelity = singleton_fidelity(case.weight, case.second, case.blocks)
-    scale = singleton_scale(case.weight, case.second, case.blocks)
     alone = torch.stack(
         [subset_fidelity(case.weight, case.second, case.blocks, torch.tensor([i])) for i in range(len(case.blocks))], 1
     )
@@ -120,26 +122,24 @@ def test_singletons_are_their_definition(case: Case):
         y = parts.sum(1)
         for i, part in enumerate(parts.T):
             best = part @ y / (part @ part)
-            assert scale[channel, i] == pytest.approx(float(best), rel=1e-6, abs=1e-9)
             expected = 1 - (y - best * part).square().sum() / y.square().sum()
             assert fidelity[channel, i] == pytest.approx(float(expected), abs=1e-8)
 
 
 @quick
 @given(cases)
-def test_similarity_and_energy_are_inner_products_of_contributions(case: Case):
+def test_similarities_are_inner_products_of_contributions(case: Case):
     for channel in range(len(case.weight)):
         parts = case.contributions(channel)
         expected = parts.T @ parts / len(parts)
-        torch.testing.assert_close(similarity(case.weight, case.second, case.blocks, channel), expected)
-        assert output_energy(case.weight, case.second)[channel] == pytest.approx(float(expected.sum()))
+        torch.testing.assert_close(case.similarity(channel), expected)
 
 
 @quick
 @given(wide_cases, st.integers(0, 99))
 def test_compensation_is_least_squares_over_scalars(case: Case, chooser: int):
     kept = kept_of(case, chooser)
-    scales = compensation(case.weight, case.second, case.blocks, kept, ridge=0.0)
+    scales = optimal_scalars(case.weight, case.second, case.blocks, kept, ridge=0.0)
     assert scales.shape == (len(case.weight), len(kept))
     for channel in range(len(case.weight)) if len(kept) else ():
         parts = case.contributions(channel)
@@ -153,7 +153,7 @@ def test_compensation_of_a_linear_reader_is_least_squares_on_its_inputs(seed: in
     """With one column per component a scalar per weight can reach what any weight can."""
     case = make(seed, n=n, m=1, out=1)
     kept = kept_of(case, chooser)
-    scales = compensation(case.weight, case.second, case.blocks, kept, ridge=0.0)
+    scales = optimal_scalars(case.weight, case.second, case.blocks, kept, ridge=0.0)
     columns = case.blocks[kept, 0]
     best = torch.linalg.lstsq(case.rows[:, columns], case.rows @ case.weight.T)
     if len(kept):
@@ -163,11 +163,11 @@ def test_compensation_of_a_linear_reader_is_least_squares_on_its_inputs(seed: in
 def test_a_small_ridge_moves_the_compensation_little():
     case = make(4, n=6, m=3)
     kept = torch.tensor([0, 2, 5])
-    exact = compensation(case.weight, case.second, case.blocks, kept, ridge=0.0)
-    damped = compensation(case.weight, case.second, case.blocks, kept, ridge=1e-6)
+    exact = optimal_scalars(case.weight, case.second, case.blocks, kept, ridge=0.0)
+    damped = optimal_scalars(case.weight, case.second, case.blocks, kept, ridge=1e-6)
     assert not torch.equal(exact, damped)
     torch.testing.assert_close(exact, damped, rtol=1e-3, atol=1e-3)
-    strong = compensation(case.weight, case.second, case.blocks, kept, ridge=1e9)
+    strong = optimal_scalars(case.weight, case.second, case.blocks, kept, ridge=1e9)
     torch.testing.assert_close(strong, torch.ones_like(strong), rtol=0, atol=1e-6)  # nothing changes
 
 
@@ -176,8 +176,9 @@ def test_a_small_ridge_moves_the_compensation_little():
 def test_permuting_components_permutes_scores(case: Case, chooser: int):
     order = torch.randperm(len(case.blocks), generator=torch.Generator().manual_seed(chooser))
     args = case.weight, case.second
-    for score in (singleton_fidelity, singleton_scale):
-        torch.testing.assert_close(score(*args, case.blocks)[:, order], score(*args, case.blocks[order]))
+    torch.testing.assert_close(
+        singleton_fidelity(*args, case.blocks)[:, order], singleton_fidelity(*args, case.blocks[order])
+    )
     for total in (energy_score, wanda_score):
         torch.testing.assert_close(total(*args, case.blocks)[order], total(*args, case.blocks[order]))
 
@@ -203,7 +204,7 @@ def test_energy_and_wanda_scores():
 
 def test_wanda_is_the_row_norm_of_the_cholesky_factor():
     case = make(8, n=5, m=1)
-    summed = sum(similarity(case.weight, case.second, case.blocks, c) for c in range(3))
+    summed = sum(case.similarity(c) for c in range(3))
     rows = torch.linalg.cholesky(summed).square().sum(1)
     torch.testing.assert_close(wanda_score(case.weight, case.second, case.blocks), rows)
 
@@ -247,16 +248,15 @@ def test_what_carries_no_energy_scores_nothing():
     case.weight[1] = 0  # a silent output channel
     case.rows[:, case.blocks[2]] = 0  # a silent component
     args = case.weight, case.second, case.blocks
-    fidelity, scale = singleton_fidelity(*args), singleton_scale(*args)
-    assert not fidelity[1].any() and not scale[1].any()
-    assert not fidelity[:, 2].any() and not scale[:, 2].any()
+    fidelity = singleton_fidelity(*args)
+    assert not fidelity[1].any() and not fidelity[:, 2].any()
     assert bool((fidelity[[0, 2]][:, [0, 1, 3]] > 0).all())
     assert energy_score(*args)[2] == 0 and wanda_score(*args)[2] == 0
     assert hifi_size(*args, 0.9)[1] == 0
     without = torch.tensor([0, 1, 3])
     assert torch.allclose(subset_fidelity(*args, without), torch.ones(3).double())
-    assert torch.isfinite(compensation(*args, without)).all()
-    assert torch.isfinite(compensation(*args, torch.tensor([2]))).all()
+    assert torch.isfinite(optimal_scalars(*args, without)).all()
+    assert torch.isfinite(optimal_scalars(*args, torch.tensor([2]))).all()
 
 
 def test_contributions_that_cancel_leave_a_channel_without_energy():

@@ -12,7 +12,7 @@ from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.pruning.allocation import Budget
+from modhifi.pruning.budget import Budget
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.sensitivity import PROBES, amplification, best_plan, output_change, plans_between
 from modhifi.pruning.settings import PruneSettings

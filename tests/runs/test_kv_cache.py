@@ -12,7 +12,8 @@ import modhifi
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.pruning.allocation import Budget, allocate
+from modhifi.pruning.allocation import allocate
+from modhifi.pruning.budget import Budget
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.stages import find_structure
 from modhifi.runs.inputs import Given

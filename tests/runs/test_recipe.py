@@ -59,7 +59,11 @@ def test_overrides_leave_the_original_alone() -> None:
         (["metod.selector=obs"], "did you mean 'method'"),
         (["method.selectr=obs"], "unknown key 'method.selectr'; did you mean 'selector'"),
         (["method.flops=0.5x"], "unknown key 'method.flops'"),
-        (["method.selector=best"], "method.selector"),
+        (
+            ["method.selector=best"],
+            r"method.selector: unknown selector 'best'; choose one of .*obs, random, wanda, cholesky$",
+        ),
+        (["method.layout=globel"], "method.layout: unknown layout 'globel'; did you mean 'global'"),
         (["data.samples=0"], "data.samples"),
         (["method.floor=1.5"], "method.floor"),
         (["model.name.x=1"], "'name' is a value"),

@@ -1,0 +1,44 @@
+"""Least squares over everything that stays: one factorisation for all output channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modhifi.pruning.compensations.base import COMPENSATIONS, Compensation, kept_columns
+from modhifi.pruning.linalg import damping_unit, factorise
+
+
+def least_squares(weight: Tensor, second: Tensor, kept: Tensor, ridge: float = 1e-4) -> Tensor:
+    """``Ŵ_K = (W S_{:,K} + λW_K)(S_KK + λI)⁻¹``, zero elsewhere, float64 ``(o, d)``.
+
+    ``weight`` float64 ``(o, d)``, ``second`` float64 ``(d, d)``, ``kept`` bool ``(d,)``; λ is ``ridge`` times the
+    mean diagonal of S. Raises :class:`modhifi.errors.IndefiniteError`.
+    """
+    return least_squares_towards(weight, second, second, kept, ridge)
+
+
+def least_squares_towards(weight: Tensor, cross: Tensor, second: Tensor, kept: Tensor, ridge: float = 1e-4) -> Tensor:
+    """``Ŵ_K = (W C_{:,K} + λW_K)(S_KK + λI)⁻¹``: the target is ``W x_d`` where the input is ``x_p``.
+
+    ``cross`` float64 ``(d, d)`` is ``C = E[x_d x_pᵀ]``, ``second`` is ``S`` of ``x_p``, both centred or both not; the
+    rest and the error as in :func:`least_squares`.
+    """
+    unit = damping_unit(second)
+    factor, used = factorise(second[kept][:, kept], ridge, unit)
+    target = weight @ cross[:, kept] + used * unit * weight[:, kept]
+    result = torch.zeros_like(weight)
+    result[:, kept] = torch.cholesky_solve(target.T, factor).T
+    return result
+
+
+def edit(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor, ridge: float) -> Tensor:
+    """:func:`least_squares` over the columns that stay, in blocks or outside."""
+    return least_squares(weight, second, kept_columns(weight.shape[1], blocks, kept), ridge)
+
+
+COMPENSATIONS.register(
+    Compensation(
+        "lstsq", "least squares over all that stays", "docs/method.md, least squares", edit, least_squares=True
+    )
+)
