@@ -67,13 +67,11 @@ def masked(weight: Tensor, kept: Tensor) -> Tensor:
     return weight * kept
 
 
-def local_error(weight: Tensor, edited: Tensor, second: Tensor) -> float:
-    """Expected squared change of the reader's output, ``tr[(W−Ŵ) S (W−Ŵ)ᵀ]`` (the mean being restored, if S is Σ)."""
-    return error_and_energy(weight, edited, second)[0]
-
-
 def error_and_energy(weight: Tensor, edited: Tensor, second: Tensor) -> tuple[float, float]:
-    """:func:`local_error` and the output's energy ``tr[W S Wᵀ]``, which needs only the columns that are left."""
+    """The expected squared change of a reader's output, ``tr[(W−Ŵ) S (W−Ŵ)ᵀ]``, and its energy ``tr[W S Wᵀ]``.
+
+    If S is the covariance, the mean is taken to be restored. The energy needs only the columns that are left.
+    """
     gap = weight - edited
     through = gap @ second
     error, used = max(0.0, float((through * gap).sum())), edited.any(0)

@@ -12,11 +12,6 @@ import torch
 from torch import Tensor
 
 
-def output_energy(weight: Tensor, second: Tensor) -> Tensor:
-    """``E‖Y_c‖² = W_c S W_cᵀ`` of every output channel, ``(out,)``."""
-    return ((weight @ second) * weight).sum(1)
-
-
 def _ordered(weight: Tensor, second: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
     """The columns of the blocks alone, block after block: weight ``(out, n m)`` and second moment ``(n m, n m)``."""
     columns = blocks.reshape(-1)
@@ -55,19 +50,11 @@ def singleton_fidelity(weight: Tensor, second: Tensor, blocks: Tensor, product: 
     return _ratio(alone, energy[:, None].expand_as(own), own.sum(1, keepdim=True)).clamp(0.0, 1.0)
 
 
-def singleton_scale(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
-    """The best scalar for each component alone, ``α_ci = ⟨Y_c,A_ci⟩ / E‖A_ci‖²``, ``(out, n)``."""
-    inner, own, _ = _parts(weight, second, blocks)
-    return _ratio(inner, own, own.amax(1, keepdim=True))
-
-
-def similarity(weight: Tensor, second: Tensor, blocks: Tensor, channel: int) -> Tensor:
-    """The paper's component-similarity matrix ``Q_c[i,j] = W_ciᵀ S_ij W_cj`` of one output channel, ``(n, n)``."""
-    weight, second = _ordered(weight[channel : channel + 1], second, blocks)
-    return _similarity(weight[0], second, len(blocks))
-
-
 def _similarity(row: Tensor, second: Tensor, n: int) -> Tensor:
+    """The paper's component-similarity matrix ``Q_c[i,j] = W_ciᵀ S_ij W_cj`` of one output channel, ``(n, n)``.
+
+    ``row`` ``(n m,)`` and ``second`` ``(n m, n m)`` as of :func:`_ordered`.
+    """
     half = (second * row).view(len(row), n, -1).sum(2)
     return (half * row[:, None]).view(n, -1, n).sum(1)
 

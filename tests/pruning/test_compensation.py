@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modhifi.errors import ModhifiError
-from modhifi.pruning.compensation import least_squares, least_squares_towards, local_error, masked, scaled
+from modhifi.pruning.compensation import error_and_energy, least_squares, least_squares_towards, masked, scaled
 from modhifi.pruning.fidelity import compensation
 
 quick = settings(max_examples=15, deadline=None, derandomize=True)
@@ -48,7 +48,7 @@ def test_least_squares_on_the_covariance_is_a_regression_with_intercept(seed: in
     torch.testing.assert_close(edited[:, kept], expected[:, :-1], rtol=1e-5, atol=1e-6)
     shift = (weight - edited) @ mean  # what a bias takes
     torch.testing.assert_close(shift, expected[:, -1], rtol=1e-5, atol=1e-5)
-    assert local_error(weight, edited, gram(x - mean)) == pytest.approx(
+    assert error_and_energy(weight, edited, gram(x - mean))[0] == pytest.approx(
         float((x @ weight.T - x @ edited.T - shift).square().sum(1).mean()), rel=1e-6, abs=1e-9
     )
 
@@ -72,7 +72,7 @@ def test_least_squares_beats_scalars_beats_nothing(seed: int):
     wide = kept[:3].repeat_interleave(3)
     second = gram(x)
     errors = [
-        local_error(weight, edited, second)
+        error_and_energy(weight, edited, second)[0]
         for edited in (
             least_squares(weight, second, wide, ridge=1e-10),
             scaled(weight, second, blocks, kept[:3], ridge=0.0),
@@ -119,7 +119,7 @@ def test_dead_columns_cost_nothing():
     x[:, 3] = 0
     kept = torch.arange(8) != 3
     edited = least_squares(weight, gram(x), kept)
-    assert local_error(weight, edited, gram(x)) == pytest.approx(0, abs=1e-12)
+    assert error_and_energy(weight, edited, gram(x))[0] == pytest.approx(0, abs=1e-12)
     # kept but dead: the ridge alone holds the weight, it does not explode
     kept = torch.arange(8) < 4
     torch.testing.assert_close(least_squares(weight, gram(x), kept)[:, 3], weight[:, 3])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modhifi.errors import IndefiniteError, ModhifiError
-from modhifi.pruning.compensation import least_squares, local_error
+from modhifi.pruning.compensation import least_squares
 from modhifi.pruning.elimination import WIDE, Curve, Elimination, eliminate
 from modhifi.pruning.fidelity import energy_score, singleton_fidelity, subset_fidelity, top_hifi, wanda_score
 from modhifi.pruning.linalg import damped_inverse
@@ -33,6 +33,10 @@ def reader(seed: int, n: int = 6, m: int = 2, out: int = 4, groups: int = 1, spa
     columns = torch.cat([torch.randperm(d, generator=generator)[: n // groups * m].view(-1, m) for _ in range(groups)])
     owner = torch.arange(groups).repeat_interleave(n // groups)
     return Reader(weight, torch.stack(second), owner, columns)
+
+
+def local_error(weight: Tensor, edited: Tensor, second: Tensor) -> float:
+    return float(((weight - edited) @ second @ (weight - edited).T).trace())
 
 
 def residual(readers: list[Reader], removed: Tensor, ridge: float = TINY) -> float:

@@ -14,10 +14,7 @@ from modhifi.pruning.fidelity import (
     compensation,
     energy_score,
     hifi_size,
-    output_energy,
-    similarity,
     singleton_fidelity,
-    singleton_scale,
     subset_fidelity,
     top_hifi,
     wanda_score,
@@ -110,7 +107,6 @@ def test_subset_fidelity_stays_monotone_where_activations_are_degenerate():
 @given(wide_cases)
 def test_singletons_are_their_definition(case: Case):
     fidelity = singleton_fidelity(case.weight, case.second, case.blocks)
-    scale = singleton_scale(case.weight, case.second, case.blocks)
     alone = torch.stack(
         [subset_fidelity(case.weight, case.second, case.blocks, torch.tensor([i])) for i in range(len(case.blocks))], 1
     )
@@ -120,19 +116,8 @@ def test_singletons_are_their_definition(case: Case):
         y = parts.sum(1)
         for i, part in enumerate(parts.T):
             best = part @ y / (part @ part)
-            assert scale[channel, i] == pytest.approx(float(best), rel=1e-6, abs=1e-9)
             expected = 1 - (y - best * part).square().sum() / y.square().sum()
             assert fidelity[channel, i] == pytest.approx(float(expected), abs=1e-8)
-
-
-@quick
-@given(cases)
-def test_similarity_and_energy_are_inner_products_of_contributions(case: Case):
-    for channel in range(len(case.weight)):
-        parts = case.contributions(channel)
-        expected = parts.T @ parts / len(parts)
-        torch.testing.assert_close(similarity(case.weight, case.second, case.blocks, channel), expected)
-        assert output_energy(case.weight, case.second)[channel] == pytest.approx(float(expected.sum()))
 
 
 @quick
@@ -176,8 +161,9 @@ def test_a_small_ridge_moves_the_compensation_little():
 def test_permuting_components_permutes_scores(case: Case, chooser: int):
     order = torch.randperm(len(case.blocks), generator=torch.Generator().manual_seed(chooser))
     args = case.weight, case.second
-    for score in (singleton_fidelity, singleton_scale):
-        torch.testing.assert_close(score(*args, case.blocks)[:, order], score(*args, case.blocks[order]))
+    torch.testing.assert_close(
+        singleton_fidelity(*args, case.blocks)[:, order], singleton_fidelity(*args, case.blocks[order])
+    )
     for total in (energy_score, wanda_score):
         torch.testing.assert_close(total(*args, case.blocks)[order], total(*args, case.blocks[order]))
 
@@ -203,7 +189,7 @@ def test_energy_and_wanda_scores():
 
 def test_wanda_is_the_row_norm_of_the_cholesky_factor():
     case = make(8, n=5, m=1)
-    summed = sum(similarity(case.weight, case.second, case.blocks, c) for c in range(3))
+    summed = sum(case.contributions(c).T @ case.contributions(c) / len(case.rows) for c in range(3))
     rows = torch.linalg.cholesky(summed).square().sum(1)
     torch.testing.assert_close(wanda_score(case.weight, case.second, case.blocks), rows)
 
@@ -247,9 +233,8 @@ def test_what_carries_no_energy_scores_nothing():
     case.weight[1] = 0  # a silent output channel
     case.rows[:, case.blocks[2]] = 0  # a silent component
     args = case.weight, case.second, case.blocks
-    fidelity, scale = singleton_fidelity(*args), singleton_scale(*args)
-    assert not fidelity[1].any() and not scale[1].any()
-    assert not fidelity[:, 2].any() and not scale[:, 2].any()
+    fidelity = singleton_fidelity(*args)
+    assert not fidelity[1].any() and not fidelity[:, 2].any()
     assert bool((fidelity[[0, 2]][:, [0, 1, 3]] > 0).all())
     assert energy_score(*args)[2] == 0 and wanda_score(*args)[2] == 0
     assert hifi_size(*args, 0.9)[1] == 0
