@@ -23,7 +23,7 @@ EXACT = PruneSettings(rows_per_column=None, weighting="energy", ridge=1e-3, sele
 
 
 def net(bias: bool) -> nn.Sequential:
-    """A hidden layer whose mean is far larger than its deviation, and a reader with or without a place for it."""
+    """A hidden layer whose mean is larger than its deviation, and a reader with or without a place for it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 5, bias=bias))
     model[0].bias.data.uniform_(1, 3)
@@ -44,7 +44,7 @@ def loaded_net(bias: bool) -> tuple[LoadedModel, Tensor]:
 
 
 def oracle_share(second: Tensor, n: int) -> float:
-    """Chen et al. 2010, equation 23: how much of S gives way to a multiple of the identity."""
+    """Chen et al. 2010: how much of S gives way to a multiple of the identity."""
     d, trace, square = len(second), float(second.trace()), float((second @ second).trace())
     share = ((1 - 2 / d) * square + trace**2) / ((n + 1 - 2 / d) * (square - trace**2 / d))
     return min(1.0, share)
