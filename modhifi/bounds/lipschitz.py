@@ -18,7 +18,6 @@ from modhifi.errors import ModhifiError
 # holds for its tanh form and for silu, hence smallest = 1 - largest. quick_gelu is silu scaled: same slopes.
 SLOPES: Mapping[str, tuple[float, float]] = MappingProxyType(
     {
-        "identity": (1.0, 1.0),
         "relu": (0.0, 1.0),
         "relu6": (0.0, 1.0),
         "hardtanh": (0.0, 1.0),
@@ -37,8 +36,6 @@ SLOPES: Mapping[str, tuple[float, float]] = MappingProxyType(
         "selu": (0.0, 1.758100),
     }
 )
-# Not elementwise, but 1-Lipschitz as a whole; Householder's reflection axis must have unit length (docs/bounds.md, R1).
-ONE_LIPSCHITZ = frozenset({"max_min", "group_sort", "householder"})
 
 
 def activation_slopes(name: str, parameter: float | Sequence[float] | None = None) -> tuple[float, float] | None:
@@ -60,9 +57,7 @@ def activation_slopes(name: str, parameter: float | Sequence[float] | None = Non
 
 
 def activation_constant(name: str, parameter: float | Sequence[float] | None = None) -> float | None:
-    """The Lipschitz constant of an activation (elementwise, max_min, group_sort, householder), None if unknown."""
-    if name in ONE_LIPSCHITZ:
-        return 1.0
+    """The Lipschitz constant of an elementwise activation, or None where no sound rule is known."""
     slopes = activation_slopes(name, parameter)
     return None if slopes is None else max(abs(slopes[0]), abs(slopes[1]))
 

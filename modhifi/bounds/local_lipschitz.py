@@ -129,7 +129,3 @@ def _shared(values: Tensor, radius: Tensor) -> Tensor:
 def _length(values: Tensor, dim: int) -> Tensor:
     length: Tensor = torch.linalg.vector_norm(values, dim=dim)
     return length
-
-
-def _largest(values: Tensor, radius: Tensor) -> Tensor:
-    return _shared(values.double().abs(), radius).amax(-1)

@@ -25,20 +25,12 @@ _CHUNK_ENTRIES = 2**22
 
 def spectral_norm(matrix: Tensor) -> float:
     """The largest singular value of a matrix (rows, columns), rounded up; exact through the smaller Gram matrix."""
-    return float(spectral_norms(matrix.unsqueeze(0))[0])
-
-
-def spectral_norms(matrices: Tensor) -> Tensor:
-    """The largest singular value, rounded up, of each matrix of a batch (..., rows, columns): float64 (...)."""
-    entries = matrices.shape[-2] * matrices.shape[-1]
-    if entries == 0 or matrices.numel() == 0:
-        return torch.zeros(matrices.shape[:-2], dtype=torch.float64)
-    if not bool(torch.isfinite(matrices).all()):
+    if matrix.numel() == 0:
+        return 0.0
+    if not bool(torch.isfinite(matrix).all()):
         raise ModhifiError("a matrix holds NaN or infinity: no bound exists; check the model's weights")
-    gram = _smaller_gram(_double(matrices))
-    top = torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0)
-    norms: Tensor = top.sqrt() * (1 + _ROUNDING * entries)
-    return norms
+    top = float(torch.linalg.eigvalsh(_smaller_gram(_double(matrix)))[-1])
+    return math.sqrt(max(0.0, top)) * (1 + _ROUNDING * matrix.numel())
 
 
 def gram_norm(matrix: Tensor, iterations: int = 8) -> float:
@@ -66,36 +58,30 @@ def conv_norm(
     size: Sequence[int],
     *,
     stride: int | Sequence[int] = 1,
-    padding: str | int | Sequence[int] | Sequence[tuple[int, int]] = 0,
+    padding: str | int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
-    padding_mode: str = "zeros",
 ) -> float:
     """An upper bound of the operator norm of a convolution on inputs of a given size, in any number of axes.
 
     The input is laid on a torus large enough that the zero padding lies beside it; the padded operator is then a
     submatrix of a circular one, which a Fourier transform makes block diagonal. Inputs that meet under a stride are
     taken together as channels. `weight` is (out, in / groups, *kernel), `size` the spatial input size; `padding` also
-    takes "same", "valid" or one (left, right) pair for each axis. Other padding modes cost a factor, the norm of the
-    padding. Raises ModhifiError where the kernel does not fit or shapes disagree. Source: docs/method.md, R1.
+    takes "same" and "valid". Raises ModhifiError where the kernel does not fit or shapes disagree. Source:
+    docs/method.md, R1.
     """
     axes = len(size)
     if weight.ndim != axes + 2 or weight.shape[0] % groups:
         raise ModhifiError(f"weight {tuple(weight.shape)} does not fit {axes} axes and {groups} groups; check both")
     kernel = tuple(weight.shape[2:])
     strides, dilations = _per_axis(stride, axes), _per_axis(dilation, axes)
-    pads = pad_pairs(padding, kernel, dilations)
-    factor = 1.0
-    if padding_mode != "zeros":
-        factor = math.prod(_padding_norm(n, pair, padding_mode) for n, pair in zip(size, pads, strict=True))
-        size = [n + left + right for n, (left, right) in zip(size, pads, strict=True)]
-        pads = ((0, 0),) * axes
+    pads = _pad_pairs(padding, kernel, dilations)
     tori = [_Axis.of(*axis) for axis in zip(size, kernel, strides, pads, dilations, strict=True)]
-    return factor * _torus_norm(weight, tori, groups)
+    return _torus_norm(weight, tori, groups)
 
 
-def pad_pairs(
-    padding: str | int | Sequence[int] | Sequence[tuple[int, int]], kernel: Sequence[int], dilation: Sequence[int]
+def _pad_pairs(
+    padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
 ) -> tuple[tuple[int, int], ...]:
     """The (left, right) padding of each axis from any form that torch's convolutions take."""
     if padding == "valid":
@@ -105,8 +91,7 @@ def pad_pairs(
         return tuple((total // 2, total - total // 2) for total in totals)
     if isinstance(padding, str):
         raise ModhifiError(f"padding {padding!r} is unknown; use 'same', 'valid' or numbers")
-    values: Sequence[int | tuple[int, int]] = (padding,) * len(kernel) if isinstance(padding, int) else tuple(padding)
-    return tuple((value, value) if isinstance(value, int) else value for value in values)
+    return tuple((pad, pad) for pad in _per_axis(padding, len(kernel)))
 
 
 def avg_pool_norm(
@@ -244,11 +229,6 @@ def _contenders(grams: Tensor, at_least: float) -> Tensor:
 def _smaller_gram(matrices: Tensor) -> Tensor:
     wide = matrices.shape[-2] <= matrices.shape[-1]
     return matrices @ matrices.mH if wide else matrices.mH @ matrices
-
-
-def _padding_norm(size: int, pad: tuple[int, int], mode: str) -> float:
-    padded = F.pad(torch.arange(size, dtype=torch.float64)[None, None], pad, mode=mode)
-    return math.sqrt(int(padded.long().flatten().bincount().max()))
 
 
 def _per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:

@@ -31,15 +31,6 @@ class Moments:
     def to(self, device: torch.device) -> Moments:
         return Moments(self.n, self.mean.to(device), self.cov.to(device))
 
-    def merge(self, other: Moments) -> Moments:
-        """Moments of both samples together, exact up to rounding (pairwise update)."""
-        n = self.n + other.n
-        gap = other.mean - self.mean
-        share = other.n / n
-        cov = self.cov * (1 - share) + other.cov * share
-        cov += (share * (1 - share)) * gap[:, :, None] * gap[:, None, :]
-        return Moments(n, self.mean + share * gap, cov)
-
 
 class Accumulator:
     """Sums of ``x - shift`` and its products; ``shift`` is the first rows' mean, products float32, sums float64."""

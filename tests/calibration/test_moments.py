@@ -126,16 +126,6 @@ def test_wide_readers_are_summed_in_strips():
     close(sums.finish(), of_rows(rows))
 
 
-def test_merging_is_exact():
-    rows = torch.randn(2, 5, 40) * 3 + 7
-    left, right = Accumulator(), Accumulator()
-    left.add(rows[:, :, :13])
-    right.add(rows[:, :, 13:])
-    first, second = left.finish(), right.finish()
-    close(first.merge(second), of_rows(rows), rtol=1e-6)
-    close(second.merge(first), of_rows(rows), rtol=1e-6)
-
-
 def test_positions_depend_on_the_sample_and_not_on_the_batch(monkeypatch):
     monkeypatch.setattr(collect_module, "LEAST_ROWS", 1)
     module = nn.Conv2d(4, 6, 3, padding=1)
