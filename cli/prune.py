@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from modhifi.data.sources import metavars
 from modhifi.errors import ModhifiError
 
 from .cache import CacheOption, NoCacheOption, cache_directory
@@ -50,8 +51,7 @@ DataOption = Annotated[
     str,
     typer.Option(
         "--data",
-        help="Calibration data: images:DIR, text:PATH, hf:DATASET[:SPLIT], synthetic[:KIND], or self, text that the "
-        "language model writes, which is what synthetic means there.",
+        help=f"Calibration data: {metavars()}.",
     ),
 ]
 SamplesOption = Annotated[
