@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from modhifi.artifacts.exports import EXPORTS
 from modhifi.data.sources import metavars
 from modhifi.errors import ModhifiError
 
@@ -163,7 +164,8 @@ def prune(
     not_a_sample: NotASampleOption = False,
     walked: WalkedOption = None,
     export: Annotated[
-        list[str] | None, typer.Option("--export", help="Also write onnx or pt2 into the artefact; repeat it.")
+        list[str] | None,
+        typer.Option("--export", help=f"Also write {' or '.join(EXPORTS)} into the artefact; repeat it."),
     ] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; --set changes its values.")] = None,
     set_values: Annotated[
