@@ -31,8 +31,9 @@ from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.unlearning.audit import Observed, measure, observe, recalls
 from modhifi.unlearning.data import UnlearnData
-from modhifi.unlearning.edit import UnlearnSettings, blend, forget, settled_names
-from modhifi.unlearning.norms import settle_norms
+from modhifi.unlearning.edit import blend, forget
+from modhifi.unlearning.norms import settle_norms, settled_names
+from modhifi.unlearning.settings import UnlearnSettings
 from modhifi.unlearning.sites import Sites, find_sites
 
 BATCH = 250

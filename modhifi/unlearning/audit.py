@@ -21,8 +21,9 @@ from modhifi.structure.tracing.branches import Calls
 from modhifi.unlearning import attacks
 from modhifi.unlearning.audit_text import conclude
 from modhifi.unlearning.data import UnlearnData
-from modhifi.unlearning.edit import UnlearnSettings, forget, settled_names
-from modhifi.unlearning.norms import batch_norms, recall, settle_norms
+from modhifi.unlearning.edit import forget
+from modhifi.unlearning.norms import batch_norms, recall, settle_norms, settled_names
+from modhifi.unlearning.settings import UnlearnSettings
 from modhifi.unlearning.sites import Sites, Writer
 
 SHOTS = 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,13 +14,46 @@ from modhifi.calibration.prefix_cache import Passes
 from modhifi.data.samples import Samples
 from modhifi.models.hooks import only_input
 from modhifi.models.loaded import LoadedModel
-from modhifi.unlearning.erasure import Norm, settle_norm
+from modhifi.unlearning.sites import Sites
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The four vectors ``(channels,)`` float64 of a BatchNorm in eval mode."""
+
+    gamma: Tensor
+    beta: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
+def settle_norm(norm: Norm, mean: Tensor, variance: Tensor, eps: float) -> Norm:
+    """The same function written with other statistics: ``mean`` and ``variance`` ``(channels,)`` of its input now.
+
+    Behind an edited operator the stored statistics are those of the original; whoever re-estimates them on retain data
+    rescales the edit and may bring the class back. Settled on the edited network's own retain statistics, the output
+    is unchanged and such a re-estimation finds what is stored. ``gamma' = gamma sqrt((variance + eps) / (old + eps))``,
+    ``beta' = beta + gamma (mean - old) / sqrt(old variance + eps)``. Limits: it closes this one way back, it erases
+    nothing. Source: ours.
+    """
+    gain = norm.gamma.double() / torch.sqrt(norm.variance.double() + eps)
+    mean, variance = mean.double(), variance.double()
+    beta = norm.beta.double() + gain * (mean - norm.mean.double())
+    return Norm(gain * torch.sqrt(variance + eps), beta, mean, variance)
 
 
 def batch_norms(model: nn.Module) -> list[str]:
     """The BatchNorms with running statistics, by name."""
     kind = nn.modules.batchnorm._BatchNorm
     return [name for name, m in model.named_modules() if isinstance(m, kind) and m.running_mean is not None]
+
+
+def settled_names(sites: Sites, edited: Sequence[str]) -> list[str]:
+    """The norms of the blocks from the first edited operator on, and all behind the last block."""
+    blocks = list(dict.fromkeys([s.block for s in sites.readers] + [block for _, block in sites.norms]))
+    order = {s.module: s.block for s in sites.readers}
+    first = min((blocks.index(order[name]) for name in edited), default=len(blocks))
+    return [name for name, block in sites.norms if blocks.index(block) >= first]
 
 
 @torch.no_grad()

@@ -25,10 +25,13 @@ from modhifi.runs.recipe_file import read_yaml
 from modhifi.runs.unlearn import run_unlearn
 from modhifi.runs.unlearn_recipe import parse_unlearn_recipe
 from modhifi.structure.operators import columns_of
+from modhifi.unlearning import reader_edits
 from modhifi.unlearning.data import find_classes, load_unlearn_data
-from modhifi.unlearning.edit import METHODS, UnlearnSettings, blend, fit_strength, forget
+from modhifi.unlearning.edit import blend, fit_strength, forget
+from modhifi.unlearning.methods import METHODS
 from modhifi.unlearning.moments import joint_moments
 from modhifi.unlearning.norms import recall
+from modhifi.unlearning.settings import UnlearnSettings
 from modhifi.unlearning.sites import find_sites
 from modhifi.unlearning.wide import spanned_moments
 
@@ -81,12 +84,12 @@ def test_every_other_method_changes_the_class_most(setting, method: str) -> None
 def test_operators_with_too_many_columns_are_left_out(setting, monkeypatch) -> None:
     loaded, sites, train, _ = setting
     groups, settings = populations(train, [CLASS]), UnlearnSettings(method="gls")
-    monkeypatch.setattr(sys.modules[forget.__module__], "MOST_COLUMNS", 100)
+    monkeypatch.setattr(reader_edits, "MOST_COLUMNS", 100)
     found = forget(loaded, sites, train, groups, settings, [CLASS])
     widths = [columns_of(loaded.model.get_submodule(r.module))[1] for r in found.records]
     assert widths and max(widths) <= 100
     assert found.left_out and all("columns are too many" in reason for _, reason in found.left_out)
-    monkeypatch.setattr(sys.modules[forget.__module__], "MOST_COLUMNS", 1)
+    monkeypatch.setattr(reader_edits, "MOST_COLUMNS", 1)
     with pytest.raises(ModhifiError, match=r"cannot be edited: its \d+ input columns"):
         forget(loaded, sites, train, groups, settings, [CLASS])
 
