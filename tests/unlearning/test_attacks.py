@@ -33,7 +33,7 @@ def images(seed: int, n: int) -> Samples:
     """``n`` labelled tensors ``(3, 6, 6)`` whose mean depends on their class, in no order."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n).remainder(CLASSES)[torch.randperm(n, generator=generator)]
-    pixels = torch.randn(n, 3, 6, 6, generator=generator) + torch.eye(CLASSES, 3)[labels][:, :, None, None]
+    pixels = torch.randn(n, 3, 6, 6, generator=generator) + 0.5 * torch.eye(CLASSES, 3)[labels][:, :, None, None]
     names = tuple(f"{seed}-{i}" for i in range(n))
     return Samples(lambda i: pixels[i], names, labels, names, "test", False)
 
@@ -44,13 +44,19 @@ def target() -> Attacked:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES)
     )
-    for _ in range(5):
-        model(torch.randn(64, 3, 6, 6) + 0.3)
-    original = load_model(model.eval(), example=torch.randn(2, 3, 6, 6))
+    train = images(4, 400)
+    batch = next(train.batches(400))
+    with torch.no_grad():
+        model[1].momentum = 1.0
+        model(batch)
+        features = model.eval()[:5](batch)
+        model[5].weight.copy_(torch.linalg.lstsq(features, F.one_hot(train.labels).float()).solution.T)
+        model[5].bias.zero_()
+    original = load_model(model, example=torch.randn(2, 3, 6, 6))
     edited, unsettled = copy.deepcopy(original.model), copy.deepcopy(original.model)
     with torch.no_grad():
-        edited[0].weight += 0.2 * torch.randn(8, 3, 3, 3)
-        unsettled[0].weight += 0.2 * torch.randn(8, 3, 3, 3)
+        edited[0].weight += 0.1 * torch.randn(8, 3, 3, 3)
+        unsettled[0].weight += 0.1 * torch.randn(8, 3, 3, 3)
     sites, edit, fit, test = find_sites(original), images(0, 40), images(1, 240), images(2, 160)
     data = UnlearnData(edit, populations(edit, FORGOTTEN, EARLIER), fit, test, ())
     return Attacked(
