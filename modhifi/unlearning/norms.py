@@ -57,16 +57,16 @@ def settled_names(sites: Sites, edited: Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
-def settle_norms(runs: Passes, names: Sequence[str], kept: Tensor | None = None) -> None:
+def settle_norms(runs: Passes, names: Sequence[str], counted: Tensor | None = None) -> None:
     """Give the named norms of a model the statistics of its samples, in place, without changing what they compute.
 
-    ``kept`` bool ``(n,)``: the samples that count, None for all.
+    ``counted`` bool ``(n,)``: the samples that count, None for all.
     """
     model = runs.model
     known = set(batch_norms(model))
     names = [n for n in names if n in known and model.get_submodule(n).weight is not None]
-    found = _statistics(runs, names, kept)
-    for name, (mean, variance) in found.items():
+    statistics = _statistics(runs, names, counted)
+    for name, (mean, variance) in statistics.items():
         norm: Any = model.get_submodule(name)
         old = Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var)
         new = settle_norm(old, mean, variance, norm.eps)
@@ -85,26 +85,26 @@ def recall(loaded: LoadedModel, model: nn.Module, samples: Samples, batch_size: 
         return None
     result = copy.deepcopy(model)
     norms: list[Any] = [result.get_submodule(name) for name in batch_norms(result)]
-    kept = [norm.momentum for norm in norms]
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum, norm.training = None, True
     for _, run in Passes(loaded, result, samples, batch_size):
         run()
-    for norm, momentum in zip(norms, kept, strict=True):
+    for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum, norm.training = momentum, False
     return result
 
 
-def _statistics(runs: Passes, names: Sequence[str], kept: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
+def _statistics(runs: Passes, names: Sequence[str], counted: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and unbiased variance ``(channels,)`` float64 of what the named norms receive."""
     sums: dict[str, list[Any]] = {name: [0, 0.0, 0.0] for name in names}
     first, count = 0, 0
 
     def see(name: str, x: Tensor) -> None:
-        if kept is not None:
+        if counted is not None:
             # A norm may see a row for each token: those of one sample stand one after another.
-            x = x[kept[first : first + count].repeat_interleave(len(x) // count).to(x.device)]
+            x = x[counted[first : first + count].repeat_interleave(len(x) // count).to(x.device)]
         rows = x.detach().double().transpose(0, 1).flatten(1)
         entry = sums[name]
         entry[0] += rows.shape[1]

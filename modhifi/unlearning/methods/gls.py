@@ -39,8 +39,8 @@ def gls(
     # The ridge belongs to what is kept, so that it pulls towards the original weight.
     unit = mean_diagonal(keep)
     factor, used = factorise(keep + pull * drop, damping, unit)
-    kept = keep + used * unit * torch.eye(len(keep), dtype=torch.float64)
-    target = kept if centred else kept + pull * torch.outer(retain_mean, forget_mean)
+    ridged = keep + used * unit * torch.eye(len(keep), dtype=torch.float64)
+    target = ridged if centred else ridged + pull * torch.outer(retain_mean, forget_mean)
     edited = torch.cholesky_solve((original @ target).T, factor).T
     return Edit(edited, (original - edited) @ retain_mean if centred else None, used)
 
