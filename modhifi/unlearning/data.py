@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modhifi.data.image_inputs import class_count
-from modhifi.data.in_memory import Source, source_name
+from modhifi.data.in_memory import Data, source_name
 from modhifi.data.labels import class_name, label_samples, populations
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
@@ -86,10 +86,10 @@ def load_unlearn_data(
     loaded: LoadedModel,
     classes: Sequence[int],
     *,
-    source: Source,
+    source: Data,
     samples: int,
     forget_source: str | None = None,
-    evaluate: Source | None = None,
+    evaluate: Data | None = None,
     evaluation_samples: int = 2000,
     earlier: Sequence[int] = (),
     seed: int = 0,
@@ -104,7 +104,7 @@ def load_unlearn_data(
     """
     notes: list[str] = []
 
-    def load(spec: Source, n: int) -> Samples:
+    def load(spec: Data, n: int) -> Samples:
         loaded_samples, remark = label_samples(loaded, load_samples(spec, loaded, n=n, seed=seed), batch_size)
         if loaded_samples.skipped:
             notes.append(f"{len(loaded_samples.skipped)} unreadable items of {source_name(spec)} were skipped")

@@ -9,7 +9,7 @@ from modhifi.errors import ModhifiError
 from modhifi.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from modhifi.data.in_memory import Source
+    from modhifi.data.in_memory import Data
     from modhifi.data.samples import Samples
     from modhifi.models.loaded import LoadedModel
 
@@ -19,7 +19,7 @@ SOURCES.discover(__name__)
 
 
 def load_samples(
-    spec: Source,
+    spec: Data,
     loaded: LoadedModel,
     *,
     n: int,
