@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from modhifi.artifacts.exports import EXPORTS
+from modhifi.data.sources import metavars
 from modhifi.errors import ModhifiError
 
 from .cache import CacheOption, NoCacheOption, cache_directory
@@ -50,8 +52,7 @@ DataOption = Annotated[
     str,
     typer.Option(
         "--data",
-        help="Calibration data: images:DIR, text:PATH, hf:DATASET[:SPLIT], synthetic[:KIND], or self, text that the "
-        "language model writes, which is what synthetic means there.",
+        help=f"Calibration data: {metavars()}.",
     ),
 ]
 SamplesOption = Annotated[
@@ -158,7 +159,8 @@ def prune(
     not_a_sample: NotASampleOption = False,
     walked: WalkedOption = None,
     export: Annotated[
-        list[str] | None, typer.Option("--export", help="Also write onnx or pt2 into the artefact; repeat it.")
+        list[str] | None,
+        typer.Option("--export", help=f"Also write {' or '.join(EXPORTS)} into the artefact; repeat it."),
     ] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; --set changes its values.")] = None,
     set_values: Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,7 @@ from .common import (
     QuietOption,
     SeedOption,
     WalkedOption,
+    entries,
     print_json,
     progress,
     resolve_device,
@@ -70,8 +71,11 @@ def unlearn(
     ] = None,
     evaluation_samples: Annotated[int, typer.Option("--evaluation-samples", min=1)] = 2000,
     method: Annotated[
-        Literal["erase-writers", "erase", "gls", "hifi-zero", "hifi-negate", "contrastive", "projection", "head-mask"],
-        typer.Option("--method", help="How to forget; head-mask is a control that erases nothing."),
+        str,
+        typer.Option(
+            "--method",
+            help=f"How to forget: {', '.join(entries('modhifi.unlearning.methods'))}; head-mask is a control.",
+        ),
     ] = "erase-writers",
     depth: Annotated[int | None, typer.Option("--depth", min=1, help="Blocks to edit, back from the head.")] = None,
     passes: Annotated[int | None, typer.Option("--passes", min=1, help="Times to go over them.")] = None,

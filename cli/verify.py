@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from modhifi.data.sources import metavars
+
 from .common import (
     ConfidenceOption,
     DeviceOption,
@@ -39,9 +41,7 @@ from .summary import SummaryOption
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="An artefact of prune or unlearn.")],
     against: Annotated[str, typer.Option("--against", metavar="MODEL", help="The original it was made from.")],
-    data: Annotated[
-        str, typer.Option("--data", help="Held-out data: images:DIR, text:FILE, hf:DATASET[:SPLIT] or synthetic.")
-    ],
+    data: Annotated[str, typer.Option("--data", help=f"Held-out data: {metavars()}.")],
     samples: Annotated[
         int | None,
         typer.Option("--samples", min=1, help="Held-out samples; by default 1000 images, 32 windows (16 on a CPU)."),

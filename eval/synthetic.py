@@ -33,7 +33,8 @@ from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, ma
 from modhifi.runs import measure
 from modhifi.structure.operators import columns_of
 from modhifi.unlearning.data import FEWEST
-from modhifi.unlearning.edit import UnlearnSettings, forget
+from modhifi.unlearning.edit import forget
+from modhifi.unlearning.settings import UnlearnSettings
 from modhifi.unlearning.sites import find_sites
 
 RATIOS = (0.25, 0.5)

@@ -29,10 +29,13 @@ from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.unlearning.audit import Observed, measure, observe, recalls
+from modhifi.unlearning.attacks import Attacked
+from modhifi.unlearning.attacks import attack as run_attacks
 from modhifi.unlearning.data import UnlearnData
-from modhifi.unlearning.edit import UnlearnSettings, blend, forget, settled_names
-from modhifi.unlearning.norms import settle_norms
+from modhifi.unlearning.edit import blend, forget
+from modhifi.unlearning.norms import settle_norms, settled_names
+from modhifi.unlearning.observe import Observed, observe
+from modhifi.unlearning.settings import UnlearnSettings
 from modhifi.unlearning.sites import Sites, find_sites
 
 BATCH = 250
@@ -180,8 +183,8 @@ def run(own: World, index: int, settings: UnlearnSettings) -> tuple[dict[str, An
 def attack(own: World, index: int, model: nn.Module, plain: nn.Module | None) -> dict[str, Any]:
     data = UnlearnData(own.edit, populations(own.edit, [index]), own.fit, own.test, ())
     fit, test = (observe(own.loaded, model, own.sites, part, BATCH) for part in (own.fit, own.test))
-    row = measure(data, [index], fit, test, own.base, (own.loaded.model, own.sites))
-    return row | recalls(own.loaded, model, plain, data, [index], (), BATCH)
+    head = own.loaded.model.get_submodule(own.sites.heads[0])
+    return run_attacks(Attacked(own.loaded, model, plain, fit, test, own.base, head, data, [index], batch_size=BATCH))
 
 
 def mean(rows: list[dict[str, Any]]) -> dict[str, Any]:

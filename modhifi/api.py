@@ -15,7 +15,7 @@ from torch import nn
 from modhifi.bounds.ladder import BoundReport, verify_model
 from modhifi.bounds.verdicts import Tolerances
 from modhifi.calibration.cache import MomentCache
-from modhifi.data.in_memory import Source, first_items, source_name
+from modhifi.data.in_memory import Data, first_items, source_name
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
@@ -39,14 +39,14 @@ Model = str | Path | nn.Module | LoadedModel
 
 def prune(
     model: Model,
-    data: Source = "synthetic",
+    data: Data = "synthetic",
     *,
     ratio: float | None = None,
     params: str | None = None,
     flops: str | None = None,
     kv_cache: str | None = None,
     samples: int | None = None,
-    evaluate: Source | None = None,
+    evaluate: Data | None = None,
     evaluation_samples: int | None = None,
     window: int | None = None,
     method: Mapping[str, Any] | None = None,
@@ -111,11 +111,11 @@ def prune(
 
 def unlearn(
     model: Model,
-    data: Source,
+    data: Data,
     *,
     forget: str | int | Sequence[str | int],
     samples: int = 2000,
-    evaluate: Source | None = None,
+    evaluate: Data | None = None,
     evaluation_samples: int = 2000,
     method: str = "erase-writers",
     settings: Mapping[str, Any] | None = None,
@@ -168,7 +168,7 @@ def unlearn(
 
 def score(
     model: Model,
-    data: Source = "synthetic",
+    data: Data = "synthetic",
     *,
     samples: int | None = None,
     window: int | None = None,
@@ -190,7 +190,7 @@ def score(
 
 def verify(
     edited: str | Path | nn.Module,
-    data: Source,
+    data: Data,
     *,
     against: Model,
     max_flip: float | None = None,
@@ -275,7 +275,7 @@ def register_selector(name: str, order: Order, summary: str = "", source: str = 
     SELECTORS.register(Selector(name, summary, source, order))
 
 
-def _loaded(model: Model, data: Source) -> LoadedModel:
+def _loaded(model: Model, data: Data) -> LoadedModel:
     """A module that is neither timm's nor transformers' takes its example batch from the data."""
     if isinstance(model, LoadedModel):
         return model

@@ -160,43 +160,43 @@ def _gather(items: Sequence[_Item], source: str, note: str, loaded: LoadedModel,
         return _Read(hashlib.sha256(content).hexdigest()[:16], tensor, None)
 
     order = np.random.default_rng(seed).permutation(len(items)).tolist()
-    found: dict[str, tuple[_Item, Tensor | None]] = {}
+    by_hash: dict[str, tuple[_Item, Tensor | None]] = {}
     skipped: list[tuple[str, str]] = []
     repeated = 0
     with ThreadPoolExecutor() as pool:
-        while order and len(found) < n:
-            chunk = [items[order.pop(0)] for _ in range(min(len(order), CHUNK, n - len(found)))]
+        while order and len(by_hash) < n:
+            chunk = [items[order.pop(0)] for _ in range(min(len(order), CHUNK, n - len(by_hash)))]
             for item, result in zip(chunk, pool.map(read, chunk), strict=True):
                 if result.problem is not None:
                     skipped.append((item.name, result.problem))
-                elif result.digest in found:
+                elif result.digest in by_hash:
                     repeated += 1
                 else:
-                    found[result.digest] = (item, result.tensor)
-    if not found:
+                    by_hash[result.digest] = (item, result.tensor)
+    if not by_hash:
         name, problem = skipped[0] if skipped else ("it", "is empty")
         raise ModhifiError(f"nothing readable in {source}: {len(skipped)} files failed, the first {name} ({problem})")
 
-    kept = list(found.values())
+    chosen = list(by_hash.values())
 
     def load(i: int) -> Tensor:
-        item, tensor = kept[i]
+        item, tensor = chosen[i]
         if tensor is not None:
             return tensor
         with item.open() as image:
             return transform(image)
 
-    remarks = [f"{source}, {len(kept)} of {len(items)} images, seed {seed}"]
-    remarks += [f"{n} were asked for"] * (len(kept) < n)
+    remarks = [f"{source}, {len(chosen)} of {len(items)} images, seed {seed}"]
+    remarks += [f"{n} were asked for"] * (len(chosen) < n)
     remarks += [f"{len(skipped)} unreadable skipped"] * bool(skipped)
     remarks += [f"{repeated} duplicates dropped"] * bool(repeated)
     remarks += [note] * bool(note)
-    labels = [item.label for item, _ in kept]
+    labels = [item.label for item, _ in chosen]
     return Samples(
         load=load,
-        hashes=tuple(found),
+        hashes=tuple(by_hash),
         labels=None if None in labels else torch.tensor(labels, dtype=torch.long),
-        names=tuple(item.name for item, _ in kept),
+        names=tuple(item.name for item, _ in chosen),
         description=", ".join(remarks),
         synthetic=False,
         skipped=tuple(skipped),

@@ -23,7 +23,7 @@ class Indexed(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-Source = str | Samples | Indexed
+Data = str | Samples | Indexed
 """A source string (see :func:`modhifi.data.load_samples`), samples, or items that a program holds."""
 
 
@@ -94,20 +94,20 @@ def first_items(items: Indexed, count: int = 2) -> Tensor:
     return next(samples.batches(count))
 
 
-def source_name(source: Source) -> str:
-    """What a recipe calls a source."""
-    if isinstance(source, str):
-        return source
-    return f"python:{'Samples' if isinstance(source, Samples) else type(source).__name__}"
+def source_name(data: Data) -> str:
+    """What a recipe calls data: the source string, or ``python:TYPE`` for what a program holds."""
+    if isinstance(data, str):
+        return data
+    return f"python:{'Samples' if isinstance(data, Samples) else type(data).__name__}"
 
 
-def samples_from(source: Samples | Indexed, loaded: LoadedModel, *, n: int, seed: int) -> Samples:
-    """At most ``n`` samples of a source that is no string."""
-    if isinstance(source, Samples):
-        return source if len(source) <= n else source.subset(range(n))
-    if not isinstance(source, Indexed) or isinstance(source, dict | Sequence) and not isinstance(source, list | tuple):
-        raise ModhifiError(f"data is {type(source).__name__}; give a source string, a tensor, a list or a Dataset")
-    return from_items(source, loaded.transform, n=n, seed=seed)
+def samples_from(data: Samples | Indexed, loaded: LoadedModel, *, n: int, seed: int) -> Samples:
+    """At most ``n`` samples of data that a program holds."""
+    if isinstance(data, Samples):
+        return data if len(data) <= n else data.subset(range(n))
+    if not isinstance(data, Indexed) or isinstance(data, dict | Sequence) and not isinstance(data, list | tuple):
+        raise ModhifiError(f"data is {type(data).__name__}; give a source string, a tensor, a list or a Dataset")
+    return from_items(data, loaded.transform, n=n, seed=seed)
 
 
 def digest(tensor: Tensor) -> str:

@@ -185,10 +185,10 @@ def inverted(
         progress("drawing", n, n)
         pictures = torch.cat(parts)
         _write(path, pictures)
-    found = pictures
+    final = pictures
     samples = Samples(
-        load=lambda i: found[i],
-        hashes=tuple(hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16] for image in found),
+        load=lambda i: final[i],
+        hashes=tuple(hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16] for image in final),
         labels=labels,
         names=tuple(f"inverted {i}" for i in range(n)),
         description=f"synthetic:invert, {n} images of {height}x{width}, {steps} steps, seed {seed}",

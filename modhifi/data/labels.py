@@ -23,12 +23,12 @@ def label_samples(loaded: LoadedModel, samples: Samples, batch_size: int) -> tup
         outputs = [loaded.logits(b).float().softmax(1).cpu() for b in samples.batches(batch_size)]
     top = torch.cat(outputs).topk(2, 1)
     sure = (top.values[:, 0] >= CONFIDENCE) & (top.values[:, 0] - top.values[:, 1] >= MARGIN)
-    kept = torch.nonzero(sure).flatten()
+    confident = torch.nonzero(sure).flatten()
     remark = (
-        f"no labels: {len(kept)} of {len(samples)} images were labelled by the model itself (probability at least "
+        f"no labels: {len(confident)} of {len(samples)} images were labelled by the model itself (probability at least "
         f"{CONFIDENCE:g}, leading by {MARGIN:g}), so accuracy here is agreement with the original"
     )
-    return replace(samples.subset(kept), labels=top.indices[kept, 0]), remark
+    return replace(samples.subset(confident), labels=top.indices[confident, 0]), remark
 
 
 def populations(samples: Samples, classes: Sequence[int], earlier: Sequence[int] = ()) -> Tensor:

@@ -63,18 +63,18 @@ def look(loaded: LoadedModel, samples: Samples, batch_size: int = 32) -> dict[st
     finally:
         for handle in handles:
             handle.remove()
-    found: dict[str, Any] = {"looked_at": len(few)}
+    figures: dict[str, Any] = {"looked_at": len(few)}
     if sums:
-        found["norm_gap"] = {}
+        figures["norm_gap"] = {}
         for name, (n, first, second) in sums.items():
             mean = first / n
-            found["norm_gap"][name] = float(statistics_gap(mean, (second / n - mean**2).clamp_min(0), norms[name]))
-        found["mean_norm_gap"] = sum(found["norm_gap"].values()) / len(sums)
+            figures["norm_gap"][name] = float(statistics_gap(mean, (second / n - mean**2).clamp_min(0), norms[name]))
+        figures["mean_norm_gap"] = sum(figures["norm_gap"].values()) / len(sums)
     if classes is not None:
         counts = torch.bincount(torch.cat(predicted).cpu(), minlength=classes).double()
         share = counts[counts > 0] / counts.sum()
-        found["classes"] = [int((counts > 0).sum()), classes]
-        found["balance"] = (
+        figures["classes"] = [int((counts > 0).sum()), classes]
+        figures["balance"] = (
             float(-(share * share.log()).sum() / math.log(min(classes, len(few)))) if len(few) > 1 else 0.0
         )
-    return found
+    return figures

@@ -72,15 +72,15 @@ class Samples:
         n = len(self)
         cut = max(min(first, round(n * first / (first + second))), n - second)
         units = self.units if self.units is not None else range(n)
-        kept, later = set(dict.fromkeys(units)), set[int]()
+        first_units, second_units = set(dict.fromkeys(units)), set[int]()
         for unit in reversed(dict.fromkeys(units)):
-            if len(kept) == 1 or sum(u in later for u in units) >= n - cut:
+            if len(first_units) == 1 or sum(u in second_units for u in units) >= n - cut:
                 break
-            kept.remove(unit)
-            later.add(unit)
-        ours = [i for i, unit in enumerate(units) if unit in kept][:first]
-        theirs = [i for i, unit in enumerate(units) if unit in later][:second]
-        return self.subset(ours), self.subset(theirs)
+            first_units.remove(unit)
+            second_units.add(unit)
+        first_items = [i for i, unit in enumerate(units) if unit in first_units][:first]
+        second_items = [i for i, unit in enumerate(units) if unit in second_units][:second]
+        return self.subset(first_items), self.subset(second_items)
 
     def subset(self, indices: Iterable[int] | Tensor) -> Samples:
         """The items at `indices`, in that order, still loaded lazily."""
@@ -110,17 +110,17 @@ def warn_degenerate(samples: Samples, look_at: int = 64) -> list[str]:
     warnings = []
     if len(samples) == 1:
         warnings.append("only one sample: its statistics say nothing about other inputs; use a few hundred")
-    looked = [samples.load(i) for i in range(min(len(samples), look_at))]
-    broken = sum(not bool(torch.isfinite(x).all()) for x in looked if x.is_floating_point())
+    items = [samples.load(i) for i in range(min(len(samples), look_at))]
+    broken = sum(not bool(torch.isfinite(x).all()) for x in items if x.is_floating_point())
     if broken:
-        warnings.append(f"{broken} of the first {len(looked)} samples hold NaN or infinite values")
-    flat = sum(_is_flat(x) for x in looked)
-    if flat == len(looked):
-        warnings.append(f"all of the first {len(looked)} samples are flat (one colour or token): they excite no filter")
-    elif flat > len(looked) // 2:
-        warnings.append(f"{flat} of the first {len(looked)} samples are flat (one colour or token)")
-    if len(looked) > 1 and all(torch.equal(x, looked[0]) for x in looked[1:]):
-        warnings.append(f"the first {len(looked)} samples are all the same")
+        warnings.append(f"{broken} of the first {len(items)} samples hold NaN or infinite values")
+    flat = sum(_is_flat(x) for x in items)
+    if flat == len(items):
+        warnings.append(f"all of the first {len(items)} samples are flat (one colour or token): they excite no filter")
+    elif flat > len(items) // 2:
+        warnings.append(f"{flat} of the first {len(items)} samples are flat (one colour or token)")
+    if len(items) > 1 and all(torch.equal(x, items[0]) for x in items[1:]):
+        warnings.append(f"the first {len(items)} samples are all the same")
     return warnings
 
 

@@ -55,24 +55,24 @@ def write(
     chance = torch.Generator().manual_seed(seed)
     writer = Resampler(loaded, length) if loaded.kind == "encoder" else Continuer(loaded, length)
     size = BATCH_MASKED if loaded.kind == "encoder" else BATCH
-    found: dict[str, Tensor] = {}
+    by_hash: dict[str, Tensor] = {}
     loops = written = 0
     wanted = n * writer.pieces
-    while len(found) < wanted and written < ATTEMPTS * wanted + BATCH:
-        progress("writing", len(found) // writer.pieces, n)
-        for tokens in writer.write(min(size * writer.pieces, wanted - len(found)), chance):
+    while len(by_hash) < wanted and written < ATTEMPTS * wanted + BATCH:
+        progress("writing", len(by_hash) // writer.pieces, n)
+        for tokens in writer.write(min(size * writer.pieces, wanted - len(by_hash)), chance):
             written += 1
             if is_loop(tokens):
                 loops += 1
             else:
-                found.setdefault(identity(tokens), tokens)
+                by_hash.setdefault(identity(tokens), tokens)
     progress("writing", n, n)
-    if len(found) < wanted:
+    if len(by_hash) < wanted:
         raise ModhifiError(
             f"{loaded.source} writes loops: {loops} of {written} texts repeat themselves; give text "
             "with --data text:FILE"
         )
-    texts = list(found.values())
+    texts = list(by_hash.values())
     windows = [writer.window(texts[i : i + writer.pieces]) for i in range(0, wanted, writer.pieces)]
     remarks = [f"self, {n} windows of {length} tokens written from {writer.what}"]
     remarks += [f"{writer.pieces} texts in each"] * (writer.pieces > 1)

@@ -30,20 +30,20 @@ def balance(samples: Samples, loaded: LoadedModel, n: int, batch: int = 64) -> S
     count = class_count(loaded)
     if count is None:
         raise ModhifiError(f"{loaded.source} is no classifier; its samples cannot be balanced over classes")
-    share, found = math.ceil(n / count), [0] * count
+    share, drawn_of = math.ceil(n / count), [0] * count
     predicted, rank = list[int](), list[int]()
     with torch.no_grad():
         for inputs in samples.batches(batch):
             for label in loaded.logits(inputs).argmax(dim=1).tolist():
                 predicted.append(label)
-                rank.append(found[label])
-                found[label] += 1
-            if sum(min(number, share) for number in found) >= n:
+                rank.append(drawn_of[label])
+                drawn_of[label] += 1
+            if sum(min(number, share) for number in drawn_of) >= n:
                 break
     chosen = sorted(sorted(range(len(rank)), key=lambda i: rank[i])[:n])
-    kept = samples.subset(chosen)
+    spread = samples.subset(chosen)
     classes = len({predicted[i] for i in chosen})
-    return replace(kept, description=f"{kept.description}, spread over {classes} predicted classes")
+    return replace(spread, description=f"{spread.description}, spread over {classes} predicted classes")
 
 
 def drawn(kind: str, loaded: LoadedModel, n: int, seed: int, balanced: bool) -> Samples:

@@ -106,8 +106,8 @@ def from_dataset(rest: str, loaded: LoadedModel, n: int, seed: int, window: int 
         raise ModhifiError(f"dataset {name} has no text column (it has {', '.join(table.features)}); use another")
     length = window_of(loaded, window)
     order = np.random.default_rng(seed).permutation(len(table)).tolist()
-    looked = [str(table[i][column] or "") for i in order[:100]]
-    if sum(map(len, looked)) >= len(looked) * length * STRETCH:
+    rows = [str(table[i][column] or "") for i in order[:100]]
+    if sum(map(len, rows)) >= len(rows) * length * STRETCH:
         documents = [str(table[i][column] or "") for i in order[: 4 * n]]
     else:
         lines, left = [], n * length * CHARACTERS
@@ -169,29 +169,29 @@ def _drawn(
     if stretched:
         documents = _stretches(whole, cutter.length)
     order = np.random.default_rng(seed).permutation(len(documents)).tolist()
-    found = _spread(documents, order, cutter, n)
-    if not found:
+    by_hash = _spread(documents, order, cutter, n)
+    if not by_hash:
         # No stretch or document holds a window of its own, but the text may.
         stretched, documents = True, [whole]
-        found = _spread(documents, [0], cutter, n)
-    if not found:
+        by_hash = _spread(documents, [0], cutter, n)
+    if not by_hash:
         raise ModhifiError(
             f"{source} holds {len(cutter.tokens(whole))} tokens, less than one window of "
             f"{cutter.length}; give a longer text or a smaller --window"
         )
-    kept = list(found.values())
-    used = len({document for document, _, _ in kept})
+    windows = list(by_hash.values())
+    used = len({document for document, _, _ in windows})
     what = "places in one text" if stretched else "documents"
-    remarks = [f"{source}, {len(kept)} windows of {cutter.length} tokens from {used} {what}, seed {seed}"]
-    remarks += [f"{n} were asked for"] * (len(kept) < n)
+    remarks = [f"{source}, {len(windows)} windows of {cutter.length} tokens from {used} {what}, seed {seed}"]
+    remarks += [f"{n} were asked for"] * (len(windows) < n)
     return Samples(
-        load=lambda i: kept[i][2],
-        hashes=tuple(found),
+        load=lambda i: windows[i][2],
+        hashes=tuple(by_hash),
         labels=None,
-        names=tuple(f"{source} part {document} window {number}" for document, number, _ in kept),
+        names=tuple(f"{source} part {document} window {number}" for document, number, _ in windows),
         description=", ".join(remarks),
         synthetic=False,
-        units=tuple(document for document, _, _ in kept) if used > 1 else None,
+        units=tuple(document for document, _, _ in windows) if used > 1 else None,
     )
 
 
@@ -211,15 +211,15 @@ def _spread(documents: Sequence[str], order: list[int], cutter: Cutter, n: int) 
     cut: dict[int, list[Tensor]] = {}
     most = max(1, n // len(documents))
     while True:
-        found: dict[str, tuple[int, int, Tensor]] = {}
+        by_hash: dict[str, tuple[int, int, Tensor]] = {}
         for document in order:
             if document not in cut:
                 cut[document] = cutter.windows(documents[document])
-            mine = cut[document]
-            for at in np.linspace(0, len(mine) - 1, min(most, len(mine))).round().astype(int).tolist():
-                found.setdefault(identity(mine[at]), (document, at, mine[at]))
-            if len(found) >= n:
-                return dict(list(found.items())[:n])
+            windows = cut[document]
+            for at in np.linspace(0, len(windows) - 1, min(most, len(windows))).round().astype(int).tolist():
+                by_hash.setdefault(identity(windows[at]), (document, at, windows[at]))
+            if len(by_hash) >= n:
+                return dict(list(by_hash.items())[:n])
         if most >= max(map(len, cut.values())):
-            return found
+            return by_hash
         most *= 2

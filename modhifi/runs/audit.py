@@ -15,7 +15,8 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.models.weights import state_hash
 from modhifi.progress import Progress, silent
 from modhifi.runs.inputs import forgotten_before, load_source, original_of
-from modhifi.unlearning.audit import MEASURES, audit
+from modhifi.unlearning.attacks import measures
+from modhifi.unlearning.audit import audit
 from modhifi.unlearning.data import count_classes, find_classes, load_unlearn_data
 from modhifi.unlearning.sites import Sites, find_sites
 
@@ -108,13 +109,14 @@ def shown(attacked: Mapping[str, Any]) -> dict[str, Any]:
     """An audit as the parts that a report shows: rows, tables, verdict."""
     rows = attacked["rows"]
     names = list(rows)
-    measured = [key for key in MEASURES if any(rows[n].get(key) is not None for n in names)]
+    every = measures()
+    shares = [m for m in every.values() if m.unit == "%" and any(rows[n].get(m.key) is not None for n in names)]
     tables = [
         {
             "title": "Attacks, model by model",
             "columns": ["share of test images", *names],
             "unit": "%",
-            "rows": [[MEASURES[key], *(rows[n].get(key) for n in names)] for key in measured],
+            "rows": [[m.label, *(rows[n].get(m.key) for n in names)] for m in shares],
         },
         {
             "title": "Forgotten classes found by a linear probe, block by block",
@@ -135,9 +137,9 @@ def shown(attacked: Mapping[str, Any]) -> dict[str, Any]:
         "summary": attacked["conclusion"],
         "verdicts": [{"name": "forgetting", "verdict": attacked["verdict"], "text": attacked["conclusion"]}],
         "before_after": [
-            {"name": MEASURES[key], "before": rows["original"].get(key), "after": rows["edited"].get(key), "unit": "%"}
-            for key in MEASURES
-            if key not in ("worst_loss", "recall_plain", "membership", "original_head")
+            {"name": m.label, "before": rows["original"].get(m.key), "after": rows["edited"].get(m.key), "unit": m.unit}
+            for m in every.values()
+            if m.headline
         ]
         + [
             {
@@ -148,8 +150,8 @@ def shown(attacked: Mapping[str, Any]) -> dict[str, Any]:
             }
         ],
         "errors": {
-            "KL to the original on retained images, over the classes that stay, nats": rows["edited"]["kl"],
-            "membership AUC on forgotten classes": rows["edited"]["membership"],
+            f"{every['kl'].label}, {every['kl'].unit}": rows["edited"]["kl"],
+            every["membership"].label: rows["edited"]["membership"],
             "forgotten images go to": {m["class"]: _percentages(m["to"]) for m in attacked["moved"]},
         },
         "tables": tables,

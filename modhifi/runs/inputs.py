@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from modhifi.calibration.block_stream import find_blocks
-from modhifi.data.in_memory import Source
+from modhifi.data.in_memory import Data
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
@@ -34,8 +34,8 @@ class Given:
     """What a Python program hands over itself; it takes the place of what the recipe names."""
 
     model: LoadedModel | None = None
-    data: Source | None = None
-    evaluate: Source | None = None
+    data: Data | None = None
+    evaluate: Data | None = None
 
 
 NOTHING = Given()
@@ -77,7 +77,7 @@ def load_data(
     evaluate = data.evaluate if given.evaluate is None else given.evaluate
     assert data.samples is not None and data.evaluation_samples is not None
 
-    def load(spec: Source, n: int) -> Samples:
+    def load(spec: Data, n: int) -> Samples:
         return load_samples(spec, loaded, n=n, seed=seed, window=data.window, progress=progress)
 
     # Both from one source are told apart by document, which hashes of windows cannot do.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from modhifi.artifacts.export import SUFFIXES, check_export
 from modhifi.artifacts.export import export as export_model
+from modhifi.artifacts.exports import EXPORTS
 from modhifi.artifacts.reload_check import reload_alike
 from modhifi.artifacts.report import data_uri
 from modhifi.artifacts.save import save_artifact
@@ -75,7 +75,7 @@ def run_prune(
     if out is not None:
         check_output(out, force)
     for kind in export:
-        check_export(kind)
+        EXPORTS[kind].check()
     with clock.stage("load"):
         loaded = given.model or load_source(recipe.model)
         place(loaded, device, recipe.offload)
@@ -155,6 +155,6 @@ def run_prune(
             batch = reload_alike(path, loaded, pruned.model.cpu(), held)
         for kind in export:
             with clock.stage(f"export {kind}"):
-                export_model(pruned.model, batch, path / f"model{SUFFIXES[kind]}", kind)
+                export_model(pruned.model, batch, path / f"model{EXPORTS[kind].suffix}", kind)
     report["timing"] = clock.seconds
     return PruneResult(report, pruned.plan, pruned.model, path, bounds)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modhifi.data.in_memory import Source
+from modhifi.data.in_memory import Data
 from modhifi.data.sources import load_samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
@@ -61,7 +61,7 @@ class GroupScores:
 
 def score_model(
     loaded: LoadedModel,
-    data: Source,
+    data: Data,
     samples: int | None = None,
     seed: int = 0,
     progress: Progress = silent,

@@ -7,9 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from modhifi.registry import one_of
 from modhifi.runs.recipe import Checks, ModelSource
 from modhifi.runs.recipe_file import Strict, validate
-from modhifi.unlearning.edit import Method, UnlearnSettings
+from modhifi.unlearning.methods import METHODS
+from modhifi.unlearning.settings import UnlearnSettings
 
 
 class UnlearnData(Strict):
@@ -26,7 +28,7 @@ class UnlearnData(Strict):
 class UnlearnMethod(Strict):
     """How to forget; null takes the method's own default."""
 
-    name: Method = "erase-writers"
+    name: one_of(METHODS) = "erase-writers"  # type: ignore[valid-type]
     depth: Annotated[int, Field(ge=1)] | None = None
     passes: Annotated[int, Field(ge=1)] | None = None
     strength: Annotated[float, Field(gt=0)] | None = None

@@ -10,7 +10,7 @@ import torch
 
 from modhifi.bounds.ladder import BoundReport, verify_model, verify_unlearned
 from modhifi.bounds.verdicts import Tolerances
-from modhifi.data.in_memory import Source
+from modhifi.data.in_memory import Data
 from modhifi.data.labels import label_samples
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
@@ -31,7 +31,7 @@ from modhifi.structure.expand import expand, plan_of
 def verify_artifact(
     directory: str | Path,
     against: ModelSource | LoadedModel,
-    data: Source,
+    data: Data,
     tolerances: Tolerances,
     *,
     samples: int | None = None,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modhifi.data.image_inputs import class_count
-from modhifi.data.in_memory import Source, source_name
+from modhifi.data.in_memory import Data, source_name
 from modhifi.data.labels import class_name, label_samples, populations
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
@@ -55,17 +55,17 @@ def find_classes(wanted: Sequence[str], loaded: LoadedModel) -> tuple[int, ...]:
     for index, label in enumerate(loaded.labels or ()):
         for name in (label, *label.split(",")):
             known.setdefault(name.strip().lower(), index)
-    found: list[int] = []
+    indices: list[int] = []
     for text in wanted:
         whole = text.strip().lower() in known
         for part in [text] if whole else text.split(","):
-            found.append(_class(part.strip(), known, total, loaded))
-    found = list(dict.fromkeys(found))
-    if not found:
+            indices.append(_class(part.strip(), known, total, loaded))
+    indices = list(dict.fromkeys(indices))
+    if not indices:
         raise ModhifiError("no class to forget; give --forget with a class index or name")
-    if len(found) > total - 2:
-        raise ModhifiError(f"{len(found)} of {total} classes would be forgotten; leave at least two to tell apart")
-    return tuple(found)
+    if len(indices) > total - 2:
+        raise ModhifiError(f"{len(indices)} of {total} classes would be forgotten; leave at least two to tell apart")
+    return tuple(indices)
 
 
 def _class(name: str, known: dict[str, int], total: int, loaded: LoadedModel) -> int:
@@ -86,10 +86,10 @@ def load_unlearn_data(
     loaded: LoadedModel,
     classes: Sequence[int],
     *,
-    source: Source,
+    source: Data,
     samples: int,
     forget_source: str | None = None,
-    evaluate: Source | None = None,
+    evaluate: Data | None = None,
     evaluation_samples: int = 2000,
     earlier: Sequence[int] = (),
     seed: int = 0,
@@ -104,7 +104,7 @@ def load_unlearn_data(
     """
     notes: list[str] = []
 
-    def load(spec: Source, n: int) -> Samples:
+    def load(spec: Data, n: int) -> Samples:
         loaded_samples, remark = label_samples(loaded, load_samples(spec, loaded, n=n, seed=seed), batch_size)
         if loaded_samples.skipped:
             notes.append(f"{len(loaded_samples.skipped)} unreadable items of {source_name(spec)} were skipped")
@@ -144,10 +144,10 @@ def _require(name: str, groups: Tensor, classes: Sequence[int], loaded: LoadedMo
 
 
 def _forget_set(loaded: LoadedModel, spec: str, classes: Sequence[int], n: int, seed: int, batch_size: int) -> Samples:
-    found = load_samples(spec, loaded, n=2 * n, seed=seed)
-    if found.labels is None and len(classes) == 1:
-        return replace(found, labels=torch.full((len(found),), classes[0]))
-    return label_samples(loaded, found, batch_size)[0]
+    samples = load_samples(spec, loaded, n=2 * n, seed=seed)
+    if samples.labels is None and len(classes) == 1:
+        return replace(samples, labels=torch.full((len(samples),), classes[0]))
+    return label_samples(loaded, samples, batch_size)[0]
 
 
 def _with_forget(retain: Samples, forgotten: Samples, classes: Sequence[int], notes: list[str]) -> Samples:
@@ -159,17 +159,17 @@ def _with_forget(retain: Samples, forgotten: Samples, classes: Sequence[int], no
     again = torch.tensor([h in seen for h in retain.hashes], dtype=torch.bool)
     if bool((inside | again).any()):
         notes.append(f"{int((inside | again).sum())} samples of the forgotten classes in the retain data were left out")
-    kept = retain.subset(torch.nonzero(~(inside | again)).flatten())
-    assert kept.labels is not None and own.labels is not None
+    others = retain.subset(torch.nonzero(~(inside | again)).flatten())
+    assert others.labels is not None and own.labels is not None
     return Samples(
-        load=lambda i: kept.load(i) if i < len(kept) else own.load(i - len(kept)),
-        hashes=kept.hashes + own.hashes,
-        labels=torch.cat([kept.labels, own.labels]),
-        names=kept.names + own.names,
-        description=f"{kept.description}; forget: {own.description}",
-        synthetic=kept.synthetic or own.synthetic,
-        skipped=kept.skipped + own.skipped,
-        matched=kept.matched and own.matched,
+        load=lambda i: others.load(i) if i < len(others) else own.load(i - len(others)),
+        hashes=others.hashes + own.hashes,
+        labels=torch.cat([others.labels, own.labels]),
+        names=others.names + own.names,
+        description=f"{others.description}; forget: {own.description}",
+        synthetic=others.synthetic or own.synthetic,
+        skipped=others.skipped + own.skipped,
+        matched=others.matched and own.matched,
     )
 
 

@@ -45,9 +45,9 @@ class Populations:
         groups = self.groups[first : first + rows.shape[2]].to(rows.device)
         for j, count in enumerate(self.counts):
             wanted = math.ceil(ROWS_PER_COLUMN * rows.shape[1] / max(1, count))
-            mine = rows[:, :, groups == j, :wanted]
-            if mine.shape[2]:
-                self.held[j].append(mine.flatten(2))
+            own = rows[:, :, groups == j, :wanted]
+            if own.shape[2]:
+                self.held[j].append(own.flatten(2))
             if sum(piece.shape[2] for piece in self.held[j]) >= HELD_ROWS:
                 self.sum_held(j)
 
@@ -59,19 +59,19 @@ class Populations:
     def moments(self) -> list[Moments]:
         for j in range(len(self.counts)):
             self.sum_held(j)
-        found = [sums.finish() for sums in self.sums]
-        return [Moments(m.n, m.mean.cpu(), m.cov.cpu()) for m in found]
+        finished = [sums.finish() for sums in self.sums]
+        return [Moments(m.n, m.mean.cpu(), m.cov.cpu()) for m in finished]
 
 
 @torch.no_grad()
 def reader_moments(runs: Passes, groups: Tensor, modules: list[str]) -> dict[str, list[Moments]]:
     """The moments of what the named operators read, one for each population of ``groups`` int64 ``(n,)``."""
-    found = {name: Populations(groups) for name in modules}
+    of_module = {name: Populations(groups) for name in modules}
     first, count = 0, 0
 
     def see(name: str, layer: nn.Module, x: Tensor) -> None:
-        found[name].add(
-            first, _input_rows(layer, x.detach(), count, lambda t, d: found[name].positions(first, count, t, d))
+        of_module[name].add(
+            first, _input_rows(layer, x.detach(), count, lambda t, d: of_module[name].positions(first, count, t, d))
         )
 
     handles = [
@@ -87,7 +87,7 @@ def reader_moments(runs: Passes, groups: Tensor, modules: list[str]) -> dict[str
     finally:
         for handle in handles:
             handle.remove()
-    return {name: populations.moments() for name, populations in found.items()}
+    return {name: populations.moments() for name, populations in of_module.items()}
 
 
 @dataclass(frozen=True)
@@ -125,16 +125,16 @@ class ClassMeans:
     """The mean rows of the retained samples, those of ``groups`` 0, class by class."""
 
     def __init__(self, groups: Tensor, classes: Tensor) -> None:
-        self.found, counts = classes[groups == 0].unique(return_counts=True)
+        self.present, counts = classes[groups == 0].unique(return_counts=True)
         self.counts = counts.double()
         # Everything else goes into a place behind the last class.
-        self.place = torch.where(groups == 0, torch.searchsorted(self.found, classes), len(self.found))
+        self.place = torch.where(groups == 0, torch.searchsorted(self.present, classes), len(self.present))
         self.sums: Tensor | None = None
 
     def add(self, first: int, rows: Tensor) -> None:
         """``rows`` ``(d, batch, p)`` of the samples from number ``first`` on."""
         if self.sums is None:
-            self.sums = torch.zeros(len(self.found) + 1, len(rows), dtype=torch.float64)
+            self.sums = torch.zeros(len(self.present) + 1, len(rows), dtype=torch.float64)
         place = self.place[first : first + rows.shape[1]]
         self.sums.index_add_(0, place, rows.mean(2).T.double().cpu())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,32 @@ from modhifi.calibration.prefix_cache import Passes
 from modhifi.data.samples import Samples
 from modhifi.models.hooks import only_input
 from modhifi.models.loaded import LoadedModel
-from modhifi.unlearning.erasure import Norm, settle_norm
+from modhifi.unlearning.sites import Sites
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The four vectors ``(channels,)`` float64 of a BatchNorm in eval mode."""
+
+    gamma: Tensor
+    beta: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
+def settle_norm(norm: Norm, mean: Tensor, variance: Tensor, eps: float) -> Norm:
+    """The same function written with other statistics: ``mean`` and ``variance`` ``(channels,)`` of its input now.
+
+    Behind an edited operator the stored statistics are those of the original; whoever re-estimates them on retain data
+    rescales the edit and may bring the class back. Settled on the edited network's own retain statistics, the output
+    is unchanged and such a re-estimation finds what is stored. ``gamma' = gamma sqrt((variance + eps) / (old + eps))``,
+    ``beta' = beta + gamma (mean - old) / sqrt(old variance + eps)``. Limits: it closes this one way back, it erases
+    nothing. Source: ours.
+    """
+    gain = norm.gamma.double() / torch.sqrt(norm.variance.double() + eps)
+    mean, variance = mean.double(), variance.double()
+    beta = norm.beta.double() + gain * (mean - norm.mean.double())
+    return Norm(gain * torch.sqrt(variance + eps), beta, mean, variance)
 
 
 def batch_norms(model: nn.Module) -> list[str]:
@@ -22,17 +48,25 @@ def batch_norms(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, kind) and m.running_mean is not None]
 
 
+def settled_names(sites: Sites, edited: Sequence[str]) -> list[str]:
+    """The norms of the blocks from the first edited operator on, and all behind the last block."""
+    blocks = list(dict.fromkeys([s.block for s in sites.readers] + [block for _, block in sites.norms]))
+    order = {s.module: s.block for s in sites.readers}
+    first = min((blocks.index(order[name]) for name in edited), default=len(blocks))
+    return [name for name, block in sites.norms if blocks.index(block) >= first]
+
+
 @torch.no_grad()
-def settle_norms(runs: Passes, names: Sequence[str], kept: Tensor | None = None) -> None:
+def settle_norms(runs: Passes, names: Sequence[str], counted: Tensor | None = None) -> None:
     """Give the named norms of a model the statistics of its samples, in place, without changing what they compute.
 
-    ``kept`` bool ``(n,)``: the samples that count, None for all.
+    ``counted`` bool ``(n,)``: the samples that count, None for all.
     """
     model = runs.model
     known = set(batch_norms(model))
     names = [n for n in names if n in known and model.get_submodule(n).weight is not None]
-    found = _statistics(runs, names, kept)
-    for name, (mean, variance) in found.items():
+    statistics = _statistics(runs, names, counted)
+    for name, (mean, variance) in statistics.items():
         norm: Any = model.get_submodule(name)
         old = Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var)
         new = settle_norm(old, mean, variance, norm.eps)
@@ -51,26 +85,26 @@ def recall(loaded: LoadedModel, model: nn.Module, samples: Samples, batch_size: 
         return None
     result = copy.deepcopy(model)
     norms: list[Any] = [result.get_submodule(name) for name in batch_norms(result)]
-    kept = [norm.momentum for norm in norms]
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum, norm.training = None, True
     for _, run in Passes(loaded, result, samples, batch_size):
         run()
-    for norm, momentum in zip(norms, kept, strict=True):
+    for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum, norm.training = momentum, False
     return result
 
 
-def _statistics(runs: Passes, names: Sequence[str], kept: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
+def _statistics(runs: Passes, names: Sequence[str], counted: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and unbiased variance ``(channels,)`` float64 of what the named norms receive."""
     sums: dict[str, list[Any]] = {name: [0, 0.0, 0.0] for name in names}
     first, count = 0, 0
 
     def see(name: str, x: Tensor) -> None:
-        if kept is not None:
+        if counted is not None:
             # A norm may see a row for each token: those of one sample stand one after another.
-            x = x[kept[first : first + count].repeat_interleave(len(x) // count).to(x.device)]
+            x = x[counted[first : first + count].repeat_interleave(len(x) // count).to(x.device)]
         rows = x.detach().double().transpose(0, 1).flatten(1)
         entry = sums[name]
         entry[0] += rows.shape[1]

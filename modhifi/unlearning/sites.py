@@ -200,8 +200,8 @@ def _rows(model: nn.Module, watcher: BranchWatcher, module: str, trail: Trail, s
 def _focus(behind: list[Trail], written: list[tuple[int, Writer]]) -> Tensor | None:
     """The positions of the last stream that reach an operator behind it, where they are some and not all."""
     streams = [(time, w) for time, w in written if w.joined]
-    found = [t.index.reshape(2, -1)[0] for t in behind if streams and t.origin == streams[-1][0]]
-    if not found:
+    places = [t.index.reshape(2, -1)[0] for t in behind if streams and t.origin == streams[-1][0]]
+    if not places:
         return None
-    seen = torch.isin(streams[-1][1].rows, torch.cat(found)).all(1)
-    return None if bool(seen.all()) or not bool(seen.any()) else torch.nonzero(seen).flatten()
+    read = torch.isin(streams[-1][1].rows, torch.cat(places)).all(1)
+    return None if bool(read.all()) or not bool(read.any()) else torch.nonzero(read).flatten()

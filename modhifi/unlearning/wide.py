@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modhifi.calibration.moments import Moments
 from modhifi.calibration.prefix_cache import Passes
-from modhifi.unlearning.erasure import factorise
+from modhifi.unlearning.closed_forms import factorise
 from modhifi.unlearning.moments import ClassMeans, Joint, joint_rows
 from modhifi.unlearning.sites import MOST_COLUMNS, Writer
 
@@ -64,9 +64,9 @@ def spanned_moments(runs: Passes, groups: Tensor, classes: Tensor, writer: Write
         return torch.arange(0, total, math.ceil(total / max(1, most // used))).expand(count, -1)
 
     def take(first: int, x: Tensor, s: Tensor) -> None:
-        mine = taken[first : first + x.shape[1]]
-        own = [part[first : first + x.shape[1]][mine].repeat_interleave(x.shape[2]) for part in (groups, classes)]
-        parts.append((x[:, mine].flatten(1).T.cpu(), s[:, mine].flatten(1).T.cpu(), *own))
+        chosen = taken[first : first + x.shape[1]]
+        own = [part[first : first + x.shape[1]][chosen].repeat_interleave(x.shape[2]) for part in (groups, classes)]
+        parts.append((x[:, chosen].flatten(1).T.cpu(), s[:, chosen].flatten(1).T.cpu(), *own))
 
     joint_rows(runs, writer, focus, choose, take)
     return spanned(*(torch.cat(part) for part in zip(*parts, strict=True)))

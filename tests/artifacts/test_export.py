@@ -1,17 +1,31 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from modhifi.artifacts import export as export_module
-from modhifi.artifacts.export import check_export, export
+from modhifi.artifacts.export import export
+from modhifi.artifacts.exports import EXPORTS
 from modhifi.errors import GateFailed, ModhifiError
 
-HAVE_ONNX = all(importlib.util.find_spec(name) for name in export_module.ONNX_PACKAGES)
-needs_onnx = pytest.mark.skipif(not HAVE_ONNX, reason="the onnx extra is not installed")
+
+def run_onnx(path: Path, batch: Tensor) -> Tensor:
+    import onnxruntime
+
+    return torch.from_numpy(onnxruntime.InferenceSession(str(path)).run(None, {"input": batch.numpy()})[0])
+
+
+# How a stranger runs each kind of file; a new format needs a row here.
+RUNNERS = {"onnx": run_onnx, "pt2": lambda path, batch: torch.export.load(path).module()(batch)}
+
+
+def need(kind: str) -> None:
+    if not all(importlib.util.find_spec(name) for name in EXPORTS[kind].packages):
+        pytest.skip(f"the {EXPORTS[kind].extra} extra is not installed")
 
 
 def tiny_net() -> nn.Module:
@@ -21,25 +35,16 @@ def tiny_net() -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-@needs_onnx
-def test_onnx_runs_in_onnx_runtime_on_any_batch_size(tmp_path, capsys):
-    import onnxruntime
-
+@pytest.mark.parametrize("kind", EXPORTS)
+def test_an_exported_file_runs_on_any_batch_size(tmp_path, capsys, kind: str):
+    need(kind)
     model, example = tiny_net(), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert export(model, example, tmp_path / "deep" / "model.onnx", "onnx") < 1e-4
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["model.onnx"]
+    path = tmp_path / "deep" / f"model{EXPORTS[kind].suffix}"
+    assert export(model, example, path, kind) < 1e-4
+    assert list(path.parent.iterdir()) == [path]
     assert capsys.readouterr().out == ""
-    session = onnxruntime.InferenceSession(str(tmp_path / "deep" / "model.onnx"))
     batch = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    (outputs,) = session.run(None, {"input": batch.numpy()})
-    assert torch.allclose(torch.from_numpy(outputs), model(batch), atol=1e-4)
-
-
-def test_program_runs_without_the_model(tmp_path):
-    model, example = tiny_net(), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert export(model, example, tmp_path / "model.pt2", "pt2") < 1e-4
-    batch = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    assert torch.allclose(torch.export.load(tmp_path / "model.pt2").module()(batch), model(batch), atol=1e-4)
+    assert torch.allclose(RUNNERS[kind](path, batch), model(batch), atol=1e-4)
 
 
 def test_language_model_gives_its_logits(tmp_path):
@@ -59,7 +64,7 @@ def test_file_that_differs_is_not_kept(tmp_path, monkeypatch):
         file.write_bytes(b"wrong")
         return lambda batch: model(batch) + 0.01
 
-    monkeypatch.setattr(export_module, "_write_program", write)
+    monkeypatch.setitem(EXPORTS.entries, "pt2", replace(EXPORTS["pt2"], write=write))
     with pytest.raises(GateFailed, match="0.01"):
         export(nn.Linear(3, 2).eval(), torch.randn(2, 3), tmp_path / "model.pt2", "pt2")
     assert list(tmp_path.iterdir()) == []
@@ -75,17 +80,16 @@ def test_model_that_cannot_be_exported_is_one_line(tmp_path):
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
 
 
-def test_missing_packages_are_named_with_the_remedy(monkeypatch):
-    monkeypatch.setattr(export_module, "ONNX_PACKAGES", ("onnx_that_is_not_there",))
+def test_missing_packages_are_named_with_the_remedy(tmp_path):
+    lacking = replace(EXPORTS["onnx"], packages=("onnx_that_is_not_there",))
     with pytest.raises(ModhifiError, match=r"onnx_that_is_not_there; run: pip install 'modhifi\[onnx\]'"):
-        check_export("onnx")
-    check_export("pt2")
+        lacking.check()
+    EXPORTS["pt2"].check()
     with pytest.raises(ModhifiError, match="unknown kind of export 'tflite'"):
-        check_export("tflite")
+        export(tiny_net(), torch.randn(2, 3, 32, 32), tmp_path / "model", "tflite")
 
 
 def test_half_precision_is_refused_for_onnx(tmp_path):
-    if not HAVE_ONNX:
-        pytest.skip("the onnx extra is not installed")
+    need("onnx")
     with pytest.raises(ModhifiError, match="float32"):
         export(nn.Linear(3, 2).half(), torch.randn(2, 3), tmp_path / "m.onnx", "onnx")

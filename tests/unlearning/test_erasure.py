@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modhifi.errors import ModhifiError
-from modhifi.unlearning import methods as um
-from modhifi.unlearning.erasure import DAMPING_STEPS
+from modhifi.unlearning.closed_forms import DAMPING_STEPS, pooled
+from modhifi.unlearning.methods.erase import erase, erasing_projection
+from modhifi.unlearning.methods.erase_writers import erase_writers, stress_classes
 from modhifi.unlearning.wide import spanned
 
 CLASSES, DIM, OUT = 4, 7, 5
@@ -51,7 +52,7 @@ def test_erasing_projection_is_idempotent_and_keeps_what_it_names(
     retain = torch.cat(rows[forget:]).mean(0)
     gone = torch.stack([r.mean(0) for r in rows[:forget]])
     extra = random_weight(seed, extras) if extras else None
-    projection, _ = um.erasing_projection(gram, mean, gone, retain, extra=extra, centred=centred)
+    projection, _ = erasing_projection(gram, mean, gone, retain, extra=extra, centred=centred)
     torch.testing.assert_close(projection @ projection, projection, atol=1e-7, rtol=1e-6)
     torch.testing.assert_close((gone - retain) @ projection.T, gone - retain, atol=1e-7, rtol=1e-6)
     assert round(float(projection.trace())) == forget + extras
@@ -66,7 +67,7 @@ def test_no_oblique_projection_changes_less(seed: int, centred: bool) -> None:
     pooled = torch.cat(rows)
     mean, gram = moments(pooled)
     gone, retain = rows[0].mean(0)[None], torch.cat(rows[1:]).mean(0)
-    best, _ = um.erasing_projection(gram, mean, gone, retain, centred=centred, damping=1e-12)
+    best, _ = erasing_projection(gram, mean, gone, retain, centred=centred, damping=1e-12)
     direction = (gone[0] - retain)[:, None]
     generator = torch.Generator().manual_seed(seed)
     for size in (1.0, 0.1, 0.01):
@@ -86,10 +87,10 @@ def test_projection_does_not_depend_on_the_mixture(seed: int) -> None:
     stats = [moments(rows[0]), moments(torch.cat(rows[1:]))]
     means, grams = torch.stack([s[0] for s in stats]), torch.stack([s[1] for s in stats])
     within = sum(g - torch.outer(m, m) for m, g in stats)
-    mean, gram = um.pooled(means, grams, [1, 1])
-    pooled, _ = um.erasing_projection(gram, mean, means[:1], means[1], damping=1e-13)
-    direct, _ = um.erasing_projection(within, torch.zeros(DIM), means[:1], means[1], damping=1e-13)
-    torch.testing.assert_close(pooled, direct, atol=1e-6, rtol=1e-5)
+    mean, gram = pooled(means, grams, [1, 1])
+    mixed, _ = erasing_projection(gram, mean, means[:1], means[1], damping=1e-13)
+    direct, _ = erasing_projection(within, torch.zeros(DIM), means[:1], means[1], damping=1e-13)
+    torch.testing.assert_close(mixed, direct, atol=1e-6, rtol=1e-5)
 
 
 @given(seeds, st.integers(1, 2))
@@ -100,7 +101,7 @@ def test_erase_leaves_no_linear_readout(seed: int, forget: int) -> None:
     retain = torch.cat(rows[forget:]).mean(0)
     gone = torch.stack([r.mean(0) for r in rows[:forget]])
     weight = random_weight(seed, DIM)
-    edit = um.erase(weight, gram, mean, gone, retain)
+    edit = erase(weight, gram, mean, gone, retain)
     assert edit.shift is not None
     after = [r @ edit.weight.T + edit.shift for r in rows]
     for target in range(forget):
@@ -115,7 +116,7 @@ def test_erased_class_falls_to_chance_for_a_balanced_classifier() -> None:
     rows = samples(3)
     balanced = [rows[0], torch.cat(rows[1:])[:: CLASSES - 1]]
     mean, gram = moments(torch.cat(balanced))
-    edit = um.erase(torch.eye(DIM), gram, mean, balanced[0].mean(0)[None], balanced[1].mean(0))
+    edit = erase(torch.eye(DIM), gram, mean, balanced[0].mean(0)[None], balanced[1].mean(0))
     x = torch.cat(balanced)
     y = torch.cat([torch.ones(len(balanced[0])), -torch.ones(len(balanced[1]))]).double()
 
@@ -135,7 +136,7 @@ def test_erase_without_a_place_for_the_mean_keeps_the_retain_mean(seed: int) -> 
     mean, gram = moments(torch.cat(rows))
     retain = torch.cat(rows[1:]).mean(0)
     weight = random_weight(seed)
-    edit = um.erase(weight, gram, mean, rows[0].mean(0)[None], retain, centred=False)
+    edit = erase(weight, gram, mean, rows[0].mean(0)[None], retain, centred=False)
     assert edit.shift is None
     torch.testing.assert_close(edit.weight @ retain, weight @ retain, atol=1e-7, rtol=1e-7)
     torch.testing.assert_close(edit.weight @ rows[0].mean(0), weight @ retain, atol=1e-7, rtol=1e-7)
@@ -144,7 +145,7 @@ def test_erase_without_a_place_for_the_mean_keeps_the_retain_mean(seed: int) -> 
 def test_erase_changes_nothing_where_the_classes_agree() -> None:
     rows = samples(0)
     mean, gram = moments(torch.cat(rows))
-    edit = um.erase(random_weight(0), gram, mean, mean[None], mean)
+    edit = erase(random_weight(0), gram, mean, mean[None], mean)
     torch.testing.assert_close(edit.weight, random_weight(0))
 
 
@@ -152,8 +153,8 @@ def test_erase_takes_collinear_directions_once() -> None:
     rows = samples(1)
     mean, gram = moments(torch.cat(rows))
     retain, gone = torch.cat(rows[1:]).mean(0), rows[0].mean(0)
-    once = um.erase(random_weight(1), gram, mean, gone[None], retain)
-    twice = um.erase(random_weight(1), gram, mean, torch.stack([gone, 3 * gone - 2 * retain]), retain)
+    once = erase(random_weight(1), gram, mean, gone[None], retain)
+    twice = erase(random_weight(1), gram, mean, torch.stack([gone, 3 * gone - 2 * retain]), retain)
     torch.testing.assert_close(once.weight, twice.weight, atol=1e-7, rtol=1e-6)
 
 
@@ -161,17 +162,17 @@ def test_erase_refuses_to_erase_the_mean_without_a_place_for_it() -> None:
     rows = samples(1)
     mean, gram = moments(torch.cat(rows))
     with pytest.raises(ModhifiError, match="bias"):
-        um.erase(random_weight(1), gram, mean, 2 * mean[None], mean, centred=False)
+        erase(random_weight(1), gram, mean, 2 * mean[None], mean, centred=False)
 
 
 def test_damping_rises_in_recorded_steps() -> None:
     gram = torch.diag(torch.tensor([1.0, 1.0, -0.005])).double()
     zero, gone, retain = torch.zeros(3), torch.tensor([[1.0, 0.0, 1.0]]), torch.tensor([0.0, 1.0, 0.0])
-    edit = um.erase(torch.eye(3), gram, zero, gone, retain)
+    edit = erase(torch.eye(3), gram, zero, gone, retain)
     assert edit.damping == pytest.approx(1e-4 * DAMPING_STEPS[2])
-    assert um.erase(torch.eye(3), gram.abs(), zero, gone, retain).damping == 1e-4
+    assert erase(torch.eye(3), gram.abs(), zero, gone, retain).damping == 1e-4
     with pytest.raises(ModhifiError, match="damping"):
-        um.erase(torch.eye(3), gram * float("nan"), zero, gone, retain)
+        erase(torch.eye(3), gram * float("nan"), zero, gone, retain)
 
 
 def writer_world(seed: int) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
@@ -196,7 +197,7 @@ def joint_moments(inputs: list[Tensor], stream: list[Tensor], forget: int) -> tu
 def test_erase_writers_exact_closes_every_class_gap_of_the_stream(seed: int, forget: int, centred: bool) -> None:
     inputs, skips, weight, scale = writer_world(seed)
     stream = [scale * (x @ weight.T) + s for x, s in zip(inputs, skips, strict=True)]
-    edit = um.erase_writers(
+    edit = erase_writers(
         weight, *joint_moments(inputs, stream, forget), scale=scale, exact=True, centred=centred, damping=1e-9
     )
     shift = torch.zeros(OUT) if edit.shift is None else edit.shift
@@ -215,7 +216,7 @@ def test_erase_writers_exact_closes_every_class_gap_of_the_stream(seed: int, for
 def test_erase_writers_regresses_the_score_on_the_input(seed: int, centred: bool) -> None:
     inputs, skips, weight, scale = writer_world(seed)
     stream = [scale * (x @ weight.T) + s for x, s in zip(inputs, skips, strict=True)]
-    edit = um.erase_writers(
+    edit = erase_writers(
         weight,
         *joint_moments(inputs, stream, 1),
         scale=scale,
@@ -243,7 +244,7 @@ def test_erase_writers_leaves_channels_without_scale_alone() -> None:
     inputs, skips, weight, scale = writer_world(5)
     scale[2] = 0.0
     stream = [scale * (x @ weight.T) + s for x, s in zip(inputs, skips, strict=True)]
-    edit = um.erase_writers(weight, *joint_moments(inputs, stream, 1), scale=scale)
+    edit = erase_writers(weight, *joint_moments(inputs, stream, 1), scale=scale)
     torch.testing.assert_close(edit.weight[2], weight[2])
     assert edit.shift is not None and float(edit.shift[2]) == 0.0
     assert float((edit.weight - weight).norm()) > 0
@@ -256,7 +257,7 @@ def test_erase_writers_removes_extra_directions() -> None:
     skips = [x @ random_weight(8).T for x in inputs]
     stream = [x @ weight.T + s for x, s in zip(inputs, skips, strict=True)]
     mean_f, gram_f, mean_r, gram_r = joint_moments(inputs, stream, 1)
-    edit = um.erase_writers(weight, mean_f, gram_f, mean_r, gram_r, extra=extra, damping=1e-12)
+    edit = erase_writers(weight, mean_f, gram_f, mean_r, gram_r, extra=extra, damping=1e-12)
     assert edit.shift is not None
     after = [x @ edit.weight.T + edit.shift + s for x, s in zip(inputs, skips, strict=True)]
     assert int(torch.linalg.matrix_rank(torch.cov(torch.cat(stream).T), rtol=1e-6)) == OUT
@@ -268,7 +269,7 @@ def test_erase_writers_exact_refuses_inputs_that_do_not_carry_the_class() -> Non
     same = [r - r.mean(0) for r in inputs]
     stream = [x @ weight.T + 1.0 * (c == 0) for c, x in enumerate(same)]
     with pytest.raises(ModhifiError, match="leave the writer out"):
-        um.erase_writers(weight, *joint_moments(same, stream, 1), exact=True)
+        erase_writers(weight, *joint_moments(same, stream, 1), exact=True)
 
 
 @given(seeds, st.integers(1, 2), st.sampled_from([30, 400]))
@@ -286,12 +287,12 @@ def test_a_writer_of_many_columns_is_edited_as_by_its_gram(seed: int, forget: in
 
     order = [x[group == j + 1] for j in range(forget)] + [x[group == 0]]
     streams = [stream[group == j + 1] for j in range(forget)] + [stream[group == 0]]
-    direct = um.erase_writers(weight, *joint_moments(order, streams, forget), exact=True, damping=damping)
+    direct = erase_writers(weight, *joint_moments(order, streams, forget), exact=True, damping=damping)
 
     wide = spanned(x.float(), stream.float(), group, group)
     retain, *gone = wide.joint.moments
     means, grams = torch.stack([m.mean[0] for m in gone]), torch.stack([m.gram[0] for m in gone])
-    reduced = um.erase_writers(
+    reduced = erase_writers(
         torch.zeros(OUT, count), means, grams, retain.mean[0], retain.gram[0], exact=True, damping=damping
     )
     change, expected = wide.lift(reduced.weight), direct.weight - weight
@@ -311,12 +312,12 @@ def test_stressed_classes_are_kept_where_they_are(seed: int) -> None:
     shares = torch.tensor([len(r) for r in rows]) / sum(len(r) for r in rows)
 
     def moved(stress: float) -> float:
-        gram = um.stress_classes(gram_r, mean_r, means, shares, stress)
-        edit = um.erase_writers(weight, mean_f, gram_f, mean_r, gram, exact=True, damping=1e-9)
+        gram = stress_classes(gram_r, mean_r, means, shares, stress)
+        edit = erase_writers(weight, mean_f, gram_f, mean_r, gram, exact=True, damping=1e-9)
         assert edit.shift is not None
         after = [x.mean(0) @ edit.weight.T + edit.shift for x in inputs]
         torch.testing.assert_close(after[0], mean_r[DIM:], atol=1e-5, rtol=1e-5)
         return max(float((a - s.mean(0)).norm()) for a, s in zip(after[1:], stream[1:], strict=True))
 
     assert moved(1e4) < 0.2 * moved(0.0)
-    assert torch.equal(um.stress_classes(gram_r, mean_r, means, shares, 0.0), gram_r.double())
+    assert torch.equal(stress_classes(gram_r, mean_r, means, shares, 0.0), gram_r.double())

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modhifi.errors import ModhifiError
-from modhifi.unlearning import methods as um
+from modhifi.unlearning.methods.contrastive import contrastive
+from modhifi.unlearning.methods.erase import erase
+from modhifi.unlearning.methods.gls import gls
+from modhifi.unlearning.methods.head_mask import head_mask
+from modhifi.unlearning.methods.hifi_negate import hifi_negate
+from modhifi.unlearning.methods.hifi_zero import hifi_zero
+from modhifi.unlearning.methods.projection import projection
+from modhifi.unlearning.norms import Norm, settle_norm
 
 CLASSES, DIM, OUT = 4, 7, 5
 seeds = st.integers(0, 10_000)
@@ -35,7 +42,7 @@ def test_gls_is_the_least_squares_solution_on_raw_samples(seed: int, strength: f
     rows = samples(seed, per_class=60)
     forget, retain, weight = rows[0], torch.cat(rows[1:]), random_weight(seed)
     (mean_f, gram_f), (mean_r, gram_r) = moments(forget), moments(retain)
-    edit = um.gls(weight, gram_f, mean_f, gram_r, mean_r, strength=strength, centred=centred, damping=1e-3)
+    edit = gls(weight, gram_f, mean_f, gram_r, mean_r, strength=strength, centred=centred, damping=1e-3)
     origin = mean_r if centred else torch.zeros(DIM, dtype=torch.float64)
     x_r, x_f = retain - origin, forget - origin
     energy_r, energy_f = x_r.square().sum() / len(x_r), x_f.square().sum() / len(x_f)
@@ -60,9 +67,9 @@ def test_gls_of_strength_zero_changes_nothing_and_more_strength_forgets_more() -
     weight = random_weight(4)
     gaps = []
     for strength in (0.0, 0.3, 3.0, 30.0):
-        edit = um.gls(weight, gram_f, mean_f, gram_r, mean_r, strength=strength)
+        edit = gls(weight, gram_f, mean_f, gram_r, mean_r, strength=strength)
         gaps.append(float((edit.weight @ (mean_f - mean_r)).norm()))
-    torch.testing.assert_close(um.gls(weight, gram_f, mean_f, gram_r, mean_r, strength=0.0).weight, weight)
+    torch.testing.assert_close(gls(weight, gram_f, mean_f, gram_r, mean_r, strength=0.0).weight, weight)
     assert gaps == sorted(gaps, reverse=True) and gaps[-1] < gaps[0] / 5
 
 
@@ -70,40 +77,40 @@ def test_hifi_methods_touch_the_share_of_weights_with_the_highest_scores() -> No
     weight = torch.arange(1.0, 13).view(2, 6)
     blocks = torch.tensor([[0, 3], [1, 4], [2, 5]])
     scores = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0]])
-    zero = um.hifi_zero(weight, scores, blocks, 1 / 3)
+    zero = hifi_zero(weight, scores, blocks, 1 / 3)
     assert zero.weight.tolist() == [[0, 2, 3, 0, 5, 6], [7, 0, 9, 10, 0, 12]]
     assert zero.shift is None
-    negated = um.hifi_negate(weight, scores, blocks, 1 / 3)
+    negated = hifi_negate(weight, scores, blocks, 1 / 3)
     assert negated.weight.tolist() == [[-1, 2, 3, -4, 5, 6], [7, -8, 9, 10, -11, 12]]
     # A contribution without energy is not chosen, whatever the share.
-    assert um.hifi_zero(weight, scores, blocks, 1.0).weight.tolist() == [[0, 0, 3, 0, 0, 6], [0, 0, 9, 0, 0, 12]]
+    assert hifi_zero(weight, scores, blocks, 1.0).weight.tolist() == [[0, 0, 3, 0, 0, 6], [0, 0, 9, 0, 0, 12]]
     retain = torch.tensor([[0.9, 0.0, 0.0], [0.1, 0.9, 0.0]])
-    picked = um.contrastive(weight, scores, retain, blocks, 1 / 3)
+    picked = contrastive(weight, scores, retain, blocks, 1 / 3)
     assert picked.weight.tolist() == [[1, 0, 3, 4, 0, 6], [0, 8, 9, 0, 11, 12]]
     mean = torch.ones(6)
-    moved = um.hifi_zero(weight, scores, blocks, 1 / 3, mean=mean)
+    moved = hifi_zero(weight, scores, blocks, 1 / 3, mean=mean)
     assert moved.shift is not None
     torch.testing.assert_close(moved.weight @ mean.double() + moved.shift, weight.double() @ mean.double())
     with pytest.raises(ModhifiError, match="share"):
-        um.hifi_zero(weight, scores, blocks, 5)
+        hifi_zero(weight, scores, blocks, 5)
 
 
 def test_projection_follows_the_spaces() -> None:
     weight = random_weight(0, OUT, 4)
     empty, first, second = torch.zeros(4, 4), torch.diag(torch.tensor([1.0, 0, 0, 0])), torch.eye(4)
     second[0, 0] = 0
-    torch.testing.assert_close(um.projection(weight, empty, first, forget_scale=9, retain_scale=9).weight, weight)
+    torch.testing.assert_close(projection(weight, empty, first, forget_scale=9, retain_scale=9).weight, weight)
     # Disjoint spaces: the forget axis goes. The same space: it stays.
-    gone = um.projection(weight, first, second, forget_scale=9, retain_scale=9)
+    gone = projection(weight, first, second, forget_scale=9, retain_scale=9)
     expected = weight.clone()
     expected[:, 0] = 0
     torch.testing.assert_close(gone.weight, expected)
-    torch.testing.assert_close(um.projection(weight, first, first, forget_scale=9, retain_scale=9).weight, weight)
+    torch.testing.assert_close(projection(weight, first, first, forget_scale=9, retain_scale=9).weight, weight)
     # One axis of three equal ones: s = 1/3, so a s / ((a - 1) s + 1) = 3 / (8 / 3 + 1) = 9 / 11.
-    partly = um.projection(weight, second, empty, forget_scale=9, retain_scale=9)
+    partly = projection(weight, second, empty, forget_scale=9, retain_scale=9)
     torch.testing.assert_close(partly.weight[:, 1], weight[:, 1] * 2 / 11)
     with pytest.raises(ModhifiError, match="scale"):
-        um.projection(weight, first, second, forget_scale=0, retain_scale=9)
+        projection(weight, first, second, forget_scale=0, retain_scale=9)
 
 
 @given(seeds, st.booleans())
@@ -111,7 +118,7 @@ def test_projection_follows_the_spaces() -> None:
 def test_head_mask_never_answers_a_closed_class_and_keeps_the_others(seed: int, biased: bool) -> None:
     weight = random_weight(seed)
     bias = random_weight(seed, OUT, 1)[:, 0] if biased else None
-    edit = um.head_mask(weight, bias, [1, 3])
+    edit = head_mask(weight, bias, [1, 3])
     x = torch.cat(samples(seed))
     before = x @ weight.T + (0 if bias is None else bias)
     after = x @ edit.weight.T + (0 if bias is None or edit.shift is None else bias + edit.shift)
@@ -122,16 +129,16 @@ def test_head_mask_never_answers_a_closed_class_and_keeps_the_others(seed: int, 
 
 def test_head_mask_refuses_impossible_classes() -> None:
     with pytest.raises(ModhifiError, match="does not exist"):
-        um.head_mask(random_weight(0), None, [OUT])
+        head_mask(random_weight(0), None, [OUT])
     with pytest.raises(ModhifiError, match="every class"):
-        um.head_mask(random_weight(0), None, range(OUT))
+        head_mask(random_weight(0), None, range(OUT))
 
 
 def test_blend_is_linear_between_nothing_and_the_edit() -> None:
     rows = samples(2)
     mean, gram = moments(torch.cat(rows))
     weight = random_weight(2)
-    edit = um.erase(weight, gram, mean, rows[0].mean(0)[None], torch.cat(rows[1:]).mean(0))
+    edit = erase(weight, gram, mean, rows[0].mean(0)[None], torch.cat(rows[1:]).mean(0))
     assert edit.shift is not None
     none, half, full = (edit.blend(weight, t) for t in (0.0, 0.5, 1.0))
     torch.testing.assert_close(none.weight, weight)
@@ -148,8 +155,8 @@ def test_settle_norm_keeps_the_function_and_survives_a_re_estimation() -> None:
         vector.data.copy_(random_weight(seed, DIM, 1)[:, 0])
     assert norm.running_mean is not None and norm.running_var is not None
     before = norm.eval()(x).detach()
-    old = um.Norm(norm.weight.detach(), norm.bias.detach(), norm.running_mean, norm.running_var)
-    new = um.settle_norm(old, x.mean(0), x.var(0), norm.eps)
+    old = Norm(norm.weight.detach(), norm.bias.detach(), norm.running_mean, norm.running_var)
+    new = settle_norm(old, x.mean(0), x.var(0), norm.eps)
     norm.weight.data, norm.bias.data = new.gamma, new.beta
     norm.running_mean, norm.running_var = new.mean.clone(), new.variance.clone()
     torch.testing.assert_close(norm(x).detach(), before)

@@ -14,11 +14,13 @@ from modhifi.calibration.prefix_cache import Passes
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.structure.tracing.branches import Calls
-from modhifi.unlearning.audit import observe
-from modhifi.unlearning.edit import UnlearnSettings, forget, writer_scale
+from modhifi.unlearning.edit import forget
 from modhifi.unlearning.moments import joint_moments, reader_moments
 from modhifi.unlearning.norms import settle_norms
+from modhifi.unlearning.observe import observe
+from modhifi.unlearning.settings import UnlearnSettings
 from modhifi.unlearning.sites import block_of, find_sites
+from modhifi.unlearning.writer_edits import writer_scale
 
 
 def test_a_writer_is_the_last_operator_of_its_branch() -> None:

@@ -1,0 +1,53 @@
+"""``onnx``: a model for ONNX Runtime and the compilers that read ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modhifi.artifacts.exports.base import EXPORTS, ExportFormat
+from modhifi.errors import ModhifiError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# An ONNX file is one protobuf message, which cannot be larger than this; beyond it the weights lie in a second file.
+LARGEST_MESSAGE = 2_000_000_000
+
+
+def write(model: nn.Module, example: Tensor, file: Path) -> Callable[[Tensor], Tensor]:
+    """Write by torch's exporter, read by ONNX Runtime on the CPU. Raises ModhifiError unless weights are float32."""
+    import onnxruntime
+    import torch
+
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    if dtype != torch.float32:
+        raise ModhifiError(f"ONNX Runtime on the CPU cannot check a model in {dtype}; prune a float32 copy of it")
+    size = sum(t.nbytes for t in model.state_dict().values())
+    torch.onnx.export(
+        model,
+        (example,),
+        str(file),
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        input_names=["input"],
+        output_names=["output"],
+        external_data=size > LARGEST_MESSAGE,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return lambda batch: torch.from_numpy(session.run(["output"], {"input": batch.numpy()})[0])
+
+
+EXPORTS.register(
+    ExportFormat(
+        "onnx",
+        ".onnx",
+        "a model for ONNX Runtime; its tensors are called input and output",
+        write,
+        packages=("onnx", "onnxscript", "onnxruntime"),
+        extra="onnx",
+        source="https://onnx.ai",
+    )
+)

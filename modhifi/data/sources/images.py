@@ -1,0 +1,24 @@
+"""``images:DIR``: image files of a directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modhifi.data.sources.base import IMAGE_KINDS, SOURCES, Request, SampleSource
+
+if TYPE_CHECKING:
+    from modhifi.data.samples import Samples
+    from modhifi.models.loaded import LoadedModel
+
+
+def load(directory: str, loaded: LoadedModel, request: Request) -> Samples:
+    """See :func:`modhifi.data.images.from_directory`."""
+    from modhifi.data.images import from_directory
+
+    return from_directory(Path(directory).expanduser(), loaded, request.n, request.seed)
+
+
+SOURCES.register(
+    SampleSource("images", "images:DIR", "images in a directory, or in a folder for each class", IMAGE_KINDS, load)
+)

@@ -1,0 +1,45 @@
+"""``membership``: tell training images of the forgotten classes from test images by the confidence in their class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modhifi.data.labels import populations
+from modhifi.data.samples import Samples
+from modhifi.unlearning.attacks.base import ATTACKS, Attack, Attacked, Measure, labels_of
+
+
+def auc(members: Tensor, others: Tensor) -> float:
+    """The chance that a member's score exceeds another's, ties counting half: 0.5 says that they look the same."""
+    order = torch.cat([others, members]).double()
+    values, inverse, counts = order.unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - counts).double() + (counts.double() + 1) / 2
+    total = ranks[inverse][len(others) :].sum()
+    n, m = len(members), len(others)
+    return float((total - n * (n + 1) / 2) / (n * m))
+
+
+def run(target: Attacked) -> dict[str, float | None]:
+    """The AUC of the log probability of the true class; None without training images."""
+    if target.members is None:
+        return {"membership": None}
+
+    def scores(samples: Samples) -> Tensor:
+        forgotten = samples.subset(torch.nonzero(populations(samples, target.classes) > 0).flatten())
+        log_shares = target.logits(target.model, forgotten).double().log_softmax(1)
+        return log_shares.gather(1, labels_of(forgotten)[:, None])[:, 0]
+
+    return {"membership": auc(scores(target.members), scores(target.data.test))}
+
+
+ATTACKS.register(
+    Attack(
+        "membership",
+        "training images told from test images by confidence",
+        "members",
+        (Measure("membership", "membership AUC on forgotten classes", headline=False),),
+        run,
+        source="Yeom et al. 2018",
+    )
+)

@@ -1,0 +1,96 @@
+"""What the closed forms of unlearning share: an edit, mixtures of populations, damped factorisations.
+
+Every closed form takes an operator's weight as ``(out, d)`` (a convolution flattened over its patch axis, one call per
+convolution group), computes in float64 and returns float64. ``x`` is the operator's input row, ``mean`` is ``E[x]`` and
+``gram`` is ``E[x x^T]``, both estimated on the samples that the argument names. ``centred`` says that the operator has
+a place for a mean (a bias, or a BatchNorm behind it); without one, the edits leave the output at the retain mean alone.
+The formulas are those of docs/unlearning.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modhifi.errors import ModhifiError
+
+# Where a Cholesky factorisation fails, the damping is multiplied by the next of these; the Edit records the result.
+DAMPING_STEPS = (1.0, 10.0, 100.0, 1000.0)
+# A direction weaker than this share of the strongest one counts as a combination of the others.
+RANK_TOLERANCE = 1e-8
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An operator's new weight, and what keeps the output at the retain mean where it was.
+
+    ``weight``: ``(out, d)`` float64. ``shift``: ``(out,)`` float64, to be added to the bias, or subtracted from the
+    ``running_mean`` of the BatchNorm behind the operator; None where the method asks for no change.
+    ``damping``: the ridge used, in units of the mean diagonal of the matrix that was factorised; None where none was.
+    """
+
+    weight: Tensor
+    shift: Tensor | None
+    damping: float | None = None
+
+    def blend(self, weight: Tensor, strength: float) -> Edit:
+        """The edit ``strength`` of the way from the original ``weight`` ``(out, d)``: 0 is no change, 1 the edit."""
+        original = weight.double()
+        shift = None if self.shift is None else strength * self.shift
+        return Edit(original + strength * (self.weight - original), shift, self.damping)
+
+
+def pooled(means: Tensor, grams: Tensor, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The mean ``(d,)`` and Gram ``(d, d)`` of a mixture of ``k`` populations.
+
+    ``means``: ``(k, d)``, ``grams``: ``(k, d, d)``, ``weights``: ``k`` shares, normalised here.
+    """
+    share = torch.tensor(weights, dtype=torch.float64)
+    share = share / share.sum()
+    return torch.einsum("k,kd->d", share, means.double()), torch.einsum("k,kde->de", share, grams.double())
+
+
+def about(gram: Tensor, mean: Tensor, origin: Tensor) -> Tensor:
+    """The second moment about ``origin`` of samples with this Gram and mean."""
+    mean, origin = mean.double(), origin.double()
+    left, right = torch.stack([mean, origin], 1), torch.stack([-origin, origin - mean])
+    return torch.addmm(gram.double(), left, right)
+
+
+def mean_diagonal(matrix: Tensor) -> float:
+    """The unit of damping; 1 for a matrix without energy, which any ridge makes solvable."""
+    return float(matrix.diagonal().mean()) or 1.0
+
+
+def factorise(matrix: Tensor, damping: float, unit: float | None = None) -> tuple[Tensor, float]:
+    """The Cholesky factor of ``matrix + damping * unit * I``, and the first damping of the steps at which it exists.
+
+    Of the symmetric ``matrix`` the lower triangle is read. ``unit`` defaults to its mean diagonal. Raises ModhifiError
+    where every step fails.
+    """
+    unit = mean_diagonal(matrix) if unit is None else unit
+    for step in DAMPING_STEPS:
+        damped = matrix.clone()
+        damped.diagonal().add_(damping * step * unit)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            return factor, damping * step
+    raise ModhifiError(
+        f"the moments cannot be factorised even with damping {damping * DAMPING_STEPS[-1]:g}; "
+        "use more samples or check them for NaN"
+    )
+
+
+def directions(gaps: Tensor, extra: Tensor | None) -> Tensor:
+    """An orthonormal basis ``(d, r)`` of the rows to erase: the projection depends on their span alone."""
+    rows = gaps if extra is None else torch.cat([gaps, extra.double()])
+    # Rows of very different length must not hide each other; rows of zero length name no direction.
+    lengths = rows.norm(dim=1, keepdim=True)
+    rows = rows[lengths[:, 0] > 0] / lengths[lengths[:, 0] > 0]
+    _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
+    rank = int((values > RANK_TOLERANCE * values.max()).sum()) if len(rows) else 0
+    basis: Tensor = vectors[:rank].T
+    return basis
