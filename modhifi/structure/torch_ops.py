@@ -6,11 +6,8 @@ branch watcher for sums and activations, the bounds (`modhifi.bounds.propagation
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from types import FunctionType
 from typing import Any, Literal, get_args
 
 import torch
@@ -138,23 +135,15 @@ def names_of(*kinds: Kind) -> frozenset[str]:
 METADATA = names_of("metadata")
 
 
-def writes_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def writes_in_place(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
     """Whether an operation overwrites its first argument: ``relu_``, ``x += y``, ``x[i] = y``, ``inplace=True``."""
     if isinstance(func, torch._ops.OpOverload):
         return bool(func._schema.is_mutable)
     name = operation_name(func)
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}"))
-    place = _place_of_inplace(func) if isinstance(func, FunctionType) else None
-    asked = kwargs.get("inplace") or (place is not None and len(args) > place and args[place])
-    return name.endswith("_") or asked is True
-
-
-@cache
-def _place_of_inplace(func: FunctionType) -> int | None:
-    """Where a function of `torch.nn.functional` takes ``inplace``: many a module gives it by its place."""
-    names = list(inspect.signature(func).parameters)
-    return names.index("inplace") if "inplace" in names else None
+    # torch.nn.functional hands its arguments on by name.
+    return name.endswith("_") or kwargs.get("inplace") is True
 
 
 @dataclass(frozen=True)
