@@ -25,15 +25,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", ["prune", "score", "unlearn", "verify"])
+@pytest.mark.parametrize("name", ["prune", "register_operation", "score", "unlearn", "verify"])
 def test_the_examples_run(name: str) -> None:
-    (found,) = doctest.DocTestFinder().find(getattr(api, name), name, module=False, globs={})
+    (found,) = doctest.DocTestFinder().find(getattr(modhifi, name), name, module=False, globs={})
     assert found.examples
     assert doctest.DocTestRunner().run(found).failed == 0
 
 
 def test_the_functions_are_public() -> None:
-    assert {"load", "load_model", "prune", "score", "unlearn", "verify"} <= set(dir(modhifi))
+    assert {"load", "load_model", "prune", "register_operation", "score", "unlearn", "verify"} <= set(dir(modhifi))
     assert modhifi.verify is api.verify and modhifi.load is artifact.load and modhifi.unlearn is api.unlearn
 
 

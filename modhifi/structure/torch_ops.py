@@ -49,7 +49,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 _TABLE: dict[Kind, str] = {
     # a nonlinear function of each element
     "activation": """relu relu6 silu gelu sigmoid tanh hardswish hardsigmoid hardtanh leaky_relu elu selu celu mish
-        softplus softsign logsigmoid clamp clip prelu hardshrink softshrink tanhshrink threshold _threshold""",
+        softplus softsign log_sigmoid clamp clip prelu hardshrink softshrink tanhshrink threshold _threshold""",
     # other functions of each element
     "elementwise": "exp log sin cos sqrt rsqrt reciprocal abs neg square pow erf",
     # in eval mode the same values

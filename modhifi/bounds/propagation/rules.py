@@ -131,7 +131,8 @@ def _matmul(call: WalkedCall, outputs: list[Tensor]) -> list[Record] | None:
 
 # -- elementwise -------------------------------------------------------------------------------------------------------
 def _activation(call: WalkedCall, outputs: list[Tensor]) -> list[Record] | None:
-    name = {"clamp": "hardtanh", "clip": "hardtanh"}.get(call.name.rstrip("_"), call.name.rstrip("_"))
+    name = call.name.rstrip("_")
+    name = {"clamp": "hardtanh", "clip": "hardtanh", "log_sigmoid": "logsigmoid"}.get(name, name)
     parameter: Any = None
     if name == "gelu" and call.argument(1, "approximate", "none") == "tanh":
         name = "gelu_tanh"

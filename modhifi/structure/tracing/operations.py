@@ -53,7 +53,7 @@ def register_operation(fn: Callable[..., Any] | type[nn.Module] | str, rule: Kin
     >>> net = torch.nn.Sequential(torch.nn.Linear(8, 32), Bend(), torch.nn.Linear(32, 2))
     >>> modhifi.prune(net, torch.randn(64, 8), ratio=0.5)
     Traceback (most recent call last):
-    modhifi.errors.ModhifiError: nothing
+    modhifi.errors.ModhifiError: no group of this model can be pruned with these settings; `modhifi check` says why
     >>> modhifi.register_operation(bend, "elementwise")
     >>> modhifi.prune(net, torch.randn(64, 8), ratio=0.5).model[0].out_features
     16
