@@ -142,10 +142,10 @@ class Walker(TorchFunctionMode):
             inputs[0] = before
         out = func(*args, **kwargs)
         if name in CASTS and isinstance(out, Tensor) and inputs[0].dtype == torch.float64 and out.is_floating_point():
-            kept: Tensor = kept_double(name, args, out)
-            if kept is out:
+            uncast: Tensor = kept_double(name, args, out)
+            if uncast is out:
                 self.copy_record(inputs[0], out)
-            return kept
+            return uncast
         if overwritten is not None:
             self.overwritten(overwritten)
         outputs = list(tensors_in(out))
