@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from modhifi.api import verify as verify
     from modhifi.models.artifact import load as load
     from modhifi.models.load import load_model as load_model
+    from modhifi.structure.tracing.operations import register_operation as register_operation
 
 # The public functions: name, file of the package. They are imported at first use, so that `import modhifi` stays quick.
 PUBLIC = {
@@ -20,6 +21,7 @@ PUBLIC = {
     "load_model": "models.load",
     "prune": "api",
     "register_selector": "api",
+    "register_operation": "structure.tracing.operations",
     "score": "api",
     "unlearn": "api",
     "verify": "api",

@@ -32,15 +32,16 @@ def own_selectors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SELECTORS, "entries", dict(SELECTORS))
 
 
-@pytest.mark.parametrize("name", ["prune", "register_selector", "score", "unlearn", "verify"])
+@pytest.mark.parametrize("name", ["prune", "register_operation", "register_selector", "score", "unlearn", "verify"])
 def test_the_examples_run(name: str) -> None:
-    (found,) = doctest.DocTestFinder().find(getattr(api, name), name, module=False, globs={})
+    (found,) = doctest.DocTestFinder().find(getattr(modhifi, name), name, module=False, globs={})
     assert found.examples
     assert doctest.DocTestRunner().run(found).failed == 0
 
 
 def test_the_functions_are_public() -> None:
-    assert {"load", "load_model", "prune", "register_selector", "score", "unlearn", "verify"} <= set(dir(modhifi))
+    verbs = {"load", "load_model", "prune", "score", "unlearn", "verify"}
+    assert verbs | {"register_operation", "register_selector"} <= set(dir(modhifi))
     assert modhifi.verify is api.verify and modhifi.load is artifact.load and modhifi.unlearn is api.unlearn
 
 

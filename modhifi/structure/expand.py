@@ -39,12 +39,12 @@ def expand(small: nn.Module, dense: nn.Module, structure: Structure, plan: Plan)
         raise ModhifiError(
             f"the original has another architecture ({other} is in one of the two only); give the right one"
         )
-    gone = removed_positions(structure, plan)
+    removed = removed_positions(structure, plan)
     done = set()
-    for name in dict.fromkeys(name for name, _ in gone):
+    for name in dict.fromkeys(name for name, _ in removed):
         none = torch.empty(0, dtype=torch.int64)
-        inputs, outputs = gone.get((name, "reader"), none), gone.get((name, "producer"), none)
-        along = gone.get((name, "along"), none)
+        inputs, outputs = removed.get((name, "reader"), none), removed.get((name, "producer"), none)
+        along = removed.get((name, "along"), none)
         owner, _, leaf = name.rpartition(".")
         if isinstance(getattr(model.get_submodule(owner), leaf), nn.Parameter):
             done.add(name)
@@ -68,8 +68,8 @@ def expand(small: nn.Module, dense: nn.Module, structure: Structure, plan: Plan)
     return model
 
 
-def _fill(target: Tensor, value: Tensor, gone: Tensor, name: str) -> None:
-    stay = staying(len(target), gone)
+def _fill(target: Tensor, value: Tensor, removed: Tensor, name: str) -> None:
+    stay = staying(len(target), removed)
     _same_shape(target[stay], value, name)
     target[stay] = value.to(target.dtype)
 

@@ -98,9 +98,9 @@ def _state_neurons(
     if family.ffn is not None:
         groups = [g for g in structure.groups if g.kind == "neurons" and g.readers]
         dense = getattr(config, family.ffn) or 4 * config.hidden_size  # GPT-2's None
-        kept = {widths.get(g.name, g.n) for g in groups if g.n == dense}
-        if len(kept) == 1:
-            setattr(config, family.ffn, kept.pop())
+        counts = {widths.get(g.name, g.n) for g in groups if g.n == dense}
+        if len(counts) == 1:
+            setattr(config, family.ffn, counts.pop())
     elif family.ratio is not None:
         ratio = _ratio(model, structure)
         if ratio is not None:
@@ -122,10 +122,10 @@ def _state_heads(
     config: Any, family: Family, model: nn.Module, structure: Structure, widths: Mapping[str, int]
 ) -> None:
     groups = [g for g in structure.groups if g.kind == "heads"]
-    kept = {(widths.get(g.name, g.n), g.queries) for g in groups}
-    if family.heads is None or len(kept) != 1:
+    counts = {(widths.get(g.name, g.n), g.queries) for g in groups}
+    if family.heads is None or len(counts) != 1:
         return
-    count, queries = kept.pop()
+    count, queries = counts.pop()
     if family.head_dim is not None:
         size = getattr(config, family.head_dim, None) or config.hidden_size // config.num_attention_heads
         setattr(config, family.head_dim, size)

@@ -19,7 +19,7 @@ WIDTHS = re.compile(r"(^|_)(dim|size)(_out_(qk|v))?$")  # attn_dim, split_size, 
 OTHERS = re.compile(r"^(attention_|attn_)?head_(dim|size)$|window|patch|block|kernel|chunk|vocab|grid")
 
 
-def described(model: nn.Module, group: Group) -> Group:
+def with_head_counts(model: nn.Module, group: Group) -> Group:
     """The group with its kind, and for heads with the attributes of the modules around that count them.
 
     A name does not say what a model's code does with such an integer: a pass with fewer heads has to show that it
@@ -32,14 +32,14 @@ def described(model: nn.Module, group: Group) -> Group:
         return group
     amounts = [{group.n * group.queries: group.queries, group.n: 1}, {}]
     amounts[1] = {group.n * s.index.shape[1]: s.index.shape[1] for s in group.slices if s.role != "along"}
-    found = []
+    counting = []
     for name in _around(group):
         for attribute, value in _integers(model.get_submodule(name)):
             for pattern, amount in zip((HEADS, WIDTHS), amounts, strict=True):
                 counts = pattern.search(attribute) and not OTHERS.search(attribute)
                 if counts and value in amount:
-                    found.append((name, attribute, amount[value]))
-    return replace(group, attributes=tuple(found))
+                    counting.append((name, attribute, amount[value]))
+    return replace(group, attributes=tuple(counting))
 
 
 def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:

@@ -71,11 +71,11 @@ class Sizes:
 
     def touching(self) -> dict[str, Sizes]:
         """For each group the terms that its width changes: what a greedy step needs to look at."""
-        found: dict[str, list[Term]] = defaultdict(list)
+        terms: dict[str, list[Term]] = defaultdict(list)
         for term in self.terms:
             for name in {*term.inputs, *term.outputs}:
-                found[name].append(term)
-        return {name: Sizes(tuple(terms), self.full, 0) for name, terms in found.items()}
+                terms[name].append(term)
+        return {name: Sizes(tuple(own), self.full, 0) for name, own in terms.items()}
 
 
 def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
@@ -91,16 +91,16 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
     terms, counted = [], 0
     for name in places:
         owner, _, leaf = name.rpartition(".")
-        thing = getattr(model.get_submodule(owner), leaf)
-        if isinstance(thing, nn.Parameter):
-            terms.append(Term(0, 0, thing.numel(), {}, 0, outputs[name], thing.shape[last_wide(thing)]))
-            counted += thing.numel()
+        place = getattr(model.get_submodule(owner), leaf)
+        if isinstance(place, nn.Parameter):
+            terms.append(Term(0, 0, place.numel(), {}, 0, outputs[name], place.shape[last_wide(place)]))
+            counted += place.numel()
             continue
-        own = {k: p.numel() for k, p in thing.named_parameters(recurse=False)}
+        own = {k: p.numel() for k, p in place.named_parameters(recurse=False)}
         weights = own.get("weight", 0)
         operator = structure.operators.get(name)
-        out_total = len(thing.bias) if getattr(thing, "bias", None) is not None else _width(thing, "out")
-        along = operator is None or not inputs[name] and _width(thing, "in") == 0
+        out_total = len(place.bias) if getattr(place, "bias", None) is not None else _width(place, "out")
+        along = operator is None or not inputs[name] and _width(place, "in") == 0
         counted += sum(own.values())
         terms.append(
             Term(
@@ -108,7 +108,7 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
                 0 if along else weights,
                 sum(own.values()) - (0 if along else weights),
                 inputs[name],
-                _width(thing, "in"),
+                _width(place, "in"),
                 outputs[name],
                 out_total,
             )

@@ -19,13 +19,13 @@ from modhifi.structure.plan import Plan
 
 def removed_positions(structure: Structure, plan: Plan) -> dict[tuple[str, str], Tensor]:
     """Channel positions to cut, by (module or parameter, role)."""
-    gone: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+    removed: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
     for group in structure.groups:
         if group.name in plan.kept:
             out = ~plan.mask(group)
             for piece in group.slices:
-                gone[piece.module, piece.role].append(piece.index[out].reshape(-1))
-    return {key: torch.cat(pieces) for key, pieces in gone.items()}
+                removed[piece.module, piece.role].append(piece.index[out].reshape(-1))
+    return {key: torch.cat(pieces) for key, pieces in removed.items()}
 
 
 def mask_readers(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
@@ -51,12 +51,12 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
     value changes. The plan must fit (:meth:`Plan.check`).
     """
     plan.check(structure)
-    gone = removed_positions(structure, plan)
-    for name in dict.fromkeys(name for name, _ in gone):
+    removed = removed_positions(structure, plan)
+    for name in dict.fromkeys(name for name, _ in removed):
         none = torch.empty(0, dtype=torch.int64)
-        outputs = gone.get((name, "producer"), none)
-        inputs = gone.get((name, "reader"), none)
-        along = gone.get((name, "along"), none)
+        outputs = removed.get((name, "producer"), none)
+        inputs = removed.get((name, "reader"), none)
+        along = removed.get((name, "along"), none)
         owner, _, leaf = name.rpartition(".")
         parent = model.get_submodule(owner)
         if isinstance(getattr(parent, leaf), Tensor):
@@ -73,10 +73,10 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
     return model
 
 
-def staying(total: int, gone: Tensor) -> Tensor:
-    """Which of ``total`` positions are not ``gone``: bool ``(total,)``."""
+def staying(total: int, removed: Tensor) -> Tensor:
+    """Which of ``total`` positions are not ``removed``: bool ``(total,)``."""
     stay = torch.ones(total, dtype=torch.bool)
-    stay[gone] = False
+    stay[removed] = False
     return stay
 
 
@@ -88,10 +88,10 @@ def _replace(module: nn.Module, name: str, value: Tensor) -> None:
     setattr(module, name, value)
 
 
-def _shrink_parameter(parent: nn.Module, leaf: str, gone: Tensor) -> None:
+def _shrink_parameter(parent: nn.Module, leaf: str, removed: Tensor) -> None:
     value = getattr(parent, leaf).data
     dim = last_wide(value)
-    stay = torch.nonzero(staying(value.shape[dim], gone)).flatten()
+    stay = torch.nonzero(staying(value.shape[dim], removed)).flatten()
     _replace(parent, leaf, value.index_select(dim, stay.to(value.device)))
     _set(parent, "num_parameters", len(stay))
 
@@ -101,10 +101,10 @@ def _set(module: nn.Module, attribute: str, value: int) -> None:
         setattr(module, attribute, value)
 
 
-def _shrink_along(module: Any, gone: Tensor) -> None:
+def _shrink_along(module: Any, removed: Tensor) -> None:
     """A norm, or a depthwise conv (whose positions are those of its output)."""
     reference = module.weight if getattr(module, "weight", None) is not None else module.running_mean
-    stay = staying(len(reference), gone).to(reference.device)
+    stay = staying(len(reference), removed).to(reference.device)
     for name in ("weight", "bias", "running_mean", "running_var"):
         value = getattr(module, name, None)
         if value is not None:

@@ -1,126 +1,181 @@
-"""What the tracer knows of torch's operations: which are elementwise, which only move elements, which mix channels."""
+"""The one table of torch's operations: of which kind each is, under all the names that torch calls it by.
+
+Whoever follows a forward pass asks this table: the tracer (`modhifi.structure.tracing`) for the rule of a kind, the
+branch watcher for sums and activations, the bounds (`modhifi.bounds.propagation`) for the names that a rule covers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-ELEMENTWISE = frozenset(
-    """relu relu_ relu6 silu silu_ gelu sigmoid sigmoid_ tanh tanh_ hardswish hardswish_ hardsigmoid hardsigmoid_
-    hardtanh hardtanh_ leaky_relu leaky_relu_ elu elu_ selu celu mish mish_ softplus softsign logsigmoid clamp clamp_
-    clip exp sqrt rsqrt abs neg square pow __pow__ __neg__ erf dropout dropout_ feature_dropout dropout1d dropout2d
-    dropout3d alpha_dropout contiguous clone detach to float half bfloat16 double type type_as requires_grad_
-    quick_gelu cpu cuda""".split()
-)
-MOVEMENT = frozenset(
-    """view reshape flatten unflatten permute transpose swapaxes movedim unsqueeze squeeze expand expand_as repeat
-    chunk split tensor_split split_with_sizes __getitem__ narrow select unbind roll flip t T mT H mH view_as reshape_as
-    cat concat concatenate stack""".split()
-)
-RESHAPES = frozenset("view reshape unflatten view_as reshape_as".split())
-# movements that name fixed places on the axis: after a cut they would take other channels
-PLACED = frozenset("chunk split tensor_split split_with_sizes __getitem__ narrow select unbind roll".split())
-JOINS = frozenset("cat concat concatenate".split())
-BINARY = frozenset(
-    """add add_ __add__ __radd__ __iadd__ sub sub_ __sub__ __rsub__ __isub__ rsub mul mul_ __mul__ __rmul__ __imul__ div
-    div_ __truediv__ __rtruediv__ __div__ true_divide maximum minimum multiply addcmul where masked_fill
-    masked_fill_""".split()
-)
-SUMS = frozenset("add add_ __add__ __radd__ __iadd__ sub sub_ __sub__ __rsub__ __isub__ rsub".split())
-PRODUCTS = frozenset("matmul __matmul__ __rmatmul__ bmm".split())
-# new tensors that take nothing but a shape from their input
-CREATION = frozenset(
-    "zeros_like ones_like empty_like full_like new_zeros new_ones new_full new_empty new_tensor".split()
-)
-POOLING = frozenset(
-    """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool2d interpolate upsample
-    boolean_dispatch _max_pool2d max_pool2d_with_indices""".split()
-)
-REDUCTION = frozenset("mean sum amax amin norm linalg_vector_norm".split())
-NORMS = frozenset("norm linalg_vector_norm".split())  # which take their order before their axes
-CONVS = frozenset("conv1d conv2d conv3d".split())
-# what tells of a tensor without handing out its values
-METADATA = frozenset(
-    """size dim ndimension numel nelement __len__ stride storage_offset element_size get_device data_ptr is_contiguous
-    is_floating_point is_complex __hash__ __repr__""".split()
-)
-# operations that read the channel axis as a whole: named so that the refusal says what it is
-MIXING = {
-    "layer_norm": "a LayerNorm normalises across these channels",
-    "rms_norm": "an RMSNorm normalises across these channels",
-    "group_norm": "a GroupNorm normalises across these channels",
-    "softmax": "a softmax runs across these channels",
-    "normalize": "a normalisation runs across these channels",
+Kind = Literal[
+    "activation",
+    "elementwise",
+    "unchanged",
+    "cast",
+    "reshape",
+    "movement",
+    "placed",
+    "join",
+    "sum",
+    "difference",
+    "product",
+    "quotient",
+    "binary",
+    "matrix product",
+    "attention",
+    "conv",
+    "linear",
+    "batch norm",
+    "norm",
+    "mixing",
+    "pooling",
+    "padding",
+    "reduction",
+    "vector norm",
+    "creation",
+    "metadata",
+    "own",
+]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+# One entry an operation: in-place variants and Python's operators are derived from it (see `spellings`).
+_TABLE: dict[Kind, str] = {
+    # a nonlinear function of each element
+    "activation": """relu relu6 silu gelu sigmoid tanh hardswish hardsigmoid hardtanh leaky_relu elu selu celu mish
+        softplus softsign log_sigmoid clamp clip prelu hardshrink softshrink tanhshrink threshold _threshold""",
+    # other functions of each element
+    "elementwise": "exp log sin cos sqrt rsqrt reciprocal abs neg square pow erf",
+    # in eval mode the same values
+    "unchanged": """dropout feature_dropout dropout1d dropout2d dropout3d alpha_dropout contiguous clone detach
+        requires_grad_ cpu cuda data""",
+    "cast": "to float half bfloat16 double type type_as",
+    # the same elements under another shape, which is said in numbers
+    "reshape": "view reshape unflatten view_as reshape_as",
+    # elements go to other places, or are repeated, wherever they stand
+    "movement": """flatten permute transpose swapaxes swapdims movedim moveaxis unsqueeze squeeze expand expand_as
+        broadcast_to repeat repeat_interleave tile flip t T mT H mH stack pixel_shuffle pixel_unshuffle""",
+    # movements that name fixed places on an axis: after a cut they would take other channels
+    "placed": """chunk split tensor_split split_with_sizes __getitem__ narrow select unbind roll unfold index_select
+        gather take_along_dim""",
+    "join": "cat concat concatenate",
+    "sum": "add",
+    "difference": "sub subtract rsub",
+    "product": "mul multiply",
+    "quotient": "div divide true_divide",
+    # what else makes one element of one element of several tensors
+    "binary": "__rtruediv__ __rdiv__ maximum minimum addcmul where masked_fill",
+    "matrix product": "matmul __rmatmul__ bmm",
+    "attention": "scaled_dot_product_attention",
+    "conv": "conv1d conv2d conv3d",
+    "linear": "linear addmm",
+    "batch norm": "batch_norm instance_norm",
+    # norms of each sample, which read the channel axis or a part of it as a whole
+    "norm": "layer_norm rms_norm group_norm",
+    # what else reads an axis as a whole
+    "mixing": "softmax normalize",
+    "pooling": """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
+        adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool2d
+        interpolate upsample boolean_dispatch _max_pool2d max_pool2d_with_indices""",
+    "padding": "pad",
+    "reduction": "mean sum amax amin",
+    # reductions which take their order before their axes
+    "vector norm": "norm linalg_vector_norm",
+    # new tensors that take nothing but a shape from their input
+    "creation": "zeros_like ones_like empty_like full_like new_zeros new_ones new_full new_empty new_tensor",
+    # what tells of a tensor without handing out its values
+    "metadata": """size dim ndimension numel nelement __len__ stride storage_offset element_size get_device data_ptr
+        is_contiguous is_floating_point is_complex __hash__ __repr__""",
 }
+# Python's operators; of those that swap their operands only where the order does not matter to any rule.
+_OPERATORS = {
+    "add": "__add__ __radd__ __iadd__",
+    "sub": "__sub__ __rsub__ __isub__",
+    "mul": "__mul__ __rmul__ __imul__",
+    "div": "__div__ __truediv__ __idiv__ __itruediv__",
+    "matmul": "__matmul__",
+    "pow": "__pow__ __ipow__",
+    "neg": "__neg__",
+    "abs": "__abs__",
+}
+# Kinds in which every element stays where it is: only there an in-place variant is the same operation to a rule.
+_IN_PLACE: frozenset[Kind] = frozenset(
+    {"activation", "elementwise", "unchanged", "sum", "difference", "product", "quotient", "binary"}
+)
+MOVEMENTS: frozenset[Kind] = frozenset({"reshape", "movement", "placed", "join"})
 
 
-@dataclass(frozen=True)
-class Axis:
-    """Components along one axis of a tensor: ``ids`` int64 ``(size of that axis,)``, -1 where none are known."""
+def spellings(name: str) -> tuple[str, ...]:
+    """Every name of an operation of the table: its own, its in-place variant where torch has one, its operators."""
+    in_place = f"{name}_"
+    exists = not name.startswith("__") and any(hasattr(place, in_place) for place in (torch, Tensor, F, torch._C._nn))
+    return (name, *([in_place] if exists else []), *_OPERATORS.get(name, "").split())
 
-    dim: int
-    ids: Tensor
+
+def _spelled(kind: Kind) -> Iterator[str]:
+    for name in _TABLE[kind].split():
+        yield from spellings(name) if kind in _IN_PLACE or name in _OPERATORS else (name,)
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Components along several axes of a tensor: ``ids`` int64, of size 1 along the axes where they do not vary."""
+# The kind of every operation by name, and of modules that are registered as one operation by their class.
+OPERATIONS: dict[str | type[nn.Module], Kind] = {name: kind for kind in _TABLE for name in _spelled(kind)}
 
-    ids: Tensor
+
+def names_of(*kinds: Kind) -> frozenset[str]:
+    """The names of all operations of some kinds that are in the table now."""
+    return frozenset(name for name, kind in OPERATIONS.items() if kind in kinds and isinstance(name, str))
+
+
+METADATA = names_of("metadata")
+
+
+def writes_in_place(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation overwrites its first argument: ``relu_``, ``x += y``, ``x[i] = y``, ``inplace=True``."""
+    if isinstance(func, torch._ops.OpOverload):
+        return bool(func._schema.is_mutable)
+    name = operation_name(func)
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}"))
+    # torch.nn.functional hands its arguments on by name.
+    return name.endswith("_") or kwargs.get("inplace") is True
 
 
 @dataclass(frozen=True)
 class Call:
-    """One operation as it was run; ``axes`` holds what was known of each input, by ``id``, before it ran."""
+    """One operation as it was run: the torch function ``func`` under its ``name``, and what it was given."""
 
     name: str
     func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-    axes: dict[int, Axis | Grid | None]
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """Every tensor among the arguments, in order."""
+        return list(tensors_in((self.args, self.kwargs)))
 
     def argument(self, place: int, name: str, default: Any = None) -> Any:
+        """An argument that may be given by its place or by its name."""
         return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
-
-    def axis(self, value: Any) -> Axis | None:
-        found = self.axes.get(id(value)) if isinstance(value, Tensor) else None
-        return found if isinstance(found, Axis) else None
-
-    @property
-    def known(self) -> list[tuple[Tensor, Axis]]:
-        """The inputs that carry components along one axis."""
-        return [(t, axis) for t in self.inputs if isinstance(axis := self.axes.get(id(t)), Axis)]
-
-    @property
-    def grids(self) -> list[tuple[Tensor, Grid]]:
-        """The inputs that carry components along several axes."""
-        return [(t, grid) for t in self.inputs if isinstance(grid := self.axes.get(id(t)), Grid)]
-
-    @property
-    def records(self) -> list[tuple[Tensor, Axis | Grid]]:
-        return [*self.known, *self.grids]
-
-    def moved(self) -> list[Axis | Grid | None]:
-        """Run the operation on component numbers in place of values: where does each output carry which?"""
-        carried = {id(t): record for t, record in self.records}
-        table = {
-            id(t): torch.full_like(t, -1, dtype=torch.int64, device="cpu")
-            for t in self.inputs
-            if t.is_floating_point() or self.name in JOINS
-        }
-        table |= {id(t): spread(carried[id(t)], t) for t in self.inputs if id(t) in carried}
-        return [detect(ids) for ids in tensors_in(self.func(*swap(self.args, table), **swap(self.kwargs, table)))]
 
 
 def operation_name(func: Callable[..., Any]) -> str:
-    """The plain name of a torch function; of a tensor attribute (``x.T``, ``x.data``) the attribute's name."""
+    """The name of a torch function in the table.
+
+    Of a tensor attribute (``x.T``, ``x.data``) that is the attribute's, of a custom operator ``namespace::name``.
+    """
+    if isinstance(func, torch._ops.OpOverload):
+        namespace, _, name = func._schema.name.partition("::")
+        return f"{name}.{func._overloadname}" if namespace == "aten" else f"{namespace}::{name}"
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        namespace, _, name = func._qualified_op_name.partition("::")
+        return name if namespace == "aten" else f"{namespace}::{name}"
     name = getattr(func, "__name__", str(func))
     if name == "__get__":
         return str(getattr(getattr(func, "__self__", None), "__name__", "an attribute"))
@@ -128,6 +183,7 @@ def operation_name(func: Callable[..., Any]) -> str:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in a nest of lists, tuples and dictionaries, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
@@ -139,7 +195,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def swap(value: Any, table: dict[int, Tensor]) -> Any:
-    """The same nest of lists, tuples and dictionaries with other tensors in it."""
+    """The same nest of lists, tuples and dictionaries with other tensors in it, by ``id`` of those they replace."""
     if isinstance(value, Tensor):
         return table.get(id(value), value)
     if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
@@ -147,31 +203,3 @@ def swap(value: Any, table: dict[int, Tensor]) -> Any:
     if isinstance(value, dict):
         return {k: swap(v, table) for k, v in value.items()}
     return value
-
-
-def spread(record: Axis | Grid, like: Tensor) -> Tensor:
-    """Component numbers at every element of a tensor, int64 of its shape and memory layout (``view`` asks for it)."""
-    ids = record.ids
-    if isinstance(record, Axis):
-        shape = [1] * like.ndim
-        shape[record.dim] = len(ids)
-        ids = ids.view(shape)
-    return torch.empty_like(like, dtype=torch.int64, device="cpu").copy_(ids)
-
-
-def constant(tensor: Tensor, dim: int) -> bool:
-    """Whether a tensor's values do not vary along one axis."""
-    return bool((tensor == tensor.narrow(dim, 0, 1)).all())
-
-
-def detect(ids: Tensor) -> Axis | Grid | None:
-    """Along which axes component numbers vary; None where along none, or several with unknown numbers among them."""
-    if not ids.numel():
-        return None
-    for dim in range(ids.ndim):
-        if constant(ids, dim):
-            ids = ids.narrow(dim, 0, 1)
-    wide = [dim for dim, size in enumerate(ids.shape) if size > 1]
-    if len(wide) == 1:
-        return Axis(wide[0], ids.flatten().clone())
-    return Grid(ids.clone()) if wide and bool((ids >= 0).all()) else None

@@ -74,8 +74,8 @@ def _output(outputs: Any) -> Tensor:
 def _last(group: Group, share: float) -> tuple[int, ...]:
     """The last ``share`` of a group's components, equally many of every part: all but one at most, and at least one."""
     labels = torch.zeros(group.n, dtype=torch.int64) if group.partition is None else group.partition
-    kept: list[int] = []
+    components: list[int] = []
     for label in labels.unique():
-        mine = (labels == label).nonzero().flatten()
-        kept += mine[-max(1, min(len(mine) - 1, int(share * len(mine)))) :].tolist()
-    return tuple(sorted(kept))
+        members = (labels == label).nonzero().flatten()
+        components += members[-max(1, min(len(members) - 1, int(share * len(members)))) :].tolist()
+    return tuple(sorted(components))

@@ -164,7 +164,7 @@ def _assemble(model: nn.Module, watcher: BranchWatcher, logits: Tensor) -> Sites
         return next((w.site.block for t, w in written if t >= time), block_of(name))
 
     readers = tuple(Site(n, block(n, entry[0]), _sink(watcher, n)) for n, entry in order)
-    norms = tuple((n, block(n, time)) for n, time in sorted(watcher.norms.items(), key=lambda item: item[1]))
+    norms = tuple((n, block(n, time)) for n, time in sorted(watcher.batchnorms.items(), key=lambda item: item[1]))
     behind = [trail for name in tail if (trail := watcher.operators[name][3]) is not None]
     return Sites(readers, tuple(w for _, w in written), norms, heads, _focus(behind, written), tuple(refused))
 

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.tracing.tracer import trace
+from modhifi.structure.trial_cut import confirm
 
 
 def structure_of(name: str) -> Structure:
@@ -197,3 +201,67 @@ def test_refusals_of_real_architectures_name_the_operation(name: str):
     reasons = " ".join(str(g.refused) for g in structure.refused)
     assert {"mixnet_s": "'split' takes", "convnext_atto": "a LayerNorm normalises"}[name] in reasons
     assert len(structure.prunable) >= 12
+
+
+class Through(tiny.Net):
+    """One operation between two convolutions."""
+
+    def __init__(self, operation: Callable[[Tensor], Tensor], factor: int = 1) -> None:
+        super().__init__(6)
+        self.inner, self.conv = tiny.conv(8, 8), tiny.conv(8 * factor, 6)
+        self.operation = operation
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.conv(self.operation(self.inner(x)))
+
+
+@pytest.mark.parametrize(
+    "operation, factor",
+    [
+        (lambda x: torch.celu_(x), 1),
+        (lambda x: torch.selu_(x), 1),
+        (lambda x: x.exp_(), 1),
+        (lambda x: x.square_(), 1),
+        (lambda x: F.hardshrink(x), 1),
+        (lambda x: F.threshold(x, 0.1, 0.0), 1),
+        (lambda x: x.to(x.sigmoid()), 1),
+        (lambda x: torch.subtract(x, x.sigmoid()), 1),
+        (lambda x: torch.divide(x, 2), 1),
+        (lambda x: x.multiply_(2.0), 1),
+        (lambda x: torch.broadcast_to(x, x.shape), 1),
+        (lambda x: torch.tile(x, (1, 2, 1, 1)), 2),
+        (lambda x: x.repeat_interleave(2, 1), 2),
+        (lambda x: F.pixel_unshuffle(x, 2), 4),
+        (lambda x: torch.moveaxis(x, 1, 2).swapdims(1, 2), 1),
+        (lambda x: torch.group_norm(input=x, num_groups=1) * 0 + x, 1),
+        (lambda x: torch.softmax(input=x, dim=2), 1),
+    ],
+)
+def test_operations_that_are_followed(operation: Callable[[Tensor], Tensor], factor: int):
+    torch.manual_seed(0)
+    model, x = tiny.randomise(Through(operation, factor)), torch.randn(2, 3, 12, 12)
+    structure = trace(model, lambda model: model(x))
+    inner = group(structure, "inner")
+    confirmed = group(confirm(model, structure, lambda model: model(x)), "inner")
+    if "group_norm" in operation.__code__.co_names:
+        assert "a GroupNorm normalises across these channels" in str(inner.refused)
+    else:
+        assert inner.refused is None and confirmed.refused is None
+        assert inner.readers[0].index.shape == (8, factor)
+
+
+@pytest.mark.parametrize(
+    "operation, reason",
+    [
+        (lambda x: x.unsqueeze_(0).squeeze(0), "the operation 'unsqueeze_' is not understood"),
+        (lambda x: x.cumsum_(1), "the operation 'cumsum_' is not understood"),
+        (lambda x: F.pixel_shuffle(x, 2).repeat(1, 4, 1, 1), "'pixel_shuffle' folds these channels"),
+        (lambda x: torch.index_select(x, 1, torch.arange(8).flip(0)), "the operation 'index_select' is not understood"),
+        (lambda x: x.unfold(1, 8, 1)[..., 0].repeat(1, 8, 1, 1), "'__getitem__' folds these channels"),
+        (lambda x: F.unfold(x, 1).view(x.shape), "the operation 'unfold' is not understood"),
+    ],
+)
+def test_operations_that_are_refused(operation: Callable[[Tensor], Tensor], reason: str):
+    torch.manual_seed(0)
+    model, x = tiny.randomise(Through(operation)), torch.randn(2, 3, 12, 12)
+    assert reason in str(group(trace(model, lambda model: model(x)), "inner").refused)

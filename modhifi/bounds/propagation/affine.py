@@ -22,7 +22,7 @@ WRITTEN_OUT = 512
 
 
 @dataclass(frozen=True)
-class Source:
+class ErrorSource:
     """One modified layer where it was run: its error on each sample, and what is needed to bound it on every input.
 
     ``errors`` float64 (b,) is ``|f_k(z) - g_k(z)|`` on clean activations, behind the norm that follows; ``squared`` the

@@ -9,22 +9,22 @@ from torch import Tensor
 
 from modhifi.bounds.local_lipschitz import attention_rule, scores_rule
 from modhifi.bounds.propagation.interval import UP, Bound, coarsen, settle_nan, slice_norm
-from modhifi.bounds.propagation.operation import Record, Rule, Step
+from modhifi.bounds.propagation.walked_call import Record, Rule, WalkedCall
 
 
-def _fused(step: Step, outputs: list[Tensor]) -> list[Record] | None:
+def _fused(call: WalkedCall, outputs: list[Tensor]) -> list[Record] | None:
     """scaled_dot_product_attention of q, k, v (b, h, t, e): a radius for each head and query."""
-    query, key, value = (step.argument(p, n) for p, n in enumerate(("query", "key", "value")))
-    mask, dropout = step.argument(3, "attn_mask"), step.argument(4, "dropout_p", 0.0)
-    causal, scale = step.argument(5, "is_causal", False), step.kwargs.get("scale")
-    if query.ndim != 4 or dropout or (mask is not None and not step.bound(mask).constant):
+    query, key, value = (call.argument(p, n) for p, n in enumerate(("query", "key", "value")))
+    mask, dropout = call.argument(3, "attn_mask"), call.argument(4, "dropout_p", 0.0)
+    causal, scale = call.argument(5, "is_causal", False), call.kwargs.get("scale")
+    if query.ndim != 4 or dropout or (mask is not None and not call.bound(mask).constant):
         return None
-    bounds = [step.bound(t) for t in (query, key, value)]
+    bounds = [call.bound(t) for t in (query, key, value)]
     radii = [
         coarsen(b.radius, [*b.radius.shape[:-1], 1]).expand(*t.shape[:-1], 1)[..., 0]
         for b, t in zip(bounds, (query, key, value), strict=True)
     ]
-    if step.kwargs.get("enable_gqa"):
+    if call.kwargs.get("enable_gqa"):
         times = query.shape[1] // key.shape[1]
         key, value = (t.repeat_interleave(times, 1) for t in (key, value))
         radii = [radii[0], *(r.repeat_interleave(times, 1) for r in radii[1:])]
@@ -49,12 +49,12 @@ def _local(radius: Tensor, bounds: list[Bound]) -> Bound:
     return Bound(settle_nan(radius), reach, math.inf if any(b.lip for b in bounds) else 0.0)
 
 
-def _softmax(step: Step, outputs: list[Tensor]) -> list[Record] | None:
+def _softmax(call: WalkedCall, outputs: list[Tensor]) -> list[Record] | None:
     """The Jacobian diag(p) - p p' has norm at most 1/2; every entry stays within [0, 1]."""
-    x = step.args[0]
-    if step.argument(1, "dim") not in (-1, x.ndim - 1):
+    x = call.args[0]
+    if call.argument(1, "dim") not in (-1, x.ndim - 1):
         return None
-    bound = step.bound(x)
+    bound = call.bound(x)
     radius = coarsen(bound.radius, [*bound.radius.shape[:-1], 1])
     moved = bound.scaled(radius * 0.5 * UP, 0.5)
     # Two distributions are never further apart than sqrt(2); slices of several rows have as many of them.
@@ -62,12 +62,12 @@ def _softmax(step: Step, outputs: list[Tensor]) -> list[Record] | None:
     return [Bound(moved.radius.clamp(max=math.sqrt(2 * rows) * UP), moved.reach, moved.lip, 1.0)]
 
 
-def _matmul(step: Step, outputs: list[Tensor]) -> list[Record] | None:
+def _matmul(call: WalkedCall, outputs: list[Tensor]) -> list[Record] | None:
     """A product of two activations, slice by slice: ``r_a |B| + |A| r_b + r_a r_b`` in Frobenius norms."""
-    a, b = step.args[:2]
+    a, b = call.args[:2]
     if a.ndim != b.ndim or a.ndim < 3 or a.shape[:-2] != b.shape[:-2]:
         return None
-    bounds = [step.bound(a), step.bound(b)]
+    bounds = [call.bound(a), call.bound(b)]
     out = outputs[0]
     rows = list(coarsen(bounds[0].radius, [*bounds[0].radius.shape[:-1], 1]).expand(*a.shape[:-1], 1).shape)
     ra = coarsen(bounds[0].radius, [*bounds[0].radius.shape[:-1], 1]).expand(rows)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from modhifi.structure.torch_ops import operation_name
+from modhifi.structure.torch_ops import names_of, operation_name
 
-CASTS = frozenset({"to", "float", "half", "bfloat16", "type", "type_as"})
+CASTS = names_of("cast")
 
 
 def kept_double(name: str, args: Any, out: Any) -> Any:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from modhifi.bounds.lipschitz import SLOPES
 from modhifi.bounds.propagation.interval import UP, coarsen
-from modhifi.bounds.propagation.operation import Step
 from modhifi.bounds.propagation.rules import normalised
+from modhifi.bounds.propagation.walked_call import WalkedCall
 
 ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "NewGELUActivation": ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 ISOMETRIES = frozenset({"maxmin", "groupsort", "groupsort2", "fullsort", "householder"})
 
 
-def module_rule(module: nn.Module) -> Callable[[Step, list[Tensor]], Any] | None:
+def module_rule(module: nn.Module) -> Callable[[WalkedCall, list[Tensor]], Any] | None:
     """The rule of a module as a whole, or None: what runs inside is followed instead."""
     name = type(module).__name__
     if name in ACTIVATIONS:
@@ -46,18 +46,18 @@ def _eps(module: nn.Module) -> float | None:
     return float(eps) if isinstance(eps, float) else None
 
 
-def _activation(step: Step, outputs: list[Tensor]) -> list[Any] | None:
-    x = step.inputs[0]
-    name, formula = ACTIVATIONS[step.name]
+def _activation(call: WalkedCall, outputs: list[Tensor]) -> list[Any] | None:
+    x = call.inputs[0]
+    name, formula = ACTIVATIONS[call.name]
     if not torch.allclose(formula(x), outputs[0], atol=1e-9, rtol=1e-7):
         return None
-    return step.elementwise(formula, x, outputs[0], max(abs(s) for s in SLOPES[name]))
+    return call.elementwise(formula, x, outputs[0], max(abs(s) for s in SLOPES[name]))
 
 
-def _isometry(step: Step, outputs: list[Tensor]) -> list[Any] | None:
-    module: Any = step.func
-    x, out = step.inputs[0], outputs[0]
-    if x.ndim < 2 or x.shape != out.shape or any(id(p) in step.twins for p in module.parameters()):
+def _isometry(call: WalkedCall, outputs: list[Tensor]) -> list[Any] | None:
+    module: Any = call.func
+    x, out = call.inputs[0], outputs[0]
+    if x.ndim < 2 or x.shape != out.shape or any(id(p) in call.twins for p in module.parameters()):
         return None
     if type(module).__name__.lower() == "householder":
         formulas = [_reflected(x, getattr(module, "theta", None))]
@@ -65,7 +65,7 @@ def _isometry(step: Step, outputs: list[Tensor]) -> list[Any] | None:
         formulas = [f for size in {getattr(module, "group_size", None) or 2, x.shape[1]} for f in _sorted(x, size)]
     if not any(f is not None and torch.allclose(f, out, atol=1e-12, rtol=1e-9) for f in formulas):
         return None
-    bound = step.bound(x)
+    bound = call.bound(x)
     radius = coarsen(bound.radius, [1 if d == 1 else n for d, n in enumerate(bound.radius.shape)])
     return [bound.scaled(radius * UP, 1.0)]
 
@@ -91,12 +91,12 @@ def _reflected(x: Tensor, theta: Any) -> Tensor | None:
     return torch.cat([first, torch.where(keep, two, one * theta.sin() - two * theta.cos())], 1)
 
 
-def _rms_norm(step: Step, outputs: list[Tensor]) -> list[Any] | None:
-    module: Any = step.func
-    x, eps, gamma = step.inputs[0], _eps(module), _gain(module, step.inputs[0], outputs[0])
-    if gamma is None or eps is None or id(module.weight) in step.twins:
+def _rms_norm(call: WalkedCall, outputs: list[Tensor]) -> list[Any] | None:
+    module: Any = call.func
+    x, eps, gamma = call.inputs[0], _eps(module), _gain(module, call.inputs[0], outputs[0])
+    if gamma is None or eps is None or id(module.weight) in call.twins:
         return None
-    return [normalised(x, step.bound(x), gamma, gamma, eps, centred=False)]
+    return [normalised(x, call.bound(x), gamma, gamma, eps, centred=False)]
 
 
 def _plain(x: Tensor, eps: float) -> Tensor:

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from modhifi.bounds.propagation.affine import Pending
 from modhifi.bounds.propagation.interval import Bound, nothing, settle_nan, slice_norm, total
 from modhifi.bounds.propagation.module_rules import as_function
-from modhifi.bounds.propagation.operation import Record, Rule, Step
+from modhifi.bounds.propagation.walked_call import Record, Rule, WalkedCall
 from modhifi.structure.torch_ops import swap, tensors_in
 
 ROUNDS = 8
@@ -54,59 +54,59 @@ class Newton:
         for tensor in tensors:
             self.paths.pop(id(tensor), None)
 
-    def follow(self, rule: Rule, step: Step, outputs: list[Tensor]) -> None:
+    def follow(self, rule: Rule, call: WalkedCall, outputs: list[Tensor]) -> None:
         """Take the paths through one operation. Where that fails they end, and the clean value's bound goes on."""
-        found: list[Path] = []
-        if self.rounds and any(id(t) in self.paths or id(t) in self.twins for t in step.inputs):
+        paths: list[Path] = []
+        if self.rounds and any(id(t) in self.paths or id(t) in self.twins for t in call.inputs):
             try:
                 with sdpa_kernel(SDPBackend.MATH):
-                    found = self._advance(rule, step)
+                    paths = self._advance(rule, call)
             except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-                found = []
+                paths = []
         self.forget(outputs)
-        if len(found) == len(outputs):
-            self.paths |= {id(out): path for out, path in zip(outputs, found, strict=True)}
+        if len(paths) == len(outputs):
+            self.paths |= {id(out): path for out, path in zip(outputs, paths, strict=True)}
 
-    def _advance(self, rule: Rule, step: Step) -> list[Path]:
-        func = as_function(step.func) if isinstance(step.func, nn.Module) else step.func
-        clean = {id(t): t for t in step.inputs if id(t) in self.paths}
+    def _advance(self, rule: Rule, call: WalkedCall) -> list[Path]:
+        func = as_function(call.func) if isinstance(call.func, nn.Module) else call.func
+        clean = {id(t): t for t in call.inputs if id(t) in self.paths}
 
-        def call(table: dict[int, Tensor]) -> list[Tensor]:
-            table = {id(t): self.twins[id(t)] for t in step.inputs if id(t) in self.twins} | table
-            return list(tensors_in(func(*swap(step.args, table), **swap(step.kwargs, table))))
+        def edited(table: dict[int, Tensor]) -> list[Tensor]:
+            table = {id(t): self.twins[id(t)] for t in call.inputs if id(t) in self.twins} | table
+            return list(tensors_in(func(*swap(call.args, table), **swap(call.kwargs, table))))
 
         last = {i: self.paths[i].points[-1] for i in clean}
-        values = call(last)
-        records = rule(self._around(step, last), values)
+        values = edited(last)
+        records = rule(self._around(call, last), values)
         if records is None:
             return []
         rounds = [{i: self.paths[i].points[m] for i in clean} for m in range(self.rounds)]
         if any(isinstance(record, Pending) for record in records):
             # Affine: every round is its own tangent.
-            points = [*(call(at) for at in rounds[:-1]), values]
+            points = [*(edited(at) for at in rounds[:-1]), values]
             return [Path(tuple(p), r) for p, r in zip(zip(*points, strict=True), records, strict=True)]
-        points = [_tangent(call, before, at) for before, at in zip([clean, *rounds], rounds, strict=False)]
+        points = [_tangent(edited, before, at) for before, at in zip([clean, *rounds], rounds, strict=False)]
         return [
             _path(tuple(p), value, _settled(record))
             for p, value, record in zip(zip(*points, strict=True), values, records, strict=True)
         ]
 
-    def _around(self, step: Step, last: Mapping[int, Tensor]) -> Step:
+    def _around(self, call: WalkedCall, last: Mapping[int, Tensor]) -> WalkedCall:
         """The same operation of the modified network, at the last round's points."""
-        edited = {id(t): self.twins[id(t)] for t in step.inputs if id(t) in self.twins}
-        table = edited | dict(last)
+        twins = {id(t): self.twins[id(t)] for t in call.inputs if id(t) in self.twins}
+        table = twins | dict(last)
         records: dict[int, Record] = {}
-        for tensor in step.inputs:
+        for tensor in call.inputs:
             if id(tensor) in last:
                 records[id(last[id(tensor)])] = self.paths[id(tensor)].rest
-            elif id(tensor) in edited:
-                records[id(edited[id(tensor)])] = nothing(tensor.ndim)
+            elif id(tensor) in twins:
+                records[id(twins[id(tensor)])] = nothing(tensor.ndim)
             else:
-                records[id(tensor)] = _without_path(step, tensor)
+                records[id(tensor)] = _without_path(call, tensor)
         return replace(
-            step,
-            args=swap(step.args, table),
-            kwargs=swap(step.kwargs, table),
+            call,
+            args=swap(call.args, table),
+            kwargs=swap(call.kwargs, table),
             bound=lambda t: _settled(records[id(t)]),
             twins={},
             records=records,
@@ -121,27 +121,27 @@ def radius_of(path: Path, clean: Tensor) -> tuple[Tensor, Tensor]:
     return moved.reshape(-1) + rest, rest
 
 
-def _without_path(step: Step, tensor: Tensor) -> Record:
-    record = step.records.get(id(tensor))
+def _without_path(call: WalkedCall, tensor: Tensor) -> Record:
+    record = call.records.get(id(tensor))
     if isinstance(record, Pending):
         if record.modified or not record.x.still:
             raise ValueError("an affine operation that moves without a path")
         return record
-    bound = step.bound(tensor)
+    bound = call.bound(tensor)
     return bound if bound.still else Bound(bound.radius, {}, math.inf, bound.ceiling)
 
 
 def _settled(record: Record) -> Bound:
     # Nothing is modified around a point, so no source is ever added.
-    found = record if isinstance(record, Bound) else record.settled(lambda pending, own: -1)
-    return replace(found, reach={}, lip=math.inf if found.lip else 0.0)
+    bound = record if isinstance(record, Bound) else record.settled(lambda pending, own: -1)
+    return replace(bound, reach={}, lip=math.inf if bound.lip else 0.0)
 
 
 def _tangent(
-    call: Callable[[dict[int, Tensor]], list[Tensor]], before: Mapping[int, Tensor], at: Mapping[int, Tensor]
+    run: Callable[[dict[int, Tensor]], list[Tensor]], before: Mapping[int, Tensor], at: Mapping[int, Tensor]
 ) -> list[Tensor]:
     with forward_ad.dual_level():
-        outputs = call({i: forward_ad.make_dual(before[i], at[i] - before[i]) for i in at})
+        outputs = run({i: forward_ad.make_dual(before[i], at[i] - before[i]) for i in at})
         parts: list[Any] = [forward_ad.unpack_dual(out) for out in outputs]
         return [p.primal if p.tangent is None else p.primal + p.tangent for p in parts]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from modhifi.bounds.propagation.affine import Norms, Source
+from modhifi.bounds.propagation.affine import ErrorSource, Norms
 from modhifi.bounds.propagation.interval import Bound, total
 from modhifi.bounds.propagation.newton import ROUNDS, radius_of
 from modhifi.bounds.propagation.walker import LOST, Walker
@@ -23,7 +23,7 @@ class Walk:
     # R2, and how much of it is not the prediction itself: float64 (b,).
     local: Tensor
     remainder: Tensor
-    sources: tuple[Source, ...]
+    sources: tuple[ErrorSource, ...]
     missing: Mapping[str, str] = field(default_factory=dict)
 
     @property

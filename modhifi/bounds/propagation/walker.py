@@ -15,18 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modhifi.bounds.propagation.affine import Norms, Pending, Source
+from modhifi.bounds.propagation.affine import ErrorSource, Norms, Pending
 from modhifi.bounds.propagation.float64 import CASTS, kept_double
 from modhifi.bounds.propagation.interval import Bound, nothing, settle_nan, slice_norm, total
 from modhifi.bounds.propagation.module_rules import module_rule
 from modhifi.bounds.propagation.newton import Newton
-from modhifi.bounds.propagation.operation import Step
 from modhifi.bounds.propagation.rules import RULES
-from modhifi.structure.torch_ops import METADATA, operation_name, swap, tensors_in
+from modhifi.bounds.propagation.walked_call import WalkedCall
+from modhifi.structure.torch_ops import METADATA, operation_name, swap, tensors_in, writes_in_place
 
 # The number of whatever went through an operation without a rule.
 LOST = -1
-INPLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"})
 
 
 class Walker(TorchFunctionMode):
@@ -41,7 +40,7 @@ class Walker(TorchFunctionMode):
         self.twins: dict[int, Tensor] = {}
         self.newton = Newton(self.twins, rounds)
         self.names: dict[int, tuple[str, ...]] = {}
-        self.sources: list[Source] = []
+        self.sources: list[ErrorSource] = []
         self.missing: dict[str, str] = {}
         self.path: list[str] = []
         self.silent = 0
@@ -86,7 +85,7 @@ class Walker(TorchFunctionMode):
             # The batch axis is not in front here: every sample gets the whole batch's error.
             errors = errors.square().sum().sqrt().expand(self.samples)
         centre = pending.gap * pending.x.lip if pending.x.lip and pending.gap else 0.0
-        self.sources.append(Source(pending.where, pending.parameters, errors, squared, centre))
+        self.sources.append(ErrorSource(pending.where, pending.parameters, errors, squared, centre))
         return len(self.sources) - 1
 
     def lose(self, reason: str, rungs: tuple[str, ...] = ("R1", "R2", "every input")) -> None:
@@ -113,7 +112,7 @@ class Walker(TorchFunctionMode):
                     self.silent -= 1
                     if not self.silent and isinstance(out, Tensor):
                         with torch._C.DisableTorchFunction():
-                            self.finish(rule, self.step(type(m).__name__, m, args, {}), [out])
+                            self.finish(rule, self.call(type(m).__name__, m, args, {}), [out])
                 self.path.pop()
 
             handles.append(module.register_forward_pre_hook(enter))
@@ -132,22 +131,23 @@ class Walker(TorchFunctionMode):
         if name in METADATA or self.silent:
             return kept_double(name, args, func(*args, **kwargs))
         inputs = list(tensors_in((args, kwargs)))
-        inplace = name in INPLACE or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
-        rule_args = args
-        if inplace and inputs:
-            before = inputs[0].clone()
-            self.copy_record(inputs[0], before)
-            rule_args = swap(args, {id(inputs[0]): before})
+        overwritten = inputs[0] if inputs and writes_in_place(func, kwargs) else None
+        if overwritten is None:
+            call = self.call(name, func, args, kwargs)
+        else:
+            before = overwritten.clone()
+            self.copy_record(overwritten, before)
+            table = {id(overwritten): before}
+            call = self.call(name, _on_a_copy(func), swap(args, table), swap(kwargs, table))
             inputs[0] = before
-        step = self.step(name, _on_a_copy(func) if inplace else func, rule_args, kwargs)
         out = func(*args, **kwargs)
         if name in CASTS and isinstance(out, Tensor) and inputs[0].dtype == torch.float64 and out.is_floating_point():
-            kept: Tensor = kept_double(name, args, out)
-            if kept is out:
+            uncast: Tensor = kept_double(name, args, out)
+            if uncast is out:
                 self.copy_record(inputs[0], out)
-            return kept
-        if inplace and inputs:
-            self.overwritten(args[0])
+            return uncast
+        if overwritten is not None:
+            self.overwritten(overwritten)
         outputs = list(tensors_in(out))
         if not outputs:
             if getattr(func, "__name__", "") not in ("__get__", "__set__") and any(
@@ -156,11 +156,13 @@ class Walker(TorchFunctionMode):
                 self.escaped(name, inputs)
             return out
         with torch._C.DisableTorchFunction():
-            self.finish(RULES.get(name), step, outputs)
+            self.finish(RULES.get(name), call, outputs)
         return out
 
-    def step(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Step:
-        return Step(name, func, args, kwargs, self.bound, self.twins, self.records, self.names, self.norms, self.where)
+    def call(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> WalkedCall:
+        return WalkedCall(
+            name, func, args, kwargs, self.bound, self.twins, self.records, self.names, self.norms, self.where
+        )
 
     def copy_record(self, source: Tensor, target: Tensor) -> None:
         self.bound(source)
@@ -190,68 +192,76 @@ class Walker(TorchFunctionMode):
             self.branching = True
             self.lose(name, ("R1", "every input"))
 
-    def finish(self, rule: Callable[[Step, list[Tensor]], Any] | None, step: Step, outputs: list[Tensor]) -> None:
+    def finish(
+        self, rule: Callable[[WalkedCall, list[Tensor]], Any] | None, call: WalkedCall, outputs: list[Tensor]
+    ) -> None:
         """Set the records of the outputs of one operation."""
-        inputs = step.inputs
+        inputs = call.inputs
         # A pending operation stays pending: the rule may fold it with what follows.
         if all(not isinstance(self.records.get(id(t)), Pending) and self.bound(t).constant for t in inputs):
-            twins = self.twinned(step, inputs)
+            twins = self.twinned(call, inputs)
             for place, tensor in enumerate(outputs):
                 self.remember(tensor, nothing(tensor.ndim))
                 if twins is not None and not torch.equal(twins[place], tensor):
-                    self.twins[id(tensor)], self.names[id(tensor)] = twins[place], step.parameters
+                    self.twins[id(tensor)], self.names[id(tensor)] = twins[place], call.parameters
             self.newton.forget(outputs)
             return
         exact = all(t.is_floating_point() for t in outputs)
         results = None
         if rule is not None and exact:
             try:
-                results = rule(step, outputs)
+                results = rule(call, outputs)
             except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError):
                 # Called in a way its rule does not foresee: it has no rule.
                 results = None
         if rule is None or results is None:
             still = all(self.bound(t).still for t in inputs) and not any(id(t) in self.twins for t in inputs)
             if not still:
-                self.lose(step.name)
+                self.lose(call.name)
             else:
-                self.lose(step.name, ("every input",))
+                self.lose(call.name, ("every input",))
             for tensor in outputs:
                 zero = torch.zeros([1] * tensor.ndim, dtype=torch.float64)
                 self.remember(tensor, Bound(zero, {}, torch.inf) if still else self.unknown(tensor))
             self.newton.forget(outputs)
             return
-        self.newton.follow(rule, step, outputs)
+        self.newton.follow(rule, call, outputs)
         for tensor, record in zip(outputs, results, strict=True):
             if isinstance(record, Bound):
-                record = self.own_error(step, tensor, record) if len(outputs) == 1 else record
+                record = self.own_error(call, tensor, record) if len(outputs) == 1 else record
                 if any(c == torch.inf for c in record.reach.values()):
-                    self.lose(step.name, ("R1", "every input"))
+                    self.lose(call.name, ("R1", "every input"))
                 elif record.lip == torch.inf:
-                    self.lose(step.name, ("every input",))
+                    self.lose(call.name, ("every input",))
                 if not bool(torch.isfinite(record.radius).all()):
-                    self.lose(step.name, ("R2",))
+                    self.lose(call.name, ("R2",))
             self.remember(tensor, record)
 
-    def twinned(self, step: Step, inputs: list[Tensor]) -> list[Tensor] | None:
+    def twinned(self, call: WalkedCall, inputs: list[Tensor]) -> list[Tensor] | None:
         """The outputs of an operation with the modified network's parameters; None where they are the same."""
         if not any(id(t) in self.twins for t in inputs):
             return None
-        return list(tensors_in(step.edited_call()))
+        return list(tensors_in(call.edited_call()))
 
-    def own_error(self, step: Step, out: Tensor, bound: Bound) -> Bound:
+    def own_error(self, call: WalkedCall, out: Tensor, bound: Bound) -> Bound:
         """Add the error that the operation makes itself where one of its parameters is modified."""
-        twins = self.twinned(step, step.inputs)
+        twins = self.twinned(call, call.inputs)
         if twins is None:
             return bound
         shape = list(bound.radius.shape)
         shape[0] = out.shape[0]
         own = slice_norm(twins[0] - out, shape)
-        pending = Pending(None, bound, out, twins[0], step.parameters, step.where, "plain")
+        pending = Pending(None, bound, out, twins[0], call.parameters, call.where, "plain")
         number = self.add_source(pending, own)
         return Bound(settle_nan(bound.radius + own), {**bound.reach, number: 1.0}, bound.lip)
 
 
 def _on_a_copy(func: Callable[..., Any]) -> Callable[..., Any]:
     """An operation that writes into its first argument, without doing so."""
-    return lambda first, *args, **kwargs: func(first.clone(), *args, **kwargs)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        first = next(tensors_in((args, kwargs)))
+        table = {id(first): first.clone()}
+        return func(*swap(args, table), **swap(kwargs, table))
+
+    return run

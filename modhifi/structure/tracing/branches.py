@@ -10,19 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modhifi.structure.torch_ops import CONVS, ELEMENTWISE, METADATA, MOVEMENT, operation_name, swap, tensors_in
-
-ADDITIONS = frozenset("add add_ __add__ __radd__ __iadd__".split())
-PRODUCTS = frozenset("mul mul_ __mul__ __rmul__ __imul__ multiply".split())
-# What may stand between a stream and everything that reads it: the class is erased behind it, where it is read.
-ACTIVATIONS = frozenset(
-    """relu relu_ relu6 silu silu_ gelu sigmoid tanh hardswish hardswish_ hardtanh hardtanh_ leaky_relu leaky_relu_ elu
-    elu_ selu celu mish mish_ softplus clamp clamp_""".split()
-)
-UNCHANGED = frozenset(
-    """dropout dropout_ feature_dropout dropout1d dropout2d dropout3d contiguous clone detach to float half bfloat16
-    double type type_as requires_grad_ cpu cuda""".split()
-)
+from modhifi.structure.torch_ops import METADATA, MOVEMENTS, OPERATIONS, operation_name, swap, tensors_in
 
 
 @dataclass(frozen=True)
@@ -62,7 +50,7 @@ class BranchWatcher(TorchFunctionMode):
     names: dict[int, str] = field(default_factory=dict)
     operators: dict[str, tuple[int, bool, int, Trail | None, int]] = field(default_factory=dict)
     sinks: dict[str, str] = field(default_factory=dict)
-    norms: dict[str, int] = field(default_factory=dict)
+    batchnorms: dict[str, int] = field(default_factory=dict)
     additions: list[Addition] = field(default_factory=list)
     path: list[str] = field(default_factory=list)
     # The call behind which an origin is read: its own, its norm's, its activation's.
@@ -90,16 +78,17 @@ class BranchWatcher(TorchFunctionMode):
         self.time += 1
         self.alive += [inputs, outputs]
         deepest = max((d for d, _, _ in before if d is not None), default=None)
-        found: list[Trail | None] = [None] * len(outputs)
+        kind = OPERATIONS.get(name)
         with torch._C.DisableTorchFunction():
-            if name in CONVS or name in ("linear", "addmm"):
+            trails: list[Trail | None]
+            if kind in ("conv", "linear"):
                 deepest = (deepest or 0) + 1
-                found = [self.operator(name, args, kwargs, before, inputs, outputs[0], deepest)]
-            elif name in ADDITIONS:
-                found = [self.addition(before, inputs, outputs[0])]
+                trails = [self.operator(name, args, kwargs, before, inputs, outputs[0], deepest)]
+            elif kind == "sum":
+                trails = [self.addition(before, inputs, outputs[0])]
             else:
-                found = self.follow(name, func, args, kwargs, before, inputs, outputs)
-        for tensor, trail in zip(outputs, found, strict=True):
+                trails = self.follow(name, func, args, kwargs, before, inputs, outputs)
+        for tensor, trail in zip(outputs, trails, strict=True):
             self.trails.pop(id(tensor), None)
             if deepest is not None:
                 self.depth[id(tensor)] = deepest
@@ -146,13 +135,14 @@ class BranchWatcher(TorchFunctionMode):
         outputs: list[Tensor],
     ) -> list[Trail | None]:
         none: list[Trail | None] = [None] * len(outputs)
-        if name in MOVEMENT or name in UNCHANGED:
+        kind = OPERATIONS.get(name)
+        if kind in MOVEMENTS or kind in ("unchanged", "cast"):
             if len(inputs) == 1 and before[0][0] is None and before[0][2] and outputs[0].numel() == inputs[0].numel():
                 self.names[id(outputs[0])] = before[0][2]  # a layer scale in another shape
             trail = before[0][1] if before else None
             if trail is None:
                 return none
-            if name in UNCHANGED:
+            if kind not in MOVEMENTS:
                 return [trail] * len(outputs)
             # A view of the same elements, whatever the strides of the index are.
             move = Tensor.reshape if name == "view" else func
@@ -166,16 +156,17 @@ class BranchWatcher(TorchFunctionMode):
             return [self.batch_norm(before, trail)]
         if trail is None or len(outputs) != 1 or outputs[0].shape != trail.index.shape:
             return none
-        if name in ACTIVATIONS and trail.direct:
+        # The class is erased behind an activation, where the stream is read, not before it.
+        if kind == "activation" and trail.direct:
             self.read[trail.origin] = self.time
             self.bent.add(trail.origin)
         if trail.module is None:
             # On the way from the stream to the classifier only positions matter.
             single = sum(b[0] is not None for b in before) == 1
-            kept = single and (name in ELEMENTWISE or name in ("layer_norm", "rms_norm"))
-            return [replace(trail, direct=False)] if kept else none
+            in_place = kind in ("activation", "elementwise") or name in ("layer_norm", "rms_norm")
+            return [replace(trail, direct=False)] if single and in_place else none
         others = [b for b in before if b[1] is not trail]
-        if name in PRODUCTS and len(others) == 1 and others[0][0] is None and others[0][2]:
+        if kind == "product" and len(others) == 1 and others[0][0] is None and others[0][2]:
             return [replace(trail, gains=(*trail.gains, others[0][2]))]
         return none
 
@@ -184,14 +175,14 @@ class BranchWatcher(TorchFunctionMode):
         if len(owners) != 1:
             return None
         owner = owners.pop()
-        self.norms[owner] = self.time
+        self.batchnorms[owner] = self.time
         if trail is None or trail.module is None or trail.norm or trail.gains:
             return replace(trail, direct=False) if trail is not None and trail.module is None else None
         self.sinks.setdefault(trail.module, owner)
-        found = replace(trail, norm=owner)
+        behind = replace(trail, norm=owner)
         if trail.direct:
-            self.read[trail.module], self.ends[trail.module] = self.time, found
-        return found
+            self.read[trail.module], self.ends[trail.module] = self.time, behind
+        return behind
 
 
 class Calls(TorchFunctionMode):

@@ -1,14 +1,14 @@
 """Find the groups of a model by watching one forward pass.
 
-Every torch function of a real forward pass is seen through a ``TorchFunctionMode``; a record beside each tensor says
-which components stand along which axis. Python control flow, timm's and transformers' own helpers, and any
+Every torch function of a real forward pass is seen through a ``TorchFunctionMode``; beside each tensor stands which
+components it carries along which axis. Python control flow, timm's and transformers' own helpers, and any
 ``nn.Module`` are followed without a symbolic graph. What is not understood *freezes* the components it touches, with
 a reason: no operation is ever guessed to be elementwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,79 +16,35 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from modhifi.structure.groups import Group, Operator, Structure
-from modhifi.structure.head_counts import described
-from modhifi.structure.torch_ops import (
-    BINARY,
-    CONVS,
-    CREATION,
-    ELEMENTWISE,
-    MIXING,
-    MOVEMENT,
-    POOLING,
-    PRODUCTS,
-    REDUCTION,
-    Axis,
-    Call,
-    Grid,
-    tensors_in,
-)
-from modhifi.structure.tracing.layer_rules import Layers
+from modhifi.structure.head_counts import with_head_counts
+from modhifi.structure.torch_ops import MOVEMENTS, Kind, tensors_in
+
+# The files of rules are imported for what they register.
+from modhifi.structure.tracing import elementwise_rules, layer_rules, movement_rules  # noqa: F401
+from modhifi.structure.tracing.operations import OWN_RULES, RULES
+from modhifi.structure.tracing.placements import Placement, TracedCall
+from modhifi.structure.tracing.watcher import Watcher
+
+# Kinds whose rules know of components along several axes.
+GRID_KINDS: frozenset[Kind] = MOVEMENTS | {"activation", "elementwise", "unchanged", "cast", "creation", "own"}
 
 
-class ChannelTracer(Layers):
-    """Watches one forward pass and fills :class:`Couplings`: which rule answers for which operation."""
+class ChannelTracer(Watcher):
+    """Watches one forward pass and fills :class:`Couplings` by the rules that are registered."""
 
-    def rule(self, call: Call) -> list[Axis | Grid | None]:
-        """The records of a call's outputs."""
-        name, known = call.name, call.known
-        if name in CREATION:
-            return [None] * len(call.outputs)
-        if call.grids and name not in MOVEMENT:
-            if name in ELEMENTWISE and len(call.inputs) == 1 and call.outputs[0].shape == call.inputs[0].shape:
-                return [call.grids[0][1]]
-            for _, grid in call.grids:
-                self.freeze(grid, f"the operation '{name}' meets components on several axes")
-        if name in CONVS:
-            return [self.conv(call)]
-        if name == "linear":
-            return [self.linear(call, call.argument(0, "input"), call.argument(1, "weight"), call.argument(2, "bias"))]
-        if name == "addmm" and len(call.args) == 3:
-            bias, x, weight = call.args
-            return [self.linear(call, x, weight, bias, transposed=True)]
-        if name in ("batch_norm", "instance_norm"):
-            return [self.batch_norm(call)]
-        if name == "prelu":
-            return [self.prelu(call.args[1], call.axis(call.args[0]))]
-        first = call.axis(call.inputs[0]) if call.inputs else None
-        if name in MIXING:
-            return [self.mixing(call, first)]
-        if name in ("type_as", "data"):
-            return [first]
-        if name in ELEMENTWISE and len(known) == 1 and call.outputs[0].shape == known[0][0].shape:
-            if all(t.numel() == 1 for t in call.inputs if t is not known[0][0]):
-                return [known[0][1]]
-        if name in BINARY:
-            return self.binary(call)
-        if name in PRODUCTS:
-            return self.matrix_product(call)
-        if name == "scaled_dot_product_attention":
-            return self.attention(call)
-        if name in POOLING and first is not None and first.dim == 1:
-            return [first] * len(call.outputs)
-        if name == "pad" and first is not None:
-            pads = call.argument(1, "pad")
-            if call.inputs[0].ndim - len(pads) // 2 > first.dim:
-                return [first]
-        if name in REDUCTION and first is not None:
-            return [self.reduce(call, first)]
-        if name in MOVEMENT:
-            return self.move(call)
-        return self.unknown(call)
+    def rule(self, call: TracedCall) -> Sequence[Placement | None]:
+        own = OWN_RULES.get(call.key)
+        if call.kind is None:
+            return self.unknown(call)
+        if call.kind not in GRID_KINDS or (own is not None and call.kind != "own"):
+            for grid in call.grids:
+                self.freeze(grid, f"the operation '{call.name}' meets components on several axes")
+        return (own or RULES[call.kind])(self, call)
 
 
 def _operators(tracer: ChannelTracer) -> Iterable[Operator]:
     for module, macs in tracer.macs.items():
-        sink, norms = ("bias" if tracer.biased.get(module) else None), tracer.norms.get(module, [])
+        sink, norms = ("bias" if tracer.biased.get(module) else None), tracer.batchnorms.get(module, [])
         if sink is None and len(norms) == 1 and tracer.calls[module] == 1:
             norm, written = norms[0]
             has_mean = getattr(tracer.model.get_submodule(norm), "running_mean", None) is not None
@@ -123,10 +79,10 @@ def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Structure:
         outputs = run(model)
     for tensor in tensors_in(outputs if isinstance(outputs, (Tensor, list, tuple, dict)) else vars(outputs)):
         tracer.uses[id(tensor)] += 1
-        record = tracer.records.get(id(tensor))
-        if record is not None:
-            tracer.couplings.freeze(record.ids.flatten(), "these channels are the model's output")
-    groups = tuple(described(model, group) for group in tracer.couplings.groups())
+        placement = tracer.placements.get(id(tensor))
+        if placement is not None:
+            tracer.couplings.freeze(placement.ids.flatten(), "these channels are the model's output")
+    groups = tuple(with_head_counts(model, group) for group in tracer.couplings.groups())
     operators = {o.module: o for o in _operators(tracer)}
     seen = {s.module for g in groups for s in g.slices} | set(operators)
     return Structure((*groups, *_stacked(model), *_unseen(model, seen, tracer.obstacles)), operators)

@@ -1,10 +1,10 @@
-"""Watch one forward pass: every torch function is seen, and a record beside each tensor says what it carries."""
+"""Watch one forward pass: every torch function is seen, and beside each tensor stands which components it carries."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,28 +12,37 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from modhifi.errors import ModhifiError
 from modhifi.structure.couplings import Couplings
 from modhifi.structure.operators import last_wide
-from modhifi.structure.torch_ops import CONVS, METADATA, Axis, Call, Grid, operation_name, tensors_in
+from modhifi.structure.torch_ops import METADATA, OPERATIONS, Kind, operation_name, tensors_in
+from modhifi.structure.tracing.placements import Axis, Placement, TracedCall
+
+# Kinds whose operations can make components of an input that carries none.
+MAKERS: frozenset[Kind] = frozenset({"conv", "linear", "own"})
 
 
 class Watcher(TorchFunctionMode):
-    """The records of one pass, and the couplings that the rules of `tracer` find in it."""
+    """The placements of one pass, and what its rules find: couplings, operators, multiply-adds, obstacles."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.couplings = Couplings()
-        self.records: dict[int, Axis | Grid | None] = {}
+        self.placements: dict[int, Placement | None] = {}
         self.alive: list[Tensor] = []
         self.uses: Counter[int] = Counter()
+        # The operator that wrote a tensor, by the tensor's id, and the BatchNorms behind it with what they read.
         self.written_by: dict[int, str] = {}
-        self.norms: dict[str, list[tuple[str, int]]] = defaultdict(list)
+        self.batchnorms: dict[str, list[tuple[str, int]]] = defaultdict(list)
         self.calls: Counter[str] = Counter()
         self.macs: Counter[str] = Counter()
         self.biased: dict[str, bool] = {}
         self.obstacles: dict[str, str] = {}
+        # The modules being run, each with the id of the tensor it received.
         self.path: list[tuple[str, int]] = []
+        # How many modules being run answer for all that happens inside them.
+        self.closed = 0
         self.samples = 0
         self.names: dict[int, str] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -45,92 +54,117 @@ class Watcher(TorchFunctionMode):
             holders[id(tensor)].add(id(model.get_submodule(name.rpartition(".")[0])))
         self.tied = {key for key, modules in holders.items() if len(modules) > 1}
 
-    # -- records ---------------------------------------------------------------------------------------------------
-    def remember(self, tensor: Tensor, record: Axis | Grid | None) -> None:
-        self.records[id(tensor)] = record
+    # -- placements ------------------------------------------------------------------------------------------------
+    def remember(self, tensor: Tensor, placement: Placement | None) -> None:
+        self.placements[id(tensor)] = placement
         self.alive.append(tensor)
 
-    def record(self, tensor: Tensor) -> Axis | Grid | None:
-        """What is known of a tensor; a free parameter gets components of its own, along its last wide axis.
+    def placement(self, tensor: Tensor) -> Placement | None:
+        """What a tensor carries; a free parameter gets components of its own, along its last wide axis.
 
         Free are parameters with one wide axis, and tables: those not called ``weight``, which layers multiply with.
         """
-        if id(tensor) not in self.records:
+        if id(tensor) not in self.placements:
             self.couplings.freeze_everything(f"an operation before {self.where} could not be observed")
             self.remember(tensor, None)
-        found = self.records[id(tensor)]
-        if found is None and id(tensor) in self.parameters and id(tensor) not in self.tied:
+        placement = self.placements[id(tensor)]
+        if placement is None and id(tensor) in self.parameters and id(tensor) not in self.tied:
             wide, name = sum(size > 1 for size in tensor.shape), self.names[id(tensor)]
             if wide == 1 or (wide == 2 and tensor.ndim == 2 and name.rpartition(".")[2] != "weight"):
                 dim = last_wide(tensor)
-                found = Axis(dim, self.couplings.parameter(name, tensor.shape[dim]))
-                self.records[id(tensor)] = found
-        return found
+                placement = Axis(dim, self.couplings.parameter(name, tensor.shape[dim]))
+                self.placements[id(tensor)] = placement
+        return placement
 
     @property
     def where(self) -> str:
+        """The innermost module being run, as a refusal names it."""
         return self.path[-1][0] if self.path and self.path[-1][0] else "the top level"
 
-    def freeze(self, record: Axis | Grid | None, reason: str) -> None:
-        if record is not None:
-            self.couplings.freeze(record.ids.flatten(), f"{reason} ({self.where})")
+    # -- refusals --------------------------------------------------------------------------------------------------
+    def freeze(self, placement: Placement | None, reason: str) -> None:
+        """Let the components of a placement stay, for a reason that is printed with the place."""
+        if placement is not None:
+            self.couplings.freeze(placement.ids.flatten(), f"{reason} ({self.where})")
 
+    def refuse(self, call: TracedCall, reason: str) -> list[Placement | None]:
+        """Let everything that a call's inputs carry stay; its outputs carry nothing."""
+        for _, placement in call.carriers:
+            self.freeze(placement, reason)
+        return [None] * len(call.outputs)
+
+    def unknown(self, call: TracedCall) -> list[Placement | None]:
+        return self.refuse(call, f"the operation '{call.name}' is not understood")
+
+    # -- dispatch --------------------------------------------------------------------------------------------------
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = operation_name(func)
+        if name in METADATA or self.closed:
+            return func(*args, **kwargs)
+        # An in-place operation overwrites the placement of its input: it is read before.
+        placements = {id(tensor): self.placement(tensor) for tensor in tensors_in((args, kwargs))}
+        out = func(*args, **kwargs)
+        call = TracedCall(name, func, args, kwargs, name, list(tensors_in(out)), placements)
+        if call.outputs:
+            self.follow(call)
+        elif getattr(func, "__name__", "") != "__get__":
+            self.unknown(call)
+        return out
+
+    def follow(self, call: TracedCall) -> None:
+        """Set what the outputs of a call carry."""
+        self.uses.update({id(t) for t in call.inputs})
+        placements: Sequence[Placement | None] = [None] * len(call.outputs)
+        if call.carriers or call.kind in MAKERS:
+            with torch._C.DisableTorchFunction():
+                placements = self.rule(call)
+        if len(placements) != len(call.outputs):
+            raise ModhifiError(
+                f"the rule of '{call.name}' returned {len(placements)} placements for {len(call.outputs)} outputs; "
+                "return one for each"
+            )
+        for tensor, placement in zip(call.outputs, placements, strict=True):
+            self.remember(tensor, placement)
+
+    @abstractmethod
+    def rule(self, call: TracedCall) -> Sequence[Placement | None]:
+        """What the outputs of a call carry."""
+
+    # -- modules ---------------------------------------------------------------------------------------------------
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Keep ``path`` the stack of modules being run, each with the tensor it received."""
-
-        def enter(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            received = next(tensors_in((args, kwargs)), None)
-            if not self.samples and received is not None and received.ndim:
-                self.samples = len(received)
-            self.path.append((name, id(received)))
-
+        """Keep ``path``, and let modules that are registered as one operation answer for what runs inside them."""
         handles: list[Any] = []
         for name, module in self.model.named_modules():
-            handles.append(
-                module.register_forward_pre_hook(lambda m, a, k, name=name: enter(name, a, k), with_kwargs=True)
-            )
-            handles.append(module.register_forward_hook(lambda *_: (self.path.pop(), None)[1], always_call=True))
+            enter, leave = self._hooks(name, module)
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
             self.path.clear()
+            self.closed = 0
 
-    # -- dispatch --------------------------------------------------------------------------------------------------
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = operation_name(func)
-        if name in METADATA:
-            return func(*args, **kwargs)
-        inputs = list(tensors_in((args, kwargs)))
-        # in-place operations overwrite the record of their input: read it before running
-        axes = {id(tensor): self.record(tensor) for tensor in inputs}
-        out = func(*args, **kwargs)
-        outputs = list(tensors_in(out))
-        call = Call(name, func, args, kwargs, inputs, outputs, axes)
-        if not outputs:
-            if getattr(func, "__name__", "") != "__get__":
-                self.unknown(call)
-            return out
-        self.uses.update({id(t) for t in inputs})
-        results: list[Axis | Grid | None] = [None] * len(outputs)
-        if call.known or call.grids or name in CONVS or name in ("linear", "addmm"):
-            with torch._C.DisableTorchFunction():
-                results = self.rule(call)
-        for tensor, record in zip(outputs, results, strict=True):
-            self.remember(tensor, record)
-        return out
+    def _hooks(self, name: str, module: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
+        key, registered = type(module), type(module) in OPERATIONS
 
-    @abstractmethod
-    def rule(self, call: Call) -> list[Axis | Grid | None]:
-        """The records of a call's outputs."""
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            received = next(tensors_in((args, kwargs)), None)
+            if not self.samples and received is not None and received.ndim:
+                self.samples = len(received)
+            self.path.append((name, id(received)))
+            self.closed += registered
 
-    def refuse(self, call: Call, reason: str) -> list[Axis | Grid | None]:
-        for _, record in call.records:
-            self.freeze(record, reason)
-        return [None] * len(call.outputs)
+        def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            self.closed -= registered
+            outputs = list(tensors_in(out))
+            if registered and not self.closed and outputs:
+                with torch._C.DisableTorchFunction():
+                    placements = {id(tensor): self.placement(tensor) for tensor in tensors_in((args, kwargs))}
+                    self.follow(TracedCall(key.__name__, module.forward, args, kwargs, key, outputs, placements))
+            self.path.pop()
 
-    def unknown(self, call: Call) -> list[Axis | Grid | None]:
-        return self.refuse(call, f"the operation '{call.name}' is not understood")
+        return enter, leave

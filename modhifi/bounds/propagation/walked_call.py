@@ -1,4 +1,4 @@
-"""One operation of the walked network, as its rule sees it."""
+"""One operation of the walked network, as its bound rule sees it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from modhifi.bounds.propagation.affine import Norms, Pending
 from modhifi.bounds.propagation.interval import UP, Bound
-from modhifi.structure.torch_ops import swap, tensors_in
+from modhifi.structure.torch_ops import Call, swap
 
 Record = Bound | Pending
-Rule = Callable[["Step", list[Tensor]], "list[Record] | None"]
+Rule = Callable[["WalkedCall", list[Tensor]], "list[Record] | None"]
 
 
 @dataclass(frozen=True)
-class Step:
-    """One operation as it was run. ``twins`` holds the modified network's value of each parameter that differs."""
+class WalkedCall(Call):
+    """An operation as it was run on clean activations.
 
-    name: str
-    func: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    ``bound`` gives the settled bound of an input. By ``id`` of an input: ``twins`` holds the modified network's value
+    of each parameter that differs, ``names`` the parameters it was made of, ``records`` the bounds, settled or not.
+    """
+
     bound: Callable[[Tensor], Bound]
     twins: Mapping[int, Tensor]
     records: Mapping[int, Record]
@@ -33,16 +33,9 @@ class Step:
     where: str
 
     @property
-    def inputs(self) -> list[Tensor]:
-        return list(tensors_in((self.args, self.kwargs)))
-
-    @property
     def parameters(self) -> tuple[str, ...]:
         """Names of the modified parameters among the inputs."""
         return tuple(n for t in self.inputs for n in self.names.get(id(t), ()))
-
-    def argument(self, place: int, name: str, default: Any = None) -> Any:
-        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
 
     def edited(self, tensor: Any) -> Any:
         return self.twins.get(id(tensor), tensor)

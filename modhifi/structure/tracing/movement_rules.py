@@ -1,0 +1,100 @@
+"""Rules for operations after which elements stand elsewhere: movements, pooling, padding, reductions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modhifi.structure.operators import last_wide
+from modhifi.structure.tracing.operations import rule_for
+from modhifi.structure.tracing.placements import Axis, Grid, Placement, TracedCall
+from modhifi.structure.tracing.watcher import Watcher
+
+
+@rule_for("reshape", "movement", "placed", "join")
+def move(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """The operation is run on component numbers: where they come out, the components stand."""
+    without = [t for t in call.inputs if t.ndim > 0 and _carries_nothing(call, t)]
+    if without and call.kind != "join":
+        return watcher.unknown(call)
+    try:
+        moved = call.moved()
+    except (IndexError, RuntimeError, TypeError, ValueError):  # an operation that takes no integers
+        return watcher.unknown(call)
+    placements = [p for p in moved if p is not None and bool((p.ids >= 0).any())]
+    split = any(isinstance(p, Grid) for p in placements) and not call.grids
+    if len(placements) < sum(t.numel() > 0 for t in call.outputs) or (split and call.kind != "reshape"):
+        return watcher.refuse(call, f"'{call.name}' folds these channels into another shape")
+    if call.kind == "placed" and not _takes_alike(watcher, call, call.carriers[0][1].ids.flatten(), placements):
+        return watcher.refuse(call, f"'{call.name}' takes these channels from fixed places")
+    return [_collapse(watcher, p) if split and isinstance(p, Grid) else p for p in moved]
+
+
+def _carries_nothing(call: TracedCall, tensor: Tensor) -> bool:
+    """Whether a tensor carries no components, and is no index either, which takes elements off other axes."""
+    return call.placements.get(id(tensor)) is None and (tensor.is_floating_point() or call.name != "__getitem__")
+
+
+def _collapse(watcher: Watcher, grid: Grid) -> Placement:
+    """A reshape has spread components over several axes: let those that differ in the last one live as one.
+
+    So the channels of an attention head become one component where ``(..., H * D)`` is seen as ``(..., H, D)``.
+    """
+    dim = last_wide(grid.ids)
+    heads = grid.ids.narrow(dim, 0, 1)
+    watcher.couplings.unite(heads.expand_as(grid.ids).flatten(), grid.ids.flatten())
+    wide = [d for d, size in enumerate(heads.shape) if size > 1]
+    return Axis(wide[0], heads.flatten()) if len(wide) == 1 else Grid(heads)
+
+
+def _takes_alike(watcher: Watcher, call: TracedCall, source: Tensor, placements: list[Placement]) -> bool:
+    """Whether an operation that names places takes equal chunks, or as many of every component: it may go on then."""
+    if all(torch.equal(p.ids.flatten(), source) for p in placements):
+        return True
+    pieces = [p.ids.flatten() for p in placements]
+    if call.name == "chunk" and not call.grids and torch.equal(torch.cat(pieces), source):
+        if len({len(piece) for piece in pieces}) == 1:
+            watcher.couplings.chunk(source, len(pieces))
+            return True
+    for piece in pieces:
+        taken = torch.isin(source, piece)
+        if not torch.equal(source[taken], piece):
+            return False
+        if not bool(taken.all()):
+            reason = f"'{call.name}' takes these channels from fixed places ({watcher.where})"
+            watcher.couplings.take(source, taken, reason)
+    return True
+
+
+@rule_for("pooling")
+def pooling(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """Every channel, on axis 1, is pooled or resized by itself."""
+    axis = call.axis(call.inputs[0])
+    return watcher.unknown(call) if axis is None or axis.dim != 1 else [axis] * len(call.outputs)
+
+
+@rule_for("padding")
+def padding(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """Pads are named from the last axis on, two for each; the axis of the components must not be among them."""
+    axis, pads = call.axis(call.inputs[0]), call.argument(1, "pad")
+    if axis is None or call.inputs[0].ndim - len(pads) // 2 <= axis.dim:
+        return watcher.unknown(call)
+    return [axis]
+
+
+@rule_for("reduction", "vector norm")
+def reduce(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """Axes without components may be reduced; those before the components' own move it forward."""
+    x, axis = call.inputs[0], call.axis(call.inputs[0])
+    if axis is None:
+        return watcher.unknown(call)
+    place = 2 if call.kind == "vector norm" else 1
+    dims = call.argument(place, "dim")
+    if not isinstance(dims, (int, tuple, list)):
+        dims = tuple(range(x.ndim))
+    reduced = {d % x.ndim for d in ((dims,) if isinstance(dims, int) else dims)}
+    if axis.dim in reduced:
+        watcher.freeze(axis, "a mean, sum or norm runs across these channels")
+        return [None] * len(call.outputs)
+    before = 0 if call.argument(place + 1, "keepdim", False) else sum(d < axis.dim for d in reduced)
+    return [Axis(axis.dim - before, axis.ids)] * len(call.outputs)
