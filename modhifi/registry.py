@@ -11,8 +11,6 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Generic, Protocol, TypeVar
 
-from pydantic import AfterValidator, WithJsonSchema
-
 from modhifi.errors import ModhifiError
 
 
@@ -85,6 +83,8 @@ class Registry(Mapping[str, E], Generic[E]):
 
 def one_of(registry: Registry[Any]) -> Any:
     """The type of a recipe's field that takes a name of a registry, also of an entry that is registered later."""
+    # The command line lists entries without any recipe.
+    from pydantic import AfterValidator, WithJsonSchema
 
     def known(name: str) -> str:
         if name not in registry:

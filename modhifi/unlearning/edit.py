@@ -14,7 +14,7 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.unlearning.methods import METHODS
 from modhifi.unlearning.norms import settle_norms, settled_names
-from modhifi.unlearning.session import EditSession, Record
+from modhifi.unlearning.session import AppliedEdit, EditSession
 from modhifi.unlearning.settings import Defaults, UnlearnSettings
 from modhifi.unlearning.sites import Sites
 
@@ -26,7 +26,7 @@ class Forgotten:
 
     model: nn.Module
     plain: nn.Module
-    records: tuple[Record, ...]
+    records: tuple[AppliedEdit, ...]
     left_out: tuple[tuple[str, str], ...]
     values: Defaults
 

@@ -22,7 +22,7 @@ from modhifi.unlearning.sites import Site, Sites
 
 
 @dataclass(frozen=True)
-class Record:
+class AppliedEdit:
     """One edit: the operator, the relative change of its weight in the Frobenius norm, the damping used."""
 
     module: str
@@ -32,7 +32,7 @@ class Record:
 
 @dataclass
 class EditSession:
-    """``model`` is edited in place; ``loaded`` stays as it is.
+    """A model that is edited in place, while the original, ``loaded``, stays as it is.
 
     ``groups`` int64 ``(n,)``: the population of each sample, 0 retained and j the j-th of ``classes``. ``values`` are
     depth, passes and strength that apply. ``left_out``: operators that could not be edited, with the reason. ``runs``
@@ -48,7 +48,7 @@ class EditSession:
     settings: UnlearnSettings
     values: Defaults
     progress: Progress
-    records: list[Record] = field(default_factory=list)
+    records: list[AppliedEdit] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     runs: Passes = field(init=False)
 
@@ -76,4 +76,4 @@ class EditSession:
             absorb_mean(self.model, site.module, site.sink, torch.cat(shifts).to(before))
         change = float((after - before).norm() / before.norm().clamp_min(1e-30))
         dampings = [e.damping for e in edits if e.damping is not None]
-        self.records.append(Record(site.module, change, max(dampings, default=None)))
+        self.records.append(AppliedEdit(site.module, change, max(dampings, default=None)))
