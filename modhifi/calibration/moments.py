@@ -7,9 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Narrow readers see at least this many rows in all: pixels are far from Gaussian, and a few hundred of them overfit.
-LEAST_ROWS = 4096
-
 
 @dataclass(frozen=True)
 class Moments:
@@ -29,16 +26,8 @@ class Moments:
         return self.cov + self.mean[:, :, None] * self.mean[:, None, :]
 
     def to(self, device: torch.device) -> Moments:
+        """The same moments on another device."""
         return Moments(self.n, self.mean.to(device), self.cov.to(device))
-
-    def merge(self, other: Moments) -> Moments:
-        """Moments of both samples together, exact up to rounding (pairwise update)."""
-        n = self.n + other.n
-        gap = other.mean - self.mean
-        share = other.n / n
-        cov = self.cov * (1 - share) + other.cov * share
-        cov += (share * (1 - share)) * gap[:, :, None] * gap[:, None, :]
-        return Moments(n, self.mean + share * gap, cov)
 
 
 class Accumulator:

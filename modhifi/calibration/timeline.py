@@ -1,0 +1,160 @@
+"""When each module of a model runs in a forward pass, and which functions read what it puts out.
+
+One watched pass on an example answers, for any set of modules that will change, what runs before all of them and what
+of it anything else needs: see :class:`Prefix`.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from modhifi.models.hooks import attached
+from modhifi.structure.torch_ops import METADATA, operation_name, tensors_in
+from modhifi.structure.tracing.branches import Calls
+
+
+@dataclass
+class Span:
+    """When a module began for the first time and ended for the last, in events of the pass.
+
+    ``calls`` is how many numbered calls (:class:`Calls`) one run makes, ``times`` how often the module runs.
+    """
+
+    begin: int
+    end: int = -1
+    calls: int = 0
+    times: int = 1
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The largest modules that end before a change begins, with how many numbered calls each makes.
+
+    ``read`` names those whose outputs anything but a module of the prefix reads.
+    """
+
+    calls: Mapping[str, int]
+    read: frozenset[str]
+
+
+class Timeline:
+    """The events of one forward pass, that of ``run()``: modules begin and end, functions read their outputs.
+
+    Tells of every copy of ``model`` that computes in the same order.
+    """
+
+    def __init__(self, model: nn.Module, run: Callable[[], object]) -> None:
+        self.model = model
+        self.spans: dict[str, Span] = {}
+        self._outputs: dict[str, list[int]] = {}
+        self._reads: dict[int, list[int]] = {}
+        self._names = {module: name for name, module in model.named_modules()}
+        self._events = 0
+        outputs: list[Any] = []  # kept alive, so that no other tensor gets the identity of one of them
+        with torch.no_grad(), Calls({}) as calls, _Reads(self._read), attached(self._hooks(calls, outputs)):
+            run()
+        self._read(outputs[-1:])  # the model's own output is read by the caller
+        self._begins: dict[int, int] = {}
+        for module, name in self._names.items():
+            for tensor in _tensors(module, recurse=False):
+                self._begins[id(tensor)] = min(self._begin(name), self._begins.get(id(tensor), self._events))
+
+    def begin(self, changed: Iterable[str]) -> float:
+        """The event with which the first of the ``changed`` modules begins, infinity if there are none.
+
+        Counts every module with which a changed one shares a tensor, and for one that is never called itself, as its
+        parent reads its weights, the nearest one around it that is.
+        """
+        begins = [math.inf]
+        for name in changed:
+            module = self.model.get_submodule(name)
+            begins.append(self._begin(self._names.get(module, name)))
+            begins += [self._begins[id(tensor)] for tensor in _tensors(module)]
+        return min(begins)
+
+    def before(self, changed: Iterable[str], among: Collection[str] | None = None) -> Prefix:
+        """The modules, ``among`` the given ones if there are any, that end before any of the ``changed`` begins.
+
+        Modules that run more than once are never among them.
+        """
+        start = self.begin(changed)
+        early = [
+            (span.begin, span.end, name)
+            for name, span in self.spans.items()
+            if name and span.times == 1 and 0 <= span.end < start and (among is None or name in among)
+        ]
+        largest: list[tuple[int, int, str]] = []
+        for module in sorted(early):
+            if not largest or module[0] > largest[-1][1]:
+                largest.append(module)
+        begins = [begin for begin, _, _ in largest]
+
+        def outside(event: int) -> bool:
+            number = bisect_right(begins, event) - 1
+            return number < 0 or event > largest[number][1]
+
+        read = {
+            name
+            for _, end, name in largest
+            if any(event > end and outside(event) for key in self._outputs[name] for event in self._reads[key])
+        }
+        return Prefix({name: self.spans[name].calls for _, _, name in largest}, frozenset(read))
+
+    def _begin(self, name: str) -> int:
+        while name and name not in self.spans:
+            name = name.rpartition(".")[0]
+        return self.spans[name].begin
+
+    def _read(self, value: Any) -> None:
+        self._events += 1
+        for tensor in tensors_in(value):
+            if id(tensor) in self._reads:
+                self._reads[id(tensor)].append(self._events)
+
+    def _hooks(self, calls: Calls, outputs: list[Any]) -> Iterator[Any]:
+        def begin(name: str) -> None:
+            self._events += 1
+            if name in self.spans:
+                self.spans[name].times += 1
+            else:
+                self.spans[name] = Span(self._events, calls=-calls.time)
+
+        def end(name: str, output: Any) -> None:
+            self._events += 1
+            span = self.spans[name]
+            span.end = self._events
+            if span.times == 1:
+                span.calls += calls.time
+            outputs.append(output)
+            self._outputs[name] = [id(tensor) for tensor in tensors_in(output)]
+            for key in self._outputs[name]:
+                self._reads.setdefault(key, [])
+
+        for module, name in self._names.items():
+            yield module.register_forward_pre_hook(lambda *_, name=name: begin(name))
+            yield module.register_forward_hook(lambda _, args, output, name=name: end(name, output))
+
+
+class _Reads(TorchFunctionMode):
+    """Hands the tensors that any function reads to ``see``."""
+
+    def __init__(self, see: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.see = see
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation_name(func) not in METADATA:
+            self.see((args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(module: nn.Module, recurse: bool = True) -> list[Tensor]:
+    return [*module.parameters(recurse), *module.buffers(recurse)]
