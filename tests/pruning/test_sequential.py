@@ -86,10 +86,10 @@ def inputs_of(loaded: LoadedModel, model: nn.Module, reader: str, samples: Sampl
     return torch.cat(rows, 2)
 
 
-@pytest.mark.parametrize("most_bytes", [0, 30_000, 2**30])
+@pytest.mark.parametrize("most_bytes, least, most", [(0, 0, 0), (8_000, 1, 2), (2**30, 3, 3)])
 @pytest.mark.parametrize("synthetic", [False, True])
 def test_paired_moments_are_those_of_whole_passes(
-    loaded: LoadedModel, samples: Samples, synthetic: bool, most_bytes: float
+    loaded: LoadedModel, samples: Samples, synthetic: bool, most_bytes: float, least: int, most: int
 ) -> None:
     """Whatever is remembered, and where every edit changes the batch statistics behind it."""
     samples = replace(samples, synthetic=synthetic)
@@ -107,5 +107,4 @@ def test_paired_moments_are_those_of_whole_passes(
         assert sum(r.nbytes for cache in passes.caches for r in cache.remembered.values()) <= most_bytes
         for name in written_modules(structure, [reader]):
             edited.get_submodule(name).weight.mul_(1.5)
-    batches = {len(cache.remembered) for cache in passes.caches}
-    assert batches == ({0: {0}, 2**30: {3}}.get(int(most_bytes)) or batches & {1, 2})
+    assert all(least <= len(cache.remembered) <= most for cache in passes.caches)
