@@ -30,9 +30,9 @@ from modhifi.data.sources import load_samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.unlearning.audit import Observed, measure, observe, recalls
+from modhifi.unlearning.batchnorm import settle_norms
 from modhifi.unlearning.data import UnlearnData
 from modhifi.unlearning.edit import UnlearnSettings, blend, forget, settled_names
-from modhifi.unlearning.norms import settle_norms
 from modhifi.unlearning.sites import Sites, find_sites
 
 BATCH = 250

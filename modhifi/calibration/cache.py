@@ -37,7 +37,7 @@ PARTS = ("shift", "first", "second")
 
 
 class MomentCache:
-    """The cache of one run. ``remark`` says what it gave, empty if nothing."""
+    """The stored moments of one run; ``remark`` says what came from them, empty if nothing did."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory / "moments"
@@ -46,14 +46,14 @@ class MomentCache:
     def open(
         self, loaded: LoadedModel, readers: Mapping[str, nn.Module], samples: Samples, sampling: Sampling
     ) -> StoredSums:
-        """The sums of one pass over ``samples``, as far as an earlier run got."""
+        """The sums of one pass over ``samples``, as far as an earlier run came with the same ``sampling``."""
         return StoredSums(
             self, self.directory / f"{_key(loaded, readers, samples, sampling)}.safetensors", len(samples)
         )
 
 
 class StoredSums:
-    """The sums of one pass: ``done`` samples are in them."""
+    """The running sums of one pass on disk; ``done`` samples are in them, after ``seconds`` of measuring."""
 
     def __init__(self, cache: MomentCache, path: Path, total: int) -> None:
         self.cache, self.path, self.total = cache, path, total

@@ -75,11 +75,11 @@ def prune_in_blocks(
         return None  # whose samples would be read from disk again for every block
     timeline = Timeline(loaded.model, lambda: loaded.run(loaded.example))
     blocks = find_blocks(timeline)
-    home = {
+    holders = {
         g.name: {b for b in blocks if all(s.module.startswith(f"{b}.") for s in (*g.readers, *g.producers))}
         for g in structure.prunable
     }
-    if not all(len(holders) == 1 for holders in home.values()):
+    if not all(len(names) == 1 for names in holders.values()):
         return None
     check_room(loaded.model, structure)
     widths = uniform_widths(loaded, structure, budget, settings)
@@ -102,12 +102,12 @@ def prune_in_blocks(
     for number, block in enumerate(blocks):
         progress("pruning blocks", number, len(blocks))
         moments = next(passes)
-        inside = structure.select([g.name for g in structure.prunable if block in home[g.name]])
+        inside = structure.select([g.name for g in structure.prunable if block in holders[g.name]])
         if not inside.prunable:
             continue
-        where = next(iter(moments.values())).mean.device
+        device = next(iter(moments.values())).mean.device
         dense, edited = loaded.model.get_submodule(block), dense_shape.get_submodule(block)
-        with staying([dense], where), staying([edited], where, written=True):
+        with staying([dense], device), staying([edited], device, written=True):
             block_curves = removal_curves(loaded.model, inside, moments, settings)
             plan = plan_for(inside.prunable, block_curves, widths)
             errors += edit_readers(dense_shape, structure, plan, moments, settings)

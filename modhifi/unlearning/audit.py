@@ -20,9 +20,9 @@ from modhifi.progress import Progress, silent
 from modhifi.structure.tracing.branches import Calls
 from modhifi.unlearning import attacks
 from modhifi.unlearning.audit_text import conclude
+from modhifi.unlearning.batchnorm import batch_norms, recall, settle_norms
 from modhifi.unlearning.data import UnlearnData
 from modhifi.unlearning.edit import UnlearnSettings, forget, settled_names
-from modhifi.unlearning.norms import batch_norms, recall, settle_norms
 from modhifi.unlearning.sites import Sites, Writer
 
 SHOTS = 10

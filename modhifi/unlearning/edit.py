@@ -20,9 +20,9 @@ from modhifi.progress import Progress, silent
 from modhifi.pruning.fidelity import singleton_fidelity
 from modhifi.structure.operators import absorb_mean, columns_of, conv_groups, weight_matrix, write_weight
 from modhifi.unlearning import methods
+from modhifi.unlearning.batchnorm import settle_norms
 from modhifi.unlearning.methods import Edit
 from modhifi.unlearning.moments import Joint, joint_moments, reader_moments
-from modhifi.unlearning.norms import settle_norms
 from modhifi.unlearning.sites import MOST_COLUMNS, Site, Sites, Writer
 from modhifi.unlearning.wide import spanned_moments
 

@@ -1,4 +1,4 @@
-"""Moments of retained and of forgotten samples, apart, from one forward pass."""
+"""The moments of retained and of forgotten samples, apart, from one forward pass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HELD_ROWS = 1024
 
 
 class Populations:
-    """One accumulator for each population: 0 the retained samples, j the j-th forgotten class; -1 is left out."""
+    """Sums the moments of every population: 0 the retained samples, j the j-th forgotten class; -1 is left out."""
 
     def __init__(self, groups: Tensor, seed: int = 0) -> None:
         self.groups = groups
@@ -93,9 +93,10 @@ class Joint:
 
 
 def joint_moments(runs: Passes, groups: Tensor, classes: Tensor, writer: Writer, focus: Tensor | None) -> Joint:
-    """One pass over samples of populations ``groups`` and ``classes``, both int64 ``(n,)``.
+    """The joint moments of a writer's input and its stream, from one pass over the samples.
 
-    Only positions that reach the stream count, and only those of ``focus`` where the stream has them.
+    ``groups`` and ``classes`` are the samples' populations and classes, both int64 ``(n,)``. Only positions that reach
+    the stream count, and only those of ``focus`` where the stream has them.
     """
     populations, means = Populations(groups), ClassMeans(groups, classes)
     columns = columns_of(runs.model.get_submodule(writer.site.module))[1] + writer.rows.shape[1]
@@ -156,14 +157,14 @@ def joint_rows(
 
     def hold(x: Tensor) -> None:
         with torch._C.DisableTorchFunction():
-            held["at"] = open_positions[choose(first, count, len(open_positions))]
-            held["x"] = _input_rows(layer, x.detach(), count, lambda *_: held["at"])[0]
+            held["positions"] = open_positions[choose(first, count, len(open_positions))]
+            held["x"] = _input_rows(layer, x.detach(), count, lambda *_: held["positions"])[0]
 
     def join(stream: Tensor) -> None:
         with torch._C.DisableTorchFunction():
             flat = stream.detach().reshape(count, -1)
-            place = writer.rows[held["at"]].to(flat.device)
-            s = flat.gather(1, place.flatten(1)).view(place.shape).permute(2, 0, 1).float()
+            columns = writer.rows[held["positions"]].to(flat.device)
+            s = flat.gather(1, columns.flatten(1)).view(columns.shape).permute(2, 0, 1).float()
             take(first, held["x"], s)
         raise StopForward
 

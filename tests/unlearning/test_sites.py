@@ -15,9 +15,9 @@ from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.structure.tracing.branches import Calls
 from modhifi.unlearning.audit import observe
+from modhifi.unlearning.batchnorm import settle_norms
 from modhifi.unlearning.edit import UnlearnSettings, forget, writer_scale
 from modhifi.unlearning.moments import joint_moments, reader_moments
-from modhifi.unlearning.norms import settle_norms
 from modhifi.unlearning.sites import block_of, find_sites
 
 
