@@ -1,5 +1,4 @@
-"""Run a model block by block: the outputs of the last block are all that is kept, and one block's Grams all that is
-measured.
+"""Run a model block by block, with one block's outputs in memory and one block's Grams.
 
 The blocks are a list of modules of one class that a forward pass runs once each, in order: a transformer's layers. The
 model's own code calls every block, so each gets the masks and positions that it gets in a whole pass.
@@ -18,6 +17,7 @@ from modhifi.calibration.moments import Moments
 from modhifi.calibration.prefix_cache import PrefixCache
 from modhifi.calibration.sampling import Sampling
 from modhifi.calibration.timeline import Timeline
+from modhifi.models.hooks import stop_behind
 from modhifi.models.loaded import real_tokens
 from modhifi.models.offload import staying
 
@@ -47,13 +47,14 @@ class Stream:
 
     def advance(self, batches: Iterable[Tensor], before: Callable[[Tensor], None] = lambda batch: None) -> None:
         """Run the next block on every batch; ``batches`` are the same each time. ``before(batch)`` is called first."""
-        block = self.blocks[self.at]
+        block = self.model.get_submodule(self.blocks[self.at])
         self.at += 1
         self.cache.advance(self.blocks[self.at :])
-        with staying([self.model.get_submodule(block)], self.cache.device):
+        with staying([block], self.cache.device):
             for number, batch in enumerate(batches):
                 before(batch)
-                self.cache.fill(number, batch)
+                with stop_behind(block):
+                    self.cache.run(number, batch)
 
 
 def moments_by_block(

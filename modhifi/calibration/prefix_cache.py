@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Remembered:
     prefix: Prefix
     outputs: dict[str, Any]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes that the outputs take."""
         return sum(tensor.nbytes for name in self.prefix.read for tensor in tensors_in(self.outputs[name]))
@@ -135,7 +135,12 @@ class PrefixCache:
                 raise StopForward
 
         new = [(name, self.model.get_submodule(name)) for name in self.prefix.calls if name not in known]
-        with attached([m.register_forward_hook(lambda _, args, out, name=name: end(name, out)) for name, m in new]):
+        # Before any hook that ends the pass.
+        hooks = [
+            module.register_forward_hook(lambda _, args, output, name=name: end(name, output), prepend=True)
+            for name, module in new
+        ]
+        with attached(hooks):
             yield
 
 

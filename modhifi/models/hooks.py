@@ -52,6 +52,17 @@ def stop_before(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
+def stop_behind(module: nn.Module) -> Iterator[None]:
+    """End a forward pass where the module ends."""
+
+    def stop(*_: object) -> None:
+        raise StopForward
+
+    with module.register_forward_hook(stop), suppress(StopForward):
+        yield
+
+
+@contextmanager
 def batch_statistics(model: nn.Module, active: bool = True) -> Iterator[None]:
     """Let every BatchNorm normalise by its batch while its running statistics stay untouched.
 

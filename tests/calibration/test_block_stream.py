@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modhifi.calibration.block_stream import Stream, find_blocks
+from modhifi.calibration.block_stream import Stream, find_blocks, moments_by_block
+from modhifi.calibration.collect import collect
 from modhifi.calibration.moments import Moments
+from modhifi.calibration.sampling import Sampling
 from modhifi.calibration.timeline import Timeline
 from modhifi.data.samples import Samples
 from modhifi.models.load import load_model
@@ -143,6 +146,60 @@ def test_stubbed_blocks_move_nothing(depth: int) -> None:
         for _ in range(depth):
             stream.advance([batch, batch])
     assert transfers.count == 2 * (2 * depth - 1)
+
+
+class AddsInPlace(nn.Module):
+    """A block that gives its input back, changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add_(self.linear(x).tanh())
+
+
+class Skips(nn.Module):
+    """The last block reads what the first one put out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.blocks[0](x)
+        x = self.blocks[2](self.blocks[1](first))
+        return self.blocks[3](x.mul_(2) + first)
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([AddsInPlace() for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 1
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("build", [Chain, Skips])
+@torch.no_grad()
+def test_blocks_that_change_or_skip_are_measured_as_in_a_whole_pass(build: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, batches = build(), list(torch.randn(3, 5, 4))
+    timeline = Timeline(model, lambda: model(batches[0]))
+    blocks = find_blocks(timeline)
+    readers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    every = Sampling(rows_per_column=None)
+    whole = collect(model, model, batches, readers, every, samples=15)
+    stream = Stream(model, blocks, model, timeline)
+    streamed = moments_by_block(stream, lambda: batches, readers, every, samples=15)
+    found = {name: moments for block in streamed for name, moments in block.items()}
+    assert found.keys() == whole.keys() and len(blocks) == len(readers)
+    for name, moments in whole.items():
+        assert torch.equal(found[name].cov, moments.cov) and torch.equal(found[name].mean, moments.mean)
 
 
 def test_large_grams_are_never_kept(monkeypatch: pytest.MonkeyPatch) -> None:
