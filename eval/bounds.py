@@ -140,7 +140,7 @@ def bound(
     columns: list[str] | None = None,
 ) -> None:
     structure = choose_groups(find_structure(loaded), settings)
-    moments = measure_moments(loaded, structure, calibration, settings)
+    moments = measure_moments(loaded, structure, calibration, settings.sampling)
     print(f"{name}: measured", flush=True)
     curves = removal_curves(loaded.model, structure, moments, settings)
     print(f"{name}: scored", flush=True)

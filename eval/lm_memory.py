@@ -50,7 +50,7 @@ def tokens() -> Samples:
 
 def at_once(loaded: LoadedModel) -> None:
     structure = choose_groups(find_structure(loaded), SETTINGS)
-    moments = measure_moments(loaded, structure, tokens(), SETTINGS)
+    moments = measure_moments(loaded, structure, tokens(), SETTINGS.sampling)
     curves = removal_curves(loaded.model, structure, moments, SETTINGS)
     plan = make_plan(loaded.model, structure, curves, BUDGET, SETTINGS)
     apply_plan(loaded, structure, plan, moments, SETTINGS)

@@ -133,7 +133,7 @@ class Work:
         def collect() -> tuple[dict[str, Moments], BlockStatistics]:
             statistics = BlockStatistics(len(self.blocks))
             with statistics.watching(self.blocks):
-                return measure_moments(self.loaded, self.everything, self.calibration, BOTH), statistics
+                return measure_moments(self.loaded, self.everything, self.calibration, BOTH.sampling), statistics
 
         return self.kept("moments", collect)  # type: ignore[no-any-return]
 

@@ -98,7 +98,7 @@ Command: `python eval/lm_self.py --windows {n}`.""",
         path = options.cache and options.cache / f"{name.split(',')[0].split(':')[0]}-{len(name)}-{n}.pt"
 
         def moments(source: Callable[[], Samples] = source, path: Path | None = path) -> dict[str, Moments]:
-            return cached(path, lambda: measure_moments(loaded, structure, source(), SETTINGS))  # type: ignore[no-any-return]
+            return cached(path, lambda: measure_moments(loaded, structure, source(), SETTINGS.sampling))  # type: ignore[no-any-return]
 
         for ratio in RATIOS:
             table.add(partial(edited, loaded, structure, moments, ratio), **{"FFN removed": ratio, "calibration": name})

@@ -99,7 +99,7 @@ def pruned_accuracies(loaded: LoadedModel, calibration: Samples, test: Samples) 
     )
     settings = PruneSettings(layout="uniform", coupled=False, only=("channels" if inner else "neurons",), exclude=wide)
     structure = choose_groups(structure, settings)
-    moments = measure_moments(loaded, structure, calibration, settings)
+    moments = measure_moments(loaded, structure, calibration, settings.sampling)
     curves = removal_curves(loaded.model, structure, moments, settings)
     found = []
     for ratio in RATIOS:

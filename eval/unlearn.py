@@ -31,9 +31,9 @@ from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.unlearning.attacks import Attacked
 from modhifi.unlearning.attacks import attack as run_attacks
+from modhifi.unlearning.batchnorm import settle_norms, settled_names
 from modhifi.unlearning.data import UnlearnData
 from modhifi.unlearning.edit import blend, forget
-from modhifi.unlearning.norms import settle_norms, settled_names
 from modhifi.unlearning.observe import Observed, observe
 from modhifi.unlearning.settings import UnlearnSettings
 from modhifi.unlearning.sites import Sites, find_sites

@@ -70,7 +70,7 @@ def ladder() -> None:
     rows = [{"method": "dense", "removed": 0.0, "accuracy": dense, "FLOPs kept": 1.0}]
     inner = PruneSettings(layout="uniform", coupled=False)
     structure = choose_groups(find_structure(loaded), inner)
-    moments = measure_moments(loaded, structure, calibration, inner)
+    moments = measure_moments(loaded, structure, calibration, inner.sampling)
     orders = {(selector, "behind norms" in how) for selector, how in LADDER}
     curves = {
         key: removal_curves(loaded.model, structure, moments, replace(inner, selector=key[0], behind_norms=key[1]))

@@ -1,4 +1,4 @@
-"""BatchNorm statistics taken from samples anew."""
+"""Re-estimate BatchNorm statistics on samples."""
 
 from __future__ import annotations
 

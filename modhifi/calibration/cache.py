@@ -13,15 +13,16 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from modhifi.calibration.moments import LEAST_ROWS, Accumulator
+from modhifi.calibration.moments import Accumulator
+from modhifi.calibration.sampling import LEAST_ROWS, Sampling
 from modhifi.data.in_memory import digest
 from modhifi.data.samples import Samples
 from modhifi.disk import make_room
@@ -36,23 +37,23 @@ PARTS = ("shift", "first", "second")
 
 
 class MomentCache:
-    """The cache of one run. ``remark`` says what it gave, empty if nothing."""
+    """The stored moments of one run; ``remark`` says what came from them, empty if nothing did."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory / "moments"
         self.remark = ""
 
     def open(
-        self, loaded: LoadedModel, readers: Mapping[str, nn.Module], samples: Samples, settings: Mapping[str, Any]
+        self, loaded: LoadedModel, readers: Mapping[str, nn.Module], samples: Samples, sampling: Sampling
     ) -> StoredSums:
-        """The sums of one pass over ``samples``, as far as an earlier run got."""
+        """The sums of one pass over ``samples``, as far as an earlier run came with the same ``sampling``."""
         return StoredSums(
-            self, self.directory / f"{_key(loaded, readers, samples, settings)}.safetensors", len(samples)
+            self, self.directory / f"{_key(loaded, readers, samples, sampling)}.safetensors", len(samples)
         )
 
 
 class StoredSums:
-    """The sums of one pass: ``done`` samples are in them."""
+    """The running sums of one pass on disk; ``done`` samples are in them, after ``seconds`` of measuring."""
 
     def __init__(self, cache: MomentCache, path: Path, total: int) -> None:
         self.cache, self.path, self.total = cache, path, total
@@ -117,14 +118,14 @@ class StoredSums:
         self._cost = self._written - now
 
 
-def _key(loaded: LoadedModel, readers: Mapping[str, nn.Module], samples: Samples, settings: Mapping[str, Any]) -> str:
+def _key(loaded: LoadedModel, readers: Mapping[str, nn.Module], samples: Samples, sampling: Sampling) -> str:
     parts = {
         "format": FORMAT,
         "weights": state_hash(loaded.model),
         "code": repr(loaded.model) + str(getattr(loaded.model, "config", "")),
         "readers": sorted(readers),
         "samples": [samples.fingerprint(), len(samples), samples.adapted, digest(samples.load(0))],
-        "settings": dict(settings),
+        "settings": asdict(sampling),
         "least_rows": LEAST_ROWS,
         "device": next(loaded.model.parameters()).device.type,
         "versions": [metadata.version("torch"), version_of("modhifi")],

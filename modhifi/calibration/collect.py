@@ -2,92 +2,67 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from modhifi.calibration.im2col import reader_rows, spread_positions
-from modhifi.calibration.moments import LEAST_ROWS, Accumulator, Moments
-from modhifi.models.hooks import batch_statistics, only_input
+from modhifi.calibration.cache import StoredSums
+from modhifi.calibration.moments import Accumulator, Moments
+from modhifi.calibration.sampling import Sampling
+from modhifi.models.hooks import attached, batch_statistics, on_input
 from modhifi.models.loaded import real_tokens
-
-if TYPE_CHECKING:
-    from modhifi.calibration.cache import StoredSums
 
 
 class MomentCollector:
     """Owns forward hooks on readers and accumulates their moments while the model runs.
 
-    Use as a context manager; call :meth:`start` before each batch with the number of its first sample. With
-    ``rows_per_column`` r and ``samples`` in all, a reader of d columns looks at ``ceil(max(r d, 4096) / samples)``
-    positions per sample (all of them where the sample has fewer): a Gram of d columns needs a small multiple of d
-    rows, not every position of every image.
+    Use as a context manager; call :meth:`start` before each batch with the number of its first sample, of ``samples``
+    in all.
     """
 
-    def __init__(
-        self, readers: dict[str, nn.Module], *, samples: int, rows_per_column: int | None = None, seed: int = 0
-    ) -> None:
-        self.readers = readers
-        self.samples = samples
-        self.rows_per_column = rows_per_column
-        self.seed = seed
+    def __init__(self, readers: Mapping[str, nn.Module], sampling: Sampling, *, samples: int) -> None:
+        self.readers, self.sampling, self.samples = readers, sampling, samples
         self.first = 0
         self.keep: Tensor | None = None
         self.sums = {name: Accumulator() for name in readers}
-        self.handles: list[Any] = []
+        self._hooks = ExitStack()
 
     def start(self, first: int, keep: Tensor | None = None) -> None:
+        """Announce the batch from sample number ``first`` on; ``keep`` as in :meth:`Sampling.rows`."""
         self.first, self.keep = first, keep
 
     def __enter__(self) -> MomentCollector:
-        for name, module in self.readers.items():
-            see = partial(self._see, name)
-            self.handles.append(
-                module.register_forward_pre_hook(
-                    lambda m, args, named, see=see: see(m, only_input(args, named)), with_kwargs=True
-                )
-            )
+        hooks = [on_input(module, partial(self._add, name)) for name, module in self.readers.items()]
+        self._hooks.enter_context(attached(hooks))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+        self._hooks.close()
 
-    def positions(self, module: nn.Module, x: Tensor, total: int) -> Tensor | None:
-        """Which of an input's ``total`` rows per sample to look at, int64 ``(batch, p)``; None for all."""
-        if self.rows_per_column is None:
-            return None
-        columns = module.get_parameter("weight")[0].numel() if hasattr(module, "kernel_size") else x.shape[-1]
-        wanted = math.ceil(max(self.rows_per_column * columns, LEAST_ROWS) / self.samples)
-        return None if wanted >= total else spread_positions(total, wanted, self.first, len(x), self.seed)
-
-    def _see(self, name: str, module: nn.Module, x: Tensor) -> None:
-        x = x.detach()
-        rows = reader_rows(module, x, lambda total: self.positions(module, x, total), self.keep)
+    def _add(self, name: str, x: Tensor) -> None:
+        rows = self.sampling.rows(self.readers[name], x, self.first, self.samples, self.keep)
         self.sums[name].add(rows)
 
     def moments(self) -> dict[str, Moments]:
+        """The moments of every reader that has run; spends the sums."""
         return {name: sums.finish() for name, sums in self.sums.items() if sums.n}
 
 
 @torch.no_grad()
 def collect(
     model: nn.Module,
-    run: Any,
+    run: Callable[[Tensor], object],
     batches: Iterable[Tensor],
-    readers: dict[str, nn.Module],
+    readers: Mapping[str, nn.Module],
+    sampling: Sampling,
     *,
-    numbers: Iterable[int] | None = None,
     samples: int,
-    rows_per_column: int | None = None,
+    numbers: Iterable[int] | None = None,
     use_batch_statistics: bool = False,
-    seed: int = 0,
     stored: StoredSums | None = None,
 ) -> dict[str, Moments]:
     """Moments of every reader over ``batches`` of model-ready inputs, in one forward pass each.
@@ -95,7 +70,7 @@ def collect(
     ``run(batch)`` runs the model; ``numbers`` says the number of each batch's first sample where they are not all of
     them. Raises nothing of its own; a reader that was never called is missing from the result.
     """
-    collector = MomentCollector(readers, samples=samples, rows_per_column=rows_per_column, seed=seed)
+    collector = MomentCollector(readers, sampling, samples=samples)
     first = 0
     if stored is not None:
         stored.restore(collector.sums, readers)

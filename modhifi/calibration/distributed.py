@@ -63,21 +63,21 @@ def merged(moments: Mapping[str, Moments], team: Processes) -> dict[str, Moments
     names: list[list[str]] = [[] for _ in range(team.count)]
     distributed.all_gather_object(names, sorted(moments))
     if any(other != names[0] for other in names):
-        odd = sorted(set().union(*names) - set(names[0]).intersection(*names))
-        raise ModhifiError(f"the layer '{odd[0]}' was not run in every process; use fewer processes")
+        partial = sorted(set().union(*names) - set(names[0]).intersection(*names))
+        raise ModhifiError(f"the layer '{partial[0]}' was not run in every process; use fewer processes")
     return {name: _merged(moments[name], team) for name in names[0]}
 
 
 def _merged(own: Moments, team: Processes) -> Moments:
-    """Of the union: each share's covariance, and how far its mean lies from the common one."""
-    home = own.mean.device
-    place = home if team.device is None else team.device
-    count = torch.tensor(float(own.n), dtype=torch.float64, device=place)
+    """The moments of the union: every share's covariance, and how far its mean lies from the common one."""
+    device = own.mean.device
+    common = device if team.device is None else team.device
+    count = torch.tensor(float(own.n), dtype=torch.float64, device=common)
     distributed.all_reduce(count)
-    share, mean = own.n / count, own.mean.to(place)
+    share, mean = own.n / count, own.mean.to(common)
     middle = mean * share
     distributed.all_reduce(middle)
     gap = mean - middle
-    cov = (own.cov.to(place) + gap[:, :, None] * gap[:, None, :]) * share
+    cov = (own.cov.to(common) + gap[:, :, None] * gap[:, None, :]) * share
     distributed.all_reduce(cov)
-    return Moments(int(count), middle.to(home), cov.to(home))
+    return Moments(int(count), middle.to(device), cov.to(device))

@@ -1,4 +1,4 @@
-"""How much a Gram knows: its rows, its width, its effective rank."""
+"""How well a Gram is determined: its rows, its width, its effective rank."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from modhifi.calibration.moments import Moments
 
 @dataclass(frozen=True)
 class GramQuality:
-    """``rows`` that a reader's Gram saw, its ``width`` in columns, and the effective ``rank`` of its inputs.
+    """The ``rows`` that went into a reader's Gram, its ``width`` in columns, and the effective ``rank`` of its inputs.
 
-    The participation ratio ``(tr C)² / ‖C‖²`` of the correlations C of those columns that vary: their number for
-    independent ones, 1 where all move together. Correlations, as a few channels of a language model can be so large
-    that they alone would decide.
+    The rank is the participation ratio ``(tr C)² / ‖C‖²`` of the correlations C of those columns that vary: their
+    number for independent ones, 1 where all move together. Correlations, as a few channels of a language model can be
+    so large that they alone would decide.
     """
 
     reader: str
@@ -29,11 +29,10 @@ class GramQuality:
 
 def gram_quality(moments: Mapping[str, Moments]) -> tuple[GramQuality, ...]:
     """The quality of every reader's Gram; of a grouped conv's, the lowest."""
-    found = []
-    for name, m in moments.items():
-        rank = min(_participation(cov) for cov in m.cov)
-        found.append(GramQuality(name, m.n, m.cov.shape[-1], rank))
-    return tuple(found)
+    return tuple(
+        GramQuality(name, m.n, m.cov.shape[-1], min(_participation(cov) for cov in m.cov))
+        for name, m in moments.items()
+    )
 
 
 def _participation(cov: Tensor) -> float:
@@ -44,22 +43,24 @@ def _participation(cov: Tensor) -> float:
     return live**2 / squares if live else 0.0
 
 
-def gram_warnings(found: tuple[GramQuality, ...], samples: int) -> list[str]:
-    """A sentence for Grams of fewer rows than columns, with the number of samples that would do, and one for inputs
-    that do not vary."""
+def gram_warnings(grams: tuple[GramQuality, ...], samples: int) -> list[str]:
+    """A sentence where Grams have fewer rows than columns, and one where the inputs of readers do not vary.
+
+    ``samples`` is how many were looked at; the first sentence says how many would do.
+    """
     warnings = []
-    short = [q for q in found if q.rows < q.width]
+    short = [q for q in grams if q.rows < q.width]
     if short:
         worst = max(short, key=lambda q: q.width / q.rows)
         enough = math.ceil(samples * worst.width / worst.rows)
         warnings.append(
-            f"{len(short)} of {len(found)} readers saw fewer rows than they have columns (worst: {worst.reader}, "
+            f"{len(short)} of {len(grams)} readers saw fewer rows than they have columns (worst: {worst.reader}, "
             f"{worst.rows} of {worst.width}); {enough} samples would do"
         )
-    still = [q.reader for q in found if q.rank < 1.5 and q.width > 8]
+    still = [q.reader for q in grams if q.rank < 1.5 and q.width > 8]
     if still:
         warnings.append(
-            f"the inputs of {len(still)} of {len(found)} readers vary along one direction only (first: {still[0]}); "
+            f"the inputs of {len(still)} of {len(grams)} readers vary along one direction only (first: {still[0]}); "
             "use more varied calibration data"
         )
     return warnings

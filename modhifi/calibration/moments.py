@@ -1,4 +1,4 @@
-"""Streaming moments of what each reader reads: one mean and one Gram matrix, from forward passes alone."""
+"""Streaming moments of what each reader reads: its mean and its covariance, from forward passes alone."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-# Narrow readers see at least this many rows in all: pixels are far from Gaussian, and a few hundred of them overfit.
-LEAST_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -29,18 +26,22 @@ class Moments:
         return self.cov + self.mean[:, :, None] * self.mean[:, None, :]
 
     def to(self, device: torch.device) -> Moments:
+        """The same moments on another device."""
         return Moments(self.n, self.mean.to(device), self.cov.to(device))
 
 
 class Accumulator:
-    """Sums of ``x - shift`` and its products; ``shift`` is the first rows' mean, products float32, sums float64."""
+    """Sums ``x - shift`` and its products over all rows x; ``shift`` is the first rows' mean.
+
+    Products are float32 and sums float64: a mean that is large beside the deviations costs no digits.
+    """
 
     def __init__(self) -> None:
         self.n = 0
         self.shift: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
-        """``rows`` ``(G, d, r)``: r new rows, stored as columns."""
+        """Add r new rows, which are the columns of ``rows`` ``(G, d, r)``."""
         wide = torch.float64 if rows.device.type != "mps" else torch.float32
         if self.shift is None:
             self.shift = rows.mean(2)

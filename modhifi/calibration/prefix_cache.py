@@ -1,37 +1,153 @@
-"""Run a model over the same samples again and again, from its first changed operator on."""
+"""Run a model over the same batches again and again, each time from the first module on that may have changed.
+
+What runs before is computed once for each batch and given from memory afterwards: probing changes one group at a time,
+unlearning edits the same operators in several passes, sequential pruning moves on from reader to reader, and a block
+stream from block to block.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from modhifi.calibration.timeline import Prefix, Timeline
 from modhifi.data.samples import Samples
-from modhifi.models.hooks import standing_in
+from modhifi.models.hooks import StopForward, attached, standing_in
 from modhifi.models.loaded import LoadedModel
-from modhifi.structure.torch_ops import METADATA, operation_name, tensors_in
+from modhifi.structure.torch_ops import tensors_in
 from modhifi.structure.tracing.branches import Calls
 
-# What is remembered of all samples takes at most this many bytes, or nothing is.
+# What is remembered of all batches together takes at most this many bytes.
 MOST_BYTES = 2**30
 
 
-class Reached(Exception):
-    """Raised inside a pass by who needs nothing of what comes behind, and caught there."""
+@dataclass(frozen=True)
+class Remembered:
+    """The outputs of a prefix on one batch, whole where anything else reads them and otherwise their shapes alone."""
+
+    prefix: Prefix
+    outputs: dict[str, Any]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes that the outputs take."""
+        return sum(tensor.nbytes for name in self.prefix.read for tensor in tensors_in(self.outputs[name]))
+
+
+NOTHING = Remembered(Prefix({}, frozenset()), {})
+
+
+class PrefixCache:
+    """Runs ``model`` by ``run(batch)`` and remembers, batch by batch, what comes before the first change.
+
+    ``timeline`` is that of the model or of one that it is a copy of; ``among`` names the modules whose outputs may be
+    remembered, None for all. Outputs are kept on the device ``home``, None for where they are, and come back to that of
+    the model. Batches for which they would exceed ``most_bytes`` in all run from the last point that is remembered.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Callable[[Tensor], Any],
+        timeline: Timeline,
+        *,
+        among: Collection[str] | None = None,
+        home: torch.device | None = None,
+        most_bytes: float = MOST_BYTES,
+    ) -> None:
+        self.model, self._run, self.timeline = model, run, timeline
+        self.among, self.home, self.most_bytes = among, home, most_bytes
+        self.device = None if home is None else next(model.parameters()).device
+        self.prefix = NOTHING.prefix
+        self.remembered: dict[int, Remembered] = {}
+
+    def advance(self, changed: Iterable[str]) -> None:
+        """Say that only the ``changed`` modules, and what runs behind the first of them, may differ from now on.
+
+        What was remembered stays valid, so none of them may begin before those of the last call.
+        """
+        self.prefix = self.timeline.before(changed, self.among)
+
+    @torch.no_grad()
+    def run(self, key: int, batch: Tensor, calls: Calls | None = None) -> Any:
+        """One pass on the batch with the number ``key``, the same batch for the same number.
+
+        Give the active ``calls``, where there are any: their numbers go on behind what is not run. What comes before
+        the change is remembered even where the pass ends early, if it came as far.
+        """
+        return self._pass(key, batch, calls)
+
+    @torch.no_grad()
+    def fill(self, key: int, batch: Tensor) -> None:
+        """Remember what comes before the change, by a pass that ends there, unless that is known."""
+        if self.remembered.get(key, NOTHING).prefix != self.prefix:
+            with suppress(StopForward):
+                self._pass(key, batch, None, stop=True)
+
+    def _pass(self, key: int, batch: Tensor, calls: Calls | None, stop: bool = False) -> Any:
+        before = self.remembered.get(key, NOTHING)
+        if before.prefix == self.prefix:
+            with self._given(before, calls):
+                return self._run(batch)
+        outputs: dict[str, Any] = {}
+        try:
+            with self._given(before, calls), self._recording(before, outputs, stop):
+                return self._run(batch)
+        finally:
+            if outputs.keys() == self.prefix.calls.keys():  # not where a pass ended before
+                self._remember(key, Remembered(self.prefix, outputs))
+
+    def _remember(self, key: int, new: Remembered) -> None:
+        others = sum(remembered.nbytes for other, remembered in self.remembered.items() if other != key)
+        if others + new.nbytes <= self.most_bytes:
+            self.remembered[key] = new
+
+    def _given(self, before: Remembered, calls: Calls | None) -> AbstractContextManager[None]:
+        """Inside, modules give what they gave before, copied lest later operations work in place."""
+
+        def forward(name: str, *args: Any, **kwargs: Any) -> Any:
+            if calls is not None:
+                calls.time += before.prefix.calls[name]
+            output = before.outputs[name]
+            return _each(output, partial(_copy, device=self.device)) if name in before.prefix.read else output
+
+        return standing_in({self.model.get_submodule(n): partial(forward, n) for n in before.prefix.calls})
+
+    @contextmanager
+    def _recording(self, before: Remembered, outputs: dict[str, Any], stop: bool) -> Iterator[None]:
+        """Puts into ``outputs`` those of the prefix; with ``stop`` the pass ends with the last of them."""
+        copy, shape = partial(_copy, device=self.home), partial(_shape, device=self.device)
+        read, known = self.prefix.read, self.prefix.calls.keys() & before.prefix.calls.keys()
+        for name in known:
+            spent = name in before.prefix.read - read
+            outputs[name] = _each(before.outputs[name], shape) if spent else before.outputs[name]
+
+        def end(name: str, output: Any) -> None:
+            outputs[name] = _each(output, copy if name in read else shape)
+            if stop and len(outputs) == len(self.prefix.calls):
+                raise StopForward
+
+        new = [(name, self.model.get_submodule(name)) for name in self.prefix.calls if name not in known]
+        # Before any hook that ends the pass.
+        hooks = [
+            module.register_forward_hook(lambda _, args, output, name=name: end(name, output), prepend=True)
+            for name, module in new
+        ]
+        with attached(hooks):
+            yield
 
 
 class Passes:
     """Forward passes of ``model`` over ``samples``, each time from the operators in ``changed`` on.
 
-    The first time through, what every module that ended before them gave is remembered, as far as anything else than
-    such modules reads it. Only ``changed`` and what runs behind may be edited meanwhile. With none, and where it would
-    take more than ``most_bytes``, nothing is remembered.
+    Only ``changed`` and what runs behind may be edited meanwhile. With none, nothing is remembered.
     """
 
     def __init__(
@@ -43,10 +159,13 @@ class Passes:
         changed: Sequence[str] = (),
         most_bytes: int = MOST_BYTES,
     ) -> None:
-        self.loaded, self.model, self.samples, self.batch_size = loaded, model, samples, batch_size
-        self.before = _Before(loaded, model, changed) if changed else None
-        self.most_bytes = most_bytes
-        self.outputs: dict[int, dict[str, Any]] = {}
+        self.model, self.samples, self.batch_size = model, samples, batch_size
+        self._run = partial(loaded.logits, model=model)
+        self.cache: PrefixCache | None = None
+        if changed:
+            timeline = Timeline(model, lambda: self._run(loaded.example))
+            self.cache = PrefixCache(model, self._run, timeline, most_bytes=most_bytes)
+            self.cache.advance(changed)
 
     def __iter__(self) -> Iterator[tuple[int, Callable[..., Tensor]]]:
         """For every batch the number of its first sample and a function that runs the model on it.
@@ -55,143 +174,13 @@ class Passes:
         """
         first = 0
         for batch in self.samples.batches(self.batch_size):
-            yield first, lambda calls=None, first=first, batch=batch: self._run(first, batch, calls)
+            yield first, partial(self._logits, first, batch)
             first += len(batch)
 
     @torch.no_grad()
-    def _run(self, first: int, batch: Tensor, calls: Calls | None) -> Tensor:
-        if self.before is None:
-            return self.loaded.logits(batch, self.model)
-        if first in self.outputs:
-            with self.before.given(self.outputs[first], calls):
-                return self.loaded.logits(batch, self.model)
-        outputs: dict[str, Any] = {}
-        try:
-            with self.before.recording(outputs):
-                return self.loaded.logits(batch, self.model)
-        finally:
-            self._remember(first, outputs, len(batch))
-
-    def _remember(self, first: int, outputs: dict[str, Any], count: int) -> None:
-        assert self.before is not None
-        if self.before.size(outputs) / count * len(self.samples) > self.most_bytes:
-            self.before = None
-            self.outputs.clear()
-        elif len(outputs) == len(self.before.calls):  # not those of a pass that broke off
-            self.outputs[first] = outputs
-
-
-@dataclass
-class _Span:
-    """When a module ran, in modules begun and calls made, and how often."""
-
-    begin: int
-    calls: int
-    end: int = -1
-    times: int = 1
-
-
-@dataclass
-class _Read(TorchFunctionMode):
-    """The tensors that any function read, by identity."""
-
-    seen: set[int] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if operation_name(func) not in METADATA:
-            self.seen |= {id(t) for t in tensors_in((args, kwargs or {}))}
-        return func(*args, **(kwargs or {}))
-
-
-class _Before:
-    """The largest modules that end before any of ``changed`` begins, and which of their outputs are read elsewhere.
-
-    ``calls`` is how many numbered calls each makes.
-    """
-
-    def __init__(self, loaded: LoadedModel, model: nn.Module, changed: Sequence[str]) -> None:
-        self.model = model
-        spans: dict[str, _Span] = {}
-        begun = 0
-        with Calls({}) as calls, self._hooks(dict(model.named_modules())) as seen:
-
-            def begin(name: str) -> None:
-                nonlocal begun
-                begun += 1
-                if name in spans:
-                    spans[name].times += 1
-                else:
-                    spans[name] = _Span(begun, calls.time)
-
-            def end(name: str, output: Any) -> None:
-                spans[name].calls, spans[name].end = calls.time - spans[name].calls, begun
-
-            seen["begin"], seen["end"] = begin, end
-            loaded.logits(loaded.example, model)
-        start = min((spans[name].begin for name in changed if name in spans), default=0)
-        early = {name for name, span in spans.items() if span.times == 1 and 0 <= span.end < start}
-        self.calls = {name: spans[name].calls for name in spans if name in early and not _inside(name, early)}
-        self.read = set(self.calls)
-        outputs: dict[str, Any] = {}
-        with self.recording(outputs):
-            loaded.logits(loaded.example, model)
-        # The same objects go in everywhere, so that reading one shows.
-        with _Read() as read, self.given(outputs, None, same=True):
-            loaded.logits(loaded.example, model)
-        self.read = {name for name in self.calls if any(id(t) in read.seen for t in tensors_in(outputs[name]))}
-
-    def size(self, outputs: dict[str, Any]) -> int:
-        """How many bytes a recording holds."""
-        return sum(t.nbytes for name in self.read & outputs.keys() for t in tensors_in(outputs[name]))
-
-    @contextmanager
-    def _hooks(self, modules: dict[str, nn.Module]) -> Iterator[dict[str, Callable[..., None]]]:
-        table: dict[str, Callable[..., None]] = {}
-        handles: list[Any] = []
-        for name, module in modules.items():
-            if module is not self.model:
-                handles.append(module.register_forward_pre_hook(lambda *_, name=name: table["begin"](name)))
-                handles.append(module.register_forward_hook(lambda m, a, out, name=name: table["end"](name, out)))
-        try:
-            yield table
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextmanager
-    def recording(self, outputs: dict[str, Any]) -> Iterator[None]:
-        """Puts into ``outputs`` what the modules put out inside: copies of what is read elsewhere, of the rest the
-        shape alone."""
-
-        def end(name: str, output: Any) -> None:
-            outputs[name] = _each(output, torch.clone if name in self.read else _shape)
-
-        with self._hooks({name: self.model.get_submodule(name) for name in self.calls}) as table:
-            table["begin"], table["end"] = lambda name: None, end
-            yield
-
-    def given(self, outputs: dict[str, Any], calls: Calls | None, same: bool = False) -> AbstractContextManager[None]:
-        """Inside, the modules give what they gave in a recording, copied lest later operations work in place."""
-
-        def gives(name: str) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                if calls is not None:
-                    calls.time += self.calls[name]
-                if same or name not in self.read:
-                    return outputs[name]
-                return _each(outputs[name], torch.clone)
-
-            return forward
-
-        return standing_in({self.model.get_submodule(name): gives(name) for name in self.calls})
-
-
-def _inside(name: str, others: set[str]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[:n]) in others for n in range(1, len(parts)))
+    def _logits(self, first: int, batch: Tensor, calls: Calls | None = None) -> Tensor:
+        logits: Tensor = self._run(batch) if self.cache is None else self.cache.run(first, batch, calls)
+        return logits
 
 
 def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -200,6 +189,10 @@ def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return tree_map(lambda v: change(v.detach()) if isinstance(v, Tensor) else v, value)
 
 
-def _shape(tensor: Tensor) -> Tensor:
+def _copy(tensor: Tensor, device: torch.device | None) -> Tensor:
+    return tensor.clone() if device is None else tensor.to(device, copy=True)
+
+
+def _shape(tensor: Tensor, device: torch.device | None) -> Tensor:
     """A tensor of this shape that takes no memory."""
-    return torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+    return torch.zeros((), dtype=tensor.dtype, device=device or tensor.device).expand(tensor.shape)

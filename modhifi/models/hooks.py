@@ -1,18 +1,65 @@
-"""Let a model do something else than usual for a while: hooks, stand-ins, batch statistics."""
+"""Hooks of a module, for a while: see its input, stop a pass, replace a forward, normalise by the batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class StopForward(Exception):
+    """Ends a forward pass where nothing that follows is needed."""
 
 
 def only_input(args: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-    """What a layer is given, whether its caller names it or not."""
+    """The input of a layer, whether its caller names it or not."""
     given: Tensor = args[0] if args else next(iter(named.values()))
     return given
+
+
+def on_input(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
+    """Register a hook that hands a layer's input to ``see`` before the layer runs."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        see(only_input(args, named))
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+@contextmanager
+def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove the hooks at the end."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.enter_context(handle)
+        yield
+
+
+@contextmanager
+def stop_before(module: nn.Module) -> Iterator[list[Tensor]]:
+    """End a forward pass where the module begins; the list that this yields then holds the module's input."""
+    inputs: list[Tensor] = []
+
+    def stop(x: Tensor) -> None:
+        inputs.append(x)
+        raise StopForward
+
+    with on_input(module, stop), suppress(StopForward):
+        yield inputs
+
+
+@contextmanager
+def stop_behind(module: nn.Module) -> Iterator[None]:
+    """End a forward pass where the module ends."""
+
+    def stop(*_: object) -> None:
+        raise StopForward
+
+    with module.register_forward_hook(stop), suppress(StopForward):
+        yield
 
 
 @contextmanager
@@ -20,7 +67,7 @@ def batch_statistics(model: nn.Module, active: bool = True) -> Iterator[None]:
     """Let every BatchNorm normalise by its batch while its running statistics stay untouched.
 
     The outputs of each BatchNorm then have the channel means and variances that the stored affine parameters
-    prescribe, whatever is fed in (docs/method.md, synthetic data).
+    prescribe, whatever the input (docs/method.md, synthetic data).
     """
     norms = [
         m
@@ -41,14 +88,14 @@ def batch_statistics(model: nn.Module, active: bool = True) -> Iterator[None]:
 
 @contextmanager
 def standing_in(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, each module's forward is the given function; behind, what it was, even where the module had its own."""
-    kept = {module: module.__dict__.get("forward") for module in forwards}
+    """Replace each module's forward by the given function; at the end each has its own again."""
+    own_forwards = {module: module.__dict__.get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.forward = forward
     try:
         yield
     finally:
-        for module, own in kept.items():
+        for module, own in own_forwards.items():
             del module.forward
             if own is not None:
                 module.forward = own

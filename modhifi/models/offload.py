@@ -1,4 +1,4 @@
-"""Weights that stay in main memory, of which one block at a time visits the device that computes.
+"""Weights stay in main memory, and one block of them at a time visits the device that computes.
 
 Also the way in for models that accelerate has dispatched with weights on the CPU or on disk.
 """
@@ -36,16 +36,16 @@ def own_copy(module: nn.Module) -> nn.Module:
     for tensor in [*module.parameters(), *module.buffers()]:
         if id(tensor) not in memo:
             memo[id(tensor)] = _same_kind(tensor, tensor.data)
-    found = copy.deepcopy(module, memo)
-    for part in found.modules():
+    copied: nn.Module = copy.deepcopy(module, memo)
+    for part in copied.modules():
         if "_hf_hook" in vars(part):
             # accelerate shadows forward, and the methods that would move a dispatched model
             shadowed = [key for key, value in vars(part).items() if callable(value) and hasattr(type(part), key)]
             for key in ("_hf_hook", "_old_forward", "hf_device_map", *shadowed):
                 vars(part).pop(key, None)
-    if callable(tie := getattr(found, "tie_weights", None)):
+    if callable(tie := getattr(copied, "tie_weights", None)):
         tie()
-    return found
+    return copied
 
 
 def _hooks(module: nn.Module) -> list[Any]:
@@ -75,26 +75,29 @@ def let_visit(model: nn.Module, blocks: tuple[str, ...], device: torch.device | 
 
 
 def _visit(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    near = next((a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)), None)
-    with staying([block], None if near is None else near.device):
+    device = next((value.device for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)), None)
+    with staying([block], device):
         return forward(block, *args, **kwargs)
 
 
 @contextmanager
 def staying(modules: Iterable[nn.Module], device: torch.device | None, written: bool = False) -> Iterator[None]:
-    """Inside, the modules' weights are on the device; behind, where they were, with the new values if ``written``."""
-    home: list[tuple[Tensor, Tensor]] = []
+    """Put the modules' weights on the device for a while, and back afterwards, with their new values if ``written``.
+
+    None leaves them where they are.
+    """
+    moved: list[tuple[Tensor, Tensor]] = []
     # A trace must not take the moves for operations of the model.
     with torch._C.DisableTorchFunction():
         for tensor in (t for module in modules for t in _tensors(module)):
-            if device is not None and (there := _carried(tensor, device)) is not None:
-                home.append((tensor, tensor.data))
-                tensor.data = there
+            if device is not None and (carried := _carried(tensor, device)) is not None:
+                moved.append((tensor, tensor.data))
+                tensor.data = carried
     try:
         yield
     finally:
         with torch._C.DisableTorchFunction():
-            for tensor, before in home:
+            for tensor, before in moved:
                 tensor.data = before.copy_(tensor.data) if written else before
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from modhifi.calibration.block_stream import find_blocks, moments_by_block
+from modhifi.calibration.block_stream import Stream, find_blocks, moments_by_block
 from modhifi.calibration.memory import check_room, gram_bytes
+from modhifi.calibration.timeline import Timeline
 from modhifi.data.samples import Samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.offload import staying
@@ -74,12 +75,13 @@ def prune_in_blocks(
     """
     if loaded.kind not in ("text", "encoder"):
         return None  # whose samples would be read from disk again for every block
-    blocks = find_blocks(loaded.model, lambda: loaded.run(loaded.example))
-    home = {
+    timeline = Timeline(loaded.model, lambda: loaded.run(loaded.example))
+    blocks = find_blocks(timeline)
+    holders = {
         g.name: {b for b in blocks if all(s.module.startswith(f"{b}.") for s in (*g.readers, *g.producers))}
         for g in structure.prunable
     }
-    if not all(len(found) == 1 for found in home.values()):
+    if not all(len(names) == 1 for names in holders.values()):
         return None
     check_room(loaded.model, structure)
     widths = uniform_widths(loaded, structure, budget, settings)
@@ -93,28 +95,25 @@ def prune_in_blocks(
         return samples.batches(settings.batch_size)
 
     passes = moments_by_block(
-        loaded.model,
-        blocks,
-        loaded.run,
+        Stream(loaded.model, blocks, loaded.run, timeline),
         batches,
         dict(operator_modules(loaded.model, structure.prunable)),
+        settings.sampling,
         samples=len(samples),
-        rows_per_column=settings.rows_per_column,
-        seed=settings.seed,
     )
     for number, block in enumerate(blocks):
         progress("pruning blocks", number, len(blocks))
         moments = next(passes)
-        inside = structure.select([g.name for g in structure.prunable if block in home[g.name]])
+        inside = structure.select([g.name for g in structure.prunable if block in holders[g.name]])
         if not inside.prunable:
             continue
-        where = next(iter(moments.values())).mean.device
+        device = next(iter(moments.values())).mean.device
         dense, edited = loaded.model.get_submodule(block), dense_shape.get_submodule(block)
-        with staying([dense], where), staying([edited], where, written=True):
-            found = removal_curves(loaded.model, inside, moments, settings)
-            plan = plan_for(inside.prunable, found, widths)
+        with staying([dense], device), staying([edited], device, written=True):
+            block_curves = removal_curves(loaded.model, inside, moments, settings)
+            plan = plan_for(inside.prunable, block_curves, widths)
             errors += edit_readers(dense_shape, structure, plan, moments, settings)
-        curves |= found
+        curves |= block_curves
         kept |= plan.kept
         cost |= plan.removal_cost
         del moments  # before the next block's are collected

@@ -45,7 +45,7 @@ def contribute(
     loaded: LoadedModel, samples: Samples, settings: PruneSettings, plan: Plan | None, team: Processes
 ) -> None:
     """Measure this process's share of the moments, for the main process that runs :func:`prune_model`."""
-    measure_moments(loaded, _chosen(loaded, settings, plan), samples, settings, team=team)
+    measure_moments(loaded, _chosen(loaded, settings, plan), samples, settings.sampling, team=team)
 
 
 def prune_model(
@@ -69,10 +69,10 @@ def prune_model(
     if plan is None and budget is not None and not LAYOUTS[settings.layout].reads_costs and team.count == 1:
         if settings.eta is None and settings.sequential is None:
             if cache is None or not fit_in_memory(loaded.model, structure):
-                found = prune_in_blocks(loaded, structure, samples, budget, settings, progress)
-                if found is not None:
-                    return found
-    moments = measure_moments(loaded, structure, samples, settings, progress, cache, team)
+                pruned = prune_in_blocks(loaded, structure, samples, budget, settings, progress)
+                if pruned is not None:
+                    return pruned
+    moments = measure_moments(loaded, structure, samples, settings.sampling, progress, cache, team)
     curves: dict[str, Curve] = {}
     tried: dict[str, float] = {}
     if plan is None and settings.eta is not None:

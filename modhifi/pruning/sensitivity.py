@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.calibration.moments import Moments
-from modhifi.calibration.replay import Replay
+from modhifi.calibration.prefix_cache import PrefixCache
+from modhifi.calibration.timeline import Timeline
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
@@ -18,6 +19,7 @@ from modhifi.progress import Progress, silent
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.editing import compensated, store, write_compensated
 from modhifi.pruning.elimination import Curve, Trial
+from modhifi.pruning.sequential import written_modules
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import make_plan, trial_size
 from modhifi.structure.groups import Group, Structure
@@ -73,8 +75,8 @@ def plans_between(
     allocated: Plan,
 ) -> dict[str, Plan]:
     """The allocated plan, the one of equal widths, and one in between, as far as the budget lets them be."""
-    kept = [len(allocated.kept.get(g.name, range(g.n))) / g.n for g in structure.prunable]
-    middle = (settings.floor + sum(kept) / len(kept)) / 2
+    shares = [len(allocated.kept.get(g.name, range(g.n))) / g.n for g in structure.prunable]
+    middle = (settings.floor + sum(shares) / len(shares)) / 2
     others = {
         f"allocated, floor {middle:.2g}": replace(settings, floor=middle),
         "uniform": replace(settings, layout="uniform"),
@@ -101,11 +103,11 @@ def best_plan(
 
     One forward pass a plan and one more; the model is as it was afterwards.
     """
-    dense, found = loaded.logits(probe), {}
+    dense, divergence = loaded.logits(probe), {}
     for name, plan in plans.items():
         with _edited(loaded.model, structure, plan, moments, settings):
-            found[name] = output_change(dense, loaded.logits(probe))
-    return plans[min(found, key=lambda name: found[name])], found
+            divergence[name] = output_change(dense, loaded.logits(probe))
+    return plans[min(divergence, key=lambda name: divergence[name])], divergence
 
 
 def amplification(
@@ -120,25 +122,33 @@ def amplification(
 ) -> dict[str, float]:
     """Squared output change per unit of squared local error when one group alone loses ``share`` of its components.
 
-    ``probe`` is one batch of model-ready inputs; the output change is the
-    Kullback-Leibler divergence to the dense model. One forward pass of the probe per group, from its block on.
+    ``probe`` is one batch of model-ready inputs; the output change is the Kullback-Leibler divergence to the dense
+    model. One forward pass of the probe per group, from the group's first reader on.
     """
-    model, replay = loaded.model, Replay(loaded.model)
+    model = loaded.model
+    timeline = Timeline(model, lambda: loaded.logits(loaded.example))
+    cache = PrefixCache(model, loaded.logits, timeline)
+    written = {
+        group.name: written_modules(structure, [piece.module for piece in group.readers])
+        for group in structure.prunable
+    }
+    # In order of execution, as the cache only moves on.
+    ordered = sorted(structure.prunable, key=lambda group: timeline.begin(written[group.name]))
     with torch.no_grad():
-        with replay.recording():
-            dense = loaded.logits(probe)
+        dense = loaded.logits(probe)
         weights = {}
-        for number, group in enumerate(structure.prunable):
-            progress("probing", number, len(structure.prunable))
+        for number, group in enumerate(ordered):
+            progress("probing", number, len(ordered))
+            cache.advance(written[group.name])
+            cache.fill(0, probe)
             curve = curves[group.name]
             trial = curve.trial or _trial(model, structure, group, curve, moments, settings, share)
             with _restored(model, structure, [group]):
                 for piece, weight in zip(group.readers, trial.weights, strict=True):
                     store(model, structure, piece.module, weight.double(), moments[piece.module], settings)
-                with replay.after_change(piece.module for piece in group.readers):
-                    changed = loaded.logits(probe)
+                changed = cache.run(0, probe)
             weights[group.name] = output_change(dense, changed) / max(float(curve.cost[trial.removed]), 1e-300)
-    progress("probing", len(structure.prunable), len(structure.prunable))
+    progress("probing", len(ordered), len(ordered))
     return weights
 
 
@@ -159,13 +169,15 @@ def _trial(
 ) -> Trial:
     """A trial of one group from its curve's order, for compensations that elimination does not do on its way."""
     removed = min(len(curve.order), trial_size(group, share))
-    stay = torch.ones(group.n, dtype=torch.bool)
-    stay[curve.order[:removed]] = False
-    gone = removed_positions(structure, Plan({group.name: tuple(torch.nonzero(stay).flatten().tolist())}))
+    kept = torch.ones(group.n, dtype=torch.bool)
+    kept[curve.order[:removed]] = False
+    positions = removed_positions(structure, Plan({group.name: tuple(torch.nonzero(kept).flatten().tolist())}))
     return Trial(
         removed,
         tuple(
-            compensated(model, structure, piece.module, gone[piece.module, "reader"], moments[piece.module], settings)
+            compensated(
+                model, structure, piece.module, positions[piece.module, "reader"], moments[piece.module], settings
+            )
             for piece in group.readers
         ),
     )
@@ -185,30 +197,12 @@ def _edited(
 
 @contextmanager
 def _restored(model: nn.Module, structure: Structure, groups: Iterable[Group]) -> Iterator[None]:
-    """Afterwards, the groups' readers are as they were before."""
-    saved = _remember(model, structure, groups)
+    """Afterwards, the groups' readers, and the BatchNorms that take their mean, are as they were before."""
+    readers = [piece.module for group in groups for piece in group.readers]
+    modules = [model.get_submodule(name) for name in dict.fromkeys(written_modules(structure, readers))]
+    saved = [(tensor, tensor.data.clone()) for m in modules for tensor in (*m.parameters(), *m.buffers())]
     try:
         yield
     finally:
-        for name, value in saved.items():
-            _tensor(model, name).copy_(value)
-
-
-def _touched(structure: Structure, groups: Iterable[Group]) -> list[str]:
-    names = []
-    for piece in (piece for group in groups for piece in group.readers):
-        sink = structure.operators[piece.module].sink
-        names += [f"{piece.module}.weight"]
-        if sink is not None:
-            names += [f"{piece.module}.bias" if sink == "bias" else f"{sink}.running_mean"]
-    return names
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    value: Tensor = getattr(model.get_submodule(owner), leaf).data
-    return value
-
-
-def _remember(model: nn.Module, structure: Structure, groups: Iterable[Group]) -> dict[str, Tensor]:
-    return {name: _tensor(model, name).clone() for name in _touched(structure, groups)}
+        for tensor, value in saved:
+            tensor.data.copy_(value)

@@ -3,127 +3,138 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from modhifi.calibration.collect import MomentCollector
-from modhifi.calibration.im2col import reader_rows
 from modhifi.calibration.moments import Accumulator, Moments
-from modhifi.models.hooks import batch_statistics, only_input
-from modhifi.models.loaded import real_tokens
+from modhifi.calibration.prefix_cache import MOST_BYTES, PrefixCache
+from modhifi.calibration.sampling import Sampling
+from modhifi.calibration.timeline import Timeline
+from modhifi.data.samples import Samples
+from modhifi.models.hooks import batch_statistics, stop_before
+from modhifi.models.loaded import LoadedModel, real_tokens
+from modhifi.progress import Progress, silent
 from modhifi.pruning.compensations.lstsq import least_squares_towards
+from modhifi.pruning.editing import LayerError
 from modhifi.pruning.linalg import mean_diagonal, shrinkage, shrunk
+from modhifi.pruning.settings import PruneSettings
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import absorb_mean, kernel_size, weight_matrix, write_weight
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import removed_positions
 
 
-class _Reached(Exception):
-    """Stops a forward pass at the reader: what lies behind it is not needed."""
+def written_modules(structure: Structure, readers: Iterable[str]) -> list[str]:
+    """The modules that compensating some readers writes to: they themselves and the BatchNorms that take their mean."""
+    names = []
+    for reader in readers:
+        sink = structure.operators[reader].sink
+        names += [reader] if sink in (None, "bias") else [reader, str(sink)]
+    return names
 
 
-@contextmanager
-def _rows_of(
-    module: nn.Module, positions: Callable[[Tensor, int], Tensor | None], keep: Tensor | None
-) -> Iterator[list[Tensor]]:
-    found: list[Tensor] = []
+class PairedPasses:
+    """The dense model and its ``edited`` copy run on the same batches, from the first reader on that is still to edit.
 
-    def see(layer: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        x = only_input(args, named).detach()
-        found.append(reader_rows(layer, x, lambda total: positions(x, total), keep))
-        raise _Reached
+    What comes before is remembered for each of them, in ``most_bytes`` for both; :meth:`advance` moves on.
+    """
 
-    handle = module.register_forward_pre_hook(see, with_kwargs=True)
-    try:
-        yield found
-    finally:
-        handle.remove()
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        edited: nn.Module,
+        samples: Samples,
+        sampling: Sampling,
+        most_bytes: float = MOST_BYTES,
+    ) -> None:
+        self.dense, self.edited, self.samples, self.sampling = loaded.model, edited, samples, sampling
+        timeline = Timeline(loaded.model, lambda: loaded.logits(loaded.example))
+        self.caches = [
+            PrefixCache(model, partial(loaded.logits, model=model), timeline, most_bytes=most_bytes / 2)
+            for model in (self.dense, edited)
+        ]
 
+    def advance(self, written: Iterable[str]) -> None:
+        """Say that only the modules ``written`` are still to be edited."""
+        written = list(written)
+        for cache in self.caches:
+            cache.advance(written)
 
-@torch.no_grad()
-def joint_moments(
-    dense: nn.Module,
-    pruned: nn.Module,
-    name: str,
-    run: Callable[[Tensor, nn.Module], object],
-    batches: Iterator[Tensor],
-    *,
-    samples: int,
-    rows_per_column: int | None,
-    use_batch_statistics: bool,
-    seed: int,
-) -> Moments:
-    """Moments of a reader's inputs in both models side by side: columns ``[x_dense, x_pruned]``, ``(G, 2d, 2d)``."""
-    layer = dense.get_submodule(name)
-    dealer = MomentCollector({name: layer}, samples=samples, rows_per_column=rows_per_column, seed=seed)
-    sums, first = Accumulator(), 0
-    with batch_statistics(dense, use_batch_statistics), batch_statistics(pruned, use_batch_statistics):
-        for batch in batches:
-            dealer.start(first)
-            sides = []
-            for model in (dense, pruned):
-                reader = model.get_submodule(name)
-                with _rows_of(reader, lambda x, total: dealer.positions(layer, x, total), real_tokens(batch)) as found:
-                    try:
-                        run(batch, model)
-                    except _Reached:
-                        pass
-                sides.append(found[0])
-            sums.add(torch.cat(sides, 1))
-            first += len(batch)
-    return sums.finish()
+    @torch.no_grad()
+    def moments(self, reader: str) -> Moments:
+        """Moments of a reader's inputs in both models side by side: columns ``[x_dense, x_edited]``, ``(G, 2d, 2d)``.
+
+        They lie where the reader's weights lie.
+        """
+        sums, first, adapted = Accumulator(), 0, self.samples.adapted
+        with batch_statistics(self.dense, adapted), batch_statistics(self.edited, adapted):
+            for batch in self.samples.batches(self.sampling.batch_size):
+                rows = [self._rows(cache, reader, first, batch) for cache in self.caches]
+                sums.add(torch.cat(rows, 1))
+                first += len(batch)
+        return sums.finish().to(next(self.edited.get_submodule(reader).parameters()).device)
+
+    def _rows(self, cache: PrefixCache, reader: str, first: int, batch: Tensor) -> Tensor:
+        module = cache.model.get_submodule(reader)
+        with stop_before(module) as inputs:
+            cache.run(first, batch)
+        return self.sampling.rows(module, inputs[0], first, len(self.samples), real_tokens(batch))
 
 
 def edit_sequentially(
-    dense: nn.Module,
+    loaded: LoadedModel,
     structure: Structure,
     plan: Plan,
-    moments_of: Callable[[nn.Module, str], Moments],
-    target: str,
-    ridge: float,
-    progress: Callable[[str, int, int], None],
-) -> tuple[nn.Module, list[tuple[str, float, float]]]:
-    """A copy of ``dense`` in its own shapes with every touched reader compensated in order of execution.
+    samples: Samples,
+    settings: PruneSettings,
+    progress: Progress = silent,
+) -> tuple[nn.Module, tuple[LayerError, ...]]:
+    """A copy of the model in its own shapes with every touched reader compensated in order of execution.
 
-    ``moments_of(edited, reader)`` returns :func:`joint_moments`. ``target`` ``own``: the layer's dense weights applied
-    to the pruned prefix; ``dense``: the dense model's output (docs/method.md, sequential). Returns the model and, per
-    reader, its squared local error and energy.
+    ``settings.sequential`` is ``own``: the layer's dense weights applied to the pruned prefix; or ``dense``: the dense
+    model's output (docs/method.md, sequential).
     """
-    edited = copy.deepcopy(dense)
-    gone = {name: p for (name, role), p in removed_positions(structure, plan).items() if role == "reader"}
+    edited = copy.deepcopy(loaded.model)
+    removed = {name: at for (name, role), at in removed_positions(structure, plan).items() if role == "reader"}
+    readers = [name for name in structure.operators if name in removed]
+    passes = PairedPasses(loaded, edited, samples, settings.sampling)
     errors = []
-    ordered = [name for name in structure.operators if name in gone]
-    for number, name in enumerate(ordered):
-        progress("compensating", number, len(ordered))
-        both = moments_of(edited, name)
-        module = edited.get_submodule(name)
-        weight = weight_matrix(module)
-        groups, _, d = weight.shape
-        kernel = kernel_size(module)
-        channels = torch.ones(groups * d // kernel, dtype=torch.bool)
-        channels[gone[name]] = False
-        kept = channels.view(groups, -1).repeat_interleave(kernel, 1).to(weight.device)
-        sink = structure.operators[name].sink
-        joint = both.cov if sink is not None else both.gram
-        # which input the layer should answer to: the dense model's, or the pruned prefix's own
-        want = slice(0, d) if target == "dense" else slice(d, 2 * d)
-        share, scale = shrinkage(joint[:, d:, d:], both.n), mean_diagonal(joint[:, d:, d:])
-        solved_cross, solved_own = shrunk(joint[:, want, d:], share, scale), shrunk(joint[:, d:, d:], share, scale)
-        result, error, energy = torch.empty_like(weight), 0.0, 0.0
-        for g in range(groups):
-            result[g] = least_squares_towards(weight[g], solved_cross[g], solved_own[g], kept[g], ridge)
-            cross, own, goal = joint[g, want, d:], joint[g, d:, d:], joint[g, want, want]
-            gain = float(((weight[g] @ goal) * weight[g]).sum())
-            error += gain + float(((result[g] @ own - 2 * weight[g] @ cross) * result[g]).sum())
-            energy += gain
-        write_weight(module, result)
-        if sink is not None:
-            shift = (weight @ both.mean[:, want, None] - result @ both.mean[:, d:, None]).reshape(-1)
-            absorb_mean(edited, name, sink, shift)
-        errors.append((name, max(0.0, error), energy))
-    progress("compensating", len(ordered), len(ordered))
-    return edited, errors
+    for number, reader in enumerate(readers):
+        progress("compensating", number, len(readers))
+        passes.advance(written_modules(structure, readers[number:]))
+        errors.append(_compensate(edited, structure, reader, removed[reader], passes.moments(reader), settings))
+    progress("compensating", len(readers), len(readers))
+    return edited, tuple(errors)
+
+
+def _compensate(
+    edited: nn.Module, structure: Structure, reader: str, removed: Tensor, both: Moments, settings: PruneSettings
+) -> LayerError:
+    """Write a reader's new weights for the loss of the input channels ``removed``, from the moments of both models."""
+    module, sink = edited.get_submodule(reader), structure.operators[reader].sink
+    weight = weight_matrix(module)
+    groups, _, d = weight.shape
+    kernel = kernel_size(module)
+    channels = torch.ones(groups * d // kernel, dtype=torch.bool)
+    channels[removed] = False
+    kept = channels.view(groups, -1).repeat_interleave(kernel, 1).to(weight.device)
+    joint = both.cov if sink is not None else both.gram
+    # which input the layer should answer to: the dense model's, or the pruned prefix's own
+    want, own = slice(0, d) if settings.sequential == "dense" else slice(d, 2 * d), slice(d, 2 * d)
+    share, scale = shrinkage(joint[:, own, own], both.n), mean_diagonal(joint[:, own, own])
+    solved_cross, solved_own = shrunk(joint[:, want, own], share, scale), shrunk(joint[:, own, own], share, scale)
+    result, error, energy = torch.empty_like(weight), 0.0, 0.0
+    for g in range(groups):
+        result[g] = least_squares_towards(weight[g], solved_cross[g], solved_own[g], kept[g], settings.ridge)
+        cross, second, goal = joint[g, want, own], joint[g, own, own], joint[g, want, want]
+        gain = float(((weight[g] @ goal) * weight[g]).sum())
+        error += gain + float(((result[g] @ second - 2 * weight[g] @ cross) * result[g]).sum())
+        energy += gain
+    write_weight(module, result)
+    if sink is not None:
+        shift = (weight @ both.mean[:, want, None] - result @ both.mean[:, own, None]).reshape(-1)
+        absorb_mean(edited, reader, sink, shift)
+    return LayerError(reader, max(0.0, error), energy)

@@ -1,8 +1,10 @@
-"""How to prune, and how a run tells of its progress."""
+"""The settings of a pruning run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from modhifi.calibration.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -30,3 +32,8 @@ class PruneSettings:
     behind_norms: bool = False
     seed: int = 0
     batch_size: int = 32
+
+    @property
+    def sampling(self) -> Sampling:
+        """Which samples and positions the moments are taken from."""
+        return Sampling(self.rows_per_column, self.batch_size, self.seed)

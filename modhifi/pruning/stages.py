@@ -16,6 +16,7 @@ from modhifi.calibration.distributed import ALONE, Processes, merged
 from modhifi.calibration.gram_quality import GramQuality
 from modhifi.calibration.memory import check_room
 from modhifi.calibration.moments import Moments
+from modhifi.calibration.sampling import Sampling
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
@@ -28,7 +29,7 @@ from modhifi.pruning.elimination import Curve, eliminate
 from modhifi.pruning.readers import readers_of
 from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.selectors.naive import hifi_union
-from modhifi.pruning.sequential import edit_sequentially, joint_moments
+from modhifi.pruning.sequential import edit_sequentially
 from modhifi.pruning.settings import PruneSettings
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import operator_modules
@@ -95,7 +96,7 @@ def measure_moments(
     loaded: LoadedModel,
     structure: Structure,
     samples: Samples,
-    settings: PruneSettings,
+    sampling: Sampling,
     progress: Progress = silent,
     cache: MomentCache | None = None,
     team: Processes = ALONE,
@@ -106,9 +107,8 @@ def measure_moments(
     """
     check_room(loaded.model, structure)
     readers = dict(operator_modules(loaded.model, structure.prunable))
-    deciding = {key: getattr(settings, key) for key in ("rows_per_column", "batch_size", "seed")}
-    stored = None if cache is None or team.count > 1 else cache.open(loaded, readers, samples, deciding)
-    size = settings.batch_size
+    stored = None if cache is None or team.count > 1 else cache.open(loaded, readers, samples, sampling)
+    size = sampling.batch_size
     numbers = range(0 if stored is None else stored.done, len(samples), size)[team.index :: team.count]
     if team.count > 1 and len(range(0, len(samples), size)) < team.count:
         raise ModhifiError(f"{len(samples)} samples are fewer than {team.count} batches of {size}; use fewer processes")
@@ -119,24 +119,23 @@ def measure_moments(
             yield from samples.subset(range(number, min(number + size, len(samples)))).batches(size)
         progress("measuring", len(samples), len(samples))
 
-    found = collect(
+    share = collect(
         loaded.model,
         loaded.run,
         batches(),
         readers,
-        numbers=numbers,
+        sampling,
         samples=len(samples),
-        rows_per_column=settings.rows_per_column,
+        numbers=numbers,
         use_batch_statistics=samples.adapted,
-        seed=settings.seed,
         stored=stored,
     )
-    found = merged(found, team)
-    missing = [name for name in readers if name not in found]
+    moments = merged(share, team)
+    missing = [name for name in readers if name not in moments]
     if missing:
         raise ModhifiError(f"the layer '{missing[0]}' was never run on the calibration data; exclude its group")
     # Offloaded weights run elsewhere than they lie; the maths goes on where they lie.
-    return {name: m.to(next(readers[name].parameters()).device) for name, m in found.items()}
+    return {name: m.to(next(readers[name].parameters()).device) for name, m in moments.items()}
 
 
 def removal_curves(
@@ -219,7 +218,7 @@ def apply_plan(
 ) -> Pruned:
     """Compensate and cut: the edited model in the dense shapes and in its own.
 
-    ``samples`` are needed with ``settings.sequential``, which runs them once more for every reader.
+    ``samples`` are needed with ``settings.sequential``, which measures on the pruned prefix of every reader.
     """
     plan.check(structure)
     if settings.sequential is None:
@@ -228,24 +227,5 @@ def apply_plan(
     else:
         if not COMPENSATIONS[settings.compensate].least_squares or samples is None:
             raise ModhifiError("--sequential goes with --compensate lstsq only")
-
-        def moments_of(edited: nn.Module, reader: str) -> Moments:
-            assert samples is not None
-            found = joint_moments(
-                loaded.model,
-                edited,
-                reader,
-                loaded.logits,
-                samples.batches(settings.batch_size),
-                samples=len(samples),
-                rows_per_column=settings.rows_per_column,
-                use_batch_statistics=samples.adapted,
-                seed=settings.seed,
-            )
-            return found.to(next(edited.get_submodule(reader).parameters()).device)  # where its weights lie
-
-        dense_shape, found = edit_sequentially(
-            loaded.model, structure, plan, moments_of, settings.sequential, settings.ridge, progress
-        )
-        errors = tuple(LayerError(*e) for e in found)
+        dense_shape, errors = edit_sequentially(loaded, structure, plan, samples, settings, progress)
     return Pruned(shrink(copy.deepcopy(dense_shape), structure, plan), dense_shape, structure, plan, {}, errors)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from modhifi.calibration.block_stream import find_blocks
+from modhifi.calibration.timeline import Timeline
 from modhifi.data.in_memory import Data
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
@@ -102,6 +103,7 @@ def load_data(
 def place(loaded: LoadedModel, device: torch.device | str, offload: bool) -> None:
     """Put a model on a device, in place: all of it, or with ``offload`` all but its blocks, which visit it."""
     if offload:
-        let_visit(loaded.model, find_blocks(loaded.model, lambda: loaded.run(loaded.example)), device)
+        timeline = Timeline(loaded.model, lambda: loaded.run(loaded.example))
+        let_visit(loaded.model, find_blocks(timeline), device)
     else:
         loaded.model.to(device)

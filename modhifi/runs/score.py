@@ -72,7 +72,7 @@ def score_model(
     settings = PruneSettings(seed=seed, floor=1e-9, batch_size=usual.batch_size)
     structure = choose_groups(find_structure(loaded), settings)
     chosen = load_samples(data, loaded, n=samples or usual.samples, seed=seed, window=window, progress=progress)
-    moments = measure_moments(loaded, structure, chosen, settings, progress)
+    moments = measure_moments(loaded, structure, chosen, settings.sampling, progress)
     curves = removal_curves(loaded.model, structure, moments, settings, progress)
     result = []
     for group in structure.prunable:

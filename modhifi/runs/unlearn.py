@@ -30,9 +30,9 @@ from modhifi.runs.bound_report import add_bounds
 from modhifi.runs.inputs import NOTHING, Given, forgotten_before, load_source
 from modhifi.runs.unlearn_recipe import UnlearnRecipe
 from modhifi.unlearning.audit import audit
+from modhifi.unlearning.batchnorm import settle_norms, settled_names
 from modhifi.unlearning.data import UnlearnData, find_classes, load_unlearn_data
 from modhifi.unlearning.edit import Forgotten, blend, fit_strength, forget
-from modhifi.unlearning.norms import settle_norms, settled_names
 from modhifi.unlearning.sites import Sites, find_sites
 
 

@@ -18,9 +18,9 @@ from modhifi.unlearning.attacks import Attacked, attack
 from modhifi.unlearning.attacks.base import labels_of, share
 from modhifi.unlearning.attacks.linear_probe import linear_probe
 from modhifi.unlearning.audit_text import conclude
+from modhifi.unlearning.batchnorm import batch_norms, settle_norms, settled_names
 from modhifi.unlearning.data import UnlearnData
 from modhifi.unlearning.edit import forget
-from modhifi.unlearning.norms import batch_norms, settle_norms, settled_names
 from modhifi.unlearning.observe import Observed, observe
 from modhifi.unlearning.settings import UnlearnSettings
 from modhifi.unlearning.sites import Sites

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from modhifi.data.samples import Samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
+from modhifi.unlearning.batchnorm import settle_norms, settled_names
 from modhifi.unlearning.methods import METHODS
-from modhifi.unlearning.norms import settle_norms, settled_names
 from modhifi.unlearning.session import AppliedEdit, EditSession
 from modhifi.unlearning.settings import Defaults, UnlearnSettings
 from modhifi.unlearning.sites import Sites

@@ -1,4 +1,4 @@
-"""Moments of retained and of forgotten samples, apart, from one forward pass."""
+"""The moments of retained and of forgotten samples, apart, from one forward pass."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modhifi.calibration.im2col import reader_rows, spread_positions
 from modhifi.calibration.moments import Accumulator, Moments
-from modhifi.calibration.prefix_cache import Passes, Reached
-from modhifi.models.hooks import only_input
+from modhifi.calibration.prefix_cache import Passes
+from modhifi.models.hooks import StopForward, attached, on_input
 from modhifi.structure.operators import columns_of, conv_groups
 from modhifi.structure.tracing.branches import Calls
 from modhifi.unlearning.sites import Writer
@@ -26,7 +27,7 @@ HELD_ROWS = 1024
 
 
 class Populations:
-    """One accumulator for each population: 0 the retained samples, j the j-th forgotten class; -1 is left out."""
+    """Sums the moments of every population: 0 the retained samples, j the j-th forgotten class; -1 is left out."""
 
     def __init__(self, groups: Tensor, seed: int = 0) -> None:
         self.groups = groups
@@ -45,9 +46,9 @@ class Populations:
         groups = self.groups[first : first + rows.shape[2]].to(rows.device)
         for j, count in enumerate(self.counts):
             wanted = math.ceil(ROWS_PER_COLUMN * rows.shape[1] / max(1, count))
-            own = rows[:, :, groups == j, :wanted]
-            if own.shape[2]:
-                self.held[j].append(own.flatten(2))
+            members = rows[:, :, groups == j, :wanted]
+            if members.shape[2]:
+                self.held[j].append(members.flatten(2))
             if sum(piece.shape[2] for piece in self.held[j]) >= HELD_ROWS:
                 self.sum_held(j)
 
@@ -59,35 +60,24 @@ class Populations:
     def moments(self) -> list[Moments]:
         for j in range(len(self.counts)):
             self.sum_held(j)
-        finished = [sums.finish() for sums in self.sums]
-        return [Moments(m.n, m.mean.cpu(), m.cov.cpu()) for m in finished]
+        return [sums.finish().to(torch.device("cpu")) for sums in self.sums]
 
 
 @torch.no_grad()
 def reader_moments(runs: Passes, groups: Tensor, modules: list[str]) -> dict[str, list[Moments]]:
     """The moments of what the named operators read, one for each population of ``groups`` int64 ``(n,)``."""
-    of_module = {name: Populations(groups) for name in modules}
+    populations = {name: Populations(groups) for name in modules}
     first, count = 0, 0
 
-    def see(name: str, layer: nn.Module, x: Tensor) -> None:
-        of_module[name].add(
-            first, _input_rows(layer, x.detach(), count, lambda t, d: of_module[name].positions(first, count, t, d))
-        )
+    def add(name: str, x: Tensor) -> None:
+        own, layer = populations[name], runs.model.get_submodule(name)
+        own.add(first, _input_rows(layer, x.detach(), count, lambda t, d: own.positions(first, count, t, d)))
 
-    handles = [
-        runs.model.get_submodule(name).register_forward_pre_hook(
-            lambda m, args, named, name=name: see(name, m, only_input(args, named)), with_kwargs=True
-        )
-        for name in modules
-    ]
-    try:
+    with attached([on_input(runs.model.get_submodule(name), partial(add, name)) for name in modules]):
         for first, run in runs:
             count = min(runs.batch_size, len(groups) - first)
             run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: populations.moments() for name, populations in of_module.items()}
+    return {name: own.moments() for name, own in populations.items()}
 
 
 @dataclass(frozen=True)
@@ -103,9 +93,10 @@ class Joint:
 
 
 def joint_moments(runs: Passes, groups: Tensor, classes: Tensor, writer: Writer, focus: Tensor | None) -> Joint:
-    """One pass over samples of populations ``groups`` and ``classes``, both int64 ``(n,)``.
+    """The joint moments of a writer's input and its stream, from one pass over the samples.
 
-    Only positions that reach the stream count, and only those of ``focus`` where the stream has them.
+    ``groups`` and ``classes`` are the samples' populations and classes, both int64 ``(n,)``. Only positions that reach
+    the stream count, and only those of ``focus`` where the stream has them.
     """
     populations, means = Populations(groups), ClassMeans(groups, classes)
     columns = columns_of(runs.model.get_submodule(writer.site.module))[1] + writer.rows.shape[1]
@@ -125,16 +116,16 @@ class ClassMeans:
     """The mean rows of the retained samples, those of ``groups`` 0, class by class."""
 
     def __init__(self, groups: Tensor, classes: Tensor) -> None:
-        self.present, counts = classes[groups == 0].unique(return_counts=True)
+        self.classes, counts = classes[groups == 0].unique(return_counts=True)
         self.counts = counts.double()
         # Everything else goes into a place behind the last class.
-        self.place = torch.where(groups == 0, torch.searchsorted(self.present, classes), len(self.present))
+        self.place = torch.where(groups == 0, torch.searchsorted(self.classes, classes), len(self.classes))
         self.sums: Tensor | None = None
 
     def add(self, first: int, rows: Tensor) -> None:
         """``rows`` ``(d, batch, p)`` of the samples from number ``first`` on."""
         if self.sums is None:
-            self.sums = torch.zeros(len(self.present) + 1, len(rows), dtype=torch.float64)
+            self.sums = torch.zeros(len(self.classes) + 1, len(rows), dtype=torch.float64)
         place = self.place[first : first + rows.shape[1]]
         self.sums.index_add_(0, place, rows.mean(2).T.double().cpu())
 
@@ -161,30 +152,27 @@ def joint_rows(
     open_positions = torch.nonzero(writer.rows[:, 0] >= 0).flatten()
     if focus is not None and writer.joined and int(focus.max()) < len(writer.rows):
         open_positions = focus
-    held: dict[str, Any] = {}
+    held: dict[str, Tensor] = {}
     first, count = 0, 0
 
-    def keep(_: nn.Module, args: Any, named: Any) -> None:
+    def hold(x: Tensor) -> None:
         with torch._C.DisableTorchFunction():
-            held["at"] = open_positions[choose(first, count, len(open_positions))]
-            held["x"] = _input_rows(layer, only_input(args, named).detach(), count, lambda *_: held["at"])[0]
+            held["positions"] = open_positions[choose(first, count, len(open_positions))]
+            held["x"] = _input_rows(layer, x.detach(), count, lambda *_: held["positions"])[0]
 
     def join(stream: Tensor) -> None:
         with torch._C.DisableTorchFunction():
             flat = stream.detach().reshape(count, -1)
-            place = writer.rows[held["at"]].to(flat.device)
-            s = flat.gather(1, place.flatten(1)).view(place.shape).permute(2, 0, 1).float()
+            columns = writer.rows[held["positions"]].to(flat.device)
+            s = flat.gather(1, columns.flatten(1)).view(columns.shape).permute(2, 0, 1).float()
             take(first, held["x"], s)
-        raise Reached
+        raise StopForward
 
-    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
+    with on_input(layer, hold):
         for first, run in runs:
             count = min(runs.batch_size, len(runs.samples) - first)
-            with suppress(Reached), Calls({writer.call: join}) as calls:
+            with suppress(StopForward), Calls({writer.call: join}) as calls:
                 run(calls)
-    finally:
-        hook.remove()
 
 
 def _input_rows(layer: Any, x: Tensor, count: int, choose: Callable[[int, int], Tensor]) -> Tensor:

@@ -15,8 +15,8 @@ from modhifi.data.samples import Samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress
 from modhifi.structure.operators import absorb_mean, weight_matrix, write_weight
+from modhifi.unlearning.batchnorm import settled_names
 from modhifi.unlearning.closed_forms import Edit
-from modhifi.unlearning.norms import settled_names
 from modhifi.unlearning.settings import Defaults, UnlearnSettings
 from modhifi.unlearning.sites import Site, Sites
 

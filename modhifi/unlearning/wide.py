@@ -54,19 +54,20 @@ def spanned_moments(runs: Passes, groups: Tensor, classes: Tensor, writer: Write
 
     Looks at so many of the positions, or of the samples, that their products are no larger than a Gram may be.
     """
-    most, used = MOST_COLUMNS - writer.rows.shape[1], int((groups >= 0).sum())
+    most, total = MOST_COLUMNS - writer.rows.shape[1], int((groups >= 0).sum())
     taken = torch.zeros(len(groups), dtype=torch.bool)
     for j in range(int(groups.max()) + 1):
-        taken[torch.nonzero(groups == j).flatten()[:: math.ceil(used / most)]] = True
+        taken[torch.nonzero(groups == j).flatten()[:: math.ceil(total / most)]] = True
     parts: list[tuple[Tensor, ...]] = []
 
-    def choose(first: int, count: int, total: int) -> Tensor:
-        return torch.arange(0, total, math.ceil(total / max(1, most // used))).expand(count, -1)
+    def choose(first: int, count: int, positions: int) -> Tensor:
+        return torch.arange(0, positions, math.ceil(positions / max(1, most // total))).expand(count, -1)
 
     def take(first: int, x: Tensor, s: Tensor) -> None:
-        chosen = taken[first : first + x.shape[1]]
-        own = [part[first : first + x.shape[1]][chosen].repeat_interleave(x.shape[2]) for part in (groups, classes)]
-        parts.append((x[:, chosen].flatten(1).T.cpu(), s[:, chosen].flatten(1).T.cpu(), *own))
+        here = slice(first, first + x.shape[1])
+        used = taken[here]
+        numbers = [part[here][used].repeat_interleave(x.shape[2]) for part in (groups, classes)]
+        parts.append((x[:, used].flatten(1).T.cpu(), s[:, used].flatten(1).T.cpu(), *numbers))
 
     joint_rows(runs, writer, focus, choose, take)
     return spanned(*(torch.cat(part) for part in zip(*parts, strict=True)))

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from modhifi.calibration.block_stream import Stream, find_blocks
+from modhifi.calibration.block_stream import Stream, find_blocks, moments_by_block
+from modhifi.calibration.collect import collect
 from modhifi.calibration.moments import Moments
+from modhifi.calibration.sampling import Sampling
+from modhifi.calibration.timeline import Timeline
 from modhifi.data.samples import Samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
@@ -99,7 +105,8 @@ def test_blocks_give_what_the_whole_gives(name: str, monkeypatch: pytest.MonkeyP
 
 def test_the_stream_is_the_models_own_pass() -> None:
     model = gemma()
-    blocks = find_blocks(model, lambda: model(torch.tensor([[1, 2]]), use_cache=False))
+    timeline = Timeline(model, lambda: model(torch.tensor([[1, 2]]), use_cache=False))
+    blocks = find_blocks(timeline)
     assert blocks == ("model.layers.0", "model.layers.1", "model.layers.2")
     batch = torch.randint(3, tiny_text.VOCABULARY, (2, 12))
     seen: dict[str, torch.Tensor] = {}
@@ -110,10 +117,89 @@ def test_the_stream_is_the_models_own_pass() -> None:
         model(batch, use_cache=False)
     for handle in handles:
         handle.remove()
-    stream = Stream(model, blocks, lambda x: model(x, use_cache=False))
+    stream = Stream(model, blocks, lambda x: model(x, use_cache=False), timeline)
     for block in blocks:
         stream.advance([batch])
-        torch.testing.assert_close(stream.outputs[0], seen[block])
+        assert torch.equal(stream.cache.remembered[0].outputs[block], seen[block])
+
+
+class Transfers(TorchDispatchMode):
+    """Counts the tensors of some elements that are copied from device to device."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.count = elements, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].numel() == self.elements:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("depth", [3, 6])
+def test_stubbed_blocks_move_nothing(depth: int) -> None:
+    """A batch goes to the device and back once for each block, whatever stands before that block."""
+    model, batch = tiny_text.llama(num_hidden_layers=depth), torch.randint(3, tiny_text.VOCABULARY, (2, 11))
+    timeline = Timeline(model, lambda: model(batch, use_cache=False))
+    stream = Stream(model, find_blocks(timeline), lambda x: model(x, use_cache=False), timeline)
+    with Transfers(2 * 11 * 16) as transfers:
+        for _ in range(depth):
+            stream.advance([batch, batch])
+    assert transfers.count == 2 * (2 * depth - 1)
+
+
+class AddsInPlace(nn.Module):
+    """A block that gives its input back, changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add_(self.linear(x).tanh())
+
+
+class Skips(nn.Module):
+    """The last block reads what the first one put out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.blocks[0](x)
+        x = self.blocks[2](self.blocks[1](first))
+        return self.blocks[3](x.mul_(2) + first)
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([AddsInPlace() for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 1
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("build", [Chain, Skips])
+@torch.no_grad()
+def test_blocks_that_change_or_skip_are_measured_as_in_a_whole_pass(build: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, batches = build(), list(torch.randn(3, 5, 4))
+    timeline = Timeline(model, lambda: model(batches[0]))
+    blocks = find_blocks(timeline)
+    readers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    every = Sampling(rows_per_column=None)
+    whole = collect(model, model, batches, readers, every, samples=15)
+    stream = Stream(model, blocks, model, timeline)
+    streamed = moments_by_block(stream, lambda: batches, readers, every, samples=15)
+    found = {name: moments for block in streamed for name, moments in block.items()}
+    assert found.keys() == whole.keys() and len(blocks) == len(readers)
+    for name, moments in whole.items():
+        assert torch.equal(found[name].cov, moments.cov) and torch.equal(found[name].mean, moments.mean)
 
 
 def test_large_grams_are_never_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +213,7 @@ def test_large_grams_are_never_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_models_without_blocks_have_none() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
-    assert find_blocks(model, lambda: model(torch.zeros(1, 4))) == ()
+    assert find_blocks(Timeline(model, lambda: model(torch.zeros(1, 4)))) == ()
 
 
 def test_one_blocks_grams_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

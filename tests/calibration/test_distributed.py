@@ -16,11 +16,11 @@ import torch
 from typer.testing import CliRunner
 
 from modhifi.calibration.distributed import Processes, merged, processes
+from modhifi.calibration.sampling import Sampling
 from modhifi.cli.main import app
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
-from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import find_structure, measure_moments
 
 ALONE_IN_PAIRS = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
@@ -101,4 +101,4 @@ def test_too_few_batches_are_named(model_dir: Path) -> None:
     names = tuple(f"{i:016x}" for i in range(6))
     samples = Samples(lambda i: torch.zeros(3, 32, 32), names, None, names, "test", False)
     with pytest.raises(ModhifiError, match="fewer processes"):
-        measure_moments(loaded, find_structure(loaded), samples, PruneSettings(batch_size=4), team=Processes(0, 3))
+        measure_moments(loaded, find_structure(loaded), samples, Sampling(batch_size=4), team=Processes(0, 3))

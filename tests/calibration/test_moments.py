@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from modhifi.calibration import collect as collect_module
+from modhifi.calibration import sampling as sampling_module
 from modhifi.calibration.collect import MomentCollector, collect
 from modhifi.calibration.im2col import reader_rows, spread_positions
 from modhifi.calibration.moments import Accumulator, Moments
+from modhifi.calibration.sampling import Sampling
 from modhifi.models.hooks import batch_statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -46,8 +47,11 @@ def outer(mean: Tensor) -> Tensor:
     return mean[:, :, None] * mean[:, None, :]
 
 
-def gathered(module: nn.Module, batches: list[Tensor], **settings: object) -> Moments:
-    collector = MomentCollector({"it": module}, samples=sum(map(len, batches)), **settings)  # type: ignore[arg-type]
+EVERY_POSITION = Sampling(rows_per_column=None)
+
+
+def gathered(module: nn.Module, batches: list[Tensor], sampling: Sampling = EVERY_POSITION) -> Moments:
+    collector = MomentCollector({"it": module}, sampling, samples=sum(map(len, batches)))
     first = 0
     with collector, torch.no_grad():
         for batch in batches:
@@ -103,7 +107,7 @@ def test_linear_readers_see_every_token(shape: tuple[int, ...]):
 def test_masked_tokens_do_not_count():
     x, module = torch.randn(3, 4, 5), nn.Linear(5, 2)
     keep = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
-    collector = MomentCollector({"it": module}, samples=3)
+    collector = MomentCollector({"it": module}, EVERY_POSITION, samples=3)
     with collector:
         collector.start(0, keep)
         module(x)
@@ -127,21 +131,21 @@ def test_wide_readers_are_summed_in_strips():
 
 
 def test_positions_depend_on_the_sample_and_not_on_the_batch(monkeypatch):
-    monkeypatch.setattr(collect_module, "LEAST_ROWS", 1)
+    monkeypatch.setattr(sampling_module, "LEAST_ROWS", 1)
     module = nn.Conv2d(4, 6, 3, padding=1)
     x = example(module)
-    whole = gathered(module, [x], rows_per_column=1, seed=5)
-    parts = gathered(module, [x[:1], x[1:2], x[2:]], rows_per_column=1, seed=5)
+    whole = gathered(module, [x], Sampling(1, seed=5))
+    parts = gathered(module, [x[:1], x[1:2], x[2:]], Sampling(1, seed=5))
     assert whole.n == 6 * 6  # 36 columns, 6 samples, ceil(36 / 6) positions of each
     close(whole, parts)
-    other = gathered(module, [x], rows_per_column=1, seed=6)
+    other = gathered(module, [x], Sampling(1, seed=6))
     assert (other.mean - whole.mean).abs().max() > 1e-3
 
 
 def test_few_positions_are_all_taken():
     module = nn.Conv2d(4, 6, 3, padding=1)
     x = example(module)
-    close(gathered(module, [x], rows_per_column=10_000), of_rows(reader_rows(module, x)))
+    close(gathered(module, [x], Sampling(10_000)), of_rows(reader_rows(module, x)))
 
 
 def test_positions_are_visited_equally_often():
@@ -154,11 +158,11 @@ def test_positions_are_visited_equally_often():
 
 
 def test_sub_sampling_estimates_the_moments_of_all_positions(monkeypatch):
-    monkeypatch.setattr(collect_module, "LEAST_ROWS", 1)
+    monkeypatch.setattr(sampling_module, "LEAST_ROWS", 1)
     module = nn.Conv2d(2, 3, 3, padding=1)
     generator = torch.Generator().manual_seed(0)
     x = F.avg_pool2d(torch.randn(300, 2, 14, 14, generator=generator), 3, stride=1)
-    few, every = gathered(module, [x], rows_per_column=100), of_rows(reader_rows(module, x))
+    few, every = gathered(module, [x], Sampling(100)), of_rows(reader_rows(module, x))
     assert every.n == 300 * 144 and few.n == 300 * 6
     # 1,800 rows, correlated within an image: four standard errors of about 1 / sqrt(1800)
     scale = every.cov[0].diagonal().mean()
@@ -213,7 +217,7 @@ def test_collecting_over_a_model(synthetic: bool):
         module.register_forward_pre_hook(lambda m, args, name=name: seen[name].append(reader_rows(m, args[0])))
         for name, module in readers.items()
     ]
-    found = collect(model, model, iter(batches), readers, samples=12, use_batch_statistics=synthetic)
+    found = collect(model, model, iter(batches), readers, EVERY_POSITION, samples=12, use_batch_statistics=synthetic)
     for handle in handles:
         handle.remove()
     assert found["grouped.0"].cov.shape == (3, 36, 36) and found["head"].cov.shape == (1, 6, 6)
@@ -224,11 +228,11 @@ def test_collecting_over_a_model(synthetic: bool):
 
 def test_a_reader_that_never_ran_is_missing():
     model, x = tiny.pattern("plain")
-    found = collect(model, model, [x], {"head": model.head, "idle": nn.Linear(2, 2)}, samples=2)
+    found = collect(model, model, [x], {"head": model.head, "idle": nn.Linear(2, 2)}, EVERY_POSITION, samples=2)
     assert set(found) == {"head"}
 
 
 def test_narrow_readers_see_many_rows_all_the_same():
     module = nn.Conv2d(2, 3, 3, padding=1)
     x = torch.randn(4, 2, 14, 14, generator=torch.Generator().manual_seed(0))
-    assert gathered(module, [x], rows_per_column=1).n == 4 * 14 * 14  # under the least number of rows: all there are
+    assert gathered(module, [x], Sampling(1)).n == 4 * 14 * 14  # under the least number of rows: all there are

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
 import timm
 import torch
+import transformers
 from tiny_timm import convnext, resnet, samples_of, swin, vit
 from torch import Tensor, nn
 
-from modhifi.calibration.prefix_cache import Passes, Reached
+from modhifi.calibration.prefix_cache import Passes, PrefixCache
+from modhifi.calibration.timeline import Timeline
 from modhifi.data.samples import Samples
+from modhifi.models.hooks import StopForward
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.structure.operators import weight_matrix, write_weight
+from modhifi.structure.torch_ops import tensors_in
 from modhifi.structure.tracing.branches import Calls
 from modhifi.unlearning.sites import Sites, find_sites
+from tests import tiny_text
+from tests.counting import counted
 
 
 def densenet() -> nn.Module:
     torch.manual_seed(0)
     return timm.create_model("densenet121", num_classes=5, growth_rate=8, block_config=(2, 2))
+
+
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24)
+    return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=20, **sizes)).eval()
 
 
 class TwiceRead(nn.Module):
@@ -97,26 +110,160 @@ def test_a_pass_that_ends_early_is_remembered() -> None:
 
     def stop(stream: Tensor) -> None:
         seen.append(stream)
-        raise Reached
+        raise StopForward
 
     for _ in range(2):
         for _, run in runs:
-            with torch.no_grad(), suppress(Reached), Calls({writer.call: stop}) as calls:
+            with torch.no_grad(), suppress(StopForward), Calls({writer.call: stop}) as calls:
                 run(calls)
     half = len(seen) // 2
-    assert len(runs.outputs) == half and all(torch.equal(a, b) for a, b in zip(seen, seen[half:], strict=False))
+    assert (
+        runs.cache is not None
+        and len(runs.cache.remembered) == half
+        and all(torch.equal(a, b) for a, b in zip(seen, seen[half:], strict=False))
+    )
     assert torch.equal(outputs(runs), outputs(Passes(loaded, loaded.model, samples, 3)))
 
 
-@pytest.mark.parametrize("most_bytes, skipped", [(2**30, True), (10, False)])
-def test_what_comes_before_is_left_out_unless_it_takes_too_much_memory(most_bytes: int, skipped: bool) -> None:
+def stored_bytes(cache: PrefixCache) -> int:
+    tensors = [t for r in cache.remembered.values() for output in r.outputs.values() for t in tensors_in(output)]
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+def test_only_what_is_read_is_remembered() -> None:
     loaded, sites, samples = world("resnet")
-    runs = Passes(loaded, loaded.model, samples, 3, [sites.writers[-1].site.module], most_bytes)
+    runs = Passes(loaded, loaded.model, samples, 3, [sites.writers[-1].site.module])
     outputs(runs)
-    before: set[str] = set() if runs.before is None else set(runs.before.calls)
-    assert ({"conv1", "layer1", "layer2", "layer3"} <= before) == skipped
-    if runs.before is not None:
-        # The blocks before the last are read by nothing but blocks.
-        assert runs.before.read.isdisjoint({"conv1", "layer1", "layer2"})
-        stored = sum(t.untyped_storage().nbytes() for o in runs.outputs.values() for t in o.values())
-        assert stored < 7 * 2 * 20 * 4 * 4 * 4
+    assert runs.cache is not None
+    # The blocks before the last are read by nothing but blocks.
+    assert {"conv1", "layer1", "layer2", "layer3"} <= runs.cache.prefix.calls.keys()
+    assert runs.cache.prefix.read.isdisjoint({"conv1", "layer1", "layer2"})
+    assert stored_bytes(runs.cache) < 7 * 2 * 20 * 4 * 4 * 4
+
+
+def test_as_many_batches_are_remembered_as_fit() -> None:
+    loaded, sites, samples = world("resnet")
+    changed = [sites.writers[-1].site.module]
+    runs = Passes(loaded, loaded.model, samples, 3, changed)
+    expected = outputs(runs)
+    assert runs.cache is not None and len(runs.cache.remembered) == 3
+    one_batch = runs.cache.remembered[0].nbytes
+    for most_bytes, batches in ((0, 0), (one_batch, 1), (2 * one_batch, 2)):
+        small = Passes(loaded, loaded.model, samples, 3, changed, most_bytes)
+        assert torch.equal(outputs(small), expected) and torch.equal(outputs(small), expected)
+        assert small.cache is not None and len(small.cache.remembered) == batches
+        assert sum(r.nbytes for r in small.cache.remembered.values()) <= most_bytes
+
+
+def operators(model: nn.Module) -> list[str]:
+    return [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+
+
+def moving(model: nn.Module, x: Tensor) -> PrefixCache:
+    return PrefixCache(model, model, Timeline(model, lambda: model(x)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_prefix_moves_on_and_computes_nothing_twice(name: str) -> None:
+    """As sequential pruning does: every operator is edited once it has been come to."""
+    loaded, _, _ = world(name)
+    model, x = loaded.model, loaded.example
+    cache = moving(model, x)
+    ordered = sorted(operators(model), key=lambda operator: cache.timeline.spans[operator].begin)
+    with counted(nn.Linear) as linear, counted(nn.Conv2d) as conv:
+        for number, operator in enumerate(ordered):
+            cache.advance(ordered[number:])
+            cache.fill(0, x)
+            model.get_submodule(operator).weight.mul_(1.25)
+    once = [model.get_submodule(n) for n in ordered if cache.timeline.spans[n].times == 1]
+    assert [linear[m] + conv[m] for m in once] == [1] * (len(once) - 1) + [0]
+    assert torch.equal(cache.run(0, x), model(x))
+
+
+@pytest.mark.parametrize("build", [lambda: tiny_text.llama(num_hidden_layers=3), bert])
+@torch.no_grad()
+def test_groups_are_changed_one_at_a_time(build: Callable[[], nn.Module]) -> None:
+    """As probing does: what comes before each change is filled in first, by the unchanged model."""
+    model, x = build(), torch.randint(3, 20, (2, 7))
+    cache = PrefixCache(model, lambda batch: model(batch).logits, Timeline(model, lambda: model(x)))
+    dense = model(x).logits
+    for place in operators(model):
+        cache.advance([place])
+        cache.fill(0, x)
+        weight = model.get_submodule(place).weight
+        before = weight.detach().clone()
+        weight.mul_(1.5)
+        assert torch.equal(cache.run(0, x), copy.deepcopy(model)(x).logits)
+        assert not torch.equal(cache.run(0, x), dense)
+        weight.copy_(before)
+    assert torch.equal(model(x).logits, dense) and not any("forward" in vars(m) for m in model.modules())
+
+
+class Twice(nn.Module):
+    """The first layer runs again behind the second one, with another input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(3, 3), nn.ReLU()) for _ in range(2)])
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.layers, self.layers[0]):
+            x = layer(x)
+        return self.head(x)
+
+
+class Tied(nn.Module):
+    """The last layer's weight is the first one's; the second is never called, as its parent reads its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.middle, self.last = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+        self.last.weight = self.first.weight
+        self.behind = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.linear(self.first(x), self.middle.weight)
+        return self.last(self.behind(x))
+
+
+class ChangedInPlace(nn.Module):
+    """Modules change in place what the skips around them read afterwards, a view of the input among it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+        self.act = nn.ReLU(inplace=True)
+        self.block = nn.Sequential(nn.Dropout(), nn.Tanh(), nn.Hardtanh(-0.5, 0.5, inplace=True), nn.Linear(3, 3))
+        self.flat = nn.Sequential(nn.Flatten(0), nn.Hardsigmoid(inplace=True), nn.Unflatten(0, (-1, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y = self.second(self.act(x)) + x
+        z = self.block(y)
+        return self.last(self.flat(z) + y) + z
+
+
+@pytest.mark.parametrize(
+    "build, changed",
+    [
+        *((ChangedInPlace, changed) for changed in ("second", "block.3", "last")),
+        (Twice, "layers.1.0"),
+        (Twice, "layers.0.0"),
+        (Tied, "last"),
+        (Tied, "middle"),
+        (Tied, "behind"),
+    ],
+)
+@torch.no_grad()
+def test_what_cannot_be_given_is_computed_again(build: type[nn.Module], changed: str) -> None:
+    model, x = build().eval(), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    cache = moving(model, x)
+    cache.advance([changed])
+    cache.fill(0, x)
+    model.get_submodule(changed).weight.mul_(2)
+    assert torch.equal(cache.run(0, x), model(x))

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 from modhifi.calibration.collect import collect
+from modhifi.calibration.sampling import Sampling
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
@@ -141,8 +142,9 @@ def test_padding_leaves_no_trace_in_moments_and_measures(loaded: LoadedModel) ->
     batch = next(samples.batches(4))
     assert batch.shape == (4, 9) and int((batch == PADDING).sum()) == 12
     readers = dict(operator_modules(model, find_structure(loaded).prunable))
-    together = collect(model, loaded.run, samples.batches(4), readers, samples=4)
-    alone = collect(model, loaded.run, samples.batches(1), readers, samples=4)
+    every = Sampling(rows_per_column=None)
+    together = collect(model, loaded.run, samples.batches(4), readers, every, samples=4)
+    alone = collect(model, loaded.run, samples.batches(1), readers, every, samples=4)
     for name in readers:
         assert together[name].n == alone[name].n == 24
         torch.testing.assert_close(together[name].gram, alone[name].gram, rtol=1e-4, atol=1e-6)

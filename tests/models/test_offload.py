@@ -14,6 +14,7 @@ from torch import nn
 
 import modhifi
 from modhifi.calibration.block_stream import Stream
+from modhifi.calibration.timeline import Timeline
 from modhifi.errors import ModhifiError
 from modhifi.models import offload
 from modhifi.models.load import load_model
@@ -100,9 +101,10 @@ def test_blocks_follow_their_input_and_go_home(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_stream_carries_every_block_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = tiny_text.llama(num_hidden_layers=3), [torch.randint(3, 20, (2, 8)) for _ in range(4)]
+    timeline = Timeline(model, lambda: model(batches[0], use_cache=False))
     let_visit(model, BLOCKS, "cpu")
     place = Elsewhere(model, monkeypatch)
-    stream = Stream(model, BLOCKS, lambda x: model(x, use_cache=False))
+    stream = Stream(model, BLOCKS, lambda x: model(x, use_cache=False), timeline)
     for _ in BLOCKS:
         stream.advance(batches)
     assert place.carried == len(place.homes) and place.away(model) == [False] * 3

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from modhifi.calibration.batchnorm import reestimate_batchnorm
+from modhifi.calibration.sampling import Sampling
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
@@ -66,7 +67,7 @@ def test_predicted_local_error_is_the_error_that_is_made(loaded: LoadedModel, sa
     pruned = prune_model(loaded, samples, Budget("components", 0.5), settings)
     reader, name = structure.prunable[0].readers[0].module, structure.prunable[0].name
     before, after = (weight_matrix(m.get_submodule(reader))[0] for m in (loaded.model, pruned.dense_shape))
-    moments = measure_moments(loaded, structure, samples, settings)[reader]
+    moments = measure_moments(loaded, structure, samples, settings.sampling)[reader]
     second = applied_second(moments, structure.operators[reader].sink)[0]
     assert local_error(before, after, second)[0] == pytest.approx(pruned.plan.removal_cost[name], rel=1e-3)
     assert 0 < pruned.errors[0].relative < 1
@@ -88,26 +89,6 @@ def test_better_methods_make_smaller_local_errors(loaded: LoadedModel, samples: 
         return sum(e.error for e in pruned.errors)
 
     assert local("obs", "lstsq") < local("naive", "lstsq") < local("naive", "delta") < local("naive", "none")
-
-
-@pytest.mark.parametrize("target", ["own", "dense"])
-def test_sequential_is_one_shot_for_the_first_reader(loaded: LoadedModel, samples: Samples, target: str) -> None:
-    """Nothing is pruned before the first edited reader: all targets coincide there."""
-    only = PruneSettings(only=("layer2.0.conv1",))
-    once = prune_model(loaded, samples, Budget("components", 0.5), only)
-    again = prune_model(loaded, samples, Budget("components", 0.5), PruneSettings(only=only.only, sequential=target))
-    torch.testing.assert_close(
-        logits(loaded, once.model, samples), logits(loaded, again.model, samples), rtol=1e-3, atol=1e-4
-    )
-
-
-def test_sequential_towards_the_dense_output_lowers_the_output_error(loaded: LoadedModel, samples: Samples) -> None:
-    def error(sequential: str | None) -> float:
-        settings = PruneSettings(layout="uniform", sequential=sequential)
-        pruned = prune_model(loaded, samples, Budget("macs", 0.5), settings)
-        return measure.compare(loaded.logits, lambda b: loaded.logits(b, pruned.model), samples).relative_error
-
-    assert error("dense") < error(None)
 
 
 def test_hifi_sets_of_full_fidelity_keep_every_useful_component(loaded: LoadedModel, samples: Samples) -> None:
@@ -146,7 +127,7 @@ def test_a_gram_too_large_for_memory_is_refused_before_anything_is_measured(
     structure = find_structure(loaded)
     monkeypatch.setattr("modhifi.calibration.memory.free_bytes", lambda device: 100_000)
     with pytest.raises(ModhifiError, match="--exclude") as caught:
-        measure_moments(loaded, structure, samples, PruneSettings())
+        measure_moments(loaded, structure, samples, Sampling())
     name = str(caught.value).split()[-1]
     assert name in {g.name for g in structure.prunable}
 

@@ -39,7 +39,7 @@ def test_amplification_is_the_measured_effect_of_one_group(model_dir: Path, imag
     samples = load_samples(f"images:{image_dir}", loaded, n=48)
     settings = PruneSettings(only=("layer4.1.conv1", "layer1.0.conv1"))
     structure = choose_groups(find_structure(loaded), settings)
-    moments = measure_moments(loaded, structure, samples, settings)
+    moments = measure_moments(loaded, structure, samples, settings.sampling)
     curves = removal_curves(loaded.model, structure, moments, settings)
     probe = next(samples.batches(16))
     before = copy.deepcopy(loaded.model.state_dict())
@@ -50,7 +50,7 @@ def test_amplification_is_the_measured_effect_of_one_group(model_dir: Path, imag
 
 def test_the_plan_that_changes_the_output_least_is_taken(language: LoadedModel, tokens: Samples) -> None:
     structure = choose_groups(find_structure(language), SETTINGS)
-    moments = measure_moments(language, structure, tokens, SETTINGS)
+    moments = measure_moments(language, structure, tokens, SETTINGS.sampling)
     curves = removal_curves(language.model, structure, moments, SETTINGS)
     probe, budget = next(tokens.batches(4)), Budget("components", 0.625)
     # Weights that were measured wrongly: the first layer seems to matter to nothing.

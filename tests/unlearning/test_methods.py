@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modhifi.errors import ModhifiError
+from modhifi.unlearning.batchnorm import Norm, settle_norm
 from modhifi.unlearning.methods.contrastive import contrastive
 from modhifi.unlearning.methods.erase import erase
 from modhifi.unlearning.methods.gls import gls
@@ -14,7 +15,6 @@ from modhifi.unlearning.methods.head_mask import head_mask
 from modhifi.unlearning.methods.hifi_negate import hifi_negate
 from modhifi.unlearning.methods.hifi_zero import hifi_zero
 from modhifi.unlearning.methods.projection import projection
-from modhifi.unlearning.norms import Norm, settle_norm
 
 CLASSES, DIM, OUT = 4, 7, 5
 seeds = st.integers(0, 10_000)

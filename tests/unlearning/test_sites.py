@@ -14,9 +14,9 @@ from modhifi.calibration.prefix_cache import Passes
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.structure.tracing.branches import Calls
+from modhifi.unlearning.batchnorm import settle_norms
 from modhifi.unlearning.edit import forget
 from modhifi.unlearning.moments import joint_moments, reader_moments
-from modhifi.unlearning.norms import settle_norms
 from modhifi.unlearning.observe import observe
 from modhifi.unlearning.settings import UnlearnSettings
 from modhifi.unlearning.sites import block_of, find_sites

@@ -6,7 +6,7 @@ import torch
 
 from modhifi.data.labels import populations
 from modhifi.unlearning.attacks.base import ATTACKS, Attack, Attacked, Measure, labels_of, share
-from modhifi.unlearning.norms import recall
+from modhifi.unlearning.batchnorm import recall
 
 
 def run(target: Attacked) -> dict[str, float | None]:

@@ -1,18 +1,20 @@
-"""BatchNorm around a class edit: settle the statistics, or re-estimate them as an attacker would."""
+"""The BatchNorms around a class edit: settle their statistics, or re-estimate them as an attacker would."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modhifi.calibration.batchnorm import reestimate_batchnorm
 from modhifi.calibration.prefix_cache import Passes
 from modhifi.data.samples import Samples
-from modhifi.models.hooks import only_input
+from modhifi.models.hooks import attached, on_input
 from modhifi.models.loaded import LoadedModel
 from modhifi.unlearning.sites import Sites
 
@@ -65,8 +67,7 @@ def settle_norms(runs: Passes, names: Sequence[str], counted: Tensor | None = No
     model = runs.model
     known = set(batch_norms(model))
     names = [n for n in names if n in known and model.get_submodule(n).weight is not None]
-    statistics = _statistics(runs, names, counted)
-    for name, (mean, variance) in statistics.items():
+    for name, (mean, variance) in _statistics(runs, names, counted).items():
         norm: Any = model.get_submodule(name)
         old = Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var)
         new = settle_norm(old, mean, variance, norm.eps)
@@ -80,19 +81,11 @@ def settle_norms(runs: Passes, names: Sequence[str], counted: Tensor | None = No
 
 @torch.no_grad()
 def recall(loaded: LoadedModel, model: nn.Module, samples: Samples, batch_size: int) -> nn.Module | None:
-    """A copy whose BatchNorms are re-estimated on ``samples``, all at once, as training mode does; None without any."""
+    """A copy of the model with BatchNorms re-estimated on ``samples``, all at once; None for a model without any."""
     if not batch_norms(model):
         return None
     result = copy.deepcopy(model)
-    norms: list[Any] = [result.get_submodule(name) for name in batch_norms(result)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum, norm.training = None, True
-    for _, run in Passes(loaded, result, samples, batch_size):
-        run()
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum, norm.training = momentum, False
+    reestimate_batchnorm(result, loaded, samples, batch_size)
     return result
 
 
@@ -101,7 +94,7 @@ def _statistics(runs: Passes, names: Sequence[str], counted: Tensor | None) -> d
     sums: dict[str, list[Any]] = {name: [0, 0.0, 0.0] for name in names}
     first, count = 0, 0
 
-    def see(name: str, x: Tensor) -> None:
+    def add(name: str, x: Tensor) -> None:
         if counted is not None:
             # A norm may see a row for each token: those of one sample stand one after another.
             x = x[counted[first : first + count].repeat_interleave(len(x) // count).to(x.device)]
@@ -111,19 +104,10 @@ def _statistics(runs: Passes, names: Sequence[str], counted: Tensor | None) -> d
         entry[1] = entry[1] + rows.sum(1)
         entry[2] = entry[2] + rows.square().sum(1)
 
-    handles = [
-        runs.model.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, named, name=name: see(name, only_input(args, named)), with_kwargs=True
-        )
-        for name in names
-    ]
-    try:
+    with attached([on_input(runs.model.get_submodule(name), partial(add, name)) for name in names]):
         for first, run in runs:
             count = min(runs.batch_size, len(runs.samples) - first)
             run()
-    finally:
-        for handle in handles:
-            handle.remove()
     result = {}
     for name, (n, first, second) in sums.items():
         if n > 1:
