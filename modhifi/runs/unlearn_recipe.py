@@ -3,39 +3,59 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from modhifi.runs.recipe import Checks, ModelSource
-from modhifi.runs.recipe_file import Strict, validate
+from modhifi.runs.recipe import Checks, Count, Device, ModelSource, Out, Seed, Summary
+from modhifi.runs.recipe_file import Option, Strict, validate
 from modhifi.unlearning.edit import Method, UnlearnSettings
 
 
 class UnlearnData(Strict):
     """Where the samples come from; see :func:`modhifi.unlearning.data.load_unlearn_data`."""
 
-    source: str
-    samples: Annotated[int, Field(ge=1)] = 2000
-    forget: str | None = None
+    panel: ClassVar[str] = "Data"
+
+    source: Annotated[str, Option("--data")]
+    """Images with the forgotten and other classes: images:DIR or hf:DATASET."""
+    samples: Count = 2000
+    """Number of images the edit sees."""
+    forget: Annotated[str | None, Option("--forget-data")] = None
+    """Samples of the forgotten classes; by default those in --data."""
     evaluate: str | None = None
-    evaluation_samples: Annotated[int, Field(ge=1)] = 2000
+    """Images for attacks and test; by default a part of --data."""
+    evaluation_samples: Count = 2000
+    """Number of images for attacks and test."""
     members: str | None = None
+    """Training images of the forgotten classes, for the membership attack."""
 
 
 class UnlearnMethod(Strict):
     """How to forget; null takes the method's own default."""
 
-    name: Method = "erase-writers"
-    depth: Annotated[int, Field(ge=1)] | None = None
-    passes: Annotated[int, Field(ge=1)] | None = None
+    panel: ClassVar[str] = "Method"
+
+    name: Annotated[Method, Option("--method")] = "erase-writers"
+    """How to forget; head-mask is a control that erases nothing."""
+    depth: Count | None = None
+    """Blocks to edit, back from the head."""
+    passes: Count | None = None
+    """Times to go over them."""
     strength: Annotated[float, Field(gt=0)] | None = None
+    """In the method's own unit."""
     retain_budget: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Largest loss of retain accuracy, such as 0.01; weakens the edit to fit."""
     only: list[str] = []
+    """Edit operators of this pattern; repeat it."""
     exact: bool = True
+    """Make the class means coincide exactly (erase-writers)."""
     forget_weight: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the forgotten samples in the pooled moments (erase-writers)."""
     damping: Annotated[float, Field(gt=0)] = 1e-3
+    """Damping, in units of a Gram's mean diagonal."""
     settle: bool = True
+    """Give the BatchNorms behind the edit statistics that fit it."""
 
 
 class UnlearnRecipe(Strict):
@@ -43,15 +63,19 @@ class UnlearnRecipe(Strict):
 
     task: Literal["unlearn"] = "unlearn"
     model: ModelSource
-    forget: Annotated[list[str], Field(min_length=1)]
+    forget: Annotated[list[str], Field(min_length=1), Option(panel="Data", metavar="CLASS")]
+    """Index or name; several with commas, or repeated."""
     data: UnlearnData
     method: UnlearnMethod = UnlearnMethod()
     checks: Checks = Checks()
-    reference: str | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    reference: Annotated[str | None, Option(panel="Checks", metavar="MODEL")] = None
+    """A model retrained without the classes, to compare."""
+    seed: Seed = 0
     batch_size: Annotated[int, Field(ge=2)] = 64
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    out: str | None = None
+    """Images run at once."""
+    device: Device = "auto"
+    out: Out = None
+    summary: Summary = None
 
     def settings(self) -> UnlearnSettings:
         m = self.method
