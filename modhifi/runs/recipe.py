@@ -141,9 +141,9 @@ class Method(Strict):
     """Least share of a group that stays."""
     round_to: Count = 1
     """Kept widths are multiples of this."""
-    ridge: Annotated[float, Field(gt=0)] = 1e-4
+    ridge: Annotated[float, Field(gt=0), Option(panel="Advanced")] = 1e-4
     """Damping, in units of a Gram's mean diagonal."""
-    rows_per_column: Annotated[int, Field(ge=0)] | None = None
+    rows_per_column: Annotated[int | None, Field(ge=0), Option(panel="Advanced")] = None
     """Rows a Gram looks at per column; 0 takes all."""
     only: list[str] = []
     """Prune only groups of this name pattern or kind (channels, neurons, heads); repeat it."""

@@ -117,6 +117,14 @@ def set_value(content: dict[str, Any], path: str, value: Any) -> None:
     place[leaf] = value
 
 
+def set_out(content: dict[str, Any], out: str) -> None:
+    """Let a run write to ``out``, in place; a summary inside its directory goes along."""
+    old, summary = content.get("out"), content.get("summary")
+    if old and summary and Path(summary).is_relative_to(old):
+        content["summary"] = str(Path(out, Path(summary).relative_to(old)))
+    content["out"] = out
+
+
 def to_yaml(content: Any) -> str:
     """YAML as recipes are written: keys in their order."""
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

@@ -48,11 +48,11 @@ class UnlearnMethod(Strict):
     """Largest loss of retain accuracy, such as 0.01; weakens the edit to fit."""
     only: list[str] = []
     """Edit operators of this pattern; repeat it."""
-    exact: bool = True
+    exact: Annotated[bool, Option(panel="Advanced")] = True
     """Make the class means coincide exactly (erase-writers)."""
-    forget_weight: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    forget_weight: Annotated[float, Field(gt=0, lt=1), Option(panel="Advanced")] = 0.1
     """Share of the forgotten samples in the pooled moments (erase-writers)."""
-    damping: Annotated[float, Field(gt=0)] = 1e-3
+    damping: Annotated[float, Field(gt=0), Option(panel="Advanced")] = 1e-3
     """Damping, in units of a Gram's mean diagonal."""
     settle: bool = True
     """Give the BatchNorms behind the edit statistics that fit it."""
