@@ -62,9 +62,10 @@ def prune(
     of tensors or PIL images, a map-style Dataset. ``evaluate`` holds out other data; by default it is a disjoint part
     of ``data``. ``window`` is tokens in an item of text; amounts not said are those of `modhifi.runs.defaults`.
     ``method`` and ``checks``: the keys of those parts of a recipe; the result's ``bounds`` answer the checks.
-    With ``out`` the artefact is written there, ``export`` adds a file ``onnx`` or ``pt2``. ``cache`` is a directory where
-    moments are kept: a second budget then needs no second pass over the data. ``offload``: weights stay in main memory, and one block at a time
-    visits the ``device``; a module that accelerate has dispatched to CPU or disk may be given, too.
+    With ``out`` the artefact is written there; ``export`` adds a file ``onnx`` or ``pt2``. ``cache`` is a directory
+    where moments are kept: a second budget then needs no second pass over the data. ``offload``: weights stay in main
+    memory, and one block at a time visits the ``device``; a module that accelerate has dispatched to CPU or disk may be
+    given, too.
 
     Returns the smaller ``model``, a JSON-able ``report``, the ``plan`` and the ``path`` written.
     Raises ModhifiError for bad input, in one line.
