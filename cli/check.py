@@ -4,38 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.table import Table
+
 from modhifi.errors import GateFailed
+from modhifi.runs.check import check_model
+from modhifi.runs.inputs import load_source
 
 from .common import JsonOption, print_json, stdout_console
-from .prune import (
-    GgufOption,
-    ModelArgOption,
-    ModelArgument,
-    RandomOption,
-    RevisionOption,
-    TrustOption,
-    WeightsOption,
-    model_source,
-)
+from .options import Loading, takes
 
 
-def check(
-    model: ModelArgument,
-    model_arg: ModelArgOption = None,
-    weights: WeightsOption = None,
-    revision: RevisionOption = None,
-    random_weights: RandomOption = False,
-    trust_remote_code: TrustOption = False,
-    gguf_file: GgufOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@takes(Loading, files=False)
+def check(chosen: Loading, as_json: JsonOption = False) -> None:
     """Say what can be pruned of a model, and what not and why. Exit code 1 if nothing can."""
-    from modhifi.runs.check import check_model
-    from modhifi.runs.inputs import load_source
-    from modhifi.runs.recipe import ModelSource
-
-    source = model_source(model, model_arg, weights, revision, random_weights, trust_remote_code, gguf_file)
-    found = check_model(load_source(ModelSource(**source)))
+    found = check_model(load_source(chosen.model))
     if as_json:
         print_json(found)
     else:
@@ -45,8 +27,6 @@ def check(
 
 
 def _show(found: dict[str, Any]) -> None:
-    from rich.table import Table
-
     console = stdout_console()
     table = Table(
         "group",

@@ -2,80 +2,60 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
-import pkgutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from modhifi.errors import ModhifiError
-
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
 
-# The bracket is escaped: typer reads help texts as rich markup.
-MODEL_HELP = "timm:NAME, hf:ORG/NAME\\[@REVISION], demo:resnet, or a directory."
+# The parts of a verb's help, in their order.
+PANELS = ("Budget", "Data", "Method", "Checks", "Output", "Loading", "Advanced")
 
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda", "mps"],
-    typer.Option("--device", help="Where to run; auto takes a GPU if there is one."),
+    typer.Option("--device", help="Where to run; auto takes a GPU if there is one.", rich_help_panel="Advanced"),
 ]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="The seed of everything random.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output directory that is not empty.")]
-MaxFlipOption = Annotated[
-    float | None, typer.Option("--max-flip", help="Largest share of inputs whose top-1 may change, such as 0.05.")
+SeedOption = Annotated[
+    int, typer.Option("--seed", min=0, help="The seed of everything random.", rich_help_panel="Advanced")
 ]
-MaxErrorOption = Annotated[
-    float | None,
-    typer.Option("--max-error", help="Largest change of the output (Euclidean) that 95 % of inputs must keep to."),
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel="Output")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.", rich_help_panel="Output")
 ]
-MaxPerplexityOption = Annotated[
-    float | None,
-    typer.Option("--max-perplexity-ratio", help="Largest perplexity over the original's, of causal language models."),
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Replace an output directory that is not empty.", rich_help_panel="Output")
 ]
-ConfidenceOption = Annotated[float, typer.Option("--confidence", help="Confidence of the statistical bounds.")]
-NotASampleOption = Annotated[
-    bool, typer.Option("--not-a-sample", help="The data was not drawn at random: claim nothing beyond it.")
-]
-WalkedOption = Annotated[
-    int | None,
+CacheOption = Annotated[
+    Path | None,
     typer.Option(
-        "--walked", min=0, help="Samples for the certified rungs; by default 16 images, 1 text, none of large models."
+        "--cache",
+        help="Keep moments here; by default $MODHIFI_CACHE or the user's cache directory.",
+        rich_help_panel="Advanced",
+    ),
+]
+NoCacheOption = Annotated[
+    bool,
+    typer.Option("--no-cache", help="Neither use nor keep moments of other runs.", rich_help_panel="Advanced"),
+]
+PushOption = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub",
+        metavar="ORG/NAME",
+        help="Upload what passes; a new repository is private.",
+        rich_help_panel="Output",
     ),
 ]
 
 Report = Callable[[str, int, int], None]
-
-
-def entries(package: str) -> list[str]:
-    """The names in the registry of a package, by its files: to import them takes seconds that a help text has not."""
-    spec = importlib.util.find_spec(package)
-    folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    return [file.name.replace("_", "-") for file in pkgutil.iter_modules(folders) if file.name != "base"]
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device called ``name``, where ``auto`` is cuda if it is there and cpu if not; mps has no float64.
-
-    Raises ModhifiError if the device is not available.
-    """
-    import torch
-
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = "cuda" if available["cuda"] else "cpu"
-    if not available.get(name, False):
-        raise ModhifiError(f"the device {name!r} is not available here; use --device auto or --device cpu")
-    return torch.device(name)
 
 
 @contextmanager

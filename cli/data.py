@@ -7,29 +7,17 @@ from typing import Annotated
 
 import typer
 
-from .common import (
-    DeviceOption,
-    JsonOption,
-    QuietOption,
-    SeedOption,
-    print_json,
-    progress,
-    resolve_device,
-    stdout_console,
-)
-from .prune import (
-    GgufOption,
-    ModelArgOption,
-    ModelArgument,
-    RandomOption,
-    RevisionOption,
-    TrustOption,
-    WeightsOption,
-    WindowOption,
-    model_source,
-)
+from modhifi.data.contact_sheet import materialise, save_sheet
+from modhifi.data.quality import look
+from modhifi.data.sources import load_samples
+from modhifi.disk import check_file, check_output, staging
+from modhifi.runs.devices import resolve_device
+from modhifi.runs.inputs import load_source
 
-app = typer.Typer(no_args_is_help=True, help="Calibration data: make it, look at it.")
+from .common import DeviceOption, JsonOption, QuietOption, SeedOption, print_json, progress, stdout_console
+from .options import Loading, takes
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Calibration data: make it, look at it.")
 
 
 @app.callback()
@@ -38,40 +26,45 @@ def data() -> None:
 
 
 @app.command("make")
+@takes(Loading, files=False)
 def make(
-    model: ModelArgument,
-    out: Annotated[Path, typer.Option("--out", help="A new directory; images:OUT or text:OUT reads it back.")],
+    chosen: Loading,
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="A new directory; images:OUT or text:OUT reads it back.", rich_help_panel="Output"),
+    ],
     kind: Annotated[
         str,
-        typer.Option("--kind", help="synthetic[:KIND], synthetic:invert, self, or another source of `modhifi prune`."),
+        typer.Option(
+            "--kind",
+            help="synthetic\\[:KIND], synthetic:invert, self, or another source of `modhifi prune`.",
+            rich_help_panel="Data",
+        ),
     ] = "synthetic",
-    n: Annotated[int, typer.Option("--n", min=1, help="Number of samples.")] = 256,
-    sheet: Annotated[Path | None, typer.Option("--sheet", help="Also draw the first images into one PNG.")] = None,
-    window: WindowOption = None,
-    model_arg: ModelArgOption = None,
-    weights: WeightsOption = None,
-    revision: RevisionOption = None,
-    random_weights: RandomOption = False,
-    trust_remote_code: TrustOption = False,
-    gguf_file: GgufOption = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of samples.", rich_help_panel="Data")] = 256,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            "--window",
+            min=2,
+            help="Tokens in a window of text; by default 1024 (512 on a CPU).",
+            rich_help_panel="Data",
+        ),
+    ] = None,
+    sheet: Annotated[
+        Path | None,
+        typer.Option("--sheet", help="Also draw the first images into one PNG.", rich_help_panel="Output"),
+    ] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write the samples of a source as files, images or texts, and say how well they suit the model."""
-    from modhifi.data.contact_sheet import materialise, save_sheet
-    from modhifi.data.quality import look
-    from modhifi.data.sources import load_samples
-    from modhifi.disk import check_file, check_output, staging
-    from modhifi.runs.inputs import load_source
-    from modhifi.runs.recipe import ModelSource
-
     check_output(out)
     check_file(sheet, "--sheet", within=out, png="an image")
-    source = model_source(model, model_arg, weights, revision, random_weights, trust_remote_code, gguf_file)
     with progress(quiet or as_json) as report:
-        loaded = load_source(ModelSource(**source))
+        loaded = load_source(chosen.model)
         loaded.model.to(resolve_device(device))
         samples = load_samples(kind, loaded, n=n, seed=seed, window=window, progress=report)
         seen = look(loaded, samples)

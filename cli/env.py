@@ -51,7 +51,7 @@ def hardware() -> dict[str, str | int | float | None]:
     """The device that ``--device auto`` takes, CUDA, usable cores, threads of torch and memory in GiB."""
     import torch
 
-    from .common import resolve_device
+    from modhifi.runs.devices import resolve_device
 
     device = resolve_device("auto")
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -1,12 +1,12 @@
 """The `modhifi` command: its verbs, and the one place where errors become exit codes.
 
-A verb is a function in a file of its own, registered below. Its file imports only typer and `.common` at the top and
-everything heavy inside the function, so that `modhifi --help` stays quick. It raises ModhifiError for what the user can
-mend and never prints a traceback.
+A verb is a function, or a group of them, in a file of its own, which is imported when the verb is called, so that
+`modhifi --help` stays quick. It raises ModhifiError for what the user can mend and never prints a traceback.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
@@ -18,24 +18,35 @@ from typer.core import TyperGroup
 
 from modhifi.errors import ModhifiError
 
-from .audit import audit
-from .check import check
-from .data import app as data
-from .demo import demo
-from .diff import diff
-from .env import env, version
-from .prune import prune
-from .recipe import app as recipe
-from .score import score
-from .tasks import tasks
-from .unlearn import unlearn
-from .verify import verify
+from .env import version
 
+# Every verb, its file's name, and the first sentence of its help, which `modhifi --help` shows without that file.
+VERBS = {
+    "prune": "Make a model physically smaller, without its training data, labels or gradients.",
+    "unlearn": "Make a classifier forget classes with forward passes only, then attack the result. "
+    "No proof of data deletion.",
+    "verify": "Bound how far an edited model's outputs moved: every rung labelled, with a verdict on each tolerance.",
+    "audit": "Try to get forgotten classes back: norms re-estimated, probes, neighbours, prototypes; "
+    "beside an output mask.",
+    "score": "Measure every component: singleton fidelity, energy score, exact removal cost, order of removal.",
+    "tasks": "Run tasks of lm-eval (pip install 'modhifi\\[lm-eval]') on a language model before and after its edit.",
+    "check": "Say what can be pruned of a model, and what not and why. Exit code 1 if nothing can.",
+    "diff": "Compare two artefacts or reports: figures, kept widths, settings, verdicts, "
+    "and whether the weights are equal.",
+    "demo": "Prune the bundled CIFAR-10 ResNet to half its FLOPs and report what that did; offline, on any CPU.",
+    "env": "Print versions and hardware, ready to paste into a bug report.",
+    "data": "Calibration data: make it, look at it.",
+    "recipe": "Whole runs as YAML files: list, copy, check and run them.",
+}
 BAD_INPUT, OUR_BUG, INTERRUPTED = 2, 3, 130
 
 
 class ErrorMapping(TyperGroup):
-    """Run the verb and turn what it raises into one line on stderr and an exit code."""
+    """Import and run the verb, and turn what it raises into one line on stderr and an exit code."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load(name) if name in VERBS else command, rest
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -116,10 +127,20 @@ def options(
         logging.getLogger("modhifi").setLevel(logging.INFO)
 
 
-for verb in (prune, unlearn, verify, audit, score, tasks, check, diff, demo, env):
-    app.command()(verb)
-app.add_typer(data, name="data")
-app.add_typer(recipe, name="recipe")
+def load(verb: str) -> Any:
+    """The command of a verb, from its file."""
+    module = importlib.import_module(f".{verb}", __package__)
+    if hasattr(module, "app"):
+        group = typer.main.get_command(module.app)
+        group.name = verb
+        return group
+    alone = typer.Typer(add_completion=False)
+    alone.command(verb)(getattr(module, verb))
+    return typer.main.get_command(alone)
+
+
+for name, text in VERBS.items():
+    app.command(name, help=text)(lambda: None)
 
 
 def main() -> None:

@@ -1,18 +1,12 @@
-"""The option `--push-to-hub`, which the verbs that write artefacts share."""
+"""What `--push-to-hub` does for the verbs that write artefacts."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from modhifi.errors import ModhifiError
-
-PushOption = Annotated[
-    str | None,
-    typer.Option("--push-to-hub", metavar="ORG/NAME", help="Upload what passes; a new repository is private."),
-]
 
 
 def check_pushed(repo: str | None, out: str | Path | None) -> None:

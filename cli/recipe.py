@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from modhifi.errors import ModhifiError
 
-from .cache import CacheOption, NoCacheOption, cache_directory
-from .common import ForceOption, JsonOption, QuietOption, print_json, progress, resolve_device, stdout_console
-from .summary import SummaryOption
+from .common import CacheOption, ForceOption, JsonOption, NoCacheOption, QuietOption, print_json, stdout_console
 
 if TYPE_CHECKING:
     from modhifi.runs.recipe_tasks import Recipe
@@ -24,7 +21,9 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=1", help="Change a value of the recipe; repeat it.")
 ]
 
-app = typer.Typer(no_args_is_help=True, help="Whole runs as YAML files: list, copy, check and run them.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Whole runs as YAML files: list, copy, check and run them."
+)
 
 
 @app.command("ls")
@@ -92,7 +91,10 @@ def run(
         Path | None, typer.Option("--out", help="Directory to write; of several steps each writes to OUT/NAME.")
     ] = None,
     set_values: SetOption = None,
-    summary: SummaryOption = None,
+    summary: Annotated[
+        Path | None,
+        typer.Option("--summary", help="Also write FILE.md (Markdown) or FILE.xml (JUnit), failed or not."),
+    ] = None,
     cache: CacheOption = None,
     no_cache: NoCacheOption = False,
     quiet: QuietOption = False,
@@ -100,50 +102,22 @@ def run(
     force: ForceOption = False,
 ) -> None:
     """Run a recipe: every step in order; exit code 1 where a check fails, after everything is written."""
-    import shlex
+    from .run import run
 
-    from modhifi.artifacts.summary import check_summary, write_summary
-    from modhifi.runs.run_recipe import How, run_recipe
-
-    parsed = read(recipe, set_values, out)
-    check_summary(summary, parsed.out)
-    with progress(quiet or as_json) as report:
-        command = shlex.join(["modhifi", *sys.argv[1:]])
-        found = run_recipe(parsed, How(resolve_device, force, cache_directory(cache, no_cache), report, command))
-    if not found[-1].report:
-        return  # the main process of several goes on
-    if summary is not None:
-        write_summary(summary, [(done.name, done.report) for done in found])
-    if as_json:
-        print_json([{**done.report, "step": done.name, "path": done.path and str(done.path)} for done in found])
-    else:
-        for done in found:
-            show_report(done.report, done.path)
-    failure = found[-1].failure
-    if failure is not None:
-        raise failure
+    parsed = read(recipe, set_values, out, summary)
+    run(parsed, quiet=quiet, as_json=as_json, force=force, cache=cache, no_cache=no_cache)
 
 
-def read(recipe: str, set_values: list[str] | None, out: Path | None = None) -> Recipe:
+def read(recipe: str, set_values: list[str] | None, out: Path | None = None, summary: Path | None = None) -> Recipe:
     """The recipe of a name or a file, with changes, validated."""
     from modhifi.runs.bundled_recipes import find
-    from modhifi.runs.recipe_file import apply_overrides, read_yaml
+    from modhifi.runs.recipe_file import apply_overrides, read_yaml, set_out
     from modhifi.runs.recipe_tasks import parse
 
     path = find(recipe)
     content = apply_overrides(read_yaml(path), set_values or [])
-    return parse(content if out is None else {**content, "out": str(out)}, path)
-
-
-def show_report(report: dict[str, Any], path: Path | None) -> None:
-    """A report of any task on one screen."""
-    from .prune import show as show_prune
-    from .unlearn import show_audit
-    from .verify import show_bounds
-
-    if report["task"] == "prune":
-        show_prune(report, path)
-    elif report["task"] == "verify":
-        show_bounds(report["title"], report)
-    else:
-        show_audit(report, path)
+    if out is not None:
+        set_out(content, str(out))
+    if summary is not None:
+        content["summary"] = str(summary)
+    return parse(content, path)

@@ -6,68 +6,49 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
-from .common import (
-    DeviceOption,
-    JsonOption,
-    QuietOption,
-    SeedOption,
-    print_json,
-    progress,
-    resolve_device,
-    stdout_console,
-)
-from .prune import (
-    DataOption,
-    GgufOption,
-    ModelArgOption,
-    ModelArgument,
-    RandomOption,
-    RevisionOption,
-    SamplesOption,
-    TrustOption,
-    WeightsOption,
-    WindowOption,
-    model_source,
-)
+from modhifi.disk import check_file
+from modhifi.runs.devices import resolve_device
+from modhifi.runs.inputs import load_source
+from modhifi.runs.recipe import CalibrationData, Device, ModelSource, Seed
+from modhifi.runs.recipe_file import Strict
+from modhifi.runs.score import score_model, write_scores
+
+from .common import JsonOption, QuietOption, print_json, progress, stdout_console
+from .options import takes
 
 
+class ScoreRun(Strict):
+    """What a run of the scores needs of a recipe."""
+
+    model: ModelSource
+    data: CalibrationData = CalibrationData()
+    seed: Seed = 0
+    device: Device = "auto"
+
+
+@takes(ScoreRun, files=False)
 def score(
-    model: ModelArgument,
-    data: DataOption = "synthetic",
-    samples: SamplesOption = None,
-    window: WindowOption = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write FILE.json, FILE.csv or FILE.safetensors.")] = None,
-    model_arg: ModelArgOption = None,
-    weights: WeightsOption = None,
-    revision: RevisionOption = None,
-    random_weights: RandomOption = False,
-    trust_remote_code: TrustOption = False,
-    gguf_file: GgufOption = None,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
+    run: ScoreRun,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Write FILE.json, FILE.csv or FILE.safetensors.", rich_help_panel="Output"),
+    ] = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure every component: singleton fidelity, energy score, exact removal cost, order of removal."""
-    from modhifi.disk import check_file
-    from modhifi.runs.inputs import load_source
-    from modhifi.runs.recipe import ModelSource
-    from modhifi.runs.score import score_model, write_scores
-
     check_file(out, "--out", json="all", csv="a table", safetensors="tensors")
-    source = model_source(model, model_arg, weights, revision, random_weights, trust_remote_code, gguf_file)
     with progress(quiet or as_json) as report:
-        loaded = load_source(ModelSource(**source))
-        loaded.model.to(resolve_device(device))
-        scores = score_model(loaded, data, samples, seed, report, window)
+        loaded = load_source(run.model)
+        loaded.model.to(resolve_device(run.device))
+        scores = score_model(loaded, run.data.source, run.data.samples, run.seed, report, run.data.window)
     if out is not None:
         write_scores(scores, out)
     if as_json:
         print_json([s.to_json() for s in scores])
         return
-    from rich.table import Table
-
     table = Table("group", "components", "best singleton", "mean singleton", "free to remove", "half costs")
     for s in scores:
         table.add_row(

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from modhifi.api import audit as audit
     from modhifi.api import prune as prune
     from modhifi.api import register_selector as register_selector
     from modhifi.api import score as score
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 # The public functions: name, file of the package. They are imported at first use, so that `import modhifi` stays quick.
 PUBLIC = {
+    "audit": "api",
     "load": "models.artifact",
     "load_model": "models.load",
     "prune": "api",

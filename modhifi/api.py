@@ -12,26 +12,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from modhifi.bounds.ladder import BoundReport, verify_model
-from modhifi.bounds.verdicts import Tolerances
-from modhifi.calibration.cache import MomentCache
+from modhifi.bounds.ladder import BoundReport
 from modhifi.data.in_memory import Data, first_items, source_name
 from modhifi.data.samples import Samples
-from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.models.skeleton import same_shapes
 from modhifi.progress import Progress, silent
 from modhifi.pruning.selectors import SELECTORS, Selector
 from modhifi.pruning.selectors.base import Order
 from modhifi.runs.inputs import Given
-from modhifi.runs.prune import PruneResult, run_prune
-from modhifi.runs.recipe import parse_recipe
+from modhifi.runs.prune import PruneResult
+from modhifi.runs.recipe_tasks import parse
+from modhifi.runs.run_recipe import Circumstances, run_recipe
 from modhifi.runs.score import GroupScores, score_model
-from modhifi.runs.unlearn import UnlearnResult, run_unlearn
-from modhifi.runs.unlearn_recipe import parse_unlearn_recipe
-from modhifi.runs.verify import held_amounts, verify_artifact
+from modhifi.runs.unlearn import UnlearnResult
 
 Model = str | Path | nn.Module | LoadedModel
 """``timm:NAME``, ``hf:ORG/NAME[@REVISION]``, ``demo:resnet``, a directory, a module (it is copied), a loaded model."""
@@ -52,6 +47,7 @@ def prune(
     method: Mapping[str, Any] | None = None,
     checks: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
+    export: Sequence[str] = (),
     force: bool = False,
     cache: str | Path | None = None,
     seed: int = 0,
@@ -68,9 +64,10 @@ def prune(
     of tensors or PIL images, a map-style Dataset. ``evaluate`` holds out other data; by default it is a disjoint part
     of ``data``. ``window`` is tokens in an item of text; amounts not said are those of `modhifi.runs.defaults`.
     ``method`` and ``checks``: the keys of those parts of a recipe; the result's ``bounds`` answer the checks.
-    With ``out`` the artefact is written there. ``cache`` is a directory where moments are kept: a second
-    budget then needs no second pass over the data. ``offload``: weights stay in main memory, and one block at a time
-    visits the ``device``; a module that accelerate has dispatched to CPU or disk may be given, too.
+    With ``out`` the artefact is written there; ``export`` adds a file ``onnx`` or ``pt2``. ``cache`` is a directory
+    where moments are kept: a second budget then needs no second pass over the data. ``offload``: weights stay in main
+    memory, and one block at a time visits the ``device``; a module that accelerate has dispatched to CPU or disk may be
+    given, too.
 
     Returns the smaller ``model``, a JSON-able ``report``, the ``plan`` and the ``path`` written.
     Raises ModhifiError for bad input, in one line.
@@ -84,29 +81,31 @@ def prune(
     'timm.models.resnet'
     """
     loaded = _loaded(model, data)
-    recipe = parse_recipe(
+    recipe = parse(
         {
+            "task": "prune",
             "model": {"name": loaded.source},
-            "data": {
-                "source": source_name(data),
-                "samples": samples,
-                "evaluate": None if evaluate is None else source_name(evaluate),
-                "evaluation_samples": evaluation_samples,
-                "window": window,
-            },
-            "budget": {"ratio": ratio, "params": params, "flops": flops, "kv_cache": kv_cache},
+            "data": _said(
+                source=source_name(data),
+                samples=samples,
+                evaluate=_name(evaluate),
+                evaluation_samples=evaluation_samples,
+                window=window,
+            ),
+            "budget": _said(ratio=ratio, params=params, flops=flops, kv_cache=kv_cache),
             "method": dict(method or {}),
             "checks": dict(checks or {}),
-            "seed": seed,
-            "batch_size": batch_size,
-            "offload": offload,
-            "out": None if out is None else str(out),
+            **_said(seed=seed, batch_size=batch_size, offload=offload, out=_text(out), export=list(export)),
         },
         "modhifi.prune",
     )
-    given = Given(loaded, data, evaluate)
-    kept = None if cache is None else MomentCache(Path(cache))
-    return run_prune(recipe, device=device, given=given, force=force, cache=kept, progress=progress)
+    kept = None if cache is None else Path(cache)
+    (done,) = run_recipe(
+        recipe,
+        Circumstances(device, Given(loaded, data, evaluate), force=force, cache=kept, progress=progress),
+    )
+    assert isinstance(done.result, PruneResult)
+    return done.result
 
 
 def unlearn(
@@ -114,16 +113,16 @@ def unlearn(
     data: Data,
     *,
     forget: str | int | Sequence[str | int],
-    samples: int = 2000,
+    samples: int | None = None,
     evaluate: Data | None = None,
-    evaluation_samples: int = 2000,
-    method: str = "erase-writers",
+    evaluation_samples: int | None = None,
+    method: str | None = None,
     settings: Mapping[str, Any] | None = None,
     checks: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     force: bool = False,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> UnlearnResult:
@@ -131,7 +130,7 @@ def unlearn(
 
     ``data`` holds forgotten and other classes, with labels or without (the model then labels what it is sure of);
     ``evaluate`` is what the attacks learn from and are tested on. ``settings`` and ``checks``: further keys of those
-    parts (``method``, ``checks``) of a recipe.
+    parts (``method``, ``checks``) of a recipe. What is not said is as in a recipe that does not say it.
     Returns the edited ``model``, a JSON-able ``report`` with the audit, and the ``path`` written.
     Raises ModhifiError for bad input, in one line.
 
@@ -143,27 +142,27 @@ def unlearn(
     True
     """
     loaded = _loaded(model, data)
-    classes = [forget] if isinstance(forget, str | int) else list(forget)
-    recipe = parse_unlearn_recipe(
+    recipe = parse(
         {
+            "task": "unlearn",
             "model": {"name": loaded.source},
-            "forget": [str(c) for c in classes],
-            "data": {
-                "source": source_name(data),
-                "samples": samples,
-                "evaluate": None if evaluate is None else source_name(evaluate),
-                "evaluation_samples": evaluation_samples,
-            },
-            "method": {"name": method, **(settings or {})},
+            "forget": _classes(forget),
+            "data": _said(
+                source=source_name(data),
+                samples=samples,
+                evaluate=_name(evaluate),
+                evaluation_samples=evaluation_samples,
+            ),
+            "method": {**_said(name=method), **(settings or {})},
             "checks": dict(checks or {}),
-            "seed": seed,
-            "batch_size": batch_size,
-            "out": None if out is None else str(out),
+            **_said(seed=seed, batch_size=batch_size, out=_text(out)),
         },
         "modhifi.unlearn",
     )
     given = Given(loaded, data, evaluate)
-    return run_unlearn(recipe, device=device, given=given, force=force, progress=progress)
+    (done,) = run_recipe(recipe, Circumstances(device, given, force=force, progress=progress))
+    assert isinstance(done.result, UnlearnResult)
+    return done.result
 
 
 def score(
@@ -192,15 +191,18 @@ def verify(
     edited: str | Path | nn.Module,
     data: Data,
     *,
-    against: Model,
+    against: Model | None = None,
     max_flip: float | None = None,
     max_error: float | None = None,
-    confidence: float = 0.95,
+    confidence: float | None = None,
     max_perplexity_ratio: float | None = None,
     not_a_sample: bool = False,
     samples: int | None = None,
     window: int | None = None,
     walked: int | None = None,
+    allow_overlap: bool = False,
+    out: str | Path | None = None,
+    force: bool = False,
     seed: int = 0,
     batch_size: int | None = None,
     device: torch.device | str = "cpu",
@@ -208,9 +210,11 @@ def verify(
 ) -> BoundReport:
     """Bound how far the outputs of ``edited``, an artefact directory or a module, moved from those of ``against``.
 
+    ``against`` is by default the model that an artefact's manifest names.
     ``data`` must not have calibrated the edit; for an artefact that is checked. ``max_flip`` is the share of inputs
     whose top-1 may change, ``max_error`` the Euclidean change of the output that 95 % of inputs must keep to,
-    ``max_perplexity_ratio`` a causal language model's perplexity over the original's.
+    ``max_perplexity_ratio`` a causal language model's perplexity over the original's. With ``out`` the report is
+    written there: a directory, or a file .json or .html.
     The result's ``verdicts`` answer them; ``enforce()`` raises where one is not met. A module in other shapes than the
     original's gets the statistical rungs only. Raises ModhifiError for bad input, in one line.
 
@@ -220,37 +224,110 @@ def verify(
     >>> [v.verdict for v in found.verdicts if v.name == "max flip 0.25"]
     ['PASS-STATISTICAL']
     """
-    tolerances = Tolerances(max_flip, max_error, confidence, not_a_sample, max_perplexity_ratio)
-    original = _loaded(against, data)
-    if not isinstance(edited, nn.Module):
-        return verify_artifact(
-            edited,
-            original,
-            data,
-            tolerances,
-            samples=samples,
-            window=window,
-            walked=walked,
-            batch_size=batch_size,
-            seed=seed,
-            device=device,
-            progress=progress,
-        )
-    usual = held_amounts(original, device)
-    n, window = samples or usual.evaluation_samples, window or usual.window
-    held = load_samples(data, original, n=n, seed=seed, window=window)
-    original.model.to(device)
-    edited.to(device)
-    return verify_model(
-        original,
-        edited,
-        edited if same_shapes(original.model, edited) else None,
-        held,
-        tolerances,
-        walked=walked,
-        batch_size=batch_size or usual.batch_size,
-        progress=progress,
+    module = edited if isinstance(edited, nn.Module) else None
+    if module is not None and against is None:
+        raise ModhifiError("a module does not say what it was made from; give against=MODEL")
+    original = None if against is None else _loaded(against, data)
+    recipe = parse(
+        {
+            "task": "verify",
+            "directory": _place(edited),
+            **_said(against=None if original is None else {"name": original.source}),
+            "data": _said(source=source_name(data), samples=samples, window=window, allow_overlap=allow_overlap),
+            "checks": _said(
+                max_flip=max_flip,
+                max_error=max_error,
+                confidence=confidence,
+                max_perplexity_ratio=max_perplexity_ratio,
+                not_a_sample=not_a_sample,
+                walked=walked,
+            ),
+            **_said(seed=seed, batch_size=batch_size, out=_text(out)),
+        },
+        "modhifi.verify",
     )
+    given = Given(original, data, edited=module)
+    (done,) = run_recipe(recipe, Circumstances(device, given, force=force, progress=progress))
+    assert isinstance(done.result, BoundReport)
+    return done.result
+
+
+def audit(
+    edited: str | Path | nn.Module,
+    data: Data,
+    *,
+    forget: str | int | Sequence[str | int] = (),
+    original: Model | None = None,
+    evaluate: Data | None = None,
+    reference: str | Path | None = None,
+    samples: int | None = None,
+    checks: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Attack ``edited``, an artefact directory or a module that was made to forget; returns the JSON-able report.
+
+    The manifest of an artefact knows the classes (``forget``: index or name) and the ``original``; a module needs both.
+    ``data`` are images that the edit did not see; ``evaluate`` holds out those of the attacks and the test.
+    ``reference`` is a model retrained without the classes. ``checks``: the keys of that part of a recipe; the report's
+    ``verdicts`` answer them. Raises ModhifiError for bad input, in one line.
+
+    >>> import modhifi
+    >>> given = {"method": "erase", "checks": {"walked": 0}, "evaluate": "demo:test"}
+    >>> edited = modhifi.unlearn("demo:resnet", "demo:calibration", forget="frog", **given).model
+    >>> report = modhifi.audit(edited, "demo:test", forget="frog", original="demo:resnet")
+    >>> report["audit"]["rows"]["edited"]["forget"] < 0.1
+    True
+    """
+    module = edited if isinstance(edited, nn.Module) else None
+    if module is not None and original is None:
+        raise ModhifiError("a module does not say what it was made from; give original=MODEL")
+    before = None if original is None else _loaded(original, data)
+    recipe = parse(
+        {
+            "task": "audit",
+            "directory": _place(edited),
+            "forget": _classes(forget),
+            "data": _said(source=source_name(data), samples=samples, evaluate=_name(evaluate)),
+            "checks": dict(checks or {}),
+            **_said(
+                original=None if before is None else before.source,
+                reference=_text(reference),
+                seed=seed,
+                batch_size=batch_size,
+                out=_text(out),
+            ),
+        },
+        "modhifi.audit",
+    )
+    given = Given(before, data, evaluate, edited=module)
+    (done,) = run_recipe(recipe, Circumstances(device, given, force=force, progress=progress))
+    return done.report
+
+
+def _said(**values: Any) -> dict[str, Any]:
+    """What is not None: of the rest the recipe knows the defaults."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _text(path: str | Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _name(data: Data | None) -> str | None:
+    return None if data is None else source_name(data)
+
+
+def _place(edited: str | Path | nn.Module) -> str:
+    return f"a {type(edited).__name__}" if isinstance(edited, nn.Module) else str(edited)
+
+
+def _classes(forget: str | int | Sequence[str | int]) -> list[str]:
+    return [str(c) for c in ([forget] if isinstance(forget, str | int) else forget)]
 
 
 def register_selector(name: str, order: Order, summary: str = "", source: str = "") -> None:

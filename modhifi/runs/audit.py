@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.weights import state_hash
 from modhifi.progress import Progress, silent
-from modhifi.runs.inputs import forgotten_before, load_source, original_of
+from modhifi.runs.inputs import NOTHING, Given, forgotten_before, load_source, original_of
+from modhifi.runs.recipe_tasks import AuditChecks, AuditRecipe
 from modhifi.unlearning.attacks import measures
 from modhifi.unlearning.audit import audit
+from modhifi.unlearning.audit_text import VERDICTS
 from modhifi.unlearning.data import count_classes, find_classes, load_unlearn_data
 from modhifi.unlearning.sites import Sites, find_sites
 
@@ -31,78 +33,102 @@ def load_reference(name: str | None, device: torch.device | str) -> tuple[Loaded
 
 
 def run_audit(
-    directory: str,
+    recipe: AuditRecipe,
     *,
-    source: str,
-    forget_names: Sequence[str] = (),
-    original: str | None = None,
-    forget_source: str | None = None,
-    evaluate: str | None = None,
-    reference: str | None = None,
-    members: str | None = None,
-    samples: int = 2000,
-    seed: int = 0,
-    batch_size: int = 64,
     device: torch.device | str = "cpu",
+    given: Given = NOTHING,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Attack a model that was made to forget; ``original`` and the classes come from its manifest unless given.
+    """Attack a model that was made to forget; the original and the classes come from its manifest unless given.
 
     Raises ModhifiError where the original is unknown, or is not the model that the manifest's hash names.
     """
-    edited = load_model(directory)
-    base = edited.info.get("artifact", {}).get("base")
-    if original is None and base is None:
-        raise ModhifiError(f"{directory} has no manifest; give the model before the edit with --original")
-    loaded = load_source(original_of(directory)) if original is None else load_model(original)
+    directory, chosen = recipe.directory, recipe.data
+    edited = load_model(directory if given.edited is None else given.edited, example=_example(given))
+    original = given.model or _original(recipe, edited)
     notes = []
-    if base is not None and base.get("sha256") not in (None, state_hash(loaded.model)):
-        if original is None:
+    base = edited.info.get("artifact", {}).get("base")
+    if base is not None and base.get("sha256") not in (None, state_hash(original.model)):
+        if recipe.original is None and given.model is None:
             raise ModhifiError(f"{base['source']} is not the model that {directory} was made from; give --original")
-        notes.append(f"{original} is not the model that the manifest names as the base; it stands in for it")
-    known = {k: tuple(v.shape) for k, v in loaded.model.state_dict().items()}
-    if known != {k: tuple(v.shape) for k, v in edited.model.state_dict().items()}:
-        raise ModhifiError(f"{loaded.source} has other shapes than {directory}; give the model before the edit")
-    loaded.model.to(device)
+        notes.append(f"{original.source} is not the model that the manifest names as the base; it stands in for it")
+    shapes = {k: tuple(v.shape) for k, v in original.model.state_dict().items()}
+    if shapes != {k: tuple(v.shape) for k, v in edited.model.state_dict().items()}:
+        raise ModhifiError(f"{original.source} has other shapes than {directory}; give the model before the edit")
+    original.model.to(device)
     edited.model.to(device)
-    names = list(forget_names) or [str(c) for c in forgotten_before(edited)]
+    names = recipe.forget or [str(c) for c in forgotten_before(edited)]
     if not names:
         raise ModhifiError(f"{directory} does not say which classes it forgot; give --forget")
-    classes = find_classes(names, loaded)
+    classes = find_classes(names, original)
     data = load_unlearn_data(
-        loaded,
+        original,
         classes,
-        source=source,
-        samples=samples,
-        forget_source=forget_source,
-        evaluate=evaluate,
-        evaluation_samples=samples,
-        seed=seed,
-        batch_size=batch_size,
+        source=chosen.source if given.data is None else given.data,
+        samples=chosen.samples,
+        forget_source=chosen.forget,
+        evaluate=chosen.evaluate if given.evaluate is None else given.evaluate,
+        evaluation_samples=chosen.samples,
+        seed=recipe.seed,
+        batch_size=recipe.batch_size,
     )
-    member_set = None
-    if members is not None:
-        member_set = label_samples(loaded, load_samples(members, loaded, n=samples, seed=seed), batch_size)[0]
+    members = None
+    if chosen.members is not None:
+        loaded = load_samples(chosen.members, original, n=chosen.samples, seed=recipe.seed)
+        members = label_samples(original, loaded, recipe.batch_size)[0]
     attacked = audit(
-        loaded,
+        original,
         edited.model,
-        find_sites(loaded),
+        find_sites(original),
         data,
         classes,
-        reference=load_reference(reference, device),
-        members=member_set,
-        batch_size=batch_size,
+        reference=load_reference(recipe.reference, device),
+        members=members,
+        batch_size=recipe.batch_size,
         progress=progress,
     )
-    return {
+    report = {
         "schema_version": 1,
         "title": f"modhifi audit {directory}",
         "task": "audit",
-        "model": {"source": directory, "original": loaded.source},
+        "model": {"source": directory, "original": original.source},
         **shown(attacked),
         "data": {"source": data.test.description, "test_samples": len(data.test), "fit_samples": len(data.fit)},
         "warnings": [*data.notes, *notes],
     }
+    report["verdicts"] += check_audit(recipe.checks, report["audit"])
+    return report
+
+
+def _original(recipe: AuditRecipe, edited: LoadedModel) -> LoadedModel:
+    if recipe.original is not None:
+        return load_model(recipe.original)
+    if edited.info.get("artifact", {}).get("base") is None:
+        raise ModhifiError(f"{recipe.directory} has no manifest; give the model before the edit with --original")
+    return load_source(original_of(recipe.directory))
+
+
+def _example(given: Given) -> torch.Tensor | None:
+    """An input for a module that a program hands over; a name says it itself."""
+    return None if given.edited is None or given.model is None else given.model.example
+
+
+def check_audit(checks: AuditChecks, attacked: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The verdict on each check that was asked for."""
+    verdicts = []
+    if checks.at_least is not None:
+        reached = VERDICTS.index(attacked["verdict"]) >= VERDICTS.index(checks.at_least)
+        verdicts.append(_verdict(f"at least {checks.at_least}", reached, f"the attacks found: {attacked['verdict']}"))
+    if checks.max_retain_loss is not None:
+        rows = attacked["rows"]
+        loss = rows["original"]["retain"] - rows["edited"]["retain"]
+        text = f"the other classes lost {100 * loss:.2f} points on {attacked['test_samples']} test images"
+        verdicts.append(_verdict(f"max retain loss {checks.max_retain_loss:g}", loss <= checks.max_retain_loss, text))
+    return verdicts
+
+
+def _verdict(name: str, holds: bool, text: str) -> dict[str, str]:
+    return {"name": name, "verdict": "PASS-ON-SAMPLES" if holds else "FAIL", "text": text}
 
 
 def shown(attacked: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,15 @@
-"""Defaults of a pruning run that depend on what kind of model it is and where it runs."""
+"""Defaults that depend on what kind of model it is and where it runs; a recipe that says nothing means these."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from modhifi.data.text import window_of
 from modhifi.models.loaded import LoadedModel
 from modhifi.runs.recipe import PruneRecipe
+from modhifi.runs.recipe_tasks import VerifyRecipe
 from modhifi.structure.families import says
 
 
@@ -32,6 +33,26 @@ def amounts(loaded: LoadedModel, device: torch.device | str) -> Amounts:
     if loaded.kind not in ("text", "encoder"):
         return IMAGES
     return TEXT_ON_CPU if torch.device(device).type == "cpu" else TEXT
+
+
+def held_amounts(loaded: LoadedModel, device: torch.device | str) -> Amounts:
+    """How much to verify on: 1,000 images, or the windows that a pruning run would hold out."""
+    usual = amounts(loaded, device)
+    if usual.window is None:
+        return replace(usual, evaluation_samples=1000)
+    return replace(usual, window=min(usual.window, window_of(loaded, None)))
+
+
+def complete_verify(recipe: VerifyRecipe, loaded: LoadedModel, device: torch.device | str) -> VerifyRecipe:
+    """The same check of an edit of ``loaded`` with these defaults written out."""
+    usual, data = held_amounts(loaded, device), recipe.data
+    amount = {"samples": data.samples or usual.evaluation_samples, "window": data.window or usual.window}
+    return recipe.model_copy(
+        update={
+            "data": data.model_copy(update=amount),
+            "batch_size": recipe.batch_size or usual.batch_size,
+        }
+    )
 
 
 def complete(recipe: PruneRecipe, loaded: LoadedModel, device: torch.device | str) -> tuple[PruneRecipe, list[str]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from modhifi.calibration.block_stream import find_blocks
 from modhifi.calibration.timeline import Timeline
@@ -25,18 +26,20 @@ def forgotten_before(loaded: LoadedModel) -> list[int]:
     """The classes that the artefact a model was loaded from has forgotten already."""
     if "artifact" not in loaded.info:
         return []
-    from modhifi.models.artifact import read_manifest
-
     return [entry["index"] for entry in read_manifest(loaded.source).get("forgotten", [])]
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a Python program hands over itself; it takes the place of what the recipe names."""
+    """What a Python program hands over itself; it takes the place of what the recipe names.
+
+    ``model`` is what is edited, or what an edited model is held against; ``edited`` the model to verify or to audit.
+    """
 
     model: LoadedModel | None = None
     data: Data | None = None
     evaluate: Data | None = None
+    edited: nn.Module | None = None
 
 
 NOTHING = Given()

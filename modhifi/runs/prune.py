@@ -56,7 +56,6 @@ def run_prune(
     force: bool = False,
     given: Given = NOTHING,
     cache: MomentCache | None = None,
-    export: tuple[str, ...] = (),
     progress: Progress = silent,
     command: str = "",
 ) -> PruneResult:
@@ -74,7 +73,7 @@ def run_prune(
     out = None if dry_run or recipe.out is None else Path(recipe.out)
     if out is not None:
         check_output(out, force)
-    for kind in export:
+    for kind in recipe.export:
         EXPORTS[kind].check()
     with clock.stage("load"):
         loaded = given.model or load_source(recipe.model)
@@ -153,7 +152,7 @@ def run_prune(
             )
         with clock.stage("reload"):
             batch = reload_alike(path, loaded, pruned.model.cpu(), held)
-        for kind in export:
+        for kind in recipe.export:
             with clock.stage(f"export {kind}"):
                 export_model(pruned.model, batch, path / f"model{EXPORTS[kind].suffix}", kind)
     report["timing"] = clock.seconds

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+import yaml
 from pydantic import Field
 
 from modhifi.bounds.verdicts import Tolerances
+from modhifi.errors import ModhifiError
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.layouts import LAYOUTS
@@ -15,43 +19,107 @@ from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.weightings import WEIGHTINGS
 from modhifi.registry import one_of
-from modhifi.runs.recipe_file import Strict, validate
+from modhifi.runs.recipe_file import Option, Strict, validate
+from modhifi.structure.plan import Plan
 
+Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+
+# Keys of every task.
+Seed = Annotated[int, Field(ge=0, description="The seed of everything random.")]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda", "mps"], Field(description="Where to run; auto takes a GPU if there is one.")
+]
+Out = Annotated[str | None, Field(description="Directory to write."), Option(panel="Output", metavar="DIR")]
+ReportOut = Annotated[
+    str | None,
+    Field(description="Where to write the report: a directory, FILE.json or FILE.html."),
+    Option(panel="Output", metavar="DIR"),
+]
+Summary = Annotated[
+    str | None,
+    Field(description="Also write FILE.md (Markdown) or FILE.xml (JUnit), failed or not."),
+    Option(panel="Output", metavar="FILE"),
+]
+
+
+def read_pairs(items: Sequence[str]) -> dict[str, Any]:
+    """The mapping that texts ``KEY=VALUE`` say; values are read as YAML."""
+    pairs = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise ModhifiError(f"--model-arg takes KEY=VALUE, not {item!r}")
+        pairs[key] = yaml.safe_load(value)
+    return pairs
+
+
+def read_plan(path: str) -> dict[str, Any]:
+    """The components kept, group by group, from a plan or from the JSON of a dry run that holds one."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return dict(Plan.from_json(content.get("plan", content)).to_json()["kept"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModhifiError(f"{path} holds no plan ({error}); give the JSON of --dry-run --json") from None
 
 
 class ModelSource(Strict):
     """What to load."""
 
-    name: str
-    args: dict[str, Any] = {}
-    pretrained: bool = True
-    weights: str | None = None
+    panel: ClassVar[str] = "Loading"
+
+    name: Annotated[str, Option("MODEL")]
+    """timm:NAME, hf:ORG/NAME[@REVISION], demo:resnet, or a directory."""
+    args: Annotated[dict[str, Any], Option("--model-arg", metavar="KEY=VALUE", repeat=True, read=read_pairs)] = {}
+    """Argument for timm.create_model; repeat it."""
+    pretrained: Annotated[bool, Option("--pretrained/--random-weights")] = True
+    """Load weights; without them a model serves for structure and speed only."""
+    weights: Annotated[str | None, Option(metavar="FILE")] = None
+    """A .safetensors or .pth file for timm:NAME."""
     revision: str | None = None
+    """Revision of a hub model."""
     gguf_file: str | None = None
+    """A GGUF file of the model; it is dequantised."""
     trust_remote_code: bool = False
+    """Run code that comes with the model."""
 
 
-class DataSource(Strict):
-    """Calibration and held-out samples; without ``evaluate`` the held-out ones come from ``source`` too, disjoint.
+class CalibrationData(Strict):
+    """Calibration samples. None, here and below: what `modhifi.runs.defaults` says for the kind of model."""
 
-    None, here and below: what `modhifi.runs.defaults` says for the kind of model.
-    """
+    panel: ClassVar[str] = "Data"
 
-    source: str = "synthetic"
-    samples: Annotated[int, Field(ge=1)] | None = None
-    evaluate: str | None = None
-    evaluation_samples: Annotated[int, Field(ge=1)] | None = None
+    source: Annotated[str, Option("--data")] = "synthetic"
+    """Calibration data: images:DIR, text:PATH, hf:DATASET[:SPLIT], synthetic[:KIND], or self, text that the language
+    model writes, which is what synthetic means there."""
+    samples: Count | None = None
+    """Calibration samples; by default 256 images, 128 windows (64 on a CPU)."""
     window: Annotated[int, Field(ge=2)] | None = None
+    """Tokens in a window of text; by default 1024 (512 on a CPU)."""
+
+
+class DataSource(CalibrationData):
+    """Calibration and held-out samples; without ``evaluate`` the held-out ones come from ``source`` too, disjoint."""
+
+    evaluate: str | None = None
+    """Held-out data; by default a disjoint part of --data."""
+    evaluation_samples: Count | None = None
+    """Held-out samples; by default 256 images, 32 windows (16 on a CPU)."""
 
 
 class BudgetChoice(Strict):
     """Exactly one of: share of components removed, share of parameters, FLOPs or bytes of the KV cache kept."""
 
+    panel: ClassVar[str] = "Budget"
+
     ratio: float | None = None
+    """Share of components removed, such as 0.5."""
     params: str | None = None
+    """Share of parameters kept, such as 0.5x."""
     flops: str | None = None
+    """Share of FLOPs kept, such as 0.5x."""
     kv_cache: str | None = None
+    """Share of the KV cache kept, in whole KV groups, such as 0.5x."""
 
     def parse(self) -> Budget:
         return Budget.parse(self.ratio, self.params, self.flops, self.kv_cache)
@@ -60,41 +128,65 @@ class BudgetChoice(Strict):
 class Method(Strict):
     """How components are chosen and what makes up for them."""
 
+    panel: ClassVar[str] = "Method"
+
     selector: one_of(SELECTORS) = "obs"  # type: ignore[valid-type]
+    """How components are chosen."""
     compensate: one_of(COMPENSATIONS) = "lstsq"  # type: ignore[valid-type]
+    """What makes up for the removed ones."""
     allocate: one_of(WEIGHTINGS) = "amplification"  # type: ignore[valid-type]
+    """Weight of each group's error: its own energy, or its measured effect."""
     layout: one_of(LAYOUTS) | None = None  # type: ignore[valid-type]
+    """Allocate over all groups, or the same share each (default of transformers)."""
     sequential: Literal["own", "dense"] | None = None
-    eta: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Re-collect on the pruned prefix, towards the layer's own or dense output."""
+    eta: Annotated[float | None, Field(gt=0, le=1), Option(panel="Budget")] = None
+    """Instead of a budget: keep HiFi sets of this fidelity."""
     floor: Share = 0.1
-    round_to: Annotated[int, Field(ge=1)] = 1
-    ridge: Annotated[float, Field(gt=0)] = 1e-4
-    rows_per_column: Annotated[int, Field(ge=0)] | None = None
+    """Least share of a group that stays."""
+    round_to: Count = 1
+    """Kept widths are multiples of this."""
+    ridge: Annotated[float, Field(gt=0), Option(panel="Advanced")] = 1e-4
+    """Damping, in units of a Gram's mean diagonal."""
+    rows_per_column: Annotated[int | None, Field(ge=0), Option(panel="Advanced")] = None
+    """Rows a Gram looks at per column; 0 takes all."""
     only: list[str] = []
+    """Prune only groups of this name pattern or kind (channels, neurons, heads); repeat it."""
     exclude: list[str] = []
-    coupled: bool = True
-    reestimate_batchnorm: bool = False
+    """Leave groups of this pattern or kind alone; repeat it."""
+    coupled: Annotated[bool, Option("--coupled/--inner-only")] = True
+    """Also prune channels coupled by residual additions."""
+    reestimate_batchnorm: Annotated[bool, Option("--reestimate-bn")] = False
+    """Re-estimate BatchNorm on the calibration data (real data only)."""
 
 
 class Checks(Strict):
-    """Tolerances on how far the outputs may move; see :class:`modhifi.bounds.verdicts.Tolerances`.
+    """Tolerances on how far the outputs may move; see :class:`modhifi.bounds.verdicts.Tolerances`."""
 
-    ``walked`` samples get the certified rungs; null takes as many as the model's size allows.
-    """
+    panel: ClassVar[str] = "Checks"
 
     max_flip: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Largest share of inputs whose top-1 may change, such as 0.05."""
     max_error: Annotated[float, Field(ge=0)] | None = None
+    """Largest change of the output (Euclidean) that 95 % of inputs must keep to."""
     max_perplexity_ratio: Annotated[float, Field(gt=1)] | None = None
+    """Largest perplexity over the original's, of causal language models."""
     confidence: Share = 0.95
+    """Confidence of the statistical bounds."""
     not_a_sample: bool = False
+    """The data was not drawn at random: claim nothing beyond it."""
     walked: Annotated[int, Field(ge=0)] | None = None
+    """Samples for the certified rungs; by default 16 images, 1 text, none of large models."""
 
     def tolerances(self) -> Tolerances:
         return Tolerances(self.max_flip, self.max_error, self.confidence, self.not_a_sample, self.max_perplexity_ratio)
 
 
 class PruneRecipe(Strict):
-    """A pruning run. ``plan``, components kept by group, takes the place of a budget."""
+    """A pruning run. ``plan`` and ``method.eta`` take the place of a budget."""
+
+    # Ways to say how much goes: one of them given beside a recipe takes the place of the recipe's own.
+    alternatives: ClassVar[tuple[str, ...]] = ("budget", "plan", "method.eta")
 
     task: Literal["prune"] = "prune"
     model: ModelSource
@@ -102,12 +194,18 @@ class PruneRecipe(Strict):
     budget: BudgetChoice = BudgetChoice()
     method: Method = Method()
     checks: Checks = Checks()
-    plan: dict[str, list[int]] | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    plan: Annotated[dict[str, list[int]] | None, Option(panel="Budget", metavar="FILE", read=read_plan)] = None
+    """Components kept by group: replay a plan (JSON of --dry-run --json)."""
+    seed: Seed = 0
     batch_size: Annotated[int, Field(ge=2)] | None = None
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Items run at once; by default 32 images or 4 windows."""
+    device: Device = "auto"
     offload: bool = False
-    out: str | None = None
+    """Keep weights in main memory; one block at a time visits the device."""
+    out: Out = None
+    export: Annotated[list[str], Option(panel="Output")] = []
+    """Also write onnx or pt2 into the artefact; repeat it."""
+    summary: Summary = None
 
     def settings(self) -> PruneSettings:
         """What the stages need, of a recipe that `modhifi.runs.defaults.complete` has completed."""

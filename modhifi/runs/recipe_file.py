@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,19 +16,41 @@ from modhifi.errors import ModhifiError
 
 
 class Strict(BaseModel):
-    """A part of a recipe: unknown keys are errors, values do not change."""
+    """A part of a recipe: unknown keys are errors, values do not change.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    The text under a key says what it means, to the JSON schema and to the help of the command line, which shows the
+    options of a part in one ``panel``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    panel: ClassVar[str] = "Advanced"
+
+
+@dataclass(frozen=True)
+class Option:
+    """How the command line gives a key, where the key's own name, its part's panel or its type would not do.
+
+    ``flag`` is ``--data``, ``--coupled/--inner-only``, or a word without dashes for an argument. ``read`` turns what
+    is typed, a list of texts with ``repeat``, into the key's value. Beside a key that holds a part, it is of that
+    part's first key.
+    """
+
+    flag: str | None = None
+    panel: str | None = None
+    metavar: str | None = None
+    repeat: bool = False
+    read: Callable[[Any], Any] | None = None
 
 
 R = TypeVar("R", bound=BaseModel)
 
 
-def validate(kind: type[R], content: Any, where: str | Path) -> R:
+def validate(kind: type[R], content: Any, where: str | Path, flags: Mapping[str, str] | None = None) -> R:
     """The content as a recipe of one kind.
 
-    ``where`` is the file it was read from, whose line an error then names, or a word for it. Raises ModhifiError, one
-    line, that names the first bad key, and the nearest known one for an unknown key.
+    ``where`` is the file it was read from, whose line an error then names, or a word for it; ``flags`` are the options
+    that gave, or could give, the value at a path, which an error then names. Raises ModhifiError, one line, that names
+    the first bad key, and the nearest known one for an unknown key.
     """
     try:
         return kind.model_validate(content)
@@ -44,13 +67,16 @@ def validate(kind: type[R], content: Any, where: str | Path) -> R:
             close = close or difflib.get_close_matches(str(keys[-1]), _all_keys(kind), n=1)
             hint = f"; did you mean '{close[0]}'?" if close else f"; known here: {', '.join(known)}"
             raise ModhifiError(f"{place}: unknown key '{path}'{hint}") from None
+        flag = (flags or {}).get(path)
         if first["type"] == "missing":
+            if flag is not None:
+                raise ModhifiError(f"{flag} is missing; give it, or a recipe that says it") from None
             raise ModhifiError(f"{place}: '{path}' is missing; add it") from None
         # The errors of our own validators say what they found.
         plain = first["type"] == "value_error" or isinstance(first["input"], dict)
         shown = "" if plain else f", not {first['input']!r}"
         message = first["msg"].removeprefix("Value error, ")
-        raise ModhifiError(f"{place}: {path}: {message[:1].lower()}{message[1:]}{shown}") from None
+        raise ModhifiError(f"{flag or f'{place}: {path}'}: {message[:1].lower()}{message[1:]}{shown}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -91,6 +117,14 @@ def set_value(content: dict[str, Any], path: str, value: Any) -> None:
         if not isinstance(place, dict):
             raise ModhifiError(f"--set {path}: '{key}' is a value, it holds no '{leaf}'")
     place[leaf] = value
+
+
+def set_out(content: dict[str, Any], out: str) -> None:
+    """Let a run write to ``out``, in place; a summary inside its directory goes along."""
+    old, summary = content.get("out"), content.get("summary")
+    if old and summary and Path(summary).is_relative_to(old):
+        content["summary"] = str(Path(out, Path(summary).relative_to(old)))
+    content["out"] = out
 
 
 def to_yaml(content: Any) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, model_validator
 
 from modhifi.errors import ModhifiError
-from modhifi.runs.recipe import Checks, ModelSource, PruneRecipe
-from modhifi.runs.recipe_file import Strict, validate
+from modhifi.runs.recipe import Checks, Count, Device, ModelSource, Out, PruneRecipe, ReportOut, Seed, Summary
+from modhifi.runs.recipe_file import Option, Strict, validate
 from modhifi.runs.unlearn_recipe import UnlearnRecipe
 
 STEP = "step:"
@@ -19,64 +19,90 @@ NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 
 class HeldOut(Strict):
-    """Data that calibrated nothing."""
+    """Data that calibrated nothing. None: what `modhifi.runs.defaults` says for the kind of model."""
 
-    source: str
-    samples: Annotated[int, Field(ge=1)] = 1000
+    panel: ClassVar[str] = "Data"
+
+    source: Annotated[str, Option("--data")]
+    """Held-out data: images:DIR, text:FILE, hf:DATASET[:SPLIT] or synthetic."""
+    samples: Count | None = None
+    """Held-out samples; by default 1000 images, 32 windows (16 on a CPU)."""
+    window: Annotated[int, Field(ge=2)] | None = None
+    """Tokens in a window of text; by default 1024 (512 on a CPU)."""
     allow_overlap: bool = False
+    """Also take samples that calibrated the model; bounds then mean less."""
 
 
 class VerifyRecipe(Strict):
-    """The ladder of bounds on an artefact; ``against`` is the model that its manifest names unless said."""
+    """The ladder of bounds on an artefact."""
 
     task: Literal["verify"] = "verify"
-    directory: str
-    against: ModelSource | None = None
+    directory: Annotated[str, Option("DIR")]
+    """An artefact of prune or unlearn."""
+    against: Annotated[ModelSource | None, Option("--against", metavar="MODEL")] = None
+    """The original it was made from; by default the one that its manifest names."""
     data: HeldOut
     checks: Checks = Checks()
-    seed: Annotated[int, Field(ge=0)] = 0
-    batch_size: Annotated[int, Field(ge=1)] = 32
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    out: str | None = None
+    seed: Seed = 0
+    batch_size: Count | None = None
+    """Items run at once; by default 32 images or 4 windows."""
+    device: Device = "auto"
+    out: ReportOut = None
+    summary: Summary = None
 
 
 class AuditData(Strict):
-    """Images that the edit did not see, split for re-estimated norms, for attacks to learn from and for the test.
+    """Images that the edit did not see, split for re-estimated norms, for attacks to learn from and for the test."""
 
-    With ``evaluate`` only those are for the attacks and the test, and ``source`` may be what the edit saw.
-    """
+    panel: ClassVar[str] = "Data"
 
-    source: str
-    samples: Annotated[int, Field(ge=1)] = 2000
+    source: Annotated[str, Option("--data")]
+    """Images that the edit did not see: images:DIR or hf:DATASET; with --evaluate they may be those it saw."""
+    samples: Count = 2000
+    """Number of images, half for attacks to learn."""
     evaluate: str | None = None
-    forget: str | None = None
+    """Images for attacks and test alone; by default a part of --data."""
+    forget: Annotated[str | None, Option("--forget-data")] = None
+    """Samples of the forgotten classes; by default those in --data."""
     members: str | None = None
+    """Training images of the forgotten classes, for the membership attack."""
 
 
 class AuditChecks(Strict):
-    """What must hold of a model that forgot: its verdict is this one or a better one; the others lose no more."""
+    """What must hold of a model that forgot."""
+
+    panel: ClassVar[str] = "Checks"
 
     at_least: Literal["SUPPRESSED", "PARTLY ERASED", "ERASED FOR A LINEAR READER"] | None = None
+    """The verdict must be this one or a better one."""
     max_retain_loss: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Largest loss of accuracy on the other classes, such as 0.01."""
 
 
 class AuditRecipe(Strict):
     """Attacks on a model that was made to forget."""
 
     task: Literal["audit"] = "audit"
-    directory: str
+    directory: Annotated[str, Option("DIR")]
+    """What `modhifi unlearn` wrote, or any model."""
     data: AuditData
-    forget: list[str] = []
-    original: str | None = None
-    reference: str | None = None
+    forget: Annotated[list[str], Option(panel="Data", metavar="CLASS")] = []
+    """Index or name; several with commas, or repeated. The manifest of an artefact knows them."""
+    original: Annotated[str | None, Option(panel="Loading", metavar="MODEL")] = None
+    """The model before the edit; the manifest knows it."""
+    reference: Annotated[str | None, Option(panel="Checks", metavar="MODEL")] = None
+    """A model retrained without the classes, to compare."""
     checks: AuditChecks = AuditChecks()
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     batch_size: Annotated[int, Field(ge=2)] = 64
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    out: str | None = None
+    """Images run at once."""
+    device: Device = "auto"
+    out: ReportOut = None
+    summary: Summary = None
 
 
-Step = Annotated[PruneRecipe | UnlearnRecipe | VerifyRecipe | AuditRecipe, Field(discriminator="task")]
+Task = PruneRecipe | UnlearnRecipe | VerifyRecipe | AuditRecipe
+Step = Annotated[Task, Field(discriminator="task")]
 TASKS: dict[str, type[PruneRecipe] | type[UnlearnRecipe] | type[VerifyRecipe] | type[AuditRecipe]] = {
     "prune": PruneRecipe,
     "unlearn": UnlearnRecipe,
@@ -94,7 +120,8 @@ class StepsRecipe(Strict):
 
     steps: Annotated[dict[str, Step], Field(min_length=1)]
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
-    out: str | None = None
+    out: Out = None
+    summary: Summary = None
 
     @model_validator(mode="after")
     def _consistent(self) -> StepsRecipe:
@@ -113,7 +140,7 @@ class StepsRecipe(Strict):
         return self
 
 
-Recipe = PruneRecipe | UnlearnRecipe | VerifyRecipe | AuditRecipe | StepsRecipe
+Recipe = Task | StepsRecipe
 
 
 def parse(content: dict[str, Any], where: str | Path = "the recipe") -> Recipe:

@@ -3,76 +3,109 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from modhifi.artifacts.report import render_html
+from modhifi.artifacts.summary import check_summary, write_summary
 from modhifi.bounds.ladder import BoundReport
 from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.distributed import launched
-from modhifi.disk import check_output, jsonable, staging
+from modhifi.disk import check_file, check_output, jsonable, staging
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
 from modhifi.progress import Progress, silent
 from modhifi.runs.audit import run_audit
-from modhifi.runs.inputs import original_of
-from modhifi.runs.prune import run_prune
+from modhifi.runs.devices import resolve_device
+from modhifi.runs.inputs import NOTHING, Given
+from modhifi.runs.prune import PruneResult, run_prune
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.runs.recipe_file import set_value, to_yaml
-from modhifi.runs.recipe_tasks import STEP, AuditRecipe, Recipe, StepsRecipe, VerifyRecipe, parse
-from modhifi.runs.unlearn import run_unlearn
+from modhifi.runs.recipe_tasks import STEP, Recipe, StepsRecipe, Task, VerifyRecipe, parse
+from modhifi.runs.unlearn import UnlearnResult, run_unlearn
 from modhifi.runs.unlearn_recipe import UnlearnRecipe
-from modhifi.runs.verify import verify_artifact
-from modhifi.unlearning.audit_text import VERDICTS
+from modhifi.runs.verify import run_verify
+
+# What a report's file may end in; any other name is a directory's.
+REPORTS = (".json", ".html")
 
 
 @dataclass(frozen=True)
 class Done:
-    """A step that ran: its JSON-able report, where it was written, and the check that it failed, if it failed one."""
+    """A step that ran: its JSON-able report, where it was written, and the check that it failed, if it failed one.
+
+    ``result`` holds what a program wants and JSON cannot hold: models, a plan, bounds.
+    """
 
     name: str
     report: dict[str, Any]
     path: Path | None
     failure: GateFailed | SelfTestFailed | None = None
+    result: PruneResult | UnlearnResult | BoundReport | None = None
 
 
 @dataclass(frozen=True)
-class How:
-    """The circumstances of a run: ``resolve`` turns a recipe's word for a device into a device; ``cache`` is the
-    directory where moments are kept, if they are; ``command`` is what a report calls the way to repeat it."""
+class Circumstances:
+    """What a run is given beside its recipe, and what its recipe therefore does not repeat.
 
-    resolve: Callable[[str], torch.device]
+    ``device`` and ``given`` take the place of what the recipe names; ``dry_run`` plans and writes nothing; ``force``
+    replaces what is there; ``cache`` is the directory where moments are kept, if they are; ``command`` is what a report
+    calls the way to repeat the run.
+    """
+
+    device: torch.device | str | None = None
+    given: Given = NOTHING
+    dry_run: bool = False
     force: bool = False
     cache: Path | None = None
     progress: Progress = silent
     command: str = ""
 
 
-def run_recipe(recipe: Recipe, how: How) -> list[Done]:
+PLAIN = Circumstances()
+
+
+def run_recipe(recipe: Recipe, circumstances: Circumstances = PLAIN) -> list[Done]:
     """Run a recipe of any task; of several steps the last one run is the one that failed, if one did.
 
     Raises ModhifiError for bad input and where several steps have nowhere to write.
     """
-    if not isinstance(recipe, StepsRecipe):
-        return [_run(recipe.task, recipe, how)]
+    for part in (recipe, *(recipe.steps.values() if isinstance(recipe, StepsRecipe) else ())):
+        if part.summary is not None:
+            check_summary(Path(part.summary), None if circumstances.dry_run else recipe.out)
+    if isinstance(recipe, StepsRecipe):
+        finished = _run_all(recipe, circumstances)
+    else:
+        finished = [_run(recipe.task, recipe, circumstances)]
+    _summarise(recipe, finished)
+    return finished
+
+
+def _summarise(recipe: Recipe, finished: list[Done]) -> None:
+    # All but the main one of several processes have nothing to report.
+    if recipe.summary is not None and finished[-1].report:
+        write_summary(Path(recipe.summary), [(done.name, done.report) for done in finished])
+
+
+def _run_all(recipe: StepsRecipe, circumstances: Circumstances) -> list[Done]:
     if recipe.out is None:
         raise ModhifiError("a recipe of several steps writes a directory for each; give --out DIR")
     if launched():
         raise ModhifiError("a recipe of several steps runs in one process; launch `modhifi prune` alone")
     out = Path(recipe.out).expanduser()
-    check_output(out, how.force)
+    check_output(out, circumstances.force)
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.yaml").write_text(to_yaml(recipe.model_dump(mode="json")), encoding="utf-8")
-    found: list[Done] = []
+    finished: list[Done] = []
     for number, (label, content) in enumerate(_variants(recipe)):
-        found = _run_steps(content, label, out, replace(how, force=how.force or number > 0))
-        if found[-1].failure is None:
+        force = circumstances.force or number > 0
+        finished = _run_steps(content, label, out, replace(circumstances, force=force))
+        if finished[-1].failure is None:
             break
-    return found
+    return finished
 
 
 def _variants(recipe: StepsRecipe) -> list[tuple[str, dict[str, Any]]]:
@@ -90,23 +123,25 @@ def _variants(recipe: StepsRecipe) -> list[tuple[str, dict[str, Any]]]:
     return variants
 
 
-def _run_steps(content: dict[str, Any], label: str, out: Path, how: How) -> list[Done]:
-    found: list[Done] = []
-    total = len(content["steps"])
+def _run_steps(content: dict[str, Any], label: str, out: Path, circumstances: Circumstances) -> list[Done]:
+    finished: list[Done] = []
+    progress, total = circumstances.progress, len(content["steps"])
     title = f"steps ({label})" if label else "steps"
     for number, (name, step) in enumerate(content["steps"].items()):
-        how.progress(title, number, total)
+        progress(title, number, total)
         ready = parse({**_placed(step, out), "out": str(out / name)}, f"step {name}")
         assert not isinstance(ready, StepsRecipe)
 
         def inner(stage: str, done: int, of: int, name: str = name) -> None:
-            how.progress(f"  {name}{f' {label}' if label else ''}: {stage}", done, of)
+            progress(f"  {name}{f' {label}' if label else ''}: {stage}", done, of)
 
-        found.append(_run(f"{name} ({label})" if label else name, ready, replace(how, progress=inner)))
-        if found[-1].failure is not None:
-            return found
-    how.progress(title, total, total)
-    return found
+        full_name = f"{name} ({label})" if label else name
+        finished.append(_run(full_name, ready, replace(circumstances, progress=inner)))
+        _summarise(ready, finished[-1:])
+        if finished[-1].failure is not None:
+            return finished
+    progress(title, total, total)
+    return finished
 
 
 def _placed(content: Any, out: Path) -> Any:
@@ -118,126 +153,92 @@ def _placed(content: Any, out: Path) -> Any:
     return [_placed(value, out) for value in content] if isinstance(content, list) else content
 
 
-def _run(name: str, recipe: PruneRecipe | UnlearnRecipe | VerifyRecipe | AuditRecipe, how: How) -> Done:
-    device = how.resolve(recipe.device)
+def _run(name: str, recipe: Task, circumstances: Circumstances) -> Done:
+    device = resolve_device(recipe.device) if circumstances.device is None else circumstances.device
+    given, progress = circumstances.given, circumstances.progress
+    force, command = circumstances.force, circumstances.command
     if isinstance(recipe, PruneRecipe):
         pruned = run_prune(
             recipe,
             device=device,
-            force=how.force,
-            cache=None if how.cache is None else MomentCache(how.cache),
-            progress=how.progress,
-            command=how.command,
+            dry_run=circumstances.dry_run,
+            given=given,
+            force=force,
+            cache=None if circumstances.cache is None else MomentCache(circumstances.cache),
+            progress=progress,
+            command=command,
         )
-        return Done(name, pruned.report, pruned.path, _caught(partial(_enforce, pruned.bounds)))
+        return Done(name, pruned.report, pruned.path, _failure(pruned.bounds), pruned)
     if isinstance(recipe, UnlearnRecipe):
-        edited = run_unlearn(recipe, device=device, force=how.force, progress=how.progress, command=how.command)
-        failure = _caught(partial(_enforce, edited.bounds)) or _caught(partial(require_forgotten, edited.report))
-        return Done(name, edited.report, edited.path, failure)
+        edited = run_unlearn(recipe, device=device, given=given, force=force, progress=progress, command=command)
+        failure = _failure(edited.bounds) or _nothing_forgotten(edited.report)
+        return Done(name, edited.report, edited.path, failure, edited)
     out = None if recipe.out is None else Path(recipe.out).expanduser()
-    if out is not None:
-        check_output(out, how.force)
+    check_report(out, force)
+    bounds: BoundReport | None = None
     if isinstance(recipe, VerifyRecipe):
-        report, check = _verify(recipe, device, how.progress)
+        bounds, recipe = run_verify(recipe, device=device, given=given, progress=progress)
+        report = {
+            "schema_version": 1,
+            "title": f"modhifi verify {recipe.directory}",
+            "task": "verify",
+            "model": {"source": recipe.directory},
+            **bounds.to_json(),
+            "warnings": list(bounds.warnings),
+        }
+        failed = _failure(bounds)
     else:
-        report, check = _audit(recipe, device, how.progress)
-    report |= {"settings": recipe.model_dump(mode="json"), "command": how.command}
-    path = None if out is None else write_report(out, report, recipe.model_dump(mode="json"))
-    return Done(name, report, path, _caught(check))
+        report = run_audit(recipe, device=device, given=given, progress=progress)
+        failed = _failed_check(report)
+    content = recipe.model_dump(mode="json")
+    report |= {"settings": content, "command": command}
+    path = None if out is None else write_report(out, report, content)
+    return Done(name, report, path, failed, bounds)
 
 
-def _enforce(bounds: BoundReport | None) -> None:
-    if bounds is not None:
-        bounds.enforce()
-
-
-def require_forgotten(report: Mapping[str, Any]) -> None:
-    """Raise GateFailed where an unlearning run changed nothing."""
-    if report["strength"]["of_the_full_edit"] == 0.0:
-        raise GateFailed("nothing was forgotten: no strength stays within --retain-budget; allow a larger one")
-
-
-def write_report(out: Path, report: Mapping[str, Any], recipe: Mapping[str, Any]) -> Path:
-    """A directory with ``report.json``, ``report.html`` and ``recipe.yaml``, written whole or not at all."""
-    content = jsonable(report)
-    with staging(out.absolute()) as directory:
-        (directory / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        (directory / "report.html").write_text(render_html(content), "utf-8")
-        (directory / "recipe.yaml").write_text(to_yaml(jsonable(recipe)), "utf-8")
-    return out
-
-
-def _caught(check: Callable[[], None]) -> GateFailed | SelfTestFailed | None:
+def _failure(bounds: BoundReport | None) -> GateFailed | SelfTestFailed | None:
+    """The first tolerance that is not met."""
     try:
-        check()
+        if bounds is not None:
+            bounds.enforce()
     except (GateFailed, SelfTestFailed) as failure:
         return failure
     return None
 
 
-def _verify(
-    recipe: VerifyRecipe, device: torch.device, progress: Progress
-) -> tuple[dict[str, Any], Callable[[], None]]:
-    found = verify_artifact(
-        recipe.directory,
-        recipe.against or original_of(recipe.directory),
-        recipe.data.source,
-        recipe.checks.tolerances(),
-        samples=recipe.data.samples,
-        walked=recipe.checks.walked,
-        allow_overlap=recipe.data.allow_overlap,
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
-        device=device,
-        progress=progress,
-    )
-    title = f"modhifi verify {recipe.directory}"
-    content = found.to_json()
-    return {
-        "schema_version": 1,
-        "title": title,
-        "task": "verify",
-        "model": {"source": recipe.directory},
-        **content,
-        "warnings": content["bounds"]["warnings"],
-    }, found.enforce
+def _nothing_forgotten(report: Mapping[str, Any]) -> GateFailed | None:
+    if report["strength"]["of_the_full_edit"] > 0.0:
+        return None
+    return GateFailed("nothing was forgotten: no strength stays within --retain-budget; allow a larger one")
 
 
-def _audit(recipe: AuditRecipe, device: torch.device, progress: Progress) -> tuple[dict[str, Any], Callable[[], None]]:
-    report = run_audit(
-        recipe.directory,
-        source=recipe.data.source,
-        forget_names=recipe.forget,
-        original=recipe.original,
-        forget_source=recipe.data.forget,
-        evaluate=recipe.data.evaluate,
-        reference=recipe.reference,
-        members=recipe.data.members,
-        samples=recipe.data.samples,
-        seed=recipe.seed,
-        batch_size=recipe.batch_size,
-        device=device,
-        progress=progress,
-    )
-    checks, rows = recipe.checks, report["audit"]["rows"]
-    verdict = report["audit"]["verdict"]
-    if checks.at_least is not None:
-        reached = VERDICTS.index(verdict) >= VERDICTS.index(checks.at_least)
-        report["verdicts"].append(_check(f"at least {checks.at_least}", reached, f"the attacks found: {verdict}"))
-    if checks.max_retain_loss is not None:
-        loss = rows["original"]["retain"] - rows["edited"]["retain"]
-        text = f"the other classes lost {100 * loss:.2f} points on {report['audit']['test_samples']} test images"
-        report["verdicts"].append(
-            _check(f"max retain loss {checks.max_retain_loss:g}", loss <= checks.max_retain_loss, text)
-        )
-    failed = [v for v in report["verdicts"] if v["verdict"] == "FAIL"]
-
-    def enforce() -> None:
-        for v in failed:
-            raise GateFailed(f"{v['name']}: FAIL: {v['text']}")
-
-    return report, enforce
+def _failed_check(report: Mapping[str, Any]) -> GateFailed | None:
+    failed = next((v for v in report["verdicts"] if v["verdict"] == "FAIL"), None)
+    return None if failed is None else GateFailed(f"{failed['name']}: FAIL: {failed['text']}")
 
 
-def _check(name: str, holds: bool, text: str) -> dict[str, str]:
-    return {"name": name, "verdict": "PASS-ON-SAMPLES" if holds else "FAIL", "text": text}
+def check_report(out: Path | None, force: bool) -> None:
+    """Raise ModhifiError, before the work, where a report could not be written."""
+    if out is None:
+        return
+    if out.suffix in REPORTS:
+        check_file(out, "--out", json="figures", html="a page")
+    else:
+        check_output(out, force)
+
+
+def write_report(out: Path, report: Mapping[str, Any], recipe: Mapping[str, Any]) -> Path:
+    """A directory with ``report.json``, ``report.html`` and ``recipe.yaml``, or one of the first two by its ending.
+
+    A directory is written whole or not at all.
+    """
+    content = jsonable(report)
+    figures, page = json.dumps(content, indent=1, ensure_ascii=False) + "\n", render_html(content)
+    if out.suffix in REPORTS:
+        out.write_text(page if out.suffix == ".html" else figures, "utf-8")
+        return out
+    with staging(out.absolute()) as directory:
+        (directory / "report.json").write_text(figures, "utf-8")
+        (directory / "report.html").write_text(page, "utf-8")
+        (directory / "recipe.yaml").write_text(to_yaml(jsonable(recipe)), "utf-8")
+    return out

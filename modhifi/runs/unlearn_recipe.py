@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from modhifi.registry import one_of
-from modhifi.runs.recipe import Checks, ModelSource
-from modhifi.runs.recipe_file import Strict, validate
+from modhifi.runs.recipe import Checks, Count, Device, ModelSource, Out, Seed, Summary
+from modhifi.runs.recipe_file import Option, Strict, validate
 from modhifi.unlearning.methods import METHODS
 from modhifi.unlearning.settings import UnlearnSettings
 
@@ -17,27 +17,47 @@ from modhifi.unlearning.settings import UnlearnSettings
 class UnlearnData(Strict):
     """Where the samples come from; see :func:`modhifi.unlearning.data.load_unlearn_data`."""
 
-    source: str
-    samples: Annotated[int, Field(ge=1)] = 2000
-    forget: str | None = None
+    panel: ClassVar[str] = "Data"
+
+    source: Annotated[str, Option("--data")]
+    """Images with the forgotten and other classes: images:DIR or hf:DATASET."""
+    samples: Count = 2000
+    """Number of images the edit sees."""
+    forget: Annotated[str | None, Option("--forget-data")] = None
+    """Samples of the forgotten classes; by default those in --data."""
     evaluate: str | None = None
-    evaluation_samples: Annotated[int, Field(ge=1)] = 2000
+    """Images for attacks and test; by default a part of --data."""
+    evaluation_samples: Count = 2000
+    """Number of images for attacks and test."""
     members: str | None = None
+    """Training images of the forgotten classes, for the membership attack."""
 
 
 class UnlearnMethod(Strict):
     """How to forget; null takes the method's own default."""
 
-    name: one_of(METHODS) = "erase-writers"  # type: ignore[valid-type]
-    depth: Annotated[int, Field(ge=1)] | None = None
-    passes: Annotated[int, Field(ge=1)] | None = None
+    panel: ClassVar[str] = "Method"
+
+    name: Annotated[one_of(METHODS), Option("--method")] = "erase-writers"  # type: ignore[valid-type]
+    """How to forget; head-mask is a control that erases nothing."""
+    depth: Count | None = None
+    """Blocks to edit, back from the head."""
+    passes: Count | None = None
+    """Times to go over them."""
     strength: Annotated[float, Field(gt=0)] | None = None
+    """In the method's own unit."""
     retain_budget: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Largest loss of retain accuracy, such as 0.01; weakens the edit to fit."""
     only: list[str] = []
-    exact: bool = True
-    forget_weight: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    damping: Annotated[float, Field(gt=0)] = 1e-3
+    """Edit operators of this pattern; repeat it."""
+    exact: Annotated[bool, Option(panel="Advanced")] = True
+    """Make the class means coincide exactly (erase-writers)."""
+    forget_weight: Annotated[float, Field(gt=0, lt=1), Option(panel="Advanced")] = 0.1
+    """Share of the forgotten samples in the pooled moments (erase-writers)."""
+    damping: Annotated[float, Field(gt=0), Option(panel="Advanced")] = 1e-3
+    """Damping, in units of a Gram's mean diagonal."""
     settle: bool = True
+    """Give the BatchNorms behind the edit statistics that fit it."""
 
 
 class UnlearnRecipe(Strict):
@@ -45,15 +65,19 @@ class UnlearnRecipe(Strict):
 
     task: Literal["unlearn"] = "unlearn"
     model: ModelSource
-    forget: Annotated[list[str], Field(min_length=1)]
+    forget: Annotated[list[str], Field(min_length=1), Option(panel="Data", metavar="CLASS")]
+    """Index or name; several with commas, or repeated."""
     data: UnlearnData
     method: UnlearnMethod = UnlearnMethod()
     checks: Checks = Checks()
-    reference: str | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    reference: Annotated[str | None, Option(panel="Checks", metavar="MODEL")] = None
+    """A model retrained without the classes, to compare."""
+    seed: Seed = 0
     batch_size: Annotated[int, Field(ge=2)] = 64
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    out: str | None = None
+    """Images run at once."""
+    device: Device = "auto"
+    out: Out = None
+    summary: Summary = None
 
     def settings(self) -> UnlearnSettings:
         m = self.method

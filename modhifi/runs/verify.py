@@ -1,20 +1,19 @@
-"""Check an artefact against its original on data it was not made from."""
+"""Check an edited model against its original on data it was not made from."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from modhifi.bounds.ladder import BoundReport, verify_model, verify_unlearned
-from modhifi.bounds.verdicts import Tolerances
-from modhifi.data.in_memory import Data
 from modhifi.data.labels import label_samples
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
-from modhifi.data.text import window_of
 from modhifi.errors import ModhifiError
 from modhifi.models.artifact import load_artifact, read_manifest, weights_match
 from modhifi.models.loaded import LoadedModel
@@ -22,31 +21,62 @@ from modhifi.models.skeleton import same_modules, same_shapes
 from modhifi.models.weights import state_hash
 from modhifi.progress import Progress, silent
 from modhifi.pruning.stages import find_structure
-from modhifi.runs.defaults import Amounts, amounts
-from modhifi.runs.inputs import load_source
-from modhifi.runs.recipe import ModelSource
+from modhifi.runs.defaults import complete_verify
+from modhifi.runs.inputs import NOTHING, Given, load_source, original_of
+from modhifi.runs.recipe_tasks import VerifyRecipe
 from modhifi.structure.expand import expand, plan_of
 
 
-def verify_artifact(
-    directory: str | Path,
-    against: ModelSource | LoadedModel,
-    data: Data,
-    tolerances: Tolerances,
+def run_verify(
+    recipe: VerifyRecipe,
     *,
-    samples: int | None = None,
-    window: int | None = None,
-    walked: int | None = None,
-    allow_overlap: bool = False,
-    batch_size: int | None = None,
-    seed: int = 0,
     device: torch.device | str = "cpu",
+    given: Given = NOTHING,
     progress: Progress = silent,
-) -> BoundReport:
-    """The ladder of bounds for an artefact directory; ``samples``, ``window`` and ``batch_size`` as in `held_amounts`.
+) -> tuple[BoundReport, VerifyRecipe]:
+    """Bound how far an edited model's outputs moved; returns the bounds, and the recipe with its defaults written out.
 
-    Raises ModhifiError where its weights are not those that were saved, where ``against`` is another model than the one
-    it was made from, and where held-out samples took part in the calibration (unless ``allow_overlap``).
+    Raises ModhifiError for bad input, as `load_edited` does, and where held-out samples took part in the calibration
+    (unless the recipe allows it).
+    """
+    original = given.model or load_source(recipe.against or original_of(recipe.directory))
+    edited, manifest = (given.edited, {}) if given.edited is not None else load_edited(recipe.directory, original)
+    recipe = complete_verify(recipe, original, device)
+    data, size = recipe.data, recipe.batch_size
+    assert data.samples is not None and size is not None
+    source = data.source if given.data is None else given.data
+    held = load_samples(source, original, n=data.samples, seed=recipe.seed, window=data.window, progress=progress)
+    held = held_out(manifest, held, data.allow_overlap)
+    dense_shape = in_dense_shape(edited, original, manifest)
+    original.model.to(device)
+    edited.to(device)
+    tolerances, walked = recipe.checks.tolerances(), recipe.checks.walked
+    forgotten = [entry["index"] for entry in manifest.get("forgotten") or []]
+    if not forgotten:
+        bounds = verify_model(
+            original, edited, dense_shape, held, tolerances, walked=walked, batch_size=size, progress=progress
+        )
+        return bounds, recipe
+    held, remark = label_samples(original, held, size)
+    bounds = verify_unlearned(
+        original,
+        edited,
+        dense_shape,
+        held,
+        forgotten,
+        tolerances,
+        walked=walked,
+        batch_size=size,
+        progress=progress,
+    )
+    return replace(bounds, warnings=(*bounds.warnings, *([remark] if remark else []))), recipe
+
+
+def load_edited(directory: str | Path, original: LoadedModel) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of an artefact, and its manifest.
+
+    Raises ModhifiError where its weights are not those that were saved, and where ``original`` is another model than
+    the one it was made from.
     """
     manifest = read_manifest(directory)
     if not weights_match(directory):
@@ -54,8 +84,8 @@ def verify_artifact(
             f"the weights in {directory} are not those that were saved: their hash differs from the manifest's; "
             "restore the files or make the artefact again"
         )
-    edited, original = load_artifact(directory), against if isinstance(against, LoadedModel) else load_source(against)
-    if not same_modules(original.model, edited.model):
+    edited = load_artifact(directory).model
+    if not same_modules(original.model, edited):
         raise ModhifiError(
             f"{original.source} has another architecture than {directory}; give the model it was made from, "
             f"{manifest['base'].get('source')}"
@@ -63,48 +93,20 @@ def verify_artifact(
     expected = manifest["base"].get("sha256")
     if expected is not None and state_hash(original.model) != expected:
         raise ModhifiError(f"{original.source} has other weights than the one {directory} was made from; give that one")
-    usual = held_amounts(original, device)
-    n, window = samples or usual.evaluation_samples, window or usual.window
-    held = held_out(manifest, load_samples(data, original, n=n, seed=seed, window=window), allow_overlap)
-    dense_shape = None
-    cut_before = any(edit["task"] == "prune" for edit in manifest["base"].get("edits_before", []))
+    return edited, manifest
+
+
+def in_dense_shape(edited: nn.Module, original: LoadedModel, manifest: Mapping[str, Any]) -> nn.Module | None:
+    """The edited model in the original's shapes, None where its manifest does not tell how to get there."""
     if manifest.get("groups"):
-        if not cut_before:  # else they count components of the artefact before
-            dense_shape = expand(edited.model, original.model, find_structure(original), plan_of(manifest))
-    elif same_shapes(original.model, edited.model):
-        dense_shape = edited.model
-    original.model.to(device)
-    edited.model.to(device)
-    size = batch_size or usual.batch_size
-    gone = [c["index"] for c in manifest.get("forgotten") or []]
-    if gone:
-        held, remark = label_samples(original, held, size)
-        found = verify_unlearned(
-            original,
-            edited.model,
-            dense_shape,
-            held,
-            gone,
-            tolerances,
-            walked=walked,
-            batch_size=size,
-            progress=progress,
-        )
-        return replace(found, warnings=(*found.warnings, *([remark] if remark else [])))
-    return verify_model(
-        original, edited.model, dense_shape, held, tolerances, walked=walked, batch_size=size, progress=progress
-    )
+        # After an earlier cut the groups count components of the artefact before.
+        if any(edit["task"] == "prune" for edit in manifest["base"].get("edits_before", [])):
+            return None
+        return expand(edited, original.model, find_structure(original), plan_of(manifest))
+    return edited if same_shapes(original.model, edited) else None
 
 
-def held_amounts(loaded: LoadedModel, device: torch.device | str) -> Amounts:
-    """How much to check on where nothing is said: 1,000 images, or the windows that a pruning run would hold out."""
-    usual = amounts(loaded, device)
-    if usual.window is None:
-        return replace(usual, evaluation_samples=1000)
-    return replace(usual, window=min(usual.window, window_of(loaded, None)))
-
-
-def held_out(manifest: dict[str, Any], samples: Samples, allow_overlap: bool = False) -> Samples:
+def held_out(manifest: Mapping[str, Any], samples: Samples, allow_overlap: bool = False) -> Samples:
     """The samples, if none of them took part in the making of the artefact.
 
     Raises ModhifiError otherwise, unless ``allow_overlap``.

@@ -15,9 +15,10 @@ import typer
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
-from modhifi.cli.common import print_json, progress, resolve_device
+from modhifi.cli.common import print_json, progress
 from modhifi.cli.main import ErrorMapping, app
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
+from modhifi.runs.devices import resolve_device
 
 
 def raising(error: BaseException) -> Any:

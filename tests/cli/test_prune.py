@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import modhifi
 from modhifi.cli.main import app
+from modhifi.runs.recipe_file import read_yaml
 
 runner = CliRunner()
 
@@ -49,6 +50,7 @@ def test_prune_writes_a_model_that_loads(model_dir: Path, image_dir: Path, tmp_p
         "report.html",
         "model.pt2",
     }
+    assert read_yaml(out / "recipe.yaml")["export"] == ["pt2"]
     model = modhifi.load(out)
     assert type(model).__module__.startswith("timm.") and not model.training
     assert sum(p.numel() for p in model.parameters()) == report["size"]["parameters"][1]

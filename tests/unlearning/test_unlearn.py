@@ -22,6 +22,7 @@ from modhifi.models.load import load_model
 from modhifi.runs.audit import run_audit
 from modhifi.runs.inputs import forgotten_before
 from modhifi.runs.recipe_file import read_yaml
+from modhifi.runs.recipe_tasks import AuditRecipe
 from modhifi.runs.unlearn import run_unlearn
 from modhifi.runs.unlearn_recipe import parse_unlearn_recipe
 from modhifi.structure.operators import columns_of
@@ -302,7 +303,8 @@ def test_verify_bounds_the_retained_classes_and_counts_the_forgotten(world: Path
 
 
 def test_audit_alone_agrees_with_the_run(world: Path, artefact: Path) -> None:
-    report = run_audit(str(artefact), source=f"images:{world / 'test'}", samples=240, reference=str(world / "model"))
+    data = {"source": f"images:{world / 'test'}", "samples": 240}
+    report = run_audit(AuditRecipe(directory=str(artefact), data=data, reference=str(world / "model")))
     rows = report["audit"]["rows"]
     assert report["audit"]["forgotten"] == ["blue"]
     assert rows["edited"]["forget"] <= 0.05 and rows["reference"]["forget"] == rows["original"]["forget"]
@@ -332,7 +334,7 @@ def test_command_line(world: Path, tmp_path: Path) -> None:
 
 def test_the_screen_names_verdicts_and_the_retained_class_that_lost_most(capsys: pytest.CaptureFixture[str]) -> None:
     """Wherever its table stands: the layers that spend the error come behind it."""
-    from modhifi.cli.unlearn import show_audit
+    from modhifi.cli.screens import show_audit
 
     classes = [["cat", 0.9, 0.1], ["dog", 0.8, 0.7], ["frog", 0.9, 0.9]]
     report = {

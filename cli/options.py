@@ -1,0 +1,225 @@
+"""Options from recipes: what a recipe says of its keys is what the command line offers."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import typer
+from pydantic.fields import FieldInfo
+from typer.models import ArgumentInfo, ParameterInfo
+
+from modhifi.runs.bundled_recipes import find
+from modhifi.runs.recipe import ModelSource
+from modhifi.runs.recipe_file import Option, Strict, apply_overrides, read_yaml, set_out, set_value, validate
+
+from .common import PANELS
+
+METAVARS = {"integer": "<int>", "number": "<float>"}
+
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="RECIPE",
+        help="A YAML file, an artefact's directory, or a name of `recipe ls`; the other options change its values.",
+        rich_help_panel="Advanced",
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=1", help="Change a value of the recipe; repeat it.", rich_help_panel="Advanced"),
+]
+K = TypeVar("K", bound=Strict)
+
+
+class Loading(Strict):
+    """A model to load: what a verb that is no recipe takes of one."""
+
+    model: ModelSource
+
+
+@dataclass(frozen=True)
+class Key:
+    """A recipe's key as an option: its ``path`` ``a.b``, its JSON schema, what names it and the panel that shows it."""
+
+    path: str
+    schema: Mapping[str, Any]
+    default: Any
+    help: str
+    option: Option
+    panel: str
+    required: bool
+
+    @property
+    def parameter(self) -> str:
+        return self.path.replace(".", "_")
+
+    @property
+    def flag(self) -> str:
+        word = self.path.rpartition(".")[2].replace("_", "-")
+        return self.option.flag or (f"--{word}/--no-{word}" if self.default is True else f"--{word}")
+
+    @property
+    def is_argument(self) -> bool:
+        return not self.flag.startswith("-")
+
+    @property
+    def repeated(self) -> bool:
+        return self.option.repeat or self.schema.get("type") == "array"
+
+    def annotation(self) -> Any:
+        """The parameter's type for typer. Numbers stay text, which the recipe reads, with errors of one line."""
+        # The bracket is escaped: typer reads help texts as rich markup.
+        text = self.help.replace("[", "\\[")
+        if self.is_argument:
+            return Annotated[str, typer.Argument(metavar=self.flag, help=text, show_default=False)]
+        kind: Any = str
+        if self.schema.get("type") == "boolean":
+            kind = bool
+        elif "enum" in self.schema:
+            kind = Literal[tuple(self.schema["enum"])]
+        elif self.repeated:
+            kind = list[str]
+        elif self.default is None:
+            kind = str | None
+        metavar = self.option.metavar or METAVARS.get(self.schema.get("type", ""))
+        return Annotated[kind, typer.Option(self.flag, metavar=metavar, help=text, rich_help_panel=self.panel)]
+
+
+def keys_of(kind: type[Strict], prefix: str = "") -> Iterator[Key]:
+    """Every key of a recipe that holds a value, those of its parts too, but for the name of its task."""
+    schemas = kind.model_json_schema()["properties"]
+    for name, field in kind.model_fields.items():
+        if name == "task":
+            continue
+        option = next((m for m in field.metadata if isinstance(m, Option)), None)
+        part = _part(field)
+        if part is not None:
+            first, *others = keys_of(part, f"{prefix}{name}.")
+            if option is not None:
+                first = replace(first, option=option, help=field.description or first.help)
+            yield from (replace(key, required=key.required and field.is_required()) for key in (first, *others))
+            continue
+        option = option or Option()
+        schema = next((s for s in schemas[name].get("anyOf", []) if s.get("type") != "null"), schemas[name])
+        default = None if field.is_required() else field.get_default()
+        if option.repeat or schema.get("type") == "array":
+            default = [*default] if default else None
+        panel = option.panel or kind.panel
+        yield Key(prefix + name, schema, default, field.description or "", option, panel, field.is_required())
+
+
+def _part(field: FieldInfo) -> type[Strict] | None:
+    """The part of a recipe that a field holds, if it holds one."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, Strict)), None)
+
+
+def takes(
+    kind: type[K],
+    *,
+    base: Mapping[str, Any] | None = None,
+    only: tuple[str, ...] | None = None,
+    without: Mapping[str, str] | None = None,
+    files: bool = True,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a verb of ``function(recipe, **more)``: an option for every key of ``kind``, then the function's own.
+
+    ``base`` is the recipe that the options change, ``only`` the keys that get an option, ``without`` those that get
+    none, each with the reason; ``files`` also lets a recipe's file be the base.
+    """
+    keys = [k for k in keys_of(kind) if (only is None or k.path in only) and k.path not in (without or {})]
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+
+        def verb(ctx: typer.Context, **values: Any) -> None:
+            said = [(k, values.pop(k.parameter)) for k in keys]
+            given = [(k, v) for k, v in said if _is_given(ctx, k.parameter)]
+            file, changes = values.pop("recipe", None), values.pop("set_values", None)
+            function(compose(kind, keys, given, base or {}, file, changes or []), **values)
+
+        parameters = []
+        for k in keys:
+            # A recipe's file may say what no option says.
+            missing = inspect.Parameter.empty if k.required and not files else k.default
+            parameters.append(_parameter(k.parameter, k.annotation(), _value(base, k.path, missing)))
+        parameters += own
+        if files:
+            parameters += [_parameter("recipe", RecipeOption, None), _parameter("set_values", SetOption, None)]
+        parameters.sort(key=_place)
+        parameters.insert(0, inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
+        signature = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters])
+        verb.__signature__ = signature  # type: ignore[attr-defined]
+        verb.__annotations__ = {p.name: p.annotation for p in parameters}
+        verb.__name__, verb.__doc__ = function.__name__, function.__doc__
+        return verb
+
+    return decorate
+
+
+def compose(
+    kind: type[K],
+    keys: Sequence[Key],
+    given: Sequence[tuple[Key, Any]],
+    base: Mapping[str, Any],
+    file: str | None,
+    changes: Sequence[str],
+) -> K:
+    """The recipe: what ``--set`` (``changes``) says, else what an option ``given`` says, else the file or the base.
+
+    Of the alternatives that a kind of recipe names, one that is given takes the place of all that the file says.
+    """
+    path = None if file is None else find(file)
+    content = copy.deepcopy(dict(base)) if path is None else read_yaml(path)
+    alternatives = getattr(kind, "alternatives", ())
+    if any(f"{key.path}.".startswith(f"{a}.") for key, _ in given for a in alternatives):
+        for alternative in alternatives:
+            _remove(content, alternative)
+    for name, field in kind.model_fields.items():
+        if path is None and field.is_required() and _part(field) is not None:
+            content.setdefault(name, {})
+    for key, value in given:
+        value = key.option.read(value) if key.option.read else value
+        if key.path == "out":
+            set_out(content, value)
+        else:
+            set_value(content, key.path, value)
+    flags = {key.path: key.flag.partition("/")[0] for key in (keys if path is None else [key for key, _ in given])}
+    return validate(kind, apply_overrides(content, changes), path or "the options", flags)
+
+
+def _is_given(ctx: typer.Context, parameter: str) -> bool:
+    source = ctx.get_parameter_source(parameter)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _value(content: Any, path: str, default: Any) -> Any:
+    """The value at a path of a recipe's content, if there is one."""
+    for key in path.split("."):
+        if not isinstance(content, Mapping) or key not in content:
+            return default
+        content = content[key]
+    return content
+
+
+def _remove(content: dict[str, Any], path: str) -> None:
+    """Take a path out of a recipe's content, in place."""
+    parents, _, leaf = path.rpartition(".")
+    place = _value(content, parents, None) if parents else content
+    if isinstance(place, dict):
+        place.pop(leaf, None)
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _place(parameter: inspect.Parameter) -> int:
+    """Where the help shows a parameter: arguments first, then panel by panel."""
+    (info,) = (m for m in get_args(parameter.annotation) if isinstance(m, ParameterInfo))
+    return 0 if isinstance(info, ArgumentInfo) else 1 + PANELS.index(info.rich_help_panel or "Advanced")

@@ -1,0 +1,110 @@
+"""Reports on one screen, by task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from modhifi.artifacts.report import change, number
+
+from .common import stdout_console
+
+
+def show_report(report: dict[str, Any], path: Path | None) -> None:
+    """A report of any task on one screen, and where it lies."""
+    if report["task"] == "prune":
+        show_prune(report, path)
+    elif report["task"] == "verify":
+        show_bounds(f"how far the outputs of {report['model']['source']} moved", report)
+    else:
+        show_audit(report, path)
+
+
+def show_prune(report: dict[str, Any], path: Path | None) -> None:
+    """The run on one screen."""
+    console = stdout_console()
+    for warning in report["warnings"]:
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    if report["data"].get("moments"):
+        console.print(report["data"]["moments"], highlight=False)
+    if "before_after" in report:
+        table = Table("", "before", "after", "change", title=report["title"])
+        for row in report["before_after"]:
+            values = (number(row["before"], row["unit"]), number(row["after"], row["unit"]))
+            table.add_row(row["name"], *values, change(row))
+        console.print(table)
+        for verdict in report.get("verdicts", []):
+            console.print(f"{verdict['verdict']} ({verdict['name']}): {verdict['text']}", highlight=False)
+    else:
+        table = Table("group", "kind", "components", "kept", "predicted local error", title=report["title"])
+        for g in report["groups"]:
+            table.add_row(g["name"], g["kind"], str(g["n"]), str(g["kept"]), f"{g['relative_error']:.3g}")
+        console.print(table)
+        reached = report["budget"]["reached"]
+        console.print(
+            f"predicted: {reached['macs']:.3f}x of the FLOPs, {reached['parameters']:.3f}x of the parameters, "
+            f"{reached['components']:.3f}x of the components; nothing was written"
+        )
+    refused = [
+        g for g in report["refused"] if "the model's output" not in g["reason"] and "on request" not in g["reason"]
+    ]
+    if refused:
+        console.print(f"groups that cannot be pruned: {len(refused)}; `modhifi check` says why")
+    if path is not None:
+        console.print(f"model and report: {path}/report.html", soft_wrap=True)
+
+
+def show_bounds(title: str, found: dict[str, Any]) -> None:
+    """The ladder and its verdicts on one screen."""
+    console = stdout_console()
+    for warning in found["bounds"]["warnings"]:
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    table = Table("", "verdict", "", title=title)
+    for row in found["verdicts"]:
+        table.add_row(row["name"], row["verdict"], row["text"])
+    console.print(table)
+    layers = sorted(found["bounds"]["layers"], key=lambda layer: -layer["change"])
+    if layers:
+        spent = Table("layer", "own error", "change of the output", "amplification", "its global bound")
+        for layer in layers[:10]:
+            figures = (layer[k] for k in ("local", "change", "amplification", "constant"))
+            spent.add_row(layer["where"] or "(top level)", *(_figure(f) for f in figures))
+        console.print(spent)
+
+
+def _figure(value: Any) -> str:
+    return "not available" if not isinstance(value, int | float) else f"{value:.3g}"
+
+
+def show_audit(report: dict[str, Any], path: Path | None) -> None:
+    """An audit on one screen."""
+    console = Console()
+    for warning in report["warnings"]:
+        console.print(f"[yellow]note:[/] {warning}", highlight=False)
+    first = report["tables"][0]
+    table = Table(*first["columns"], title=report["title"])
+    for name, *values in first["rows"]:
+        table.add_row(name, *("not measured" if v is None else f"{100 * v:.1f} %" for v in values))
+    console.print(table)
+    _by_class(console, next(t for t in report["tables"] if t["title"] == "Accuracy by class"), report)
+    for verdict in report["verdicts"]:
+        console.print(f"[bold]{verdict['verdict']}[/] ({verdict['name']}): {verdict['text']}", highlight=False)
+    if path is not None:
+        console.print(f"model and report: {path}/report.html", soft_wrap=True)
+
+
+def _by_class(console: Console, table: dict[str, Any], report: dict[str, Any]) -> None:
+    """The forgotten classes and the retained one that lost most."""
+    forgotten = report["audit"]["forgotten"]
+    kept = [row for row in table["rows"] if row[0] not in forgotten]
+    worst = min(kept, key=lambda row: row[2] - row[1])
+    console.print(
+        f"worst retained class: {worst[0]}, {100 * worst[1]:.1f} % before, {100 * worst[2]:.1f} % after",
+        highlight=False,
+    )
+    for moved in report["audit"]["moved"]:
+        to = ", ".join(f"{name} {100 * share:.0f} %" for name, share in moved["to"].items())
+        console.print(f"images of {moved['class']} are now called: {to}", highlight=False)
