@@ -25,10 +25,10 @@ from modhifi.runs.recipe_file import read_yaml
 from modhifi.runs.unlearn import run_unlearn
 from modhifi.runs.unlearn_recipe import parse_unlearn_recipe
 from modhifi.structure.operators import columns_of
+from modhifi.unlearning.batchnorm import recall
 from modhifi.unlearning.data import find_classes, load_unlearn_data
 from modhifi.unlearning.edit import METHODS, UnlearnSettings, blend, fit_strength, forget
 from modhifi.unlearning.moments import joint_moments
-from modhifi.unlearning.norms import recall
 from modhifi.unlearning.sites import find_sites
 from modhifi.unlearning.wide import spanned_moments
 
