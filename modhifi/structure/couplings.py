@@ -40,6 +40,7 @@ class Couplings:
         self.loose: set[int] = set()
 
     def fresh(self, width: int) -> Tensor:
+        """New channel numbers: int64 ``(width,)``."""
         self.count += width
         return torch.arange(self.count - width, self.count)
 
@@ -51,6 +52,7 @@ class Couplings:
         return self.made[module]
 
     def parameter(self, name: str, width: int) -> Tensor:
+        """New channels of a parameter's own; asked for twice, the same ones."""
         if name not in self.made:
             self.made[name] = self.fresh(width)
             self.loose.update(self.made[name].tolist())
@@ -72,18 +74,23 @@ class Couplings:
         self.events.append(Event(place, role, ids, parts))
 
     def read(self, module: str, ids: Tensor, parts: int) -> None:
+        """A module reads these channels, in ``parts`` conv groups."""
         self._meet(module, "reader", ids, parts)
 
     def along(self, module: str, ids: Tensor) -> None:
+        """These channels pass a module with values of its own for each of them."""
         self._meet(module, "along", ids)
 
     def chunk(self, ids: Tensor, parts: int) -> None:
+        """As many of these channels must stay in every one of ``parts`` equal chunks."""
         self.events.append(Event("chunk", None, ids, parts))
 
     def take(self, ids: Tensor, taken: Tensor, reason: str) -> None:
+        """An operation takes those ``taken`` (bool) from fixed places; see :class:`Event`."""
         self.events.append(Event("a split", None, ids, reason=reason, taken=taken))
 
     def mark(self, ids: Tensor, mark: str) -> None:
+        """Note what these channels are used for; see :class:`Event`."""
         self.events.append(Event(mark, None, ids, mark=mark))
 
     def unite(self, a: Tensor, b: Tensor) -> None:
@@ -95,9 +102,11 @@ class Couplings:
         self.edges.append((a[both], b[both]))
 
     def freeze(self, ids: Tensor, reason: str) -> None:
+        """These channels must stay, for a reason that is printed."""
         self.events.append(Event("frozen", None, ids, reason=reason))
 
     def freeze_everything(self, reason: str) -> None:
+        """All channels so far must stay."""
         self.freeze(torch.arange(self.count), reason)
 
     # -- assembling ------------------------------------------------------------------------------------------------

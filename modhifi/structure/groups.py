@@ -51,6 +51,7 @@ class Group:
     attributes: tuple[tuple[str, str, int], ...] = ()
 
     def of(self, role: Role) -> tuple[Slice, ...]:
+        """The slices of one role."""
         return tuple(s for s in self.slices if s.role == role)
 
     @property

@@ -12,6 +12,7 @@ from modhifi.structure.groups import Group
 
 
 def kernel_size(module: nn.Module) -> int:
+    """Number of kernel positions of an operator, 1 for a linear map."""
     size = 1
     for k in getattr(module, "kernel_size", ()):
         size *= int(k)

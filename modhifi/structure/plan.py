@@ -31,10 +31,12 @@ class Plan:
         return mask
 
     def to_json(self) -> dict[str, Any]:
+        """The plan as JSON-able data."""
         return {"kept": {k: list(v) for k, v in self.kept.items()}, "removal_cost": dict(self.removal_cost)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
+        """The inverse of :meth:`to_json`."""
         return cls({k: tuple(v) for k, v in data["kept"].items()}, dict(data.get("removal_cost", {})))
 
     def check(self, structure: Structure) -> None:

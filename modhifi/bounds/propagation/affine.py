@@ -48,6 +48,7 @@ class Norms:
     known: dict[bytes, float] = field(default_factory=dict)
 
     def of(self, kind: str, weight: Tensor, options: dict[str, Any]) -> float:
+        """An upper bound of an operator's norm; see :func:`operator_norm` for ``kind``."""
         data = weight.detach().cpu().contiguous().numpy().tobytes()
         key = hashlib.blake2b(data + repr((kind, weight.shape, sorted(options.items()))).encode()).digest()
         if key not in self.known:
@@ -90,12 +91,15 @@ class Affine:
     norms: Norms
 
     def lip(self) -> float:
+        """The norm of the original's operator; infinite where only the edited network is bounded."""
         return self.norms.of(self.kind, self.dense, self.options) if self.norms.whole_box else math.inf
 
     def constant(self) -> float:
+        """The norm of the edited operator."""
         return self.norms.of(self.kind, self.edited, self.options)
 
     def gap(self) -> float:
+        """The norm of what the edit changed; infinite where only walked samples are bounded."""
         return self.norms.of(self.kind, self.dense - self.edited, self.options) if self.norms.whole_box else math.inf
 
     def folded(self, dense: Tensor, edited: Tensor) -> Affine:
@@ -124,10 +128,12 @@ class Pending:
 
     @property
     def gap(self) -> float:
+        """The norm of what the edit changed; see :meth:`Affine.gap`."""
         return self.affine.gap() if self.affine is not None and self.modified else math.inf
 
     @property
     def modified(self) -> bool:
+        """Whether the operator is another one in the edited network."""
         return self.moved is not self.clean
 
     def shape(self) -> list[int]:
@@ -139,9 +145,11 @@ class Pending:
         return axes
 
     def own(self) -> Tensor:
+        """The operator's own error on the clean input, as a radius."""
         return slice_norm(self.moved - self.clean, self.shape())
 
     def settled(self, add_source: Callable[[Pending, Tensor], int]) -> Bound:
+        """The bound behind the operator, made once; ``add_source`` gives its own error a number."""
         if self._settled is None:
             assert self.affine is not None
             moving = bool((self.x.radius > 0).any()) or bool(self.x.reach)

@@ -36,6 +36,7 @@ class Path:
     rest: Record
 
     def bound(self) -> Bound:
+        """The bound around the last round's point."""
         return _settled(self.rest)
 
 
@@ -47,10 +48,12 @@ class Newton:
         self.paths: dict[int, Path] = {}
 
     def copy(self, source: Tensor, target: Tensor) -> None:
+        """Let a tensor with the same values have the same path."""
         if id(source) in self.paths:
             self.paths[id(target)] = self.paths[id(source)]
 
     def forget(self, tensors: Sequence[Tensor]) -> None:
+        """End the paths of some tensors."""
         for tensor in tensors:
             self.paths.pop(id(tensor), None)
 

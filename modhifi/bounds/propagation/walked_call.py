@@ -38,6 +38,7 @@ class WalkedCall(Call):
         return tuple(n for t in self.inputs for n in self.names.get(id(t), ()))
 
     def edited(self, tensor: Any) -> Any:
+        """The edited network's value of a parameter; anything else as it is."""
         return self.twins.get(id(tensor), tensor)
 
     def edited_call(self, first: Tensor | None = None) -> Any:
@@ -52,12 +53,14 @@ class WalkedCall(Call):
         return lambda y: self.func(*swap(self.args, {id(x): y}), **swap(self.kwargs, {id(x): y}))
 
     def pending(self, tensor: Tensor) -> Pending | None:
+        """The record of an input whose bound is not settled yet, else None."""
         record = self.records.get(id(tensor))
         return record if isinstance(record, Pending) else None
 
     def elementwise(
         self, func: Callable[[Tensor], Tensor], x: Tensor, out: Tensor, slope: float, ceiling: float = math.inf
     ) -> list[Record]:
+        """The record behind an elementwise ``func`` of ``x``, with its largest slope and the largest value that it takes."""
         bound, pending = self.bound(x), self.pending(x)
         if pending is not None and pending.affine is not None:
             bound = pending.activated(func, out, slope, bound)

@@ -61,12 +61,14 @@ class Walker(TorchFunctionMode):
 
     # -- records -------------------------------------------------------------------------------------------------------
     def remember(self, tensor: Tensor, record: Bound | Pending) -> None:
+        """Set the record of a tensor, which is kept alive: an ``id`` must not be given twice."""
         if id(tensor) not in self.alive:
             self.alive[id(tensor)] = tensor
             self.storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(id(tensor))
         self.records[id(tensor)] = record
 
     def bound(self, tensor: Tensor) -> Bound:
+        """The settled bound of a tensor; infinite, and named, for one that came from nowhere."""
         record = self.records.get(id(tensor))
         if record is None:
             self.lose("an operation that cannot be observed")
@@ -75,10 +77,12 @@ class Walker(TorchFunctionMode):
         return record if isinstance(record, Bound) else record.settled(self.add_source)
 
     def unknown(self, out: Tensor) -> Bound:
+        """The bound of a tensor that nothing is known of."""
         radius = torch.full([1] * out.ndim, torch.inf, dtype=torch.float64)
         return Bound(radius, dict.fromkeys((LOST, *range(len(self.sources))), torch.inf), torch.inf)
 
     def add_source(self, pending: Pending, own: Tensor) -> int:
+        """Number the own error ``own``, a radius, of a modified layer."""
         squared = float((pending.moved - pending.clean).double().square().sum())
         errors = total(own)
         if len(errors) != self.samples:
@@ -89,11 +93,13 @@ class Walker(TorchFunctionMode):
         return len(self.sources) - 1
 
     def lose(self, reason: str, rungs: tuple[str, ...] = ("R1", "R2", "every input")) -> None:
+        """Note, for each rung, the first place where its bound was lost."""
         for rung in rungs:
             self.missing.setdefault(rung, f"{reason} at {self.where}")
 
     @property
     def where(self) -> str:
+        """The innermost module being run, as a reason names it."""
         return self.path[-1] if self.path and self.path[-1] else "the top level"
 
     @contextmanager
@@ -160,11 +166,13 @@ class Walker(TorchFunctionMode):
         return out
 
     def call(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> WalkedCall:
+        """An operation as its rule sees it."""
         return WalkedCall(
             name, func, args, kwargs, self.bound, self.twins, self.records, self.names, self.norms, self.where
         )
 
     def copy_record(self, source: Tensor, target: Tensor) -> None:
+        """Let a tensor with the same values have the same record, path and twin."""
         self.bound(source)
         self.remember(target, self.records[id(source)])
         self.newton.copy(source, target)

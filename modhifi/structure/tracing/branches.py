@@ -26,6 +26,7 @@ class Trail:
 
     @property
     def origin(self) -> str | int | None:
+        """The operator's name, or the number of the addition."""
         return self.addition if self.module is None else self.module
 
 
@@ -99,6 +100,7 @@ class BranchWatcher(TorchFunctionMode):
     def operator(
         self, name: str, args: Any, kwargs: Any, before: list[Any], inputs: list[Tensor], out: Tensor, depth: int
     ) -> Trail | None:
+        """A convolution or linear map starts a trail."""
         place = 2 if name == "addmm" else 1
         weight = args[place] if len(args) > place else kwargs.get("weight")
         owner, _, kind = self.names.get(id(weight), "").rpartition(".")
@@ -112,6 +114,7 @@ class BranchWatcher(TorchFunctionMode):
         return self.ends[owner]
 
     def addition(self, before: list[Any], inputs: list[Tensor], out: Tensor) -> Trail | None:
+        """Two moving operands join a branch to a stream, which starts a trail of its own."""
         active = [(b, t) for b, t in zip(before, inputs, strict=True) if b[0] is not None]
         if len(active) < 2 or any(t.shape != out.shape for _, t in active):
             # A constant (a position embedding, a bias) changes no position.
@@ -134,6 +137,7 @@ class BranchWatcher(TorchFunctionMode):
         inputs: list[Tensor],
         outputs: list[Tensor],
     ) -> list[Trail | None]:
+        """The trails behind any other operation: movements carry the index along, what is not known ends them."""
         none: list[Trail | None] = [None] * len(outputs)
         kind = OPERATIONS.get(name)
         if kind in MOVEMENTS or kind in ("unchanged", "cast"):
@@ -171,6 +175,7 @@ class BranchWatcher(TorchFunctionMode):
         return none
 
     def batch_norm(self, before: list[Any], trail: Trail | None) -> Trail | None:
+        """The BatchNorm behind an operator takes its mean; at most one stands on a trail."""
         owners = {name.rpartition(".")[0] for _, _, name in before if name}
         if len(owners) != 1:
             return None

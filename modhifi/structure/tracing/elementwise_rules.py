@@ -23,16 +23,19 @@ def elementwise(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
 
 @rule_for("unchanged", "cast")
 def unchanged(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """The first input passes; others (``type_as``) only say how it is stored."""
     return [call.placements[id(call.inputs[0])]] * len(call.outputs)
 
 
 @rule_for("creation")
 def creation(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """A new tensor carries nothing: only its shape came from the input."""
     return [None] * len(call.outputs)
 
 
 @rule_for("sum", "difference", "product", "quotient", "binary")
 def binary(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """Elements at the same places of several tensors meet, broadcast from the last axis on."""
     dims = call.outputs[0].ndim
     places = [(t, {d: d + dims - t.ndim for d in range(t.ndim)}) for t in call.inputs]
     return couple(watcher, call, places, "sum" if call.kind in ("sum", "difference") else None)

@@ -49,6 +49,7 @@ def conv(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
 
 @rule_for("linear")
 def linear(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """A linear map reads the last axis and writes it anew."""
     return _linear(watcher, call, call.argument(0, "input"), call.argument(1, "weight"), call.argument(2, "bias"))
 
 

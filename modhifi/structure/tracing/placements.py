@@ -43,6 +43,7 @@ class TracedCall(Call):
 
     @property
     def kind(self) -> Kind | None:
+        """What the table says of the operation, None for nothing."""
         return OPERATIONS.get(self.key)
 
     def axis(self, value: Any) -> Axis | None:

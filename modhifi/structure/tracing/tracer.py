@@ -33,6 +33,7 @@ class ChannelTracer(Watcher):
     """Watches one forward pass and fills :class:`Couplings` by the rules that are registered."""
 
     def rule(self, call: TracedCall) -> Sequence[Placement | None]:
+        """The rule of the operation itself goes before that of its kind; without either it is unknown."""
         own = OWN_RULES.get(call.key)
         if call.kind is None:
             return self.unknown(call)

@@ -56,6 +56,7 @@ class Watcher(TorchFunctionMode):
 
     # -- placements ------------------------------------------------------------------------------------------------
     def remember(self, tensor: Tensor, placement: Placement | None) -> None:
+        """Set what a tensor carries; it is kept alive, as an ``id`` must not be given twice."""
         self.placements[id(tensor)] = placement
         self.alive.append(tensor)
 
@@ -94,6 +95,7 @@ class Watcher(TorchFunctionMode):
         return [None] * len(call.outputs)
 
     def unknown(self, call: TracedCall) -> list[Placement | None]:
+        """Refuse a call that no rule understands."""
         return self.refuse(call, f"the operation '{call.name}' is not understood")
 
     # -- dispatch --------------------------------------------------------------------------------------------------
