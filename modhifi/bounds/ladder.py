@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi.bounds.certified import OUTPUT_SLACK, Certified, certify, logits_of
+from modhifi.bounds.certified import OUTPUT_SLACK, Certified, certify, in_parts, logits_of
 from modhifi.bounds.held_out import HeldOut, tabulate
 from modhifi.bounds.propagation.newton import ROUNDS
 from modhifi.bounds.statistical import Forgetting, Statistical, forgetting, statistical
@@ -203,7 +203,8 @@ def _certify(
         return tuple(Rung(n, None, False, "not available", reason) for n in names), (), None, (), None, 0
     certified = certify(loaded, dense, twin, batch)
     edits = [p for _, p, _, _ in certified.layers]
-    changes, after, before = hybrid_changes(dense, twin, edits, lambda x, m: logits_of(loaded, m, x), batch)
+    parts = in_parts(batch)
+    changes, after, before = hybrid_changes(dense, twin, edits, lambda x, m: logits_of(loaded, m, x), parts)
     telescoped = torch.stack(changes).sum(0) if changes else torch.zeros_like(after)
     gap = float((telescoped - (after - before)).abs().max())
     layers = tuple(
@@ -214,7 +215,7 @@ def _certify(
     limit = OUTPUT_SLACK * certified.scale
     if gap > limit:
         violations += (f"the telescoped differences miss the whole change by {gap:.3g}",)
-    if float((after - logits_of(loaded, dense, batch)).abs().max()) > limit:
+    if float((after - certified.outputs).abs().max()) > limit:
         violations += ("undoing every modified layer does not give back the original",)
     rungs = _certified_rungs(certified, table.constant.error)
     return rungs, layers, gap, violations, certified.every_input, count
