@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from modhifi.errors import ModhifiError
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import conv_groups, last_wide
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import removed_positions, staying
+from modhifi.structure.transposed import is_transposed
 
 
 def plan_of(manifest: Mapping[str, Any]) -> Plan:
@@ -76,7 +76,7 @@ def _fill(target: Tensor, value: Tensor, gone: Tensor, name: str) -> None:
 
 def _operator(module: nn.Module, target: Tensor, value: Tensor, inputs: Tensor, outputs: Tensor, name: str) -> None:
     """Writes the kept block; removed input columns become zero, removed output rows stay the original's."""
-    if isinstance(module, Conv1D):
+    if is_transposed(module):
         target, value, groups = target.T, value.T, 1
     else:
         groups = conv_groups(module)
