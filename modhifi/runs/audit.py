@@ -50,14 +50,17 @@ def run_audit(
     Raises ModhifiError where the original is unknown, or is not the model that the manifest's hash names.
     """
     edited = load_model(directory)
-    base = edited.info.get("artifact", {}).get("base")
-    if original is None and base is None:
+    manifest = None if edited.artifact is None else edited.artifact.manifest
+    if original is not None:
+        loaded = load_model(original)
+    elif manifest is not None:
+        loaded = load_source(original_of(manifest))
+    else:
         raise ModhifiError(f"{directory} has no manifest; give the model before the edit with --original")
-    loaded = load_source(original_of(directory)) if original is None else load_model(original)
     notes = []
-    if base is not None and base.get("sha256") not in (None, state_hash(loaded.model)):
+    if manifest is not None and manifest.base.sha256 not in (None, state_hash(loaded.model)):
         if original is None:
-            raise ModhifiError(f"{base['source']} is not the model that {directory} was made from; give --original")
+            raise ModhifiError(f"{loaded.source} is not the model that {directory} was made from; give --original")
         notes.append(f"{original} is not the model that the manifest names as the base; it stands in for it")
     known = {k: tuple(v.shape) for k, v in loaded.model.state_dict().items()}
     if known != {k: tuple(v.shape) for k, v in edited.model.state_dict().items()}:

@@ -19,7 +19,6 @@ from modhifi.disk import check_output, jsonable, staging
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
 from modhifi.progress import Progress, silent
 from modhifi.runs.audit import run_audit
-from modhifi.runs.inputs import original_of
 from modhifi.runs.prune import run_prune
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.runs.recipe_file import set_value, to_yaml
@@ -180,7 +179,7 @@ def _verify(
 ) -> tuple[dict[str, Any], Callable[[], None]]:
     found = verify_artifact(
         recipe.directory,
-        recipe.against or original_of(recipe.directory),
+        recipe.against,
         recipe.data.source,
         recipe.checks.tolerances(),
         samples=recipe.data.samples,

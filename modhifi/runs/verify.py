@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,21 +15,22 @@ from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.data.text import window_of
 from modhifi.errors import ModhifiError
-from modhifi.models.artifact import load_artifact, read_manifest, weights_match
+from modhifi.models.artifact import load_artifact
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.manifest import Manifest
 from modhifi.models.skeleton import same_modules, same_shapes
 from modhifi.models.weights import state_hash
 from modhifi.progress import Progress, silent
 from modhifi.pruning.stages import find_structure
 from modhifi.runs.defaults import Amounts, amounts
-from modhifi.runs.inputs import load_source
+from modhifi.runs.inputs import load_source, original_of
 from modhifi.runs.recipe import ModelSource
-from modhifi.structure.expand import expand, plan_of
+from modhifi.structure.expand import expand
 
 
 def verify_artifact(
     directory: str | Path,
-    against: ModelSource | LoadedModel,
+    against: ModelSource | LoadedModel | None,
     data: Source,
     tolerances: Tolerances,
     *,
@@ -45,38 +45,40 @@ def verify_artifact(
 ) -> BoundReport:
     """The ladder of bounds for an artefact directory; ``samples``, ``window`` and ``batch_size`` as in `held_amounts`.
 
+    ``against`` None is the model that the manifest names.
     Raises ModhifiError where its weights are not those that were saved, where ``against`` is another model than the one
     it was made from, and where held-out samples took part in the calibration (unless ``allow_overlap``).
     """
-    manifest = read_manifest(directory)
-    if not weights_match(directory):
+    edited = load_artifact(directory)
+    assert edited.artifact is not None
+    manifest = edited.artifact.manifest
+    if not edited.artifact.intact:
         raise ModhifiError(
             f"the weights in {directory} are not those that were saved: their hash differs from the manifest's; "
             "restore the files or make the artefact again"
         )
-    edited, original = load_artifact(directory), against if isinstance(against, LoadedModel) else load_source(against)
+    original = against if isinstance(against, LoadedModel) else load_source(against or original_of(manifest))
     if not same_modules(original.model, edited.model):
         raise ModhifiError(
             f"{original.source} has another architecture than {directory}; give the model it was made from, "
-            f"{manifest['base'].get('source')}"
+            f"{manifest.base.source}"
         )
-    expected = manifest["base"].get("sha256")
-    if expected is not None and state_hash(original.model) != expected:
+    if manifest.base.sha256 not in (None, state_hash(original.model)):
         raise ModhifiError(f"{original.source} has other weights than the one {directory} was made from; give that one")
     usual = held_amounts(original, device)
     n, window = samples or usual.evaluation_samples, window or usual.window
     held = held_out(manifest, load_samples(data, original, n=n, seed=seed, window=window), allow_overlap)
     dense_shape = None
-    cut_before = any(edit["task"] == "prune" for edit in manifest["base"].get("edits_before", []))
-    if manifest.get("groups"):
+    cut_before = any(edit["task"] == "prune" for edit in manifest.base.edits_before)
+    if manifest.groups:
         if not cut_before:  # else they count components of the artefact before
-            dense_shape = expand(edited.model, original.model, find_structure(original), plan_of(manifest))
+            dense_shape = expand(edited.model, original.model, find_structure(original), manifest.plan())
     elif same_shapes(original.model, edited.model):
         dense_shape = edited.model
     original.model.to(device)
     edited.model.to(device)
     size = batch_size or usual.batch_size
-    gone = [c["index"] for c in manifest.get("forgotten") or []]
+    gone = [c.index for c in manifest.forgotten]
     if gone:
         held, remark = label_samples(original, held, size)
         found = verify_unlearned(
@@ -104,12 +106,12 @@ def held_amounts(loaded: LoadedModel, device: torch.device | str) -> Amounts:
     return replace(usual, window=min(usual.window, window_of(loaded, None)))
 
 
-def held_out(manifest: dict[str, Any], samples: Samples, allow_overlap: bool = False) -> Samples:
+def held_out(manifest: Manifest, samples: Samples, allow_overlap: bool = False) -> Samples:
     """The samples, if none of them took part in the making of the artefact.
 
     Raises ModhifiError otherwise, unless ``allow_overlap``.
     """
-    seen = set(manifest.get("calibration", {}).get("hashes", []))
+    seen = set(manifest.calibration.hashes)
     common = [name for name, item in zip(samples.names, samples.hashes, strict=True) if item in seen]
     if common and not allow_overlap:
         raise ModhifiError(

@@ -6,8 +6,6 @@ Removed channels count once, at their readers: the producers keep the original's
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +16,6 @@ from modhifi.structure.operators import conv_groups, last_wide
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import removed_positions, staying
 from modhifi.structure.transposed import is_transposed
-
-
-def plan_of(manifest: Mapping[str, Any]) -> Plan:
-    """The components that an artefact kept, from its manifest."""
-    groups = manifest.get("groups") or []
-    return Plan({g["name"]: tuple(g["kept"]) for g in groups if len(g["kept"]) < g["n"]})
 
 
 def expand(small: nn.Module, dense: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
