@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modhifi.bounds.constant_predictor import Constant, Kept, rows_at_once
 from modhifi.data.samples import Samples
 from modhifi.errors import GateFailed, ModhifiError
 from modhifi.models.loaded import PADDING, LoadedModel, real_tokens
@@ -22,32 +23,8 @@ from modhifi.models.loaded import PADDING, LoadedModel, real_tokens
 Logits = Callable[[Tensor], Tensor]
 """One forward pass, from a batch to logits ``(batch, ..., classes)``: ``partial(loaded.logits, model=edited)``, say."""
 
-# Rows of logits that are compared at once, times classes: bounds the float64 copies to some 100 MB.
-CHUNK_ELEMENTS = 4_000_000
-# Sequences whose outputs show what one constant output would miss.
-CONSTANT_SEQUENCES = 16
 # A mean loss above this is a ruined model's, and its exp would overflow.
 MOST_NATS = 700.0
-
-
-@dataclass(frozen=True)
-class Constant:
-    """What the best predictor that ignores its input would miss of the original's outputs.
-
-    ``flips``: share of positions whose top-1 is not the most frequent class. ``total_variation``: mean distance from
-    the mean softmax. ``errors``: Euclidean distance of each output from the mean output, float64 ``(m,)``. ``nll``:
-    by how many nats the mean softmax predicts the next tokens worse than the original; NaN without next tokens.
-    """
-
-    flips: float
-    total_variation: float
-    errors: Tensor
-    nll: float = math.nan
-
-    @property
-    def error(self) -> float:
-        """Root mean square error of the mean output."""
-        return float(self.errors.square().mean().sqrt())
 
 
 @dataclass(frozen=True)
@@ -147,7 +124,7 @@ def run_held_out(
     columns: list[Tensor] = []
     counts: list[Tensor] = []
     tops: list[Tensor] = []
-    kept = _Kept()
+    kept = Kept()
     for batch in held.batches(batch_size):
         start = sum(map(len, counts))
         ours, theirs = before(batch), after(batch)
@@ -223,17 +200,14 @@ def _positions(batch: Tensor, outputs: Tensor, next_tokens: bool) -> tuple[Tenso
     return real.to(device), targets.to(device)
 
 
-def _rows(*tensors: Tensor, classes: int) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of as many rows, a few rows at a time."""
-    return zip(*(t.split(max(1, CHUNK_ELEMENTS // classes)) for t in tensors), strict=True)
-
-
 def _columns(ours: Tensor, theirs: Tensor, real: Tensor, targets: Tensor) -> Tensor:
     """The seven columns of a batch, float64 (b, 7): means over the real positions, of losses over those with a next
     token."""
-    classes = ours.shape[-1]
+    classes, size = ours.shape[-1], rows_at_once(ours.shape[-1])
     flat = (ours.reshape(-1, classes), theirs.reshape(-1, classes), targets.reshape(-1))
-    values = torch.cat([_compare(*rows) for rows in _rows(*flat, classes=classes)]).reshape(*real.shape, 7)
+    values = torch.cat([_compare(*rows) for rows in zip(*(t.split(size) for t in flat), strict=True)]).reshape(
+        *real.shape, 7
+    )
     share = real.double()[:, :, None]
     followed = (targets != PADDING).double()[:, :, None]
     means = (values[..., :5] * share).sum(1) / share.sum(1)
@@ -253,49 +227,6 @@ def _compare(ours: Tensor, theirs: Tensor, targets: Tensor) -> Tensor:
     losses = [-log.gather(-1, wanted)[:, 0] for log in (log_p, log_q)]
     squares = ((ours - theirs).square().sum(-1), ours.square().sum(-1))
     return torch.stack([agree.double(), *squares, kl, variation, *losses], -1)
-
-
-class _Kept:
-    """Outputs of the original from which the best constant predictor is known: all of images, of few sequences."""
-
-    def __init__(self) -> None:
-        # Rows (positions, classes) in float32, the token that follows each, and how many rows each unit has.
-        self.rows: list[Tensor] = []
-        self.targets: list[Tensor] = []
-        self.counts: list[int] = []
-
-    def add(self, outputs: Tensor, real: Tensor, targets: Tensor) -> None:
-        few = len(outputs) if outputs.ndim == 2 else CONSTANT_SEQUENCES - len(self.counts)
-        if few > 0:
-            real = real[:few]
-            self.rows.append(outputs[:few].reshape(*real.shape, -1)[real].float().cpu())
-            self.targets.append(targets[:few][real].cpu())
-            self.counts += real.sum(1).tolist()
-
-    def constant(self, nll: Tensor) -> Constant:
-        """The predictor of one constant; ``nll`` is the original's mean loss in nats, float64 (n,)."""
-        classes = self.rows[0].shape[-1]
-        chunks = [chunk for rows in self.rows for chunk in rows.split(max(1, CHUNK_ELEMENTS // classes))]
-        count = sum(self.counts)
-        top = torch.cat([chunk.argmax(-1) for chunk in chunks])
-        mean = torch.stack([chunk.double().softmax(-1).sum(0) for chunk in chunks]).sum(0) / count
-        centre = torch.stack([chunk.sum(0, dtype=torch.float64) for chunk in chunks]).sum(0) / count
-        variation = torch.cat([(c.double().softmax(-1) - mean).abs().sum(-1) / 2 for c in chunks]).clamp(0, 1)
-        squared = torch.cat([(chunk - centre).square().sum(-1) for chunk in chunks])
-        targets = torch.cat(self.targets)
-        followed = targets != PADDING
-        losses = torch.where(followed, -mean.log()[targets.clamp(min=0)], 0.0)
-        missed = self._by_unit(losses) / self._by_unit(followed.double())
-        return Constant(
-            1 - int(top.bincount().max()) / count,
-            float((self._by_unit(variation) / torch.tensor(self.counts)).mean()),
-            self._by_unit(squared).sqrt(),
-            float((missed - nll[: len(self.counts)]).nanmean()),
-        )
-
-    def _by_unit(self, values: Tensor) -> Tensor:
-        units = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
-        return torch.zeros(len(self.counts), dtype=torch.float64).index_add(0, units, values)
 
 
 def _perplexity(nll: Tensor | None, positions: Tensor) -> float:

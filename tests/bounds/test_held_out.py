@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
-from modhifi.bounds import held_out
+from modhifi.bounds import constant_predictor
 from modhifi.bounds.held_out import HeldOut, run_held_out, tabulate
 from modhifi.data.samples import Samples
 from modhifi.errors import GateFailed, ModhifiError
@@ -56,7 +56,7 @@ def texts(lengths: list[int]) -> list[Tensor]:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_columns_of_images_equal_their_definitions(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(held_out, "CHUNK_ELEMENTS", 8)
+    monkeypatch.setattr(constant_predictor, "CHUNK_ELEMENTS", 8)
     dense, edited, x = linear(0), linear(1), items(9)
     first, second = dense(x), edited(x)
     p, q = first.softmax(-1), second.softmax(-1)
@@ -77,7 +77,7 @@ def test_columns_of_images_equal_their_definitions(device: str, monkeypatch: pyt
 
 
 def test_the_constant_of_images_equals_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(held_out, "CHUNK_ELEMENTS", 8)
+    monkeypatch.setattr(constant_predictor, "CHUNK_ELEMENTS", 8)
     dense, x = linear(0), items(40)
     rows = dense(x).float().double()
     p = rows.softmax(-1)
@@ -93,8 +93,8 @@ def test_the_constant_of_images_equals_its_definition(monkeypatch: pytest.Monkey
 def test_sequences_are_units_and_padding_counts_for_nothing(
     device: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(held_out, "CHUNK_ELEMENTS", 40)
-    monkeypatch.setattr(held_out, "CONSTANT_SEQUENCES", 4)
+    monkeypatch.setattr(constant_predictor, "CHUNK_ELEMENTS", 40)
+    monkeypatch.setattr(constant_predictor, "CONSTANT_SEQUENCES", 4)
     tokens = texts([5, 9, 1, 7, 2, 9])
     dense, edited = bigram(0), bigram(1)
     ours, theirs = [dense(t) for t in tokens], [edited(t) for t in tokens]

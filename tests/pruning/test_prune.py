@@ -164,3 +164,13 @@ def test_reestimated_statistics_are_those_of_the_data(loaded: LoadedModel, sampl
         loaded.logits(next(samples.batches(48)), model)
     torch.testing.assert_close(model.bn1.running_mean, seen[0].mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     assert not model.bn1.training
+
+
+def test_the_twin_carries_reestimated_statistics(loaded: LoadedModel, samples: Samples) -> None:
+    pruned = prune_model(loaded, samples, Budget("components", 0.5), PruneSettings(weighting="energy"))
+    before = expand(pruned.model, loaded.model, pruned.structure, pruned.plan)
+    reestimate_batchnorm(pruned.model, loaded, samples, 48)
+    twin = expand(pruned.model, loaded.model, pruned.structure, pruned.plan)
+    outputs = logits(loaded, pruned.model, samples)
+    torch.testing.assert_close(outputs, logits(loaded, twin, samples), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(outputs, logits(loaded, before, samples), rtol=1e-3)
