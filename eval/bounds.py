@@ -44,6 +44,7 @@ from modhifi.pruning.stages import (
     measure_moments,
     removal_curves,
 )
+from modhifi.structure.expand import expand
 
 RATIOS = (0.1, 0.25, 0.5)
 # Depths, evenly spread, from which on the edits are bounded alone.
@@ -152,7 +153,7 @@ def bound(
         report = verify_model(
             loaded,
             pruned.model,
-            pruned.dense_shape,
+            expand(pruned.model, loaded.model, pruned.structure, pruned.plan),
             held,
             walked=walked,
             batch_size=settings.batch_size,
@@ -192,7 +193,7 @@ def row(ratio: float, report: BoundReport) -> dict[str, Any]:
 def depths(loaded: LoadedModel, pruned: Pruned, held: Samples, report: BoundReport, walked: int) -> dict[str, Any]:
     """How deep an edit may begin and still have an informative bound, for R1 and R2; edits before it are undone."""
     dense = copy.deepcopy(loaded.model).cpu().double()
-    edited = copy.deepcopy(pruned.dense_shape).cpu().double()
+    edited = expand(pruned.model, loaded.model, pruned.structure, pruned.plan).double()
     batch = torch.stack([held.load(i) for i in range(walked)])
     batch = batch.double() if batch.is_floating_point() else batch
     norms = Norms(whole_box=False)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import platform
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from timm.models import save_for_hf
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
+from modhifi.data.samples import Samples
 from modhifi.models.load import load_model
-from modhifi.models.loaded import LoadedModel
+from modhifi.models.loaded import PADDING, LoadedModel
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -80,6 +85,26 @@ def efficientnet_lite0() -> LoadedModel:
         model.pretrained_cfg.update(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
         save_for_hf(model, place, safe_serialization=True)
     return load_model(place)
+
+
+@torch.inference_mode()
+def accuracy(logits: Callable[[Tensor], Tensor], samples: Samples, batch_size: int) -> float:
+    """The share of samples, in percent, whose largest logit is that of their label."""
+    assert samples.labels is not None
+    top = torch.cat([logits(batch).argmax(-1).cpu() for batch in samples.batches(batch_size)])
+    return 100 * float((top == samples.labels).double().mean())
+
+
+@torch.inference_mode()
+def perplexity(logits: Callable[[Tensor], Tensor], samples: Samples, batch_size: int = 2) -> float:
+    """exp of the mean loss of every token that has one before it."""
+    loss, count = 0.0, 0
+    for batch in samples.batches(batch_size):
+        for rows, tokens in zip(logits(batch), batch, strict=True):
+            target = tokens[1:].to(rows.device)
+            loss += float(cross_entropy(rows[:-1].float(), target, ignore_index=PADDING, reduction="sum"))
+            count += int((target != PADDING).sum())
+    return math.exp(loss / count)
 
 
 def machine() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, Missing, write_results
+from common import RESULTS, Missing, perplexity, write_results
 from lm_peers import BlockStatistics, flap, short_gpt, slice_gpt
 from torch import nn
 
@@ -36,7 +36,6 @@ from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.sensitivity import amplification, best_plan, plans_between
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
-from modhifi.runs.measure import NextTokens
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
 
@@ -94,11 +93,7 @@ class Table:
             self.dense = {name: self.perplexity(loaded.model, held) for name, held in self.held.items()}
 
     def perplexity(self, model: nn.Module, held: Samples) -> float:
-        passes = NextTokens(partial(self.loaded.logits, model=model))
-        with torch.inference_mode():
-            for batch in held.batches(2):
-                passes(batch)
-        return passes.perplexity
+        return perplexity(partial(self.loaded.logits, model=model), held)
 
     def add(self, edit: Callable[[], nn.Module], **row: Any) -> None:
         if any(row.items() <= known.items() for known in self.rows):

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, Missing, cifar10, efficientnet_lite0, imagenet_sample, reference, write_results
+from common import accuracy as top1
 from matplotlib.figure import Figure
 from torch.nn.modules.batchnorm import _BatchNorm
 from unlearn import BATCH
@@ -30,7 +31,6 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
-from modhifi.runs import measure
 from modhifi.structure.operators import columns_of
 from modhifi.unlearning.data import FEWEST
 from modhifi.unlearning.edit import forget
@@ -81,7 +81,7 @@ def accuracy(loaded: LoadedModel, model: torch.nn.Module, test: Samples) -> floa
     def run(batch: torch.Tensor) -> torch.Tensor:
         return loaded.logits(batch.contiguous(memory_format=torch.channels_last), model)  # twice as fast on a CPU
 
-    return 100 * measure.accuracy(run, test, batch_size=BATCH)
+    return top1(run, test, BATCH)
 
 
 def pruned_accuracies(loaded: LoadedModel, calibration: Samples, test: Samples) -> list[float]:

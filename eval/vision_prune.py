@@ -14,8 +14,10 @@ from dataclasses import replace
 
 import torch
 from common import Missing, cifar10, efficientnet_lite0, imagenet_sample, reference, write_results
+from common import accuracy as top1
 from torch import nn
 
+from modhifi.bounds.held_out import tabulate
 from modhifi.calibration.batchnorm import reestimate_batchnorm
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
@@ -49,7 +51,7 @@ def cached(samples: Samples) -> Samples:
 
 
 def accuracy(loaded: LoadedModel, model: nn.Module, samples: Samples) -> float:
-    return 100 * measure.accuracy(lambda b: loaded.logits(b, model), samples, batch_size=200)
+    return top1(lambda b: loaded.logits(b, model), samples, 200)
 
 
 def flops_share(loaded: LoadedModel, model: nn.Module) -> float:
@@ -208,14 +210,14 @@ def imagenet() -> None:
     rows = [{"method": "dense", "FLOPs kept": 1.0, "top-1": accuracy(loaded, loaded.model, held), "agreement": 100.0}]
     for name, settings in IMAGENET:
         pruned = prune_model(loaded, calibration, Budget("macs", 0.8), PruneSettings(**settings))  # type: ignore[arg-type]
-        found = measure.compare(loaded.logits, lambda b, p=pruned: loaded.logits(b, p.model), held)  # type: ignore[misc]
+        table = tabulate(loaded, pruned.model, held, 64)
         rows.append(
             {
                 "method": name,
                 "FLOPs kept": flops_share(loaded, pruned.model),
                 "top-1": accuracy(loaded, pruned.model, held),
-                "agreement": 100 * float(found.agreement.mean()),
-                "relative output error": found.relative_error,
+                "agreement": 100 * float(table.agreement.mean()),
+                "relative output error": table.relative_error,
             }
         )
         print(rows[-1], flush=True)

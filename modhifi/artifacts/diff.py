@@ -9,7 +9,7 @@ from typing import Any
 
 from modhifi.artifacts.report import change
 from modhifi.errors import ModhifiError
-from modhifi.models.artifact import MANIFEST, read_manifest
+from modhifi.models.manifest import MANIFEST, Manifest, read_manifest
 
 ABSENT = "absent"
 
@@ -26,7 +26,7 @@ def diff_runs(first: str | Path, second: str | Path) -> dict[str, Any]:
     return {
         "first": str(first),
         "second": str(second),
-        "same_weights": None if one is None or two is None else one["weights"]["files"] == two["weights"]["files"],
+        "same_weights": None if one is None or two is None else one.weights.files == two.weights.files,
         "figures": _figures(a, b),
         "widths": _widths(a, b, one, two),
         "settings": _changed(_flat(a.get("settings")), _flat(b.get("settings"))),
@@ -34,8 +34,7 @@ def diff_runs(first: str | Path, second: str | Path) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-
+def _read(path: Path) -> tuple[dict[str, Any], Manifest | None]:
     file = path / "report.json" if path.is_dir() else path
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
@@ -62,10 +61,10 @@ def _figures(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]
 
 
 def _widths(
-    a: Mapping[str, Any], b: Mapping[str, Any], one: Mapping[str, Any] | None, two: Mapping[str, Any] | None
+    a: Mapping[str, Any], b: Mapping[str, Any], one: Manifest | None, two: Manifest | None
 ) -> list[dict[str, Any]]:
     kept = [{g["name"]: g["kept"] for g in report.get("groups") or []} for report in (a, b)]
-    sets = [{g["name"]: set(g["kept"]) for g in (m or {}).get("groups") or []} for m in (one, two)]
+    sets = [{g.name: set(g.kept) for g in m.groups} if m is not None else {} for m in (one, two)]
     found = []
     for name in dict.fromkeys([*kept[0], *kept[1]]):
         moved = len(sets[0][name] ^ sets[1][name]) if all(name in s for s in sets) else None

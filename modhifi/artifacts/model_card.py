@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from modhifi.artifacts.report import change, number
+from modhifi.models.manifest import Manifest, ModelEntry
 
 PIPELINES = {"image": "image-classification", "text": "text-generation", "encoder": "feature-extraction"}
 HEADS = {"SequenceClassification": "text-classification", "MaskedLM": "fill-mask"}
@@ -17,38 +18,36 @@ METRICS = ("accuracy", "perplexity")
 TAGS = {"prune": "pruned", "unlearn": "unlearned"}
 
 
-def model_card(name: str, manifest: Mapping[str, Any], report: Mapping[str, Any], place: str = ".") -> str:
+def model_card(name: str, manifest: Manifest, report: Mapping[str, Any], place: str = ".") -> str:
     """The card of an artefact called ``name``, from its manifest and report.
 
     ``place`` is where the snippet loads it from: the directory, or ``hf:ORG/NAME``.
     """
-    base, model = manifest["base"], manifest["model"]
-    stock = model.get("stock")
-    task = str(manifest.get("task", "edit"))
-    framework = model["framework"]
+    base, model, task = manifest.base, manifest.model, manifest.task or "edit"
+    stock, framework = model.stock, model.framework
     tags = ["modhifi", TAGS.get(task, "edited")] + [framework] * (framework != "torch")
     metadata = ModelCardData(
-        base_model=base.get("repository"),
+        base_model=base.repository,
         library_name=framework if stock else "modhifi",
         pipeline_tag=_pipeline(model),
         tags=tags,
         metrics=[metric for metric in METRICS if f"{metric}_after" in (report.get("errors") or {})] or None,
-        **_licence(base.get("licence")),
+        **_licence(base.licence),
     )
-    source = f"`{base['source']}`"
-    if base.get("repository"):
-        source += f", [{base['repository']}](https://huggingface.co/{base['repository']})"
-    if base.get("revision"):
-        source += f" at commit `{base['revision']}`"
+    source = f"`{base.source}`"
+    if base.repository:
+        source += f", [{base.repository}](https://huggingface.co/{base.repository})"
+    if base.revision:
+        source += f" at commit `{base.revision}`"
     parts = [
         f"---\n{metadata.to_yaml()}\n---\n",
         f"# {name}\n",
-        f"{model['info'].get('architecture')}, {TAGS.get(task, 'edited')} with modhifi from {source}, "
+        f"{model.info.get('architecture')}, {TAGS.get(task, 'edited')} with modhifi from {source}, "
         "with forward passes only.\n",
-        f"Licence of the base model: {base.get('licence') or 'not stated'}.\n",
+        f"Licence of the base model: {base.licence or 'not stated'}.\n",
         "## Load\n",
         _snippet(framework, stock, place),
-        *_remote(model.get("remote"), place),
+        *_remote(model.remote, place),
         *_results(report),
         "## Files\n",
         "`modhifi.json`: what was kept and measured; `recipe.yaml`: repeats the run; `report.html`: shows it.\n",
@@ -58,11 +57,11 @@ def model_card(name: str, manifest: Mapping[str, Any], report: Mapping[str, Any]
     return "\n".join(parts)
 
 
-def _pipeline(model: Mapping[str, Any]) -> str | None:
-    architecture = str(model["info"].get("architecture"))
-    if model["kind"] == "image" and model["info"].get("model_args", {}).get("num_classes") == 0:
+def _pipeline(model: ModelEntry) -> str | None:
+    architecture = str(model.info.get("architecture"))
+    if model.kind == "image" and model.info.get("model_args", {}).get("num_classes") == 0:
         return "image-feature-extraction"
-    return next((tag for head, tag in HEADS.items() if head in architecture), PIPELINES.get(model["kind"]))
+    return next((tag for head, tag in HEADS.items() if head in architecture), PIPELINES.get(model.kind))
 
 
 def _licence(licence: str | None) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from modhifi.artifacts.model_card import model_card
 from modhifi.errors import ModhifiError
-from modhifi.models.artifact import read_manifest
 from modhifi.models.hub import explained
+from modhifi.models.manifest import read_manifest
 
 
 def check_push(repo: str) -> None:
@@ -41,6 +41,6 @@ def push(directory: Path, repo: str) -> str:
         (copy / "README.md").write_text(model_card(repo.split("/")[-1], manifest, report, f"hf:{repo}"), "utf-8")
         api.create_repo(repo, private=True, exist_ok=True)
         done = api.upload_folder(
-            repo_id=repo, folder_path=copy, commit_message=f"Add a model edited with modhifi {manifest['task']}"
+            repo_id=repo, folder_path=copy, commit_message=f"Add a model edited with modhifi {manifest.task}"
         )
     return str(done.commit_url)

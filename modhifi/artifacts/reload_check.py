@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from modhifi.data.samples import Samples
 from modhifi.errors import SelfTestFailed
-from modhifi.models.artifact import load_artifact, read_manifest
+from modhifi.models.artifact import load_artifact
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.manifest import read_manifest
 
 
 def reload_alike(path: Path, loaded: LoadedModel, edited: nn.Module, held: Samples) -> Tensor:
@@ -27,7 +28,7 @@ def reload_alike(path: Path, loaded: LoadedModel, edited: nn.Module, held: Sampl
     batch = next(held.batches(min(4, len(held))))
     with torch.no_grad():
         expected = loaded.logits(batch, edited)
-    own = read_manifest(path)["model"]["framework"] == "torch"
+    own = read_manifest(path).model.framework == "torch"
     verify_reload(path, batch, expected, loaded.model if own else None)
     return batch
 

@@ -14,8 +14,9 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 from modhifi.disk import check_output, jsonable, staging
-from modhifi.models.artifact import MANIFEST, SCHEMA_VERSION, WEIGHTS, file_hash, installed_versions
+from modhifi.models.artifact import WEIGHTS, file_hash, installed_versions
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.manifest import MANIFEST, SCHEMA_VERSION, Manifest
 from modhifi.models.skeleton import is_stock, own_config, record
 from modhifi.models.weights import state_hash
 from modhifi.structure.groups import Structure
@@ -79,11 +80,12 @@ def save_artifact(
         (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
         if log:
             (directory / "modhifi.log").write_text(log, encoding="utf-8")
-        (directory / "README.md").write_text(model_card(out.name, content, report), encoding="utf-8")
+        (directory / "README.md").write_text(
+            model_card(out.name, Manifest.model_validate(content), report), encoding="utf-8"
+        )
     return out
 
 
-# -- writing -----------------------------------------------------------------------------------------------------------
 def _write_weights(directory: Path, model: nn.Module) -> dict[str, Any]:
     """Write the state dict in its own dtypes, shared tensors once, and describe it for the manifest."""
     state: dict[str, Tensor] = {}
@@ -143,10 +145,11 @@ def _write_ecosystem_files(
 
 def _base(loaded: LoadedModel) -> dict[str, Any]:
     """The open model that everything started from, through however many edits."""
-    if "artifact" in loaded.info:
-        artifact = loaded.info["artifact"]
-        parent = {"source": loaded.source, "task": artifact["task"], "files": artifact["weights"]["files"]}
-        return {**artifact["base"], "edits_before": [*artifact["base"].get("edits_before", []), parent]}
+    if loaded.artifact is not None:
+        manifest = loaded.artifact.manifest
+        parent = {"source": loaded.source, "task": manifest.task, "files": manifest.weights.files}
+        known: dict[str, Any] = manifest.base.model_dump(exclude_unset=True)
+        return known | {"edits_before": [*manifest.base.edits_before, parent]}
     known = {key: loaded.info.get(key) for key in ("repository", "revision", "licence")}
     arguments = {"args": loaded.info["model_args"]} if loaded.info.get("model_args") else {}
     return {"source": loaded.source, **arguments, **known, "sha256": state_hash(loaded.model)}
@@ -175,6 +178,3 @@ def _groups(structure: Structure | None, plan: Plan | None) -> list[dict[str, An
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------

@@ -36,9 +36,11 @@ Layer = tuple[str, tuple[str, ...], float, float]
 class Certified:
     """R1, R2 and what was measured on the walked samples, float64 (n,); root mean squares go into the rungs.
 
-    ``remainder`` is how much of ``local`` (R2) is not Newton's prediction itself but bounds what it may miss.
+    ``outputs`` (n, ...) are the original's. ``remainder`` is how much of ``local`` (R2) is not Newton's prediction
+    itself but bounds what it may miss.
     """
 
+    outputs: Tensor
     measured: Tensor
     local: Tensor
     remainder: Tensor
@@ -82,7 +84,7 @@ def certify(
     """
     box = _box(loaded, batch)
     norms = norms or Norms(whole_box=box is not None)
-    parts = batch.split(max(1, min(WALK_BATCH, WALK_ENTRIES // max(1, batch[0].numel()))))
+    parts = in_parts(batch)
     walks = [walk(dense, twin, loaded.logits, part, norms, rounds) for part in parts]
     first, outputs = walks[0], torch.cat([w.output for w in walks])
     moved = torch.cat([logits_of(loaded, twin, part) for part in parts]) - outputs
@@ -110,6 +112,7 @@ def certify(
     local = torch.cat([w.local for w in walks])
     certain = cannot_flip(outputs, local) if outputs.ndim == 2 and outputs.shape[1] > 1 else torch.zeros(1)
     return Certified(
+        outputs=outputs,
         measured=moved.flatten(1).norm(dim=1),
         local=local,
         remainder=torch.cat([w.remainder for w in walks]),
@@ -121,6 +124,12 @@ def certify(
         missing=missing,
         scale=float(outputs.flatten(1).norm(dim=1).max()),
     )
+
+
+def in_parts(batch: Tensor) -> tuple[Tensor, ...]:
+    """The batch in parts small enough to keep every activation of one."""
+    parts: tuple[Tensor, ...] = batch.split(max(1, min(WALK_BATCH, WALK_ENTRIES // max(1, batch[0].numel()))))
+    return parts
 
 
 def _everywhere(centre: Walk, radius: float) -> float | None:

@@ -11,15 +11,15 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modhifi.bounds.certified import OUTPUT_SLACK, Certified, certify, logits_of
+from modhifi.bounds.certified import OUTPUT_SLACK, Certified, certify, in_parts, logits_of
+from modhifi.bounds.held_out import HeldOut, tabulate
 from modhifi.bounds.propagation.newton import ROUNDS
-from modhifi.bounds.statistical import Forgetting, Statistical, Units, forgetting, run_units, statistical
+from modhifi.bounds.statistical import Forgetting, Statistical, forgetting, statistical
 from modhifi.bounds.telescoping import LayerShare, hybrid_changes
 from modhifi.bounds.verdicts import Tolerances, Verdict, enforce, forgetting_verdict, judge, self_test
 from modhifi.data.labels import populations
@@ -90,13 +90,14 @@ def verify_model(
     *,
     walked: int | None = None,
     batch_size: int = 32,
+    table: HeldOut | None = None,
     progress: Progress = silent,
 ) -> BoundReport:
     """Compute every rung for ``edited``, made from ``loaded.model``, on held-out samples that calibrated nothing.
 
     ``dense_shape`` holds the same function as ``edited`` in the original's shapes (zero columns where components went);
     without it R1, R2 and R4 are not available. ``walked`` samples are walked for them (default: 16 images, 1 text, none
-    of models of more than ``WALKED_PARAMETERS``).
+    of models of more than ``WALKED_PARAMETERS``). ``table`` holds what both did on ``held``, where that is known.
     Raises ModhifiError for models in train mode and outputs that are not finite (GateFailed for the edited model's).
     """
     tolerances = tolerances or Tolerances()
@@ -104,15 +105,14 @@ def verify_model(
     for name, model in (("original", loaded.model), ("edited", edited)):
         if any(m.training for m in model.modules()):
             raise ModhifiError(f"the {name} model is in train mode, where outputs are random; call .eval() first")
-    device = next(edited.parameters()).device
     progress("bounding", 0, 3)
-    dense_run = partial(_moved, loaded, loaded.model, device)
-    units = run_units(dense_run, partial(_moved, loaded, edited, device), held, batch_size, loaded.kind == "text")
-    found = statistical(units, tolerances.alpha, _population(units, held), tolerances.max_perplexity_ratio)
+    if table is None:
+        table = tabulate(loaded, edited, held, batch_size)
+    r3 = statistical(table, tolerances.alpha, _population(table, held), tolerances.max_perplexity_ratio)
     progress("bounding", 1, 3)
-    rungs, layers, gap, violations, every, count = _certify(loaded, edited, dense_shape, held, units, walked)
+    rungs, layers, gap, violations, every, count = _certify(loaded, edited, dense_shape, held, table, walked)
     progress("bounding", 3, 3)
-    verdicts = (self_test(violations, count), *judge(tolerances, found, units, every))
+    verdicts = (self_test(violations, count), *judge(tolerances, r3, table, every))
     warnings = []
     if held.synthetic:
         warnings.append("the held-out data is synthetic: the statistical bounds speak of synthetic data only")
@@ -122,12 +122,12 @@ def verify_model(
             "independent, which neighbours in one document are not"
         )
     return BoundReport(
-        rungs=(*rungs, *_statistical_rungs(found, units)),
+        rungs=(*rungs, *_statistical_rungs(r3)),
         layers=layers,
         telescoping_gap=gap,
-        constant_error=units.constant_error,
+        constant_error=table.constant.error,
         verdicts=verdicts,
-        statistical=found,
+        statistical=r3,
         tolerances=tolerances,
         warnings=tuple(warnings),
     )
@@ -156,24 +156,21 @@ def verify_unlearned(
     if not len(retained) or not len(forgotten):
         kind = "retained" if not len(retained) else "forgotten"
         raise ModhifiError(f"no held-out image of the {kind} classes; give data that has both, or more --samples")
-    found = verify_model(
+    report = verify_model(
         loaded, edited, dense_shape, retained, tolerances, walked=walked, batch_size=batch_size, progress=progress
     )
-    device, rates = next(edited.parameters()).device, {}
-    for name, model in (("original", loaded.model), ("edited", edited)):
-        with torch.inference_mode():
-            top = [_moved(loaded, model, device, b).argmax(1).cpu() for b in forgotten.batches(batch_size)]
-        rates[name] = forgetting(torch.cat(top), torch.tensor(classes), found.statistical.alpha)
-    return replace(found, forgetting=rates)
+    table, alpha = tabulate(loaded, edited, forgotten, batch_size), report.statistical.alpha
+    rates = {
+        name: forgetting(top, torch.tensor(classes), alpha)
+        for name, top in (("original", table.top_before), ("edited", table.top_after))
+        if top is not None
+    }
+    return replace(report, forgetting=rates)
 
 
-def _population(units: Units, held: Samples) -> str:
-    kind = "images" if units.positions == 1 else "sequences"
+def _population(table: HeldOut, held: Samples) -> str:
+    kind = "sequences" if table.sequences else "images"
     return f"synthetic {kind} (it speaks of synthetic {kind} only)" if held.synthetic else f"held-out {kind}"
-
-
-def _moved(loaded: LoadedModel, model: nn.Module, device: torch.device, batch: Tensor) -> Tensor:
-    return loaded.logits(batch.to(device), model)
 
 
 def _certify(
@@ -181,12 +178,12 @@ def _certify(
     edited: nn.Module,
     dense_shape: nn.Module | None,
     held: Samples,
-    units: Units,
+    table: HeldOut,
     walked: int | None,
 ) -> tuple[tuple[Rung, ...], tuple[LayerShare, ...], float | None, tuple[str, ...], float | None, int]:
     size = sum(p.numel() for p in loaded.model.parameters())
     if walked is None:
-        walked = 0 if size > WALKED_PARAMETERS else 16 if units.positions == 1 else 1
+        walked = 0 if size > WALKED_PARAMETERS else 1 if table.sequences else 16
     count = min(len(held), walked)
     reason = "" if count else f"no sample was walked in float64 through {size:,} parameters; ask with --walked N"
     if dense_shape is None:
@@ -206,7 +203,8 @@ def _certify(
         return tuple(Rung(n, None, False, "not available", reason) for n in names), (), None, (), None, 0
     certified = certify(loaded, dense, twin, batch)
     edits = [p for _, p, _, _ in certified.layers]
-    changes, after, before = hybrid_changes(dense, twin, edits, lambda x, m: logits_of(loaded, m, x), batch)
+    parts = in_parts(batch)
+    changes, after, before = hybrid_changes(dense, twin, edits, lambda x, m: logits_of(loaded, m, x), parts)
     telescoped = torch.stack(changes).sum(0) if changes else torch.zeros_like(after)
     gap = float((telescoped - (after - before)).abs().max())
     layers = tuple(
@@ -217,9 +215,9 @@ def _certify(
     limit = OUTPUT_SLACK * certified.scale
     if gap > limit:
         violations += (f"the telescoped differences miss the whole change by {gap:.3g}",)
-    if float((after - logits_of(loaded, dense, batch)).abs().max()) > limit:
+    if float((after - certified.outputs).abs().max()) > limit:
         violations += ("undoing every modified layer does not give back the original",)
-    rungs = _certified_rungs(certified, units.constant_error)
+    rungs = _certified_rungs(certified, table.constant.error)
     return rungs, layers, gap, violations, certified.every_input, count
 
 
@@ -256,7 +254,7 @@ def _certified_rungs(found: Certified, constant_error: float) -> tuple[Rung, ...
     )
 
 
-def _statistical_rungs(found: Statistical, units: Units) -> tuple[Rung, ...]:
+def _statistical_rungs(found: Statistical) -> tuple[Rung, ...]:
     sure = f"{found.n} independent {found.population}, {100 * (1 - found.alpha):.4g} % confidence, each bound by itself"
     figures = {
         "R3 share of flips": found.flips,

@@ -7,11 +7,19 @@ by the modified tail (form B), and the differences telescope exactly to the whol
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from modhifi.structure.torch_ops import names_of, operation_name, tensors_in
+
+# Operations that are worth remembering; none of them writes into its input.
+COSTLY = names_of("conv", "linear", "matrix product", "attention", "batch norm", "norm") | {"einsum"}
 
 
 @dataclass(frozen=True)
@@ -36,22 +44,78 @@ def hybrid_changes(
     edited: nn.Module,
     layers: Sequence[tuple[str, ...]],
     run: Callable[[Tensor, nn.Module], Tensor],
-    batch: Tensor,
+    parts: Sequence[Tensor],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """The change (n, ...) that each layer (names of its parameters, in order of execution) causes, one pass each.
 
-    Returns the changes, the outputs of the original and those of the modified network; the changes add up to the
-    difference of the two. Both models have the same shapes and stay as they are.
+    ``parts`` are the batches that make up the n samples. Returns the changes, the outputs of the network with every
+    layer undone and those of the modified network; the changes add up to the difference of the two. Both models have
+    the same shapes and stay as they are.
     """
     work = copy.deepcopy(edited)
-    ours = {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
-    theirs = {**dict(work.named_parameters()), **dict(work.named_buffers())}
-    start = run(batch, work)
-    before, changes = start, []
-    for names in layers:
-        for name in names:
-            theirs[name].data.copy_(ours[name])
-        after = run(batch, work)
-        changes.append(after - before)
-        before = after
-    return changes, before, start
+    originals, twins, tensors = _tensors(dense), _tensors(edited), _tensors(work)
+    modified = {name for name, tensor in originals.items() if not torch.equal(tensor, twins[name])}
+    outputs = []
+    for part in parts:
+        clean = CleanPass()
+        with clean:
+            run(part, dense)
+        # What no operation was seen to read, inside compiled code for instance, might be read anywhere.
+        hidden = not {id(originals[name]) for name in modified} <= clean.read
+        hybrids = []
+        for k in range(len(layers) + 1):
+            for name in layers[k - 1] if k else ():
+                tensors[name].data.copy_(originals[name])
+            later = {id(tensors[name]) for name in modified.difference(*layers[:k])}
+            # The last hybrid is run in full: it shows that undoing the edit gives back the original.
+            with clean.until_read(None if hidden or k == len(layers) else later):
+                hybrids.append(run(part, work))
+        outputs.append(torch.stack(hybrids))
+        for name in modified:
+            tensors[name].data.copy_(twins[name])
+    steps = torch.cat(outputs, 1)
+    return list(steps.diff(dim=0)), steps[-1], steps[0]
+
+
+class CleanPass(TorchFunctionMode):
+    """What the costly operations of a pass of the original gave, in their order, and the tensors that were read.
+
+    A hybrid does the same until it first reads a tensor that is still modified: up to there the results are taken from
+    here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[Tensor] = []
+        self.read: set[int] = set()
+        self.modified: set[int] | None = None
+        self.number = 0
+        self.clean = True
+
+    @contextmanager
+    def until_read(self, modified: set[int] | None) -> Iterator[None]:
+        """Take results from the remembered pass until one of these tensors is read, by ``id``; with None, never."""
+        self.modified, self.number, self.clean = modified, 0, True
+        with self if modified is not None else nullcontext():
+            yield
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = {id(t) for t in tensors_in((args, kwargs))}
+        costly = operation_name(func) in COSTLY
+        if self.modified is None:
+            out = func(*args, **kwargs)
+            self.read |= inputs
+            if costly:
+                self.results.append(out.clone())
+            return out
+        self.clean = self.clean and not inputs & self.modified
+        if not self.clean or not costly:
+            return func(*args, **kwargs)
+        self.number += 1
+        # What follows may write into it.
+        return self.results[self.number - 1].clone()
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from modhifi.bounds.confidence import divided_alpha, settling_n_mean, settling_n_rate
-from modhifi.bounds.statistical import QUANTILE, Forgetting, Interval, Statistical, Units, nll_cap
+from modhifi.bounds.held_out import HeldOut
+from modhifi.bounds.statistical import QUANTILE, Forgetting, Interval, Statistical, nll_cap
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
 
 
@@ -66,34 +67,38 @@ def self_test(violations: tuple[str, ...], samples: int) -> Verdict:
     return Verdict("self-test", "HOLDS", f"measured <= R2 <= R1 on each of {samples} samples")
 
 
-def judge(tolerances: Tolerances, found: Statistical, units: Units, every_input: float | None) -> tuple[Verdict, ...]:
+def judge(
+    tolerances: Tolerances, bounds: Statistical, table: HeldOut, every_input: float | None
+) -> tuple[Verdict, ...]:
     """One verdict for each tolerance given; ``every_input`` is R1 in its every-input form where there is one."""
     verdicts = []
-    alpha = found.alpha
+    alpha = bounds.alpha
     if (tau := tolerances.max_flip) is not None:
-        if units.positions == 1:
-            settling = settling_n_rate(int(units.flips.sum()), len(units), tau, alpha)
+        if table.sequences:
+            settling = settling_n_mean(table.flips, tau, alpha)
+            what = "positions of a unit whose top-1 changes"
         else:
-            settling = settling_n_mean(units.flips, tau, alpha)
-        what = "inputs whose top-1 changes" if units.positions == 1 else "positions of a unit whose top-1 changes"
+            settling = settling_n_rate(int(table.flips.sum()), len(table), tau, alpha)
+            what = "inputs whose top-1 changes"
         certified = every_input == 0
         name = f"max flip {tau:g}"
-        verdicts.append(_verdict(name, tau, tolerances, found, found.flips, certified, settling, what, percent=True))
+        verdicts.append(_verdict(name, tau, tolerances, bounds, bounds.flips, certified, settling, what, percent=True))
     if (tau := tolerances.max_error) is not None:
-        above = int((units.error > tau).sum())
-        settling = settling_n_rate(above, len(units), 1 - QUANTILE, alpha)
+        above = int((table.error > tau).sum())
+        settling = settling_n_rate(above, len(table), 1 - QUANTILE, alpha)
         certified = every_input is not None and every_input <= tau
         what = f"{QUANTILE:.0%} quantile of the output's change"
         name = f"max error {tau:g}"
-        verdicts.append(_verdict(name, tau, tolerances, found, found.error_quantile, certified, settling, what))
+        verdicts.append(_verdict(name, tau, tolerances, bounds, bounds.error_quantile, certified, settling, what))
     if (tau := tolerances.max_perplexity_ratio) is not None:
-        if found.perplexity is None or units.nll is None:
+        growth = table.nll_growth
+        if bounds.perplexity is None or growth is None:
             raise ModhifiError("perplexity needs sequences of at least two tokens; give a longer --window")
         cap = nll_cap(tau)
-        settling = settling_n_mean(units.nll.clamp(-cap, cap), math.log(tau), alpha, -cap, cap)
-        what, name = f"ratio of perplexities ({found.perplexity.method})", f"max perplexity ratio {tau:g}"
+        settling = settling_n_mean(growth.clamp(-cap, cap), math.log(tau), alpha, -cap, cap)
+        what, name = f"ratio of perplexities ({bounds.perplexity.method})", f"max perplexity ratio {tau:g}"
         certified = every_input == 0
-        verdicts.append(_verdict(name, tau, tolerances, found, found.perplexity, certified, settling, what))
+        verdicts.append(_verdict(name, tau, tolerances, bounds, bounds.perplexity, certified, settling, what))
     return tuple(verdicts)
 
 
@@ -101,7 +106,7 @@ def _verdict(
     name: str,
     tau: float,
     tolerances: Tolerances,
-    found: Statistical,
+    bounds: Statistical,
     interval: Interval,
     certified: bool,
     settling: int | None,
@@ -111,11 +116,11 @@ def _verdict(
     def show(value: float) -> str:
         return f"{100 * value:.3g} %" if percent else f"{value:.4g}"
 
-    measured = f"{what}: {show(interval.measured)} measured on {found.n} {found.population}"
+    measured = f"{what}: {show(interval.measured)} measured on {bounds.n} {bounds.population}"
     if tolerances.not_a_sample:
         verdict = "PASS-ON-SAMPLES" if interval.measured <= tau else "FAIL"
         return Verdict(name, verdict, f"{measured}; nothing is claimed beyond them")
-    sure = f"{100 * (1 - found.alpha):.4g} % confidence"
+    sure = f"{100 * (1 - bounds.alpha):.4g} % confidence"
     if interval.lower > tau:
         return Verdict(name, "FAIL", f"{measured}, at least {show(interval.lower)} with {sure}")
     if certified:

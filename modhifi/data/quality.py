@@ -47,7 +47,8 @@ def look(loaded: LoadedModel, samples: Samples, batch_size: int = 32) -> dict[st
 
     def see(name: str, x: Tensor) -> None:
         dims = [d for d in range(x.ndim) if d != 1]
-        terms = [x.numel() / x.shape[1], x.double().sum(dims), x.double().square().sum(dims)]
+        wide = x.double()
+        terms = [x.numel() / x.shape[1], wide.sum(dims), wide.square().sum(dims)]
         sums[name] = [old + new for old, new in zip(sums.get(name, [0.0] * 3), terms, strict=True)]
 
     handles = [

@@ -1,4 +1,4 @@
-"""Read an artefact directory: the manifest, the weights, and the model that they make."""
+"""Read an artefact directory: the weights, and the model that they and the manifest make."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import copy
 import hashlib
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,14 +20,10 @@ from modhifi.errors import ModhifiError
 from modhifi.models.from_module import from_module
 from modhifi.models.hub import fetch_description, fetch_weights, split_revision
 from modhifi.models.loaded import LoadedModel, frozen
+from modhifi.models.manifest import MANIFEST, Artifact, Manifest, ModelEntry, read_manifest
 from modhifi.models.skeleton import build_skeleton, fill, read_config, reshape
 from modhifi.progress import version_of
 
-SCHEMA_VERSION = 1
-# Versions that are read as they stand. Keys may be added without a new version: what lacks is then not needed.
-READABLE = (1,)
-NEEDED = ("base", "model", "weights")
-MANIFEST = "modhifi.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PACKAGES = ("modhifi", "torch", "timm", "transformers", "safetensors")
@@ -43,35 +38,28 @@ def load_artifact(directory: str | Path, skeleton: nn.Module | None = None) -> L
     """
     directory = Path(directory).expanduser()
     manifest = read_manifest(directory)
-    entry, base = manifest["model"], manifest["base"]
-    framework, info = entry["framework"], entry["info"]
-    config = read_config(directory) if framework == "transformers" and skeleton is None else None
+    entry, base = manifest.model, manifest.base
+    config = read_config(directory) if entry.framework == "transformers" and skeleton is None else None
     with _library_hint(manifest):
         if skeleton is not None:
             model = frozen(copy.deepcopy(skeleton).cpu())
-        elif framework == "torch":
+        elif entry.framework == "torch":
             raise ModhifiError(
-                f"{directory} was made from a module of your own ({info['architecture']}); pass that "
+                f"{directory} was made from a module of your own ({entry.info['architecture']}); pass that "
                 "dense module: modhifi.load(directory, skeleton=module)"
             )
         else:
-            model = build_skeleton(framework, info, config)
-        model = fill(
-            reshape(model, entry["differences"]), _read_weights(directory), manifest["weights"]["tied"], str(directory)
-        )
-    loaded = _describe(model, framework, directory, entry)
+            model = build_skeleton(entry.framework, entry.info, config)
+        state, hashes = _read_weights(directory)
+        model = fill(reshape(model, entry.differences), state, manifest.weights.tied, str(directory))
+    loaded = _describe(model, directory, entry)
+    artifact = Artifact(manifest, hashes)
     notes = list(loaded.info["notes"])
-    if not weights_match(directory):
+    if not artifact.intact:
         notes.append(f"the weights in {directory} are not those that were saved: their hash differs from {MANIFEST}")
-    artifact = {
-        "task": manifest.get("task"),
-        "base": base,
-        "weights": manifest["weights"],
-        "differences": entry["differences"],
-    }
-    known = {key: base[key] for key in ("repository", "revision", "licence") if key in base}
-    labels = tuple(entry["labels"]) if entry.get("labels") else None
-    return replace(loaded, labels=labels, info=loaded.info | known | {"notes": notes, "artifact": artifact})
+    known = {key: getattr(base, key) for key in ("repository", "revision", "licence") if key in base.model_fields_set}
+    labels = tuple(entry.labels) if entry.labels else None
+    return replace(loaded, labels=labels, artifact=artifact, info=loaded.info | known | {"notes": notes})
 
 
 def load(directory: str | Path, *, skeleton: nn.Module | None = None) -> nn.Module:
@@ -87,51 +75,18 @@ def load(directory: str | Path, *, skeleton: nn.Module | None = None) -> nn.Modu
     return load_artifact(directory, skeleton).model
 
 
-def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """The content of ``modhifi.json``; ModhifiError if it is missing, broken, or of a modhifi too new or too old."""
-    path = Path(directory).expanduser() / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = int(manifest["schema_version"])
-        if version in READABLE and not all(isinstance(manifest[part], dict) for part in NEEDED):
-            raise ValueError("parts are missing")
-    except OSError as error:
-        raise ModhifiError(f"{directory} is no modhifi artefact: it has no readable {MANIFEST}") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModhifiError(f"{path} is broken; restore the file") from error
-    if version > SCHEMA_VERSION:
-        raise ModhifiError(
-            f"{path} has schema version {version} and this modhifi reads up to {SCHEMA_VERSION}; upgrade modhifi"
-        )
-    if version not in READABLE:
-        writer = (manifest.get("versions") or {}).get("modhifi", "that wrote it")
-        again = f"modhifi recipe run {path.with_name('recipe.yaml')}"
-        raise ModhifiError(
-            f"{path} has schema version {version}, which this modhifi no longer reads; install the "
-            f"modhifi {writer}, or make it again: {again}"
-        )
-    return manifest
-
-
 @contextmanager
-def _library_hint(manifest: Mapping[str, Any]) -> Iterator[None]:
+def _library_hint(manifest: Manifest) -> Iterator[None]:
     """Say, where a model cannot be rebuilt, which of its libraries are other ones than those it was written with."""
     try:
         yield
     except ModhifiError as error:
         now = installed_versions()
-        framework = manifest["model"]["framework"]
-        then = {name: (manifest.get("versions") or {}).get(name) for name in (framework, "torch")}
+        then = {name: manifest.versions.get(name) for name in (manifest.model.framework, "torch")}
         moved = [f"{n} {v} ({now[n]} is installed)" for n, v in then.items() if v and n in now and v != now[n]]
         if not moved:
             raise
         raise ModhifiError(f"{error}; it was written with {' and '.join(moved)}: install those") from error
-
-
-def weights_match(directory: str | Path) -> bool:
-    """Whether the weight files are, by their SHA-256, those that the manifest was written for."""
-    files, place = read_manifest(directory)["weights"]["files"], Path(directory).expanduser()
-    return all((path := place / name).is_file() and file_hash(path) == sha for name, sha in files.items())
 
 
 def installed_versions() -> dict[str, str]:
@@ -141,29 +96,36 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def _read_weights(directory: Path) -> dict[str, Tensor]:
+def _read_weights(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict, and the SHA-256 of each file that it was read from."""
+    state: dict[str, Tensor] = {}
+    hashes = {}
     try:
         index = directory / INDEX
         names = [WEIGHTS]
         if index.is_file():
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        # Copies: matrix products may round differently where the memory is not aligned as torch aligns it.
-        return {k: v.clone() for name in names for k, v in load_file(directory / name).items()}
+        for name in names:
+            hashes[name] = file_hash(directory / name)
+            # Copies: matrix products may round differently where the memory is not aligned as torch aligns it.
+            state |= {k: v.clone() for k, v in load_file(directory / name).items()}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModhifiError(f"cannot read the weights in {directory}: {error}; restore the files") from error
+    return state, hashes
 
 
-def _describe(model: nn.Module, framework: str, directory: Path, entry: dict[str, Any]) -> LoadedModel:
+def _describe(model: nn.Module, directory: Path, entry: ModelEntry) -> LoadedModel:
     source = str(directory)
-    if framework == "timm":
+    if entry.framework == "timm":
         from modhifi.models import from_timm
 
         return from_timm.describe(model, source)
-    if framework == "transformers":
+    if entry.framework == "transformers":
         from modhifi.models import from_transformers
 
         return from_transformers.describe(model, source, directory)
-    shape, dtype = entry["example"]["shape"], getattr(torch, entry["example"]["dtype"])
+    assert entry.example is not None
+    shape, dtype = entry.example["shape"], getattr(torch, entry.example["dtype"])
     example = torch.zeros(shape, dtype=dtype)
     if dtype.is_floating_point:
         example = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
+from modhifi.models.manifest import Artifact
 
 # Marks the places of a batch of token ids behind the end of a shorter text.
 PADDING = -1
@@ -28,6 +29,7 @@ class LoadedModel:
     (any module with a given example). ``example`` is a seeded batch of 2 model-ready inputs: normalised pixels
     ``(2, C, H, W)`` or token ids ``(2, 16)``. ``transform`` is the model's own evaluation preprocessing, PIL image to
     float32 ``(C, H, W)``. ``info`` is JSON-able: architecture, arguments, resolved commit, licence, versions, notes.
+    ``artifact`` is what an artefact of ours says of the model, its manifest above all.
     """
 
     model: nn.Module
@@ -39,6 +41,7 @@ class LoadedModel:
     tokenizer: Any | None
     labels: tuple[str, ...] | None
     info: dict[str, Any]
+    artifact: Artifact | None = None
 
     def logits(self, batch: Tensor, model: nn.Module | None = None) -> Tensor:
         """The main output of one forward pass of ``model`` (default: this model) on a batch, axis 0 the batch.

@@ -190,7 +190,7 @@ def record(loaded: LoadedModel, edited: nn.Module) -> tuple[str, Differences]:
             pass  # the library cannot build it alone, remote code for instance
     if not same_modules(loaded.model, edited):
         raise ModhifiError("the edited model has other modules than the one it was made from; it cannot be saved")
-    earlier: Differences = loaded.info.get("artifact", {}).get("differences", {})
+    earlier: Differences = {} if loaded.artifact is None else loaded.artifact.manifest.model.differences
     now = differences(loaded.model, edited)
     return "torch", {
         "shapes": earlier.get("shapes", {}) | now["shapes"],

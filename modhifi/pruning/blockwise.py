@@ -119,5 +119,4 @@ def prune_in_blocks(
         del moments  # before the next block's are collected
     progress("pruning blocks", len(blocks), len(blocks))
     whole = Plan(kept, cost)
-    small = shrink(copy.deepcopy(dense_shape), structure, whole)
-    return Pruned(small, dense_shape, structure, whole, curves, tuple(errors))
+    return Pruned(shrink(dense_shape, structure, whole), structure, whole, curves, tuple(errors))

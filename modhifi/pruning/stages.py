@@ -42,14 +42,13 @@ from modhifi.structure.trial_cut import confirm
 
 @dataclass(frozen=True)
 class Pruned:
-    """``model`` is physically smaller; ``dense_shape`` holds the same function in the dense model's shapes.
+    """``model`` is physically smaller; `structure.expand` gives the same function in the dense model's shapes.
 
     ``fidelity`` has the best singleton fidelity of every component, float64 ``(n,)`` by group. ``tried`` has, where
     several plans were tried, what each does to the output: its divergence on a few samples in nats.
     """
 
     model: nn.Module
-    dense_shape: nn.Module
     structure: Structure
     plan: Plan
     curves: Mapping[str, Curve]
@@ -216,7 +215,7 @@ def apply_plan(
     samples: Samples | None = None,
     progress: Progress = silent,
 ) -> Pruned:
-    """Compensate and cut: the edited model in the dense shapes and in its own.
+    """Compensate and cut.
 
     ``samples`` are needed with ``settings.sequential``, which measures on the pruned prefix of every reader.
     """
@@ -228,4 +227,4 @@ def apply_plan(
         if not COMPENSATIONS[settings.compensate].least_squares or samples is None:
             raise ModhifiError("--sequential goes with --compensate lstsq only")
         dense_shape, errors = edit_sequentially(loaded, structure, plan, samples, settings, progress)
-    return Pruned(shrink(copy.deepcopy(dense_shape), structure, plan), dense_shape, structure, plan, {}, errors)
+    return Pruned(shrink(dense_shape, structure, plan), structure, plan, {}, errors)

@@ -47,10 +47,10 @@ def run_audit(
     edited = load_model(directory if given.edited is None else given.edited, example=_example(given))
     original = given.model or _original(recipe, edited)
     notes = []
-    base = edited.info.get("artifact", {}).get("base")
-    if base is not None and base.get("sha256") not in (None, state_hash(original.model)):
+    base = None if edited.artifact is None else edited.artifact.manifest.base
+    if base is not None and base.sha256 not in (None, state_hash(original.model)):
         if recipe.original is None and given.model is None:
-            raise ModhifiError(f"{base['source']} is not the model that {directory} was made from; give --original")
+            raise ModhifiError(f"{base.source} is not the model that {directory} was made from; give --original")
         notes.append(f"{original.source} is not the model that the manifest names as the base; it stands in for it")
     shapes = {k: tuple(v.shape) for k, v in original.model.state_dict().items()}
     if shapes != {k: tuple(v.shape) for k, v in edited.model.state_dict().items()}:
@@ -103,9 +103,9 @@ def run_audit(
 def _original(recipe: AuditRecipe, edited: LoadedModel) -> LoadedModel:
     if recipe.original is not None:
         return load_model(recipe.original)
-    if edited.info.get("artifact", {}).get("base") is None:
+    if edited.artifact is None:
         raise ModhifiError(f"{recipe.directory} has no manifest; give the model before the edit with --original")
-    return load_source(original_of(recipe.directory))
+    return load_source(original_of(edited.artifact.manifest))
 
 
 def _example(given: Given) -> torch.Tensor | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,9 +13,9 @@ from modhifi.data.in_memory import Data
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
-from modhifi.models.artifact import read_manifest
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.manifest import Manifest
 from modhifi.models.offload import let_visit
 from modhifi.progress import Progress, silent
 from modhifi.runs.recipe import ModelSource, PruneRecipe
@@ -24,9 +23,7 @@ from modhifi.runs.recipe import ModelSource, PruneRecipe
 
 def forgotten_before(loaded: LoadedModel) -> list[int]:
     """The classes that the artefact a model was loaded from has forgotten already."""
-    if "artifact" not in loaded.info:
-        return []
-    return [entry["index"] for entry in read_manifest(loaded.source).get("forgotten", [])]
+    return [] if loaded.artifact is None else [entry.index for entry in loaded.artifact.manifest.forgotten]
 
 
 @dataclass(frozen=True)
@@ -58,14 +55,13 @@ def load_source(source: ModelSource) -> LoadedModel:
     )
 
 
-def original_of(directory: str | Path) -> ModelSource:
-    """What to load to have the model that an artefact was made from, by its manifest."""
-    manifest = read_manifest(directory)
-    base, named = manifest["base"], (manifest.get("recipe") or {}).get("model") or {}
-    if named.get("name") != base["source"]:
-        named = {"name": base["source"], "revision": base.get("revision")}
-    if str(base["source"]).startswith("timm:"):  # a directory states its own
-        named = {**named, "args": named.get("args") or base.get("args") or {}}
+def original_of(manifest: Manifest) -> ModelSource:
+    """What to load to have the model that an artefact was made from."""
+    base, named = manifest.base, manifest.recipe.get("model") or {}
+    if named.get("name") != base.source:
+        named = {"name": base.source, "revision": base.revision}
+    if base.source.startswith("timm:"):  # a directory states its own
+        named = {**named, "args": named.get("args") or base.args}
     return ModelSource(**named)
 
 

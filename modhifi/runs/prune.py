@@ -14,6 +14,7 @@ from modhifi.artifacts.exports import EXPORTS
 from modhifi.artifacts.reload_check import reload_alike
 from modhifi.artifacts.report import data_uri
 from modhifi.artifacts.save import save_artifact
+from modhifi.bounds.held_out import tabulate
 from modhifi.bounds.ladder import BoundReport, verify_model
 from modhifi.calibration.batchnorm import reestimate_batchnorm
 from modhifi.calibration.cache import MomentCache
@@ -114,16 +115,17 @@ def run_prune(
             **look(loaded, calibration, settings.batch_size),
             "grams": [vars(q) for q in pruned.grams],
         }
-        report |= measure_run(loaded, pruned.model, held, settings.batch_size, progress)
+        table = tabulate(loaded, pruned.model, held, settings.batch_size)
+        report |= measure_run(loaded, pruned.model, held, table, progress)
         report["before_after"] = before_after(report)
         report["verdicts"] = [measured(report)]
         if loaded.kind == "image":
             report["contact_sheet"] = data_uri(contact_sheet(calibration, loaded, n=48, tile=64))
     with clock.stage("bound"):
         twin = expand(pruned.model, loaded.model, pruned.structure, pruned.plan)
-        walked, size = recipe.checks.walked, settings.batch_size
+        walked = recipe.checks.walked
         bounds = verify_model(
-            loaded, pruned.model, twin, held, tolerances, walked=walked, batch_size=size, progress=progress
+            loaded, pruned.model, twin, held, tolerances, walked=walked, table=table, progress=progress
         )
         add_bounds(report, bounds)
         add_groups(report, bounds, pruned.structure)

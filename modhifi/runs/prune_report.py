@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modhifi.bounds.held_out import HeldOut
 from modhifi.data.samples import Samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.pruning.stages import Pruned
 from modhifi.runs import measure
+from modhifi.runs.latency import compare_latency
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.structure.sizes import sizes_of
 
@@ -108,39 +109,31 @@ def _plain(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure_run(
-    loaded: LoadedModel, edited: nn.Module, held: Samples, batch_size: int, progress: Progress = silent
+    loaded: LoadedModel, edited: nn.Module, held: Samples, table: HeldOut, progress: Progress = silent
 ) -> dict[str, Any]:
-    """Everything measured on the held-out samples and on this device, before and after."""
-    device = next(edited.parameters()).device
-    one = next(held.batches(1)).to(device)
+    """Everything measured on this device, before and after; ``table`` tells what both models did on ``held``."""
+    first = next(edited.parameters())
+    one = next(held.batches(1)).to(first.device)
     if one.is_floating_point():
-        one = one.to(next(edited.parameters()).dtype)
-    progress("checking", 0, 3)
-    dense, after = measure.Timed(loaded.logits), measure.Timed(partial(loaded.logits, model=edited))
-    errors: dict[str, Any]
+        one = one.to(first.dtype)
+    progress("checking", 0, 2)
+    errors = table.summary()
     if loaded.kind == "text":
-        # The loss of the next token comes out of the same passes.
-        scored = (measure.NextTokens(dense), measure.NextTokens(after))
-        errors = measure.compare(*scored, held, batch_size=batch_size, device=device).summary()
-        errors |= {f"perplexity_{name}": s.perplexity for name, s in zip(("before", "after"), scored, strict=True)}
-    else:
-        errors = measure.compare(dense, after, held, batch_size=batch_size, device=device).summary()
-    if held.labels is not None:
-        errors["accuracy_before"] = measure.accuracy(dense, held, batch_size=batch_size, device=device)
-        errors["accuracy_after"] = measure.accuracy(after, held, batch_size=batch_size, device=device)
-    progress("checking", 1, 3)
+        errors["perplexity_before"], errors["perplexity_after"] = table.perplexities()
+    if held.labels is not None and table.top_before is not None:
+        errors["accuracy_before"], errors["accuracy_after"] = table.accuracies(held.labels)
     size = {
         "parameters": [measure.count_parameters(loaded.model), measure.count_parameters(edited)],
         "flops": [measure.count_flops(loaded.model, one), measure.count_flops(edited, one)],
         "bytes": [measure.stored_bytes(loaded.model), measure.stored_bytes(edited)],
     }
-    progress("checking", 2, 3)
-    latency = measure.compare_latency({"before": loaded.model, "after": edited}, one, rounds=9)
-    progress("checking", 3, 3)
+    progress("checking", 1, 2)
+    latency = compare_latency({"before": loaded.model, "after": edited}, one, rounds=9)
+    progress("checking", 2, 2)
     return {
         "errors": errors,
         "size": size,
-        "throughput": [dense.per_second, after.per_second],
+        "throughput": list(table.throughput),
         "latency": {name: vars(value) for name, value in latency.items()},
     }
 

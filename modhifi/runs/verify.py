@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +12,9 @@ from modhifi.data.labels import label_samples
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
-from modhifi.models.artifact import load_artifact, read_manifest, weights_match
+from modhifi.models.artifact import load_artifact
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.manifest import Manifest
 from modhifi.models.skeleton import same_modules, same_shapes
 from modhifi.models.weights import state_hash
 from modhifi.progress import Progress, silent
@@ -24,7 +22,7 @@ from modhifi.pruning.stages import find_structure
 from modhifi.runs.defaults import complete_verify
 from modhifi.runs.inputs import NOTHING, Given, load_source, original_of
 from modhifi.runs.recipe_tasks import VerifyRecipe
-from modhifi.structure.expand import expand, plan_of
+from modhifi.structure.expand import expand
 
 
 def run_verify(
@@ -36,22 +34,22 @@ def run_verify(
 ) -> tuple[BoundReport, VerifyRecipe]:
     """Bound how far an edited model's outputs moved; returns the bounds, and the recipe with its defaults written out.
 
-    Raises ModhifiError for bad input, as `load_edited` does, and where held-out samples took part in the calibration
-    (unless the recipe allows it).
+    Raises ModhifiError for bad input, as :func:`load_pair` does, and where held-out samples took part in the
+    calibration (unless the recipe allows it).
     """
-    original = given.model or load_source(recipe.against or original_of(recipe.directory))
-    edited, manifest = (given.edited, {}) if given.edited is not None else load_edited(recipe.directory, original)
+    original, edited, manifest = load_pair(recipe, given)
     recipe = complete_verify(recipe, original, device)
     data, size = recipe.data, recipe.batch_size
     assert data.samples is not None and size is not None
     source = data.source if given.data is None else given.data
     held = load_samples(source, original, n=data.samples, seed=recipe.seed, window=data.window, progress=progress)
-    held = held_out(manifest, held, data.allow_overlap)
+    if manifest is not None and not data.allow_overlap:
+        require_unseen(manifest, held)
     dense_shape = in_dense_shape(edited, original, manifest)
     original.model.to(device)
     edited.to(device)
     tolerances, walked = recipe.checks.tolerances(), recipe.checks.walked
-    forgotten = [entry["index"] for entry in manifest.get("forgotten") or []]
+    forgotten = [] if manifest is None else [entry.index for entry in manifest.forgotten]
     if not forgotten:
         bounds = verify_model(
             original, edited, dense_shape, held, tolerances, walked=walked, batch_size=size, progress=progress
@@ -72,50 +70,52 @@ def run_verify(
     return replace(bounds, warnings=(*bounds.warnings, *([remark] if remark else []))), recipe
 
 
-def load_edited(directory: str | Path, original: LoadedModel) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of an artefact, and its manifest.
+def load_pair(recipe: VerifyRecipe, given: Given) -> tuple[LoadedModel, nn.Module, Manifest | None]:
+    """The original, the edited model, and the manifest of the artefact that the latter is, None for a module.
 
-    Raises ModhifiError where its weights are not those that were saved, and where ``original`` is another model than
-    the one it was made from.
+    Raises ModhifiError where the artefact's weights are not those that were saved, and where the original is another
+    model than the one it was made from.
     """
-    manifest = read_manifest(directory)
-    if not weights_match(directory):
+    if given.edited is not None:
+        assert given.model is not None
+        return given.model, given.edited, None
+    edited = load_artifact(recipe.directory)
+    assert edited.artifact is not None
+    manifest = edited.artifact.manifest
+    if not edited.artifact.intact:
         raise ModhifiError(
-            f"the weights in {directory} are not those that were saved: their hash differs from the manifest's; "
+            f"the weights in {recipe.directory} are not those that were saved: their hash differs from the manifest's; "
             "restore the files or make the artefact again"
         )
-    edited = load_artifact(directory).model
-    if not same_modules(original.model, edited):
+    original = given.model or load_source(recipe.against or original_of(manifest))
+    if not same_modules(original.model, edited.model):
         raise ModhifiError(
-            f"{original.source} has another architecture than {directory}; give the model it was made from, "
-            f"{manifest['base'].get('source')}"
+            f"{original.source} has another architecture than {recipe.directory}; give the model it was made from, "
+            f"{manifest.base.source}"
         )
-    expected = manifest["base"].get("sha256")
-    if expected is not None and state_hash(original.model) != expected:
-        raise ModhifiError(f"{original.source} has other weights than the one {directory} was made from; give that one")
-    return edited, manifest
+    if manifest.base.sha256 not in (None, state_hash(original.model)):
+        raise ModhifiError(
+            f"{original.source} has other weights than the one {recipe.directory} was made from; give that one"
+        )
+    return original, edited.model, manifest
 
 
-def in_dense_shape(edited: nn.Module, original: LoadedModel, manifest: Mapping[str, Any]) -> nn.Module | None:
+def in_dense_shape(edited: nn.Module, original: LoadedModel, manifest: Manifest | None) -> nn.Module | None:
     """The edited model in the original's shapes, None where its manifest does not tell how to get there."""
-    if manifest.get("groups"):
+    if manifest is not None and manifest.groups:
         # After an earlier cut the groups count components of the artefact before.
-        if any(edit["task"] == "prune" for edit in manifest["base"].get("edits_before", [])):
+        if any(edit["task"] == "prune" for edit in manifest.base.edits_before):
             return None
-        return expand(edited, original.model, find_structure(original), plan_of(manifest))
+        return expand(edited, original.model, find_structure(original), manifest.plan())
     return edited if same_shapes(original.model, edited) else None
 
 
-def held_out(manifest: Mapping[str, Any], samples: Samples, allow_overlap: bool = False) -> Samples:
-    """The samples, if none of them took part in the making of the artefact.
-
-    Raises ModhifiError otherwise, unless ``allow_overlap``.
-    """
-    seen = set(manifest.get("calibration", {}).get("hashes", []))
+def require_unseen(manifest: Manifest, samples: Samples) -> None:
+    """Raise ModhifiError if one of the samples took part in the making of the artefact."""
+    seen = set(manifest.calibration.hashes)
     common = [name for name, item in zip(samples.names, samples.hashes, strict=True) if item in seen]
-    if common and not allow_overlap:
+    if common:
         raise ModhifiError(
             f"{len(common)} of {len(samples)} samples calibrated this model ({common[0]}): bounds need data it has not "
             "seen; give other data, or --allow-overlap"
         )
-    return samples

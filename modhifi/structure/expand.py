@@ -6,24 +6,16 @@ Removed channels count once, at their readers: the producers keep the original's
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from modhifi.errors import ModhifiError
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import conv_groups, last_wide
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import removed_positions, staying
-
-
-def plan_of(manifest: Mapping[str, Any]) -> Plan:
-    """The components that an artefact kept, from its manifest."""
-    groups = manifest.get("groups") or []
-    return Plan({g["name"]: tuple(g["kept"]) for g in groups if len(g["kept"]) < g["n"]})
+from modhifi.structure.transposed import is_transposed
 
 
 def expand(small: nn.Module, dense: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
@@ -76,7 +68,7 @@ def _fill(target: Tensor, value: Tensor, removed: Tensor, name: str) -> None:
 
 def _operator(module: nn.Module, target: Tensor, value: Tensor, inputs: Tensor, outputs: Tensor, name: str) -> None:
     """Writes the kept block; removed input columns become zero, removed output rows stay the original's."""
-    if isinstance(module, Conv1D):
+    if is_transposed(module):
         target, value, groups = target.T, value.T, 1
     else:
         groups = conv_groups(module)

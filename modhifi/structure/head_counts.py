@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from modhifi.structure.groups import Group
+from modhifi.structure.transposed import is_transposed
 
 HEADS = re.compile(r"(^|_|\.)heads?$")  # num_heads, n_head, num_key_value_heads
 WIDTHS = re.compile(r"(^|_)(dim|size)(_out_(qk|v))?$")  # attn_dim, split_size, all_head_size, dim_out_qk
@@ -26,7 +26,7 @@ def with_head_counts(model: nn.Module, group: Group) -> Group:
     still computes the same (:func:`modhifi.structure.trial_cut.confirm`).
     """
     if group.kind == "neurons":
-        linear = all(isinstance(model.get_submodule(s.module), (nn.Linear, Conv1D)) for s in group.producers)
+        linear = all(_is_linear(model.get_submodule(s.module)) for s in group.producers)
         return group if linear else replace(group, kind="channels")
     if group.kind == "channels":
         return group
@@ -40,6 +40,10 @@ def with_head_counts(model: nn.Module, group: Group) -> Group:
                 if counts and value in amount:
                     counting.append((name, attribute, amount[value]))
     return replace(group, attributes=tuple(counting))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_transposed(module)
 
 
 def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from modhifi.structure.groups import Group
+from modhifi.structure.transposed import is_transposed
 
 
 def kernel_size(module: nn.Module) -> int:
@@ -22,7 +22,7 @@ def kernel_size(module: nn.Module) -> int:
 def weight_matrix(module: nn.Module) -> Tensor:
     """A copy of an operator's weight as float64 ``(G, out / G, d)``, columns in im2col order."""
     weight: Tensor = module.get_parameter("weight").detach().to(torch.float64, copy=True)
-    if isinstance(module, Conv1D):
+    if is_transposed(module):
         return weight.T[None]
     groups = conv_groups(module)
     return weight.reshape(groups, weight.shape[0] // groups, -1)
@@ -31,13 +31,13 @@ def weight_matrix(module: nn.Module) -> Tensor:
 def columns_of(module: nn.Module) -> tuple[int, int]:
     """The number of conv groups of an operator and of columns in each: the shape of its Gram, without making it."""
     weight = module.get_parameter("weight")
-    return conv_groups(module), weight.shape[0] if isinstance(module, Conv1D) else weight[0].numel()
+    return conv_groups(module), weight.shape[0] if is_transposed(module) else weight[0].numel()
 
 
 def write_weight(module: nn.Module, matrix: Tensor) -> None:
     """Inverse of :func:`weight_matrix`: store ``(G, out / G, d)`` in the module, in the module's dtype."""
     flat, weight = matrix.reshape(-1, matrix.shape[-1]), module.get_parameter("weight")
-    weight.data.copy_(flat.T if isinstance(module, Conv1D) else flat.reshape(weight.shape))
+    weight.data.copy_(flat.T if is_transposed(module) else flat.reshape(weight.shape))
 
 
 def absorb_mean(model: nn.Module, reader: str, sink: str, shift: Tensor) -> None:

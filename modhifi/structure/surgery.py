@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from modhifi.structure.families import restate
 from modhifi.structure.groups import Structure
 from modhifi.structure.head_counts import set_count
 from modhifi.structure.operators import conv_groups, kernel_size, last_wide, weight_matrix, write_weight
 from modhifi.structure.plan import Plan
+from modhifi.structure.transposed import is_transposed
 
 
 def removed_positions(structure: Structure, plan: Plan) -> dict[tuple[str, str], Tensor]:
@@ -120,7 +120,7 @@ def _shrink_along(module: Any, removed: Tensor) -> None:
 
 
 def _shrink_operator(module: Any, inputs: Tensor, outputs: Tensor) -> None:
-    if isinstance(module, Conv1D):
+    if is_transposed(module):
         stay_in, stay_out = staying(module.nx, inputs), staying(module.nf, outputs)
         _replace(module, "weight", module.weight.data[stay_in][:, stay_out])
         _replace(module, "bias", module.bias.data[stay_out])

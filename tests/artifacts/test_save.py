@@ -28,9 +28,10 @@ from modhifi.artifacts.save import save_artifact
 from modhifi.data.samples import Samples, describe_data
 from modhifi.disk import check_output
 from modhifi.errors import ModhifiError, SelfTestFailed
-from modhifi.models.artifact import load_artifact, read_manifest, weights_match
+from modhifi.models.artifact import load_artifact
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.manifest import read_manifest
 from modhifi.models.weights import state_hash
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
@@ -84,6 +85,11 @@ def saved(tmp_path_factory) -> tuple[Path, LoadedModel, nn.Module]:
     return out, loaded, edited
 
 
+def intact(directory: Path) -> bool:
+    artifact = load_artifact(directory).artifact
+    return artifact is not None and artifact.intact
+
+
 def counts(model: nn.Module) -> dict[str, tuple[int, ...]]:
     names = ("in_channels", "out_channels", "groups", "num_features", "in_features", "out_features")
     return {n: tuple(getattr(m, a, 0) for a in names) for n, m in model.named_modules() if hasattr(m, "weight")}
@@ -115,7 +121,11 @@ def test_loading_by_directory_describes_the_model(saved):
     assert (again.source, again.framework, again.kind) == (str(out), "timm", "image")
     assert again.info["model_args"] == loaded.info["model_args"]
     assert again.info["pretrained_cfg"]["mean"] == loaded.info["pretrained_cfg"]["mean"]
-    assert again.info["artifact"]["base"]["source"] == "timm:resnet18" and again.info["notes"] == []
+    assert (
+        again.artifact is not None
+        and again.artifact.manifest.base.source == "timm:resnet18"
+        and again.info["notes"] == []
+    )
 
 
 def test_the_directory_holds_what_it_should(saved):
@@ -130,10 +140,10 @@ def test_the_directory_holds_what_it_should(saved):
         "report.json",
     ]
     manifest = read_manifest(out)
-    assert manifest["schema_version"] == 1 and manifest["task"] == "prune" and manifest["seed"] == 0
-    assert manifest["base"]["sha256"] == state_hash(loaded.model) != state_hash(edited)
-    assert all(len(g["kept"]) < g["n"] for g in manifest["groups"]) and len(manifest["groups"]) > 8
-    assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or manifest["versions"]["torch"]
+    assert manifest.schema_version == 1 and manifest.task == "prune" and manifest.model_extra["seed"] == 0
+    assert manifest.base.sha256 == state_hash(loaded.model) != state_hash(edited)
+    assert all(len(g.kept) < g.n for g in manifest.groups) and len(manifest.groups) > 8
+    assert manifest.versions["torch"]
     assert yaml.safe_load((out / "recipe.yaml").read_text()) == {"model": "timm:resnet18"}
     assert json.loads((out / "report.json").read_text())["title"] == "tiny"
     assert "PASS-ON-SAMPLES" in (out / "report.html").read_text()
@@ -180,9 +190,9 @@ def test_pruning_an_artefact_again_composes(saved, tmp_path):
     edited, structure, plan = prune(first, 0.25)
     second = save(tmp_path / "again", first, edited, structure, plan)
     assert torch.equal(load_artifact(second).logits(first.example), first.logits(first.example, edited))
-    base = read_manifest(second)["base"]
-    assert base["source"] == "timm:resnet18" and base["sha256"] == read_manifest(out)["base"]["sha256"]
-    assert [edit["source"] for edit in base["edits_before"]] == [str(out)]
+    base = read_manifest(second).base
+    assert base.source == "timm:resnet18" and base.sha256 == read_manifest(out).base.sha256
+    assert [edit["source"] for edit in base.edits_before] == [str(out)]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +297,7 @@ def test_large_weights_are_sharded(tmp_path, monkeypatch):
     loaded = tiny()
     out = save(tmp_path / "a", loaded, loaded.model)
     assert len(list(out.glob("model-*-of-*.safetensors"))) > 1 and not (out / "model.safetensors").exists()
-    assert torch.equal(load_artifact(out).logits(loaded.example), loaded.logits(loaded.example)) and weights_match(out)
+    assert torch.equal(load_artifact(out).logits(loaded.example), loaded.logits(loaded.example)) and intact(out)
 
 
 def test_changed_weights_are_told(saved, tmp_path):
@@ -295,7 +305,7 @@ def test_changed_weights_are_told(saved, tmp_path):
     state = load_file(out / "model.safetensors")
     state["fc.bias"] = state["fc.bias"] + 1
     save_file(state, out / "model.safetensors")
-    assert weights_match(saved[0]) and not weights_match(out)
+    assert intact(saved[0]) and not intact(out)
     assert any("hash differs" in note for note in load_artifact(out).info["notes"])
 
 
@@ -348,7 +358,7 @@ def test_a_failed_move_puts_the_old_directory_back(saved, tmp_path, monkeypatch)
     monkeypatch.setattr(disk.os, "replace", fail)
     with pytest.raises(ModhifiError, match="input/output error"):
         save(old, saved[1], saved[2], force=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["old"] and weights_match(old)
+    assert [p.name for p in tmp_path.iterdir()] == ["old"] and intact(old)
 
 
 def test_force_replaces_the_whole_directory(saved, tmp_path):
@@ -367,7 +377,7 @@ def test_a_directory_that_cannot_be_replaced_is_filled(saved, tmp_path, monkeypa
     number = out.stat().st_ino
     monkeypatch.setattr(disk.os.path, "ismount", lambda path: Path(path) == out)
     save(out, saved[1], saved[2], force=True)
-    assert out.stat().st_ino == number and weights_match(out)
+    assert out.stat().st_ino == number and intact(out)
     assert not (out / "stale.txt").exists() and not any(p.name.startswith(".") for p in out.iterdir())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 
 import pytest
 import timm
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.bounds.certified import certify
+from modhifi.bounds.held_out import tabulate
 from modhifi.bounds.ladder import verify_model
-from modhifi.bounds.statistical import forgetting, run_units, statistical
+from modhifi.bounds.statistical import forgetting, statistical
 from modhifi.bounds.verdicts import Tolerances, Verdict, enforce, judge
 from modhifi.data.samples import Samples
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
@@ -231,29 +231,14 @@ def test_ten_images_that_do_not_flip_say_how_many_it_takes() -> None:
 
 def test_max_error_is_about_the_quantile() -> None:
     loaded, twin, held = identical(1000, 20)
-    units = run_units(loaded.logits, lambda b: loaded.logits(b, twin), held, 100)
-    found = statistical(units, 0.05)
-    assert judge(Tolerances(max_error=1.0), found, units, None)[0].verdict == "PASS-STATISTICAL"
-    assert judge(Tolerances(max_error=1.0), found, units, 0.5)[0].verdict == "PASS-CERTIFIED"
+    table = tabulate(loaded, twin, held, 100)
+    found = statistical(table, 0.05)
+    assert judge(Tolerances(max_error=1.0), found, table, None)[0].verdict == "PASS-STATISTICAL"
+    assert judge(Tolerances(max_error=1.0), found, table, 0.5)[0].verdict == "PASS-CERTIFIED"
     loaded, twin, held = identical(1000, 200)
-    units = run_units(loaded.logits, lambda b: loaded.logits(b, twin), held, 100)
+    table = tabulate(loaded, twin, held, 100)
     # A measured failure is stronger than a certificate: one of the two would be a bug, and the failure is shown.
-    assert judge(Tolerances(max_error=1.0), statistical(units, 0.05), units, 0.5)[0].verdict == "FAIL"
-
-
-def test_the_statistical_rung_takes_two_passes_for_each_unit() -> None:
-    loaded, twin, held = identical(70, 2)
-    seen = {"dense": 0, "edited": 0}
-
-    def counting(name: str, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        def run(batch: Tensor) -> Tensor:
-            seen[name] += len(batch)
-            return loaded.logits(batch, model)
-
-        return run
-
-    run_units(counting("dense", loaded.model), counting("edited", twin), held, 32)
-    assert seen == {"dense": 70, "edited": 70}
+    assert judge(Tolerances(max_error=1.0), statistical(table, 0.05), table, 0.5)[0].verdict == "FAIL"
 
 
 def test_units_that_are_no_sample_claim_nothing_more() -> None:

@@ -11,14 +11,14 @@ import torch
 from tiny_text import VOCABULARY, llama
 from torch import Tensor, nn
 
+from modhifi.bounds.held_out import tabulate
 from modhifi.bounds.ladder import BoundReport, verify_model
-from modhifi.bounds.statistical import run_units, statistical
+from modhifi.bounds.statistical import statistical
 from modhifi.bounds.verdicts import Tolerances
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.runs import measure
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +50,19 @@ def verified(loaded: LoadedModel, edited: nn.Module, n: int, ratio: float) -> Bo
 
 def test_a_bound_at_its_cap_says_nothing(loaded: LoadedModel) -> None:
     edited, tokens = noisy(loaded, 0.1), windows(1)
-    units = run_units(loaded.logits, lambda b: loaded.logits(b, edited), sequences(list(tokens)), 8, True)
-    found = statistical(replace(units, constant_nll=50.0), 0.05).perplexity
+    table = tabulate(loaded, edited, sequences(list(tokens)), 8)
+    found = statistical(replace(table, constant=replace(table.constant, nll=50.0)), 0.05).perplexity
     assert found is not None and found.upper == pytest.approx(math.e) and not found.informative
 
 
 def test_the_ratio_is_that_of_the_perplexities(loaded: LoadedModel) -> None:
     edited, tokens = noisy(loaded, 0.1), windows(60)
-    units = run_units(loaded.logits, lambda b: loaded.logits(b, edited), sequences(list(tokens)), 8, True)
-    found = statistical(units, 0.05).perplexity
-    before, after = (
-        measure.perplexity(loaded.logits, tokens),
-        measure.perplexity(lambda b: loaded.logits(b, edited), tokens),
-    )
+    table = tabulate(loaded, edited, sequences(list(tokens)), 8)
+    found = statistical(table, 0.05).perplexity
+    before, after = table.perplexities()
     assert found is not None and found.measured == pytest.approx(after / before, rel=1e-5)
     assert found.lower < found.measured < found.upper < math.exp(1)
-    assert units.positions == 12 and float(units.flips.max()) <= 1
+    assert table.positions.eq(12).all() and float(table.flips.max()) <= 1
 
 
 @pytest.mark.parametrize(
@@ -93,12 +90,12 @@ def test_padding_counts_for_nothing(loaded: LoadedModel) -> None:
     edited, tokens = noisy(loaded, 0.1), windows(6)
     short = [t[: 5 + i] for i, t in enumerate(tokens)]
 
-    def units(size: int) -> Tensor:
-        found = run_units(loaded.logits, lambda b: loaded.logits(b, edited), sequences(short), size, True)
-        assert found.nll is not None
-        return torch.stack([found.flips, found.variation, found.error, found.nll])
+    def columns(size: int) -> Tensor:
+        table = tabulate(loaded, edited, sequences(short), size)
+        assert table.nll_growth is not None
+        return torch.stack([table.flips, table.total_variation, table.error, table.nll_growth])
 
-    assert torch.allclose(units(6), units(1), atol=1e-5)
+    assert torch.allclose(columns(6), columns(1), atol=1e-5)
 
 
 def test_windows_of_one_document_are_said_to_be(loaded: LoadedModel) -> None:

@@ -21,6 +21,7 @@ from modhifi.pruning.readers import applied_second
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import choose_groups, find_structure, measure_moments
 from modhifi.runs import measure
+from modhifi.structure.expand import expand
 from modhifi.structure.operators import weight_matrix
 
 
@@ -46,8 +47,9 @@ def test_budgets_are_met_and_both_shapes_agree(
 ) -> None:
     before = copy.deepcopy(loaded.model.state_dict())
     pruned = prune_model(loaded, samples, budget, PruneSettings(layout=layout, weighting="energy"))
+    twin = expand(pruned.model, loaded.model, pruned.structure, pruned.plan)
     torch.testing.assert_close(
-        logits(loaded, pruned.model, samples), logits(loaded, pruned.dense_shape, samples), rtol=1e-4, atol=1e-5
+        logits(loaded, pruned.model, samples), logits(loaded, twin, samples), rtol=1e-4, atol=1e-5
     )
     if budget.measure == "macs":
         reached = measure.count_flops(pruned.model, loaded.example) / measure.count_flops(loaded.model, loaded.example)
@@ -66,7 +68,8 @@ def test_predicted_local_error_is_the_error_that_is_made(loaded: LoadedModel, sa
     structure = choose_groups(find_structure(loaded), settings)
     pruned = prune_model(loaded, samples, Budget("components", 0.5), settings)
     reader, name = structure.prunable[0].readers[0].module, structure.prunable[0].name
-    before, after = (weight_matrix(m.get_submodule(reader))[0] for m in (loaded.model, pruned.dense_shape))
+    twin = expand(pruned.model, loaded.model, pruned.structure, pruned.plan)
+    before, after = (weight_matrix(m.get_submodule(reader))[0] for m in (loaded.model, twin))
     moments = measure_moments(loaded, structure, samples, settings.sampling)[reader]
     second = applied_second(moments, structure.operators[reader].sink)[0]
     assert local_error(before, after, second)[0] == pytest.approx(pruned.plan.removal_cost[name], rel=1e-3)
@@ -141,3 +144,13 @@ def test_reestimated_statistics_are_those_of_the_data(loaded: LoadedModel, sampl
         loaded.logits(next(samples.batches(48)), model)
     torch.testing.assert_close(model.bn1.running_mean, seen[0].mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     assert not model.bn1.training
+
+
+def test_the_twin_carries_reestimated_statistics(loaded: LoadedModel, samples: Samples) -> None:
+    pruned = prune_model(loaded, samples, Budget("components", 0.5), PruneSettings(weighting="energy"))
+    before = expand(pruned.model, loaded.model, pruned.structure, pruned.plan)
+    reestimate_batchnorm(pruned.model, loaded, samples, 48)
+    twin = expand(pruned.model, loaded.model, pruned.structure, pruned.plan)
+    outputs = logits(loaded, pruned.model, samples)
+    torch.testing.assert_close(outputs, logits(loaded, twin, samples), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(outputs, logits(loaded, before, samples), rtol=1e-3)

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 from modhifi.cli.main import app
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
+from modhifi.models.manifest import Manifest
 from modhifi.pruning.stages import find_structure
-from modhifi.runs import inputs
+from modhifi.runs.inputs import original_of
 from modhifi.structure.expand import expand
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import mask_readers, shrink
@@ -205,12 +206,13 @@ def test_an_artefact_pruned_twice_is_verified_against_the_first_model(
 
 
 @pytest.mark.parametrize("named", ["timm:x", "an artefact"])
-def test_the_original_has_its_own_arguments(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_original_has_its_own_arguments(named: str) -> None:
     manifest = {
+        "schema_version": 1,
+        "weights": {"files": {}},
         "base": {"source": "timm:x", "args": {"img_size": 64}, "revision": None},
         "recipe": {"model": {"name": named}},
-        "model": {"info": {"model_args": {"mlp_ratio": 2.5}}},
+        "model": {"framework": "timm", "info": {"model_args": {"mlp_ratio": 2.5}}, "differences": {}},
     }
-    monkeypatch.setattr(inputs, "read_manifest", lambda directory: manifest)
-    found = inputs.original_of("directory")
-    assert (found.name, found.args) == ("timm:x", {"img_size": 64})
+    source = original_of(Manifest.model_validate(manifest))
+    assert (source.name, source.args) == ("timm:x", {"img_size": 64})

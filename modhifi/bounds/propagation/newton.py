@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch.autograd.forward_ad as forward_ad
@@ -86,9 +87,20 @@ class Newton:
         rounds = [{i: self.paths[i].points[m] for i in clean} for m in range(self.rounds)]
         if any(isinstance(record, Pending) for record in records):
             # Affine: every round is its own tangent.
-            points = [*(edited(at) for at in rounds[:-1]), values]
+            points = [values]
+            for at, after in reversed(list(pairwise(rounds))):
+                points.insert(0, points[0] if _same(at, after) else edited(at))
             return [Path(tuple(p), r) for p, r in zip(zip(*points, strict=True), records, strict=True)]
-        points = [_tangent(edited, before, at) for before, at in zip([clean, *rounds], rounds, strict=False)]
+        points = []
+        starts = [clean, *rounds]
+        for m, at in enumerate(rounds):
+            if m and _same(starts[m], starts[m - 1]) and _same(at, rounds[m - 1]):
+                points.append(points[-1])
+            else:
+                tangent = _tangent(edited, starts[m], at)
+                points.append(
+                    [_unless_equal(*pair) for pair in zip(tangent, points[-1], strict=True)] if m else tangent
+                )
         return [
             _path(tuple(p), value, _settled(record))
             for p, value, record in zip(zip(*points, strict=True), values, records, strict=True)
@@ -149,9 +161,23 @@ def _tangent(
         return [p.primal if p.tangent is None else p.primal + p.tangent for p in parts]
 
 
+def _same(first: Mapping[int, Tensor], second: Mapping[int, Tensor]) -> bool:
+    """Whether two rounds are at the same points: the very same tensors, as rounds that have converged share them."""
+    return all(first[i] is second[i] for i in first)
+
+
+def _negligible(difference: Tensor, value: Tensor) -> bool:
+    return not difference.numel() or bool(difference.abs().amax() <= EXACT * value.abs().amax())
+
+
+def _unless_equal(point: Tensor, before: Tensor) -> Tensor:
+    """The point of a round, or that of the round before where the two differ by rounding alone: it has converged."""
+    return before if _negligible(point - before, point) else point
+
+
 def _path(points: tuple[Tensor, ...], value: Tensor, record: Bound) -> Path:
-    missed = value - points[-1]
-    if bool(missed.abs().amax() <= EXACT * value.abs().amax()) if missed.numel() else True:
-        return Path((*points[:-1], value), record)
+    missed, last = value - points[-1], points[-1]
+    if _negligible(missed, value):
+        return Path(tuple(value if point is last else point for point in points), record)
     own = slice_norm(missed, [len(value), *record.radius.shape[1:]])
     return Path(points, replace(record, radius=settle_nan(record.radius + own)))

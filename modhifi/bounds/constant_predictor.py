@@ -1,0 +1,85 @@
+"""The predictor that ignores its input: what a figure of two models must stay below to say anything."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modhifi.models.loaded import PADDING
+
+# Rows of logits that are looked at once, times classes: bounds the float64 copies to some 100 MB.
+CHUNK_ELEMENTS = 4_000_000
+# Sequences whose outputs show what one constant output would miss.
+CONSTANT_SEQUENCES = 16
+
+
+def rows_at_once(classes: int) -> int:
+    """How many rows of logits are looked at at once."""
+    return max(1, CHUNK_ELEMENTS // classes)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """What the best predictor that ignores its input would miss of the original's outputs.
+
+    ``flips``: share of positions whose top-1 is not the most frequent class. ``total_variation``: mean distance from
+    the mean softmax. ``errors``: Euclidean distance of each output from the mean output, float64 ``(m,)``. ``nll``:
+    by how many nats the mean softmax predicts the next tokens worse than the original; NaN without next tokens.
+    """
+
+    flips: float
+    total_variation: float
+    errors: Tensor
+    nll: float = math.nan
+
+    @property
+    def error(self) -> float:
+        """Root mean square error of the mean output."""
+        return float(self.errors.square().mean().sqrt())
+
+
+class Kept:
+    """Outputs of the original from which the best constant predictor is known: all of images, of few sequences."""
+
+    def __init__(self) -> None:
+        # Rows (positions, classes) in float32, the token that follows each, and how many rows each unit has.
+        self.rows: list[Tensor] = []
+        self.targets: list[Tensor] = []
+        self.counts: list[int] = []
+
+    def add(self, outputs: Tensor, real: Tensor, targets: Tensor) -> None:
+        """Take the outputs (b, ..., classes) of a batch; ``real`` and ``targets`` (b, p) as in a table's rows."""
+        few = len(outputs) if outputs.ndim == 2 else CONSTANT_SEQUENCES - len(self.counts)
+        if few > 0:
+            real = real[:few]
+            self.rows.append(outputs[:few].reshape(*real.shape, -1)[real].float().cpu())
+            self.targets.append(targets[:few][real].cpu())
+            self.counts += real.sum(1).tolist()
+
+    def constant(self, nll: Tensor) -> Constant:
+        """The predictor of one constant; ``nll`` is the original's mean loss in nats, float64 (n,)."""
+        classes = self.rows[0].shape[-1]
+        chunks = [chunk for rows in self.rows for chunk in rows.split(rows_at_once(classes))]
+        count = sum(self.counts)
+        top = torch.cat([chunk.argmax(-1) for chunk in chunks])
+        mean = torch.stack([chunk.double().softmax(-1).sum(0) for chunk in chunks]).sum(0) / count
+        centre = torch.stack([chunk.sum(0, dtype=torch.float64) for chunk in chunks]).sum(0) / count
+        variation = torch.cat([(c.double().softmax(-1) - mean).abs().sum(-1) / 2 for c in chunks]).clamp(0, 1)
+        squared = torch.cat([(chunk - centre).square().sum(-1) for chunk in chunks])
+        targets = torch.cat(self.targets)
+        followed = targets != PADDING
+        losses = torch.where(followed, -mean.log()[targets.clamp(min=0)], 0.0)
+        missed = self._by_unit(losses) / self._by_unit(followed.double())
+        return Constant(
+            1 - int(top.bincount().max()) / count,
+            float((self._by_unit(variation) / torch.tensor(self.counts)).mean()),
+            self._by_unit(squared).sqrt(),
+            float((missed - nll[: len(self.counts)]).nanmean()),
+        )
+
+    def _by_unit(self, values: Tensor) -> Tensor:
+        units = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
+        return torch.zeros(len(self.counts), dtype=torch.float64).index_add(0, units, values)

@@ -1,0 +1,244 @@
+"""One pass of two models over held-out samples: the table that every measured and every statistical figure comes from.
+
+A unit is an image or a whole sequence, never a token. Padding counts for nothing. Source: docs/method.md, R3.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modhifi.bounds.constant_predictor import Constant, Kept, rows_at_once
+from modhifi.data.samples import Samples
+from modhifi.errors import GateFailed, ModhifiError
+from modhifi.models.loaded import PADDING, LoadedModel, real_tokens
+
+Logits = Callable[[Tensor], Tensor]
+"""One forward pass, from a batch to logits ``(batch, ..., classes)``: ``partial(loaded.logits, model=edited)``, say."""
+
+# A mean loss above this is a ruined model's, and its exp would overflow.
+MOST_NATS = 700.0
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the original and the edited model did on each of n held-out units; columns are float64 ``(n,)`` on the CPU.
+
+    Columns are means over a unit's positions (the tokens of a sequence; an image has one). Divergences are in nats,
+    between the softmax of the original and that of the edited model.
+    """
+
+    agreement: Tensor  # share of positions with the same top-1
+    squared_error: Tensor  # ‖original − edited‖²
+    energy: Tensor  # ‖original‖²
+    kl: Tensor  # KL(original ‖ edited)
+    total_variation: Tensor  # in [0, 1]
+    positions: Tensor  # int64
+    constant: Constant
+    # Items a second of both models, the first batch left out, which warms up; None where there was no other.
+    throughput: tuple[float | None, float | None]
+    # The largest logit's class, int64 (n,), of models with one output a unit.
+    top_before: Tensor | None = None
+    top_after: Tensor | None = None
+    # Mean negative log-likelihood of the next tokens, of causal language models; NaN for a unit of one token.
+    nll_before: Tensor | None = None
+    nll_after: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.agreement)
+
+    @property
+    def sequences(self) -> bool:
+        """Whether units have several positions."""
+        return int(self.positions.max()) > 1
+
+    @property
+    def flips(self) -> Tensor:
+        """The share of a unit's positions whose top-1 changed: 0 or 1 for an image."""
+        return 1 - self.agreement
+
+    @property
+    def error(self) -> Tensor:
+        """The Euclidean norm of the change of a unit's whole output."""
+        return (self.squared_error * self.positions).sqrt()
+
+    @property
+    def nll_growth(self) -> Tensor | None:
+        """By how many nats the mean negative log-likelihood of a sequence's next tokens grew, of units that have some;
+        None where none has."""
+        if self.nll_before is None or self.nll_after is None:
+            return None
+        growth = self.nll_after - self.nll_before
+        growth = growth[~growth.isnan()]
+        return growth if len(growth) else None
+
+    @property
+    def relative_error(self) -> float:
+        """E‖original − edited‖² / E‖original‖²: 0 for equal outputs, 1 for an edited model that outputs zeros."""
+        energy = float(self.energy.sum())
+        return float(self.squared_error.sum()) / energy if energy else math.nan
+
+    def perplexities(self) -> tuple[float, float]:
+        """exp of the mean loss, in nats, of every token that has one before it, of both models.
+
+        Raises ModhifiError if no token has one before it.
+        """
+        before, after = (_perplexity(nll, self.positions) for nll in (self.nll_before, self.nll_after))
+        return before, after
+
+    def accuracies(self, labels: Tensor) -> tuple[float, float]:
+        """The share of units whose largest logit is that of their label, int64 ``(n,)``, of both models."""
+        assert self.top_before is not None and self.top_after is not None
+        before, after = (float((top == labels).double().mean()) for top in (self.top_before, self.top_after))
+        return before, after
+
+    def summary(self) -> dict[str, Any]:
+        """The means over the units, ready for JSON."""
+        return {
+            "n": len(self),
+            "agreement": float(self.agreement.mean()),
+            "mean_squared_error": float(self.squared_error.mean()),
+            "relative_error": self.relative_error,
+            "kl": float(self.kl.mean()),
+            "total_variation": float(self.total_variation.mean()),
+        }
+
+
+@torch.inference_mode()
+def run_held_out(
+    original: Logits, edited: Logits, held: Samples, batch_size: int = 32, *, next_tokens: bool = False
+) -> HeldOut:
+    """Run both models on every sample once and tabulate what they did.
+
+    ``next_tokens``: the samples are token ids and the outputs causal logits. Raises ModhifiError if there is no sample
+    or an output of the original is not finite, GateFailed if one of the edited model is not.
+    """
+    before, after = _Timed(original), _Timed(edited)
+    columns: list[Tensor] = []
+    counts: list[Tensor] = []
+    tops: list[Tensor] = []
+    kept = Kept()
+    for batch in held.batches(batch_size):
+        start = sum(map(len, counts))
+        ours, theirs = before(batch), after(batch)
+        names = held.names[start : start + len(batch)]
+        _check_finite(ours, names, ModhifiError, "original")
+        _check_finite(theirs, names, GateFailed, "modified")
+        if ours.shape != theirs.shape:
+            raise ModhifiError(f"outputs of shape {tuple(ours.shape)} and {tuple(theirs.shape)} cannot be compared")
+        if ours.device.type == "mps":
+            ours, theirs = ours.cpu(), theirs.cpu()  # it has no float64
+        real, targets = _positions(batch, ours, next_tokens)
+        columns.append(_columns(ours, theirs, real, targets).cpu())
+        counts.append(real.sum(1).cpu())
+        if ours.ndim == 2:
+            tops.append(torch.stack([ours.argmax(-1), theirs.argmax(-1)], 1).cpu())
+        kept.add(ours, real, targets)
+    if not columns:
+        raise ModhifiError("there is no held-out sample; give at least one")
+    agreement, squared, energy, kl, variation, nll_before, nll_after = torch.cat(columns).unbind(1)
+    top_before, top_after = torch.cat(tops).unbind(1) if tops else (None, None)
+    return HeldOut(
+        agreement,
+        squared,
+        energy,
+        kl,
+        variation,
+        torch.cat(counts),
+        kept.constant(nll_before),
+        (before.per_second, after.per_second),
+        top_before,
+        top_after,
+        nll_before if next_tokens else None,
+        nll_after if next_tokens else None,
+    )
+
+
+def tabulate(loaded: LoadedModel, edited: nn.Module, held: Samples, batch_size: int) -> HeldOut:
+    """Run a model and its edited version on held-out samples, each on its device; raises as :func:`run_held_out`."""
+    after = partial(loaded.logits, model=edited)
+    return run_held_out(loaded.logits, after, held, batch_size, next_tokens=loaded.kind == "text")
+
+
+class _Timed:
+    """A forward pass that also takes the time."""
+
+    def __init__(self, logits: Logits) -> None:
+        self.logits = logits
+        self.passes: list[tuple[int, float]] = []
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        start = time.perf_counter()
+        outputs = self.logits(batch)
+        if outputs.is_cuda:
+            torch.cuda.synchronize(outputs.device)
+        self.passes.append((len(batch), time.perf_counter() - start))
+        return outputs
+
+    @property
+    def per_second(self) -> float | None:
+        items, seconds = (sum(column) for column in zip(*self.passes[1:], strict=True)) if self.passes[1:] else (0, 0)
+        return items / seconds if seconds else None
+
+
+def _positions(batch: Tensor, outputs: Tensor, next_tokens: bool) -> tuple[Tensor, Tensor]:
+    """Which positions are real, bool (b, p), and the token that follows each, int64 (b, p): PADDING where none does."""
+    shape = (len(outputs), math.prod(outputs.shape[1:-1]))
+    device = outputs.device
+    real = real_tokens(batch)
+    real = torch.ones(shape, dtype=torch.bool) if real is None or tuple(real.shape) != shape else real
+    targets = torch.full(shape, PADDING)
+    if next_tokens and tuple(batch.shape) == shape:
+        targets[:, :-1] = batch[:, 1:]
+    return real.to(device), targets.to(device)
+
+
+def _columns(ours: Tensor, theirs: Tensor, real: Tensor, targets: Tensor) -> Tensor:
+    """The seven columns of a batch, float64 (b, 7): means over the real positions, of losses over those with a next
+    token."""
+    classes, size = ours.shape[-1], rows_at_once(ours.shape[-1])
+    flat = (ours.reshape(-1, classes), theirs.reshape(-1, classes), targets.reshape(-1))
+    values = torch.cat([_compare(*rows) for rows in zip(*(t.split(size) for t in flat), strict=True)]).reshape(
+        *real.shape, 7
+    )
+    share = real.double()[:, :, None]
+    followed = (targets != PADDING).double()[:, :, None]
+    means = (values[..., :5] * share).sum(1) / share.sum(1)
+    losses = (values[..., 5:] * followed).sum(1) / followed.sum(1)
+    return torch.cat([means, losses], 1)
+
+
+def _compare(ours: Tensor, theirs: Tensor, targets: Tensor) -> Tensor:
+    """The columns of a HeldOut row by row, float64 (rows, 7), from logits (rows, classes)."""
+    agree = ours.argmax(-1) == theirs.argmax(-1)
+    ours, theirs = ours.double(), theirs.double()
+    log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
+    p = log_p.exp()
+    kl = (p * (log_p - log_q)).sum(-1).clamp_min(0)
+    variation = ((p - log_q.exp()).abs().sum(-1) / 2).clamp(0, 1)
+    wanted = targets.clamp(min=0)[:, None]
+    losses = [-log.gather(-1, wanted)[:, 0] for log in (log_p, log_q)]
+    squares = ((ours - theirs).square().sum(-1), ours.square().sum(-1))
+    return torch.stack([agree.double(), *squares, kl, variation, *losses], -1)
+
+
+def _perplexity(nll: Tensor | None, positions: Tensor) -> float:
+    counts = positions - 1
+    if nll is None or not bool((counts > 0).any()):
+        raise ModhifiError("perplexity needs windows of at least two tokens; give a longer text")
+    loss = float((nll.nan_to_num(0) * counts).sum() / counts.sum())
+    return math.exp(min(loss, MOST_NATS))
+
+
+def _check_finite(outputs: Tensor, names: tuple[str, ...], error: type[ModhifiError], which: str) -> None:
+    good = outputs.isfinite().flatten(1).all(1)
+    if not bool(good.all()):
+        name = names[int((~good).nonzero()[0])]
+        raise error(f"the {which} model's output is not finite on '{name}'; it cannot be bounded; check its weights")

@@ -1,0 +1,140 @@
+"""The manifest of an artefact, ``modhifi.json``: what the model is, what it was made from, and how.
+
+It is parsed once, when an artefact is read, and goes on with the loaded model. Keys may be added without a new schema
+version: what an older manifest lacks has a default here, what a newer one has besides is kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from modhifi.errors import ModhifiError
+from modhifi.structure.plan import Plan
+
+SCHEMA_VERSION = 1
+# Versions that are read as they stand.
+READABLE = (1,)
+MANIFEST = "modhifi.json"
+
+
+class Part(BaseModel):
+    """A part of the manifest, which may have more keys than are named."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class Base(Part):
+    """The open model that everything started from; ``sha256`` is of its state dict."""
+
+    source: str
+    args: dict[str, Any] = {}
+    repository: str | None = None
+    revision: str | None = None
+    licence: str | None = None
+    sha256: str | None = None
+    edits_before: list[dict[str, Any]] = []
+
+
+class ModelEntry(Part):
+    """How to build the model: its dense architecture, and the differences to that; see models/skeleton.py."""
+
+    framework: str
+    info: dict[str, Any]
+    differences: dict[str, dict[str, Any]]
+    kind: str = "tensor"
+    labels: list[str] | None = None
+    example: dict[str, Any] | None = None
+    # What of the model's own library loads it: alone, and with the code that lies beside it.
+    stock: str | None = None
+    remote: str | None = None
+
+
+class Weights(Part):
+    """The SHA-256 of each weight file, and names of the state dict that share the tensor of another name."""
+
+    files: dict[str, str]
+    tied: dict[str, str] = {}
+
+
+class GroupEntry(Part):
+    """The components of a group that were kept, of n."""
+
+    name: str
+    n: int
+    kept: tuple[int, ...]
+
+
+class ForgottenClass(Part):
+    """A class that the model was made to forget."""
+
+    index: int
+    name: str = ""
+
+
+class DataEntry(Part):
+    """The samples of a run; ``hashes`` has one content hash each."""
+
+    hashes: tuple[str, ...] = ()
+
+
+class Manifest(Part):
+    """The content of ``modhifi.json``."""
+
+    schema_version: int
+    base: Base
+    model: ModelEntry
+    weights: Weights
+    task: str | None = None
+    groups: tuple[GroupEntry, ...] = ()
+    recipe: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    forgotten: tuple[ForgottenClass, ...] = ()
+    calibration: DataEntry = DataEntry()
+    held_out: DataEntry = DataEntry()
+
+    def plan(self) -> Plan:
+        """The components that were kept, of the groups that lost some."""
+        return Plan({g.name: g.kept for g in self.groups if len(g.kept) < g.n})
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a loaded model's directory says of it. ``hashes``: SHA-256 of the weight files as they were read."""
+
+    manifest: Manifest
+    hashes: Mapping[str, str]
+
+    @property
+    def intact(self) -> bool:
+        """Whether the weight files are those that the manifest was written for."""
+        return all(self.hashes.get(name) == sha for name, sha in self.manifest.weights.files.items())
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """Parse ``modhifi.json``; ModhifiError if it is missing, broken, or of a modhifi too new or too old."""
+    path = Path(directory).expanduser() / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = int(content["schema_version"])
+        if version in READABLE:
+            return Manifest.model_validate(content)
+    except OSError as error:
+        raise ModhifiError(f"{directory} is no modhifi artefact: it has no readable {MANIFEST}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModhifiError(f"{path} is broken; restore the file") from error
+    if version > SCHEMA_VERSION:
+        raise ModhifiError(
+            f"{path} has schema version {version} and this modhifi reads up to {SCHEMA_VERSION}; upgrade modhifi"
+        )
+    writer = (content.get("versions") or {}).get("modhifi", "that wrote it")
+    again = f"modhifi recipe run {path.with_name('recipe.yaml')}"
+    raise ModhifiError(
+        f"{path} has schema version {version}, which this modhifi no longer reads; install the "
+        f"modhifi {writer}, or make it again: {again}"
+    )
