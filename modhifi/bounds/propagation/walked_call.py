@@ -60,7 +60,7 @@ class WalkedCall(Call):
     def elementwise(
         self, func: Callable[[Tensor], Tensor], x: Tensor, out: Tensor, slope: float, ceiling: float = math.inf
     ) -> list[Record]:
-        """The record behind an elementwise ``func`` of ``x``, with its largest slope and its largest value."""
+        """The record behind an elementwise ``func`` with a largest slope and a largest value."""
         bound, pending = self.bound(x), self.pending(x)
         if pending is not None and pending.affine is not None:
             bound = pending.activated(func, out, slope, bound)
