@@ -48,14 +48,15 @@ json.dump(stages, open(file, "w"))
 """
 
 INTRO = """Seconds of each stage of `modhifi demo` in two versions: medians of {rounds} rounds that took turns on one
-machine ({threads} threads, shared with other work). *user* is CPU time in user mode of all threads and child processes,
-*wall* the clock. Made by `eval/stages.py`."""
+machine shared with other work, with one thread. *user* is CPU time in user mode, child processes included, *wall* the
+clock. Made by `eval/stages.py`."""
 
 
 def run_demo(python: str, path: str) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "stages.json"
-        environment = os.environ | {"PYTHONPATH": path, "MODHIFI_CACHE": f"{folder}/cache"}
+        # Threads that wait for each other on a shared machine burn more time than they save.
+        environment = os.environ | {"PYTHONPATH": path, "MODHIFI_CACHE": f"{folder}/cache", "OMP_NUM_THREADS": "1"}
         command = [python, "-c", CHILD, f"{folder}/demo", str(file)]
         subprocess.run(command, env=environment, cwd=folder, check=True, stdout=subprocess.DEVNULL)
         stages: dict[str, dict[str, float]] = json.loads(file.read_text())
@@ -92,7 +93,7 @@ def main() -> None:
             row[f"{unit}, ratio"] = statistics.median(two / max(one, 1e-3) for one, two in pairs)
         rows.append(row)
     columns = ["stage", *(f"{unit}, {part}" for unit in ("user", "wall") for part in (first, second, "ratio"))]
-    intro = INTRO.format(rounds=arguments.rounds, threads=os.cpu_count())
+    intro = INTRO.format(rounds=arguments.rounds)
     write_results("stages", rows, columns, intro, runs=runs)
 
 

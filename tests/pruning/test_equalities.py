@@ -17,6 +17,7 @@ from modhifi.pruning.readers import applied_second
 from modhifi.pruning.sensitivity import amplification, output_change
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import find_structure, measure_moments, removal_curves
+from modhifi.structure.expand import expand
 
 ROWS, WIDTH = 60, 12
 EXACT = PruneSettings(rows_per_column=None, weighting="energy", ridge=1e-3, selector="magnitude")
@@ -72,7 +73,8 @@ def test_least_squares_and_its_error_are_those_of_the_raw_rows(bias: bool, layou
     kept = torch.zeros(WIDTH, dtype=torch.bool)
     kept[list(pruned.plan.kept["0"])] = True
     assert int(kept.sum()) == WIDTH // 2
-    before, after = (model[2].weight.double() for model in (loaded.model, pruned.dense_shape))
+    twin = expand(pruned.model, loaded.model, pruned.structure, pruned.plan)
+    before, after = (model[2].weight.double() for model in (loaded.model, twin))
     mean = rows.mean(0)
     # A bias takes the change of the mean; without one the rows count as they are.
     counted = rows - mean if bias else rows
@@ -80,7 +82,7 @@ def test_least_squares_and_its_error_are_those_of_the_raw_rows(bias: bool, layou
     torch.testing.assert_close(after[:, kept], expected, rtol=1e-4, atol=1e-5)
     assert not after[:, ~kept].any()
     (error,) = pruned.errors
-    change = pruned.dense_shape[2](rows.float()).double() - loaded.model[2](rows.float()).double()
+    change = twin[2](rows.float()).double() - loaded.model[2](rows.float()).double()
     assert error.error == pytest.approx(float(change.square().sum(1).mean()), rel=1e-3)
     assert error.energy == pytest.approx(float((counted @ before.T).square().sum(1).mean()), rel=1e-4)
     if bias:
@@ -93,7 +95,8 @@ def test_reported_errors_are_those_of_the_raw_rows(bias: bool, compensate: str) 
     loaded, rows = loaded_net(bias)
     settings = PruneSettings(**{**vars(EXACT), "compensate": compensate})
     pruned = prune_model(loaded, samples(), Budget("components", 0.5), settings)
-    before, after = (model[2].weight.double() for model in (loaded.model, pruned.dense_shape))
+    twin = expand(pruned.model, loaded.model, pruned.structure, pruned.plan)
+    before, after = (model[2].weight.double() for model in (loaded.model, twin))
     counted = rows - rows.mean(0) if bias else rows
     (error,) = pruned.errors
     assert error.error == pytest.approx(float((counted @ (before - after).T).square().sum(1).mean()), rel=1e-4)
