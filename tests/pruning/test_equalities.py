@@ -136,7 +136,7 @@ def test_amplification_is_the_divergence_over_the_local_error(bias: bool, compen
     loaded, rows = loaded_net(bias)
     settings = PruneSettings(**{**vars(EXACT), "compensate": compensate, "ridge": 1e-9})
     structure = find_structure(loaded)
-    moments = measure_moments(loaded, structure, samples(), settings)
+    moments = measure_moments(loaded, structure, samples(), settings.sampling)
     curves = removal_curves(loaded.model, structure, moments, settings)
     probe = next(samples().batches(20))
     found = amplification(loaded, structure, curves, moments, settings, probe, share=0.5)
