@@ -63,9 +63,10 @@ def make(
     from modhifi.data.contact_sheet import materialise, save_sheet
     from modhifi.data.quality import look
     from modhifi.data.sources import load_samples
-    from modhifi.disk import check_file, check_output, staging
+    from modhifi.disk import check_file, check_output
     from modhifi.runs.inputs import load_source
     from modhifi.runs.recipe import ModelSource
+    from modhifi.staging import staging
 
     check_output(out)
     check_file(sheet, "--sheet", within=out, png="an image")

@@ -15,7 +15,7 @@ from modhifi.artifacts.report import render_html
 from modhifi.bounds.ladder import BoundReport
 from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.distributed import launched
-from modhifi.disk import check_output, jsonable, staging
+from modhifi.disk import check_output, jsonable
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
 from modhifi.progress import Progress, silent
 from modhifi.runs.audit import run_audit
@@ -27,6 +27,7 @@ from modhifi.runs.recipe_tasks import STEP, AuditRecipe, Recipe, StepsRecipe, Ve
 from modhifi.runs.unlearn import run_unlearn
 from modhifi.runs.unlearn_recipe import UnlearnRecipe
 from modhifi.runs.verify import verify_artifact
+from modhifi.staging import staging
 from modhifi.unlearning.audit_text import VERDICTS
 
 
