@@ -10,9 +10,10 @@ import typer
 from modhifi.data.contact_sheet import materialise, save_sheet
 from modhifi.data.quality import look
 from modhifi.data.sources import load_samples
-from modhifi.disk import check_file, check_output, staging
+from modhifi.disk import check_file, check_output
 from modhifi.runs.devices import resolve_device
 from modhifi.runs.inputs import load_source
+from modhifi.staging import staging
 
 from .common import DeviceOption, JsonOption, QuietOption, SeedOption, print_json, progress, stdout_console
 from .options import Loading, takes

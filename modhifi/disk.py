@@ -1,19 +1,30 @@
-"""Where an artefact goes: asked for before the work, filled in a sibling, moved into place at the end."""
+"""Places on disk: where a run may write, asked before the work, and where it keeps what another run can use."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from modhifi.errors import ModhifiError
+from modhifi.staging import recover, stays
+
+# What a report's directory holds, and what may come to an artefact after it was written.
+REPORT = ("report.json", "report.html", "recipe.yaml")
+ADDED = ("model.onnx", "model.onnx.data", "model.pt2", "__pycache__")
+# The entries of an artefact whose manifest does not list them: weights, configuration, tokenizer, card, exports.
+OWN = re.compile(
+    r"modhifi\.(json|log)|README\.md|recipe\.yaml|report\.(json|html)|(generation_|preprocessor_|processor_)?config\.json"
+    r"|model([-.].*)?\.safetensors|model\.safetensors\.index\.json|model\.(onnx|onnx\.data|pt2)|modeling_modhifi\.py"
+    r"|(tokenizer|vocab|merges|special_tokens_map|added_tokens|spiece|sentencepiece|chat_template|tokenizer_config)"
+    r"[\w.]*\.(json|txt|model|jinja)|additional_chat_templates|__pycache__"
+)
 
 
 def jsonable(value: Any) -> Any:
@@ -65,22 +76,82 @@ def make_room(path: Path, needed: int) -> bool:
     return True
 
 
-def check_output(out: str | Path, force: bool = False) -> None:
-    """Raise ModhifiError if an artefact could not be written to ``out``: ask before the work, not after it."""
+def check_output(out: str | Path, force: bool = False, reads: Iterable[Path] = ()) -> None:
+    """Raise ModhifiError if a directory could not be written to ``out``: ask before the work, not after it.
+
+    ``force`` replaces an empty directory or what modhifi wrote, never anything else, and never what the run ``reads``
+    (the model, the data, the recipe) or stands in. Whether ``out`` can be made is tried, not guessed.
+    """
     out = Path(out).expanduser().absolute()
-    if out.exists() and not out.is_dir():
-        raise ModhifiError(f"{out} is a file; give a directory")
-    if out.is_dir() and any(out.iterdir()):
+    recover(out)
+    if os.path.lexists(out) and not os.path.isdir(out):
+        raise ModhifiError(f"{out} is a {'dangling link' if out.is_symlink() else 'file'}; give a directory")
+    if os.path.isdir(out) and any(_entries(out)):
         if not force:
             raise ModhifiError(f"{out} is not empty; give another directory, or --force to replace it")
-        # Replacing a directory deletes all that is in it.
-        if any(place.is_relative_to(out.resolve()) for place in (Path.cwd(), Path.home())):
-            raise ModhifiError(f"{out} holds the current or the home directory and is not replaced; give another one")
-    place = out if _stays(out) else out.parent
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise ModhifiError(f"cannot write to {place}; give --out a directory that can be written")
+        real = out.resolve()
+        for path, what in ((Path.cwd(), "the current directory"), (Path.home(), "the home directory")):
+            if path.is_relative_to(real):
+                raise ModhifiError(f"{out} holds {what} and is not replaced; give another one")
+        for path in reads:
+            if path.resolve().is_relative_to(real):
+                raise ModhifiError(f"{out} holds {path}, which this run reads, and is not replaced; give another one")
+        if (strange := foreign(out)) is not None:
+            raise ModhifiError(
+                f"{out} holds '{strange}', which modhifi did not write, and is not replaced; move it away, or give "
+                "another directory"
+            )
+    _try_to_make(out)
+
+
+def foreign(directory: Path) -> str | None:
+    """The first entry of a directory that no run of modhifi wrote there; None for an artefact, a report or nothing.
+
+    A run of several steps has a directory for each beside its recipe.
+    """
+    entries = _entries(directory)
+    names = {path.name for path in entries}
+    known = set(REPORT)
+    if "modhifi.json" in names:
+        known |= _written(directory) or {name for name in names if OWN.fullmatch(name)}
+    elif "recipe.yaml" in names and "report.json" not in names:
+        known |= {p.name for p in entries if p.is_dir() and not p.is_symlink() and foreign(p) is None}
+    elif "report.json" not in names:
+        return min(names, default=None)
+    return min(names - known, default=None)
+
+
+def _entries(directory: Path) -> list[Path]:
+    """What stands in a directory, but for what a file system puts into its root."""
+    return [path for path in directory.iterdir() if path.name != "lost+found"]
+
+
+def _written(directory: Path) -> set[str]:
+    """The entries that an artefact's manifest names as its own, and those that an export or a loader adds."""
+    try:
+        names = json.loads((directory / "modhifi.json").read_text(encoding="utf-8")).get("written", [])
+        return {*map(str, names), *ADDED} if names else set()
+    except (OSError, ValueError, AttributeError, TypeError):
+        return set()
+
+
+def _try_to_make(out: Path) -> None:
+    """Make a directory and take it away again, with the parents that it needed."""
+    place = out if stays(out) else out.parent
+    made: list[Path] = []
+    try:
+        for path in (*reversed(out.parents), out):
+            if not os.path.lexists(path):
+                path.mkdir()
+                made.append(path)
+        tempfile.TemporaryDirectory(prefix=".modhifi-", dir=place).cleanup()
+    except OSError as error:
+        raise ModhifiError(
+            f"cannot write to {out}: {error.strerror or error}; give --out a directory that can be written"
+        ) from error
+    finally:
+        for path in reversed(made):
+            path.rmdir()
 
 
 def check_file(path: Path | None, option: str, *, within: str | Path | None = None, **endings: str) -> None:
@@ -97,43 +168,3 @@ def check_file(path: Path | None, option: str, *, within: str | Path | None = No
     made = within is not None and path.absolute().is_relative_to(Path(within).expanduser().absolute())
     if not made and not path.absolute().parent.is_dir():
         raise ModhifiError(f"{option} {path}: there is no directory {path.parent}; make it first")
-
-
-def _stays(out: Path) -> bool:
-    """Whether ``out`` exists and cannot be replaced as a whole: a mount point, or in a parent that is not ours."""
-    return out.is_dir() and (os.path.ismount(out) or not os.access(out.parent, os.W_OK | os.X_OK))
-
-
-@contextmanager
-def staging(out: Path) -> Iterator[Path]:
-    """A directory to fill, which takes the place of ``out`` if the block ends well and vanishes if it does not."""
-    place = out if _stays(out) else out.parent
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=place) as folder:
-            # mkdtemp's own directory is private to this user: the artefact is a plain one inside it.
-            fresh, old = Path(folder) / "new", Path(folder) / "old"
-            fresh.mkdir()
-            yield fresh
-            old.mkdir()
-            if place == out:
-                _move([path for path in out.iterdir() if path != Path(folder)], old)
-                _move(list(fresh.iterdir()), out)
-            elif out.exists():
-                kept = old / out.name
-                os.replace(out, kept)
-                try:
-                    os.replace(fresh, out)
-                except BaseException:
-                    os.replace(kept, out)
-                    raise
-            else:
-                os.replace(fresh, out)
-    except (OSError, SafetensorError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ModhifiError(f"cannot write {out}: {why}; check space and permissions") from error
-
-
-def _move(paths: list[Path], to: Path) -> None:
-    for path in paths:
-        os.replace(path, to / path.name)

@@ -13,7 +13,8 @@ ROOT = Path(modhifi.__file__).parent
 # Each room knows those on the lines before its own, and none beside it.
 FLOORS = (
     "errors",
-    "progress disk registry",
+    "progress registry staging",
+    "disk",
     "structure",
     "models",
     "data",

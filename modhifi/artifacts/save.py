@@ -13,12 +13,13 @@ import yaml
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
-from modhifi.disk import check_output, jsonable, staging
+from modhifi.disk import check_output, jsonable
 from modhifi.models.artifact import WEIGHTS, file_hash, installed_versions
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import MANIFEST, SCHEMA_VERSION, Manifest
 from modhifi.models.skeleton import is_stock, own_config, record
 from modhifi.models.weights import state_hash
+from modhifi.staging import staging
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
 

@@ -15,7 +15,7 @@ from modhifi.artifacts.summary import check_summary, write_summary
 from modhifi.bounds.ladder import BoundReport
 from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.distributed import launched
-from modhifi.disk import check_file, check_output, jsonable, staging
+from modhifi.disk import check_file, check_output, jsonable
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
 from modhifi.progress import Progress, silent
 from modhifi.runs.audit import run_audit
@@ -28,6 +28,7 @@ from modhifi.runs.recipe_tasks import STEP, Recipe, StepsRecipe, Task, VerifyRec
 from modhifi.runs.unlearn import UnlearnResult, run_unlearn
 from modhifi.runs.unlearn_recipe import UnlearnRecipe
 from modhifi.runs.verify import run_verify
+from modhifi.staging import staging
 
 # What a report's file may end in; any other name is a directory's.
 REPORTS = (".json", ".html")
