@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import subprocess
 import sys
@@ -19,21 +21,59 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import read_manifest
 
 
-def reload_alike(path: Path, loaded: LoadedModel, edited: nn.Module, held: Samples) -> Tensor:
+class FreshProcess:
+    """A Python process that imports what loading an artefact takes, and waits to be told which one.
+
+    Importing takes seconds: start it while there is other work. It ends when this object goes, and with this process.
+    """
+
+    def __init__(self, library: str = "torch") -> None:
+        """``library`` is the one that builds the model: timm, transformers or torch."""
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "from modhifi.artifacts.reload_check import _child; _child()", library],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def difference(self, directory: str | Path, batch: Tensor, expected: Tensor) -> str:
+        """What differs between ``expected`` and the logits of the artefact on ``batch``, in words; empty if nothing."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "batch.safetensors"
+            save_file({"batch": batch.cpu().contiguous(), "expected": expected.cpu().contiguous()}, file)
+            # The same number of threads: sums over other shares round differently.
+            request = [str(Path(directory).absolute()), str(file), torch.get_num_threads()]
+            output, errors = self.process.communicate(json.dumps(request))
+        if self.process.returncode == 0:
+            return output.strip()
+        return f"it fails in a fresh process: {(errors.strip().splitlines() or ['no message'])[-1]}"
+
+
+def reload_alike(
+    path: Path, loaded: LoadedModel, edited: nn.Module, held: Samples, process: FreshProcess | None = None
+) -> Tensor:
     """Load an artefact again and compare its outputs with those of ``edited``, on the CPU; the batch that was used.
 
-    Where no library builds the dense module anew, the one in memory is its skeleton. Raises SelfTestFailed if anything
-    differs.
+    ``process`` is one that was started before. Where no library builds the dense module anew, the one in memory is its
+    skeleton. Raises SelfTestFailed if anything differs.
     """
     batch = next(held.batches(min(4, len(held))))
     with torch.no_grad():
         expected = loaded.logits(batch, edited)
     own = read_manifest(path).model.framework == "torch"
-    verify_reload(path, batch, expected, loaded.model if own else None)
+    verify_reload(path, batch, expected, loaded.model if own else None, process)
     return batch
 
 
-def verify_reload(directory: str | Path, batch: Tensor, expected: Tensor, skeleton: nn.Module | None = None) -> None:
+def verify_reload(
+    directory: str | Path,
+    batch: Tensor,
+    expected: Tensor,
+    skeleton: nn.Module | None = None,
+    process: FreshProcess | None = None,
+) -> None:
     """Load the artefact in a fresh process and compare its outputs on ``batch`` with ``expected``, bit for bit.
 
     ``expected`` are the logits of the model in memory, computed on the CPU. With a ``skeleton``, which no other process
@@ -44,19 +84,7 @@ def verify_reload(directory: str | Path, batch: Tensor, expected: Tensor, skelet
             outputs = load_artifact(directory, skeleton).logits(batch)
         problem = compare_outputs(outputs, expected)
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "batch.safetensors"
-            save_file({"batch": batch.cpu().contiguous(), "expected": expected.cpu().contiguous()}, file)
-            # The same number of threads: sums over other shares round differently.
-            arguments = [str(Path(directory).absolute()), str(file), str(torch.get_num_threads())]
-            run = subprocess.run(
-                [sys.executable, "-c", "from modhifi.artifacts.reload_check import _child; _child()", *arguments],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
-                capture_output=True,
-                text=True,
-            )
-        last = (run.stderr.strip().splitlines() or ["no message"])[-1]
-        problem = run.stdout.strip() if run.returncode == 0 else f"it fails in a fresh process: {last}"
+        problem = (process or FreshProcess()).difference(directory, batch, expected)
     if problem:
         raise SelfTestFailed(f"the artefact {directory} does not give back the model that was saved: {problem}")
 
@@ -71,9 +99,13 @@ def compare_outputs(outputs: Tensor, expected: Tensor) -> str:
 
 
 def _child() -> None:
-    """The fresh process of :func:`verify_reload`."""
-    directory, file, threads = sys.argv[1:]
-    torch.set_num_threads(int(threads))
+    """What a :class:`FreshProcess` does."""
+    importlib.import_module(sys.argv[1])
+    line = sys.stdin.readline()
+    if not line:
+        return  # the run ended without an artefact
+    directory, file, threads = json.loads(line)
+    torch.set_num_threads(threads)
     given = load_file(file)
     with torch.inference_mode():
         print(compare_outputs(load_artifact(directory).logits(given["batch"].clone()), given["expected"]))

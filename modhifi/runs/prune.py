@@ -11,7 +11,7 @@ from torch import nn
 
 from modhifi.artifacts.export import export as export_model
 from modhifi.artifacts.exports import EXPORTS
-from modhifi.artifacts.reload_check import reload_alike
+from modhifi.artifacts.reload_check import FreshProcess, reload_alike
 from modhifi.artifacts.report import data_uri
 from modhifi.artifacts.save import save_artifact
 from modhifi.bounds.held_out import tabulate
@@ -121,6 +121,8 @@ def run_prune(
         report["verdicts"] = [measured(report)]
         if loaded.kind == "image":
             report["contact_sheet"] = data_uri(contact_sheet(calibration, loaded, n=48, tile=64))
+    # Its imports take as long as the bounds.
+    fresh = None if out is None else FreshProcess(loaded.framework)
     with clock.stage("bound"):
         twin = expand(pruned.model, loaded.model, pruned.structure, pruned.plan)
         walked = recipe.checks.walked
@@ -153,7 +155,7 @@ def run_prune(
                 force=force,
             )
         with clock.stage("reload"):
-            batch = reload_alike(path, loaded, pruned.model.cpu(), held)
+            batch = reload_alike(path, loaded, pruned.model.cpu(), held, fresh)
         for kind in recipe.export:
             with clock.stage(f"export {kind}"):
                 export_model(pruned.model, batch, path / f"model{EXPORTS[kind].suffix}", kind)
