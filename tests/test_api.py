@@ -25,7 +25,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", ["prune", "score", "unlearn", "verify"])
+@pytest.mark.parametrize("name", ["audit", "prune", "score", "unlearn", "verify"])
 def test_the_examples_run(name: str) -> None:
     (found,) = doctest.DocTestFinder().find(getattr(api, name), name, module=False, globs={})
     assert found.examples
@@ -33,7 +33,7 @@ def test_the_examples_run(name: str) -> None:
 
 
 def test_the_functions_are_public() -> None:
-    assert {"load", "load_model", "prune", "score", "unlearn", "verify"} <= set(dir(modhifi))
+    assert {"audit", "load", "load_model", "prune", "score", "unlearn", "verify"} <= set(dir(modhifi))
     assert modhifi.verify is api.verify and modhifi.load is artifact.load and modhifi.unlearn is api.unlearn
 
 
