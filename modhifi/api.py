@@ -272,14 +272,14 @@ def audit(
     """Attack ``edited``, an artefact directory or a module that was made to forget; returns the JSON-able report.
 
     The manifest of an artefact knows the classes (``forget``: index or name) and the ``original``; a module needs both.
-    ``data`` are images that the edit did not see; ``evaluate`` holds out those of the attacks and the test.
+    ``data`` are images that the edit did not see, or with ``evaluate``, which the attacks and the test then take, any.
     ``reference`` is a model retrained without the classes. ``checks``: the keys of that part of a recipe; the report's
     ``verdicts`` answer them. Raises ModhifiError for bad input, in one line.
 
     >>> import modhifi
-    >>> given = {"method": "erase", "checks": {"walked": 0}, "evaluate": "demo:test"}
-    >>> edited = modhifi.unlearn("demo:resnet", "demo:calibration", forget="frog", **given).model
-    >>> report = modhifi.audit(edited, "demo:test", forget="frog", original="demo:resnet")
+    >>> images = {"data": "demo:calibration", "evaluate": "demo:test"}
+    >>> edited = modhifi.unlearn("demo:resnet", forget="frog", method="erase", checks={"walked": 0}, **images).model
+    >>> report = modhifi.audit(edited, forget="frog", original="demo:resnet", **images)
     >>> report["audit"]["rows"]["edited"]["forget"] < 0.1
     True
     """

@@ -32,7 +32,11 @@ def own_selectors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SELECTORS, "entries", dict(SELECTORS))
 
 
-@pytest.mark.parametrize("name", ["prune", "register_operation", "register_selector", "score", "unlearn", "verify"])
+VERBS = {"audit", "prune", "score", "unlearn", "verify"}
+HOOKS = {"register_operation", "register_selector"}
+
+
+@pytest.mark.parametrize("name", sorted(VERBS | HOOKS))
 def test_the_examples_run(name: str) -> None:
     (found,) = doctest.DocTestFinder().find(getattr(modhifi, name), name, module=False, globs={})
     assert found.examples
@@ -40,8 +44,7 @@ def test_the_examples_run(name: str) -> None:
 
 
 def test_the_functions_are_public() -> None:
-    verbs = {"load", "load_model", "prune", "score", "unlearn", "verify"}
-    assert verbs | {"register_operation", "register_selector"} <= set(dir(modhifi))
+    assert VERBS | HOOKS | {"load", "load_model"} <= set(dir(modhifi))
     assert modhifi.verify is api.verify and modhifi.load is artifact.load and modhifi.unlearn is api.unlearn
 
 

@@ -13,10 +13,11 @@ from torch import nn
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.runs.bundled_recipes import find, shipped, summary
-from modhifi.runs.defaults import complete
+from modhifi.runs.defaults import complete, complete_verify
 from modhifi.runs.recipe import PruneRecipe, parse_recipe
 from modhifi.runs.recipe_file import apply_overrides, read_yaml, to_yaml, validate
-from modhifi.runs.recipe_tasks import StepsRecipe, parse, schema
+from modhifi.runs.recipe_tasks import StepsRecipe, VerifyRecipe, parse, schema
+from tests import tiny_text
 
 CONTENT = {"model": {"name": "timm:resnet18"}, "budget": {"flops": "0.5x"}}
 STEPS = """\
@@ -45,6 +46,20 @@ def test_a_dumped_recipe_reads_back_equal(tmp_path: Path) -> None:
     assert (settings.layout, settings.batch_size, settings.rows_per_column) == ("global", 32, 2)
     steps = parse(yaml.safe_load(STEPS))
     assert isinstance(steps, StepsRecipe) and parse(yaml.safe_load(to_yaml(steps.model_dump(mode="json")))) == steps
+
+
+def test_a_verify_recipe_takes_the_amounts_of_the_kind_of_model(tmp_path: Path) -> None:
+    recipe = parse({"task": "verify", "directory": "x", "data": {"source": "synthetic"}})
+    assert isinstance(recipe, VerifyRecipe)
+    image = complete_verify(recipe, load_model(nn.Flatten(), example=torch.zeros(2, 3, 8, 8)), "cpu")
+    assert (image.data.samples, image.data.window, image.batch_size) == (1000, None, 32)
+    language_model = load_model(tiny_text.save(tmp_path))
+    text = complete_verify(recipe, language_model, "cpu")
+    assert (text.data.samples, text.data.window, text.batch_size) == (16, 64, 4)
+    assert complete_verify(recipe, language_model, "cuda").data.samples == 32
+    own = parse({"task": "verify", "directory": "x", "data": {"source": "synthetic", "samples": 7, "window": 8}})
+    assert isinstance(own, VerifyRecipe)
+    assert complete_verify(own, language_model, "cpu").data == own.data
 
 
 def test_overrides_leave_the_original_alone() -> None:
