@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import modhifi
 from modhifi.cli.main import app
 
+pytestmark = pytest.mark.usefixtures("reload_in_process")
 runner = CliRunner()
 
 
@@ -27,7 +28,8 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
 
 def common(model_dir: Path, image_dir: Path) -> list[object]:
-    return ["prune", model_dir, "--data", f"images:{image_dir}", "--samples", 32, "--evaluation-samples", 16, "--quiet"]
+    sizes = ["--samples", 32, "--evaluation-samples", 16, "--walked", 0]
+    return ["prune", model_dir, "--data", f"images:{image_dir}", *sizes, "--quiet"]
 
 
 def test_prune_writes_a_model_that_loads(model_dir: Path, image_dir: Path, tmp_path: Path) -> None:
