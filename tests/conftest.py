@@ -53,7 +53,7 @@ def reload_in_process() -> Iterator[None]:
     """Runs load what they wrote in this process: a fresh one costs seconds, and test_save and test_packaging ask it."""
 
     def check(
-        directory: Path, batch: torch.Tensor, expected: torch.Tensor, skeleton: torch.nn.Module | None = None
+        directory: Path, batch: torch.Tensor, expected: torch.Tensor, skeleton: torch.nn.Module | None, *process: object
     ) -> None:
         with torch.inference_mode():
             assert not compare_outputs(load_artifact(directory, skeleton).logits(batch), expected)
