@@ -149,6 +149,9 @@ def main() -> None:
     # works on a few wide Grams again and again, which huge pages make slower.
     if sys.argv[1:2] != ["unlearn"]:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # Read by OpenMP when torch is imported: threads that spin while they wait for each other burn the cores that other
+    # work on the machine would use, and are themselves held up by it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(prog_name="modhifi")
     except SystemExit as end:

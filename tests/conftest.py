@@ -12,6 +12,9 @@ import torch
 from PIL import Image
 from timm.models import save_for_hf
 
+from modhifi.artifacts.reload_check import compare_outputs
+from modhifi.models.artifact import load_artifact
+
 ARGS = dict(stem_type="deep", stem_width=4, channels=(8, 16, 16, 16), zero_init_last=False)
 
 
@@ -43,6 +46,21 @@ def image_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
             Image.fromarray(coarse).resize((32, 32)).save(root / name / f"{i}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def reload_in_process() -> Iterator[None]:
+    """Runs load what they wrote in this process: a fresh one costs seconds, and test_save and test_packaging ask it."""
+
+    def check(
+        directory: Path, batch: torch.Tensor, expected: torch.Tensor, skeleton: torch.nn.Module | None, *process: object
+    ) -> None:
+        with torch.inference_mode():
+            assert not compare_outputs(load_artifact(directory, skeleton).logits(batch), expected)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modhifi.artifacts.reload_check.verify_reload", check)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -97,11 +97,13 @@ def test_the_command_imports_nothing_heavy(installed: Path) -> None:
     "recipe", ["prune-verify", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sweep", "unlearn-audit"))]
 )
 def test_the_recipes_for_ci_run_from_the_wheel(recipe: str, installed: Path, tmp_path: Path) -> None:
+    small = ("prune.data.samples=32", "prune.data.evaluation_samples=32", "verify.data.samples=200")
+    options = ["--summary=s.md", *(f"--set=steps.{setting}" for setting in small if recipe == "prune-verify")]
     # An editable installation of this checkout must not answer in the wheel's place.
     call = (
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'importlib' in getattr(f, '__module__', '')]; "
         f"import modhifi; assert modhifi.__file__.startswith({str(installed)!r}), modhifi.__file__; "
-        f"sys.argv = ['modhifi', 'recipe', 'run', 'ci/{recipe}', '--out', 'out', '--quiet', '--summary', 's.md']; "
+        f"sys.argv = ['modhifi', 'recipe', 'run', 'ci/{recipe}', '--out', 'out', '--quiet', *{options}]; "
         "from modhifi.cli.main import main; main()"
     )
     run(sys.executable, "-c", call, cwd=tmp_path, path=installed)

@@ -46,13 +46,11 @@ def activation_slopes(name: str, parameter: float | Sequence[float] | None = Non
     if name in ("leaky_relu", "prelu", "elu", "celu"):
         default = 0.01 if name == "leaky_relu" else 1.0
         values = [default] if parameter is None else [parameter] if isinstance(parameter, (int, float)) else parameter
-        if name == "elu":
-            # Left of zero the slope alpha exp(x) runs from 0 to alpha.
-            values = [*values, 0.0]
-        if name == "celu":
-            values = [0.0] if min(values) > 0 else [math.nan]
-        low, high = min(1.0, *values), max(1.0, *values)
-        return (low, high) if math.isfinite(low + high) else None
+        if not all(map(math.isfinite, values)) or (name == "celu" and min(values) <= 0):
+            return None
+        # Left of zero elu's slope alpha exp(x) runs from 0 to alpha, celu's exp(x / alpha) from 0 to 1.
+        values = {"elu": [*values, 0.0], "celu": [0.0]}.get(name, values)
+        return min(1.0, *values), max(1.0, *values)
     return SLOPES.get(name)
 
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import modhifi
 from modhifi.cli.main import app
 
+pytestmark = pytest.mark.usefixtures("reload_in_process")
 runner = CliRunner()
 
 
@@ -81,8 +82,8 @@ def test_an_upload_can_be_loaded_from_the_hub(artefact: Path, server: HubServer)
 def test_the_command_uploads_only_when_asked_and_only_what_passes(
     server: HubServer, tmp_path: Path, model_dir: Path, image_dir: Path
 ) -> None:
-    common = ["prune", str(model_dir), "--data", f"images:{image_dir}", "--ratio", "0.2", "--samples", "16", "--quiet"]
-    common += ["--evaluation-samples", "16", "--walked", "0"]
+    common = ["prune", str(model_dir), "--data", f"images:{image_dir}", "--ratio", "0.2", "--samples", "8", "--quiet"]
+    common += ["--evaluation-samples", "8", "--walked", "0", "--only", "layer4*"]
     failed = [*common, "--out", str(tmp_path / "a"), "--max-error", "1e-9", "--push-to-hub", "someone/failed"]
     assert runner.invoke(app, failed).exit_code == 1
     assert "someone/failed" not in server.repositories

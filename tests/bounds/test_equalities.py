@@ -8,12 +8,17 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modhifi.bounds.certified import certify
-from modhifi.bounds.confidence import betting_lower, betting_upper
+from modhifi.bounds.confidence import betting_lower, betting_upper, settling_n_mean
+from modhifi.bounds.lipschitz import activation_slopes, input_box, minkowski
+from modhifi.bounds.local_lipschitz import attention_rule, max_pool_rule, norm_rule, scores_rule
+from modhifi.bounds.operator_norms import conv_norm
 from modhifi.bounds.propagation.affine import Norms
 from modhifi.bounds.propagation.propagate import walk
+from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 
 
@@ -160,3 +165,143 @@ def test_a_norm_that_nothing_linear_precedes_counts_with_its_largest_factor() ->
     assert constant == pytest.approx(float(factors(norm).abs().max()))
     behind_relu = lengths(twin[0](x).relu() - model[0](x).relu())
     assert found.local.tolist() == pytest.approx((behind_relu * constant).tolist())
+
+
+# -- convolutions on a torus -------------------------------------------------------------------------------------------
+def on_a_torus(weight: Tensor, size: int, stride: int, padding: int, dilation: int) -> Tensor:
+    """The circular operator of one axis as a matrix, on the shortest torus that keeps the padding beside the input."""
+    kernel = weight.shape[2]
+    outputs = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    reached = {o * stride - padding + t * dilation for o in range(outputs) for t in range(kernel)}
+    length = stride * max(outputs, -(-size // stride))
+    while any(place % length < size for place in reached if not 0 <= place < size):
+        length += stride
+    matrix = torch.zeros(weight.shape[0], length // stride, weight.shape[1], length, dtype=torch.float64)
+    for output in range(length // stride):
+        for tap in range(kernel):
+            matrix[:, output, :, (output * stride - padding + tap * dilation) % length] += weight[:, :, tap]
+    return matrix.flatten(2).flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding", "dilation"),
+    [
+        (7, 3, 1, 1, 1),
+        (7, 3, 2, 1, 1),
+        (8, 3, 2, 1, 1),
+        (9, 5, 3, 2, 1),
+        (9, 2, 3, 0, 1),
+        (6, 5, 1, 4, 1),
+        (10, 3, 2, 2, 2),
+    ],
+)
+def test_the_norm_of_a_convolution_is_that_of_its_circular_operator(
+    size: int, kernel: int, stride: int, padding: int, dilation: int
+) -> None:
+    weight = torch.randn(3, 2, kernel, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    norm = float(torch.linalg.matrix_norm(on_a_torus(weight, size, stride, padding, dilation), 2))
+    bound = conv_norm(weight, [size], stride=stride, padding=padding, dilation=dilation)
+    assert norm <= bound == pytest.approx(norm, rel=1e-9)
+
+
+def test_paddings_by_name_are_those_by_number() -> None:
+    weight = torch.randn(3, 2, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert conv_norm(weight, (7, 6), padding="same") == conv_norm(weight, (7, 6), padding=(2, 1))
+    assert conv_norm(weight, (7, 6), padding="valid") == conv_norm(weight, (7, 6))
+    # An even kernel gets the odd zero on the right, as torch has it.
+    even = weight[:, :, :4, :1]
+    matrix = torch.zeros(3, 8, 2, 8, dtype=torch.float64)
+    for output, tap in product(range(8), range(4)):
+        matrix[:, output, :, (output - 1 + tap) % 8] += even[:, :, tap, 0]
+    norm = float(torch.linalg.matrix_norm(matrix.flatten(2).flatten(0, 1), 2))
+    assert conv_norm(even, (6, 5), padding="same") == pytest.approx(norm)
+
+
+# -- local rules against their formulas (docs/method.md, R2) -----------------------------------------------------------
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_the_rule_of_norms_is_its_formula(centred: bool, eps: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z, gamma = 2 * torch.randn(6, 5, generator=generator).double(), torch.tensor([0.5, -2.0, 1.0, 0.1, 1.5])
+    for row, radius in zip(z, (0.0, 0.01, 0.3, 1.0, 4.0, 100.0), strict=True):
+        values = row - row.mean() if centred else row
+        s = float((values.square().mean() + eps).sqrt())
+        moved = 2 * radius / (s + max(math.sqrt(eps), s - radius / math.sqrt(5)))
+        expected = 2.0 * min(2 * math.sqrt(5), moved)
+        found = norm_rule(row[None], torch.tensor([radius]), gamma, eps, centred=centred)
+        assert found.tolist() == pytest.approx([expected], rel=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_rules_of_attention_are_their_formulas(masked: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(4, 3, generator=generator).double() for _ in range(3))
+    rq, rk, rv = (0.4 * torch.rand(4, generator=generator).double() for _ in range(3))
+    allowed = torch.ones(4, 4).tril().bool() if masked else torch.ones(4, 4).bool()
+    scores, scale = q @ k.T * 0.7, 0.7
+    whole = [t[None, None] for t in (q, k, v, rq, rk, rv, scores)]
+    moves = scores_rule(whole[0], whole[1], whole[3], whole[4], scale, allowed)[0, 0]
+    radii = attention_rule(whole[6], whole[2], moves[None, None], whole[5], allowed)[0, 0]
+    for i in range(4):
+        keys = [j for j in range(4) if allowed[i, j]]
+        most = max(float(q[i].norm() * rk[j] + rq[i] * (k[j].norm() + rk[j])) for j in keys) * scale
+        assert float(moves[i]) == pytest.approx(most)
+        p = torch.softmax(scores[i, keys], 0)
+        output = p @ v[keys]
+        far = [float((v[j] - output).norm()) for j in keys]
+        own = [float(rv[j]) for j in keys]
+        turn = math.tanh(most / 2)
+        mean = sum(float(w) * r for w, r in zip(p, own, strict=True))
+        weighted = math.expm1(2 * most) * sum(float(w) * d for w, d in zip(p, far, strict=True))
+        values = min(max(own), mean + turn * (max(own) - min(own)))
+        assert float(radii[i]) == pytest.approx(values + min(2 * turn * max(far), weighted))
+
+
+def test_one_key_alone_moves_with_its_value_whatever_its_score() -> None:
+    radius = attention_rule(
+        torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 2), torch.full((1, 1, 1), 1e9), torch.full((1, 1, 1), 0.3)
+    )
+    assert radius.item() == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [((2, 3), (1, 2), (1, 0)), (3, 2, 1), (2, None, 0)])
+def test_max_pooling_counts_the_windows_of_its_busiest_candidate(kernel, stride, padding) -> None:
+    z = torch.randn(4, 2, 5, 8, generator=torch.Generator().manual_seed(2)).double()
+    radius = torch.tensor([0.01, 0.2, 0.7, 3.0], dtype=torch.float64)
+    (kh, kw), (ph, pw) = ((n, n) if isinstance(n, int) else n for n in (kernel, padding))
+    sh, sw = (kh, kw) if stride is None else (stride, stride) if isinstance(stride, int) else stride
+    padded = F.pad(z, (pw, pw, ph, ph), value=-math.inf)
+    rows, columns = range(0, padded.shape[2] - kh + 1, sh), range(0, padded.shape[3] - kw + 1, sw)
+    for sample, r in enumerate(radius.tolist()):
+        counts = torch.zeros(padded.shape[1:])
+        for channel, top, left in product(range(2), rows, columns):
+            window = padded[sample, channel, top : top + kh, left : left + kw]
+            counts[channel, top : top + kh, left : left + kw] += window >= window.max() - math.sqrt(2) * r
+        found = max_pool_rule(z[sample : sample + 1], radius[sample : sample + 1], kernel, stride, padding)
+        assert found.item() == pytest.approx(r * math.sqrt(float(counts.max())))
+
+
+# -- ends of ranges ----------------------------------------------------------------------------------------------------
+def test_slopes_where_the_parameter_decides() -> None:
+    assert activation_slopes("celu", 2.0) == activation_slopes("celu") == (0.0, 1.0)
+    assert activation_slopes("celu", [2.0, -1.0]) is None and activation_slopes("celu", 0.0) is None
+    assert activation_slopes("leaky_relu") == (0.01, 1.0) and activation_slopes("elu") == (0.0, 1.0)
+    assert activation_slopes("prelu", [math.inf]) is None and activation_slopes("leaky_relu", math.nan) is None
+    assert activation_slopes("prelu", [math.inf, -math.inf]) is None
+
+
+def test_every_deviation_of_the_input_must_be_positive() -> None:
+    with pytest.raises(ModhifiError, match="deviation"):
+        input_box(torch.zeros(2), torch.tensor([1.0, 0.0]), (2, 2))
+
+
+def test_sums_are_rounded_up() -> None:
+    assert 3.0 < minkowski([2.0, 1.0], [torch.ones(3), torch.ones(3)]) < 3.0 + 1e-9
+    assert conv_norm(torch.ones(1, 1, 1, 1), (3, 3)) >= 1.0
+
+
+def test_two_units_have_a_variance_and_one_has_none() -> None:
+    log = math.log(2 / 0.05)
+    for values, variance in ((torch.tensor([0.2, 0.6]), 0.08), (torch.tensor([0.4]), 0.25)):
+        enough = (n for n in range(2, 10_000) if math.sqrt(2 * variance * log / n) + 7 * log / (3 * (n - 1)) <= 0.1)
+        assert settling_n_mean(values, 0.5, 0.05) == next(enough)

@@ -19,6 +19,7 @@ import modhifi
 from modhifi.cli.main import app
 from modhifi.runs.recipe_file import read_yaml
 
+pytestmark = pytest.mark.usefixtures("reload_in_process")
 runner = CliRunner()
 
 
@@ -28,7 +29,8 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
 
 def common(model_dir: Path, image_dir: Path) -> list[object]:
-    return ["prune", model_dir, "--data", f"images:{image_dir}", "--samples", 32, "--evaluation-samples", 16, "--quiet"]
+    sizes = ["--samples", 32, "--evaluation-samples", 16, "--walked", 0]
+    return ["prune", model_dir, "--data", f"images:{image_dir}", *sizes, "--quiet"]
 
 
 def test_prune_writes_a_model_that_loads(model_dir: Path, image_dir: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from modhifi.cli.main import app
 from modhifi.runs.bundled_recipes import shipped
 
+pytestmark = pytest.mark.usefixtures("reload_in_process")
 runner = CliRunner()
 
 
@@ -77,7 +78,10 @@ def test_a_check_that_fails_is_exit_1_with_everything_written(pruned: Path, outp
 
 def test_a_sweep_keeps_the_first_value_that_passes(outputs: Path) -> None:
     out = outputs / "sweep"
-    code, stdout, stderr = run("recipe", "run", "ci/sweep", "--out", out, "--json", "--summary", outputs / "sweep.md")
+    few = ["--set", "steps.prune.data.samples=32", "--set", "steps.prune.data.evaluation_samples=100"]
+    code, stdout, stderr = run(
+        "recipe", "run", "ci/sweep", "--out", out, *few, "--json", "--summary", outputs / "sweep.md"
+    )
     assert code == 0, stderr
     steps = [r["step"] for r in json.loads(stdout)]
     kept = json.loads((out / "prune" / "report.json").read_text())["budget"]["flops"]
