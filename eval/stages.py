@@ -48,15 +48,14 @@ json.dump(stages, open(file, "w"))
 """
 
 INTRO = """Seconds of each stage of `modhifi demo` in two versions: medians of {rounds} rounds that took turns on one
-machine shared with other work, with one thread. *user* is CPU time in user mode, child processes included, *wall* the
+machine shared with other work, run as a user runs it. *user* is CPU time in user mode, child processes included, *wall* the
 clock. Made by `eval/stages.py`."""
 
 
 def run_demo(python: str, path: str) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "stages.json"
-        # Threads that wait for each other on a shared machine burn more time than they save.
-        environment = os.environ | {"PYTHONPATH": path, "MODHIFI_CACHE": f"{folder}/cache", "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": path, "MODHIFI_CACHE": f"{folder}/cache"}
         command = [python, "-c", CHILD, f"{folder}/demo", str(file)]
         subprocess.run(command, env=environment, cwd=folder, check=True, stdout=subprocess.DEVNULL)
         stages: dict[str, dict[str, float]] = json.loads(file.read_text())
