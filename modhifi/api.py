@@ -19,8 +19,6 @@ from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
-from modhifi.pruning.selectors import SELECTORS, Selector
-from modhifi.pruning.selectors.base import Order
 from modhifi.runs.inputs import Given
 from modhifi.runs.prune import PruneResult
 from modhifi.runs.recipe_tasks import parse
@@ -328,28 +326,6 @@ def _place(edited: str | Path | nn.Module) -> str:
 
 def _classes(forget: str | int | Sequence[str | int]) -> list[str]:
     return [str(c) for c in ([forget] if isinstance(forget, str | int) else forget)]
-
-
-def register_selector(name: str, order: Order, summary: str = "", source: str = "") -> None:
-    """Add a selector, a rule of which components go first, under a name that recipes and ``method`` then know.
-
-    ``order(readers, seed)`` gets what reads a group's n components, one :class:`modhifi.pruning.readers.Reader` for
-    each layer, and gives their numbers from first to last to go, int64 ``(n,)``. What goes is priced and compensated
-    as with any other selector. ``summary`` says in one line what the rule is, ``source`` where it is from.
-    Lasts as long as the program. Raises ModhifiError for a name that is taken; in :func:`prune`, for an order that is
-    no permutation.
-
-    >>> import modhifi, torch
-    >>> def last(readers, seed):
-    ...     n = len(readers[0].owner)
-    ...     return torch.arange(n - 1, -1, -1)
-    >>> modhifi.register_selector("last", last, "the last components go first")
-    >>> given = {"method": {"selector": "last", "layout": "uniform"}, "checks": {"walked": 0}}
-    >>> small = modhifi.prune("demo:resnet", "demo:calibration", ratio=0.5, samples=32, **given)
-    >>> small.plan.kept["conv1.0"]
-    (0, 1, 2, 3, 4, 5, 6, 7)
-    """
-    SELECTORS.register(Selector(name, summary, source, order))
 
 
 def _loaded(model: Model, data: Data) -> LoadedModel:
