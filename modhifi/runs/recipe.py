@@ -19,7 +19,7 @@ from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.weightings import WEIGHTINGS
 from modhifi.registry import one_of
-from modhifi.runs.recipe_file import Option, Strict, validate
+from modhifi.runs.recipe_file import Option, Strict
 from modhifi.structure.plan import Plan
 
 Count = Annotated[int, Field(ge=1)]
@@ -228,8 +228,3 @@ class PruneRecipe(Strict):
             seed=self.seed,
             batch_size=self.batch_size,
         )
-
-
-def parse_recipe(data: Any, where: str | Path = "the recipe") -> PruneRecipe:
-    """A pruning recipe from a mapping; see :func:`modhifi.runs.recipe_file.validate`."""
-    return validate(PruneRecipe, data, where)

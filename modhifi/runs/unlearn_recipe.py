@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from modhifi.registry import one_of
 from modhifi.runs.recipe import Checks, Count, Device, ModelSource, Out, Seed, Summary
-from modhifi.runs.recipe_file import Option, Strict, validate
+from modhifi.runs.recipe_file import Option, Strict
 from modhifi.unlearning.methods import METHODS
 from modhifi.unlearning.settings import UnlearnSettings
 
@@ -93,8 +92,3 @@ class UnlearnRecipe(Strict):
             settle=m.settle,
             batch_size=self.batch_size,
         )
-
-
-def parse_unlearn_recipe(data: Any, where: str | Path = "the recipe") -> UnlearnRecipe:
-    """An unlearning recipe from a mapping; see :func:`modhifi.runs.recipe_file.validate`."""
-    return validate(UnlearnRecipe, data, where)

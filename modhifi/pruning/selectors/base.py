@@ -20,13 +20,12 @@ None leaves it to :func:`modhifi.pruning.elimination.eliminate`, which finds an 
 
 @dataclass(frozen=True)
 class Selector:
-    """A named rule of which components go first; ``needs_gram`` says whether it reads second moments."""
+    """A named rule of which components go first; ``source`` names its paper."""
 
     name: str
     summary: str
     source: str
     order: Order
-    needs_gram: bool = True
 
 
 SELECTORS: Registry[Selector] = Registry("selector")
