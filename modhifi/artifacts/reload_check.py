@@ -1,4 +1,4 @@
-"""Does the artefact give back the model that was saved? Asked of a fresh process."""
+"""The check that an artefact gives back the model that was saved, in a fresh process."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import read_manifest
 
 
-def reload_alike(path: Path, loaded: LoadedModel, edited: nn.Module, held: Samples) -> Tensor:
-    """Load an artefact again and compare its outputs with those of ``edited``, on the CPU; the batch that was used.
+def check_reload(path: Path, original: LoadedModel, edited: nn.Module, held: Samples) -> Tensor:
+    """Loads an artefact again and compares its outputs with those of ``edited``, on the CPU; returns the batch used.
 
-    Where no library builds the dense module anew, the one in memory is its skeleton. Raises SelfTestFailed if anything
+    The batch holds at most 4 held-out samples. Where no library builds the dense module, ``original`` is its skeleton.
+    Raises SelfTestFailed if anything
     differs.
     """
     batch = next(held.batches(min(4, len(held))))
     with torch.no_grad():
-        expected = loaded.logits(batch, edited)
-    own = read_manifest(path).model.framework == "torch"
-    verify_reload(path, batch, expected, loaded.model if own else None)
+        expected = original.logits(batch, edited)
+    needs_skeleton = read_manifest(path).model.framework == "torch"
+    verify_reload(path, batch, expected, original.model if needs_skeleton else None)
     return batch
 
 
 def verify_reload(directory: str | Path, batch: Tensor, expected: Tensor, skeleton: nn.Module | None = None) -> None:
-    """Load the artefact in a fresh process and compare its outputs on ``batch`` with ``expected``, bit for bit.
+    """Loads the artefact in a fresh process and compares its outputs on ``batch`` with ``expected``, bit for bit.
 
     ``expected`` are the logits of the model in memory, computed on the CPU. With a ``skeleton``, which no other process
     has, the artefact is loaded in this one. Raises SelfTestFailed if anything differs or the process fails.
@@ -55,14 +56,14 @@ def verify_reload(directory: str | Path, batch: Tensor, expected: Tensor, skelet
                 capture_output=True,
                 text=True,
             )
-        last = (run.stderr.strip().splitlines() or ["no message"])[-1]
-        problem = run.stdout.strip() if run.returncode == 0 else f"it fails in a fresh process: {last}"
+        last_line = (run.stderr.strip().splitlines() or ["no message"])[-1]
+        problem = run.stdout.strip() if run.returncode == 0 else f"it fails in a fresh process: {last_line}"
     if problem:
         raise SelfTestFailed(f"the artefact {directory} does not give back the model that was saved: {problem}")
 
 
 def compare_outputs(outputs: Tensor, expected: Tensor) -> str:
-    """What is different between two tensors, in words; empty if nothing is, to the bit."""
+    """The difference between two tensors, in words; empty where they are equal to the bit."""
     if outputs.shape != expected.shape or outputs.dtype != expected.dtype:
         return f"{outputs.dtype} {tuple(outputs.shape)} instead of {expected.dtype} {tuple(expected.shape)}"
     if torch.equal(outputs, expected):
@@ -74,6 +75,6 @@ def _child() -> None:
     """The fresh process of :func:`verify_reload`."""
     directory, file, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    given = load_file(file)
+    tensors = load_file(file)
     with torch.inference_mode():
-        print(compare_outputs(load_artifact(directory).logits(given["batch"].clone()), given["expected"]))
+        print(compare_outputs(load_artifact(directory).logits(tensors["batch"].clone()), tensors["expected"]))

@@ -90,7 +90,7 @@ def staying(modules: Iterable[nn.Module], device: torch.device | None, written: 
     # A trace must not take the moves for operations of the model.
     with torch._C.DisableTorchFunction():
         for tensor in (t for module in modules for t in _tensors(module)):
-            if device is not None and (moved := _moved(tensor, device)) is not None:
+            if device is not None and (moved := _carried(tensor, device)) is not None:
                 originals.append((tensor, tensor.data))
                 tensor.data = moved
     try:
@@ -101,7 +101,7 @@ def staying(modules: Iterable[nn.Module], device: torch.device | None, written: 
                 tensor.data = values.copy_(tensor.data) if written else values
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor | None:
+def _carried(tensor: Tensor, device: torch.device) -> Tensor | None:
     """The tensor's values on another device; None where they are there already."""
     return None if tensor.device == device else tensor.data.to(device)
 

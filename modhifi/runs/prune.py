@@ -11,7 +11,7 @@ from torch import nn
 
 from modhifi.artifacts.export import export as export_model
 from modhifi.artifacts.exports import EXPORTS
-from modhifi.artifacts.reload_check import reload_alike
+from modhifi.artifacts.reload_check import check_reload
 from modhifi.artifacts.report import data_uri
 from modhifi.artifacts.save import save_artifact
 from modhifi.bounds.held_out import tabulate
@@ -153,7 +153,7 @@ def run_prune(
                 force=force,
             )
         with clock.stage("reload"):
-            batch = reload_alike(path, loaded, pruned.model.cpu(), held)
+            batch = check_reload(path, loaded, pruned.model.cpu(), held)
         for kind in recipe.export:
             with clock.stage(f"export {kind}"):
                 export_model(pruned.model, batch, path / f"model{EXPORTS[kind].suffix}", kind)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modhifi.artifacts.reload_check import reload_alike
+from modhifi.artifacts.reload_check import check_reload
 from modhifi.artifacts.report import data_uri
 from modhifi.artifacts.save import save_artifact
 from modhifi.bounds.ladder import BoundReport, verify_unlearned
@@ -143,7 +143,7 @@ def run_unlearn(
                 force=force,
             )
         with clock.stage("reload"):
-            reload_alike(path, loaded, found.model.cpu(), data.test)
+            check_reload(path, loaded, found.model.cpu(), data.test)
     report["timing"] = clock.seconds
     return UnlearnResult(report, found.model, path, bounds)
 
