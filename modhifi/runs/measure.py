@@ -1,4 +1,4 @@
-"""What a model costs: parameters, operations and bytes. Every figure is measured, none is estimated."""
+"""The size of a model: parameters, operations and bytes. Every figure is measured, none is estimated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def count_parameters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def count_flops(model: nn.Module, batch: Tensor) -> int:
-    """Floating-point operations of one forward pass of the first item of ``batch``, by torch's FlopCounterMode.
+    """The floating-point operations of one forward pass of the first item of ``batch``, by torch's FlopCounterMode.
 
     A multiply-add counts as two operations. Counted are matrix products, convolutions and attention (in full, also
     where a causal mask would allow to skip half of it); norms, activations and pooling are not.
@@ -27,11 +27,11 @@ def count_flops(model: nn.Module, batch: Tensor) -> int:
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Bytes of a model's state dict as it is written, shared tensors once."""
-    seen = {(t.data_ptr(), t.dtype, tuple(t.shape)): t.nbytes for t in model.state_dict().values()}
-    return sum(seen.values())
+    """The bytes of a model's state dict as it is written, shared tensors once."""
+    sizes = {(t.data_ptr(), t.dtype, tuple(t.shape)): t.nbytes for t in model.state_dict().values()}
+    return sum(sizes.values())
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's parameters lie: the CPU for a model without any."""
+    """The device of a model's parameters: the CPU for a model without any."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
