@@ -56,19 +56,23 @@ class Key:
 
     @property
     def parameter(self) -> str:
+        """The name of the verb's parameter."""
         return self.path.replace(".", "_")
 
     @property
     def flag(self) -> str:
+        """The option's flag, or the name of an argument."""
         word = self.path.rpartition(".")[2].replace("_", "-")
         return self.option.flag or (f"--{word}/--no-{word}" if self.default is True else f"--{word}")
 
     @property
     def is_argument(self) -> bool:
+        """Whether the key is an argument, not an option."""
         return not self.flag.startswith("-")
 
     @property
     def repeated(self) -> bool:
+        """Whether the option may be given several times."""
         return self.option.repeat or self.schema.get("type") == "array"
 
     def annotation(self) -> Any:
@@ -172,8 +176,8 @@ def compose(
 ) -> K:
     """Composes the recipe from a file or a base, the options and ``--set``.
 
-    ``changes`` (``--set``) win over the options that are ``given``, and these over the file or base. Of the alternatives
-    that a kind of recipe names, one that is given replaces all of the file's.
+    ``changes`` (``--set``) win over the options that are ``given``, and these over the file or base. Of the
+    alternatives that a kind of recipe names, one that is given replaces all of the file's.
     """
     path = None if file is None else find(file)
     content = copy.deepcopy(dict(base)) if path is None else read_yaml(path)

@@ -188,6 +188,7 @@ class _Timed:
 
     @property
     def per_second(self) -> float | None:
+        """Items a second, without the first batch; None where there was no other."""
         items, seconds = (sum(column) for column in zip(*self.passes[1:], strict=True)) if self.passes[1:] else (0, 0)
         return items / seconds if seconds else None
 

@@ -155,6 +155,7 @@ class _Axis:
 
     @classmethod
     def of(cls, size: int, kernel: int, stride: int, pad: tuple[int, int], dilation: int) -> _Axis:
+        """The axis of a convolution; raises ModhifiError where the kernel does not fit the input."""
         reach = dilation * (kernel - 1)
         outputs = (size + sum(pad) - reach - 1) // stride + 1
         if outputs < 1:

@@ -25,6 +25,7 @@ class TaskRow:
     stderr_after: float | None
 
     def to_json(self) -> dict[str, Any]:
+        """The row as JSON-able data."""
         return asdict(self)
 
 

@@ -76,7 +76,7 @@ def run_prune(
     device = device if team.device is None else team.device
     # Its sums would be on the device of the weights.
     cache = None if recipe.offload else cache
-    plan = None if recipe.plan is None else Plan({name: tuple(kept) for name, kept in recipe.plan.items()})
+    plan = None if recipe.plan is None else Plan({name: tuple(components) for name, components in recipe.plan.items()})
     budget = None if plan is not None or recipe.method.eta is not None else recipe.budget.parse()
     out = None if dry_run or recipe.out is None else Path(recipe.out)
     if out is not None:

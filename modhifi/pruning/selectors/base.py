@@ -1,4 +1,4 @@
-"""What a selector is, and what those share that sort components by a score."""
+"""The type of a selector, the registry of selectors, and the helpers of those that sort components by a score."""
 
 from __future__ import annotations
 
