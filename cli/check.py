@@ -17,16 +17,16 @@ from .options import Loading, takes
 @takes(Loading, files=False)
 def check(chosen: Loading, as_json: JsonOption = False) -> None:
     """Say what can be pruned of a model, and what not and why. Exit code 1 if nothing can."""
-    found = check_model(load_source(chosen.model))
+    report = check_model(load_source(chosen.model))
     if as_json:
-        print_json(found)
+        print_json(report)
     else:
-        _show(found)
-    if not found["prunable"]:
+        _show(report)
+    if not report["prunable"]:
         raise GateFailed("nothing of this model can be pruned; the reasons are above")
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(report: dict[str, Any]) -> None:
     console = stdout_console()
     table = Table(
         "group",
@@ -36,9 +36,9 @@ def _show(found: dict[str, Any]) -> None:
         "readers",
         "parameters",
         "multiply-adds",
-        title=f"{found['model']}: what half of each group would save, alone",
+        title=f"{report['model']}: what half of each group would save, alone",
     )
-    for g in found["groups"]:
+    for g in report["groups"]:
         readers = g["readers"][0] + (f" and {len(g['readers']) - 1} more" if len(g["readers"]) > 1 else "")
         table.add_row(
             g["name"],
@@ -50,11 +50,11 @@ def _show(found: dict[str, Any]) -> None:
             f"{g['macs_saved_by_half']:,.0f}",
         )
     console.print(table)
-    if found["refused"]:
+    if report["refused"]:
         refused = Table("refused group", "components", "reason")
-        for g in found["refused"]:
+        for g in report["refused"]:
             refused.add_row(g["name"], str(g["n"]), g["reason"])
         console.print(refused)
-    for kind in found["not_stock"]:
+    for kind in report["not_stock"]:
         console.print(f"fewer {kind}: no stock configuration says that; such an artefact loads with modhifi.load")
-    console.print(f"{len(found['groups'])} groups can be pruned, {len(found['refused'])} cannot")
+    console.print(f"{len(report['groups'])} groups can be pruned, {len(report['refused'])} cannot")

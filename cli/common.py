@@ -1,4 +1,4 @@
-"""What the verbs share: option types, the device, progress on stderr, JSON on stdout."""
+"""The common parts of the verbs: option types, progress on stderr, JSON on stdout."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ Report = Callable[[str, int, int], None]
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Report]:
-    """Yield ``report(stage, done, total)``, which draws one bar a stage on stderr.
+    """Yields ``report(stage, done, total)``, which draws one bar a stage on stderr.
 
-    Draws nothing with ``quiet`` or where stderr is not a terminal. rich honours NO_COLOR.
+    It draws nothing with ``quiet`` or where stderr is not a terminal. rich honours NO_COLOR.
     """
     from rich.console import Console
     from rich.progress import (
@@ -115,7 +115,7 @@ def stdout_console() -> Console:
 
 
 def print_json(payload: Any) -> None:
-    """Print ``payload`` on stdout as JSON; numbers that are not finite, which JSON does not know, become null."""
+    """Prints ``payload`` on stdout as JSON; numbers that are not finite, which JSON does not have, become null."""
     print(json.dumps(_finite(payload), indent=2))
 
 

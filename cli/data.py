@@ -68,9 +68,9 @@ def make(
         loaded = load_source(chosen.model)
         loaded.model.to(resolve_device(device))
         samples = load_samples(kind, loaded, n=n, seed=seed, window=window, progress=report)
-        seen = look(loaded, samples)
-        with staging(out) as fresh:
-            written = len(materialise(samples, loaded, fresh))
+        quality = look(loaded, samples)
+        with staging(out) as directory:
+            written = len(materialise(samples, loaded, directory))
         if sheet is not None:
             save_sheet(samples, loaded, sheet)
     facts = {
@@ -80,17 +80,18 @@ def make(
         "description": samples.description,
         "fingerprint": samples.fingerprint(),
         "skipped": [list(item) for item in samples.skipped],
-        **{key: value for key, value in seen.items() if key != "norm_gap"},
+        **{key: value for key, value in quality.items() if key != "norm_gap"},
     }
     if as_json:
         print_json(facts)
         return
     console = stdout_console()
     console.print(f"{samples.description}; fingerprint {samples.fingerprint()}", highlight=False)
-    if "mean_norm_gap" in seen:
+    if "mean_norm_gap" in quality:
         console.print(
-            f"distance to what the norms remember: {seen['mean_norm_gap']:.3g} (0: the same mean and deviation)"
+            f"distance to what the norms remember: {quality['mean_norm_gap']:.3g} (0: the same mean and deviation)"
         )
-    if "classes" in seen:
-        console.print(f"predicted classes: {seen['classes'][0]} of {seen['classes'][1]}, balance {seen['balance']:.2f}")
+    if "classes" in quality:
+        predicted, classes = quality["classes"]
+        console.print(f"predicted classes: {predicted} of {classes}, balance {quality['balance']:.2f}")
     console.print(f"written: {out}", soft_wrap=True)

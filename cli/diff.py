@@ -16,34 +16,34 @@ def diff(first: RunArgument, second: RunArgument, as_json: JsonOption = False) -
     """Compare two artefacts or reports: figures, kept widths, settings, verdicts, and whether the weights are equal."""
     from modhifi.artifacts.diff import diff_runs
 
-    found = diff_runs(first, second)
+    differences = diff_runs(first, second)
     if as_json:
-        print_json(found)
+        print_json(differences)
     else:
-        _show(found)
+        _show(differences)
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(differences: dict[str, Any]) -> None:
     from rich.table import Table
 
     from modhifi.artifacts.report import number, plain
 
     console = stdout_console()
-    if found["figures"]:
+    if differences["figures"]:
         table = Table("after the edit", "first", "second", "change")
-        for row in found["figures"]:
+        for row in differences["figures"]:
             table.add_row(row["name"], *(number(row[k], row["unit"]) for k in ("first", "second")), row["change"])
         console.print(table)
-    if found["widths"]:
+    if differences["widths"]:
         table = Table("group", "kept by the first", "by the second", "by one alone")
-        for row in found["widths"]:
+        for row in differences["widths"]:
             table.add_row(row["name"], *(plain(row[k]) for k in ("first", "second", "moved")))
         console.print(table)
     for title, key in (("setting", "settings"), ("verdict on", "verdicts")):
-        if found[key]:
+        if differences[key]:
             table = Table(title, "first", "second")
-            for row in found[key]:
+            for row in differences[key]:
                 table.add_row(row["name"], plain(row["first"]), plain(row["second"]))
             console.print(table)
-    words = {True: "the weights are the same", False: "the weights differ", None: "weights: not compared"}
-    console.print(words[found["same_weights"]])
+    sentences = {True: "the weights are the same", False: "the weights differ", None: "weights: not compared"}
+    console.print(sentences[differences["same_weights"]])

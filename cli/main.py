@@ -42,7 +42,7 @@ BAD_INPUT, OUR_BUG, INTERRUPTED = 2, 3, 130
 
 
 class ErrorMapping(TyperGroup):
-    """Import and run the verb, and turn what it raises into one line on stderr and an exit code."""
+    """Imports and runs the verb, and turns its exception into one line on stderr and an exit code."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
@@ -55,25 +55,25 @@ class ErrorMapping(TyperGroup):
             sys.stdout.flush()
             return result
         except (KeyboardInterrupt, typer.Abort):
-            _say("interrupted")
+            _stderr("interrupted")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
-            # The reader of our output went away (`modhifi ... | head`): nothing to report, and no one to report it to.
+            # The reader of our output has closed the pipe (`modhifi ... | head`).
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except Exception as error:
             if _interrupted(error):
-                _say("interrupted")
+                _stderr("interrupted")
                 raise typer.Exit(INTERRUPTED) from None
-            known = one_line(error)
-            if known is not None:
-                _say(f"error: {known}")
+            message = one_line(error)
+            if message is not None:
+                _stderr(f"error: {message}")
                 raise typer.Exit(getattr(error, "exit_code", BAD_INPUT)) from None
             if hasattr(error, "exit_code"):
                 # typer's own: usage errors, which it prints itself, and exits.
                 raise
             traceback.print_exc()
-            _say("this is a bug of modhifi; please report it with the lines above and the output of `modhifi env`")
+            _stderr("this is a bug of modhifi; please report it with the lines above and the output of `modhifi env`")
             raise typer.Exit(OUR_BUG) from None
 
 
@@ -87,7 +87,7 @@ def _interrupted(error: BaseException | None) -> bool:
 
 
 def one_line(error: Exception) -> str | None:
-    """What to tell the user about an error that is not a bug; None if it may be one."""
+    """The message for an error that is not a bug of ours; None for one that may be."""
     # Names and not classes: importing torch or safetensors here would slow every command down.
     kind, text = type(error).__name__, str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -99,7 +99,7 @@ def one_line(error: Exception) -> str | None:
     return " ".join(text.split())
 
 
-def _say(text: str) -> None:
+def _stderr(text: str) -> None:
     print(f"modhifi: {text}", file=sys.stderr)
 
 

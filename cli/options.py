@@ -1,4 +1,4 @@
-"""Options from recipes: what a recipe says of its keys is what the command line offers."""
+"""Options from recipes: the command line offers an option for every key of a recipe."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ K = TypeVar("K", bound=Strict)
 
 
 class Loading(Strict):
-    """A model to load: what a verb that is no recipe takes of one."""
+    """The model of a verb that runs no recipe."""
 
     model: ModelSource
 
 
 @dataclass(frozen=True)
 class Key:
-    """A recipe's key as an option: its ``path`` ``a.b``, its JSON schema, what names it and the panel that shows it."""
+    """A recipe's key as an option: its ``path`` ``a.b``, its JSON schema, its flag and the panel of its help."""
 
     path: str
     schema: Mapping[str, Any]
@@ -56,23 +56,27 @@ class Key:
 
     @property
     def parameter(self) -> str:
+        """The name of the verb's parameter."""
         return self.path.replace(".", "_")
 
     @property
     def flag(self) -> str:
+        """The option's flag, or the name of an argument."""
         word = self.path.rpartition(".")[2].replace("_", "-")
         return self.option.flag or (f"--{word}/--no-{word}" if self.default is True else f"--{word}")
 
     @property
     def is_argument(self) -> bool:
+        """Whether the key is an argument, not an option."""
         return not self.flag.startswith("-")
 
     @property
     def repeated(self) -> bool:
+        """Whether the option may be given several times."""
         return self.option.repeat or self.schema.get("type") == "array"
 
     def annotation(self) -> Any:
-        """The parameter's type for typer. Numbers stay text, which the recipe reads, with errors of one line."""
+        """The parameter's type for typer; numbers stay text, which the recipe parses with errors of one line."""
         # The bracket is escaped: typer reads help texts as rich markup.
         text = self.help.replace("[", "\\[")
         if self.is_argument:
@@ -91,7 +95,7 @@ class Key:
 
 
 def keys_of(kind: type[Strict], prefix: str = "") -> Iterator[Key]:
-    """Every key of a recipe that holds a value, those of its parts too, but for the name of its task."""
+    """Every key of a recipe and of its parts that holds a value, except the name of the task."""
     schemas = kind.model_json_schema()["properties"]
     for name, field in kind.model_fields.items():
         if name == "task":
@@ -127,7 +131,7 @@ def takes(
     without: Mapping[str, str] | None = None,
     files: bool = True,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a verb of ``function(recipe, **more)``: an option for every key of ``kind``, then the function's own.
+    """Makes a verb of ``function(recipe, **more)``: an option for every key of ``kind``, then the function's own.
 
     ``base`` is the recipe that the options change, ``only`` the keys that get an option, ``without`` those that get
     none, each with the reason; ``files`` also lets a recipe's file be the base.
@@ -138,20 +142,20 @@ def takes(
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
 
         def verb(ctx: typer.Context, **values: Any) -> None:
-            said = [(k, values.pop(k.parameter)) for k in keys]
-            given = [(k, v) for k, v in said if _is_given(ctx, k.parameter)]
+            parsed = [(k, values.pop(k.parameter)) for k in keys]
+            given = [(k, v) for k, v in parsed if _is_given(ctx, k.parameter)]
             file, changes = values.pop("recipe", None), values.pop("set_values", None)
             function(compose(kind, keys, given, base or {}, file, changes or []), **values)
 
         parameters = []
         for k in keys:
-            # A recipe's file may say what no option says.
+            # A recipe's file may hold the value that no option gives.
             missing = inspect.Parameter.empty if k.required and not files else k.default
             parameters.append(_parameter(k.parameter, k.annotation(), _value(base, k.path, missing)))
         parameters += own
         if files:
             parameters += [_parameter("recipe", RecipeOption, None), _parameter("set_values", SetOption, None)]
-        parameters.sort(key=_place)
+        parameters.sort(key=_help_position)
         parameters.insert(0, inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
         signature = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters])
         verb.__signature__ = signature  # type: ignore[attr-defined]
@@ -170,9 +174,10 @@ def compose(
     file: str | None,
     changes: Sequence[str],
 ) -> K:
-    """The recipe: what ``--set`` (``changes``) says, else what an option ``given`` says, else the file or the base.
+    """Composes the recipe from a file or a base, the options and ``--set``.
 
-    Of the alternatives that a kind of recipe names, one that is given takes the place of all that the file says.
+    ``changes`` (``--set``) win over the options that are ``given``, and these over the file or base. Of the
+    alternatives that a kind of recipe names, one that is given replaces all of the file's.
     """
     path = None if file is None else find(file)
     content = copy.deepcopy(dict(base)) if path is None else read_yaml(path)
@@ -208,18 +213,18 @@ def _value(content: Any, path: str, default: Any) -> Any:
 
 
 def _remove(content: dict[str, Any], path: str) -> None:
-    """Take a path out of a recipe's content, in place."""
+    """Removes a path from a recipe's content, in place."""
     parents, _, leaf = path.rpartition(".")
-    place = _value(content, parents, None) if parents else content
-    if isinstance(place, dict):
-        place.pop(leaf, None)
+    parent = _value(content, parents, None) if parents else content
+    if isinstance(parent, dict):
+        parent.pop(leaf, None)
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _place(parameter: inspect.Parameter) -> int:
-    """Where the help shows a parameter: arguments first, then panel by panel."""
+def _help_position(parameter: inspect.Parameter) -> int:
+    """The position of a parameter in the help: arguments first, then panel by panel."""
     (info,) = (m for m in get_args(parameter.annotation) if isinstance(m, ParameterInfo))
     return 0 if isinstance(info, ArgumentInfo) else 1 + PANELS.index(info.rich_help_panel or "Advanced")

@@ -1,4 +1,4 @@
-"""What `--push-to-hub` does for the verbs that write artefacts."""
+"""The option `--push-to-hub` of the verbs that write artefacts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from modhifi.errors import ModhifiError
 
 
 def check_pushed(repo: str | None, out: str | Path | None) -> None:
-    """Raise ModhifiError, before the work, for an upload of nothing, a bad name or no login."""
+    """Raises ModhifiError, before any work, for an upload of nothing, a bad name or no login."""
     if repo is None:
         return
     from modhifi.artifacts.push import check_push
@@ -23,7 +23,7 @@ def check_pushed(repo: str | None, out: str | Path | None) -> None:
 
 
 def pushed(path: Path | None, repo: str | None) -> None:
-    """Upload what was written, if that was asked for, and say where it is."""
+    """Uploads the artefact, if that was asked for, and prints its URL."""
     if path is None or repo is None:
         return
     from modhifi.artifacts.push import push

@@ -33,13 +33,13 @@ def ls(as_json: JsonOption = False) -> None:
 
     from modhifi.runs.bundled_recipes import shipped, summary
 
-    found = {name: summary(path) for name, path in shipped().items()}
+    purposes = {name: summary(path) for name, path in shipped().items()}
     if as_json:
-        print_json(found)
+        print_json(purposes)
         return
     table = Table("recipe", "what for", box=None)
-    for name, text in found.items():
-        table.add_row(name, text)
+    for name, purpose in purposes.items():
+        table.add_row(name, purpose)
     stdout_console().print(table)
 
 
@@ -109,7 +109,7 @@ def run(
 
 
 def read(recipe: str, set_values: list[str] | None, out: Path | None = None, summary: Path | None = None) -> Recipe:
-    """The recipe of a name or a file, with changes, validated."""
+    """Reads the recipe of a name or a file, applies the changes and validates it."""
     from modhifi.runs.bundled_recipes import find
     from modhifi.runs.recipe_file import apply_overrides, read_yaml, set_out
     from modhifi.runs.recipe_tasks import parse

@@ -1,4 +1,4 @@
-"""Run a recipe, show what it found, and end with the exit code of its checks."""
+"""Running a recipe from the command line: its report on stdout, then the exit code of its checks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(
     no_cache: bool = False,
     push_to_hub: str | None = None,
 ) -> list[Done]:
-    """Run a recipe and print its reports, of several steps each; raises the failure of a check after all is written."""
+    """Runs a recipe and prints the report of each step; raises the failure of a check after everything is written."""
     check_pushed(push_to_hub, None if dry_run else recipe.out)
     with progress(quiet or as_json) as report:
         finished = run_recipe(
@@ -57,6 +57,6 @@ def run(
     return finished
 
 
-def _content(done: Done) -> dict[str, Any]:
-    plan = {"plan": done.result.plan.to_json()} if isinstance(done.result, PruneResult) else {}
-    return {**done.report, **plan, "path": None if done.path is None else str(done.path)}
+def _content(step: Done) -> dict[str, Any]:
+    plan = {"plan": step.result.plan.to_json()} if isinstance(step.result, PruneResult) else {}
+    return {**step.report, **plan, "path": None if step.path is None else str(step.path)}

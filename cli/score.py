@@ -20,7 +20,7 @@ from .options import takes
 
 
 class ScoreRun(Strict):
-    """What a run of the scores needs of a recipe."""
+    """The parts of a recipe that the scores need."""
 
     model: ModelSource
     data: CalibrationData = CalibrationData()

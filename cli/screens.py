@@ -14,7 +14,7 @@ from .common import stdout_console
 
 
 def show_report(report: dict[str, Any], path: Path | None) -> None:
-    """A report of any task on one screen, and where it lies."""
+    """Prints a report of any task, and the path of the artefact."""
     if report["task"] == "prune":
         show_prune(report, path)
     elif report["task"] == "verify":
@@ -24,7 +24,7 @@ def show_report(report: dict[str, Any], path: Path | None) -> None:
 
 
 def show_prune(report: dict[str, Any], path: Path | None) -> None:
-    """The run on one screen."""
+    """Prints the report of a pruning run."""
     console = stdout_console()
     for warning in report["warnings"]:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
@@ -57,22 +57,22 @@ def show_prune(report: dict[str, Any], path: Path | None) -> None:
         console.print(f"model and report: {path}/report.html", soft_wrap=True)
 
 
-def show_bounds(title: str, found: dict[str, Any]) -> None:
-    """The ladder and its verdicts on one screen."""
+def show_bounds(title: str, report: dict[str, Any]) -> None:
+    """Prints the ladder of bounds and its verdicts."""
     console = stdout_console()
-    for warning in found["bounds"]["warnings"]:
+    for warning in report["bounds"]["warnings"]:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
     table = Table("", "verdict", "", title=title)
-    for row in found["verdicts"]:
+    for row in report["verdicts"]:
         table.add_row(row["name"], row["verdict"], row["text"])
     console.print(table)
-    layers = sorted(found["bounds"]["layers"], key=lambda layer: -layer["change"])
+    layers = sorted(report["bounds"]["layers"], key=lambda layer: -layer["change"])
     if layers:
-        spent = Table("layer", "own error", "change of the output", "amplification", "its global bound")
+        layer_table = Table("layer", "own error", "change of the output", "amplification", "its global bound")
         for layer in layers[:10]:
             figures = (layer[k] for k in ("local", "change", "amplification", "constant"))
-            spent.add_row(layer["where"] or "(top level)", *(_figure(f) for f in figures))
-        console.print(spent)
+            layer_table.add_row(layer["where"] or "(top level)", *(_figure(f) for f in figures))
+        console.print(layer_table)
 
 
 def _figure(value: Any) -> str:
@@ -80,7 +80,7 @@ def _figure(value: Any) -> str:
 
 
 def show_audit(report: dict[str, Any], path: Path | None) -> None:
-    """An audit on one screen."""
+    """Prints the report of an audit."""
     console = Console()
     for warning in report["warnings"]:
         console.print(f"[yellow]note:[/] {warning}", highlight=False)
@@ -97,14 +97,14 @@ def show_audit(report: dict[str, Any], path: Path | None) -> None:
 
 
 def _by_class(console: Console, table: dict[str, Any], report: dict[str, Any]) -> None:
-    """The forgotten classes and the retained one that lost most."""
+    """Prints the retained class that lost most, and where images of the forgotten classes go."""
     forgotten = report["audit"]["forgotten"]
-    kept = [row for row in table["rows"] if row[0] not in forgotten]
-    worst = min(kept, key=lambda row: row[2] - row[1])
+    retained = [row for row in table["rows"] if row[0] not in forgotten]
+    worst = min(retained, key=lambda row: row[2] - row[1])
     console.print(
         f"worst retained class: {worst[0]}, {100 * worst[1]:.1f} % before, {100 * worst[2]:.1f} % after",
         highlight=False,
     )
     for moved in report["audit"]["moved"]:
-        to = ", ".join(f"{name} {100 * share:.0f} %" for name, share in moved["to"].items())
-        console.print(f"images of {moved['class']} are now called: {to}", highlight=False)
+        destinations = ", ".join(f"{name} {100 * share:.0f} %" for name, share in moved["to"].items())
+        console.print(f"images of {moved['class']} are now called: {destinations}", highlight=False)

@@ -20,7 +20,7 @@ from .options import takes
 
 
 class Original(Strict):
-    """What an edit was made from."""
+    """The original of an edit."""
 
     against: Annotated[ModelSource, Option("--against", metavar="MODEL")]
     """The original it was made from."""

@@ -8,6 +8,7 @@ Llamas with random weights, a narrow residual stream and wide FFNs, so that Gram
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from modhifi.pruning.budget import Budget
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
-from modhifi.runs.measure import with_peak_memory
 
 DEPTHS, HIDDEN, FFN, WINDOWS, WINDOW = (2, 4, 8, 16), 64, 1024, 4, 128
 SETTINGS = PruneSettings(layout="uniform", rows_per_column=None, batch_size=2, floor=0.8)
@@ -60,15 +60,19 @@ def by_block(loaded: LoadedModel) -> None:
     prune_model(loaded, tokens(), BUDGET, SETTINGS)
 
 
-def resident() -> int:
-    return with_peak_memory(lambda: None)[1]
+def peak(run: Callable[[], object]) -> int:
+    """The peak of the process's resident memory while ``run`` runs, in bytes; on Linux, where it can be reset."""
+    Path("/proc/self/clear_refs").write_text("5")
+    run()
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) * 1024
 
 
 def above(run: Callable[[LoadedModel], None], depth: int) -> float:
     """MiB that a run adds to what the process holds before it, at its peak."""
     loaded = llama(depth)
-    before = resident()
-    return (with_peak_memory(lambda: run(loaded))[1] - before) / 2**20
+    before = peak(lambda: None)
+    return (peak(lambda: run(loaded)) - before) / 2**20
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from modhifi.api import audit as audit
     from modhifi.api import prune as prune
-    from modhifi.api import register_selector as register_selector
     from modhifi.api import score as score
     from modhifi.api import unlearn as unlearn
     from modhifi.api import verify as verify
     from modhifi.models.artifact import load as load
     from modhifi.models.load import load_model as load_model
+    from modhifi.pruning.selectors.base import register_selector as register_selector
     from modhifi.structure.tracing.operations import register_operation as register_operation
 
 # The public functions: name, file of the package. They are imported at first use, so that `import modhifi` stays quick.
@@ -22,7 +22,7 @@ PUBLIC = {
     "load": "models.artifact",
     "load_model": "models.load",
     "prune": "api",
-    "register_selector": "api",
+    "register_selector": "pruning.selectors.base",
     "register_operation": "structure.tracing.operations",
     "score": "api",
     "unlearn": "api",

@@ -1,6 +1,6 @@
-"""The verbs for Python programs: each is one recipe run, with models and data that a program may hold itself.
+"""The verbs for Python programs: each runs one recipe, on models and data that the program may hold itself.
 
-Every example below is run by the tests, offline, on the model and the images that come with the package.
+The tests run every example below, offline, on the model and the images that come with the package.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
-from modhifi.pruning.selectors import SELECTORS, Selector
-from modhifi.pruning.selectors.base import Order
 from modhifi.runs.inputs import Given
 from modhifi.runs.prune import PruneResult
 from modhifi.runs.recipe_tasks import parse
@@ -56,17 +54,18 @@ def prune(
     offload: bool = False,
     progress: Progress = silent,
 ) -> PruneResult:
-    """Make a model physically smaller with forward passes only; the one given stays as it is.
+    """Prunes a model to physically smaller layers with forward passes only; the given one stays as it is.
 
-    Exactly one budget: ``ratio`` of the components removed, or a share of ``params``, ``flops`` or ``kv_cache`` kept
-    (``"0.5x"``).
+    Exactly one budget is given: ``ratio`` of the components removed, or a share of ``params``, ``flops`` or
+    ``kv_cache`` kept (``"0.5x"``).
     ``data``: a source string, samples, or items that you hold: a tensor ``(n, C, H, W)`` of model-ready inputs, a list
     of tensors or PIL images, a map-style Dataset. ``evaluate`` holds out other data; by default it is a disjoint part
-    of ``data``. ``window`` is tokens in an item of text; amounts not said are those of `modhifi.runs.defaults`.
+    of ``data``. ``window`` is tokens in an item of text; amounts that are not given are those of
+    `modhifi.runs.defaults`.
     ``method`` and ``checks``: the keys of those parts of a recipe; the result's ``bounds`` answer the checks.
     With ``out`` the artefact is written there; ``export`` adds a file ``onnx`` or ``pt2``. ``cache`` is a directory
     where moments are kept: a second budget then needs no second pass over the data. ``offload``: weights stay in main
-    memory, and one block at a time visits the ``device``; a module that accelerate has dispatched to CPU or disk may be
+    memory, and one block at a time is on the ``device``; a module that accelerate has dispatched to CPU or disk may be
     given, too.
 
     Returns the smaller ``model``, a JSON-able ``report``, the ``plan`` and the ``path`` written.
@@ -85,24 +84,24 @@ def prune(
         {
             "task": "prune",
             "model": {"name": loaded.source},
-            "data": _said(
+            "data": _given_only(
                 source=source_name(data),
                 samples=samples,
-                evaluate=_name(evaluate),
+                evaluate=_data_name(evaluate),
                 evaluation_samples=evaluation_samples,
                 window=window,
             ),
-            "budget": _said(ratio=ratio, params=params, flops=flops, kv_cache=kv_cache),
+            "budget": _given_only(ratio=ratio, params=params, flops=flops, kv_cache=kv_cache),
             "method": dict(method or {}),
             "checks": dict(checks or {}),
-            **_said(seed=seed, batch_size=batch_size, offload=offload, out=_text(out), export=list(export)),
+            **_given_only(seed=seed, batch_size=batch_size, offload=offload, out=_path_text(out), export=list(export)),
         },
         "modhifi.prune",
     )
-    kept = None if cache is None else Path(cache)
+    cache_directory = None if cache is None else Path(cache)
     (done,) = run_recipe(
         recipe,
-        Circumstances(device, Given(loaded, data, evaluate), force=force, cache=kept, progress=progress),
+        Circumstances(device, Given(loaded, data, evaluate), force=force, cache=cache_directory, progress=progress),
     )
     assert isinstance(done.result, PruneResult)
     return done.result
@@ -126,18 +125,19 @@ def unlearn(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> UnlearnResult:
-    """Make an image classifier forget classes (index or name), then attack the result. No proof of data deletion.
+    """Makes an image classifier forget classes and attacks the result; it is no proof of data deletion.
 
+    ``forget`` is a class or several, by index or name.
     ``data`` holds forgotten and other classes, with labels or without (the model then labels what it is sure of);
-    ``evaluate`` is what the attacks learn from and are tested on. ``settings`` and ``checks``: further keys of those
-    parts (``method``, ``checks``) of a recipe. What is not said is as in a recipe that does not say it.
+    ``evaluate`` holds the images for the attacks and their test. ``settings`` and ``checks``: further keys of those
+    parts (``method``, ``checks``) of a recipe. The defaults are those of a recipe.
     Returns the edited ``model``, a JSON-able ``report`` with the audit, and the ``path`` written.
     Raises ModhifiError for bad input, in one line.
 
     >>> import modhifi
     >>> given = {"evaluate": "demo:test", "method": "erase", "checks": {"walked": 0}}
-    >>> found = modhifi.unlearn("demo:resnet", "demo:calibration", forget="frog", **given)
-    >>> rows = found.report["audit"]["rows"]
+    >>> result = modhifi.unlearn("demo:resnet", "demo:calibration", forget="frog", **given)
+    >>> rows = result.report["audit"]["rows"]
     >>> rows["edited"]["forget"] < 0.1 < 0.8 < rows["edited"]["retain"]
     True
     """
@@ -147,15 +147,15 @@ def unlearn(
             "task": "unlearn",
             "model": {"name": loaded.source},
             "forget": _classes(forget),
-            "data": _said(
+            "data": _given_only(
                 source=source_name(data),
                 samples=samples,
-                evaluate=_name(evaluate),
+                evaluate=_data_name(evaluate),
                 evaluation_samples=evaluation_samples,
             ),
-            "method": {**_said(name=method), **(settings or {})},
+            "method": {**_given_only(name=method), **(settings or {})},
             "checks": dict(checks or {}),
-            **_said(seed=seed, batch_size=batch_size, out=_text(out)),
+            **_given_only(seed=seed, batch_size=batch_size, out=_path_text(out)),
         },
         "modhifi.unlearn",
     )
@@ -175,7 +175,9 @@ def score(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> list[GroupScores]:
-    """Measure every component of every prunable group: singleton fidelity, energy score, removal cost and order.
+    """Scores every component of every prunable group: singleton fidelity, energy score, removal cost and order.
+
+    Returns one :class:`modhifi.runs.score.GroupScores` a group. Raises ModhifiError for bad input, in one line.
 
     >>> import modhifi
     >>> scores = modhifi.score("demo:resnet", "demo:calibration", samples=32)
@@ -208,20 +210,19 @@ def verify(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> BoundReport:
-    """Bound how far the outputs of ``edited``, an artefact directory or a module, moved from those of ``against``.
+    """Bounds the change of the outputs of ``edited``, an artefact directory or a module, against its original.
 
-    ``against`` is by default the model that an artefact's manifest names.
-    ``data`` must not have calibrated the edit; for an artefact that is checked. ``max_flip`` is the share of inputs
-    whose top-1 may change, ``max_error`` the Euclidean change of the output that 95 % of inputs must keep to,
-    ``max_perplexity_ratio`` a causal language model's perplexity over the original's. With ``out`` the report is
-    written there: a directory, or a file .json or .html.
-    The result's ``verdicts`` answer them; ``enforce()`` raises where one is not met. A module in other shapes than the
-    original's gets the statistical rungs only. Raises ModhifiError for bad input, in one line.
+    ``against`` is the original, by default the model that an artefact's manifest names. ``data`` must not have
+    calibrated the edit, which is checked for an artefact. ``max_flip`` is the share of inputs whose top-1 may change,
+    ``max_error`` the Euclidean change of the output that 95 % of inputs must keep to, ``max_perplexity_ratio`` a causal
+    language model's perplexity over the original's. With ``out`` the report is written there: a directory, or a file
+    .json or .html. The result's ``verdicts`` answer them; ``enforce()`` raises where one is not met. A module in other
+    shapes than the original's gets the statistical rungs only. Raises ModhifiError for bad input, in one line.
 
     >>> import modhifi
     >>> small = modhifi.prune("demo:resnet", "demo:calibration", ratio=0.1, samples=32, checks={"walked": 0})
-    >>> found = modhifi.verify(small.model, "demo:test", against="demo:resnet", max_flip=0.25, samples=200)
-    >>> [v.verdict for v in found.verdicts if v.name == "max flip 0.25"]
+    >>> bounds = modhifi.verify(small.model, "demo:test", against="demo:resnet", max_flip=0.25, samples=200)
+    >>> [v.verdict for v in bounds.verdicts if v.name == "max flip 0.25"]
     ['PASS-STATISTICAL']
     """
     module = edited if isinstance(edited, nn.Module) else None
@@ -231,10 +232,10 @@ def verify(
     recipe = parse(
         {
             "task": "verify",
-            "directory": _place(edited),
-            **_said(against=None if original is None else {"name": original.source}),
-            "data": _said(source=source_name(data), samples=samples, window=window, allow_overlap=allow_overlap),
-            "checks": _said(
+            "directory": _directory_or_class(edited),
+            **_given_only(against=None if original is None else {"name": original.source}),
+            "data": _given_only(source=source_name(data), samples=samples, window=window, allow_overlap=allow_overlap),
+            "checks": _given_only(
                 max_flip=max_flip,
                 max_error=max_error,
                 confidence=confidence,
@@ -242,7 +243,7 @@ def verify(
                 not_a_sample=not_a_sample,
                 walked=walked,
             ),
-            **_said(seed=seed, batch_size=batch_size, out=_text(out)),
+            **_given_only(seed=seed, batch_size=batch_size, out=_path_text(out)),
         },
         "modhifi.verify",
     )
@@ -269,7 +270,7 @@ def audit(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Attack ``edited``, an artefact directory or a module that was made to forget; returns the JSON-able report.
+    """Attacks ``edited``, an artefact directory or a module that was made to forget; returns the JSON-able report.
 
     The manifest of an artefact knows the classes (``forget``: index or name) and the ``original``; a module needs both.
     ``data`` are images that the edit did not see, or with ``evaluate``, which the attacks and the test then take, any.
@@ -286,43 +287,43 @@ def audit(
     module = edited if isinstance(edited, nn.Module) else None
     if module is not None and original is None:
         raise ModhifiError("a module does not say what it was made from; give original=MODEL")
-    before = None if original is None else _loaded(original, data)
+    loaded_original = None if original is None else _loaded(original, data)
     recipe = parse(
         {
             "task": "audit",
-            "directory": _place(edited),
+            "directory": _directory_or_class(edited),
             "forget": _classes(forget),
-            "data": _said(source=source_name(data), samples=samples, evaluate=_name(evaluate)),
+            "data": _given_only(source=source_name(data), samples=samples, evaluate=_data_name(evaluate)),
             "checks": dict(checks or {}),
-            **_said(
-                original=None if before is None else before.source,
-                reference=_text(reference),
+            **_given_only(
+                original=None if loaded_original is None else loaded_original.source,
+                reference=_path_text(reference),
                 seed=seed,
                 batch_size=batch_size,
-                out=_text(out),
+                out=_path_text(out),
             ),
         },
         "modhifi.audit",
     )
-    given = Given(before, data, evaluate, edited=module)
+    given = Given(loaded_original, data, evaluate, edited=module)
     (done,) = run_recipe(recipe, Circumstances(device, given, force=force, progress=progress))
     return done.report
 
 
-def _said(**values: Any) -> dict[str, Any]:
-    """What is not None: of the rest the recipe knows the defaults."""
+def _given_only(**values: Any) -> dict[str, Any]:
+    """The values that are not None; for the others the recipe has defaults."""
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _text(path: str | Path | None) -> str | None:
+def _path_text(path: str | Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _name(data: Data | None) -> str | None:
+def _data_name(data: Data | None) -> str | None:
     return None if data is None else source_name(data)
 
 
-def _place(edited: str | Path | nn.Module) -> str:
+def _directory_or_class(edited: str | Path | nn.Module) -> str:
     return f"a {type(edited).__name__}" if isinstance(edited, nn.Module) else str(edited)
 
 
@@ -330,30 +331,8 @@ def _classes(forget: str | int | Sequence[str | int]) -> list[str]:
     return [str(c) for c in ([forget] if isinstance(forget, str | int) else forget)]
 
 
-def register_selector(name: str, order: Order, summary: str = "", source: str = "") -> None:
-    """Add a selector, a rule of which components go first, under a name that recipes and ``method`` then know.
-
-    ``order(readers, seed)`` gets what reads a group's n components, one :class:`modhifi.pruning.readers.Reader` for
-    each layer, and gives their numbers from first to last to go, int64 ``(n,)``. What goes is priced and compensated
-    as with any other selector. ``summary`` says in one line what the rule is, ``source`` where it is from.
-    Lasts as long as the program. Raises ModhifiError for a name that is taken; in :func:`prune`, for an order that is
-    no permutation.
-
-    >>> import modhifi, torch
-    >>> def last(readers, seed):
-    ...     n = len(readers[0].owner)
-    ...     return torch.arange(n - 1, -1, -1)
-    >>> modhifi.register_selector("last", last, "the last components go first")
-    >>> given = {"method": {"selector": "last", "layout": "uniform"}, "checks": {"walked": 0}}
-    >>> small = modhifi.prune("demo:resnet", "demo:calibration", ratio=0.5, samples=32, **given)
-    >>> small.plan.kept["conv1.0"]
-    (0, 1, 2, 3, 4, 5, 6, 7)
-    """
-    SELECTORS.register(Selector(name, summary, source, order))
-
-
 def _loaded(model: Model, data: Data) -> LoadedModel:
-    """A module that is neither timm's nor transformers' takes its example batch from the data."""
+    """Loads the model; a module of neither timm nor transformers takes its example batch from the data."""
     if isinstance(model, LoadedModel):
         return model
     if not isinstance(model, nn.Module) or hasattr(model, "pretrained_cfg") or hasattr(model, "config"):

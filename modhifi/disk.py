@@ -1,4 +1,4 @@
-"""Places on disk: where a run may write, asked before the work, and where it keeps what another run can use."""
+"""Directories on disk: checks of where a run writes, before any work, and the cache of what other runs can use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from modhifi.errors import ModhifiError
 from modhifi.staging import recover, stays
 
-# What a report's directory holds, and what may come to an artefact after it was written.
+# The entries of a report's directory, and those that are added to an artefact after it was written.
 REPORT = ("report.json", "report.html", "recipe.yaml")
 ADDED = ("model.onnx", "model.onnx.data", "model.pt2", "__pycache__")
 # The entries of an artefact whose manifest does not list them: weights, configuration, tokenizer, card, exports.
@@ -28,9 +28,9 @@ OWN = re.compile(
 
 
 def jsonable(value: Any) -> Any:
-    """The value with tuples as lists, tensors and numpy numbers as plain ones, paths as text.
+    """The value as JSON-able data: tuples as lists, tensors and numpy numbers as plain ones, paths as text.
 
-    NaN becomes null; an infinity, which JSON has not got, the text ``Infinity`` or ``-Infinity``.
+    NaN becomes null, and an infinity, which JSON does not have, the text ``Infinity`` or ``-Infinity``.
     """
     if isinstance(value, Mapping):
         return {str(k): jsonable(v) for k, v in value.items()}
@@ -47,40 +47,40 @@ def jsonable(value: Any) -> Any:
     return str(value)
 
 
-# The cache takes at most this share of what is free on its disk; the files used longest ago go first.
+# The largest share of its disk's free space that the cache takes; the files used longest ago are removed first.
 SHARE = 0.1
 
 
 def default_directory() -> Path:
-    """``$MODHIFI_CACHE``, or ``modhifi`` in the user's cache directory."""
-    named = os.environ.get("MODHIFI_CACHE")
-    if named:
-        return Path(named)
+    """The cache directory: ``$MODHIFI_CACHE``, or ``modhifi`` in the user's cache directory."""
+    configured = os.environ.get("MODHIFI_CACHE")
+    if configured:
+        return Path(configured)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modhifi"
 
 
 def make_room(path: Path, needed: int) -> bool:
-    """Whether a file of ``needed`` bytes may be written to ``path``; older ones beside it are removed for it."""
+    """Makes room in the cache for a file of ``needed`` bytes, by removing older ones; False where it is too large."""
     directory = path.parent
     directory.mkdir(parents=True, exist_ok=True)
-    files = {other: other.stat() for other in directory.glob("*.safetensors") if other != path}
+    files = {file: file.stat() for file in directory.glob("*.safetensors") if file != path}
     used = sum(s.st_size for s in files.values())
     limit = (shutil.disk_usage(directory).free + used) * SHARE
     if needed > limit:
         return False
-    for other, facts in sorted(files.items(), key=lambda item: item[1].st_mtime):
+    for file, stat in sorted(files.items(), key=lambda item: item[1].st_mtime):
         if used + needed <= limit:
             break
-        other.unlink(missing_ok=True)
-        used -= facts.st_size
+        file.unlink(missing_ok=True)
+        used -= stat.st_size
     return True
 
 
 def check_output(out: str | Path, force: bool = False, reads: Iterable[Path] = ()) -> None:
-    """Raise ModhifiError if a directory could not be written to ``out``: ask before the work, not after it.
+    """Raises ModhifiError, before any work, if a directory could not be written to ``out``.
 
     ``force`` replaces an empty directory or what modhifi wrote, never anything else, and never what the run ``reads``
-    (the model, the data, the recipe) or stands in. Whether ``out`` can be made is tried, not guessed.
+    (the model, the data, the recipe) or its working directory. Whether ``out`` can be created is tested by creating it.
     """
     out = Path(out).expanduser().absolute()
     recover(out)
@@ -89,19 +89,19 @@ def check_output(out: str | Path, force: bool = False, reads: Iterable[Path] = (
     if os.path.isdir(out) and any(_entries(out)):
         if not force:
             raise ModhifiError(f"{out} is not empty; give another directory, or --force to replace it")
-        real = out.resolve()
-        for path, what in ((Path.cwd(), "the current directory"), (Path.home(), "the home directory")):
-            if path.is_relative_to(real):
-                raise ModhifiError(f"{out} holds {what} and is not replaced; give another one")
+        resolved = out.resolve()
+        for path, description in ((Path.cwd(), "the current directory"), (Path.home(), "the home directory")):
+            if path.is_relative_to(resolved):
+                raise ModhifiError(f"{out} holds {description} and is not replaced; give another one")
         for path in reads:
-            if path.resolve().is_relative_to(real):
+            if path.resolve().is_relative_to(resolved):
                 raise ModhifiError(f"{out} holds {path}, which this run reads, and is not replaced; give another one")
-        if (strange := foreign(out)) is not None:
+        if (unknown := foreign(out)) is not None:
             raise ModhifiError(
-                f"{out} holds '{strange}', which modhifi did not write, and is not replaced; move it away, or give "
+                f"{out} holds '{unknown}', which modhifi did not write, and is not replaced; move it away, or give "
                 "another directory"
             )
-    _try_to_make(out)
+    _try_to_create(out)
 
 
 def foreign(directory: Path) -> str | None:
@@ -113,7 +113,7 @@ def foreign(directory: Path) -> str | None:
     names = {path.name for path in entries}
     known = set(REPORT)
     if "modhifi.json" in names:
-        known |= _written(directory) or {name for name in names if OWN.fullmatch(name)}
+        known |= _listed_entries(directory) or {name for name in names if OWN.fullmatch(name)}
     elif "recipe.yaml" in names and "report.json" not in names:
         known |= {p.name for p in entries if p.is_dir() and not p.is_symlink() and foreign(p) is None}
     elif "report.json" not in names:
@@ -122,11 +122,11 @@ def foreign(directory: Path) -> str | None:
 
 
 def _entries(directory: Path) -> list[Path]:
-    """What stands in a directory, but for what a file system puts into its root."""
+    """The entries of a directory, without those that a file system puts into its root."""
     return [path for path in directory.iterdir() if path.name != "lost+found"]
 
 
-def _written(directory: Path) -> set[str]:
+def _listed_entries(directory: Path) -> set[str]:
     """The entries that an artefact's manifest names as its own, and those that an export or a loader adds."""
     try:
         names = json.loads((directory / "modhifi.json").read_text(encoding="utf-8")).get("written", [])
@@ -135,36 +135,36 @@ def _written(directory: Path) -> set[str]:
         return set()
 
 
-def _try_to_make(out: Path) -> None:
-    """Make a directory and take it away again, with the parents that it needed."""
-    place = out if stays(out) else out.parent
-    made: list[Path] = []
+def _try_to_create(out: Path) -> None:
+    """Creates a directory and removes it again, with the parents that it needed."""
+    parent = out if stays(out) else out.parent
+    created: list[Path] = []
     try:
         for path in (*reversed(out.parents), out):
             if not os.path.lexists(path):
                 path.mkdir()
-                made.append(path)
-        tempfile.TemporaryDirectory(prefix=".modhifi-", dir=place).cleanup()
+                created.append(path)
+        tempfile.TemporaryDirectory(prefix=".modhifi-", dir=parent).cleanup()
     except OSError as error:
         raise ModhifiError(
             f"cannot write to {out}: {error.strerror or error}; give --out a directory that can be written"
         ) from error
     finally:
-        for path in reversed(made):
+        for path in reversed(created):
             path.rmdir()
 
 
 def check_file(path: Path | None, option: str, *, within: str | Path | None = None, **endings: str) -> None:
-    """Raise ModhifiError if a file could not be written to ``path``: ask before the work, not after it.
+    """Raises ModhifiError, before any work, if a file could not be written to ``path``.
 
-    ``endings`` are what the format may be, each with its name, ``md="Markdown"`` say. ``within`` is a directory that
-    the work makes.
+    ``endings`` are the allowed endings, each with the name of its format (``md="Markdown"``). ``within`` is a directory
+    that the run creates.
     """
     if path is None:
         return
     if path.suffix.removeprefix(".") not in endings:
         formats = " or ".join(f".{ending} ({name})" for ending, name in endings.items())
         raise ModhifiError(f"{option} {path}: the ending says the format; use {formats}")
-    made = within is not None and path.absolute().is_relative_to(Path(within).expanduser().absolute())
-    if not made and not path.absolute().parent.is_dir():
+    made_by_run = within is not None and path.absolute().is_relative_to(Path(within).expanduser().absolute())
+    if not made_by_run and not path.absolute().parent.is_dir():
         raise ModhifiError(f"{option} {path}: there is no directory {path.parent}; make it first")

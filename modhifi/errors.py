@@ -22,7 +22,7 @@ class SelfTestFailed(ModhifiError):
 
 
 class IndefiniteError(ModhifiError):
-    """A Gram matrix that no damping makes positive definite."""
+    """A Gram matrix is not positive definite, whatever the damping. Exit code 2."""
 
     def __init__(self) -> None:
         super().__init__(

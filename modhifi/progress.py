@@ -1,4 +1,4 @@
-"""The stages of a run: how long each took, a line in the log for each, and progress that shows which one is running."""
+"""The stages of a run: their times, the log, and the progress that shows which one is running."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from importlib import metadata
 
 Progress = Callable[[str, int, int], None]
+"""A callback that gets the stage, the number of finished steps and their total."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -21,7 +22,10 @@ PACKAGES = ("modhifi", "torch", "timm", "transformers")
 
 
 class Clock:
-    """``seconds`` by stage; ``lines`` is the log so far, which also goes to the logger ``modhifi``."""
+    """The times and the log of a run.
+
+    ``seconds`` holds the time of each stage, ``lines`` the log so far, which also goes to the logger ``modhifi``.
+    """
 
     def __init__(self, progress: Progress = silent, command: str = "") -> None:
         self.outer = progress
@@ -33,7 +37,7 @@ class Clock:
             self.note(command)
 
     def note(self, text: str) -> None:
-        """A line for the log."""
+        """Adds a line to the log."""
         self.lines.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
         logger.info(text)
 
@@ -42,11 +46,12 @@ class Clock:
         return "\n".join(self.lines) + "\n"
 
     def inner(self, stage: str, done: int, total: int) -> None:
-        """Progress inside the running stage."""
+        """Reports progress inside the running stage."""
         self.outer(f"  {stage}", done, total)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Times the block as the stage ``name`` and logs its end, also by an exception."""
         self.outer(name, 0, 1)
         start = time.perf_counter()
         try:
@@ -61,7 +66,7 @@ class Clock:
 
 
 def version_of(name: str) -> str:
-    """The installed version of a package, in words where there is none."""
+    """The installed version of a package, or the words ``not installed as a package``."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -1,6 +1,6 @@
-"""One registry a kind of thing: a selector, a data source, an attack is one small file that registers itself.
+"""The registry of one kind of thing: a selector, a data source, an attack is one small file that registers itself.
 
-Whatever lists the choices (recipes, the command line, the docs) asks the registry, so that a new file is all it takes.
+Recipes, the command line and the docs list the entries of a registry, so that a new entry takes one new file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from modhifi.errors import ModhifiError
 
 
 class Entry(Protocol):
-    """``summary`` says in one line what the entry does, ``source`` names the paper or equation, empty for ours."""
+    """An entry of a registry: ``summary`` describes it in one line, ``source`` names its paper, empty for ours."""
 
     @property
     def name(self) -> str: ...
@@ -31,7 +31,7 @@ E = TypeVar("E", bound=Entry)
 class Registry(Mapping[str, E], Generic[E]):
     """The entries of one kind by name, in the order in which they were registered.
 
-    ``kind`` is what an error calls them, in the singular: "selector".
+    ``kind`` names an entry in errors, in the singular: "selector".
     """
 
     def __init__(self, kind: str) -> None:
@@ -40,7 +40,7 @@ class Registry(Mapping[str, E], Generic[E]):
         self.aliases: dict[str, str] = {}
 
     def register(self, entry: E, *aliases: str) -> E:
-        """Add an entry under its name and its aliases. Raises ModhifiError for a name that is taken."""
+        """Adds an entry under its name and its aliases; raises ModhifiError for a name that is taken."""
         for name in (entry.name, *aliases):
             if name in self.entries or name in self.aliases:
                 raise ModhifiError(f"there is a {self.kind} '{name}' already; give another name")
@@ -49,18 +49,18 @@ class Registry(Mapping[str, E], Generic[E]):
         return entry
 
     def discover(self, package: str) -> None:
-        """Import every file of a package, each of which registers what it defines, by its name's order."""
+        """Imports every file of a package, in the order of their names; each registers its entries."""
         path = importlib.import_module(package).__path__
         for module in sorted(pkgutil.iter_modules(path), key=lambda m: m.name):
             importlib.import_module(f"{package}.{module.name}")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name that may be given, aliases last."""
+        """Every valid name, aliases last."""
         return (*self.entries, *self.aliases)
 
     def __getitem__(self, name: str) -> E:
-        """The entry of a name or alias. Raises ModhifiError, with the nearest names, for an unknown one."""
+        """The entry of a name or alias; raises ModhifiError, with the nearest name, for an unknown one."""
         if self.aliases.get(name, name) not in self.entries:
             raise ModhifiError(f"{self.unknown(name)}")
         return self.entries[self.aliases.get(name, name)]
@@ -75,9 +75,9 @@ class Registry(Mapping[str, E], Generic[E]):
         return len(self.entries)
 
     def unknown(self, name: object) -> str:
-        """What to say of a name that is not registered."""
-        close = difflib.get_close_matches(str(name), self.names, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"choose one of {', '.join(self.names)}"
+        """The error message for a name that is not registered."""
+        nearest = difflib.get_close_matches(str(name), self.names, n=1)
+        hint = f"did you mean '{nearest[0]}'?" if nearest else f"choose one of {', '.join(self.names)}"
         return f"unknown {self.kind} '{name}'; {hint}"
 
 

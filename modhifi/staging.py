@@ -1,8 +1,8 @@
 """Directories that appear whole or not at all: filled beside their place, and exchanged into it in one step.
 
 Where the system offers it (Linux), the new directory and the old one change places in a single call, so that a
-reader, a crash or ``kill -9`` meets one of the two, whole. Elsewhere the old one is renamed for a moment, and whoever
-comes next puts it back.
+reader, a crash or ``kill -9`` finds one of the two, whole. Elsewhere the old one is renamed for a moment, and after a
+crash the next run restores it.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from modhifi.errors import ModhifiError
 if os.name == "posix":
     import fcntl
 
-# Of the flags of renameat2(2); AT_FDCWD is what stands for the current directory.
+# Flags of renameat2(2); AT_FDCWD means the current directory.
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
-# What arrives meanwhile waits until the directories have changed places.
+# The signals that wait until the directories have changed places.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 @contextmanager
 def staging(out: Path) -> Iterator[Path]:
-    """A directory to fill, which takes the place of ``out`` if the block ends well and vanishes if it does not.
+    """Yields a directory to fill, which replaces ``out`` if the block succeeds and is removed if it raises.
 
-    What ``out`` held is gone afterwards: ask :func:`modhifi.disk.check_output` before. A mount point, and a directory
-    whose parent cannot be written, stays itself and changes its entries, with the old ones put back on any exception.
+    The old content of ``out`` is lost: call :func:`modhifi.disk.check_output` before. A mount point, and a directory
+    whose parent cannot be written, stays and has its entries replaced, with the old ones restored on any exception.
     Raises ModhifiError where the disk is full or cannot be written.
     """
     inside = stays(out)
@@ -66,32 +66,32 @@ def stays(out: Path) -> bool:
 
 
 def exchange(fresh: Path, out: Path, aside: Path) -> None:
-    """Put ``fresh`` where ``out`` is; what was there goes to ``aside``, or to where ``fresh`` was.
+    """Moves ``fresh`` to the place of ``out``; the old directory moves to ``aside``, or to the place of ``fresh``.
 
-    One system call on Linux. Elsewhere two renames, of which the first is undone where the second fails.
+    That is one system call on Linux, elsewhere two renames, of which the first is undone where the second fails.
     """
     if _exchanged(fresh, out):
         return
-    kept = out.with_name(f".{_short(out.name)}.replaced")
-    os.rename(out, kept)
+    backup = out.with_name(f".{_short(out.name)}.replaced")
+    os.rename(out, backup)
     try:
         os.rename(fresh, out)
     except BaseException:
-        os.rename(kept, out)
+        os.rename(backup, out)
         raise
-    os.rename(kept, aside)
+    os.rename(backup, aside)
 
 
 def recover(out: Path) -> None:
-    """Bring ``out`` back where a run was killed between the two renames of :func:`exchange`, and in a mount point."""
+    """Restores ``out`` where a run was killed between the two renames of :func:`exchange` or inside a mount point."""
     if not out.name:
         return  # the root
-    kept = out.with_name(f".{_short(out.name)}.replaced")
-    if kept.is_dir():
+    backup = out.with_name(f".{_short(out.name)}.replaced")
+    if backup.is_dir():
         if os.path.lexists(out):
-            shutil.rmtree(kept)  # killed behind the second rename
+            shutil.rmtree(backup)  # killed behind the second rename
         else:
-            os.rename(kept, out)
+            os.rename(backup, out)
     if os.path.isdir(out):
         for folder in out.glob(".modhifi-*"):
             if (folder / "old").is_dir() and not _in_use(folder):
@@ -100,7 +100,7 @@ def recover(out: Path) -> None:
 
 
 def _exchanged(first: Path, second: Path) -> bool:
-    """Whether the system let two directories change places; False where it or the file system cannot."""
+    """Exchanges two directories in one system call; False where the system or the file system cannot."""
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
     if call is None:
         return False
@@ -113,7 +113,7 @@ def _exchanged(first: Path, second: Path) -> bool:
 
 
 def _change_entries(fresh: Path, out: Path, folder: Path) -> None:
-    """The entries of ``fresh`` in place of those of ``out``, which stays; ``folder`` is inside it."""
+    """Replaces the entries of ``out``, which stays, by those of ``fresh``; ``folder`` is inside ``out``."""
     old = folder / "old"
     (folder / "entries").write_text("\0".join(sorted(p.name for p in fresh.iterdir())), encoding="utf-8")
     old.mkdir()
@@ -131,7 +131,7 @@ def _change_entries(fresh: Path, out: Path, folder: Path) -> None:
 
 
 def _put_back(old: Path, out: Path, new: list[str]) -> None:
-    """The old entries of a directory, in place of those new ones that have come already."""
+    """Restores the old entries of a directory and removes the new ones that have arrived already."""
     for name in new:
         path = out / name
         if path.is_dir() and not path.is_symlink():
@@ -143,7 +143,7 @@ def _put_back(old: Path, out: Path, new: list[str]) -> None:
 
 
 def _names(file: Path) -> list[str]:
-    """The entries that a killed run was about to bring; none where it had not come so far."""
+    """The names of the entries that a killed run was about to move in; none where it was killed before."""
     with suppress(OSError):
         return [name for name in file.read_text(encoding="utf-8").split("\0") if name]
     return []
@@ -151,10 +151,10 @@ def _names(file: Path) -> list[str]:
 
 @contextmanager
 def _workplace(place: Path, name: str) -> Iterator[Path]:
-    """A directory of this process beside (or inside) the output, gone at the end; those of dead processes go first."""
-    for left in place.glob(".modhifi-*"):
-        if left.is_dir() and not _in_use(left):
-            shutil.rmtree(left, ignore_errors=True)
+    """Yields a directory of this process beside (or inside) the output; those of dead processes are removed first."""
+    for leftover in place.glob(".modhifi-*"):
+        if leftover.is_dir() and not _in_use(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
     with _signals_held():
         folder = Path(tempfile.mkdtemp(prefix=f".modhifi-{_short(name)}-", dir=place))
         lock = _lock(folder)
@@ -168,7 +168,7 @@ def _workplace(place: Path, name: str) -> Iterator[Path]:
 
 
 def _lock(folder: Path) -> int | None:
-    """A lock on a directory, which ends with this process; None where another process has it, or none can be had."""
+    """Locks a directory until this process ends; None where another process holds the lock or locks do not exist."""
     if os.name != "posix":
         return None
     number = os.open(folder, os.O_RDONLY)
@@ -189,18 +189,18 @@ def _in_use(folder: Path) -> bool:
 
 
 def _short(name: str) -> str:
-    """A name that leaves room for what is put around it: file systems take 255 bytes."""
+    """The first 100 bytes of a name, which leave room for a prefix and a suffix: file systems take 255."""
     return os.fsdecode(os.fsencode(name)[:100])
 
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Inside, the signals that end a run wait; only the main thread gets any."""
+    """Blocks the signals that end a run until the block ends; only the main thread gets any."""
     if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)

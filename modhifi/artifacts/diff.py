@@ -1,4 +1,4 @@
-"""Compare two runs: artefact directories, or the report.json of any task."""
+"""The comparison of two runs: artefact directories, or the report.json of any task."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ ABSENT = "absent"
 
 
 def diff_runs(first: str | Path, second: str | Path) -> dict[str, Any]:
-    """What differs between two runs, JSON-able; parts without a difference are empty.
+    """The differences between two runs, JSON-able; parts without a difference are empty.
 
     ``same_weights`` is None where one of the two is no artefact. ``figures``: each measure's result in both (the
     report's ``after``), with the change; ``widths``: groups that keep other numbers of components, or other components
-    (``moved``: how many are kept by one alone); ``settings``: keys with other values; ``verdicts``.
+    (``moved`` is the number that one run alone keeps); ``settings``: keys with other values; ``verdicts``.
     Raises ModhifiError for a path that is neither an artefact nor a report.
     """
-    (a, one), (b, two) = _read(Path(first)), _read(Path(second))
+    (first_report, first_manifest), (second_report, second_manifest) = _read(Path(first)), _read(Path(second))
     return {
         "first": str(first),
         "second": str(second),
-        "same_weights": None if one is None or two is None else one.weights.files == two.weights.files,
-        "figures": _figures(a, b),
-        "widths": _widths(a, b, one, two),
-        "settings": _changed(_flat(a.get("settings")), _flat(b.get("settings"))),
-        "verdicts": _changed(_verdicts(a), _verdicts(b)),
+        "same_weights": None
+        if first_manifest is None or second_manifest is None
+        else first_manifest.weights.files == second_manifest.weights.files,
+        "figures": _figures(first_report, second_report),
+        "widths": _widths(first_report, second_report, first_manifest, second_manifest),
+        "settings": _changed(_flat(first_report.get("settings")), _flat(second_report.get("settings"))),
+        "verdicts": _changed(_verdicts(first_report), _verdicts(second_report)),
     }
 
 
@@ -47,31 +49,34 @@ def _read(path: Path) -> tuple[dict[str, Any], Manifest | None]:
     return report, read_manifest(file.parent) if (file.parent / MANIFEST).is_file() else None
 
 
-def _figures(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
-    rows = [{row["name"]: row for row in report.get("before_after") or []} for report in (a, b)]
-    found = []
+def _figures(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = [{row["name"]: row for row in report.get("before_after") or []} for report in (first, second)]
+    figures = []
     for name in dict.fromkeys([*rows[0], *rows[1]]):
-        one, two = (r.get(name, {}) for r in rows)
-        unit = one.get("unit", two.get("unit", ""))
-        row = {"name": name, "unit": unit, "before": one.get("after"), "after": two.get("after")}
-        found.append(
+        first_row, second_row = (r.get(name, {}) for r in rows)
+        unit = first_row.get("unit", second_row.get("unit", ""))
+        row = {"name": name, "unit": unit, "before": first_row.get("after"), "after": second_row.get("after")}
+        figures.append(
             {"name": name, "unit": unit, "first": row["before"], "second": row["after"], "change": change(row)}
         )
-    return found
+    return figures
 
 
 def _widths(
-    a: Mapping[str, Any], b: Mapping[str, Any], one: Manifest | None, two: Manifest | None
+    first_report: Mapping[str, Any],
+    second_report: Mapping[str, Any],
+    first_manifest: Manifest | None,
+    second_manifest: Manifest | None,
 ) -> list[dict[str, Any]]:
-    kept = [{g["name"]: g["kept"] for g in report.get("groups") or []} for report in (a, b)]
-    sets = [{g.name: set(g.kept) for g in m.groups} if m is not None else {} for m in (one, two)]
-    found = []
+    kept = [{g["name"]: g["kept"] for g in report.get("groups") or []} for report in (first_report, second_report)]
+    sets = [{g.name: set(g.kept) for g in m.groups} if m is not None else {} for m in (first_manifest, second_manifest)]
+    widths = []
     for name in dict.fromkeys([*kept[0], *kept[1]]):
-        moved = len(sets[0][name] ^ sets[1][name]) if all(name in s for s in sets) else None
-        first, second = kept[0].get(name), kept[1].get(name)
-        if first != second or moved:
-            found.append({"name": name, "first": first, "second": second, "moved": moved})
-    return found
+        swapped = len(sets[0][name] ^ sets[1][name]) if all(name in s for s in sets) else None
+        first_kept, second_kept = kept[0].get(name), kept[1].get(name)
+        if first_kept != second_kept or swapped:
+            widths.append({"name": name, "first": first_kept, "second": second_kept, "moved": swapped})
+    return widths
 
 
 def _verdicts(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,10 +92,10 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def _changed(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
-    names = dict.fromkeys([*a, *b])
+def _changed(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dict[str, Any]]:
+    names = dict.fromkeys([*first, *second])
     return [
-        {"name": name, "first": a.get(name, ABSENT), "second": b.get(name, ABSENT)}
+        {"name": name, "first": first.get(name, ABSENT), "second": second.get(name, ABSENT)}
         for name in names
-        if a.get(name, ABSENT) != b.get(name, ABSENT)
+        if first.get(name, ABSENT) != second.get(name, ABSENT)
     ]

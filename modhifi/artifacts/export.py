@@ -1,4 +1,4 @@
-"""An edited model as one file that runs without modhifi, checked against the model it was made from."""
+"""Exporting an edited model to one file that runs without modhifi, checked against the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOLERANCE = 1e-4
 
 
 class MainOutput(nn.Module):
-    """The main output alone, as a function of the input batch alone."""
+    """The model as a function of the input batch alone, which returns the main output alone."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -35,15 +35,15 @@ class MainOutput(nn.Module):
 
 
 @torch.no_grad()
-def export(model: nn.Module, example: Tensor, path: str | Path, kind: str) -> float:
-    """Write the model (eval mode, on the CPU) in one of the formats of :data:`EXPORTS`, with a dynamic batch axis.
+def export(model: nn.Module, example: Tensor, path: str | Path, format_name: str) -> float:
+    """Writes the model (eval mode, on the CPU) in one of the formats of :data:`EXPORTS`, with a dynamic batch axis.
 
     ``example`` is a batch of at least 2 inputs. The file is read back, run on batches of two sizes and compared with
     the model; returns the largest absolute difference. Raises ModhifiError for an unknown format, if packages are
     missing or the model cannot be exported, and GateFailed, leaving no file, if an output differs by more than 1e-4
     absolute plus 1e-4 of its size.
     """
-    file_format = EXPORTS[kind]
+    file_format = EXPORTS[format_name]
     file_format.check()
     path = Path(path)
     wrapped = MainOutput(model).eval()
@@ -56,12 +56,16 @@ def export(model: nn.Module, example: Tensor, path: str | Path, kind: str) -> fl
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
             # Under its final name: a file may refer by name to another one beside it that holds large weights.
             file = Path(folder) / path.name
-            with explained(f"export to {kind}"), _quiet():
+            with explained(f"export to {format_name}"), _quiet():
                 run = file_format.write(wrapped, example, file)
                 pairs = [(wrapped(batch), run(batch)) for batch in batches]
-            difference = max((ours.double() - theirs.double()).abs().max().item() for ours, theirs in pairs)
-            if not all(torch.allclose(theirs, ours, rtol=TOLERANCE, atol=TOLERANCE) for ours, theirs in pairs):
-                raise GateFailed(f"the exported {kind} file differs from the model by {difference:.3g}; it is not kept")
+            difference = max((expected.double() - outputs.double()).abs().max().item() for expected, outputs in pairs)
+            if not all(
+                torch.allclose(outputs, expected, rtol=TOLERANCE, atol=TOLERANCE) for expected, outputs in pairs
+            ):
+                raise GateFailed(
+                    f"the exported {format_name} file differs from the model by {difference:.3g}; it is not kept"
+                )
             for piece in Path(folder).iterdir():
                 os.replace(piece, path.parent / piece.name)
     except OSError as error:
@@ -71,7 +75,7 @@ def export(model: nn.Module, example: Tensor, path: str | Path, kind: str) -> fl
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """Exporters talk on stdout, which belongs to ``--json``, and warn of their own deprecations."""
+    """Silences exporters, which print on stdout, where ``--json`` goes, and warn of their own deprecations."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

@@ -13,15 +13,15 @@ from modhifi.models.manifest import Manifest, ModelEntry
 
 PIPELINES = {"image": "image-classification", "text": "text-generation", "encoder": "feature-extraction"}
 HEADS = {"SequenceClassification": "text-classification", "MaskedLM": "fill-mask"}
-# Names of the hub for what a run measures with labels or text.
+# The hub's names of the figures that a run measures with labels or text.
 METRICS = ("accuracy", "perplexity")
 TAGS = {"prune": "pruned", "unlearn": "unlearned"}
 
 
-def model_card(name: str, manifest: Manifest, report: Mapping[str, Any], place: str = ".") -> str:
-    """The card of an artefact called ``name``, from its manifest and report.
+def model_card(name: str, manifest: Manifest, report: Mapping[str, Any], location: str = ".") -> str:
+    """The model card of an artefact called ``name``, as Markdown, from its manifest and report.
 
-    ``place`` is where the snippet loads it from: the directory, or ``hf:ORG/NAME``.
+    ``location`` is the address in its code: the directory, or ``hf:ORG/NAME``.
     """
     base, model, task = manifest.base, manifest.model, manifest.task or "edit"
     stock, framework = model.stock, model.framework
@@ -46,8 +46,8 @@ def model_card(name: str, manifest: Manifest, report: Mapping[str, Any], place: 
         "with forward passes only.\n",
         f"Licence of the base model: {base.licence or 'not stated'}.\n",
         "## Load\n",
-        _snippet(framework, stock, place),
-        *_remote(model.remote, place),
+        _snippet(framework, stock, location),
+        *_remote(model.remote, location),
         *_results(report),
         "## Files\n",
         "`modhifi.json`: what was kept and measured; `recipe.yaml`: repeats the run; `report.html`: shows it.\n",
@@ -65,7 +65,7 @@ def _pipeline(model: ModelEntry) -> str | None:
 
 
 def _licence(licence: str | None) -> dict[str, Any]:
-    """The hub knows licences by lower-case identifiers; any other one has a name beside ``other``."""
+    """The metadata of a licence: a lower-case identifier of the hub, or ``other`` with a name."""
     if licence is None:
         return {}
     if re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", licence):
@@ -73,27 +73,27 @@ def _licence(licence: str | None) -> dict[str, Any]:
     return {"license": "other", "license_name": licence}
 
 
-def _snippet(framework: str, stock: str | None, place: str) -> str:
-    remark = "  # this directory" if place == "." else ""
+def _snippet(framework: str, stock: str | None, location: str) -> str:
+    comment = "  # this directory" if location == "." else ""
     if stock and framework == "timm":
-        where = f"hf-hub:{place.removeprefix('hf:')}" if place.startswith("hf:") else f"local-dir:{place}"
-        code = f'import timm\n\nmodel = timm.{stock}("{where}", pretrained=True){remark}'
+        argument = f"hf-hub:{location.removeprefix('hf:')}" if location.startswith("hf:") else f"local-dir:{location}"
+        code = f'import timm\n\nmodel = timm.{stock}("{argument}", pretrained=True){comment}'
     elif stock:
-        where = place.removeprefix("hf:")
-        code = f'from transformers import {stock}\n\nmodel = {stock}.from_pretrained("{where}"){remark}'
+        argument = location.removeprefix("hf:")
+        code = f'from transformers import {stock}\n\nmodel = {stock}.from_pretrained("{argument}"){comment}'
     elif framework == "torch":
-        remark = "  # dense: the module before the edit"
-        code = f'import modhifi\n\nmodel = modhifi.load("{place}", skeleton=dense){remark}'
+        comment = "  # dense: the module before the edit"
+        code = f'import modhifi\n\nmodel = modhifi.load("{location}", skeleton=dense){comment}'
     else:
-        code = f'import modhifi\n\nmodel = modhifi.load("{place}"){remark}'
+        code = f'import modhifi\n\nmodel = modhifi.load("{location}"){comment}'
     return f"```python\n{code}\n```\n"
 
 
-def _remote(auto: str | None, place: str) -> list[str]:
-    """How transformers alone loads layers of unequal widths, with the code in the directory."""
+def _remote(auto: str | None, location: str) -> list[str]:
+    """The sentence on loading layers of unequal widths with transformers alone and the code in the directory."""
     if not auto:
         return []
-    call = f'{auto}.from_pretrained("{place.removeprefix("hf:")}", trust_remote_code=True)'
+    call = f'{auto}.from_pretrained("{location.removeprefix("hf:")}", trust_remote_code=True)'
     return [f"Or with transformers alone and the code that comes with the model: `{call}`.\n"]
 
 

@@ -1,4 +1,4 @@
-"""Upload an artefact to the Hugging Face hub; nothing is ever uploaded unless it was asked for."""
+"""Uploading an artefact to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modhifi.models.manifest import read_manifest
 
 
 def check_push(repo: str) -> None:
-    """Raise ModhifiError for a name that the hub cannot have and without a login: before the work, not after it."""
+    """Raises ModhifiError, before any work, for a name that the hub does not allow and without a login."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils import validate_repo_id
 
@@ -26,9 +26,9 @@ def check_push(repo: str) -> None:
 
 
 def push(directory: Path, repo: str) -> str:
-    """Upload an artefact as a model repository, made private if it is new; the commit's address.
+    """Uploads an artefact as a model repository, private if it is new; returns the commit's URL.
 
-    The card that is uploaded says how to load the model from there. Raises ModhifiError where the hub refuses.
+    The uploaded card loads the model from the hub. Raises ModhifiError where the hub refuses.
     """
     from huggingface_hub import HfApi
 
@@ -40,7 +40,7 @@ def push(directory: Path, repo: str) -> str:
         shutil.copytree(directory, copy)
         (copy / "README.md").write_text(model_card(repo.split("/")[-1], manifest, report, f"hf:{repo}"), "utf-8")
         api.create_repo(repo, private=True, exist_ok=True)
-        done = api.upload_folder(
+        commit = api.upload_folder(
             repo_id=repo, folder_path=copy, commit_message=f"Add a model edited with modhifi {manifest.task}"
         )
-    return str(done.commit_url)
+    return str(commit.commit_url)

@@ -51,19 +51,19 @@ class FreshProcess:
         return f"it fails in a fresh process: {(errors.strip().splitlines() or ['no message'])[-1]}"
 
 
-def reload_alike(
-    path: Path, loaded: LoadedModel, edited: nn.Module, held: Samples, process: FreshProcess | None = None
+def check_reload(
+    path: Path, original: LoadedModel, edited: nn.Module, held: Samples, process: FreshProcess | None = None
 ) -> Tensor:
-    """Load an artefact again and compare its outputs with those of ``edited``, on the CPU; the batch that was used.
+    """Loads an artefact again and compares its outputs with those of ``edited``, on the CPU; returns the batch used.
 
-    ``process`` is one that was started before. Where no library builds the dense module anew, the one in memory is its
-    skeleton. Raises SelfTestFailed if anything differs.
+    The batch holds at most 4 held-out samples; ``process`` is one that was started before. Where no library builds the
+    dense module, ``original`` is its skeleton. Raises SelfTestFailed if anything differs.
     """
     batch = next(held.batches(min(4, len(held))))
     with torch.no_grad():
-        expected = loaded.logits(batch, edited)
-    own = read_manifest(path).model.framework == "torch"
-    verify_reload(path, batch, expected, loaded.model if own else None, process)
+        expected = original.logits(batch, edited)
+    needs_skeleton = read_manifest(path).model.framework == "torch"
+    verify_reload(path, batch, expected, original.model if needs_skeleton else None, process)
     return batch
 
 
@@ -74,7 +74,7 @@ def verify_reload(
     skeleton: nn.Module | None = None,
     process: FreshProcess | None = None,
 ) -> None:
-    """Load the artefact in a fresh process and compare its outputs on ``batch`` with ``expected``, bit for bit.
+    """Loads the artefact in a fresh process and compares its outputs on ``batch`` with ``expected``, bit for bit.
 
     ``expected`` are the logits of the model in memory, computed on the CPU. With a ``skeleton``, which no other process
     has, the artefact is loaded in this one. Raises SelfTestFailed if anything differs or the process fails.
@@ -99,13 +99,13 @@ def compare_outputs(outputs: Tensor, expected: Tensor) -> str:
 
 
 def _child() -> None:
-    """What a :class:`FreshProcess` does."""
+    """Runs in a :class:`FreshProcess`: imports, waits for a request, and prints what differs."""
     importlib.import_module(sys.argv[1])
     line = sys.stdin.readline()
     if not line:
         return  # the run ended without an artefact
     directory, file, threads = json.loads(line)
     torch.set_num_threads(threads)
-    given = load_file(file)
+    tensors = load_file(file)
     with torch.inference_mode():
-        print(compare_outputs(load_artifact(directory).logits(given["batch"].clone()), given["expected"]))
+        print(compare_outputs(load_artifact(directory).logits(tensors["batch"].clone()), tensors["expected"]))

@@ -1,4 +1,4 @@
-"""A pruned transformer whose layers differ: a few lines of code in its directory with which transformers loads it.
+"""Code in the directory of a pruned transformer with unequal layers, with which transformers alone loads it.
 
 The code builds the family's own class and narrows its layers to the shapes that ``config.json`` records. It needs no
 modhifi, but ``trust_remote_code=True``.
@@ -44,9 +44,9 @@ class $name(Stock):
 
 
 def add_code(directory: Path, config: Any, changes: dict[str, Any]) -> str | None:
-    """Write the code beside the model and name it in ``config``; the Auto class that then loads the directory.
+    """Writes the code beside the model and names it in ``config``, in place; returns the Auto class that then loads it.
 
-    ``changes`` are those of `skeleton.differences`. None, and nothing written, where they are not only
+    ``changes`` are those of `skeleton.differences`. Returns None, and writes nothing, where they are not only
     narrower layers of a class of transformers.
     """
     name = config.architectures[0]

@@ -1,6 +1,6 @@
 """One run as ``report.json`` and as one self-contained page, ``report.html``, which can be rendered from it again.
 
-The schema, version 1; every part but ``title`` may be missing, and what is missing was not measured:
+The schema, version 1; every part but ``title`` may be missing, which means that it was not measured:
 
 * ``schema_version``, ``title``, ``task``, ``command`` (text; the command that repeats the run)
 * ``model``, ``data``, ``settings``, ``errors``: names and values, one level of nesting allowed;
@@ -34,16 +34,16 @@ SCHEMA_VERSION = 1
 NOT_MEASURED = "not measured"
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 SMALL = ((1.0, ""), (1e-3, "m"), (1e-6, "µ"))
-# Drawn with these, then replaced by what follows the page's light or dark colours.
+# Placeholders that charts are drawn with; the page's light or dark colours then replace them.
 INK, STRONG, FAINT = "#010203", "#010204", "#010205"
 COLOURS = {INK: "currentColor", STRONG: "var(--accent)", FAINT: "var(--faint)"}
 LABELLED_ROWS = 80
-# What a bound is called that answers no tolerance: a rung of the ladder, shown apart from the verdicts.
+# The verdicts of bounds without a tolerance, the rungs of the ladder: a table of their own.
 RUNGS = ("INFORMATIVE", "VACUOUS", "not available")
 
 
 def render_html(report: Mapping[str, Any]) -> str:
-    """The page of a report: no network, no script, readable on a phone and on paper, in light and dark."""
+    """The report as one HTML page without network or script, for screen, phone and paper, light and dark."""
     environment = Environment(
         loader=PackageLoader("modhifi.artifacts", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -52,20 +52,20 @@ def render_html(report: Mapping[str, Any]) -> str:
     rows = [{**row, "change": change(row)} for row in report.get("before_after") or []]
     charts = {"widths": _widths(groups), "fidelities": _fidelities(groups), "errors": _errors(groups)}
     template = environment.get_template("report.html.j2")
-    said = report.get("verdicts") or []
+    verdicts = report.get("verdicts") or []
     page: str = template.render(
         report=report,
         rows=rows,
         groups=groups,
         charts=charts,
-        verdicts=[v for v in said if v["verdict"] not in RUNGS],
-        ladder=[v for v in said if v["verdict"] in RUNGS],
+        verdicts=[v for v in verdicts if v["verdict"] not in RUNGS],
+        ladder=[v for v in verdicts if v["verdict"] in RUNGS],
     )
     return page
 
 
 def number(value: Any, unit: str = "") -> str:
-    """A value as people read it: ``11.69 M``, ``91.3 %`` (of a share), ``12.3 ms``; None says ``not measured``."""
+    """A value as readable text: ``11.69 M``, ``91.3 %`` (of a share), ``12.3 ms``; None is ``not measured``."""
     if value is None:
         return NOT_MEASURED
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -88,7 +88,7 @@ def number(value: Any, unit: str = "") -> str:
 
 
 def plain(value: Any) -> str:
-    """A setting or other given value, digits untouched."""
+    """A setting as text, with all of its digits."""
     if value is None:
         return "none"
     if isinstance(value, list | tuple):
@@ -99,7 +99,7 @@ def plain(value: Any) -> str:
 
 
 def change(row: Mapping[str, Any]) -> str:
-    """The change of a before/after row: in points for shares, in percent for other numbers, empty if it has none."""
+    """The change of a before/after row as text: in points for shares, in percent for other numbers, else empty."""
     if row.get("change") is not None:
         return str(row["change"])
     before, after = row.get("before"), row.get("after")
@@ -127,7 +127,7 @@ def data_uri(image: Image.Image) -> str:
 
 # -- charts ------------------------------------------------------------------------------------------------------------
 def _widths(groups: Sequence[Mapping[str, Any]]) -> Markup | None:
-    """How many components every group had and keeps."""
+    """The chart of the components that every group had and keeps."""
     drawn = [g for g in groups if g.get("n")]
     if not drawn:
         return None
@@ -140,7 +140,7 @@ def _widths(groups: Sequence[Mapping[str, Any]]) -> Markup | None:
 
 
 def _errors(groups: Sequence[Mapping[str, Any]]) -> Markup | None:
-    """The error that every group causes at its readers."""
+    """The chart of the error that every group causes at its readers."""
     drawn = [g for g in groups if isinstance(g.get("relative_error"), int | float)]
     if not drawn:
         return None
@@ -150,7 +150,7 @@ def _errors(groups: Sequence[Mapping[str, Any]]) -> Markup | None:
 
 
 def _fidelities(groups: Sequence[Mapping[str, Any]]) -> Markup | None:
-    """How much of an output channel the components of every group explain alone: those kept over those removed."""
+    """The chart of the components' best singleton fidelities in every group: those kept over those removed."""
     drawn = [g for g in groups if g.get("fidelity")]
     if not drawn:
         return None
@@ -169,7 +169,7 @@ def _fidelities(groups: Sequence[Mapping[str, Any]]) -> Markup | None:
 
 
 def _bars(names: Sequence[str], layers: Sequence[tuple[str, list[float]]], texts: Sequence[str], label: str) -> Markup:
-    """One horizontal bar a row, later layers over earlier ones."""
+    """A chart of one horizontal bar a row, later layers over earlier ones."""
     top = max(max(values) for _, values in layers) or 1.0
 
     def draw(axes: Any) -> None:
@@ -185,7 +185,7 @@ def _bars(names: Sequence[str], layers: Sequence[tuple[str, list[float]]], texts
 
 
 def _labelled(n: int) -> range:
-    """The rows that get a label: all of them as long as they can be read."""
+    """The rows that get a label: all of them while they are legible, else every k-th."""
     return range(0, n, math.ceil(n / LABELLED_ROWS))
 
 
@@ -207,8 +207,8 @@ def _rows(names: Sequence[str], draw: Callable[[Any], None], label: str) -> Mark
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    for drawn, themed in COLOURS.items():
-        svg = svg.replace(drawn, themed)
+    for placeholder, colour in COLOURS.items():
+        svg = svg.replace(placeholder, colour)
     # Escaped by matplotlib already.
     return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
 

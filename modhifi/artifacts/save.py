@@ -1,4 +1,4 @@
-"""An edited model as a directory: weights, manifest, recipe, card and report; written whole or not at all."""
+"""Writing an artefact: a directory of weights, manifest, recipe, card and report, whole or not at all."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHARD = "5GB"
 def save_artifact(
     out: str | Path,
     edited: nn.Module,
-    loaded: LoadedModel,
+    original: LoadedModel,
     structure: Structure | None,
     plan: Plan | None,
     *,
@@ -39,36 +39,37 @@ def save_artifact(
     log: str = "",
     force: bool = False,
 ) -> Path:
-    """Write ``edited``, which was made from ``loaded``, as a directory that :func:`load_artifact` reads; its path.
+    """Writes ``edited``, which was made from ``original``, as a directory for :func:`load_artifact`; returns its path.
 
-    ``manifest`` holds what the caller knows (task, seed, data, metrics, verdicts); what can be read off the models is
-    added. ``structure`` and ``plan`` name the components kept, if any were removed. Everything is written beside
-    ``out`` and moved into place at the end: an error or an interrupt leaves nothing behind, and what ``force`` replaces
-    stays until then. Raises ModhifiError where :func:`check_output` does or if the disk is full.
+    ``manifest`` holds what the caller knows (task, seed, data, metrics, verdicts); facts of the models are added.
+    ``structure`` and ``plan`` name the kept components, if any were removed; ``recipe``, ``report`` and ``log`` are
+    written as they are. Everything is written beside ``out`` and moved into place at the end: an error or an interrupt
+    leaves nothing behind, and a directory that ``force`` replaces stays until then. Raises ModhifiError where
+    :func:`check_output` does or if the disk is full.
     """
-    # Drawing libraries, which loading an artefact does without.
+    # They import drawing libraries, which loading an artefact does without.
     from modhifi.artifacts.model_card import model_card
     from modhifi.artifacts.report import render_html
 
     out = Path(out).expanduser().absolute()
     check_output(out, force)
-    base = _base(loaded)
-    if loaded.framework == "timm":
+    base = _base(original)
+    if original.framework == "timm":
         from modhifi.models import from_timm
 
-        # Those of the edited model, which may state its widths there.
-        loaded = replace(loaded, info=loaded.info | {"model_args": from_timm.arguments(edited)})
-    framework, changes = record(loaded, edited)
+        # The arguments of the edited model, which may state its widths.
+        original = replace(original, info=original.info | {"model_args": from_timm.arguments(edited)})
+    framework, changes = record(original, edited)
     recipe, report = jsonable(dict(recipe)), jsonable(dict(report))
     with staging(out) as directory:
         weights = _write_weights(directory, edited)
-        stock, remote = _write_ecosystem_files(directory, edited, loaded, framework, changes)
+        stock, remote = _write_ecosystem_files(directory, edited, original, framework, changes)
         content = jsonable(
             {
                 "schema_version": SCHEMA_VERSION,
                 **manifest,
                 "base": base,
-                "model": {**_model_entry(loaded, framework, changes), "stock": stock, "remote": remote},
+                "model": {**_model_entry(original, framework, changes), "stock": stock, "remote": remote},
                 "groups": _groups(structure, plan),
                 "weights": weights,
                 "recipe": recipe,
@@ -88,20 +89,20 @@ def save_artifact(
 
 
 def _write_weights(directory: Path, model: nn.Module) -> dict[str, Any]:
-    """Write the state dict in its own dtypes, shared tensors once, and describe it for the manifest."""
+    """Writes the state dict in its own dtypes, shared tensors once; returns the manifest's entry on it."""
     state: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    seen: dict[tuple[Any, ...], str] = {}
+    names: dict[tuple[Any, ...], str] = {}
     for name, tensor in model.state_dict().items():
         key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and key in seen:
-            tied[name] = seen[key]
+        if tensor.numel() and key in names:
+            tied[name] = names[key]
             continue
-        seen[key] = name
-        plain = tensor.detach().cpu().contiguous()
+        names[key] = name
+        values = tensor.detach().cpu().contiguous()
         # A view on a larger storage would be taken for a tensor shared with its neighbours.
-        whole = plain.untyped_storage().nbytes() == plain.nbytes
-        state[name] = plain if whole else plain.clone()
+        owns_storage = values.untyped_storage().nbytes() == values.nbytes
+        state[name] = values if owns_storage else values.clone()
     save_torch_state_dict(state, directory, max_shard_size=SHARD)
     files = sorted(directory.glob("*.safetensors"))
     os.umask(mask := os.umask(0))
@@ -111,16 +112,16 @@ def _write_weights(directory: Path, model: nn.Module) -> dict[str, Any]:
 
 
 def _write_ecosystem_files(
-    directory: Path, edited: nn.Module, loaded: LoadedModel, framework: str, changes: dict[str, Any]
+    directory: Path, edited: nn.Module, original: LoadedModel, framework: str, changes: dict[str, Any]
 ) -> tuple[str | None, str | None]:
-    """Configuration, tokenizer, image processor; returns what of the model's own library loads the result.
+    """Writes configuration, tokenizer and image processor; returns the loaders of the model's own library.
 
-    That is the Auto class with its ``from_pretrained``, or timm's ``create_model``: alone, or, second, with the code
-    that lies in the directory. Both are None where only modhifi loads it.
+    They are the name of the Auto class, or timm's ``create_model``: first the one that loads the directory alone,
+    second the one that needs the code in it. Both are None where only modhifi loads it.
     """
-    if loaded.tokenizer is not None:
-        loaded.tokenizer.save_pretrained(str(directory))
-    processor = getattr(loaded.transform, "processor", None)
+    if original.tokenizer is not None:
+        original.tokenizer.save_pretrained(str(directory))
+    processor = getattr(original.transform, "processor", None)
     if processor is not None:
         processor.save_pretrained(str(directory))
     if framework == "timm":
@@ -128,14 +129,14 @@ def _write_ecosystem_files(
         from timm.models._hub import save_config_for_hf
 
         save_config_for_hf(edited, str(directory / "config.json"))
-        whole = (directory / WEIGHTS).is_file()  # timm reads no shards
-        return ("create_model" if whole and is_stock(edited, loaded, None, changes) else None), None
+        unsharded = (directory / WEIGHTS).is_file()  # timm reads no shards
+        return ("create_model" if unsharded and is_stock(edited, original, None, changes) else None), None
     elif framework == "transformers":
         from modhifi.artifacts.remote_code import add_code
         from modhifi.models.from_transformers import auto_class
 
         config = own_config(edited)
-        stock = auto_class(config) if is_stock(edited, loaded, config, changes) else None
+        stock = auto_class(config) if is_stock(edited, original, config, changes) else None
         remote = None if stock else add_code(directory, config, changes)
         config.save_pretrained(str(directory))
         if getattr(edited, "generation_config", None) is not None and edited.can_generate():  # type: ignore[operator]
@@ -144,26 +145,26 @@ def _write_ecosystem_files(
     return None, None
 
 
-def _base(loaded: LoadedModel) -> dict[str, Any]:
-    """The open model that everything started from, through however many edits."""
-    if loaded.artifact is not None:
-        manifest = loaded.artifact.manifest
-        parent = {"source": loaded.source, "task": manifest.task, "files": manifest.weights.files}
-        known: dict[str, Any] = manifest.base.model_dump(exclude_unset=True)
-        return known | {"edits_before": [*manifest.base.edits_before, parent]}
-    known = {key: loaded.info.get(key) for key in ("repository", "revision", "licence")}
-    arguments = {"args": loaded.info["model_args"]} if loaded.info.get("model_args") else {}
-    return {"source": loaded.source, **arguments, **known, "sha256": state_hash(loaded.model)}
+def _base(original: LoadedModel) -> dict[str, Any]:
+    """The manifest's entry on the open model before every edit."""
+    if original.artifact is not None:
+        manifest = original.artifact.manifest
+        parent = {"source": original.source, "task": manifest.task, "files": manifest.weights.files}
+        facts: dict[str, Any] = manifest.base.model_dump(exclude_unset=True)
+        return facts | {"edits_before": [*manifest.base.edits_before, parent]}
+    facts = {key: original.info.get(key) for key in ("repository", "revision", "licence")}
+    arguments = {"args": original.info["model_args"]} if original.info.get("model_args") else {}
+    return {"source": original.source, **arguments, **facts, "sha256": state_hash(original.model)}
 
 
-def _model_entry(loaded: LoadedModel, framework: str, changes: dict[str, Any]) -> dict[str, Any]:
-    kept = ("architecture", "tag", "class", "model_args", "pretrained_cfg", "config", "dtype", "libraries")
+def _model_entry(original: LoadedModel, framework: str, changes: dict[str, Any]) -> dict[str, Any]:
+    keys = ("architecture", "tag", "class", "model_args", "pretrained_cfg", "config", "dtype", "libraries")
     return {
         "framework": framework,
-        "kind": loaded.kind,
-        "info": {key: loaded.info[key] for key in kept if key in loaded.info},
-        "labels": list(loaded.labels) if loaded.labels else None,
-        "example": {"shape": list(loaded.example.shape), "dtype": str(loaded.example.dtype).removeprefix("torch.")},
+        "kind": original.kind,
+        "info": {key: original.info[key] for key in keys if key in original.info},
+        "labels": list(original.labels) if original.labels else None,
+        "example": {"shape": list(original.example.shape), "dtype": str(original.example.dtype).removeprefix("torch.")},
         "differences": changes,
     }
 

@@ -1,4 +1,4 @@
-"""What runs found, for machines that build software: Markdown (GitHub's job summary) and JUnit XML."""
+"""Summaries of runs for continuous integration: Markdown (GitHub's job summary) and JUnit XML."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Report = Mapping[str, Any]
 
 
 def check_summary(path: Path | None, out: str | Path | None = None) -> None:
-    """Raise ModhifiError, before any work, for another ending than .md and .xml or a directory that is not there.
+    """Raises ModhifiError, before any work, for another ending than .md and .xml or a missing directory.
 
     ``out`` is the directory that the run writes.
     """
@@ -23,13 +23,13 @@ def check_summary(path: Path | None, out: str | Path | None = None) -> None:
 
 
 def write_summary(path: Path, reports: Sequence[tuple[str, Report]]) -> None:
-    """Write the reports, each with its name, as one Markdown or JUnit file."""
+    """Writes the reports, each with its name, as one Markdown or JUnit file; raises as :func:`check_summary`."""
     check_summary(path)
     path.write_text(junit(reports) if path.suffix == ".xml" else markdown(reports), encoding="utf-8")
 
 
 def markdown(reports: Sequence[tuple[str, Report]]) -> str:
-    """A heading, the verdicts and the before/after table of each report."""
+    """The reports as Markdown: a heading, the verdicts and the before/after table of each."""
     lines: list[str] = []
     for name, report in reports:
         lines += [f"### {_cell(name)}: {_cell(report.get('title', ''))}", ""]
@@ -51,7 +51,7 @@ def markdown(reports: Sequence[tuple[str, Report]]) -> str:
 
 
 def junit(reports: Sequence[tuple[str, Report]]) -> str:
-    """A test suite for each report, a test case for each verdict: failed, an error for a bug of ours, or passed."""
+    """The reports as JUnit XML: a test suite each, a test case a verdict; a bug of ours is an error."""
     root = XML.Element("testsuites", name="modhifi")
     for name, report in reports:
         verdicts = report.get("verdicts") or []

@@ -34,10 +34,12 @@ Layer = tuple[str, tuple[str, ...], float, float]
 
 @dataclass(frozen=True)
 class Certified:
-    """R1, R2 and what was measured on the walked samples, float64 (n,); root mean squares go into the rungs.
+    """The bounds R1 and R2 and the measured change of the output, on n samples.
 
-    ``outputs`` (n, ...) are the original's. ``remainder`` is how much of ``local`` (R2) is not Newton's prediction
-    itself but bounds what it may miss.
+    All tensors are float64. ``outputs`` ``(n, ...)`` are the original's. ``measured``, ``local`` (R2) and ``theorem``
+    (R1), each ``(n,)``, are Euclidean changes of the output; ``remainder`` ``(n,)`` is the part of ``local`` that
+    bounds the error of Newton's prediction. ``expected`` bounds the root mean square of ``theorem`` over the samples,
+    ``every_input`` is R1 over the whole input box, ``cannot_flip`` the share of samples whose top-1 provably stays.
     """
 
     outputs: Tensor
@@ -53,41 +55,45 @@ class Certified:
     scale: float
 
     def violations(self) -> tuple[str, ...]:
-        """Where measured <= R2 <= R1 does not hold on a sample; empty for sound bounds."""
+        """Every violation of measured <= R2 <= R1, in words; empty for sound bounds."""
         slack = OUTPUT_SLACK * self.scale
-        found = []
+        violations = []
         for name, low, high in (("measured > R2", self.measured, self.local), ("R2 > R1", self.local, self.theorem)):
             over = low - high * (1 + RELATIVE_SLACK) - slack
             # Infinite minus infinite: a rung that is not available violates nothing.
             over = torch.where(high.isinf(), torch.full_like(over, -math.inf), over)
             if bool((over > 0).any()):
                 i = int(over.argmax())
-                found.append(f"{name} on sample {i}: {float(low[i]):.6g} > {float(high[i]):.6g}")
+                violations.append(f"{name} on sample {i}: {float(low[i]):.6g} > {float(high[i]):.6g}")
         spread = float(self.theorem.square().mean().sqrt())
         if spread > self.expected * (1 + RELATIVE_SLACK) + slack:
-            found.append(f"R1 over the samples, {spread:.6g}, exceeds its bound in expectation, {self.expected:.6g}")
-        return tuple(found)
+            violations.append(
+                f"R1 over the samples, {spread:.6g}, exceeds its bound in expectation, {self.expected:.6g}"
+            )
+        return tuple(violations)
 
 
 def certify(
     loaded: LoadedModel,
-    dense: nn.Module,
-    twin: nn.Module,
+    original: nn.Module,
+    edited: nn.Module,
     batch: Tensor,
     norms: Norms | None = None,
     rounds: int = ROUNDS,
 ) -> Certified:
-    """R1 and R2 on a batch, for two float64 models of the same shapes.
+    """Computes R1 and R2 on a batch ``(n, ...)`` for two float64 models of the same shapes, on the CPU.
 
-    Where the input has a box, its centre is walked as well: every input's error exceeds the one there by at most the
-    norm of the edit times how far a reader's input can be from it. ``norms`` keeps operator norms between calls.
+    Where the input has a box, R1 for every input is that of the box's centre: every other input's error exceeds the one
+    there by at most the norm of the edit times the distance of a reader's input from it. ``loaded`` feeds the models,
+    ``norms`` keeps operator norms between calls, ``rounds`` are those of Newton's method. Raises ModhifiError where the
+    network runs other layers from batch to batch. Source: docs/method.md, the error bound.
     """
     box = _box(loaded, batch)
     norms = norms or Norms(whole_box=box is not None)
     parts = in_parts(batch)
-    walks = [walk(dense, twin, loaded.logits, part, norms, rounds) for part in parts]
+    walks = [walk(original, edited, loaded.logits, part, norms, rounds) for part in parts]
     first, outputs = walks[0], torch.cat([w.output for w in walks])
-    moved = torch.cat([logits_of(loaded, twin, part) for part in parts]) - outputs
+    moved = torch.cat([logits_of(loaded, edited, part) for part in parts]) - outputs
     sources = range(len(first.sources))
     if any(len(w.sources) != len(first.sources) for w in walks):
         raise ModhifiError("the network runs other layers from batch to batch; walk one sample with --walked 1")
@@ -108,7 +114,7 @@ def certify(
     elif box is None:
         missing["every input"] = "no input box is known (images with a fixed normalisation have one)"
     else:
-        every = _everywhere(walk(dense, twin, loaded.logits, box[0][None], norms, 0), box[1])
+        every = _everywhere(walk(original, edited, loaded.logits, box[0][None], norms, 0), box[1])
     local = torch.cat([w.local for w in walks])
     certain = cannot_flip(outputs, local) if outputs.ndim == 2 and outputs.shape[1] > 1 else torch.zeros(1)
     return Certified(
@@ -120,20 +126,20 @@ def certify(
         expected=expected,
         every_input=every,
         cannot_flip=float(certain.double().mean()),
-        layers=layers + _unwalked(dense, twin, layers),
+        layers=layers + _unwalked(original, edited, layers),
         missing=missing,
         scale=float(outputs.flatten(1).norm(dim=1).max()),
     )
 
 
 def in_parts(batch: Tensor) -> tuple[Tensor, ...]:
-    """The batch in parts small enough to keep every activation of one."""
+    """The batch ``(n, ...)`` in parts so small that memory holds every activation of one."""
     parts: tuple[Tensor, ...] = batch.split(max(1, min(WALK_BATCH, WALK_ENTRIES // max(1, batch[0].numel()))))
     return parts
 
 
 def _everywhere(centre: Walk, radius: float) -> float | None:
-    """R1 for every input within a radius of the walked one."""
+    """R1 for every input within a Euclidean radius of the box's centre; None where it is not finite."""
     if centre.lost:
         return None
     terms = [
@@ -145,13 +151,13 @@ def _everywhere(centre: Walk, radius: float) -> float | None:
     return total if math.isfinite(total) else None
 
 
-def _unwalked(dense: nn.Module, twin: nn.Module, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
-    """Modified parameters that no rule met, by module; their own error is not known, their effect can be measured."""
-    theirs = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
+def _unwalked(original: nn.Module, edited: nn.Module, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """The modified parameters that no rule met, by module: their own error is unknown, their effect can be measured."""
+    edited_tensors = {**dict(edited.named_parameters()), **dict(edited.named_buffers())}
     named = {name for _, names, _, _ in layers for name in names}
     groups: dict[str, list[str]] = {}
-    for name, tensor in [*dense.named_parameters(), *dense.named_buffers()]:
-        if name not in named and not torch.equal(tensor, theirs[name]):
+    for name, tensor in [*original.named_parameters(), *original.named_buffers()]:
+        if name not in named and not torch.equal(tensor, edited_tensors[name]):
             groups.setdefault(name.rpartition(".")[0], []).append(name)
     return tuple((module, tuple(names), math.nan, math.inf) for module, names in groups.items())
 
@@ -165,7 +171,7 @@ def _box(loaded: LoadedModel, batch: Tensor) -> tuple[Tensor, float] | None:
 
 @torch.no_grad()
 def logits_of(loaded: LoadedModel, model: nn.Module, batch: Tensor) -> Tensor:
-    """The outputs of a float64 model, float64 throughout."""
+    """The outputs ``(n, ...)`` of a float64 model, computed in float64 throughout."""
     with Double():
         return loaded.logits(batch, model)
 

@@ -20,7 +20,11 @@ _LARGEST_N = 10**8
 
 
 def clopper_pearson_upper(events: int, n: int, alpha: float) -> float:
-    """The exact upper bound of a rate after `events` in `n` units: the rate at which so few have probability alpha."""
+    """The exact upper confidence bound of a rate after `events` in `n` units.
+
+    It is the rate at which so few events have probability `alpha`. Raises ModhifiError for impossible numbers. Source:
+    Clopper and Pearson, Biometrika 1934.
+    """
     _check_count(events, n, alpha)
     if events == n:
         return 1.0
@@ -30,12 +34,12 @@ def clopper_pearson_upper(events: int, n: int, alpha: float) -> float:
 
 
 def clopper_pearson_lower(events: int, n: int, alpha: float) -> float:
-    """The exact lower bound of a rate after `events` in `n` units."""
+    """The exact lower confidence bound of a rate after `events` in `n` units; see :func:`clopper_pearson_upper`."""
     return 1.0 - clopper_pearson_upper(n - events, n, alpha)
 
 
 def binomial_cdf(k: int, n: int, p: float) -> float:
-    """P(Binomial(n, p) <= k), through the regularised incomplete beta function."""
+    """The probability P(Binomial(n, p) <= k), through the regularised incomplete beta function."""
     if k < 0:
         return 0.0
     if k >= n:
@@ -56,25 +60,26 @@ def incomplete_beta(a: float, b: float, x: float) -> float:
 
 
 def betting_lower(values: Tensor, alpha: float, low: float = 0.0, high: float = 1.0) -> float:
-    """Lower bound of the mean of units (n,) in [low, high] by betting.
+    """The lower confidence bound of the mean of units (n,) in [low, high], by betting.
 
     A gambler bets on each unit exceeding the candidate mean, with stakes from the units before it (predictable plug-in)
-    and at most half the capital at risk; candidates at which the capital ever reaches 1 / alpha are refuted. The
-    order of the units must not depend on their values. Source: Waudby-Smith and Ramdas, "Estimating means of bounded
-    random variables by betting" (JRSS B 2024), one-sided hedged capital with theorem 3's stakes.
+    and at most half the capital at risk; candidates at which the capital ever reaches 1 / alpha are refuted. The order
+    of the units must not depend on their values. Raises ModhifiError for NaN and units outside the range. Source:
+    Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting" (JRSS B 2024), one-sided hedged
+    capital with theorem 3's stakes.
     """
-    x = _unit_interval(values, alpha, low, high)
-    n = len(x)
-    seen = torch.arange(1, n + 1, dtype=torch.float64)
-    means = (0.5 + x.cumsum(0)) / (seen + 1)
-    variances = (0.25 + ((x - means) ** 2).cumsum(0)) / (seen + 1)
+    units = _unit_interval(values, alpha, low, high)
+    n = len(units)
+    counts = torch.arange(1, n + 1, dtype=torch.float64)
+    means = (0.5 + units.cumsum(0)) / (counts + 1)
+    variances = (0.25 + ((units - means) ** 2).cumsum(0)) / (counts + 1)
     before = torch.cat([torch.tensor([0.25], dtype=torch.float64), variances[:-1]])
     stakes = (2 * math.log(1 / alpha) / (n * before)).sqrt()
 
     def refuted(mean: float) -> bool:
         if mean <= 0.0:
             return True
-        capital = torch.log1p(stakes.clamp(max=0.5 / mean) * (x - mean)).cumsum(0)
+        capital = torch.log1p(stakes.clamp(max=0.5 / mean) * (units - mean)).cumsum(0)
         return float(capital.max()) >= math.log(1 / alpha) + 1e-9
 
     # For each unit the gain falls with the candidate mean, capped stake included, so one crossing separates the two.
@@ -82,7 +87,7 @@ def betting_lower(values: Tensor, alpha: float, low: float = 0.0, high: float = 
 
 
 def betting_upper(values: Tensor, alpha: float, low: float = 0.0, high: float = 1.0) -> float:
-    """Upper bound of the mean of units (n,) in [low, high] by betting on the mirrored units."""
+    """The upper confidence bound of the mean of units (n,) in [low, high], by betting on the mirrored units."""
     return -betting_lower(-values.double(), alpha, -high, -low)
 
 
@@ -105,22 +110,22 @@ def quantile_rank(n: int, q: float, alpha: float) -> int | None:
 
 
 def quantile_upper(values: Tensor, q: float, alpha: float) -> float:
-    """Upper bound of the q quantile of units (n,) by order statistics; infinite where n is too small."""
+    """The upper confidence bound of the q quantile of units (n,) by order statistics; infinite where n is too small."""
     rank = quantile_rank(len(values), q, alpha)
     return math.inf if rank is None else float(_no_nan(values).sort().values[rank - 1])
 
 
 def quantile_lower(values: Tensor, q: float, alpha: float) -> float:
-    """Lower bound of the q quantile of units (n,) by order statistics; minus infinity where n is too small."""
+    """The lower confidence bound of the q quantile of units (n,) by order statistics; -inf where n is too small."""
     # A lower bound of the q quantile of x is minus an upper bound of the 1 - q quantile of -x.
     return -quantile_upper(-values, 1 - q, alpha)
 
 
 def settling_n_rate(events: int, n: int, tolerance: float, alpha: float) -> int | None:
-    """About how many units settle whether a rate is within a tolerance, if the observed rate persists.
+    """The approximate number of units that settle whether a rate is within a tolerance, if the observed rate persists.
 
-    None where no number does, or none up to 10^8: the rate is too close to the tolerance.
-    Also for quantiles: "the q quantile is at most t" says that at most a share 1 - q of units exceeds t.
+    None where no number up to 10^8 does: the rate is too close to the tolerance. Also for quantiles: "the q quantile is
+    at most t" says that at most a share 1 - q of units exceeds t.
     """
     _check_count(events, n, alpha)
     rate = events / n
@@ -138,7 +143,7 @@ def settling_n_rate(events: int, n: int, tolerance: float, alpha: float) -> int 
 
 
 def settling_n_mean(values: Tensor, tolerance: float, alpha: float, low: float = 0.0, high: float = 1.0) -> int | None:
-    """About how many units settle whether a mean is within a tolerance, if mean and variance persist.
+    """The approximate number of units that settle whether a mean is within a tolerance, if mean and variance persist.
 
     None where no number up to 10^8 does. Counts on an empirical Bernstein bound, which is wider than betting. Source:
     Maurer and Pontil, "Empirical Bernstein bounds and sample variance penalization" (COLT 2009), theorem 4.
@@ -150,7 +155,10 @@ def settling_n_mean(values: Tensor, tolerance: float, alpha: float, low: float =
 
 
 def divided_alpha(confidence: float, candidates: int = 1) -> float:
-    """The error probability left to each of several candidates or bounds that must all hold at once (union bound)."""
+    """The error probability of each of several bounds that must all hold at once (union bound).
+
+    Raises ModhifiError for a confidence outside (0, 1).
+    """
     if not 0 < confidence < 1 or candidates < 1:
         raise ModhifiError(f"confidence {confidence} must lie between 0 and 1; use for instance 0.95")
     return (1 - confidence) / candidates
@@ -174,7 +182,7 @@ def _beta_fraction(a: float, b: float, x: float) -> float:
 
 
 def _cdf_error(n: int) -> float:
-    """Above the absolute error of binomial_cdf: three lgammas cancel, each rounded relative to its own size."""
+    """A bound of binomial_cdf's absolute error: three lgammas cancel, each rounded relative to its own size."""
     return 1e-13 + 16 * _EPS * math.lgamma(n + 2)
 
 
@@ -187,11 +195,11 @@ def _bernstein_excess(variance: float, n: int, alpha: float) -> float:
     return math.sqrt(2 * variance * log / n) + 7 * log / (3 * (n - 1))
 
 
-def _bisect(holds: Callable[[float], bool], low: float, high: float) -> tuple[float, float]:
+def _bisect(condition: Callable[[float], bool], low: float, high: float) -> tuple[float, float]:
     """A bracket of the crossing of a condition that holds below and fails above."""
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
+        low, high = (middle, high) if condition(middle) else (low, middle)
     return low, high
 
 

@@ -1,4 +1,4 @@
-"""The predictor that ignores its input: what a figure of two models must stay below to say anything."""
+"""The constant predictor, which ignores its input: its error is the scale against which a bound is informative."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 
 from modhifi.models.loaded import PADDING
 
-# Rows of logits that are looked at once, times classes: bounds the float64 copies to some 100 MB.
+# Rows of logits that are processed at once, times classes: bounds the float64 copies to some 100 MB.
 CHUNK_ELEMENTS = 4_000_000
-# Sequences whose outputs show what one constant output would miss.
+# Sequences that are kept: enough to estimate the error of one constant output.
 CONSTANT_SEQUENCES = 16
 
 
 def rows_at_once(classes: int) -> int:
-    """How many rows of logits are looked at at once."""
+    """The number of rows of logits that are processed at once."""
     return max(1, CHUNK_ELEMENTS // classes)
 
 
 @dataclass(frozen=True)
 class Constant:
-    """What the best predictor that ignores its input would miss of the original's outputs.
+    """The error of the best constant predictor of the original's outputs.
 
     ``flips``: share of positions whose top-1 is not the most frequent class. ``total_variation``: mean distance from
     the mean softmax. ``errors``: Euclidean distance of each output from the mean output, float64 ``(m,)``. ``nll``:
@@ -37,12 +37,12 @@ class Constant:
 
     @property
     def error(self) -> float:
-        """Root mean square error of the mean output."""
+        """The root mean square error of the mean output."""
         return float(self.errors.square().mean().sqrt())
 
 
-class Kept:
-    """Outputs of the original from which the best constant predictor is known: all of images, of few sequences."""
+class OriginalOutputs:
+    """The outputs of the original that determine the best constant predictor: all of images, few of sequences."""
 
     def __init__(self) -> None:
         # Rows (positions, classes) in float32, the token that follows each, and how many rows each unit has.
@@ -51,7 +51,11 @@ class Kept:
         self.counts: list[int] = []
 
     def add(self, outputs: Tensor, real: Tensor, targets: Tensor) -> None:
-        """Take the outputs (b, ..., classes) of a batch; ``real`` and ``targets`` (b, p) as in a table's rows."""
+        """Adds the outputs (b, ..., classes) of a batch.
+
+        ``real``, bool (b, p), marks the positions that are no padding; ``targets``, int64 (b, p), is the token that
+        follows each.
+        """
         few = len(outputs) if outputs.ndim == 2 else CONSTANT_SEQUENCES - len(self.counts)
         if few > 0:
             real = real[:few]
@@ -60,7 +64,7 @@ class Kept:
             self.counts += real.sum(1).tolist()
 
     def constant(self, nll: Tensor) -> Constant:
-        """The predictor of one constant; ``nll`` is the original's mean loss in nats, float64 (n,)."""
+        """The error of the best constant predictor; ``nll`` is the original's mean loss in nats, float64 (n,)."""
         classes = self.rows[0].shape[-1]
         chunks = [chunk for rows in self.rows for chunk in rows.split(rows_at_once(classes))]
         count = sum(self.counts)
@@ -70,14 +74,14 @@ class Kept:
         variation = torch.cat([(c.double().softmax(-1) - mean).abs().sum(-1) / 2 for c in chunks]).clamp(0, 1)
         squared = torch.cat([(chunk - centre).square().sum(-1) for chunk in chunks])
         targets = torch.cat(self.targets)
-        followed = targets != PADDING
-        losses = torch.where(followed, -mean.log()[targets.clamp(min=0)], 0.0)
-        missed = self._by_unit(losses) / self._by_unit(followed.double())
+        has_next = targets != PADDING
+        losses = torch.where(has_next, -mean.log()[targets.clamp(min=0)], 0.0)
+        constant_nll = self._by_unit(losses) / self._by_unit(has_next.double())
         return Constant(
             1 - int(top.bincount().max()) / count,
             float((self._by_unit(variation) / torch.tensor(self.counts)).mean()),
             self._by_unit(squared).sqrt(),
-            float((missed - nll[: len(self.counts)]).nanmean()),
+            float((constant_nll - nll[: len(self.counts)]).nanmean()),
         )
 
     def _by_unit(self, values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One pass of two models over held-out samples: the table that every measured and every statistical figure comes from.
+"""One pass of two models over held-out samples: the table behind every measured and every statistical figure.
 
 A unit is an image or a whole sequence, never a token. Padding counts for nothing. Source: docs/method.md, R3.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi.bounds.constant_predictor import Constant, Kept, rows_at_once
+from modhifi.bounds.constant_predictor import Constant, OriginalOutputs, rows_at_once
 from modhifi.data.samples import Samples
 from modhifi.errors import GateFailed, ModhifiError
 from modhifi.models.loaded import PADDING, LoadedModel, real_tokens
@@ -23,16 +23,16 @@ from modhifi.models.loaded import PADDING, LoadedModel, real_tokens
 Logits = Callable[[Tensor], Tensor]
 """One forward pass, from a batch to logits ``(batch, ..., classes)``: ``partial(loaded.logits, model=edited)``, say."""
 
-# A mean loss above this is a ruined model's, and its exp would overflow.
+# The largest mean loss, in nats, whose exp is taken: beyond it exp overflows.
 MOST_NATS = 700.0
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What the original and the edited model did on each of n held-out units; columns are float64 ``(n,)`` on the CPU.
+    """The outputs of the original and the edited model compared on each of n held-out units.
 
-    Columns are means over a unit's positions (the tokens of a sequence; an image has one). Divergences are in nats,
-    between the softmax of the original and that of the edited model.
+    Columns are float64 ``(n,)`` on the CPU, means over a unit's positions (the tokens of a sequence; an image has one).
+    Divergences are in nats, between the softmax of the original and that of the edited model.
     """
 
     agreement: Tensor  # share of positions with the same top-1
@@ -71,8 +71,10 @@ class HeldOut:
 
     @property
     def nll_growth(self) -> Tensor | None:
-        """By how many nats the mean negative log-likelihood of a sequence's next tokens grew, of units that have some;
-        None where none has."""
+        """The growth of each sequence's mean negative log-likelihood of its next tokens, in nats, float64 ``(m,)``.
+
+        Units without a next token are left out; None where none has one.
+        """
         if self.nll_before is None or self.nll_after is None:
             return None
         growth = self.nll_after - self.nll_before
@@ -86,7 +88,7 @@ class HeldOut:
         return float(self.squared_error.sum()) / energy if energy else math.nan
 
     def perplexities(self) -> tuple[float, float]:
-        """exp of the mean loss, in nats, of every token that has one before it, of both models.
+        """The perplexities of both models: exp of the mean loss, in nats, of every token that has one before it.
 
         Raises ModhifiError if no token has one before it.
         """
@@ -115,7 +117,7 @@ class HeldOut:
 def run_held_out(
     original: Logits, edited: Logits, held: Samples, batch_size: int = 32, *, next_tokens: bool = False
 ) -> HeldOut:
-    """Run both models on every sample once and tabulate what they did.
+    """Runs both models on every sample once and tabulates their outputs.
 
     ``next_tokens``: the samples are token ids and the outputs causal logits. Raises ModhifiError if there is no sample
     or an output of the original is not finite, GateFailed if one of the edited model is not.
@@ -124,23 +126,25 @@ def run_held_out(
     columns: list[Tensor] = []
     counts: list[Tensor] = []
     tops: list[Tensor] = []
-    kept = Kept()
+    original_outputs = OriginalOutputs()
     for batch in held.batches(batch_size):
         start = sum(map(len, counts))
-        ours, theirs = before(batch), after(batch)
+        logits_before, logits_after = before(batch), after(batch)
         names = held.names[start : start + len(batch)]
-        _check_finite(ours, names, ModhifiError, "original")
-        _check_finite(theirs, names, GateFailed, "modified")
-        if ours.shape != theirs.shape:
-            raise ModhifiError(f"outputs of shape {tuple(ours.shape)} and {tuple(theirs.shape)} cannot be compared")
-        if ours.device.type == "mps":
-            ours, theirs = ours.cpu(), theirs.cpu()  # it has no float64
-        real, targets = _positions(batch, ours, next_tokens)
-        columns.append(_columns(ours, theirs, real, targets).cpu())
+        _check_finite(logits_before, names, ModhifiError, "original")
+        _check_finite(logits_after, names, GateFailed, "modified")
+        if logits_before.shape != logits_after.shape:
+            raise ModhifiError(
+                f"outputs of shape {tuple(logits_before.shape)} and {tuple(logits_after.shape)} cannot be compared"
+            )
+        if logits_before.device.type == "mps":
+            logits_before, logits_after = logits_before.cpu(), logits_after.cpu()  # it has no float64
+        real, targets = _positions(batch, logits_before, next_tokens)
+        columns.append(_columns(logits_before, logits_after, real, targets).cpu())
         counts.append(real.sum(1).cpu())
-        if ours.ndim == 2:
-            tops.append(torch.stack([ours.argmax(-1), theirs.argmax(-1)], 1).cpu())
-        kept.add(ours, real, targets)
+        if logits_before.ndim == 2:
+            tops.append(torch.stack([logits_before.argmax(-1), logits_after.argmax(-1)], 1).cpu())
+        original_outputs.add(logits_before, real, targets)
     if not columns:
         raise ModhifiError("there is no held-out sample; give at least one")
     agreement, squared, energy, kl, variation, nll_before, nll_after = torch.cat(columns).unbind(1)
@@ -152,7 +156,7 @@ def run_held_out(
         kl,
         variation,
         torch.cat(counts),
-        kept.constant(nll_before),
+        original_outputs.constant(nll_before),
         (before.per_second, after.per_second),
         top_before,
         top_after,
@@ -161,14 +165,14 @@ def run_held_out(
     )
 
 
-def tabulate(loaded: LoadedModel, edited: nn.Module, held: Samples, batch_size: int) -> HeldOut:
-    """Run a model and its edited version on held-out samples, each on its device; raises as :func:`run_held_out`."""
-    after = partial(loaded.logits, model=edited)
-    return run_held_out(loaded.logits, after, held, batch_size, next_tokens=loaded.kind == "text")
+def tabulate(original: LoadedModel, edited: nn.Module, held: Samples, batch_size: int) -> HeldOut:
+    """Runs a model and its edited version on held-out samples, each on its device; raises as :func:`run_held_out`."""
+    after = partial(original.logits, model=edited)
+    return run_held_out(original.logits, after, held, batch_size, next_tokens=original.kind == "text")
 
 
 class _Timed:
-    """A forward pass that also takes the time."""
+    """A forward pass whose wall-clock time is taken."""
 
     def __init__(self, logits: Logits) -> None:
         self.logits = logits
@@ -184,6 +188,7 @@ class _Timed:
 
     @property
     def per_second(self) -> float | None:
+        """Items a second, without the first batch; None where there was no other."""
         items, seconds = (sum(column) for column in zip(*self.passes[1:], strict=True)) if self.passes[1:] else (0, 0)
         return items / seconds if seconds else None
 
@@ -200,32 +205,34 @@ def _positions(batch: Tensor, outputs: Tensor, next_tokens: bool) -> tuple[Tenso
     return real.to(device), targets.to(device)
 
 
-def _columns(ours: Tensor, theirs: Tensor, real: Tensor, targets: Tensor) -> Tensor:
-    """The seven columns of a batch, float64 (b, 7): means over the real positions, of losses over those with a next
-    token."""
-    classes, size = ours.shape[-1], rows_at_once(ours.shape[-1])
-    flat = (ours.reshape(-1, classes), theirs.reshape(-1, classes), targets.reshape(-1))
+def _columns(original: Tensor, edited: Tensor, real: Tensor, targets: Tensor) -> Tensor:
+    """The seven columns of a batch, float64 (b, 7): means over the real positions.
+
+    The two losses are means over the positions that have a next token.
+    """
+    classes, size = original.shape[-1], rows_at_once(original.shape[-1])
+    flat = (original.reshape(-1, classes), edited.reshape(-1, classes), targets.reshape(-1))
     values = torch.cat([_compare(*rows) for rows in zip(*(t.split(size) for t in flat), strict=True)]).reshape(
         *real.shape, 7
     )
     share = real.double()[:, :, None]
-    followed = (targets != PADDING).double()[:, :, None]
+    has_next = (targets != PADDING).double()[:, :, None]
     means = (values[..., :5] * share).sum(1) / share.sum(1)
-    losses = (values[..., 5:] * followed).sum(1) / followed.sum(1)
+    losses = (values[..., 5:] * has_next).sum(1) / has_next.sum(1)
     return torch.cat([means, losses], 1)
 
 
-def _compare(ours: Tensor, theirs: Tensor, targets: Tensor) -> Tensor:
-    """The columns of a HeldOut row by row, float64 (rows, 7), from logits (rows, classes)."""
-    agree = ours.argmax(-1) == theirs.argmax(-1)
-    ours, theirs = ours.double(), theirs.double()
-    log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
+def _compare(original: Tensor, edited: Tensor, targets: Tensor) -> Tensor:
+    """The seven columns position by position, float64 (rows, 7), from logits (rows, classes)."""
+    agree = original.argmax(-1) == edited.argmax(-1)
+    original, edited = original.double(), edited.double()
+    log_p, log_q = original.log_softmax(-1), edited.log_softmax(-1)
     p = log_p.exp()
     kl = (p * (log_p - log_q)).sum(-1).clamp_min(0)
     variation = ((p - log_q.exp()).abs().sum(-1) / 2).clamp(0, 1)
-    wanted = targets.clamp(min=0)[:, None]
-    losses = [-log.gather(-1, wanted)[:, 0] for log in (log_p, log_q)]
-    squares = ((ours - theirs).square().sum(-1), ours.square().sum(-1))
+    next_token = targets.clamp(min=0)[:, None]
+    losses = [-log.gather(-1, next_token)[:, 0] for log in (log_p, log_q)]
+    squares = ((original - edited).square().sum(-1), original.square().sum(-1))
     return torch.stack([agree.double(), *squares, kl, variation, *losses], -1)
 
 
@@ -238,7 +245,7 @@ def _perplexity(nll: Tensor | None, positions: Tensor) -> float:
 
 
 def _check_finite(outputs: Tensor, names: tuple[str, ...], error: type[ModhifiError], which: str) -> None:
-    good = outputs.isfinite().flatten(1).all(1)
-    if not bool(good.all()):
-        name = names[int((~good).nonzero()[0])]
+    finite = outputs.isfinite().flatten(1).all(1)
+    if not bool(finite.all()):
+        name = names[int((~finite).nonzero()[0])]
         raise error(f"the {which} model's output is not finite on '{name}'; it cannot be bounded; check its weights")

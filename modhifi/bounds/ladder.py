@@ -1,4 +1,4 @@
-"""The ladder of bounds on how far an edited model's outputs moved, each rung labelled with what it rests on.
+"""The ladder of bounds on the change of an edited model's outputs, each rung with its assumption.
 
 R1 and R2 are form B: errors of the modified layers on clean activations, behind them the modified tails. They and R4
 are computed in float64 on the first held-out units, R3 on all of them in the models' own type.
@@ -29,14 +29,17 @@ from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 
-# Beyond this the float64 walk takes longer than the pruning itself.
+# For larger models the float64 passes take longer than the pruning itself.
 WALKED_PARAMETERS = 10_000_000
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One figure of the ladder. ``value`` is a Euclidean change of the output unless the name says otherwise; None with
-    the reason in ``note`` where it is not available. ``informative``: below the error of the mean output."""
+    """One figure of the ladder.
+
+    ``value`` is a Euclidean change of the output unless the name says otherwise; None, with the reason in ``note``,
+    where it is not available. ``informative``: below the error of the mean output.
+    """
 
     name: str
     value: float | None
@@ -47,8 +50,12 @@ class Rung:
 
 @dataclass(frozen=True)
 class BoundReport:
-    """The whole ladder. ``layers`` tells which layer spends the error (R4); ``constant_error`` is the root mean square
-    error of a predictor that always says the mean output: what a bound must stay below to say anything."""
+    """The whole ladder of bounds and its verdicts.
+
+    ``layers`` holds the change that each modified layer causes (R4), ``telescoping_gap`` by how much their sum misses
+    the whole change. ``constant_error`` is the root mean square error of a predictor that always outputs the mean
+    output: a bound above it is vacuous.
+    """
 
     rungs: tuple[Rung, ...]
     layers: tuple[LayerShare, ...]
@@ -58,17 +65,17 @@ class BoundReport:
     statistical: Statistical
     tolerances: Tolerances
     warnings: tuple[str, ...]
-    # Of the original and the edited model, where classes were forgotten; everything else is then about the others.
+    # Of the original and the edited model, where classes were forgotten; the other fields then tell of the others.
     forgetting: Mapping[str, Forgetting] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """``verdicts`` for the report's table, everything else under ``bounds``; both JSON-able."""
+        """The report as JSON-able data: ``verdicts`` for the report's table, everything else under ``bounds``."""
         content: dict[str, Any] = jsonable(asdict(self))
         verdicts = [v for v in content.pop("verdicts")]
         for rung in self.rungs:
             verdict = "not available" if rung.value is None else "INFORMATIVE" if rung.informative else "VACUOUS"
-            shown = "" if rung.value is None else f"{rung.value:.4g}; "
-            text = f"{shown}{rung.assumption}" + (f" ({rung.note})" if rung.note else "")
+            value = "" if rung.value is None else f"{rung.value:.4g}; "
+            text = f"{value}{rung.assumption}" + (f" ({rung.note})" if rung.note else "")
             verdicts.append({"name": rung.name, "verdict": verdict, "text": text})
         if self.forgetting is None:
             del content["forgetting"]
@@ -77,14 +84,14 @@ class BoundReport:
         return {"verdicts": verdicts, "bounds": content}
 
     def enforce(self) -> None:
-        """Raise SelfTestFailed (exit code 3) or GateFailed (1) as the verdicts ask for."""
+        """Raises SelfTestFailed (exit code 3) or GateFailed (exit code 1) where a verdict asks for it."""
         enforce(self.verdicts)
 
 
 def verify_model(
-    loaded: LoadedModel,
+    original: LoadedModel,
     edited: nn.Module,
-    dense_shape: nn.Module | None,
+    expanded: nn.Module | None,
     held: Samples,
     tolerances: Tolerances | None = None,
     *,
@@ -93,26 +100,26 @@ def verify_model(
     table: HeldOut | None = None,
     progress: Progress = silent,
 ) -> BoundReport:
-    """Compute every rung for ``edited``, made from ``loaded.model``, on held-out samples that calibrated nothing.
+    """Computes every rung for ``edited``, made from ``original.model``, on held-out samples that calibrated nothing.
 
-    ``dense_shape`` holds the same function as ``edited`` in the original's shapes (zero columns where components went);
-    without it R1, R2 and R4 are not available. ``walked`` samples are walked for them (default: 16 images, 1 text, none
-    of models of more than ``WALKED_PARAMETERS``). ``table`` holds what both did on ``held``, where that is known.
+    ``expanded`` is the same function as ``edited`` in the original's shapes, with zero columns for removed components;
+    without it R1, R2 and R4 are not available. ``walked`` is their number of samples (default: 16 images, 1 text, none
+    of models of more than ``WALKED_PARAMETERS``). ``table`` holds the outputs of both on ``held``, where it is known.
     Raises ModhifiError for models in train mode and outputs that are not finite (GateFailed for the edited model's).
     """
     tolerances = tolerances or Tolerances()
-    tolerances.fit(loaded.kind)
-    for name, model in (("original", loaded.model), ("edited", edited)):
+    tolerances.fit(original.kind)
+    for name, model in (("original", original.model), ("edited", edited)):
         if any(m.training for m in model.modules()):
             raise ModhifiError(f"the {name} model is in train mode, where outputs are random; call .eval() first")
     progress("bounding", 0, 3)
     if table is None:
-        table = tabulate(loaded, edited, held, batch_size)
+        table = tabulate(original, edited, held, batch_size)
     r3 = statistical(table, tolerances.alpha, _population(table, held), tolerances.max_perplexity_ratio)
     progress("bounding", 1, 3)
-    rungs, layers, gap, violations, every, count = _certify(loaded, edited, dense_shape, held, table, walked)
+    rungs, layers, gap, violations, every_input, count = _certify(original, edited, expanded, held, table, walked)
     progress("bounding", 3, 3)
-    verdicts = (self_test(violations, count), *judge(tolerances, r3, table, every))
+    verdicts = (self_test(violations, count), *judge(tolerances, r3, table, every_input))
     warnings = []
     if held.synthetic:
         warnings.append("the held-out data is synthetic: the statistical bounds speak of synthetic data only")
@@ -134,9 +141,9 @@ def verify_model(
 
 
 def verify_unlearned(
-    loaded: LoadedModel,
+    original: LoadedModel,
     edited: nn.Module,
-    dense_shape: nn.Module | None,
+    expanded: nn.Module | None,
     held: Samples,
     classes: Sequence[int],
     tolerances: Tolerances | None = None,
@@ -146,20 +153,20 @@ def verify_unlearned(
     batch_size: int = 32,
     progress: Progress = silent,
 ) -> BoundReport:
-    """The ladder on labelled held-out samples of the classes that stay, and how often ``classes`` are no longer said.
+    """Computes the ladder on labelled samples of the retained classes, and how often ``classes`` are still predicted.
 
     ``earlier`` classes, forgotten before, belong to neither. Raises ModhifiError as :func:`verify_model` does, and
     where no sample of one of the two kinds is among them.
     """
-    part = populations(held, classes, earlier)
-    retained, forgotten = (held.subset(torch.nonzero(w).flatten()) for w in (part == 0, part > 0))
+    population = populations(held, classes, earlier)
+    retained, forgotten = (held.subset(torch.nonzero(w).flatten()) for w in (population == 0, population > 0))
     if not len(retained) or not len(forgotten):
         kind = "retained" if not len(retained) else "forgotten"
         raise ModhifiError(f"no held-out image of the {kind} classes; give data that has both, or more --samples")
     report = verify_model(
-        loaded, edited, dense_shape, retained, tolerances, walked=walked, batch_size=batch_size, progress=progress
+        original, edited, expanded, retained, tolerances, walked=walked, batch_size=batch_size, progress=progress
     )
-    table, alpha = tabulate(loaded, edited, forgotten, batch_size), report.statistical.alpha
+    table, alpha = tabulate(original, edited, forgotten, batch_size), report.statistical.alpha
     rates = {
         name: forgetting(top, torch.tensor(classes), alpha)
         for name, top in (("original", table.top_before), ("edited", table.top_after))
@@ -174,37 +181,37 @@ def _population(table: HeldOut, held: Samples) -> str:
 
 
 def _certify(
-    loaded: LoadedModel,
+    original: LoadedModel,
     edited: nn.Module,
-    dense_shape: nn.Module | None,
+    expanded: nn.Module | None,
     held: Samples,
     table: HeldOut,
     walked: int | None,
 ) -> tuple[tuple[Rung, ...], tuple[LayerShare, ...], float | None, tuple[str, ...], float | None, int]:
-    size = sum(p.numel() for p in loaded.model.parameters())
+    size = sum(p.numel() for p in original.model.parameters())
     if walked is None:
         walked = 0 if size > WALKED_PARAMETERS else 1 if table.sequences else 16
     count = min(len(held), walked)
     reason = "" if count else f"no sample was walked in float64 through {size:,} parameters; ask with --walked N"
-    if dense_shape is None:
+    if expanded is None:
         reason = "the edited model is not known in the original's shapes"
-    if not reason and dense_shape is not None:
-        dense, twin = _double(loaded.model), _double(dense_shape)
+    if not reason and expanded is not None:
+        original64, edited64 = _double(original.model), _double(expanded)
         batch = torch.stack([held.load(i) for i in range(count)])
         batch = batch.double() if batch.is_floating_point() else batch
         try:
-            same = _same_function(loaded, edited, twin, batch[:2])
+            same_function = _same_function(original, edited, edited64, batch[:2])
         except RuntimeError:
-            same = False
-        if not same:
+            same_function = False
+        if not same_function:
             reason = "the edited model could not be rebuilt in the original's shapes"
     if reason:
         names = ("R1 theorem form", "R1 every input", "R2 certified-local", "R4 measured")
         return tuple(Rung(n, None, False, "not available", reason) for n in names), (), None, (), None, 0
-    certified = certify(loaded, dense, twin, batch)
+    certified = certify(original, original64, edited64, batch)
     edits = [p for _, p, _, _ in certified.layers]
     parts = in_parts(batch)
-    changes, after, before = hybrid_changes(dense, twin, edits, lambda x, m: logits_of(loaded, m, x), parts)
+    changes, after, before = hybrid_changes(original64, edited64, edits, lambda x, m: logits_of(original, m, x), parts)
     telescoped = torch.stack(changes).sum(0) if changes else torch.zeros_like(after)
     gap = float((telescoped - (after - before)).abs().max())
     layers = tuple(
@@ -221,46 +228,47 @@ def _certify(
     return rungs, layers, gap, violations, certified.every_input, count
 
 
-def _certified_rungs(found: Certified, constant_error: float) -> tuple[Rung, ...]:
+def _certified_rungs(certified: Certified, constant_error: float) -> tuple[Rung, ...]:
     def rung(name: str, value: float | None, assumption: str, key: str) -> Rung:
         value = None if value is None or not math.isfinite(value) else value
-        note = "" if value is not None else found.missing.get(key, "the constants overflow")
+        note = "" if value is not None else certified.missing.get(key, "the constants overflow")
         return Rung(name, value, value is not None and value < constant_error, assumption, note)
 
-    n = len(found.measured)
-    certain = f"{100 * found.cannot_flip:.3g} % of them proven not to flip"
+    n = len(certified.measured)
+    unflippable = f"{100 * certified.cannot_flip:.3g} % of them proven not to flip"
     return (
         rung(
             "R1 every input",
-            found.every_input,
+            certified.every_input,
             "global constants, operator norms of the edit, the whole input box; holds for every input",
             "every input",
         ),
         rung(
             "R1 theorem form",
-            found.expected,
+            certified.expected,
             f"global constants of the modified tails times errors measured on {n} samples; root mean square over them",
             "R1",
         ),
         rung(
             "R2 certified-local",
-            _rms(found.local),
+            _rms(certified.local),
             f"{ROUNDS} rounds of Newton's method from the clean activations "
-            f"of {n} samples, plus a certified remainder ({_rms(found.remainder):.3g}); root mean square over them; "
-            f"{certain}",
+            f"of {n} samples, plus a certified remainder ({_rms(certified.remainder):.3g}); "
+            f"root mean square over them; {unflippable}",
             "R2",
         ),
-        rung("R4 measured", _rms(found.measured), f"measured on {n} samples, root mean square; no guarantee", "R4"),
+        rung("R4 measured", _rms(certified.measured), f"measured on {n} samples, root mean square; no guarantee", "R4"),
     )
 
 
-def _statistical_rungs(found: Statistical) -> tuple[Rung, ...]:
-    sure = f"{found.n} independent {found.population}, {100 * (1 - found.alpha):.4g} % confidence, each bound by itself"
+def _statistical_rungs(statistics: Statistical) -> tuple[Rung, ...]:
+    confidence = f"{100 * (1 - statistics.alpha):.4g} % confidence, each bound by itself"
+    basis = f"{statistics.n} independent {statistics.population}, {confidence}"
     figures = {
-        "R3 share of flips": found.flips,
-        "R3 total variation": found.variation,
-        f"R3 {found.quantile:.0%} quantile of the change": found.error_quantile,
-        "R3 ratio of perplexities": found.perplexity,
+        "R3 share of flips": statistics.flips,
+        "R3 total variation": statistics.variation,
+        f"R3 {statistics.quantile:.0%} quantile of the change": statistics.error_quantile,
+        "R3 ratio of perplexities": statistics.perplexity,
     }
     rungs = []
     for name, interval in figures.items():
@@ -270,7 +278,7 @@ def _statistical_rungs(found: Statistical) -> tuple[Rung, ...]:
         note = f"measured {interval.measured:.4g}, at least {interval.lower:.4g}"
         if value is None:
             note += "; too few units for an upper bound"
-        rungs.append(Rung(name, value, interval.informative, f"{interval.method}, {sure}", note))
+        rungs.append(Rung(name, value, interval.informative, f"{interval.method}, {basis}", note))
     return tuple(rungs)
 
 
@@ -284,9 +292,9 @@ def _double(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).cpu().double()
 
 
-def _same_function(loaded: LoadedModel, edited: nn.Module, twin: nn.Module, batch: Tensor) -> bool:
-    ours, theirs = logits_of(loaded, _double(edited), batch), logits_of(loaded, twin, batch)
-    return float((ours - theirs).norm()) <= 1e-6 * float(theirs.norm())
+def _same_function(original: LoadedModel, edited: nn.Module, expanded: nn.Module, batch: Tensor) -> bool:
+    edited_outputs, expanded_outputs = logits_of(original, _double(edited), batch), logits_of(original, expanded, batch)
+    return float((edited_outputs - expanded_outputs).norm()) <= 1e-6 * float(expanded_outputs.norm())
 
 
 def _rms(values: Tensor) -> float:

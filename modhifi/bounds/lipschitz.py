@@ -1,4 +1,4 @@
-"""Sound Lipschitz constants of what stands between linear operators: activations, norms, sums, the input box.
+"""Sound Lipschitz constants of the nonlinear parts of a network: activations, norms, sums, the input box.
 
 All constants are for the Euclidean norm, all are upper bounds (rounded up), and none is estimated by sampling.
 """
@@ -73,9 +73,10 @@ def batchnorm_scale(gamma: Tensor | None, variance: Tensor, eps: float) -> Tenso
 
 
 def input_box(mean: Tensor, std: Tensor, size: Sequence[int]) -> tuple[Tensor, float]:
-    """The centre (c, *size), float64, and the Euclidean radius of all pixels in [0, 1] after normalisation.
+    """The centre (c, *size), float64, and the Euclidean radius of the box of all normalised images.
 
-    Every image lies within the radius of the centre, so `|f(x)| <= |f(centre)| + constant * radius` for every input.
+    Pixels before normalisation are in [0, 1]. Raises ModhifiError for a standard deviation that is not positive. Every
+    image lies within the radius of the centre, so `|f(x)| <= |f(centre)| + constant * radius` for every input.
     """
     if bool((std <= 0).any()):
         raise ModhifiError("a standard deviation of the preprocessing is not positive; check mean and std")
@@ -87,7 +88,9 @@ def input_box(mean: Tensor, std: Tensor, size: Sequence[int]) -> tuple[Tensor, f
 
 
 def minkowski(constants: Sequence[float], squared_errors: Sequence[Tensor]) -> float:
-    """A bound of `sqrt(E|dN|^2)` over samples: `sum_k C_k sqrt(mean e_k^2)`, e_k^2 (n,) for each modified layer.
+    """The bound `sum_k C_k sqrt(mean e_k^2)` of `sqrt(E|dN|^2)` over samples, by Minkowski's inequality.
+
+    `squared_errors` holds e_k^2 (n,) for each modified layer, `constants` its C_k. Source: docs/method.md, R1.
 
     `sum_k C_k^2 mean e_k^2` would be unsound: errors of several layers may point the same way.
     """

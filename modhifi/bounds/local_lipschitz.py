@@ -1,4 +1,4 @@
-"""Local rules: how far an operation's output can move when its clean input moves by at most a radius.
+"""Local Lipschitz rules: bounds of an operation's change when its clean input changes by at most a radius.
 
 A radius bounds the Euclidean norm of a change. It is a tensor whose shape is a prefix of the activations' shape: (b,)
 bounds each sample as a whole, (b, t) each token's vector. The axes after the prefix share the radius. Every rule is
@@ -21,7 +21,7 @@ _UP = 1 + 1e-9
 
 
 def norm_rule(z: Tensor, radius: Tensor, gamma: Tensor | None, eps: float, *, centred: bool) -> Tensor:
-    """RMSNorm (`centred=False`) or LayerNorm (`centred=True`) over the last axis of z (..., d).
+    """The radius behind RMSNorm (`centred=False`) or LayerNorm (`centred=True`) over the last axis of z (..., d).
 
     With `s = sqrt(mean z^2 + eps)` the output moves by at most
     `max|gamma| * min(2 sqrt(d), 2 r / (s + max(sqrt(eps), s - r / sqrt(d))))`. Vectors that share a radius (a prefix
@@ -35,8 +35,8 @@ def norm_rule(z: Tensor, radius: Tensor, gamma: Tensor | None, eps: float, *, ce
     if centred:
         z = z - z.mean(-1, keepdim=True)
     # Taking the mean away cancels digits of the largest entries: what may be lost of s is taken off first.
-    lost = 1e-14 * largest.amax(-1) if centred else 0.0
-    vectors = _shared((z.pow(2).mean(-1) + eps).sqrt() * (1 - 1e-12) - lost, radius)
+    cancelled = 1e-14 * largest.amax(-1) if centred else 0.0
+    vectors = _shared((z.pow(2).mean(-1) + eps).sqrt() * (1 - 1e-12) - cancelled, radius)
     s = vectors.amin(-1).clamp(min=math.sqrt(eps))
     moved = torch.clamp(s - r / math.sqrt(d), min=math.sqrt(eps))
     relative = torch.where(r > 0, 2 * r / (s + moved).clamp(min=1e-300), torch.zeros_like(r))
@@ -48,7 +48,7 @@ def norm_rule(z: Tensor, radius: Tensor, gamma: Tensor | None, eps: float, *, ce
 def scores_rule(
     q: Tensor, k: Tensor, radius_q: Tensor, radius_k: Tensor, scale: float, allowed: Tensor | None = None
 ) -> Tensor:
-    """How far each attention score can move: (b, h, t), the largest change over the keys that each query may see.
+    """The largest change of each query's attention scores over the keys that it may attend to: (b, h, t).
 
     q (b, h, t, e), k (b, h, j, e) after rotary embedding (an isometry), radii (b, h, t) and (b, h, j), `allowed` a
     boolean mask broadcastable to (b, h, t, j). Grouped-query attention: repeat keys, values and radii for each head.
@@ -64,7 +64,7 @@ def scores_rule(
 def attention_rule(
     scores: Tensor, v: Tensor, radius_scores: Tensor, radius_v: Tensor, allowed: Tensor | None = None
 ) -> Tensor:
-    """Softmax attention: each head's output `o_i = sum_j p_ij v_j` for each query, radius (b, h, t).
+    """The radius (b, h, t) of softmax attention: of each head's output `o_i = sum_j p_ij v_j` for each query.
 
     scores (b, h, t, j) are the clean logits after scaling, position bias and mask; v (b, h, j, e); `radius_scores`
     (b, h, t) from `scores_rule`; `radius_v` (b, h, j); `allowed` is a boolean mask broadcastable to scores (True:
@@ -72,21 +72,21 @@ def attention_rule(
     The rule is the smaller of `max_j r_j + 2 tanh(r/2) max_j |v_j - o_i|` and forms that weigh the keys by their
     clean probabilities.
     """
-    seen = torch.isfinite(scores) if allowed is None else torch.isfinite(scores) & allowed
+    attended = torch.isfinite(scores) if allowed is None else torch.isfinite(scores) & allowed
     s, values, rv, r = scores.double(), v.double(), radius_v.double()[..., None, :], radius_scores.double()
     # tanh is 1 there already, and exp stays finite.
     r = r.clamp(max=100.0)
     # A query without any key has the same output whatever moves.
-    p = torch.softmax(s.masked_fill(~seen, -math.inf), -1).nan_to_num(0.0)
+    p = torch.softmax(s.masked_fill(~attended, -math.inf), -1).nan_to_num(0.0)
     # Distances from differences, not from squared norms: cancellation would break the bound.
     distance = torch.cdist(p @ values, values, compute_mode="donot_use_mm_for_euclid_dist")
-    far = distance.masked_fill(~seen, 0.0).amax(-1)
-    largest = rv.expand_as(s).masked_fill(~seen, 0.0).amax(-1)
-    smallest = rv.expand_as(s).masked_fill(~seen, math.inf).amin(-1)
+    farthest = distance.masked_fill(~attended, 0.0).amax(-1)
+    largest = rv.expand_as(s).masked_fill(~attended, 0.0).amax(-1)
+    smallest = rv.expand_as(s).masked_fill(~attended, math.inf).amin(-1)
     shift = torch.tanh(r / 2)
     moved = torch.minimum(largest, (p * rv).sum(-1) + shift * (largest - smallest).clamp(min=0))
     # Each probability keeps within a factor exp(2r) of the clean one.
-    turned = torch.minimum(2 * shift * far, torch.expm1(2 * r) * (p * distance).sum(-1))
+    turned = torch.minimum(2 * shift * farthest, torch.expm1(2 * r) * (p * distance).sum(-1))
     return (moved + turned) * _UP
 
 
@@ -97,10 +97,11 @@ def max_pool_rule(
     stride: int | tuple[int, int] | None = None,
     padding: int | tuple[int, int] = 0,
 ) -> Tensor:
-    """Two-dimensional max pooling of z (b, c, h, w), radius (b,): counts only inputs that can become a maximum.
+    """The radius (b,) behind two-dimensional max pooling of z (b, c, h, w).
 
-    Two inputs change places only if they lie within sqrt(2) radius of each other; the factor is the root of the
-    largest number of windows in which one input is a candidate. For ceil_mode or dilation use `max_pool_constant`.
+    Only inputs that can become a maximum count. Two inputs change places only if they lie within sqrt(2) radius of each
+    other; the factor is the root of the largest number of windows in which one input is a candidate. For ceil_mode or
+    dilation use `max_pool_constant`.
     """
     ph, pw = (padding, padding) if isinstance(padding, int) else padding
     kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
@@ -116,13 +117,16 @@ def max_pool_rule(
 
 
 def cannot_flip(logits: Tensor, radius: Tensor) -> Tensor:
-    """Samples (b,) whose top-1 class stays: the margin of logits (b, classes) exceeds sqrt(2) times the radius."""
+    """The samples, bool (b,), whose top-1 class stays: the margin of their logits exceeds sqrt(2) times the radius.
+
+    `logits` is (b, classes), `radius` (b,) bounds the Euclidean change of each sample's logits.
+    """
     top = logits.double().topk(2, dim=-1).values
     return top[..., 0] - top[..., 1] > math.sqrt(2) * radius.double() * _UP
 
 
 def _shared(values: Tensor, radius: Tensor) -> Tensor:
-    """Values with every axis after the radius's prefix flattened into one."""
+    """The values with every axis after the radius's prefix flattened into one."""
     return values.reshape(*radius.shape, -1)
 
 

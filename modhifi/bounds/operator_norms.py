@@ -24,7 +24,10 @@ _CHUNK_ENTRIES = 2**22
 
 
 def spectral_norm(matrix: Tensor) -> float:
-    """The largest singular value of a matrix (rows, columns), rounded up; exact through the smaller Gram matrix."""
+    """The largest singular value of a matrix (rows, columns), rounded up; exact through the smaller Gram matrix.
+
+    Raises ModhifiError for NaN and infinity.
+    """
     if matrix.numel() == 0:
         return 0.0
     if not bool(torch.isfinite(matrix).all()):
@@ -34,10 +37,11 @@ def spectral_norm(matrix: Tensor) -> float:
 
 
 def gram_norm(matrix: Tensor, iterations: int = 8) -> float:
-    """An upper bound of the largest singular value by Gram iteration: matrix products alone, no factorisation.
+    """An upper bound of the largest singular value of a matrix (rows, columns) by Gram iteration.
 
-    The excess is at most a factor r^(1/2^(iterations+1)), r the smaller side. Source: Delattre, Barthélemy, Araujo,
-    Allauzen, "Efficient bound of Lipschitz constant for convolutional layers by Gram iteration" (ICML 2023).
+    It takes matrix products alone, no factorisation. Raises ModhifiError for fewer than one iteration. The excess is at
+    most a factor r^(1/2^(iterations+1)), r the smaller side. Source: Delattre, Barthélemy, Araujo, Allauzen, "Efficient
+    bound of Lipschitz constant for convolutional layers by Gram iteration" (ICML 2023).
     """
     if iterations < 1:
         raise ModhifiError("Gram iteration needs at least one iteration; ask for iterations >= 1")
@@ -103,7 +107,10 @@ def avg_pool_norm(
     ceil_mode: bool = False,
     count_include_pad: bool = True,
 ) -> float:
-    """The norm of average pooling on inputs of a spatial size: exact, the product of the norms along each axis."""
+    """The exact operator norm of average pooling on inputs of a spatial size.
+
+    It is the product of the norms along each axis.
+    """
     axes = len(size)
     kernels, pads = _per_axis(kernel, axes), _per_axis(padding, axes)
     strides = kernels if stride is None else _per_axis(stride, axes)
@@ -115,7 +122,7 @@ def avg_pool_norm(
 
 
 def adaptive_avg_pool_norm(size: Sequence[int], output: int | Sequence[int] = 1) -> float:
-    """The norm of adaptive average pooling: exact; 1 / sqrt(H W) for the global average over (H, W)."""
+    """The exact operator norm of adaptive average pooling: 1 / sqrt(H W) for the global average over (H, W)."""
     norm = 1.0
     for n, m in zip(size, _per_axis(output, len(size)), strict=True):
         norm *= spectral_norm(F.adaptive_avg_pool1d(_rows(n), m)[:, 0])
@@ -125,7 +132,10 @@ def adaptive_avg_pool_norm(size: Sequence[int], output: int | Sequence[int] = 1)
 def max_pool_constant(
     kernel: int | Sequence[int], stride: int | Sequence[int] | None = None, dilation: int | Sequence[int] = 1
 ) -> float:
-    """The Lipschitz constant of max pooling: the root of the number of windows that can read one input (3x3/2: 2)."""
+    """The Lipschitz constant of max pooling: the root of the number of windows that can contain one input.
+
+    For instance 2 for a 3x3 kernel with stride 2.
+    """
     axes = max((len(v) for v in (kernel, stride, dilation) if isinstance(v, Sequence)), default=2)
     kernels, dilations = _per_axis(kernel, axes), _per_axis(dilation, axes)
     strides = kernels if stride is None else _per_axis(stride, axes)
@@ -145,6 +155,7 @@ class _Axis:
 
     @classmethod
     def of(cls, size: int, kernel: int, stride: int, pad: tuple[int, int], dilation: int) -> _Axis:
+        """The axis of a convolution; raises ModhifiError where the kernel does not fit the input."""
         reach = dilation * (kernel - 1)
         outputs = (size + sum(pad) - reach - 1) // stride + 1
         if outputs < 1:
@@ -201,7 +212,7 @@ def _polyphase(weight: Tensor, tori: Sequence[_Axis], groups: int) -> tuple[Tens
 
 
 def _contenders(grams: Tensor, at_least: float) -> Tensor:
-    """Indices of the Gram matrices (b, r, r), single precision, that may hold the largest eigenvalue above `at_least`.
+    """The indices of Gram matrices (b, r, r), single precision, that may hold the largest eigenvalue above `at_least`.
 
     ||G^m||_F^(1/m) lies above the largest eigenvalue by at most a factor r^(1/2m): what stays below another's lower
     bound is discarded, and the others are squared again.

@@ -1,4 +1,4 @@
-"""R3: what held-out units say about every input from the same distribution.
+"""R3: confidence bounds, from held-out units, for every input of the same distribution.
 
 A unit is an image or a whole sequence, never a token. Source: docs/method.md, R3 (statistical).
 """
@@ -32,9 +32,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Statistical:
-    """R3, each bound with error probability ``alpha``; ``error_quantile`` is of the output's change, not squared.
+    """The statistical bounds R3, each with error probability ``alpha``.
 
-    ``population`` says what the units are, and so what the bounds speak of. ``perplexity`` is the ratio of the modified
+    ``error_quantile`` is of the Euclidean change of the output. ``population`` names the units, and so the inputs for
+    which the bounds hold. ``perplexity`` is the ratio of the modified
     network's perplexity to the original's, of causal language models.
     """
 
@@ -51,10 +52,11 @@ class Statistical:
 def statistical(
     table: HeldOut, alpha: float, population: str = "held-out units", tolerance: float | None = None
 ) -> Statistical:
-    """R3 of a table of held-out units, each bound with error probability ``alpha``.
+    """Computes R3 of a table of held-out units, each bound with error probability ``alpha``.
 
     Clopper-Pearson bounds flips of images and betting those of sequences; betting bounds the total variation, order
     statistics the error. ``tolerance`` is the largest ratio of perplexities that is allowed.
+    Source: docs/method.md, R3.
     """
     n, constant, flips = len(table), table.constant, table.flips
     if table.sequences:
@@ -75,12 +77,12 @@ def statistical(
 
 
 def nll_cap(tolerance: float | None) -> float:
-    """Up to how many nats the difference of a unit counts; the tolerance, a ratio of perplexities, stays inside."""
+    """The cap, in nats, of a unit's difference of losses; the tolerance, a ratio of perplexities, stays inside."""
     return max(NLL_CAP, 2 * math.log(tolerance) if tolerance else 0.0)
 
 
 def _perplexity(table: HeldOut, alpha: float, tolerance: float | None) -> Interval | None:
-    """The ratio of perplexities is exp of the mean difference over sequences of one length, each capped beforehand."""
+    """The ratio of perplexities: exp of the mean difference over sequences of one length, each capped beforehand."""
     growth = table.nll_growth
     if growth is None:
         return None
@@ -92,14 +94,18 @@ def _perplexity(table: HeldOut, alpha: float, tolerance: float | None) -> Interv
         f"betting on each sequence's mean difference, capped at {cap:g} nats ({beyond} of {len(table)} were beyond)"
     )
     measured = math.exp(float(growth.mean()))
-    # at the cap the bound is what was assumed, not what was seen
+    # At the cap the bound is the assumption, not an observation.
     informative = high < min(math.exp(table.constant.nll), math.exp(cap) * (1 - 1e-6))
     return Interval(measured, low, high, method, informative)
 
 
 @dataclass(frozen=True)
 class Forgetting:
-    """How often the forgotten class is no longer predicted, on held-out units of that class: a LOWER bound shows it."""
+    """The rate at which forgotten classes are no longer predicted, on n held-out units of those classes.
+
+    ``lower`` and ``upper`` are one-sided, each with error probability ``alpha``; it is the lower one that shows
+    forgetting.
+    """
 
     n: int
     still_predicted: int
@@ -110,11 +116,13 @@ class Forgetting:
 
 
 def forgetting(predictions: Tensor, forgotten: Tensor, alpha: float) -> Forgetting:
-    """From the modified network's top-1, int64 (n,), on units of the forgotten classes, int64 (m,).
+    """The Clopper-Pearson bounds, each one-sided, of the rate at which no forgotten class is predicted.
 
-    The Clopper-Pearson bounds, each one-sided, of the rate at which no forgotten class is predicted.
+    ``predictions`` are a network's top-1, int64 (n,), on units of the ``forgotten`` classes, int64 (m,).
     """
-    still = int(torch.isin(predictions, forgotten).sum())
+    still_predicted = int(torch.isin(predictions, forgotten).sum())
     n = len(predictions)
-    low, high = (bound(n - still, n, alpha) for bound in (stats.clopper_pearson_lower, stats.clopper_pearson_upper))
-    return Forgetting(n, still, 1 - still / n, low, high, alpha)
+    low, high = (
+        bound(n - still_predicted, n, alpha) for bound in (stats.clopper_pearson_lower, stats.clopper_pearson_upper)
+    )
+    return Forgetting(n, still_predicted, 1 - still_predicted / n, low, high, alpha)

@@ -1,4 +1,4 @@
-"""R4: how much of the output's change each modified layer causes, measured with hybrid networks.
+"""R4: the change of the output that each modified layer causes, measured with hybrid networks.
 
 Hybrid k has the first k modified layers undone. Neighbours differ in one layer, fed with clean activations and followed
 by the modified tail (form B), and the differences telescope exactly to the whole change.
@@ -18,16 +18,17 @@ from torch.overrides import TorchFunctionMode
 
 from modhifi.structure.torch_ops import names_of, operation_name, tensors_in
 
-# Operations that are worth remembering; none of them writes into its input.
+# Operations whose results are kept; none of them writes into its input.
 COSTLY = names_of("conv", "linear", "matrix product", "attention", "batch norm", "norm") | {"einsum"}
 
 
 @dataclass(frozen=True)
 class LayerShare:
-    """One modified layer. Root mean squares over the samples, in units of the layer's and of the network's output.
+    """The part of the output's change that one modified layer causes: root mean squares over the samples.
 
-    ``local`` is e_k, ``change`` is t_k, ``amplification`` t_k / e_k, ``constant`` the global bound of that ratio (R1).
-    ``parameters`` are those that the edit changed there.
+    ``local`` is e_k, in units of the layer's output; ``change`` is t_k, in units of the network's; ``amplification`` is
+    t_k / e_k and ``constant`` the global bound of that ratio (R1). ``where`` names the layer, ``parameters`` are those
+    that the edit changed there.
     """
 
     where: str
@@ -40,48 +41,49 @@ class LayerShare:
 
 @torch.no_grad()
 def hybrid_changes(
-    dense: nn.Module,
+    original: nn.Module,
     edited: nn.Module,
     layers: Sequence[tuple[str, ...]],
     run: Callable[[Tensor, nn.Module], Tensor],
     parts: Sequence[Tensor],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The change (n, ...) that each layer (names of its parameters, in order of execution) causes, one pass each.
+    """Measures the change (n, ...) of the output that each modified layer causes, in one pass a layer.
 
+    ``layers`` hold the names of their parameters, in order of execution.
     ``parts`` are the batches that make up the n samples. Returns the changes, the outputs of the network with every
     layer undone and those of the modified network; the changes add up to the difference of the two. Both models have
     the same shapes and stay as they are.
     """
-    work = copy.deepcopy(edited)
-    originals, twins, tensors = _tensors(dense), _tensors(edited), _tensors(work)
-    modified = {name for name, tensor in originals.items() if not torch.equal(tensor, twins[name])}
+    hybrid = copy.deepcopy(edited)
+    original_tensors, edited_tensors, hybrid_tensors = _tensors(original), _tensors(edited), _tensors(hybrid)
+    modified = {name for name, tensor in original_tensors.items() if not torch.equal(tensor, edited_tensors[name])}
     outputs = []
     for part in parts:
         clean = CleanPass()
         with clean:
-            run(part, dense)
-        # What no operation was seen to read, inside compiled code for instance, might be read anywhere.
-        hidden = not {id(originals[name]) for name in modified} <= clean.read
+            run(part, original)
+        # A tensor that no operation was seen to read, inside compiled code for instance, might be read anywhere.
+        hidden = not {id(original_tensors[name]) for name in modified} <= clean.read
         hybrids = []
         for k in range(len(layers) + 1):
             for name in layers[k - 1] if k else ():
-                tensors[name].data.copy_(originals[name])
-            later = {id(tensors[name]) for name in modified.difference(*layers[:k])}
+                hybrid_tensors[name].data.copy_(original_tensors[name])
+            later = {id(hybrid_tensors[name]) for name in modified.difference(*layers[:k])}
             # The last hybrid is run in full: it shows that undoing the edit gives back the original.
             with clean.until_read(None if hidden or k == len(layers) else later):
-                hybrids.append(run(part, work))
+                hybrids.append(run(part, hybrid))
         outputs.append(torch.stack(hybrids))
         for name in modified:
-            tensors[name].data.copy_(twins[name])
+            hybrid_tensors[name].data.copy_(edited_tensors[name])
     steps = torch.cat(outputs, 1)
     return list(steps.diff(dim=0)), steps[-1], steps[0]
 
 
 class CleanPass(TorchFunctionMode):
-    """What the costly operations of a pass of the original gave, in their order, and the tensors that were read.
+    """The results of the costly operations of a pass of the original, in their order, and the tensors that it read.
 
-    A hybrid does the same until it first reads a tensor that is still modified: up to there the results are taken from
-    here.
+    A hybrid computes the same until it first reads a tensor that is still modified: up to there its results are taken
+    from here.
     """
 
     def __init__(self) -> None:
@@ -94,7 +96,7 @@ class CleanPass(TorchFunctionMode):
 
     @contextmanager
     def until_read(self, modified: set[int] | None) -> Iterator[None]:
-        """Take results from the remembered pass until one of these tensors is read, by ``id``; with None, never."""
+        """Takes results from the recorded pass until one of these tensors is read, by ``id``; with None, never."""
         self.modified, self.number, self.clean = modified, 0, True
         with self if modified is not None else nullcontext():
             yield

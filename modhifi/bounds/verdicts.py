@@ -1,4 +1,4 @@
-"""From bounds to verdicts: the order of precedence of docs/bounds.md, and what to say beside each."""
+"""From bounds to verdicts: the order of precedence of docs/bounds.md, and the sentence beside each."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
 
 @dataclass(frozen=True)
 class Tolerances:
-    """What the user allows.
+    """The largest changes that the user allows.
 
     ``max_flip``: the share of inputs whose top-1 may change. ``max_error``: the Euclidean change of the output that at
     most one input in twenty may exceed. ``max_perplexity_ratio``: of causal language models, the modified network's
-    perplexity over the original's. ``not_a_sample``: the held-out units were not drawn at random, so that only
-    what was measured on them may be said.
+    perplexity over the original's. ``not_a_sample``: the held-out units were not drawn at random, so that nothing is
+    claimed beyond them. Raises ModhifiError for a number outside its range.
     """
 
     max_flip: float | None = None
@@ -37,7 +37,7 @@ class Tolerances:
         divided_alpha(self.confidence)
 
     def fit(self, kind: str) -> None:
-        """Raises ModhifiError where a tolerance says nothing of models of this kind (as in `LoadedModel.kind`)."""
+        """Raises ModhifiError where a tolerance does not apply to models of this kind (as in `LoadedModel.kind`)."""
         if self.max_perplexity_ratio is not None and kind != "text":
             raise ModhifiError("--max-perplexity-ratio is for causal language models; use --max-flip or --max-error")
 
@@ -50,7 +50,7 @@ class Tolerances:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of the report. ``settling_n`` is how many held-out units would settle an INCONCLUSIVE one."""
+    """One line of the report; ``settling_n`` is the number of held-out units that would settle an INCONCLUSIVE one."""
 
     name: str
     verdict: str
@@ -59,7 +59,7 @@ class Verdict:
 
 
 def self_test(violations: tuple[str, ...], samples: int) -> Verdict:
-    """Measured <= R2 <= R1 on the very samples the bounds were computed from."""
+    """The verdict on measured <= R2 <= R1, on the very samples the bounds were computed from."""
     if violations:
         return Verdict("self-test", "BUG", "; ".join(violations))
     if samples == 0:
@@ -70,35 +70,41 @@ def self_test(violations: tuple[str, ...], samples: int) -> Verdict:
 def judge(
     tolerances: Tolerances, bounds: Statistical, table: HeldOut, every_input: float | None
 ) -> tuple[Verdict, ...]:
-    """One verdict for each tolerance given; ``every_input`` is R1 in its every-input form where there is one."""
+    """The verdict on each tolerance given.
+
+    ``every_input`` is R1 in its every-input form, None where there is none. Raises ModhifiError where a tolerance of
+    the perplexity meets sequences of one token. Source: docs/bounds.md.
+    """
     verdicts = []
     alpha = bounds.alpha
     if (tau := tolerances.max_flip) is not None:
         if table.sequences:
             settling = settling_n_mean(table.flips, tau, alpha)
-            what = "positions of a unit whose top-1 changes"
+            quantity = "positions of a unit whose top-1 changes"
         else:
             settling = settling_n_rate(int(table.flips.sum()), len(table), tau, alpha)
-            what = "inputs whose top-1 changes"
+            quantity = "inputs whose top-1 changes"
         certified = every_input == 0
         name = f"max flip {tau:g}"
-        verdicts.append(_verdict(name, tau, tolerances, bounds, bounds.flips, certified, settling, what, percent=True))
+        verdicts.append(
+            _verdict(name, tau, tolerances, bounds, bounds.flips, certified, settling, quantity, percent=True)
+        )
     if (tau := tolerances.max_error) is not None:
         above = int((table.error > tau).sum())
         settling = settling_n_rate(above, len(table), 1 - QUANTILE, alpha)
         certified = every_input is not None and every_input <= tau
-        what = f"{QUANTILE:.0%} quantile of the output's change"
+        quantity = f"{QUANTILE:.0%} quantile of the output's change"
         name = f"max error {tau:g}"
-        verdicts.append(_verdict(name, tau, tolerances, bounds, bounds.error_quantile, certified, settling, what))
+        verdicts.append(_verdict(name, tau, tolerances, bounds, bounds.error_quantile, certified, settling, quantity))
     if (tau := tolerances.max_perplexity_ratio) is not None:
         growth = table.nll_growth
         if bounds.perplexity is None or growth is None:
             raise ModhifiError("perplexity needs sequences of at least two tokens; give a longer --window")
         cap = nll_cap(tau)
         settling = settling_n_mean(growth.clamp(-cap, cap), math.log(tau), alpha, -cap, cap)
-        what, name = f"ratio of perplexities ({bounds.perplexity.method})", f"max perplexity ratio {tau:g}"
+        quantity, name = f"ratio of perplexities ({bounds.perplexity.method})", f"max perplexity ratio {tau:g}"
         certified = every_input == 0
-        verdicts.append(_verdict(name, tau, tolerances, bounds, bounds.perplexity, certified, settling, what))
+        verdicts.append(_verdict(name, tau, tolerances, bounds, bounds.perplexity, certified, settling, quantity))
     return tuple(verdicts)
 
 
@@ -110,31 +116,36 @@ def _verdict(
     interval: Interval,
     certified: bool,
     settling: int | None,
-    what: str,
+    quantity: str,
     percent: bool = False,
 ) -> Verdict:
     def show(value: float) -> str:
         return f"{100 * value:.3g} %" if percent else f"{value:.4g}"
 
-    measured = f"{what}: {show(interval.measured)} measured on {bounds.n} {bounds.population}"
+    measured = f"{quantity}: {show(interval.measured)} measured on {bounds.n} {bounds.population}"
     if tolerances.not_a_sample:
         verdict = "PASS-ON-SAMPLES" if interval.measured <= tau else "FAIL"
         return Verdict(name, verdict, f"{measured}; nothing is claimed beyond them")
-    sure = f"{100 * (1 - bounds.alpha):.4g} % confidence"
+    confidence = f"{100 * (1 - bounds.alpha):.4g} % confidence"
     if interval.lower > tau:
-        return Verdict(name, "FAIL", f"{measured}, at least {show(interval.lower)} with {sure}")
+        return Verdict(name, "FAIL", f"{measured}, at least {show(interval.lower)} with {confidence}")
     if certified:
         return Verdict(name, "PASS-CERTIFIED", f"{measured}; proven for every input of the box (R1)")
     if interval.upper <= tau:
-        return Verdict(name, "PASS-STATISTICAL", f"{measured}, at most {show(interval.upper)} with {sure}")
-    more = (
+        return Verdict(name, "PASS-STATISTICAL", f"{measured}, at most {show(interval.upper)} with {confidence}")
+    outlook = (
         f"about {settling:,} units would settle it" if settling else "no number of units can be named that settles it"
     )
-    return Verdict(name, "INCONCLUSIVE", f"{measured}, at most {show(interval.upper)} with {sure}; {more}", settling)
+    return Verdict(
+        name, "INCONCLUSIVE", f"{measured}, at most {show(interval.upper)} with {confidence}; {outlook}", settling
+    )
 
 
 def forgetting_verdict(before: Forgetting, after: Forgetting) -> dict[str, str]:
-    """A line for the table: INFORMATIVE where the edited model misses the forgotten classes more often than before."""
+    """The verdict on forgetting.
+
+    INFORMATIVE where the edited model misses the forgotten classes more often than the original.
+    """
     return {
         "name": "forgotten classes no longer predicted",
         "verdict": "INFORMATIVE" if after.lower > before.upper else "VACUOUS",
@@ -145,7 +156,7 @@ def forgetting_verdict(before: Forgetting, after: Forgetting) -> dict[str, str]:
 
 
 def enforce(verdicts: tuple[Verdict, ...]) -> None:
-    """Raise SelfTestFailed for a bug of ours, GateFailed where a tolerance failed or stayed open; in that order."""
+    """Raises SelfTestFailed for a bug of ours, then GateFailed where a tolerance failed or stayed open."""
     for verdict in verdicts:
         if verdict.verdict == "BUG":
             raise SelfTestFailed(f"the bound's self-test failed, a bug of modhifi: {verdict.text}")

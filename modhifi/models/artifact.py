@@ -1,4 +1,4 @@
-"""Read an artefact directory: the weights, and the model that they and the manifest make."""
+"""Reading an artefact directory: its weights, and the model that they and the manifest make."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ PACKAGES = ("modhifi", "torch", "timm", "transformers", "safetensors")
 
 
 def load_artifact(directory: str | Path, skeleton: nn.Module | None = None) -> LoadedModel:
-    """Rebuild the model of an artefact: eval mode, on the CPU, plain modules of its own library.
+    """Rebuilds the model of an artefact: eval mode, on the CPU, plain modules of its own library.
 
     ``skeleton`` is the dense module, for an artefact made from a module that neither timm nor transformers builds; it
-    is copied. Weights that are not those once saved are told in ``info["notes"]``. Raises ModhifiError for a directory
-    that is no artefact, one of a newer modhifi, a missing skeleton and weights that do not fit.
+    is copied. ``info["notes"]`` says so where the weights are not those that were saved. Raises ModhifiError for a
+    directory that is no artefact, one of a newer modhifi, a missing skeleton and weights that do not fit.
     """
     directory = Path(directory).expanduser()
     manifest = read_manifest(directory)
@@ -52,48 +52,55 @@ def load_artifact(directory: str | Path, skeleton: nn.Module | None = None) -> L
             model = build_skeleton(entry.framework, entry.info, config)
         state, hashes = _read_weights(directory)
         model = fill(reshape(model, entry.differences), state, manifest.weights.tied, str(directory))
-    loaded = _describe(model, directory, entry)
+    loaded = _loaded_from(model, directory, entry)
     artifact = Artifact(manifest, hashes)
     notes = list(loaded.info["notes"])
     if not artifact.intact:
         notes.append(f"the weights in {directory} are not those that were saved: their hash differs from {MANIFEST}")
-    known = {key: getattr(base, key) for key in ("repository", "revision", "licence") if key in base.model_fields_set}
+    stated = {key: getattr(base, key) for key in ("repository", "revision", "licence") if key in base.model_fields_set}
     labels = tuple(entry.labels) if entry.labels else None
-    return replace(loaded, labels=labels, artifact=artifact, info=loaded.info | known | {"notes": notes})
+    return replace(loaded, labels=labels, artifact=artifact, info=loaded.info | stated | {"notes": notes})
 
 
 def load(directory: str | Path, *, skeleton: nn.Module | None = None) -> nn.Module:
-    """The model of an artefact directory as a plain torch module in eval mode, on the CPU.
+    """Loads the model of an artefact directory as a plain torch module in eval mode, on the CPU.
 
-    ``hf:ORG/NAME[@REVISION]`` is fetched first. ``skeleton`` and errors: see :func:`load_artifact`.
+    ``hf:ORG/NAME[@REVISION]`` is downloaded first. ``skeleton`` is the dense module, needed for an artefact made from a
+    module that neither timm nor transformers builds. Raises ModhifiError as :func:`load_artifact` does, and where the
+    hub has no such artefact.
     """
     if str(directory).startswith("hf:"):
         name, revision = split_revision(str(directory).removeprefix("hf:"), None)
-        fetched = fetch_description(name, revision)
-        fetch_weights(name, fetched.name)
-        directory = fetched
+        snapshot = fetch_description(name, revision)
+        fetch_weights(name, snapshot.name)
+        directory = snapshot
     return load_artifact(directory, skeleton).model
 
 
 @contextmanager
 def _library_hint(manifest: Manifest) -> Iterator[None]:
-    """Say, where a model cannot be rebuilt, which of its libraries are other ones than those it was written with."""
+    """Names in a ModhifiError the libraries whose versions differ from those that wrote the artefact."""
     try:
         yield
     except ModhifiError as error:
-        now = installed_versions()
-        then = {name: manifest.versions.get(name) for name in (manifest.model.framework, "torch")}
-        moved = [f"{n} {v} ({now[n]} is installed)" for n, v in then.items() if v and n in now and v != now[n]]
-        if not moved:
+        installed = installed_versions()
+        recorded = {name: manifest.versions.get(name) for name in (manifest.model.framework, "torch")}
+        changed = [
+            f"{n} {v} ({installed[n]} is installed)"
+            for n, v in recorded.items()
+            if v and n in installed and v != installed[n]
+        ]
+        if not changed:
             raise
-        raise ModhifiError(f"{error}; it was written with {' and '.join(moved)}: install those") from error
+        raise ModhifiError(f"{error}; it was written with {' and '.join(changed)}: install those") from error
 
 
 def installed_versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    """The versions of Python and of every package that an artefact depends on."""
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
-        found[name] = version_of(name)
-    return found
+        versions[name] = version_of(name)
+    return versions
 
 
 def _read_weights(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -114,16 +121,16 @@ def _read_weights(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return state, hashes
 
 
-def _describe(model: nn.Module, directory: Path, entry: ModelEntry) -> LoadedModel:
+def _loaded_from(model: nn.Module, directory: Path, entry: ModelEntry) -> LoadedModel:
     source = str(directory)
     if entry.framework == "timm":
         from modhifi.models import from_timm
 
-        return from_timm.describe(model, source)
+        return from_timm.loaded_from(model, source)
     if entry.framework == "transformers":
         from modhifi.models import from_transformers
 
-        return from_transformers.describe(model, source, directory)
+        return from_transformers.loaded_from(model, source, directory)
     assert entry.example is not None
     shape, dtype = entry.example["shape"], getattr(torch, entry.example["dtype"])
     example = torch.zeros(shape, dtype=dtype)
@@ -133,5 +140,6 @@ def _describe(model: nn.Module, directory: Path, entry: ModelEntry) -> LoadedMod
 
 
 def file_hash(path: Path) -> str:
+    """The SHA-256 of a file's content, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

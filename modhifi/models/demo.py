@@ -12,7 +12,10 @@ IMAGES = {"demo:calibration": ROOT / "images" / "calibration", "demo:test": ROOT
 
 
 def bundled(name: str, known: dict[str, Path]) -> Path:
-    """The directory behind ``demo:NAME``. Raises ModhifiError for a name that is not in ``known``."""
+    """The directory behind ``demo:NAME``.
+
+    ``known`` maps such names to directories. Raises ModhifiError for a name that is not in it.
+    """
     if name not in known:
         raise ModhifiError(f"there is no {name} in the package; it brings {' and '.join(known)}")
     return known[name]

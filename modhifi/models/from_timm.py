@@ -1,4 +1,4 @@
-"""Load timm's models: by name, from a directory in timm's format, or already built."""
+"""Loading timm's models: by name, from a directory in timm's format, or already built."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODES = {1: "L", 3: "RGB"}
 def from_name(
     name: str, pretrained: bool, args: dict[str, Any], weights: str | Path | None, revision: str | None
 ) -> LoadedModel:
-    """Build the model of timm's registry, with weights from the hub (at a commit), from a file, or random.
+    """Builds a model of timm's registry, with weights from the hub (at a commit), from a file, or random.
 
     Raises ModhifiError for a name or tag timm does not know, a model without pretrained weights, and what
     ``hub.explained`` explains.
@@ -45,7 +45,7 @@ def from_name(
     model = _build(name, source, downloads, args, repo or name, revision, pretrained_cfg_overlay=overlay)
     if weights is not None:
         _load_file(model, Path(weights))
-    loaded = describe(model, source)
+    loaded = loaded_from(model, source)
     if repo and commit:
         licence = loaded.info["licence"] or hub.fetch_licence(repo, commit)
         loaded.info.update(repository=repo, revision=commit, licence=licence)
@@ -57,17 +57,20 @@ def from_name(
 
 
 def from_directory(directory: Path, source: str, pretrained: bool, args: dict[str, Any]) -> LoadedModel:
-    """Build the model that a directory in timm's own format holds (``config.json`` with ``architecture``).
+    """Builds the model that a directory in timm's own format holds (``config.json`` with ``architecture``).
 
     Raises ModhifiError if timm cannot build it or the weights do not fit.
     """
-    loaded = describe(_build(f"local-dir:{directory}", source, pretrained, args, source, None), source)
+    loaded = loaded_from(_build(f"local-dir:{directory}", source, pretrained, args, source, None), source)
     loaded.info["licence"] = loaded.info["licence"] or hub.card_licence(directory / "README.md")
     return loaded
 
 
-def describe(model: nn.Module, source: str) -> LoadedModel:
-    """A built timm model (eval mode, no gradients) with its preprocessing, example, labels and description."""
+def loaded_from(model: nn.Module, source: str) -> LoadedModel:
+    """Completes a built timm model with its preprocessing, example, labels and description.
+
+    ``model`` is in eval mode and needs no gradients; ``source`` is the string it was loaded from.
+    """
     cfg: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
     data = resolve_model_data_config(model)
     size = tuple(get_model_input_config(model)["input_size"])
@@ -80,15 +83,15 @@ def describe(model: nn.Module, source: str) -> LoadedModel:
         transform = Preprocess(create_transform(**data, is_training=False), MODES[size[0]])
     else:
         notes.append(f"no image transform: the model wants {size[0]} channels")
-    # Where the weights lay is of no use to a reader elsewhere, and the labels have a field of their own.
-    where = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"}
-    hidden = where | {"label_names", "label_descriptions"}
+    # The place of the weights is of no use on another machine, and the labels have a field of their own.
+    places = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"}
+    left_out = places | {"label_names", "label_descriptions"}
     info = {
         "architecture": cfg.get("architecture"),
         "tag": cfg.get("tag"),
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "model_args": arguments(model),
-        "pretrained_cfg": {k: v for k, v in cfg.items() if k not in hidden} | data,
+        "pretrained_cfg": {k: v for k, v in cfg.items() if k not in left_out} | data,
         "revision": None,
         "licence": cfg.get("license"),
         "libraries": {"torch": torch.__version__, "timm": timm.__version__},
@@ -100,8 +103,8 @@ def describe(model: nn.Module, source: str) -> LoadedModel:
 
 def arguments(model: nn.Module) -> dict[str, Any]:
     """The arguments of timm's factory that give the model its architecture, JSON-able."""
-    found: dict[str, Any] = json.loads(json.dumps(get_model_args(model), default=str))
-    return found
+    args: dict[str, Any] = json.loads(json.dumps(get_model_args(model), default=str))
+    return args
 
 
 def _build(

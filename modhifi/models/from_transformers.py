@@ -1,4 +1,4 @@
-"""Load transformers' models from a directory (local, or a snapshot of the hub) or already built."""
+"""Loading transformers' models from a directory (local, or a snapshot of the hub) or already built."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TOKENIZER_FILES = (
 def from_directory(
     directory: Path, source: str, pretrained: bool, trust_remote_code: bool, gguf_file: str | None
 ) -> LoadedModel:
-    """Load the model a directory holds with the Auto class that its configuration's ``architectures`` name.
+    """Loads the model of a directory with the Auto class that its configuration's ``architectures`` name.
 
     Weights keep the checkpoint's dtype; a GGUF file is dequantised to float32. Raises ModhifiError if transformers
     cannot load it, if it has an encoder and a decoder, or if it would have to run code that is not trusted.
@@ -51,37 +51,39 @@ def from_directory(
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf_file:
         common["gguf_file"] = gguf_file
-    report: dict[str, Any] = {}
+    loading_info: dict[str, Any] = {}
     with hub.explained(source), _bars_on_terminals_only(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = transformers.AutoConfig.from_pretrained(str(directory), **common)
         if getattr(config, "is_encoder_decoder", False):
             raise ModhifiError(f"{source} has an encoder and a decoder, which is not supported; give a model with one")
         # A GGUF file holds a causal language model and names no architecture of transformers.
-        maker = getattr(transformers, "AutoModelForCausalLM" if gguf_file else auto_class(config))
+        builder = getattr(transformers, "AutoModelForCausalLM" if gguf_file else auto_class(config))
         if pretrained:
-            model, report = maker.from_pretrained(str(directory), dtype="auto", output_loading_info=True, **common)
+            model, loading_info = builder.from_pretrained(
+                str(directory), dtype="auto", output_loading_info=True, **common
+            )
         else:
-            model = maker.from_config(config, trust_remote_code=trust_remote_code)
+            model = builder.from_config(config, trust_remote_code=trust_remote_code)
     if gguf_file:
         model = _without_quantiser(model)
-    loaded = describe(frozen(model), source, directory, **common)
+    loaded = loaded_from(frozen(model), source, directory, **common)
     loaded.info["licence"] = hub.card_licence(directory / "README.md")
-    if missing := sorted(report.get("missing_keys", ())):
+    if missing := sorted(loading_info.get("missing_keys", ())):
         loaded.info["notes"].append(f"not in the checkpoint, newly initialised: {', '.join(missing)}")
     return loaded
 
 
 @contextmanager
 def _bars_on_terminals_only() -> Iterator[None]:
-    """Keep transformers' own progress bars out of logs and pipes."""
-    shown = logging.is_progress_bar_enabled()
+    """Keeps transformers' own progress bars out of logs and pipes."""
+    were_enabled = logging.is_progress_bar_enabled()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if were_enabled:
             logging.enable_progress_bar()
 
 
@@ -97,10 +99,11 @@ def auto_class(config: Any) -> str:
     return "AutoModel"
 
 
-def describe(model: Any, source: str, directory: Path | None, **common: Any) -> LoadedModel:
-    """A built transformers model with preprocessing or tokenizer from ``directory``, an example and a description.
+def loaded_from(model: Any, source: str, directory: Path | None, **common: Any) -> LoadedModel:
+    """Completes a built transformers model with its preprocessing or tokenizer, an example, labels and a description.
 
-    Raises ModhifiError if the model reads neither pixels nor token ids.
+    Preprocessing and tokenizer are read from ``directory``; with None, a processor usual for the family and no
+    tokenizer. Raises ModhifiError if the model reads neither pixels nor token ids.
     """
     config, notes = model.config, list[str]()
     transform = tokenizer = labels = None
@@ -193,7 +196,7 @@ def _without_quantiser(model: Any) -> nn.Module:
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    fresh: Any = type(model)(config)
-    fresh.load_state_dict(model.state_dict(), assign=True)
-    fresh.tie_weights()
-    return cast(nn.Module, fresh)
+    plain: Any = type(model)(config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    return cast(nn.Module, plain)

@@ -1,4 +1,4 @@
-"""Hooks of a module, for a while: see its input, stop a pass, replace a forward, normalise by the batch."""
+"""Temporary hooks of modules: read an input, stop a pass, replace a forward, normalise by the batch."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch.utils.hooks import RemovableHandle
 
 
 class StopForward(Exception):
-    """Ends a forward pass where nothing that follows is needed."""
+    """The exception that ends a forward pass whose rest is not needed."""
 
 
 def only_input(args: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-    """The input of a layer, whether its caller names it or not."""
-    given: Tensor = args[0] if args else next(iter(named.values()))
-    return given
+    """The first input of a layer, given by position or by name."""
+    x: Tensor = args[0] if args else next(iter(named.values()))
+    return x
 
 
-def on_input(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
-    """Register a hook that hands a layer's input to ``see`` before the layer runs."""
+def on_input(module: nn.Module, callback: Callable[[Tensor], None]) -> RemovableHandle:
+    """Registers a hook that passes a layer's input to ``callback`` before the layer runs."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        see(only_input(args, named))
+        callback(only_input(args, named))
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 @contextmanager
 def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove the hooks at the end."""
+    """Removes the hooks when the block ends."""
     with ExitStack() as stack:
         for handle in handles:
             stack.enter_context(handle)
@@ -40,7 +40,7 @@ def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 @contextmanager
 def stop_before(module: nn.Module) -> Iterator[list[Tensor]]:
-    """End a forward pass where the module begins; the list that this yields then holds the module's input."""
+    """Ends a forward pass where the module begins; the list that this yields then holds the module's input."""
     inputs: list[Tensor] = []
 
     def stop(x: Tensor) -> None:
@@ -53,7 +53,7 @@ def stop_before(module: nn.Module) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def stop_behind(module: nn.Module) -> Iterator[None]:
-    """End a forward pass where the module ends."""
+    """Ends a forward pass where the module ends."""
 
     def stop(*_: object) -> None:
         raise StopForward
@@ -64,7 +64,7 @@ def stop_behind(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def batch_statistics(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """Let every BatchNorm normalise by its batch while its running statistics stay untouched.
+    """Makes every BatchNorm normalise by its batch, with its running statistics untouched.
 
     The outputs of each BatchNorm then have the channel means and variances that the stored affine parameters
     prescribe, whatever the input (docs/method.md, synthetic data).
@@ -74,13 +74,15 @@ def batch_statistics(model: nn.Module, active: bool = True) -> Iterator[None]:
         for m in model.modules()
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None and active
     ]
-    before = [(m.momentum, m.num_batches_tracked.clone() if m.num_batches_tracked is not None else None) for m in norms]
+    settings = [
+        (m.momentum, m.num_batches_tracked.clone() if m.num_batches_tracked is not None else None) for m in norms
+    ]
     for norm in norms:
         norm.training, norm.momentum = True, 0.0
     try:
         yield
     finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
+        for norm, (momentum, count) in zip(norms, settings, strict=True):
             norm.training, norm.momentum = False, momentum
             if count is not None and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.copy_(count)
@@ -88,7 +90,7 @@ def batch_statistics(model: nn.Module, active: bool = True) -> Iterator[None]:
 
 @contextmanager
 def standing_in(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Replace each module's forward by the given function; at the end each has its own again."""
+    """Replaces each module's forward by the given function until the block ends."""
     own_forwards = {module: module.__dict__.get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.forward = forward

@@ -1,4 +1,4 @@
-"""Fetch models from the Hugging Face hub at a fixed commit, and put every failure in one line a person can act on."""
+"""Downloads from the Hugging Face hub at a fixed commit; every failure becomes one line that says what to do."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ OTHER_FORMATS = ["*/*", "consolidated*"]
 
 
 def split_revision(name: str, revision: str | None) -> tuple[str, str | None]:
-    """``ORG/NAME@REVISION`` to its two parts; raises ModhifiError if ``revision`` says something else."""
-    name, _, pinned = name.partition("@")
-    if pinned and revision and pinned != revision:
-        raise ModhifiError(f"{name} is pinned to two revisions, {pinned} and {revision}; give one of them")
-    return name, pinned or revision
+    """Splits ``ORG/NAME@REVISION`` into name and revision; raises ModhifiError if ``revision`` contradicts it."""
+    name, _, suffix = name.partition("@")
+    if suffix and revision and suffix != revision:
+        raise ModhifiError(f"{name} is pinned to two revisions, {suffix} and {revision}; give one of them")
+    return name, suffix or revision
 
 
 def fetch_description(repo: str, revision: str | None, *, code: bool = False) -> Path:
-    """Download configuration, tokenizer, processor and card of a hub model, not its weights.
+    """Downloads configuration, tokenizer, processor and card of a hub model, not its weights.
 
     Returns the folder of the hub's cache, whose name is the resolved commit. ``code`` includes Python files, which
     only a caller that trusts remote code may ask for. A model in the cache is found without a network too.
@@ -33,13 +33,13 @@ def fetch_description(repo: str, revision: str | None, *, code: bool = False) ->
     """
     from huggingface_hub import snapshot_download
 
-    wanted = DESCRIPTION + ["*.py"] * code
+    patterns = DESCRIPTION + ["*.py"] * code
     with explained(f"hf:{repo}", repo, revision):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=OTHER_FORMATS))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=OTHER_FORMATS))
 
 
 def fetch_weights(repo: str, commit: str, gguf_file: str | None = None) -> None:
-    """Download the weights of a hub model at a commit: one GGUF file, else safetensors, else ``pytorch_model*.bin``.
+    """Downloads the weights of a hub model at a commit: one GGUF file, else safetensors, else ``pytorch_model*.bin``.
 
     Raises ModhifiError if the model has no such file or the download fails.
     """
@@ -60,7 +60,7 @@ def fetch_weights(repo: str, commit: str, gguf_file: str | None = None) -> None:
 
 
 def resolve_commit(repo: str, revision: str | None) -> str:
-    """The commit, 40 hex digits, that a revision (default: the main branch) of a hub model stands for now.
+    """The commit, 40 hex digits, to which a revision (default: the main branch) of a hub model resolves now.
 
     Without a network the cache answers. Raises ModhifiError as ``fetch_description`` does.
     """
@@ -71,7 +71,7 @@ def resolve_commit(repo: str, revision: str | None) -> str:
 
 
 def fetch_licence(repo: str, commit: str) -> str | None:
-    """The licence that the model card of a hub model states; None if there is no card or it states none."""
+    """The licence stated in the model card of a hub model at a commit; None without a card or a licence in it."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -81,7 +81,7 @@ def fetch_licence(repo: str, commit: str) -> str | None:
 
 
 def card_licence(card: Path) -> str | None:
-    """The licence in the metadata block of a model card (README.md); None if there is none or it cannot be read."""
+    """The licence in the metadata of a model card (README.md); None if there is none or it cannot be read."""
     from huggingface_hub import metadata_load
 
     try:
@@ -92,17 +92,17 @@ def card_licence(card: Path) -> str | None:
 
 
 @contextmanager
-def explained(what: str, repo: str | None = None, revision: str | None = None) -> Iterator[None]:
-    """Turn whatever a loading library raises inside the block into one ModhifiError line that starts from ``what``."""
+def explained(subject: str, repo: str | None = None, revision: str | None = None) -> Iterator[None]:
+    """Turns every exception of a library inside the block into a ModhifiError of one line about ``subject``."""
     try:
         yield
     except ModhifiError:
         raise
     except Exception as error:
-        raise ModhifiError(_line(error, what, repo or what, revision)) from error
+        raise ModhifiError(_line(error, subject, repo or subject, revision)) from error
 
 
-def _line(error: BaseException, what: str, repo: str, revision: str | None) -> str:
+def _line(error: BaseException, subject: str, repo: str, revision: str | None) -> str:
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
@@ -113,34 +113,36 @@ def _line(error: BaseException, what: str, repo: str, revision: str | None) -> s
 
     login = "log in with `hf auth login`"
     if caused_by(hub.GatedRepoError):
-        return f"{what} is gated: accept its terms at {constants.ENDPOINT}/{repo}, then {login} (or set HF_TOKEN)"
+        return f"{subject} is gated: accept its terms at {constants.ENDPOINT}/{repo}, then {login} (or set HF_TOKEN)"
     if caused_by(hub.RevisionNotFoundError):
-        return f"{what} has no revision {revision!r}; give a branch, a tag or a full commit"
+        return f"{subject} has no revision {revision!r}; give a branch, a tag or a full commit"
     if caused_by(hub.RepositoryNotFoundError):
-        return f"there is no {what} on the hub, or it is private; check the name, or {login} if you have access"
+        return f"there is no {subject} on the hub, or it is private; check the name, or {login} if you have access"
     if caused_by(hub.HFValidationError):
-        return f"{what} is not a name the hub can have; write hf:ORG/NAME or hf:ORG/NAME@REVISION"
+        return f"{subject} is not a name the hub can have; write hf:ORG/NAME or hf:ORG/NAME@REVISION"
     if missing := caused_by(hub.RemoteEntryNotFoundError):
-        return f"{what} lacks a file: {first_line(missing, 'Entry Not Found')}"
+        return f"{subject} lacks a file: {first_line(missing, 'Entry Not Found')}"
     refused = caused_by(hub.HfHubHTTPError)
     status = getattr(getattr(refused, "response", None), "status_code", None)
     if status in (401, 403):
-        return f"the hub refused access to {what} ({status}); {login} with an account that may read it"
+        return f"the hub refused access to {subject} ({status}); {login} with an account that may read it"
     if status:
-        return f"the hub at {constants.ENDPOINT} answered {status} for {what}; try again later"
+        return f"the hub at {constants.ENDPOINT} answered {status} for {subject}; try again later"
     if caused_by(hub.OfflineModeIsEnabled):
-        return f"{what} is not in the cache and HF_HUB_OFFLINE forbids a download; unset it or give a local directory"
+        return (
+            f"{subject} is not in the cache and HF_HUB_OFFLINE forbids a download; unset it or give a local directory"
+        )
     unreachable = (hub.LocalEntryNotFoundError, hub.RevisionResolutionError, ConnectionError, TimeoutError, URLError)
     if caused_by(*unreachable) or any(type(e).__module__.startswith("httpx") for e in chain):
         return (
-            f"cannot reach the hub at {constants.ENDPOINT} and {what} is not in the cache; check the network "
+            f"cannot reach the hub at {constants.ENDPOINT} and {subject} is not in the cache; check the network "
             "(HF_ENDPOINT names another hub) or give a local directory"
         )
     if caused_by(pickle.UnpicklingError) or any("weights_only" in str(e) for e in chain):
-        return f"{what}: the weight file is a pickle that holds code or is broken; convert it to safetensors"
+        return f"{subject}: the weight file is a pickle that holds code or is broken; convert it to safetensors"
     if any("trust_remote_code" in str(e) for e in chain):
-        return f"{what} brings its own Python code, which is not run; pass trust_remote_code if you trust it"
-    return f"cannot load {what}: {first_line(error)}"
+        return f"{subject} brings its own Python code, which is not run; pass trust_remote_code if you trust it"
+    return f"cannot load {subject}: {first_line(error)}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -150,7 +152,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def first_line(error: Any, containing: str = "") -> str:
-    """The first line of a library's message that says something, at most 300 characters of it."""
+    """The first informative line of a library's message, at most 300 characters of it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and containing in line]
     line = lines[0] if lines else type(error).__name__
     # "Error(s) in loading state_dict for ResNet:" says nothing without the line that follows it.
@@ -159,8 +161,8 @@ def first_line(error: Any, containing: str = "") -> str:
     return line[:300]
 
 
-def dataset(rest: str) -> tuple[str, Any]:
-    """Name and table of ``DATASET[:SPLIT]`` (split ``train`` if not said), as ``datasets.load_dataset`` gives it.
+def dataset(spec: str) -> tuple[str, Any]:
+    """Loads ``DATASET[:SPLIT]`` (by default the split ``train``): its name and the object of ``datasets.load_dataset``.
 
     Raises ModhifiError without the `datasets` package or if the data set cannot be had.
     """
@@ -168,7 +170,7 @@ def dataset(rest: str) -> tuple[str, Any]:
         import datasets
     except ImportError as error:
         raise ModhifiError("hf: needs the datasets package; run: pip install modhifi[datasets]") from error
-    name, _, split = rest.partition(":")
+    name, _, split = spec.partition(":")
     try:
         return name, datasets.load_dataset(name, split=split or "train")
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Load a model from timm, transformers, a local directory or Python into one frozen ``LoadedModel``.
+"""Loading a model from timm, transformers, a local directory or Python as one frozen ``LoadedModel``.
 
 Nothing here unpickles code, and no code of a model's author runs unless ``trust_remote_code`` says so.
 """
@@ -34,16 +34,17 @@ def load_model(
     example: Tensor | None = None,
     gguf_file: str | None = None,
 ) -> LoadedModel:
-    """Load ``timm:NAME``, ``hf:ORG/NAME[@REVISION]``, a local directory (timm, transformers or modhifi) or a module.
+    """Loads a model from timm, the Hugging Face hub, a local directory or a module.
 
-    ``demo:resnet`` is the model that comes with the package.
+    The source is ``timm:NAME``, ``hf:ORG/NAME[@REVISION]``, a directory in the format of timm, transformers or modhifi,
+    ``demo:resnet``, which comes with the package, or a module.
     ``pretrained=False`` gives random weights from a fixed seed. ``model_args`` reach ``timm.create_model``, and
     ``weights`` is a ``.safetensors`` or ``.pth`` file for ``timm:NAME``. ``gguf_file`` names a GGUF file of the model,
     which is dequantised. ``example`` (batch first) replaces the random example and is required for a module that is
     neither timm's nor transformers'. A module is copied: the caller's own stays as it is.
 
-    Raises ModhifiError, one line, for a name nobody knows, a model that cannot be had, one that is already quantised
-    and one with NaN or infinite weights.
+    Raises ModhifiError for an unknown name, a model that cannot be downloaded, one that is already quantised and one
+    with NaN or infinite weights.
     """
     name, args = "" if isinstance(spec, nn.Module) else str(spec), dict(model_args or {})
     if weights is not None and not name.startswith("timm:"):

@@ -1,4 +1,4 @@
-"""A model ready to be measured and edited, with what is needed to feed it."""
+"""The loaded model: a module with everything that is needed to feed it."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from torch import Tensor, nn
 from modhifi.errors import ModhifiError
 from modhifi.models.manifest import Artifact
 
-# Marks the places of a batch of token ids behind the end of a shorter text.
+# The token id at the positions of a batch behind the end of a shorter text.
 PADDING = -1
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to be measured and edited, with what is needed to feed it.
+    """A model that can be measured and edited, with everything that is needed to feed it.
 
-    ``model`` is on the CPU, in eval mode, and none of its parameters requires a gradient. ``source`` is what was asked
-    for (``timm:NAME``, ``hf:ORG/NAME``, a directory, ``module:CLASS``), ``framework`` timm, transformers or torch.
-    ``kind`` is image (classifier or backbone), text (causal language model), encoder (other token models) or tensor
-    (any module with a given example). ``example`` is a seeded batch of 2 model-ready inputs: normalised pixels
-    ``(2, C, H, W)`` or token ids ``(2, 16)``. ``transform`` is the model's own evaluation preprocessing, PIL image to
-    float32 ``(C, H, W)``. ``info`` is JSON-able: architecture, arguments, resolved commit, licence, versions, notes.
-    ``artifact`` is what an artefact of ours says of the model, its manifest above all.
+    ``model`` is in eval mode, on the CPU when loaded, and none of its parameters requires a gradient. ``source`` is the
+    string it was loaded from (``timm:NAME``, ``hf:ORG/NAME``, a directory, ``module:CLASS``), ``framework`` timm,
+    transformers or torch. ``kind`` is image (classifier or backbone), text (causal language model), encoder (other
+    token models) or tensor (any module with a given example). ``example`` is a seeded batch of 2 model-ready inputs:
+    normalised pixels ``(2, C, H, W)`` or token ids ``(2, 16)``. ``transform`` is the model's own evaluation
+    preprocessing, PIL image to float32 ``(C, H, W)``. ``info`` is JSON-able: architecture, arguments, resolved commit,
+    licence, versions, notes. ``artifact`` holds the manifest of the artefact that the model was loaded from, None for
+    another source.
     """
 
     model: nn.Module
@@ -53,26 +54,32 @@ class LoadedModel:
         return main_output(self._forward(batch, model))
 
     def run(self, batch: Tensor, model: nn.Module | None = None) -> None:
-        """A pass of which only the inner activations are wanted: language models that can leave out their logits."""
-        model = self.model if model is None else model
-        spare = self.kind == "text" and "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._forward(batch, model, **({"logits_to_keep": 1} if spare else {}))
+        """Runs a forward pass for its inner activations alone.
 
-    def _forward(self, batch: Tensor, model: nn.Module | None, **more: Any) -> Any:
+        A language model that can restrict its logits computes only those of the last position.
+        """
         model = self.model if model is None else model
-        first = next(model.parameters(), None)
-        if first is not None:
-            batch = batch.to(first.device, first.dtype if batch.is_floating_point() else None)
+        few_logits = self.kind == "text" and "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._forward(batch, model, **({"logits_to_keep": 1} if few_logits else {}))
+
+    def _forward(self, batch: Tensor, model: nn.Module | None, **options: Any) -> Any:
+        model = self.model if model is None else model
+        parameter = next(model.parameters(), None)
+        if parameter is not None:
+            batch = batch.to(parameter.device, parameter.dtype if batch.is_floating_point() else None)
         if self.kind == "text":
-            more["use_cache"] = False  # a key-value cache would hold memory that a single pass never reads
-        if (real := real_tokens(batch)) is not None:
-            batch, more["attention_mask"] = batch.clamp(min=0), real.long()
-        return model(batch, **more)
+            options["use_cache"] = False  # a key-value cache would hold memory that a single pass never reads
+        if (mask := real_tokens(batch)) is not None:
+            batch, options["attention_mask"] = batch.clamp(min=0), mask.long()
+        return model(batch, **options)
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """PIL image of any mode to float32 ``(C, H, W)``; ``processor`` is transformers' own object, where there is one."""
+    """The preprocessing of a PIL image of any mode to float32 ``(C, H, W)``.
+
+    ``processor`` is transformers' own object, None for other models.
+    """
 
     pipeline: Callable[[Image.Image], Tensor]
     mode: str
@@ -83,7 +90,7 @@ class Preprocess:
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Convert an image of any mode to ``RGB`` or ``L``, scaling 16-bit grey values, which Pillow would clip."""
+    """Converts an image of any mode to ``RGB`` or ``L``, scaling 16-bit grey values, which Pillow would clip."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     elif "transparency" in image.info:
@@ -92,16 +99,16 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def real_tokens(batch: Tensor) -> Tensor | None:
-    """Which places of a batch of token ids are no padding, bool of its shape; None if all are, and for pixels."""
+    """The mask of the token ids that are no padding, bool of the batch's shape; None without padding and for pixels."""
     if batch.is_floating_point() or batch.is_complex() or not batch.numel() or int(batch.min()) >= 0:
         return None
     return batch != PADDING
 
 
 def main_output(out: Any) -> Tensor:
-    """The logits in a model's output, else its last hidden state, else its first tensor; ModhifiError without one.
+    """The logits in a model's output, else its last hidden state, else its first tensor; axis 0 is the batch.
 
-    A single number for each item becomes ``(batch, 1)``.
+    A single number for each item becomes ``(batch, 1)``. Raises ModhifiError without a tensor for each item.
     """
     for name in ("logits", "last_hidden_state"):
         value = out.get(name) if isinstance(out, Mapping) else getattr(out, name, None)
@@ -117,7 +124,7 @@ def main_output(out: Any) -> Tensor:
 
 
 def frozen(model: nn.Module) -> nn.Module:
-    """The same model in eval mode, its parameters requiring no gradient."""
+    """Sets a model to eval mode, its parameters requiring no gradient, in place; the model itself."""
     return model.eval().requires_grad_(False)
 
 

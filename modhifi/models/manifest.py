@@ -1,4 +1,4 @@
-"""The manifest of an artefact, ``modhifi.json``: what the model is, what it was made from, and how.
+"""The manifest of an artefact, ``modhifi.json``: the model, the model it was made from, and how.
 
 It is parsed once, when an artefact is read, and goes on with the loaded model. Keys may be added without a new schema
 version: what an older manifest lacks has a default here, what a newer one has besides is kept.
@@ -24,13 +24,17 @@ MANIFEST = "modhifi.json"
 
 
 class Part(BaseModel):
-    """A part of the manifest, which may have more keys than are named."""
+    """A part of the manifest; it may have further keys than those named here."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
 
 class Base(Part):
-    """The open model that everything started from; ``sha256`` is of its state dict."""
+    """The open model before every edit.
+
+    ``sha256`` is :func:`modhifi.models.weights.state_hash` of it; ``edits_before`` are earlier artefacts on the way
+    here.
+    """
 
     source: str
     args: dict[str, Any] = {}
@@ -42,7 +46,7 @@ class Base(Part):
 
 
 class ModelEntry(Part):
-    """How to build the model: its dense architecture, and the differences to that; see models/skeleton.py."""
+    """The description of the model: its dense architecture and the differences to it (see models/skeleton.py)."""
 
     framework: str
     info: dict[str, Any]
@@ -50,20 +54,20 @@ class ModelEntry(Part):
     kind: str = "tensor"
     labels: list[str] | None = None
     example: dict[str, Any] | None = None
-    # What of the model's own library loads it: alone, and with the code that lies beside it.
+    # The function or class of the model's own library that loads it: alone, and with the code beside it.
     stock: str | None = None
     remote: str | None = None
 
 
 class Weights(Part):
-    """The SHA-256 of each weight file, and names of the state dict that share the tensor of another name."""
+    """The SHA-256 of each weight file, and for each tied name of the state dict the name whose tensor it shares."""
 
     files: dict[str, str]
     tied: dict[str, str] = {}
 
 
 class GroupEntry(Part):
-    """The components of a group that were kept, of n."""
+    """The kept components of a group of n."""
 
     name: str
     n: int
@@ -78,7 +82,7 @@ class ForgottenClass(Part):
 
 
 class DataEntry(Part):
-    """The samples of a run; ``hashes`` has one content hash each."""
+    """The samples of a run; ``hashes`` holds one content hash a sample."""
 
     hashes: tuple[str, ...] = ()
 
@@ -99,13 +103,13 @@ class Manifest(Part):
     held_out: DataEntry = DataEntry()
 
     def plan(self) -> Plan:
-        """The components that were kept, of the groups that lost some."""
+        """The plan of the edit: the kept components of every group that lost some."""
         return Plan({g.name: g.kept for g in self.groups if len(g.kept) < g.n})
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a loaded model's directory says of it. ``hashes``: SHA-256 of the weight files as they were read."""
+    """The manifest of a loaded model's directory, and the SHA-256 of each weight file as it was read (``hashes``)."""
 
     manifest: Manifest
     hashes: Mapping[str, str]
@@ -117,7 +121,7 @@ class Artifact:
 
 
 def read_manifest(directory: str | Path) -> Manifest:
-    """Parse ``modhifi.json``; ModhifiError if it is missing, broken, or of a modhifi too new or too old."""
+    """Parses ``modhifi.json``; raises ModhifiError if it is missing, broken, or of another schema version."""
     path = Path(directory).expanduser() / MANIFEST
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
-"""Weights stay in main memory, and one block of them at a time visits the device that computes.
+"""Offloading: weights stay in main memory, and one block at a time is on the device that computes.
 
-Also the way in for models that accelerate has dispatched with weights on the CPU or on disk.
+Models that accelerate has dispatched to the CPU or to disk come in here too.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from modhifi.errors import ModhifiError
 
 
 def own_copy(module: nn.Module) -> nn.Module:
-    """A copy on the CPU, real weights and no hooks, of any module: also of one that accelerate has dispatched.
+    """Copies a module to the CPU, with real weights and without hooks, also one that accelerate has dispatched.
 
-    Weights that accelerate keeps on disk are read into main memory, where the edited copies will be anyway; those it
-    keeps on the CPU are shared with the caller's module, which nothing here writes to.
+    Weights that accelerate keeps on disk are read into main memory, where the edited copies will be as well; those
+    it keeps on the CPU are shared with the caller's module, which stays unchanged.
     """
     hooked = [(name, m, hook) for name, m in module.named_modules() for hook in _hooks(m)]
     if not hooked:
@@ -59,7 +59,7 @@ def _same_kind(tensor: Tensor, value: Tensor) -> Tensor:
 
 
 def let_visit(model: nn.Module, blocks: tuple[str, ...], device: torch.device | str) -> None:
-    """Put the model on a device but for its blocks, whose weights go, in every pass, where their input is and back.
+    """Moves a model to a device, in place, except its blocks: their weights go there for each of their passes.
 
     ``blocks`` are names of modules. Copies of the model do likewise. Raises ModhifiError if there are no blocks.
     """
@@ -82,27 +82,27 @@ def _visit(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: 
 
 @contextmanager
 def staying(modules: Iterable[nn.Module], device: torch.device | None, written: bool = False) -> Iterator[None]:
-    """Put the modules' weights on the device for a while, and back afterwards, with their new values if ``written``.
+    """Moves the modules' weights to a device until the block ends; ``written`` copies their new values back.
 
-    None leaves them where they are.
+    With None as the device they stay where they are.
     """
-    moved: list[tuple[Tensor, Tensor]] = []
+    originals: list[tuple[Tensor, Tensor]] = []
     # A trace must not take the moves for operations of the model.
     with torch._C.DisableTorchFunction():
         for tensor in (t for module in modules for t in _tensors(module)):
-            if device is not None and (carried := _carried(tensor, device)) is not None:
-                moved.append((tensor, tensor.data))
-                tensor.data = carried
+            if device is not None and (moved := _carried(tensor, device)) is not None:
+                originals.append((tensor, tensor.data))
+                tensor.data = moved
     try:
         yield
     finally:
         with torch._C.DisableTorchFunction():
-            for tensor, before in moved:
-                tensor.data = before.copy_(tensor.data) if written else before
+            for tensor, values in originals:
+                tensor.data = values.copy_(tensor.data) if written else values
 
 
 def _carried(tensor: Tensor, device: torch.device) -> Tensor | None:
-    """The values on another device; None where they are there already."""
+    """The tensor's values on another device; None where they are there already."""
     return None if tensor.device == device else tensor.data.to(device)
 
 

@@ -1,6 +1,6 @@
-"""Rebuild a model that was cut: its dense architecture from a description, then its own shapes, then its weights.
+"""Rebuilding a pruned model: its dense architecture from a description, then its own shapes, then its weights.
 
-What was cut is recorded as the difference to the dense architecture: the shapes of tensors and the integers that
+The cut is recorded as the difference to the dense architecture: the shapes of tensors and the integers that
 modules count with (``out_channels``, ``num_heads``, ...). A model cut twice differs from the same dense architecture,
 so nothing has to be composed.
 """
@@ -24,7 +24,7 @@ FIELD = "modhifi"
 
 
 def without_code(config: Any) -> Any:
-    """The configuration of the family's own class, in place: what :func:`add_code` named is taken out."""
+    """Removes from a configuration, in place, the entries of :func:`modhifi.artifacts.remote_code.add_code`."""
     if hasattr(config, FIELD):
         del config.auto_map
         delattr(config, FIELD)
@@ -35,7 +35,7 @@ Differences = dict[str, dict[str, Any]]
 
 
 def build_skeleton(framework: str, info: dict[str, Any], config: Any = None, *, values: bool = True) -> nn.Module:
-    """The dense architecture that ``info`` describes, without its weights, as timm or transformers build it.
+    """Builds the dense architecture that ``info`` describes, without its weights, by timm or transformers.
 
     Parameters are on the meta device. Where construction computes values that no weight file holds (non-persistent
     buffers, plain tensors) and ``values`` asks for them, the model is built on the CPU instead. ``config`` is the
@@ -46,7 +46,7 @@ def build_skeleton(framework: str, info: dict[str, Any], config: Any = None, *, 
             with torch.device("meta"):
                 model = _construct(framework, info, config)
         except (NotImplementedError, RuntimeError):
-            # Some constructors look at values, which the meta device has not got.
+            # Some constructors read values, which the meta device does not have.
             return frozen(_construct(framework, info, config))
         if values and _computes_values(model):
             model = _construct(framework, info, config)
@@ -74,7 +74,7 @@ def _construct(framework: str, info: dict[str, Any], config: Any) -> nn.Module:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON has lists where timm's arguments are tuples."""
+    """Turns JSON's lists into the tuples that timm's arguments are."""
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
@@ -91,8 +91,8 @@ def computed_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def same_shapes(first: nn.Module, second: nn.Module) -> bool:
     """Whether two modules have parameters and buffers of the same names and shapes."""
-    ours, theirs = first.state_dict(), second.state_dict()
-    return {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    first_state, second_state = first.state_dict(), second.state_dict()
+    return {k: v.shape for k, v in first_state.items()} == {k: v.shape for k, v in second_state.items()}
 
 
 def same_modules(skeleton: nn.Module, model: nn.Module) -> bool:
@@ -101,9 +101,9 @@ def same_modules(skeleton: nn.Module, model: nn.Module) -> bool:
 
 
 def differences(skeleton: nn.Module, model: nn.Module) -> Differences:
-    """What has to change in ``skeleton`` before it can take the weights of ``model``; JSON-able.
+    """The changes of ``skeleton`` after which it fits the weights of ``model``, JSON-able.
 
-    ``shapes`` maps names of the state dict to their shape, None where the tensor is gone; ``attributes`` maps module
+    ``shapes`` maps names of the state dict to their shape, None for a removed tensor; ``attributes`` maps module
     names to integer attributes; ``dtypes`` maps non-persistent buffers to their dtype.
     """
     before, after = skeleton.state_dict(), model.state_dict()
@@ -114,13 +114,18 @@ def differences(skeleton: nn.Module, model: nn.Module) -> Differences:
     }
     shapes |= dict.fromkeys(before.keys() - after.keys())
     attributes = {}
-    dense = dict(skeleton.named_modules())
+    dense_modules = dict(skeleton.named_modules())
     for name, module in model.named_modules():
-        old = vars(dense[name])
-        changed = {k: v for k, v in vars(module).items() if _counts(v) and (k not in old or old[k] != v)}
-        if "config" in old and module is not model and getattr(module, "config", None) is not model.config:
-            mine, theirs = vars(module.config), vars(old["config"])  # a copy made for this layer alone
-            changed |= {f"config.{k}": v for k, v in mine.items() if type(v) is int and theirs.get(k) != v}
+        dense_counts = vars(dense_modules[name])
+        changed = {
+            k: v for k, v in vars(module).items() if _counts(v) and (k not in dense_counts or dense_counts[k] != v)
+        }
+        if "config" in dense_counts and module is not model and getattr(module, "config", None) is not model.config:
+            # A copy made for this layer alone.
+            layer_config, dense_config = vars(module.config), vars(dense_counts["config"])
+            changed |= {
+                f"config.{k}": v for k, v in layer_config.items() if type(v) is int and dense_config.get(k) != v
+            }
         if changed:
             attributes[name] = changed
     computed = computed_buffers(skeleton)
@@ -139,7 +144,7 @@ def _counts(value: Any) -> bool:
 
 
 def reshape(model: nn.Module, changes: Differences) -> nn.Module:
-    """Apply :func:`differences` in place: empty tensors of the recorded shapes, and the recorded counts."""
+    """Applies :func:`differences` in place: empty tensors of the recorded shapes, and the recorded counts."""
     with explained("the skeleton"):
         for name, shape in changes["shapes"].items():
             owner, _, leaf = name.rpartition(".")
@@ -160,7 +165,10 @@ def reshape(model: nn.Module, changes: Differences) -> nn.Module:
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], tied: dict[str, str], source: str) -> nn.Module:
-    """Assign the model its weights and tie again what was tied; ModhifiError if they do not fit."""
+    """Assigns a model its weights, in place, and ties shared ones again; raises ModhifiError if they do not fit.
+
+    ``tied`` maps each further name of a shared tensor to the name in ``state``.
+    """
     with explained(source):
         model.load_state_dict(state | {name: state[first] for name, first in tied.items()}, assign=True)
         for name, first in tied.items():
@@ -175,27 +183,27 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
     return value
 
 
-def record(loaded: LoadedModel, edited: nn.Module) -> tuple[str, Differences]:
+def record(original: LoadedModel, edited: nn.Module) -> tuple[str, Differences]:
     """The framework that can rebuild ``edited``, and its differences to the dense architecture.
 
     A model that its library would build with other modules (one changed by hand) is recorded as ``torch``: loading it
-    needs the dense module.
+    needs the dense module. Raises ModhifiError where it has other modules than ``original``.
     """
-    if loaded.framework != "torch":
+    if original.framework != "torch":
         try:
-            skeleton = build_skeleton(loaded.framework, loaded.info, own_config(edited), values=False)
+            skeleton = build_skeleton(original.framework, original.info, own_config(edited), values=False)
             if same_modules(skeleton, edited):
-                return loaded.framework, differences(skeleton, edited)
+                return original.framework, differences(skeleton, edited)
         except ModhifiError:
             pass  # the library cannot build it alone, remote code for instance
-    if not same_modules(loaded.model, edited):
+    if not same_modules(original.model, edited):
         raise ModhifiError("the edited model has other modules than the one it was made from; it cannot be saved")
-    earlier: Differences = {} if loaded.artifact is None else loaded.artifact.manifest.model.differences
-    now = differences(loaded.model, edited)
+    earlier: Differences = {} if original.artifact is None else original.artifact.manifest.model.differences
+    changes = differences(original.model, edited)
     return "torch", {
-        "shapes": earlier.get("shapes", {}) | now["shapes"],
-        "attributes": _merge(earlier.get("attributes", {}), now["attributes"]),
-        "dtypes": earlier.get("dtypes", {}) | now["dtypes"],
+        "shapes": earlier.get("shapes", {}) | changes["shapes"],
+        "attributes": _merge(earlier.get("attributes", {}), changes["attributes"]),
+        "dtypes": earlier.get("dtypes", {}) | changes["dtypes"],
     }
 
 
@@ -203,17 +211,20 @@ def _merge(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> di
     return {name: old.get(name, {}) | new.get(name, {}) for name in old | new}
 
 
-def is_stock(edited: nn.Module, loaded: LoadedModel, config: Any, changes: dict[str, Any]) -> bool:
-    """Whether the configuration alone says all: a model built from it, with these weights, is the same function."""
+def is_stock(edited: nn.Module, original: LoadedModel, config: Any, changes: dict[str, Any]) -> bool:
+    """Whether the configuration alone describes the edited model.
+
+    That is so where a model built from it, with the edited weights, is the same function.
+    """
     if changes["shapes"] or changes["dtypes"]:
         return False
     if not changes["attributes"]:
         return True
-    # Counts that no forward pass looks at may differ, a layer's note of its former width for instance.
-    plain = fill(build_skeleton(loaded.framework, loaded.info, config), edited.state_dict(), {}, loaded.source)
+    # Counts that no forward pass reads may differ, a layer's record of its former width for instance.
+    plain = fill(build_skeleton(original.framework, original.info, config), edited.state_dict(), {}, original.source)
     plain.to(next(edited.parameters()).device)
     with torch.inference_mode():
-        return torch.equal(loaded.logits(loaded.example, plain), loaded.logits(loaded.example, edited))
+        return torch.equal(original.logits(original.example, plain), original.logits(original.example, edited))
 
 
 def own_config(model: Any) -> Any:
@@ -225,7 +236,7 @@ def own_config(model: Any) -> Any:
 
 
 def read_config(directory: Path) -> Any:
-    """The transformers configuration in an artefact."""
+    """Reads the transformers configuration in an artefact; raises ModhifiError where transformers cannot."""
     import transformers
 
     with explained(str(directory)):

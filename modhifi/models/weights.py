@@ -1,4 +1,4 @@
-"""What a checkpoint's weights must be: whole, finite, in floating point; and their hash."""
+"""Checks of a checkpoint's weights (finite, in floating point, not quantised), and their hash."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from modhifi.models import hub
 
 
 def state_hash(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of a model's state dict: 64 hex digits."""
+    """The SHA-256 over names, dtypes, shapes and bytes of a model's state dict, 64 hex digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -28,9 +28,9 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_weights(model: nn.Module, source: str) -> None:
-    """Raise ModhifiError if the model is quantised or holds NaN or infinite values, naming the first such tensor.
+    """Raises ModhifiError if the model is quantised or holds NaN or infinite values, naming the first such tensor.
 
-    Buffers may hold minus infinity, as attention masks do. Tensors on the meta device have no values to look at.
+    Buffers may hold minus infinity, as attention masks do. Tensors on the meta device have no values to check.
     """
     for name, module in model.named_modules():
         if type(module).__module__.startswith(("torch.ao.nn", "torch.nn.quantized", "bitsandbytes")) or hasattr(
@@ -50,7 +50,7 @@ def check_weights(model: nn.Module, source: str) -> None:
 
 
 def refuse_quantised_config(directory: Path, source: str) -> None:
-    """Raise ModhifiError if the directory's ``config.json`` says that the weights are quantised."""
+    """Raises ModhifiError if the directory's ``config.json`` says that the weights are quantised."""
     config = read_config(directory)
     for part in (config, config.get("text_config") or {}):
         if quantised := part.get("quantization_config") or part.get("compression_config"):
@@ -60,7 +60,7 @@ def refuse_quantised_config(directory: Path, source: str) -> None:
 
 
 def refuse_quantised_files(directory: Path, source: str) -> None:
-    """Raise ModhifiError if a safetensors file holds weights in integers or 8-bit floats.
+    """Raises ModhifiError if a safetensors file holds weights in integers or 8-bit floats.
 
     Copied into float parameters they would load without complaint, and without their scales.
     """
@@ -73,7 +73,7 @@ def refuse_quantised_files(directory: Path, source: str) -> None:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The content of ``config.json``, empty if there is none; ModhifiError if it is not a JSON object."""
+    """Reads ``config.json``, an empty mapping if there is none; raises ModhifiError if it is not a JSON object."""
     path = directory / "config.json"
     if not path.is_file():
         return {}

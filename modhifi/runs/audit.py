@@ -1,4 +1,4 @@
-"""An audit on its own, from an artefact to a report."""
+"""An audit run: attacks on a model that was made to forget, from an artefact to a report."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from modhifi.unlearning.sites import Sites, find_sites
 
 
 def load_reference(name: str | None, device: torch.device | str) -> tuple[LoadedModel, Sites] | None:
+    """Loads the classifier that was retrained without the classes, with its sites; None for no name."""
     if name is None:
         return None
     loaded = load_model(name)
@@ -39,13 +40,14 @@ def run_audit(
     given: Given = NOTHING,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Attack a model that was made to forget; the original and the classes come from its manifest unless given.
+    """Attacks a model that was made to forget; returns the JSON-able report.
 
-    Raises ModhifiError where the original is unknown, or is not the model that the manifest's hash names.
+    The original and the classes are those of its manifest unless given. Raises ModhifiError where the original is
+    unknown, or is not the model that the manifest's hash names.
     """
-    directory, chosen = recipe.directory, recipe.data
+    directory, data_recipe = recipe.directory, recipe.data
     edited = load_model(directory if given.edited is None else given.edited, example=_example(given))
-    original = given.model or _original(recipe, edited)
+    original = given.model or _load_original(recipe, edited)
     notes = []
     base = None if edited.artifact is None else edited.artifact.manifest.base
     if base is not None and base.sha256 not in (None, state_hash(original.model)):
@@ -57,26 +59,26 @@ def run_audit(
         raise ModhifiError(f"{original.source} has other shapes than {directory}; give the model before the edit")
     original.model.to(device)
     edited.model.to(device)
-    names = recipe.forget or [str(c) for c in forgotten_before(edited)]
-    if not names:
+    class_names = recipe.forget or [str(c) for c in forgotten_before(edited)]
+    if not class_names:
         raise ModhifiError(f"{directory} does not say which classes it forgot; give --forget")
-    classes = find_classes(names, original)
+    classes = find_classes(class_names, original)
     data = load_unlearn_data(
         original,
         classes,
-        source=chosen.source if given.data is None else given.data,
-        samples=chosen.samples,
-        forget_source=chosen.forget,
-        evaluate=chosen.evaluate if given.evaluate is None else given.evaluate,
-        evaluation_samples=chosen.samples,
+        source=data_recipe.source if given.data is None else given.data,
+        samples=data_recipe.samples,
+        forget_source=data_recipe.forget,
+        evaluate=data_recipe.evaluate if given.evaluate is None else given.evaluate,
+        evaluation_samples=data_recipe.samples,
         seed=recipe.seed,
         batch_size=recipe.batch_size,
     )
     members = None
-    if chosen.members is not None:
-        loaded = load_samples(chosen.members, original, n=chosen.samples, seed=recipe.seed)
-        members = label_samples(original, loaded, recipe.batch_size)[0]
-    attacked = audit(
+    if data_recipe.members is not None:
+        samples = load_samples(data_recipe.members, original, n=data_recipe.samples, seed=recipe.seed)
+        members = label_samples(original, samples, recipe.batch_size)[0]
+    outcome = audit(
         original,
         edited.model,
         find_sites(original),
@@ -92,7 +94,7 @@ def run_audit(
         "title": f"modhifi audit {directory}",
         "task": "audit",
         "model": {"source": directory, "original": original.source},
-        **shown(attacked),
+        **report_parts(outcome),
         "data": {"source": data.test.description, "test_samples": len(data.test), "fit_samples": len(data.fit)},
         "warnings": [*data.notes, *notes],
     }
@@ -100,7 +102,7 @@ def run_audit(
     return report
 
 
-def _original(recipe: AuditRecipe, edited: LoadedModel) -> LoadedModel:
+def _load_original(recipe: AuditRecipe, edited: LoadedModel) -> LoadedModel:
     if recipe.original is not None:
         return load_model(recipe.original)
     if edited.artifact is None:
@@ -109,20 +111,20 @@ def _original(recipe: AuditRecipe, edited: LoadedModel) -> LoadedModel:
 
 
 def _example(given: Given) -> torch.Tensor | None:
-    """An input for a module that a program hands over; a name says it itself."""
+    """The example batch for a module that a program hands over; None where the model brings its own."""
     return None if given.edited is None or given.model is None else given.model.example
 
 
-def check_audit(checks: AuditChecks, attacked: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The verdict on each check that was asked for."""
+def check_audit(checks: AuditChecks, outcome: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The verdict on each check of the recipe."""
     verdicts = []
     if checks.at_least is not None:
-        reached = VERDICTS.index(attacked["verdict"]) >= VERDICTS.index(checks.at_least)
-        verdicts.append(_verdict(f"at least {checks.at_least}", reached, f"the attacks found: {attacked['verdict']}"))
+        holds = VERDICTS.index(outcome["verdict"]) >= VERDICTS.index(checks.at_least)
+        verdicts.append(_verdict(f"at least {checks.at_least}", holds, f"the attacks found: {outcome['verdict']}"))
     if checks.max_retain_loss is not None:
-        rows = attacked["rows"]
+        rows = outcome["rows"]
         loss = rows["original"]["retain"] - rows["edited"]["retain"]
-        text = f"the other classes lost {100 * loss:.2f} points on {attacked['test_samples']} test images"
+        text = f"the other classes lost {100 * loss:.2f} points on {outcome['test_samples']} test images"
         verdicts.append(_verdict(f"max retain loss {checks.max_retain_loss:g}", loss <= checks.max_retain_loss, text))
     return verdicts
 
@@ -131,12 +133,14 @@ def _verdict(name: str, holds: bool, text: str) -> dict[str, str]:
     return {"name": name, "verdict": "PASS-ON-SAMPLES" if holds else "FAIL", "text": text}
 
 
-def shown(attacked: Mapping[str, Any]) -> dict[str, Any]:
-    """An audit as the parts that a report shows: rows, tables, verdict."""
-    rows = attacked["rows"]
+def report_parts(outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a report that present an audit: summary, verdict, rows before and after, tables."""
+    rows = outcome["rows"]
     names = list(rows)
-    every = measures()
-    shares = [m for m in every.values() if m.unit == "%" and any(rows[n].get(m.key) is not None for n in names)]
+    attack_measures = measures()
+    shares = [
+        m for m in attack_measures.values() if m.unit == "%" and any(rows[n].get(m.key) is not None for n in names)
+    ]
     tables = [
         {
             "title": "Attacks, model by model",
@@ -148,23 +152,23 @@ def shown(attacked: Mapping[str, Any]) -> dict[str, Any]:
             "title": "Forgotten classes found by a linear probe, block by block",
             "columns": ["block", *names],
             "unit": "%",
-            "rows": [[b["block"], *(b.get(n) for n in names)] for b in attacked["blocks"]],
+            "rows": [[b["block"], *(b.get(n) for n in names)] for b in outcome["blocks"]],
         },
         {
             "title": "Accuracy by class",
             "columns": ["class", *names],
             "unit": "%",
-            "rows": [[c["class"], *(c.get(n) for n in names)] for c in attacked["classes"]],
+            "rows": [[c["class"], *(c.get(n) for n in names)] for c in outcome["classes"]],
         },
     ]
-    kept = [c for c in attacked["classes"] if c["class"] not in attacked["forgotten"]]
-    worst = min(kept, key=lambda c: c["edited"] - c["original"])
+    retained = [c for c in outcome["classes"] if c["class"] not in outcome["forgotten"]]
+    worst = min(retained, key=lambda c: c["edited"] - c["original"])
     return {
-        "summary": attacked["conclusion"],
-        "verdicts": [{"name": "forgetting", "verdict": attacked["verdict"], "text": attacked["conclusion"]}],
+        "summary": outcome["conclusion"],
+        "verdicts": [{"name": "forgetting", "verdict": outcome["verdict"], "text": outcome["conclusion"]}],
         "before_after": [
             {"name": m.label, "before": rows["original"].get(m.key), "after": rows["edited"].get(m.key), "unit": m.unit}
-            for m in every.values()
+            for m in attack_measures.values()
             if m.headline
         ]
         + [
@@ -176,12 +180,12 @@ def shown(attacked: Mapping[str, Any]) -> dict[str, Any]:
             }
         ],
         "errors": {
-            f"{every['kl'].label}, {every['kl'].unit}": rows["edited"]["kl"],
-            every["membership"].label: rows["edited"]["membership"],
-            "forgotten images go to": {m["class"]: _percentages(m["to"]) for m in attacked["moved"]},
+            f"{attack_measures['kl'].label}, {attack_measures['kl'].unit}": rows["edited"]["kl"],
+            attack_measures["membership"].label: rows["edited"]["membership"],
+            "forgotten images go to": {m["class"]: _percentages(m["to"]) for m in outcome["moved"]},
         },
         "tables": tables,
-        "audit": dict(attacked),
+        "audit": dict(outcome),
     }
 
 

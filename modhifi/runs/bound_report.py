@@ -1,4 +1,4 @@
-"""The bounds at the end of a run, as parts of its report."""
+"""The bounds of a run as parts of its report."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from modhifi.structure.groups import Structure
 LAYERS_SHOWN = 20
 
 
-def add_bounds(report: dict[str, Any], found: BoundReport) -> None:
-    """Verdicts, bounds, warnings and the layers that spend the error, into a report."""
-    content = found.to_json()
-    report["verdicts"] = [*report.get("verdicts", []), *content["verdicts"]]
-    report["bounds"] = content["bounds"]
-    report["warnings"] = [*report.get("warnings", []), *found.warnings]
-    spent = sum(layer.change for layer in found.layers)
-    if spent > 0:
-        largest = sorted(found.layers, key=lambda layer: -layer.change)[:LAYERS_SHOWN]
+def add_bounds(report: dict[str, Any], bounds: BoundReport) -> None:
+    """Adds verdicts, bounds, warnings and the table of the most sensitive layers to a report, in place."""
+    parts = bounds.to_json()
+    report["verdicts"] = [*report.get("verdicts", []), *parts["verdicts"]]
+    report["bounds"] = parts["bounds"]
+    report["warnings"] = [*report.get("warnings", []), *bounds.warnings]
+    total = sum(layer.change for layer in bounds.layers)
+    if total > 0:
+        largest = sorted(bounds.layers, key=lambda layer: -layer.change)[:LAYERS_SHOWN]
         table = {
             "title": "Which layers spend the error",
             "columns": ["layer", "own error", "change of the output", "share", "amplification", "its global bound"],
@@ -28,7 +28,7 @@ def add_bounds(report: dict[str, Any], found: BoundReport) -> None:
                     layer.where,
                     layer.local,
                     layer.change,
-                    number(layer.change / spent, "%"),
+                    number(layer.change / total, "%"),
                     layer.amplification,
                     layer.constant,
                 ]
@@ -38,12 +38,12 @@ def add_bounds(report: dict[str, Any], found: BoundReport) -> None:
         report["tables"] = [*report.get("tables", []), table]
 
 
-def add_groups(report: dict[str, Any], found: BoundReport, structure: Structure) -> None:
-    """The measured amplification of each group's readers, and their share of the changes that all layers cause."""
+def add_groups(report: dict[str, Any], bounds: BoundReport, structure: Structure) -> None:
+    """Adds to each group of a report the amplification of its readers and their share of the whole change, in place."""
     readers = {g.name: {s.module for s in g.readers} for g in structure.prunable}
-    spent = sum(layer.change for layer in found.layers)
+    total = sum(layer.change for layer in bounds.layers)
     for row in report["groups"]:
-        layers = [s for s in found.layers if {n.rpartition(".")[0] for n in s.parameters} & readers[row["name"]]]
+        layers = [s for s in bounds.layers if {n.rpartition(".")[0] for n in s.parameters} & readers[row["name"]]]
         local, change = sum(s.local for s in layers), sum(s.change for s in layers)
         row["amplification"] = change / local if local > 0 else None
-        row["share"] = change / spent if spent > 0 and layers else None
+        row["share"] = change / total if total > 0 and layers else None

@@ -12,12 +12,12 @@ ROOT = Path(str(files("modhifi.recipes")))
 
 
 def shipped() -> dict[str, Path]:
-    """Name and file of every recipe of the package."""
+    """The name and file of every recipe of the package."""
     return {p.relative_to(ROOT).with_suffix("").as_posix(): p for p in sorted(ROOT.rglob("*.yaml"))}
 
 
 def find(name: str) -> Path:
-    """The file of a recipe: a path, or the name of one that comes with the package; ModhifiError if it is neither."""
+    """The file of a recipe, from a path or the name of one of the package; raises ModhifiError if it is neither."""
     known = shipped()
     if name in known:
         return known[name]
@@ -32,6 +32,6 @@ def find(name: str) -> Path:
 
 
 def summary(path: Path) -> str:
-    """What a recipe is for: its first comment line."""
+    """The purpose of a recipe: its first comment line."""
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""

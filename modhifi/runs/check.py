@@ -1,4 +1,4 @@
-"""What can be pruned of a model, and why not the rest."""
+"""The check of a model: its prunable groups, and the reasons for the refused ones."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from modhifi.structure.sizes import sizes_of
 
 
 def check_model(loaded: LoadedModel) -> dict[str, Any]:
-    """What can be pruned of a model and what not, as JSON-able data."""
+    """The prunable and the refused groups of a model, and the saving of half of each group, as JSON-able data."""
     structure = find_structure(loaded)
     sizes = sizes_of(loaded.model, structure)
     dense = {g.name: g.n for g in structure.prunable}
     touching = sizes.touching()
     groups = []
     for g in structure.prunable:
-        local = touching[g.name]
-        half = {**dense, g.name: max(g.step, g.n // 2 // g.step * g.step)}
+        touched = touching[g.name]
+        halved = {**dense, g.name: max(g.step, g.n // 2 // g.step * g.step)}
         groups.append(
             {
                 "name": g.name,
@@ -28,8 +28,8 @@ def check_model(loaded: LoadedModel) -> dict[str, Any]:
                 "step": g.step,
                 "readers": [s.module for s in g.readers],
                 "producers": [s.module for s in g.producers],
-                "parameters_saved_by_half": local.parameters(dense) - local.parameters(half),
-                "macs_saved_by_half": local.macs(dense) - local.macs(half),
+                "parameters_saved_by_half": touched.parameters(dense) - touched.parameters(halved),
+                "macs_saved_by_half": touched.macs(dense) - touched.macs(halved),
             }
         )
     total = sizes.parameters(dense)

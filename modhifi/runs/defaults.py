@@ -1,4 +1,4 @@
-"""Defaults that depend on what kind of model it is and where it runs; a recipe that says nothing means these."""
+"""The defaults that depend on the kind of model and on the device; they fill the gaps of a recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from modhifi.structure.families import says
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much data: items to calibrate on and to hold out, items run at once, tokens in an item of text."""
+    """Amounts of data: items to calibrate on and to hold out, items run at once, tokens in an item of text."""
 
     samples: int
     evaluation_samples: int
@@ -36,7 +36,7 @@ def amounts(loaded: LoadedModel, device: torch.device | str) -> Amounts:
 
 
 def held_amounts(loaded: LoadedModel, device: torch.device | str) -> Amounts:
-    """How much to verify on: 1,000 images, or the windows that a pruning run would hold out."""
+    """The default amounts of a verification: 1,000 images, or the windows that a pruning run would hold out."""
     usual = amounts(loaded, device)
     if usual.window is None:
         return replace(usual, evaluation_samples=1000)
@@ -44,7 +44,7 @@ def held_amounts(loaded: LoadedModel, device: torch.device | str) -> Amounts:
 
 
 def complete_verify(recipe: VerifyRecipe, loaded: LoadedModel, device: torch.device | str) -> VerifyRecipe:
-    """The same check of an edit of ``loaded`` with these defaults written out."""
+    """The verification of an edit of ``loaded`` with every default written out."""
     usual, data = held_amounts(loaded, device), recipe.data
     amount = {"samples": data.samples or usual.evaluation_samples, "window": data.window or usual.window}
     return recipe.model_copy(
@@ -56,10 +56,10 @@ def complete_verify(recipe: VerifyRecipe, loaded: LoadedModel, device: torch.dev
 
 
 def complete(recipe: PruneRecipe, loaded: LoadedModel, device: torch.device | str) -> tuple[PruneRecipe, list[str]]:
-    """The same run with these defaults written out, so that it can be repeated as recorded, and remarks on them.
+    """The pruning run with every default written out, so that it can be repeated as recorded, and remarks on them.
 
     Models of transformers, and timm's vision transformers, get one width for all blocks, which their own configuration
-    can say; a Gram of tokens looks at all of them, because neighbouring pixels repeat each other and tokens do not.
+    can express; a Gram of tokens uses all of them, because neighbouring pixels repeat each other and tokens do not.
     Raises ModhifiError for a window that the model does not take.
     """
     usual, data, method, remarks = amounts(loaded, device), recipe.data, recipe.method, []
@@ -72,7 +72,7 @@ def complete(recipe: PruneRecipe, loaded: LoadedModel, device: torch.device | st
             f"{TEXT.samples} of {TEXT.window}; --samples and --window change that"
         )
     rows = method.rows_per_column
-    alike = loaded.framework == "transformers" or says(loaded.model, "neurons")
+    one_width = loaded.framework == "transformers" or says(loaded.model, "neurons")
     return recipe.model_copy(
         update={
             "batch_size": recipe.batch_size or usual.batch_size,
@@ -85,7 +85,7 @@ def complete(recipe: PruneRecipe, loaded: LoadedModel, device: torch.device | st
             ),
             "method": method.model_copy(
                 update={
-                    "layout": method.layout or ("uniform" if alike else "global"),
+                    "layout": method.layout or ("uniform" if one_width else "global"),
                     "rows_per_column": rows if rows is not None else 2 if usual is IMAGES else 0,
                 }
             ),

@@ -1,4 +1,4 @@
-"""Where a run takes place."""
+"""The device of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from modhifi.errors import ModhifiError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called ``name``, where ``auto`` is cuda if it is there and cpu if not; mps has no float64.
+    """The device called ``name``, where ``auto`` is cuda if it is available and cpu if not.
 
     Raises ModhifiError if the device is not available.
     """

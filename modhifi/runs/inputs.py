@@ -1,4 +1,4 @@
-"""What a run works on: the model, the data, what an artefact was made from."""
+"""The inputs of a run: the model, the data, the original of an artefact."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from modhifi.runs.recipe import ModelSource, PruneRecipe
 
 
 def forgotten_before(loaded: LoadedModel) -> list[int]:
-    """The classes that the artefact a model was loaded from has forgotten already."""
+    """The classes that an earlier edit of a loaded artefact has made it forget."""
     return [] if loaded.artifact is None else [entry.index for entry in loaded.artifact.manifest.forgotten]
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a Python program hands over itself; it takes the place of what the recipe names.
+    """Models and data that a Python program holds; they take the place of those that the recipe names.
 
-    ``model`` is what is edited, or what an edited model is held against; ``edited`` the model to verify or to audit.
+    ``model`` is the original, of an edit or of a comparison; ``edited`` the model to verify or to audit.
     """
 
     model: LoadedModel | None = None
@@ -43,7 +43,7 @@ NOTHING = Given()
 
 
 def load_source(source: ModelSource) -> LoadedModel:
-    """Load what a recipe names."""
+    """Loads the model that a recipe names; raises ModhifiError as :func:`modhifi.models.load.load_model` does."""
     return load_model(
         source.name,
         pretrained=source.pretrained,
@@ -56,19 +56,19 @@ def load_source(source: ModelSource) -> LoadedModel:
 
 
 def original_of(manifest: Manifest) -> ModelSource:
-    """What to load to have the model that an artefact was made from."""
-    base, named = manifest.base, manifest.recipe.get("model") or {}
-    if named.get("name") != base.source:
-        named = {"name": base.source, "revision": base.revision}
-    if base.source.startswith("timm:"):  # a directory states its own
-        named = {**named, "args": named.get("args") or base.args}
-    return ModelSource(**named)
+    """The recipe entry that loads the model that an artefact was made from."""
+    base, source = manifest.base, manifest.recipe.get("model") or {}
+    if source.get("name") != base.source:
+        source = {"name": base.source, "revision": base.revision}
+    if base.source.startswith("timm:"):  # a directory states its own arguments
+        source = {**source, "args": source.get("args") or base.args}
+    return ModelSource(**source)
 
 
 def load_data(
     recipe: PruneRecipe, loaded: LoadedModel, given: Given = NOTHING, progress: Progress = silent
 ) -> tuple[Samples, Samples]:
-    """Calibration and held-out samples, disjoint by content, and by document where text is cut from documents.
+    """Loads calibration and held-out samples, disjoint by content, and by document where text is cut from documents.
 
     Raises ModhifiError where too few samples are left for either.
     """
@@ -80,27 +80,30 @@ def load_data(
     def load(spec: Data, n: int) -> Samples:
         return load_samples(spec, loaded, n=n, seed=seed, window=data.window, progress=progress)
 
-    # Both from one source are told apart by document, which hashes of windows cannot do.
-    same = isinstance(evaluate, str) and isinstance(source, str) and evaluate == source
-    if evaluate is not None and not same:
+    # Samples of one source are separated by document, which hashes of windows cannot do.
+    one_source = isinstance(evaluate, str) and isinstance(source, str) and evaluate == source
+    if evaluate is not None and not one_source:
         calibration = load(source, data.samples)
         seen = set(calibration.hashes)
         held = load(evaluate, data.evaluation_samples + len(seen))
-        fresh = [i for i, h in enumerate(held.hashes) if h not in seen][: data.evaluation_samples]
-        if not fresh:
+        unseen = [i for i, h in enumerate(held.hashes) if h not in seen][: data.evaluation_samples]
+        if not unseen:
             raise ModhifiError("every evaluation sample is also a calibration sample; give other data to --evaluate")
-        return calibration, held if len(fresh) == len(held) else held.subset(fresh)
-    both = load(source, data.samples + data.evaluation_samples)
-    if len(both) < 4:
+        return calibration, held if len(unseen) == len(held) else held.subset(unseen)
+    samples = load(source, data.samples + data.evaluation_samples)
+    if len(samples) < 4:
         raise ModhifiError(
-            f"{both.description}: {len(both)} different usable samples are too few to calibrate and to check; "
+            f"{samples.description}: {len(samples)} different usable samples are too few to calibrate and to check; "
             "give at least 4"
         )
-    return both.split(data.samples, data.evaluation_samples)
+    return samples.split(data.samples, data.evaluation_samples)
 
 
 def place(loaded: LoadedModel, device: torch.device | str, offload: bool) -> None:
-    """Put a model on a device, in place: all of it, or with ``offload`` all but its blocks, which visit it."""
+    """Moves a model to a device, in place.
+
+    With ``offload`` its blocks stay in main memory and are on the device only while they run.
+    """
     if offload:
         timeline = Timeline(loaded.model, lambda: loaded.run(loaded.example))
         let_visit(loaded.model, find_blocks(timeline), device)

@@ -1,4 +1,4 @@
-"""How long a forward pass of each of several models takes, in turns on one machine."""
+"""The latency of a forward pass of several models, timed in turns on one machine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Latency:
 def compare_latency(
     models: dict[str, nn.Module], batch: Tensor, *, rounds: int = 21, min_run_time: float = 0.05
 ) -> dict[str, Latency]:
-    """Time the models on one batch, taking turns, so that a disturbance of the machine meets all of them alike.
+    """Times the models on one batch in turns, so that a disturbance of the machine affects all of them alike.
 
     Every round times each model once, as the mean of as many passes as take about ``min_run_time`` seconds, by
     ``torch.utils.benchmark.Timer``. The order turns with the rounds. Uses torch's current number of threads. Raises
@@ -53,24 +53,26 @@ def compare_latency(
     seconds: list[list[float]] = [[] for _ in timers]
     for turn in range(rounds):
         for offset in range(len(timers)):
-            k = (turn + offset) % len(timers)
-            seconds[k].append(timers[k].timeit(passes[k]).mean)
+            index = (turn + offset) % len(timers)
+            seconds[index].append(timers[index].timeit(passes[index]).mean)
     result = {}
-    for k, name in enumerate(models):
-        median, iqr = _median_iqr(seconds[k])
-        ratio, ratio_iqr = _median_iqr([own / first for own, first in zip(seconds[k], seconds[0], strict=True)])
-        result[name] = Latency(median, iqr, ratio, ratio_iqr, rounds, passes[k], len(batch), threads, str(device))
+    for index, name in enumerate(models):
+        median, iqr = _median_iqr(seconds[index])
+        ratio, ratio_iqr = _median_iqr(
+            [time / first_time for time, first_time in zip(seconds[index], seconds[0], strict=True)]
+        )
+        result[name] = Latency(median, iqr, ratio, ratio_iqr, rounds, passes[index], len(batch), threads, str(device))
     return result
 
 
 def _passes(timer: Any, seconds: float) -> int:
-    """How many passes take about that long, after one that warms up."""
+    """The number of passes that take about that long, after one that warms up."""
     timer.timeit(1)
     return max(1, math.ceil(seconds / timer.timeit(1).mean))
 
 
 def _timer() -> Any:
-    """``torch.utils.benchmark.Timer``, without torch's complaint about a CUDA toolkit on a machine without a GPU."""
+    """The class ``torch.utils.benchmark.Timer``, imported without torch's warning of a missing CUDA toolkit."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness before and after an edit: its own code on both models, nothing reimplemented."""
+"""Tasks of lm-evaluation-harness before and after an edit, run by its own code on both models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modhifi.models.loaded import LoadedModel
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One metric of one task, with lm-eval's standard errors (None where it gives none); ``n`` documents were asked."""
+    """One metric of one task, on ``n`` documents, with lm-eval's standard errors, None where it gives none."""
 
     task: str
     metric: str
@@ -25,6 +25,7 @@ class TaskRow:
     stderr_after: float | None
 
     def to_json(self) -> dict[str, Any]:
+        """The row as JSON-able data."""
         return asdict(self)
 
 
@@ -38,10 +39,11 @@ def compare_tasks(
     batch_size: int = 4,
     seed: int = 0,
 ) -> tuple[TaskRow, ...]:
-    """Every metric of the ``tasks``, names of lm-eval's, of both models on the devices where they are.
+    """Evaluates lm-eval's ``tasks`` on both models, on their devices; returns every metric of each.
 
-    ``limit`` documents of each task; ``include`` is a directory of task files of your own. Raises ModhifiError without
-    the package, for other models than causal language models, names that lm-eval does not know, and data it cannot get.
+    ``limit`` is the number of documents of each task, None for all; ``include`` is a directory of task files of your
+    own. Raises ModhifiError without the package, for other models than causal language models, names that lm-eval does
+    not know, and data it cannot get.
     """
     try:
         from lm_eval import simple_evaluate
@@ -63,7 +65,7 @@ def compare_tasks(
     def evaluate(loaded: LoadedModel) -> dict[str, Any]:
         model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
         with explained(f"the tasks {', '.join(tasks)}"):
-            found = simple_evaluate(
+            results = simple_evaluate(
                 model=model,
                 tasks=list(tasks),
                 limit=limit,
@@ -74,31 +76,31 @@ def compare_tasks(
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
             )
-        return dict(found)
+        return dict(results)
 
     return _rows(evaluate(original), evaluate(edited))
 
 
 def _rows(before: dict[str, Any], after: dict[str, Any]) -> tuple[TaskRow, ...]:
-    """Rows of lm-eval's results, whose keys are ``metric,filter`` and ``metric_stderr,filter``."""
+    """The rows of lm-eval's results, whose keys are ``metric,filter`` and ``metric_stderr,filter``."""
     rows = []
-    for task, old in before["results"].items():
-        new = after["results"][task]
-        for key, value in old.items():
-            metric, comma, kind = key.partition(",")
+    for task, metrics_before in before["results"].items():
+        metrics_after = after["results"][task]
+        for key, value in metrics_before.items():
+            metric, comma, filter_name = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            spread = f"{metric}_stderr,{kind}"
-            name = metric if kind == "none" else f"{metric} ({kind})"
+            stderr_key = f"{metric}_stderr,{filter_name}"
+            name = metric if filter_name == "none" else f"{metric} ({filter_name})"
             count = int(before.get("n-samples", {}).get(task, {}).get("effective", 0))
-            errors = [r.get(spread) for r in (old, new)]
+            errors = [r.get(stderr_key) for r in (metrics_before, metrics_after)]
             rows.append(
                 TaskRow(
                     task,
                     name,
                     count,
                     float(value),
-                    float(new[key]),
+                    float(metrics_after[key]),
                     *(float(e) if isinstance(e, int | float) else None for e in errors),
                 )
             )

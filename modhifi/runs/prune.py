@@ -1,7 +1,8 @@
-"""A whole pruning run, from recipe to artefact: read top to bottom."""
+"""A pruning run, from recipe to artefact."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,25 +12,27 @@ from torch import nn
 
 from modhifi.artifacts.export import export as export_model
 from modhifi.artifacts.exports import EXPORTS
-from modhifi.artifacts.reload_check import FreshProcess, reload_alike
+from modhifi.artifacts.reload_check import FreshProcess, check_reload
 from modhifi.artifacts.report import data_uri
 from modhifi.artifacts.save import save_artifact
-from modhifi.bounds.held_out import tabulate
+from modhifi.bounds.held_out import HeldOut, tabulate
 from modhifi.bounds.ladder import BoundReport, verify_model
 from modhifi.calibration.batchnorm import reestimate_batchnorm
 from modhifi.calibration.cache import MomentCache
-from modhifi.calibration.distributed import processes
+from modhifi.calibration.distributed import Processes, processes
 from modhifi.calibration.gram_quality import gram_warnings
 from modhifi.data.contact_sheet import contact_sheet
 from modhifi.data.quality import look
-from modhifi.data.samples import describe_data, warn_degenerate
+from modhifi.data.samples import Samples, describe_data, warn_degenerate
 from modhifi.disk import check_output
+from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Clock, Progress, silent
 from modhifi.pruning.prune import contribute, prune_model
+from modhifi.pruning.stages import Pruned
 from modhifi.runs.bound_report import add_bounds, add_groups
 from modhifi.runs.defaults import complete
 from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, place
-from modhifi.runs.prune_report import before_after, describe, measure_run, measured, skipped
+from modhifi.runs.prune_report import before_after, measure_run, measured_verdict, report_of, skipped_warnings
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.structure.expand import expand
 from modhifi.structure.plan import Plan
@@ -37,9 +40,10 @@ from modhifi.structure.plan import Plan
 
 @dataclass(frozen=True)
 class PruneResult:
-    """``report`` is JSON-able; ``model``, ``path`` and ``bounds`` are None after a dry run.
+    """The outcome of a pruning run; ``report`` is JSON-able.
 
-    A tolerance that is not met raises nothing here: ``bounds.enforce()`` does.
+    ``model``, ``path`` and ``bounds`` are None after a dry run, ``path`` also where nothing was to be written. Nothing
+    is raised for a tolerance that is not met: ``bounds.enforce()`` raises it.
     """
 
     report: dict[str, Any]
@@ -60,16 +64,19 @@ def run_prune(
     progress: Progress = silent,
     command: str = "",
 ) -> PruneResult:
-    """Run a pruning recipe. Writes nothing before everything is computed, and nothing at all with ``dry_run``.
+    """Runs a pruning recipe: load, prune, measure, bound, save, reload, export.
 
-    Where a launcher started several processes, all but the main one measure their share of the calibration data and
-    return an empty report.
+    Nothing is written before everything is computed, and nothing at all with ``dry_run``. ``given`` takes the place of
+    what the recipe names, ``force`` replaces an earlier output, ``command`` goes into the report. Where a launcher
+    started several processes, all but the main one measure their share of the calibration data and return an empty
+    report. Raises ModhifiError for bad input.
     """
     clock, team = Clock(progress, command), processes()
     progress = clock.inner
     device = device if team.device is None else team.device
-    cache = None if recipe.offload else cache  # whose sums lie with the weights
-    plan = None if recipe.plan is None else Plan({name: tuple(kept) for name, kept in recipe.plan.items()})
+    # Its sums would be on the device of the weights.
+    cache = None if recipe.offload else cache
+    plan = None if recipe.plan is None else Plan({name: tuple(components) for name, components in recipe.plan.items()})
     budget = None if plan is not None or recipe.method.eta is not None else recipe.budget.parse()
     out = None if dry_run or recipe.out is None else Path(recipe.out)
     if out is not None:
@@ -77,87 +84,125 @@ def run_prune(
     for kind in recipe.export:
         EXPORTS[kind].check()
     with clock.stage("load"):
-        loaded = given.model or load_source(recipe.model)
-        place(loaded, device, recipe.offload)
+        original = given.model or load_source(recipe.model)
+        place(original, device, recipe.offload)
         tolerances = recipe.checks.tolerances()
-        tolerances.fit(loaded.kind)
+        tolerances.fit(original.kind)
         if budget is not None:
-            budget.fit(loaded.kind)
-        recipe, remarks = complete(recipe, loaded, device)
+            budget.fit(original.kind)
+        recipe, remarks = complete(recipe, original, device)
     with clock.stage("data"):
-        calibration, held = load_data(recipe, loaded, given, progress)
-        warnings = [*remarks, *warn_degenerate(calibration), *skipped(calibration)]
+        calibration, held = load_data(recipe, original, given, progress)
+        warnings = [*remarks, *warn_degenerate(calibration), *skipped_warnings(calibration)]
     with clock.stage("prune"):
         settings = recipe.settings()
         if not team.main:
-            contribute(loaded, calibration, settings, plan, team)
+            contribute(original, calibration, settings, plan, team)
             return PruneResult({}, plan or Plan({}))
         pruned = prune_model(
-            loaded, calibration, budget, settings, plan=plan, progress=progress, cache=cache, team=team
+            original, calibration, budget, settings, plan=plan, progress=progress, cache=cache, team=team
         )
         if recipe.method.reestimate_batchnorm:
-            reestimate_batchnorm(pruned.model, loaded, calibration, settings.batch_size)
+            reestimate_batchnorm(pruned.model, original, calibration, settings.batch_size)
         warnings += gram_warnings(pruned.grams, len(calibration))
+    report = report_of(recipe, original, calibration, held, pruned, warnings, command)
+    _note(report, warnings, clock, team, cache)
+    if dry_run:
+        report["timing"] = clock.seconds
+        return PruneResult(report, pruned.plan)
+    with clock.stage("measure"):
+        table = _measure(report, original, pruned, calibration, held, settings.batch_size, progress)
+    # Its imports take as long as the bounds.
+    process = None if out is None else FreshProcess(original.framework)
+    with clock.stage("bound"):
+        expanded = expand(pruned.model, original.model, pruned.structure, pruned.plan)
+        walked = recipe.checks.walked
+        bounds = verify_model(
+            original, pruned.model, expanded, held, tolerances, walked=walked, table=table, progress=progress
+        )
+        add_bounds(report, bounds)
+        add_groups(report, bounds, pruned.structure)
+    path = None
+    if out is not None:
+        path = _save(out, recipe, original, pruned, calibration, held, report, clock, force, process)
+    report["timing"] = clock.seconds
+    return PruneResult(report, pruned.plan, pruned.model, path, bounds)
+
+
+def _note(
+    report: dict[str, Any], warnings: Sequence[str], clock: Clock, team: Processes, cache: MomentCache | None
+) -> None:
+    """Adds the origin of the moments to the report, and it and the warnings to the log."""
     for warning in warnings:
         clock.note(f"warning: {warning}")
-    report = describe(recipe, loaded, calibration, held, pruned, warnings, command)
     if team.count > 1:
         report["data"]["moments"] = f"moments were measured by {team.count} processes"
         clock.note(report["data"]["moments"])
     if cache is not None and cache.remark:
         report["data"]["moments"] = cache.remark
         clock.note(cache.remark)
-    if dry_run:
+
+
+def _measure(
+    report: dict[str, Any],
+    original: LoadedModel,
+    pruned: Pruned,
+    calibration: Samples,
+    held: Samples,
+    batch_size: int,
+    progress: Progress,
+) -> HeldOut:
+    """Adds every measured figure to the report; returns the table of the outputs of both models on ``held``."""
+    report["calibration"] = {
+        **look(original, calibration, batch_size),
+        "grams": [vars(quality) for quality in pruned.grams],
+    }
+    table = tabulate(original, pruned.model, held, batch_size)
+    report |= measure_run(original, pruned.model, held, table, progress)
+    report["before_after"] = before_after(report)
+    report["verdicts"] = [measured_verdict(report)]
+    if original.kind == "image":
+        report["contact_sheet"] = data_uri(contact_sheet(calibration, original, n=48, tile=64))
+    return table
+
+
+def _save(
+    out: Path,
+    recipe: PruneRecipe,
+    original: LoadedModel,
+    pruned: Pruned,
+    calibration: Samples,
+    held: Samples,
+    report: dict[str, Any],
+    clock: Clock,
+    force: bool,
+    process: FreshProcess | None,
+) -> Path:
+    """Writes the artefact, checks it in a fresh process and exports it; returns its path."""
+    with clock.stage("save"):
         report["timing"] = clock.seconds
-        return PruneResult(report, pruned.plan)
-    with clock.stage("measure"):
-        report["calibration"] = {
-            **look(loaded, calibration, settings.batch_size),
-            "grams": [vars(q) for q in pruned.grams],
-        }
-        table = tabulate(loaded, pruned.model, held, settings.batch_size)
-        report |= measure_run(loaded, pruned.model, held, table, progress)
-        report["before_after"] = before_after(report)
-        report["verdicts"] = [measured(report)]
-        if loaded.kind == "image":
-            report["contact_sheet"] = data_uri(contact_sheet(calibration, loaded, n=48, tile=64))
-    # Its imports take as long as the bounds.
-    fresh = None if out is None else FreshProcess(loaded.framework)
-    with clock.stage("bound"):
-        twin = expand(pruned.model, loaded.model, pruned.structure, pruned.plan)
-        walked = recipe.checks.walked
-        bounds = verify_model(
-            loaded, pruned.model, twin, held, tolerances, walked=walked, table=table, progress=progress
+        path = save_artifact(
+            out,
+            pruned.model,
+            original,
+            pruned.structure,
+            pruned.plan,
+            manifest={
+                "task": "prune",
+                "seed": recipe.seed,
+                "calibration": describe_data(calibration),
+                "held_out": describe_data(held),
+                "metrics": {k: report[k] for k in ("errors", "size") if k in report},
+                "verdicts": report["verdicts"],
+            },
+            recipe=recipe.model_dump(mode="json"),
+            report=report,
+            log=clock.log(),
+            force=force,
         )
-        add_bounds(report, bounds)
-        add_groups(report, bounds, pruned.structure)
-    path = None
-    if out is not None:
-        with clock.stage("save"):
-            report["timing"] = clock.seconds
-            path = save_artifact(
-                out,
-                pruned.model,
-                loaded,
-                pruned.structure,
-                pruned.plan,
-                manifest={
-                    "task": "prune",
-                    "seed": recipe.seed,
-                    "calibration": describe_data(calibration),
-                    "held_out": describe_data(held),
-                    "metrics": {k: report[k] for k in ("errors", "size") if k in report},
-                    "verdicts": report["verdicts"],
-                },
-                recipe=recipe.model_dump(mode="json"),
-                report=report,
-                log=clock.log(),
-                force=force,
-            )
-        with clock.stage("reload"):
-            batch = reload_alike(path, loaded, pruned.model.cpu(), held, fresh)
-        for kind in recipe.export:
-            with clock.stage(f"export {kind}"):
-                export_model(pruned.model, batch, path / f"model{EXPORTS[kind].suffix}", kind)
-    report["timing"] = clock.seconds
-    return PruneResult(report, pruned.plan, pruned.model, path, bounds)
+    with clock.stage("reload"):
+        batch = check_reload(path, original, pruned.model.cpu(), held, process)
+    for kind in recipe.export:
+        with clock.stage(f"export {kind}"):
+            export_model(pruned.model, batch, path / f"model{EXPORTS[kind].suffix}", kind)
+    return path

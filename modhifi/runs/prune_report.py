@@ -1,4 +1,4 @@
-"""The parts of a pruning run's report: what was done, what was measured before and after."""
+"""The parts of a pruning run's report: the edit, and the figures before and after it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from modhifi.runs.latency import compare_latency
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.structure.sizes import sizes_of
 
-STEP = 0.005  # a share of the KV cache this near to the one asked for is that one
-# Shares of a group's components below which a fidelity lies, for the report's distribution.
+# The difference of two shares of the KV cache below which they count as equal.
+STEP = 0.005
+# The quantiles of the components' fidelities that the report shows for each group.
 QUANTILES = (0.1, 0.5, 0.9)
 
 
-def skipped(samples: Samples) -> list[str]:
+def skipped_warnings(samples: Samples) -> list[str]:
+    """The warning that unreadable items were skipped, with the first ten of them; empty if there were none."""
     if not samples.skipped:
         return []
     names = "; ".join(f"{name} ({reason})" for name, reason in samples.skipped[:10])
@@ -31,32 +33,33 @@ def skipped(samples: Samples) -> list[str]:
     return [f"{len(samples.skipped)} unreadable items were skipped: {names}{more}"]
 
 
-def describe(
+def report_of(
     recipe: PruneRecipe,
-    loaded: LoadedModel,
+    original: LoadedModel,
     calibration: Samples,
     held: Samples,
     pruned: Pruned,
     warnings: list[str],
     command: str,
 ) -> dict[str, Any]:
+    """The report of a pruning run before anything is measured, JSON-able; see :mod:`modhifi.artifacts.report`."""
     structure, plan = pruned.structure, pruned.plan
-    sizes = sizes_of(loaded.model, structure)
+    sizes = sizes_of(original.model, structure)
     widths = {g.name: len(plan.kept.get(g.name, range(g.n))) for g in structure.prunable}
     dense = {g.name: g.n for g in structure.prunable}
     by_reader = {e.reader: e for e in pruned.errors}
     groups = []
     for g in structure.prunable:
         errors = [by_reader[s.module] for s in g.readers if s.module in by_reader] if g.name in plan.kept else []
-        local, energy = sum(e.error for e in errors), sum(e.energy for e in errors)
+        error, energy = sum(e.error for e in errors), sum(e.energy for e in errors)
         groups.append(
             {
                 "name": g.name,
                 "kind": g.label,
                 "n": g.n,
                 "kept": widths[g.name],
-                "local_error": local if errors else 0.0,
-                "relative_error": local / energy if energy > 0 else 0.0,
+                "local_error": error if errors else 0.0,
+                "relative_error": error / energy if energy > 0 else 0.0,
                 "amplification": None,
                 "fidelity": _distribution(pruned.fidelity.get(g.name), plan.mask(g)),
             }
@@ -66,19 +69,19 @@ def describe(
         "parameters": sizes.parameters(widths) / sizes.parameters(dense),
         "macs": sizes.macs(widths) / sizes.macs(dense),
     }
-    if loaded.kind == "text" and sizes.cache(dense):
+    if original.kind == "text" and sizes.cache(dense):
         reached["cache"] = sizes.cache(widths) / sizes.cache(dense)
         asked = recipe.budget.kv_cache
         if asked is not None and abs(reached["cache"] - recipe.budget.parse().keep) > STEP:
-            step = (
+            remark = (
                 f"{reached['cache']:.3g}x of the KV cache stays: whole KV groups go, and {asked} is between two steps"
             )
-            warnings = [*warnings, step]
+            warnings = [*warnings, remark]
     return {
         "schema_version": 1,
-        "title": f"modhifi prune {loaded.source}",
+        "title": f"modhifi prune {original.source}",
         "task": "prune",
-        "model": {"source": loaded.source, "framework": loaded.framework, **_plain(loaded.info)},
+        "model": {"source": original.source, "framework": original.framework, **_plain(original.info)},
         "data": {
             "calibration": calibration.description,
             "held_out": held.description,
@@ -96,7 +99,7 @@ def describe(
 
 
 def _distribution(fidelity: Tensor | None, kept: Tensor) -> dict[str, list[float]] | None:
-    """The quantiles of the components' best singleton fidelities, of those that stay and of those that go."""
+    """The quantiles of the components' best singleton fidelities, of the kept and of the removed ones."""
     if fidelity is None:
         return None
     points = torch.tensor(QUANTILES, dtype=fidelity.dtype)
@@ -109,26 +112,29 @@ def _plain(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure_run(
-    loaded: LoadedModel, edited: nn.Module, held: Samples, table: HeldOut, progress: Progress = silent
+    original: LoadedModel, edited: nn.Module, held: Samples, table: HeldOut, progress: Progress = silent
 ) -> dict[str, Any]:
-    """Everything measured on this device, before and after; ``table`` tells what both models did on ``held``."""
-    first = next(edited.parameters())
-    one = next(held.batches(1)).to(first.device)
-    if one.is_floating_point():
-        one = one.to(first.dtype)
+    """Measures errors, size, throughput and latency of both models, on the device of the edited one.
+
+    ``table`` holds the outputs of both on ``held``.
+    """
+    parameter = next(edited.parameters())
+    item = next(held.batches(1)).to(parameter.device)
+    if item.is_floating_point():
+        item = item.to(parameter.dtype)
     progress("checking", 0, 2)
     errors = table.summary()
-    if loaded.kind == "text":
+    if original.kind == "text":
         errors["perplexity_before"], errors["perplexity_after"] = table.perplexities()
     if held.labels is not None and table.top_before is not None:
         errors["accuracy_before"], errors["accuracy_after"] = table.accuracies(held.labels)
     size = {
-        "parameters": [measure.count_parameters(loaded.model), measure.count_parameters(edited)],
-        "flops": [measure.count_flops(loaded.model, one), measure.count_flops(edited, one)],
-        "bytes": [measure.stored_bytes(loaded.model), measure.stored_bytes(edited)],
+        "parameters": [measure.count_parameters(original.model), measure.count_parameters(edited)],
+        "flops": [measure.count_flops(original.model, item), measure.count_flops(edited, item)],
+        "bytes": [measure.stored_bytes(original.model), measure.stored_bytes(edited)],
     }
     progress("checking", 1, 2)
-    latency = compare_latency({"before": loaded.model, "after": edited}, one, rounds=9)
+    latency = compare_latency({"before": original.model, "after": edited}, item, rounds=9)
     progress("checking", 2, 2)
     return {
         "errors": errors,
@@ -139,6 +145,8 @@ def measure_run(
 
 
 def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a report's table of figures before and after the edit."""
+
     def row(name: str, before: float | None, after: float | None, unit: str = "") -> dict[str, Any]:
         return {"name": name, "before": before, "after": after, "unit": unit}
 
@@ -158,8 +166,8 @@ def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def measured(report: dict[str, Any]) -> dict[str, str]:
-    """What was measured, in a sentence: an observation on these samples, not a bound."""
+def measured_verdict(report: dict[str, Any]) -> dict[str, str]:
+    """The verdict that states the measured errors: an observation on these samples, not a bound."""
     errors = report["errors"]
     worst = max(report["groups"], key=lambda g: g["relative_error"])
     return {

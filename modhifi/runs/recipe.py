@@ -1,4 +1,4 @@
-"""The recipe: one run as data. Strict, dumpable to YAML, and enough to repeat the run."""
+"""The recipe of a pruning run, and the parts that recipes share: strict, and enough to repeat the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.weightings import WEIGHTINGS
 from modhifi.registry import one_of
-from modhifi.runs.recipe_file import Option, Strict, validate
+from modhifi.runs.recipe_file import Option, Strict
 from modhifi.structure.plan import Plan
 
 Count = Annotated[int, Field(ge=1)]
@@ -44,7 +44,7 @@ Summary = Annotated[
 
 
 def read_pairs(items: Sequence[str]) -> dict[str, Any]:
-    """The mapping that texts ``KEY=VALUE`` say; values are read as YAML."""
+    """Parses texts ``KEY=VALUE`` into a mapping, values as YAML; raises ModhifiError for another form."""
     pairs = {}
     for item in items:
         key, equals, value = item.partition("=")
@@ -55,7 +55,10 @@ def read_pairs(items: Sequence[str]) -> dict[str, Any]:
 
 
 def read_plan(path: str) -> dict[str, Any]:
-    """The components kept, group by group, from a plan or from the JSON of a dry run that holds one."""
+    """Reads the kept components of each group from the JSON of a plan or of a dry run.
+
+    Raises ModhifiError where the file holds no plan.
+    """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         return dict(Plan.from_json(content.get("plan", content)).to_json()["kept"])
@@ -64,7 +67,7 @@ def read_plan(path: str) -> dict[str, Any]:
 
 
 class ModelSource(Strict):
-    """What to load."""
+    """The source of a model."""
 
     panel: ClassVar[str] = "Loading"
 
@@ -85,7 +88,7 @@ class ModelSource(Strict):
 
 
 class CalibrationData(Strict):
-    """Calibration samples. None, here and below: what `modhifi.runs.defaults` says for the kind of model."""
+    """The source of calibration samples. None, here and below, is the default of `modhifi.runs.defaults`."""
 
     panel: ClassVar[str] = "Data"
 
@@ -99,7 +102,10 @@ class CalibrationData(Strict):
 
 
 class DataSource(CalibrationData):
-    """Calibration and held-out samples; without ``evaluate`` the held-out ones come from ``source`` too, disjoint."""
+    """The sources of calibration and held-out samples.
+
+    Without ``evaluate`` the held-out ones are other samples of ``source``.
+    """
 
     evaluate: str | None = None
     """Held-out data; by default a disjoint part of --data."""
@@ -108,7 +114,7 @@ class DataSource(CalibrationData):
 
 
 class BudgetChoice(Strict):
-    """Exactly one of: share of components removed, share of parameters, FLOPs or bytes of the KV cache kept."""
+    """The budget: exactly one share, of components removed or of parameters, FLOPs or KV cache kept."""
 
     panel: ClassVar[str] = "Budget"
 
@@ -122,11 +128,12 @@ class BudgetChoice(Strict):
     """Share of the KV cache kept, in whole KV groups, such as 0.5x."""
 
     def parse(self) -> Budget:
+        """The budget; raises ModhifiError unless exactly one share is given."""
         return Budget.parse(self.ratio, self.params, self.flops, self.kv_cache)
 
 
 class Method(Strict):
-    """How components are chosen and what makes up for them."""
+    """The method: selection of components, allocation over groups, compensation."""
 
     panel: ClassVar[str] = "Method"
 
@@ -179,13 +186,14 @@ class Checks(Strict):
     """Samples for the certified rungs; by default 16 images, 1 text, none of large models."""
 
     def tolerances(self) -> Tolerances:
+        """The tolerances of the bounds; raises ModhifiError for a number outside its range."""
         return Tolerances(self.max_flip, self.max_error, self.confidence, self.not_a_sample, self.max_perplexity_ratio)
 
 
 class PruneRecipe(Strict):
     """A pruning run. ``plan`` and ``method.eta`` take the place of a budget."""
 
-    # Ways to say how much goes: one of them given beside a recipe takes the place of the recipe's own.
+    # The keys that set the size: one of them given beside a recipe takes the place of the recipe's own.
     alternatives: ClassVar[tuple[str, ...]] = ("budget", "plan", "method.eta")
 
     task: Literal["prune"] = "prune"
@@ -208,28 +216,23 @@ class PruneRecipe(Strict):
     summary: Summary = None
 
     def settings(self) -> PruneSettings:
-        """What the stages need, of a recipe that `modhifi.runs.defaults.complete` has completed."""
-        m = self.method
-        assert m.layout is not None and self.batch_size is not None
+        """The settings of the stages, of a recipe that `modhifi.runs.defaults.complete` has completed."""
+        method = self.method
+        assert method.layout is not None and self.batch_size is not None
         return PruneSettings(
-            selector=m.selector,
-            compensate=m.compensate,
-            layout=m.layout,
-            weighting=m.allocate,
-            sequential=m.sequential,
-            floor=m.floor,
-            round_to=m.round_to,
-            ridge=m.ridge,
-            rows_per_column=m.rows_per_column or None,
-            eta=m.eta,
-            only=tuple(m.only or (["heads"] if self.budget.kv_cache is not None else [])),
-            exclude=tuple(m.exclude),
-            coupled=m.coupled,
+            selector=method.selector,
+            compensate=method.compensate,
+            layout=method.layout,
+            weighting=method.allocate,
+            sequential=method.sequential,
+            floor=method.floor,
+            round_to=method.round_to,
+            ridge=method.ridge,
+            rows_per_column=method.rows_per_column or None,
+            eta=method.eta,
+            only=tuple(method.only or (["heads"] if self.budget.kv_cache is not None else [])),
+            exclude=tuple(method.exclude),
+            coupled=method.coupled,
             seed=self.seed,
             batch_size=self.batch_size,
         )
-
-
-def parse_recipe(data: Any, where: str | Path = "the recipe") -> PruneRecipe:
-    """A pruning recipe from a mapping; see :func:`modhifi.runs.recipe_file.validate`."""
-    return validate(PruneRecipe, data, where)

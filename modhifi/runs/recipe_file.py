@@ -1,4 +1,4 @@
-"""Recipes as files: read, override, validate with errors that name the file, the line and the nearest key."""
+"""Recipes as files: reading, overriding, validating, with errors that name file, line and nearest key."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from modhifi.errors import ModhifiError
 
 
 class Strict(BaseModel):
-    """A part of a recipe: unknown keys are errors, values do not change.
+    """The base of a recipe's parts: unknown keys are errors, values do not change.
 
-    The text under a key says what it means, to the JSON schema and to the help of the command line, which shows the
+    The text under a key is its description in the JSON schema and in the help of the command line, which shows the
     options of a part in one ``panel``.
     """
 
@@ -28,11 +28,11 @@ class Strict(BaseModel):
 
 @dataclass(frozen=True)
 class Option:
-    """How the command line gives a key, where the key's own name, its part's panel or its type would not do.
+    """The option of the command line for a key, where its name, panel or type differs from the key's own.
 
-    ``flag`` is ``--data``, ``--coupled/--inner-only``, or a word without dashes for an argument. ``read`` turns what
-    is typed, a list of texts with ``repeat``, into the key's value. Beside a key that holds a part, it is of that
-    part's first key.
+    ``flag`` is ``--data``, ``--coupled/--inner-only``, or a word without dashes for an argument. ``read`` turns the
+    typed text, a list of texts with ``repeat``, into the key's value. Beside a key that holds a part, the option is
+    that of the part's first key.
     """
 
     flag: str | None = None
@@ -46,41 +46,41 @@ R = TypeVar("R", bound=BaseModel)
 
 
 def validate(kind: type[R], content: Any, where: str | Path, flags: Mapping[str, str] | None = None) -> R:
-    """The content as a recipe of one kind.
+    """Validates the content as a recipe of one kind.
 
-    ``where`` is the file it was read from, whose line an error then names, or a word for it; ``flags`` are the options
-    that gave, or could give, the value at a path, which an error then names. Raises ModhifiError, one line, that names
-    the first bad key, and the nearest known one for an unknown key.
+    ``where`` is the file it was read from, of which an error names the line, or a word for it; ``flags`` map the path
+    of a value to the option that gives it, which an error then names. Raises ModhifiError, one line, that names the
+    first bad key, and the nearest known one for an unknown key.
     """
     try:
         return kind.model_validate(content)
     except ValidationError as error:
         # A key that is unknown here is often the one that is missing there.
-        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        problem = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         # Where one of several kinds is meant, pydantic puts the name of the kind into the path.
-        keys = _real_keys(content, first["loc"])
+        keys = _real_keys(content, problem["loc"])
         path = ".".join(map(str, keys)) or "recipe"
-        place = f"{where}{_line(where, keys)}"
-        if first["type"] == "extra_forbidden":
+        position = f"{where}{_line(where, keys)}"
+        if problem["type"] == "extra_forbidden":
             known = _keys_at(kind, keys[:-1], content) or _all_keys(kind)
-            close = difflib.get_close_matches(str(keys[-1]), known, n=1)
-            close = close or difflib.get_close_matches(str(keys[-1]), _all_keys(kind), n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else f"; known here: {', '.join(known)}"
-            raise ModhifiError(f"{place}: unknown key '{path}'{hint}") from None
+            nearest = difflib.get_close_matches(str(keys[-1]), known, n=1)
+            nearest = nearest or difflib.get_close_matches(str(keys[-1]), _all_keys(kind), n=1)
+            hint = f"; did you mean '{nearest[0]}'?" if nearest else f"; known here: {', '.join(known)}"
+            raise ModhifiError(f"{position}: unknown key '{path}'{hint}") from None
         flag = (flags or {}).get(path)
-        if first["type"] == "missing":
+        if problem["type"] == "missing":
             if flag is not None:
                 raise ModhifiError(f"{flag} is missing; give it, or a recipe that says it") from None
-            raise ModhifiError(f"{place}: '{path}' is missing; add it") from None
-        # The errors of our own validators say what they found.
-        plain = first["type"] == "value_error" or isinstance(first["input"], dict)
-        shown = "" if plain else f", not {first['input']!r}"
-        message = first["msg"].removeprefix("Value error, ")
-        raise ModhifiError(f"{flag or f'{place}: {path}'}: {message[:1].lower()}{message[1:]}{shown}") from None
+            raise ModhifiError(f"{position}: '{path}' is missing; add it") from None
+        # The messages of our own validators name the value.
+        explained = problem["type"] == "value_error" or isinstance(problem["input"], dict)
+        value = "" if explained else f", not {problem['input']!r}"
+        message = problem["msg"].removeprefix("Value error, ")
+        raise ModhifiError(f"{flag or f'{position}: {path}'}: {message[:1].lower()}{message[1:]}{value}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ModhifiError for a missing file, bad YAML and anything but a mapping."""
+    """Reads the mapping in a YAML file; raises ModhifiError for a missing file, bad YAML and anything but a mapping."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -93,11 +93,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(content: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
-    """A copy of a recipe's mapping with each ``a.b=value`` set; values are read as YAML."""
+    """A copy of a recipe's mapping with each ``a.b=value`` set; values are read as YAML.
+
+    Raises ModhifiError for a change of another form.
+    """
     result = copy.deepcopy(content)
     for change in changes:
-        path, found, value = change.partition("=")
-        if not found or not path:
+        path, equals, value = change.partition("=")
+        if not equals or not path:
             raise ModhifiError(f"--set takes a.b=value, not {change!r}")
         try:
             set_value(result, path, yaml.safe_load(value))
@@ -107,20 +110,20 @@ def apply_overrides(content: dict[str, Any], changes: Sequence[str]) -> dict[str
 
 
 def set_value(content: dict[str, Any], path: str, value: Any) -> None:
-    """Set ``a.b`` in place. Raises ModhifiError where ``a`` holds no keys."""
+    """Sets ``a.b`` in place; raises ModhifiError where ``a`` is a value."""
     *parents, leaf = path.split(".")
-    place = content
+    part = content
     for key in parents:
-        if place.get(key) is None:
-            place[key] = {}
-        place = place[key]
-        if not isinstance(place, dict):
+        if part.get(key) is None:
+            part[key] = {}
+        part = part[key]
+        if not isinstance(part, dict):
             raise ModhifiError(f"--set {path}: '{key}' is a value, it holds no '{leaf}'")
-    place[leaf] = value
+    part[leaf] = value
 
 
 def set_out(content: dict[str, Any], out: str) -> None:
-    """Let a run write to ``out``, in place; a summary inside its directory goes along."""
+    """Sets the directory that a run writes, in place; a summary inside the old one moves to the new one."""
     old, summary = content.get("out"), content.get("summary")
     if old and summary and Path(summary).is_relative_to(old):
         content["summary"] = str(Path(out, Path(summary).relative_to(old)))
@@ -128,7 +131,7 @@ def set_out(content: dict[str, Any], out: str) -> None:
 
 
 def to_yaml(content: Any) -> str:
-    """YAML as recipes are written: keys in their order."""
+    """The content as YAML, keys in their order."""
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
@@ -154,10 +157,10 @@ def _line(where: str | Path, keys: Sequence[Any]) -> str:
     for key in keys:
         if not isinstance(node, yaml.MappingNode):
             break
-        found = next(((k, v) for k, v in node.value if k.value == str(key)), None)
-        if found is None:
+        entry = next(((k, v) for k, v in node.value if k.value == str(key)), None)
+        if entry is None:
             break
-        line, node = found[0].start_mark.line + 1, found[1]
+        line, node = entry[0].start_mark.line + 1, entry[1]
     return f":{line}"
 
 

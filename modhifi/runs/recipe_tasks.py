@@ -1,4 +1,4 @@
-"""Recipes of every task, and of several steps: what `modhifi recipe` validates and runs."""
+"""The recipes of every task, and of several steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 
 class HeldOut(Strict):
-    """Data that calibrated nothing. None: what `modhifi.runs.defaults` says for the kind of model."""
+    """The source of samples that calibrated nothing. None is the default of `modhifi.runs.defaults`."""
 
     panel: ClassVar[str] = "Data"
 
@@ -34,7 +34,7 @@ class HeldOut(Strict):
 
 
 class VerifyRecipe(Strict):
-    """The ladder of bounds on an artefact."""
+    """A verification: the ladder of bounds on an artefact."""
 
     task: Literal["verify"] = "verify"
     directory: Annotated[str, Option("DIR")]
@@ -69,7 +69,7 @@ class AuditData(Strict):
 
 
 class AuditChecks(Strict):
-    """What must hold of a model that forgot."""
+    """The checks of a model that was made to forget."""
 
     panel: ClassVar[str] = "Checks"
 
@@ -80,7 +80,7 @@ class AuditChecks(Strict):
 
 
 class AuditRecipe(Strict):
-    """Attacks on a model that was made to forget."""
+    """An audit: attacks on a model that was made to forget."""
 
     task: Literal["audit"] = "audit"
     directory: Annotated[str, Option("DIR")]
@@ -112,7 +112,7 @@ TASKS: dict[str, type[PruneRecipe] | type[UnlearnRecipe] | type[VerifyRecipe] | 
 
 
 class StepsRecipe(Strict):
-    """Several steps, run in order; each writes to OUT/NAME, and a later one says ``step:NAME`` for that directory.
+    """Several steps, run in order; each writes to OUT/NAME, which a later one calls ``step:NAME``.
 
     ``sweep`` maps one path of the recipe (``steps.NAME.budget.flops``) to values, from the one most wanted to the
     least: all steps run with each, and the first value with which nothing fails is kept.
@@ -144,7 +144,7 @@ Recipe = Task | StepsRecipe
 
 
 def parse(content: dict[str, Any], where: str | Path = "the recipe") -> Recipe:
-    """A recipe of any task. Raises ModhifiError, one line, that names the key (see `recipe_file.validate`)."""
+    """Validates a recipe of any task; raises ModhifiError that names the key (see `recipe_file.validate`)."""
     if "steps" in content:
         return validate(StepsRecipe, content, where)
     task = content.get("task", "prune")

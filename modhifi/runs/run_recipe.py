@@ -1,4 +1,4 @@
-"""Run any recipe: one step or several, each with its report, and the first failed check ends it."""
+"""Running a recipe of any task: one step or several, each with its report, until a check fails."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from modhifi.runs.unlearn_recipe import UnlearnRecipe
 from modhifi.runs.verify import run_verify
 from modhifi.staging import staging
 
-# What a report's file may end in; any other name is a directory's.
+# The endings of a report's file; any other name is a directory's.
 REPORTS = (".json", ".html")
 
 
 @dataclass(frozen=True)
 class Done:
-    """A step that ran: its JSON-able report, where it was written, and the check that it failed, if it failed one.
+    """A finished step: its JSON-able report, the path written, and the check that failed, if one did.
 
-    ``result`` holds what a program wants and JSON cannot hold: models, a plan, bounds.
+    ``result`` holds the objects that JSON cannot: models, a plan, bounds.
     """
 
     name: str
@@ -50,11 +50,11 @@ class Done:
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What a run is given beside its recipe, and what its recipe therefore does not repeat.
+    """The settings of a run that its recipe does not record.
 
     ``device`` and ``given`` take the place of what the recipe names; ``dry_run`` plans and writes nothing; ``force``
-    replaces what is there; ``cache`` is the directory where moments are kept, if they are; ``command`` is what a report
-    calls the way to repeat the run.
+    replaces what is there; ``cache`` is the directory where moments are kept, None for none; ``command`` is the
+    report's command that repeats the run.
     """
 
     device: torch.device | str | None = None
@@ -66,11 +66,11 @@ class Circumstances:
     command: str = ""
 
 
-PLAIN = Circumstances()
+DEFAULTS = Circumstances()
 
 
-def run_recipe(recipe: Recipe, circumstances: Circumstances = PLAIN) -> list[Done]:
-    """Run a recipe of any task; of several steps the last one run is the one that failed, if one did.
+def run_recipe(recipe: Recipe, circumstances: Circumstances = DEFAULTS) -> list[Done]:
+    """Runs a recipe of any task; where a step fails, it is the last one returned.
 
     Raises ModhifiError for bad input and where several steps have nowhere to write.
     """
@@ -86,7 +86,7 @@ def run_recipe(recipe: Recipe, circumstances: Circumstances = PLAIN) -> list[Don
 
 
 def _summarise(recipe: Recipe, finished: list[Done]) -> None:
-    # All but the main one of several processes have nothing to report.
+    # Of several processes only the main one has a report.
     if recipe.summary is not None and finished[-1].report:
         write_summary(Path(recipe.summary), [(done.name, done.report) for done in finished])
 
@@ -110,7 +110,7 @@ def _run_all(recipe: StepsRecipe, circumstances: Circumstances) -> list[Done]:
 
 
 def _variants(recipe: StepsRecipe) -> list[tuple[str, dict[str, Any]]]:
-    """The recipe's content with each value of its sweep, most wanted first, and what to call that."""
+    """The label and content of the recipe with each value of its sweep, most wanted first."""
     plain = recipe.model_dump(mode="json", exclude={"sweep"})
     if not recipe.sweep:
         return [("", plain)]
@@ -130,15 +130,15 @@ def _run_steps(content: dict[str, Any], label: str, out: Path, circumstances: Ci
     title = f"steps ({label})" if label else "steps"
     for number, (name, step) in enumerate(content["steps"].items()):
         progress(title, number, total)
-        ready = parse({**_placed(step, out), "out": str(out / name)}, f"step {name}")
-        assert not isinstance(ready, StepsRecipe)
+        recipe = parse({**_placed(step, out), "out": str(out / name)}, f"step {name}")
+        assert not isinstance(recipe, StepsRecipe)
 
-        def inner(stage: str, done: int, of: int, name: str = name) -> None:
-            progress(f"  {name}{f' {label}' if label else ''}: {stage}", done, of)
+        def inner(stage: str, done: int, of_total: int, name: str = name) -> None:
+            progress(f"  {name}{f' {label}' if label else ''}: {stage}", done, of_total)
 
         full_name = f"{name} ({label})" if label else name
-        finished.append(_run(full_name, ready, replace(circumstances, progress=inner)))
-        _summarise(ready, finished[-1:])
+        finished.append(_run(full_name, recipe, replace(circumstances, progress=inner)))
+        _summarise(recipe, finished[-1:])
         if finished[-1].failure is not None:
             return finished
     progress(title, total, total)
@@ -171,9 +171,9 @@ def _run(name: str, recipe: Task, circumstances: Circumstances) -> Done:
         )
         return Done(name, pruned.report, pruned.path, _failure(pruned.bounds), pruned)
     if isinstance(recipe, UnlearnRecipe):
-        edited = run_unlearn(recipe, device=device, given=given, force=force, progress=progress, command=command)
-        failure = _failure(edited.bounds) or _nothing_forgotten(edited.report)
-        return Done(name, edited.report, edited.path, failure, edited)
+        unlearned = run_unlearn(recipe, device=device, given=given, force=force, progress=progress, command=command)
+        failure = _failure(unlearned.bounds) or _nothing_forgotten(unlearned.report)
+        return Done(name, unlearned.report, unlearned.path, failure, unlearned)
     out = None if recipe.out is None else Path(recipe.out).expanduser()
     check_report(out, force)
     bounds: BoundReport | None = None
@@ -187,18 +187,18 @@ def _run(name: str, recipe: Task, circumstances: Circumstances) -> Done:
             **bounds.to_json(),
             "warnings": list(bounds.warnings),
         }
-        failed = _failure(bounds)
+        failure = _failure(bounds)
     else:
         report = run_audit(recipe, device=device, given=given, progress=progress)
-        failed = _failed_check(report)
+        failure = _failed_check(report)
     content = recipe.model_dump(mode="json")
     report |= {"settings": content, "command": command}
     path = None if out is None else write_report(out, report, content)
-    return Done(name, report, path, failed, bounds)
+    return Done(name, report, path, failure, bounds)
 
 
 def _failure(bounds: BoundReport | None) -> GateFailed | SelfTestFailed | None:
-    """The first tolerance that is not met."""
+    """The error of the first tolerance that is not met, None where all are."""
     try:
         if bounds is not None:
             bounds.enforce()
@@ -219,7 +219,7 @@ def _failed_check(report: Mapping[str, Any]) -> GateFailed | None:
 
 
 def check_report(out: Path | None, force: bool) -> None:
-    """Raise ModhifiError, before the work, where a report could not be written."""
+    """Raises ModhifiError, before any work, where a report could not be written."""
     if out is None:
         return
     if out.suffix in REPORTS:
@@ -229,9 +229,9 @@ def check_report(out: Path | None, force: bool) -> None:
 
 
 def write_report(out: Path, report: Mapping[str, Any], recipe: Mapping[str, Any]) -> Path:
-    """A directory with ``report.json``, ``report.html`` and ``recipe.yaml``, or one of the first two by its ending.
+    """Writes a report as a directory or, by the ending of ``out``, as one file; returns ``out``.
 
-    A directory is written whole or not at all.
+    The directory holds ``report.json``, ``report.html`` and ``recipe.yaml`` and is written whole or not at all.
     """
     content = jsonable(report)
     figures, page = json.dumps(content, indent=1, ensure_ascii=False) + "\n", render_html(content)

@@ -1,4 +1,4 @@
-"""Scores of every component of a model: what `modhifi score` prints and writes."""
+"""The scores of every component of a model, and their files."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from modhifi.runs.defaults import amounts
 
 @dataclass(frozen=True)
 class GroupScores:
-    """Scores of a group's n components, float64 ``(n,)`` each.
+    """The scores of a group's n components, ``(n,)`` each: float64, ``rank`` int64.
 
     ``singleton``: largest singleton fidelity over the readers' output channels; ``energy``: energy score summed over
-    readers; ``cost``: cumulative squared local error at the component's removal; ``rank``: when it is removed (0 first,
-    n for those that stay to the end). ``total`` is the readers' output energy.
+    readers; ``cost``: cumulative squared local error at the component's removal; ``rank``: its place in the order of
+    removal (0 first, n for components that are never removed). ``total`` is the readers' output energy.
     """
 
     group: str
@@ -43,15 +43,16 @@ class GroupScores:
     total: float
 
     def free(self) -> int:
-        """How many components can go at a joint cost under a millionth of the output energy."""
+        """The number of components whose joint removal costs at most a millionth of the output energy."""
         return int((self.cost <= 1e-6 * self.total).sum())
 
     def half_cost(self) -> float:
-        """Share of the readers' output energy that removing half of the components costs."""
+        """The share of the readers' output energy that the removal of half of the components costs."""
         removed = self.cost[self.rank < len(self.rank) // 2]
         return float(removed.max()) / self.total if len(removed) and self.total > 0 else 0.0
 
     def to_json(self) -> dict[str, Any]:
+        """The scores as JSON-able data; costs may be infinite."""
         return {
             "group": self.group,
             "output_energy": self.total,
@@ -67,12 +68,15 @@ def score_model(
     progress: Progress = silent,
     window: int | None = None,
 ) -> list[GroupScores]:
-    """Score every prunable group of a model on one data source, one forward pass per sample."""
+    """Scores every prunable group of a model on one data source, in one forward pass a sample.
+
+    Raises ModhifiError where the data cannot be had.
+    """
     usual = amounts(loaded, next(loaded.model.parameters()).device)
     settings = PruneSettings(seed=seed, floor=1e-9, batch_size=usual.batch_size)
     structure = choose_groups(find_structure(loaded), settings)
-    chosen = load_samples(data, loaded, n=samples or usual.samples, seed=seed, window=window, progress=progress)
-    moments = measure_moments(loaded, structure, chosen, settings.sampling, progress)
+    calibration = load_samples(data, loaded, n=samples or usual.samples, seed=seed, window=window, progress=progress)
+    moments = measure_moments(loaded, structure, calibration, settings.sampling, progress)
     curves = removal_curves(loaded.model, structure, moments, settings, progress)
     result = []
     for group in structure.prunable:
@@ -87,15 +91,15 @@ def score_model(
 
 
 def write_scores(scores: list[GroupScores], path: Path) -> None:
-    """Write ``.json``, ``.csv`` or ``.safetensors``, through a temporary sibling."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    """Writes the scores as ``.json``, ``.csv`` or ``.safetensors``, through a temporary file beside it."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
     try:
         if path.suffix == ".json":
             finite = [{k: _finite(v) for k, v in s.to_json().items()} for s in scores]
-            Path(name).write_text(json.dumps(finite, indent=1))
+            Path(temporary).write_text(json.dumps(finite, indent=1))
         elif path.suffix == ".csv":
-            with open(name, "w", newline="") as file:
+            with open(temporary, "w", newline="") as file:
                 table = csv.writer(file)
                 table.writerow(["group", "component", "singleton", "energy", "cost", "rank"])
                 for s in scores:
@@ -103,11 +107,11 @@ def write_scores(scores: list[GroupScores], path: Path) -> None:
                     table.writerows([s.group, i, *row] for i, row in enumerate(rows))
         else:
             fields = ("singleton", "energy", "cost", "rank")
-            save_file({f"{s.group}.{k}": getattr(s, k).contiguous() for s in scores for k in fields}, name)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+            save_file({f"{s.group}.{k}": getattr(s, k).contiguous() for s in scores for k in fields}, temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        Path(temporary).unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A whole unlearning run, and an audit on its own, from recipe to report: read top to bottom."""
+"""An unlearning run, from recipe to artefact."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modhifi.artifacts.reload_check import FreshProcess, reload_alike
+from modhifi.artifacts.reload_check import FreshProcess, check_reload
 from modhifi.artifacts.report import data_uri
 from modhifi.artifacts.save import save_artifact
 from modhifi.bounds.ladder import BoundReport, verify_unlearned
@@ -25,7 +25,7 @@ from modhifi.disk import check_output
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Clock, Progress, silent
-from modhifi.runs.audit import load_reference, shown
+from modhifi.runs.audit import load_reference, report_parts
 from modhifi.runs.bound_report import add_bounds
 from modhifi.runs.inputs import NOTHING, Given, forgotten_before, load_source
 from modhifi.runs.unlearn_recipe import UnlearnRecipe
@@ -38,7 +38,7 @@ from modhifi.unlearning.sites import Sites, find_sites
 
 @dataclass(frozen=True)
 class UnlearnResult:
-    """``report`` is JSON-able; ``path`` is None where nothing was to be written."""
+    """The outcome of an unlearning run; ``report`` is JSON-able, ``path`` None where nothing was to be written."""
 
     report: dict[str, Any]
     model: nn.Module
@@ -55,9 +55,10 @@ def run_unlearn(
     progress: Progress = silent,
     command: str = "",
 ) -> UnlearnResult:
-    """Run an unlearning recipe: load, edit, fit the strength, attack, save, reload.
+    """Runs an unlearning recipe: load, edit, fit the strength, attack, bound, save, reload.
 
-    Raises ModhifiError for bad input, and where a launcher started several processes.
+    ``given`` takes the place of what the recipe names, ``force`` replaces an earlier output, ``command`` goes into the
+    report. Raises ModhifiError for bad input, and where a launcher started several processes.
     """
     if launched():
         raise ModhifiError("unlearning runs in one process; start it without a launcher")
@@ -67,48 +68,48 @@ def run_unlearn(
     if out is not None:
         check_output(out, force)
     with clock.stage("load"):
-        loaded = given.model or load_source(recipe.model)
-        loaded.model.to(device)
+        original = given.model or load_source(recipe.model)
+        original.model.to(device)
         tolerances = recipe.checks.tolerances()
-        tolerances.fit(loaded.kind)
-        classes = find_classes(recipe.forget, loaded)
-        earlier = [c for c in forgotten_before(loaded) if c not in classes]
-        sites = find_sites(loaded)
+        tolerances.fit(original.kind)
+        classes = find_classes(recipe.forget, original)
+        earlier = [c for c in forgotten_before(original) if c not in classes]
+        sites = find_sites(original)
         reference = load_reference(recipe.reference, device)
     with clock.stage("data"):
-        data = _load_data(recipe, loaded, classes, earlier, given)
-        members = _load_members(recipe.data.members, loaded, recipe)
+        data = _load_data(recipe, original, classes, earlier, given)
+        members = _load_members(recipe.data.members, original, recipe)
     with clock.stage("edit"):
-        found = forget(loaded, sites, data.edit, data.groups, recipe.settings(), classes, progress)
+        edit = forget(original, sites, data.edit, data.groups, recipe.settings(), classes, progress)
     strength, loss = 1.0, None
     if recipe.method.retain_budget is not None:
         with clock.stage("fit strength"):
-            found, strength, loss = _within_budget(recipe, loaded, sites, data, found, classes, earlier)
+            edit, strength, loss = _within_budget(recipe, original, sites, data, edit, classes, earlier)
     with clock.stage("audit"):
-        attacked = audit(
-            loaded,
-            found.model,
+        outcome = audit(
+            original,
+            edit.model,
             sites,
             data,
             classes,
-            plain=found.plain,
+            plain=edit.plain,
             reference=reference,
             members=members,
             earlier=earlier,
             batch_size=recipe.batch_size,
             progress=progress,
         )
-    report = _describe(recipe, loaded, data, found, attacked, command)
+    report = _report_of(recipe, original, data, edit, outcome, command)
     report["strength"] = {"of_the_full_edit": strength, "retain_loss_on_held_out": loss}
     if strength == 0.0:
         report["warnings"].append("no strength of this method stays within the retain budget: nothing was changed")
     # Its imports take as long as the bounds.
-    fresh = None if out is None else FreshProcess(loaded.framework)
+    process = None if out is None else FreshProcess(original.framework)
     with clock.stage("bound"):
         bounds = verify_unlearned(
-            loaded,
-            found.model,
-            found.model,
+            original,
+            edit.model,
+            edit.model,
             data.test,
             classes,
             tolerances,
@@ -118,111 +119,132 @@ def run_unlearn(
             progress=progress,
         )
         add_bounds(report, bounds)
-        report["contact_sheet"] = data_uri(contact_sheet(data.edit, loaded, n=48, tile=64))
+        report["contact_sheet"] = data_uri(contact_sheet(data.edit, original, n=48, tile=64))
     path = None
     if out is not None:
-        with clock.stage("save"):
-            report["timing"] = clock.seconds
-            everything = sorted({*classes, *forgotten_before(loaded)})
-            path = save_artifact(
-                out,
-                found.model,
-                loaded,
-                None,
-                None,
-                manifest={
-                    "task": "unlearn",
-                    "seed": recipe.seed,
-                    "forgotten": [{"index": c, "name": class_name(loaded, c)} for c in everything],
-                    "calibration": describe_data(data.edit),
-                    "held_out": describe_data(data.test),
-                    "metrics": attacked["rows"]["edited"],
-                    "verdicts": report["verdicts"],
-                },
-                recipe=recipe.model_dump(mode="json"),
-                report=report,
-                log=clock.log(),
-                force=force,
-            )
-        with clock.stage("reload"):
-            reload_alike(path, loaded, found.model.cpu(), data.test, fresh)
+        forgotten = sorted({*classes, *forgotten_before(original)})
+        path = _save(out, recipe, original, edit.model, forgotten, data, outcome, report, clock, force, process)
     report["timing"] = clock.seconds
-    return UnlearnResult(report, found.model, path, bounds)
+    return UnlearnResult(report, edit.model, path, bounds)
+
+
+def _save(
+    out: Path,
+    recipe: UnlearnRecipe,
+    original: LoadedModel,
+    edited: nn.Module,
+    forgotten: Sequence[int],
+    data: UnlearnData,
+    outcome: Mapping[str, Any],
+    report: dict[str, Any],
+    clock: Clock,
+    force: bool,
+    process: FreshProcess | None,
+) -> Path:
+    """Writes the artefact and checks it in a fresh process; returns its path."""
+    with clock.stage("save"):
+        report["timing"] = clock.seconds
+        path = save_artifact(
+            out,
+            edited,
+            original,
+            None,
+            None,
+            manifest={
+                "task": "unlearn",
+                "seed": recipe.seed,
+                "forgotten": [{"index": c, "name": class_name(original, c)} for c in forgotten],
+                "calibration": describe_data(data.edit),
+                "held_out": describe_data(data.test),
+                "metrics": outcome["rows"]["edited"],
+                "verdicts": report["verdicts"],
+            },
+            recipe=recipe.model_dump(mode="json"),
+            report=report,
+            log=clock.log(),
+            force=force,
+        )
+    with clock.stage("reload"):
+        check_reload(path, original, edited.cpu(), data.test, process)
+    return path
 
 
 def _load_data(
-    recipe: UnlearnRecipe, loaded: LoadedModel, classes: Sequence[int], earlier: Sequence[int], given: Given
+    recipe: UnlearnRecipe, original: LoadedModel, classes: Sequence[int], earlier: Sequence[int], given: Given
 ) -> UnlearnData:
-    data = recipe.data
+    sources = recipe.data
     return load_unlearn_data(
-        loaded,
+        original,
         classes,
-        source=data.source if given.data is None else given.data,
-        samples=data.samples,
-        forget_source=data.forget,
-        evaluate=data.evaluate if given.evaluate is None else given.evaluate,
-        evaluation_samples=data.evaluation_samples,
+        source=sources.source if given.data is None else given.data,
+        samples=sources.samples,
+        forget_source=sources.forget,
+        evaluate=sources.evaluate if given.evaluate is None else given.evaluate,
+        evaluation_samples=sources.evaluation_samples,
         earlier=earlier,
         seed=recipe.seed,
         batch_size=recipe.batch_size,
     )
 
 
-def _load_members(spec: str | None, loaded: LoadedModel, recipe: UnlearnRecipe) -> Samples | None:
-    if spec is None:
+def _load_members(source: str | None, original: LoadedModel, recipe: UnlearnRecipe) -> Samples | None:
+    if source is None:
         return None
-    found = load_samples(spec, loaded, n=recipe.data.samples, seed=recipe.seed)
-    return label_samples(loaded, found, recipe.batch_size)[0]
+    samples = load_samples(source, original, n=recipe.data.samples, seed=recipe.seed)
+    return label_samples(original, samples, recipe.batch_size)[0]
 
 
 def _within_budget(
     recipe: UnlearnRecipe,
-    loaded: LoadedModel,
+    original: LoadedModel,
     sites: Sites,
     data: UnlearnData,
-    found: Forgotten,
+    edit: Forgotten,
     classes: Sequence[int],
     earlier: Sequence[int],
 ) -> tuple[Forgotten, float, float]:
-    """The largest share of the edit that costs no more retain accuracy than allowed, on held-out retained images."""
+    """Weakens the edit to the largest share within the retain budget, on held-out retained images.
+
+    Returns the edit, its share in [0, 1] and the loss of retain accuracy at it.
+    """
     budget = recipe.method.retain_budget
     assert budget is not None and data.fit.labels is not None
-    kept = data.fit.subset(torch.nonzero(populations_of(data.fit, classes, earlier) == 0).flatten())
-    labels = kept.labels
+    retained = data.fit.subset(torch.nonzero(populations_of(data.fit, classes, earlier) == 0).flatten())
+    labels = retained.labels
     assert labels is not None
 
-    def right(model: nn.Module) -> float:
-        outputs = [run().argmax(1).cpu() for _, run in Passes(loaded, model, kept, recipe.batch_size)]
+    def accuracy(model: nn.Module) -> float:
+        outputs = [run().argmax(1).cpu() for _, run in Passes(original, model, retained, recipe.batch_size)]
         return float((torch.cat(outputs) == labels).double().mean())
 
-    before = right(loaded.model)
-    strength, loss = fit_strength(lambda s: before - right(blend(loaded.model, found.plain, s)), budget)
+    before = accuracy(original.model)
+    strength, loss = fit_strength(lambda s: before - accuracy(blend(original.model, edit.plain, s)), budget)
     if strength == 1.0:
-        return found, strength, loss
-    plain = blend(loaded.model, found.plain, strength)
+        return edit, strength, loss
+    plain = blend(original.model, edit.plain, strength)
     model = blend(plain, plain, 1.0)
-    names = settled_names(sites, [r.module for r in found.records])
+    names = settled_names(sites, [r.module for r in edit.records])
     if recipe.method.settle and names and strength > 0:
-        settle_norms(Passes(loaded, model, data.edit, recipe.batch_size), names, data.groups == 0)
-    return replace(found, model=model, plain=plain), strength, loss
+        settle_norms(Passes(original, model, data.edit, recipe.batch_size), names, data.groups == 0)
+    return replace(edit, model=model, plain=plain), strength, loss
 
 
-def _describe(
+def _report_of(
     recipe: UnlearnRecipe,
-    loaded: LoadedModel,
+    original: LoadedModel,
     data: UnlearnData,
-    found: Forgotten,
-    attacked: Mapping[str, Any],
+    edit: Forgotten,
+    outcome: Mapping[str, Any],
     command: str,
 ) -> dict[str, Any]:
-    values = found.values
-    left_out = [f"{name} was left out: {reason}" for name, reason in dict(found.left_out).items()]
+    values = edit.values
+    left_out = [f"{name} was left out: {reason}" for name, reason in dict(edit.left_out).items()]
     return {
         "schema_version": 1,
-        "title": f"modhifi unlearn {loaded.source}",
+        "title": f"modhifi unlearn {original.source}",
         "task": "unlearn",
-        "model": {"source": loaded.source, "framework": loaded.framework},
-        **shown(attacked),
+        "model": {"source": original.source, "framework": original.framework},
+        **report_parts(outcome),
         "data": {
             "edit": data.edit.description,
             "edit_samples": len(data.edit),
@@ -237,7 +259,7 @@ def _describe(
             "passes": values.passes,
             "strength": f"{values.strength:g} ({values.unit})",
         },
-        "edits": [{"module": r.module, "change": r.change, "damping": r.damping} for r in found.records],
+        "edits": [{"module": r.module, "change": r.change, "damping": r.damping} for r in edit.records],
         "warnings": [*data.notes, *left_out],
         "command": command,
     }

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from modhifi.registry import one_of
 from modhifi.runs.recipe import Checks, Count, Device, ModelSource, Out, Seed, Summary
-from modhifi.runs.recipe_file import Option, Strict, validate
+from modhifi.runs.recipe_file import Option, Strict
 from modhifi.unlearning.methods import METHODS
 from modhifi.unlearning.settings import UnlearnSettings
 
 
 class UnlearnData(Strict):
-    """Where the samples come from; see :func:`modhifi.unlearning.data.load_unlearn_data`."""
+    """The sources of samples; see :func:`modhifi.unlearning.data.load_unlearn_data`."""
 
     panel: ClassVar[str] = "Data"
 
@@ -34,7 +33,7 @@ class UnlearnData(Strict):
 
 
 class UnlearnMethod(Strict):
-    """How to forget; null takes the method's own default."""
+    """The method of forgetting; null is the method's own default."""
 
     panel: ClassVar[str] = "Method"
 
@@ -80,21 +79,17 @@ class UnlearnRecipe(Strict):
     summary: Summary = None
 
     def settings(self) -> UnlearnSettings:
-        m = self.method
+        """The settings of the edit."""
+        method = self.method
         return UnlearnSettings(
-            method=m.name,
-            depth=m.depth,
-            passes=m.passes,
-            strength=m.strength,
-            only=tuple(m.only),
-            exact=m.exact,
-            forget_weight=m.forget_weight,
-            damping=m.damping,
-            settle=m.settle,
+            method=method.name,
+            depth=method.depth,
+            passes=method.passes,
+            strength=method.strength,
+            only=tuple(method.only),
+            exact=method.exact,
+            forget_weight=method.forget_weight,
+            damping=method.damping,
+            settle=method.settle,
             batch_size=self.batch_size,
         )
-
-
-def parse_unlearn_recipe(data: Any, where: str | Path = "the recipe") -> UnlearnRecipe:
-    """An unlearning recipe from a mapping; see :func:`modhifi.runs.recipe_file.validate`."""
-    return validate(UnlearnRecipe, data, where)

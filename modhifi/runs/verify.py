@@ -1,4 +1,4 @@
-"""Check an edited model against its original on data it was not made from."""
+"""A verification run: bounds of an edited model against its original, on data that did not calibrate it."""
 
 from __future__ import annotations
 
@@ -32,46 +32,46 @@ def run_verify(
     given: Given = NOTHING,
     progress: Progress = silent,
 ) -> tuple[BoundReport, VerifyRecipe]:
-    """Bound how far an edited model's outputs moved; returns the bounds, and the recipe with its defaults written out.
+    """Bounds the change of an edited model's outputs; returns the bounds, and the recipe with every default.
 
     Raises ModhifiError for bad input, as :func:`load_pair` does, and where held-out samples took part in the
     calibration (unless the recipe allows it).
     """
     original, edited, manifest = load_pair(recipe, given)
     recipe = complete_verify(recipe, original, device)
-    data, size = recipe.data, recipe.batch_size
-    assert data.samples is not None and size is not None
+    data, batch_size = recipe.data, recipe.batch_size
+    assert data.samples is not None and batch_size is not None
     source = data.source if given.data is None else given.data
     held = load_samples(source, original, n=data.samples, seed=recipe.seed, window=data.window, progress=progress)
     if manifest is not None and not data.allow_overlap:
         require_unseen(manifest, held)
-    dense_shape = in_dense_shape(edited, original, manifest)
+    expanded = in_dense_shape(edited, original, manifest)
     original.model.to(device)
     edited.to(device)
     tolerances, walked = recipe.checks.tolerances(), recipe.checks.walked
     forgotten = [] if manifest is None else [entry.index for entry in manifest.forgotten]
     if not forgotten:
         bounds = verify_model(
-            original, edited, dense_shape, held, tolerances, walked=walked, batch_size=size, progress=progress
+            original, edited, expanded, held, tolerances, walked=walked, batch_size=batch_size, progress=progress
         )
         return bounds, recipe
-    held, remark = label_samples(original, held, size)
+    held, remark = label_samples(original, held, batch_size)
     bounds = verify_unlearned(
         original,
         edited,
-        dense_shape,
+        expanded,
         held,
         forgotten,
         tolerances,
         walked=walked,
-        batch_size=size,
+        batch_size=batch_size,
         progress=progress,
     )
     return replace(bounds, warnings=(*bounds.warnings, *([remark] if remark else []))), recipe
 
 
 def load_pair(recipe: VerifyRecipe, given: Given) -> tuple[LoadedModel, nn.Module, Manifest | None]:
-    """The original, the edited model, and the manifest of the artefact that the latter is, None for a module.
+    """Loads the original, the edited model and, if that is an artefact, its manifest, None for a module.
 
     Raises ModhifiError where the artefact's weights are not those that were saved, and where the original is another
     model than the one it was made from.
@@ -101,7 +101,7 @@ def load_pair(recipe: VerifyRecipe, given: Given) -> tuple[LoadedModel, nn.Modul
 
 
 def in_dense_shape(edited: nn.Module, original: LoadedModel, manifest: Manifest | None) -> nn.Module | None:
-    """The edited model in the original's shapes, None where its manifest does not tell how to get there."""
+    """The edited model in the original's shapes, None where its manifest does not determine it."""
     if manifest is not None and manifest.groups:
         # After an earlier cut the groups count components of the artefact before.
         if any(edit["task"] == "prune" for edit in manifest.base.edits_before):
@@ -111,9 +111,9 @@ def in_dense_shape(edited: nn.Module, original: LoadedModel, manifest: Manifest 
 
 
 def require_unseen(manifest: Manifest, samples: Samples) -> None:
-    """Raise ModhifiError if one of the samples took part in the making of the artefact."""
+    """Raises ModhifiError if one of the samples calibrated the artefact."""
     seen = set(manifest.calibration.hashes)
-    common = [name for name, item in zip(samples.names, samples.hashes, strict=True) if item in seen]
+    common = [name for name, content_hash in zip(samples.names, samples.hashes, strict=True) if content_hash in seen]
     if common:
         raise ModhifiError(
             f"{len(common)} of {len(samples)} samples calibrated this model ({common[0]}): bounds need data it has not "

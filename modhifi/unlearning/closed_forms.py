@@ -1,4 +1,4 @@
-"""What the closed forms of unlearning share: an edit, mixtures of populations, damped factorisations.
+"""What the closed forms of unlearning share: an edit, mixtures of populations, directions to erase.
 
 Every closed form takes an operator's weight as ``(out, d)`` (a convolution flattened over its patch axis, one call per
 convolution group), computes in float64 and returns float64. ``x`` is the operator's input row, ``mean`` is ``E[x]`` and
@@ -15,10 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modhifi.errors import ModhifiError
-
-# Where a Cholesky factorisation fails, the damping is multiplied by the next of these; the Edit records the result.
-DAMPING_STEPS = (1.0, 10.0, 100.0, 1000.0)
 # A direction weaker than this share of the strongest one counts as a combination of the others.
 RANK_TOLERANCE = 1e-8
 
@@ -58,30 +54,6 @@ def about(gram: Tensor, mean: Tensor, origin: Tensor) -> Tensor:
     mean, origin = mean.double(), origin.double()
     left, right = torch.stack([mean, origin], 1), torch.stack([-origin, origin - mean])
     return torch.addmm(gram.double(), left, right)
-
-
-def mean_diagonal(matrix: Tensor) -> float:
-    """The unit of damping; 1 for a matrix without energy, which any ridge makes solvable."""
-    return float(matrix.diagonal().mean()) or 1.0
-
-
-def factorise(matrix: Tensor, damping: float, unit: float | None = None) -> tuple[Tensor, float]:
-    """The Cholesky factor of ``matrix + damping * unit * I``, and the first damping of the steps at which it exists.
-
-    Of the symmetric ``matrix`` the lower triangle is read. ``unit`` defaults to its mean diagonal. Raises ModhifiError
-    where every step fails.
-    """
-    unit = mean_diagonal(matrix) if unit is None else unit
-    for step in DAMPING_STEPS:
-        damped = matrix.clone()
-        damped.diagonal().add_(damping * step * unit)
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0:
-            return factor, damping * step
-    raise ModhifiError(
-        f"the moments cannot be factorised even with damping {damping * DAMPING_STEPS[-1]:g}; "
-        "use more samples or check them for NaN"
-    )
 
 
 def directions(gaps: Tensor, extra: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modhifi.calibration.moments import Moments
 from modhifi.calibration.prefix_cache import Passes
-from modhifi.unlearning.closed_forms import factorise
+from modhifi.pruning.linalg import factorise
 from modhifi.unlearning.moments import ClassMeans, Joint, joint_rows
 from modhifi.unlearning.sites import MOST_COLUMNS, Writer
 

@@ -6,6 +6,7 @@ import weakref
 from typing import Any
 
 import pytest
+import tiny_text
 import torch
 import transformers
 from torch import Tensor, nn
@@ -24,7 +25,6 @@ from modhifi.pruning.budget import Budget
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import find_structure
-from tests import tiny_text
 
 
 def token_samples(lengths: list[int]) -> Samples:

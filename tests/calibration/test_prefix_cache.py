@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import pytest
 import timm
+import tiny_text
 import torch
 import transformers
 from tiny_timm import convnext, resnet, samples_of, swin, vit
@@ -23,7 +24,6 @@ from modhifi.structure.operators import weight_matrix, write_weight
 from modhifi.structure.torch_ops import tensors_in
 from modhifi.structure.tracing.branches import Calls
 from modhifi.unlearning.sites import Sites, find_sites
-from tests import tiny_text
 from tests.counting import counted
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_text
 import torch
 from typer.testing import CliRunner
 
 import modhifi
 from modhifi.cli.main import app
-from tests import tiny_text
 
 runner = CliRunner()
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_text
 import torch
 import transformers
 
@@ -16,7 +17,6 @@ from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from tests import tiny_text
 
 
 def test_windows_are_full_seeded_and_different(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_text
 import torch
 from PIL import Image
 
@@ -17,7 +18,6 @@ from modhifi.data.sources import SOURCES, load_samples, metavars
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from tests import tiny_text
 
 # What stands behind the colon of each source; a new one needs a row here if it takes an argument.
 ARGUMENTS = {"images": ":{images}", "text": ":{text}", "hf": ":org/some", "demo": ":test"}

@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 import pytest
+import tiny_text
 import torch
 import transformers
 from torch import nn
@@ -20,7 +21,6 @@ from modhifi.models.load import load_model
 from modhifi.models.loaded import PADDING, LoadedModel
 from modhifi.pruning.stages import find_structure
 from modhifi.structure.operators import operator_modules
-from tests import tiny_text
 
 
 @pytest.fixture(scope="module")

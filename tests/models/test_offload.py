@@ -9,6 +9,7 @@ from typing import Any
 
 import accelerate
 import pytest
+import tiny_text
 import torch
 from torch import nn
 
@@ -20,7 +21,6 @@ from modhifi.models import offload
 from modhifi.models.load import load_model
 from modhifi.models.offload import let_visit, own_copy
 from modhifi.runs.prune import PruneResult
-from tests import tiny_text
 
 BLOCKS = ("model.layers.0", "model.layers.1", "model.layers.2")
 SPLIT = {

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import pytest
+import tiny_text
 import torch
 
 from modhifi.data.samples import Samples
@@ -17,7 +18,6 @@ from modhifi.pruning.prune import prune_model
 from modhifi.pruning.sensitivity import PROBES, amplification, best_plan, output_change, plans_between
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
-from tests import tiny_text
 
 SETTINGS = PruneSettings(rows_per_column=None, batch_size=4, only=("neurons",))
 

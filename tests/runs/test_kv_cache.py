@@ -18,7 +18,7 @@ from modhifi.pruning.elimination import Curve
 from modhifi.pruning.stages import find_structure
 from modhifi.runs.inputs import Given
 from modhifi.runs.prune import run_prune
-from modhifi.runs.recipe import parse_recipe
+from modhifi.runs.recipe import PruneRecipe
 from modhifi.structure.sizes import sizes_of
 
 SHAPE = dict(hidden_size=24, num_attention_heads=6, num_key_value_heads=3, head_dim=4)
@@ -64,7 +64,7 @@ def test_a_run_says_which_step_it_took(llama: LoadedModel):
     assert [w for w in found.report["warnings"] if "0.667x of the KV cache stays" in w and "0.6x is between" in w]
     assert {g["kept"] for g in found.report["groups"]} == {2}
     content = {"model": {"name": "here"}, "budget": {"kv_cache": "0.667x"}, "data": {"samples": 8, "window": 16}}
-    exact = run_prune(parse_recipe(content), given=Given(llama, tokens), dry_run=True)
+    exact = run_prune(PruneRecipe.model_validate(content), given=Given(llama, tokens), dry_run=True)
     assert exact.report["budget"]["reached"]["cache"] == pytest.approx(2 / 3)
     assert not [w for w in exact.report["warnings"] if "KV cache" in w]
 

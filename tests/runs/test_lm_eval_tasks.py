@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_text
 import torch
 from typer.testing import CliRunner
 
@@ -17,7 +18,6 @@ from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.runs.lm_eval_tasks import TaskRow, compare_tasks
-from tests import tiny_text
 
 WORDS = tiny_text.WORDS
 

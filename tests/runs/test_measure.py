@@ -1,15 +1,9 @@
 from __future__ import annotations
 
-import mmap
-from pathlib import Path
-
-import pytest
 import torch
 from torch import Tensor, nn
 
 from modhifi.runs import measure
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
 def test_shared_parameters_count_once() -> None:
@@ -38,31 +32,3 @@ def test_flops_leave_the_model_as_it_was() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     measure.count_flops(model, torch.randn(2, 3, 8, 8))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def occupy(size: int, device: str) -> int:
-    """Hold ``size`` bytes for a moment; on the CPU in a mapping of its own, as C may reuse what it holds."""
-    if device != "cpu":
-        return torch.ones(size // 4, device=device).numel() * 4
-    with mmap.mmap(-1, size) as memory:
-        for page in range(0, size, mmap.PAGESIZE):
-            memory[page] = 1
-        return len(memory)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_peak_memory_sees_an_allocation(device: str) -> None:
-    size = 2**25
-    _, before = measure.with_peak_memory(lambda: None, device)
-    result, peak = measure.with_peak_memory(lambda: occupy(size, device), device)
-    assert result == size
-    assert peak >= before + size // 2
-
-
-def test_peak_memory_forgets_what_was_freed_before() -> None:
-    if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("only Linux can reset the peak")
-    size = 2**26
-    _, high = measure.with_peak_memory(lambda: occupy(size, "cpu"))
-    _, low = measure.with_peak_memory(lambda: None)
-    assert low < high - size // 2

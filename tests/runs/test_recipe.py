@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny_text
 import torch
 import yaml
 from torch import nn
@@ -14,10 +15,9 @@ from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.runs.bundled_recipes import find, shipped, summary
 from modhifi.runs.defaults import complete, complete_verify
-from modhifi.runs.recipe import PruneRecipe, parse_recipe
+from modhifi.runs.recipe import PruneRecipe
 from modhifi.runs.recipe_file import apply_overrides, read_yaml, to_yaml, validate
 from modhifi.runs.recipe_tasks import StepsRecipe, VerifyRecipe, parse, schema
-from tests import tiny_text
 
 CONTENT = {"model": {"name": "timm:resnet18"}, "budget": {"flops": "0.5x"}}
 STEPS = """\
@@ -38,7 +38,7 @@ steps:
 
 
 def test_a_dumped_recipe_reads_back_equal(tmp_path: Path) -> None:
-    recipe = parse_recipe(apply_overrides(CONTENT, ["method.only=['layer1*']", "seed=3"]))
+    recipe = PruneRecipe.model_validate(apply_overrides(CONTENT, ["method.only=['layer1*']", "seed=3"]))
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe.model_dump(mode="json")))
     assert parse(read_yaml(tmp_path / "recipe.yaml")) == recipe
     settings = complete(recipe, load_model(nn.Flatten(), example=torch.zeros(2, 3, 8, 8)), "cpu")[0].settings()

@@ -24,7 +24,7 @@ from modhifi.runs.inputs import forgotten_before
 from modhifi.runs.recipe_file import read_yaml
 from modhifi.runs.recipe_tasks import AuditRecipe
 from modhifi.runs.unlearn import run_unlearn
-from modhifi.runs.unlearn_recipe import parse_unlearn_recipe
+from modhifi.runs.unlearn_recipe import UnlearnRecipe
 from modhifi.structure.operators import columns_of
 from modhifi.unlearning import reader_edits
 from modhifi.unlearning.batchnorm import recall
@@ -248,7 +248,7 @@ def unlearn(world: Path, out: Path | None, model: Path | None = None, forget: st
         "out": None if out is None else str(out),
         "device": "cpu",
     }
-    return run_unlearn(parse_unlearn_recipe(recipe))
+    return run_unlearn(UnlearnRecipe.model_validate(recipe))
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,7 @@ def test_the_artefact_loads_with_stock_timm(world: Path, artefact: Path) -> None
     with torch.no_grad():
         assert torch.allclose(stock(loaded.example), ours.model(loaded.example), atol=1e-6)
     assert forgotten_before(ours) == [CLASS]
-    assert parse_unlearn_recipe(read_yaml(artefact / "recipe.yaml")).forget == ["blue"]
+    assert UnlearnRecipe.model_validate(read_yaml(artefact / "recipe.yaml")).forget == ["blue"]
     page = (artefact / "report.html").read_text()
     assert "Attacks, model by model" in page and "no proof of data deletion" in page
 

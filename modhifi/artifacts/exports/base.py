@@ -1,4 +1,4 @@
-"""What every format of an exported model says of itself, and where it registers."""
+"""The description of an export format, and the registry of formats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """A kind of file that holds a model and runs without modhifi.
+    """A file format that holds a model and runs without modhifi.
 
     ``suffix`` ends the file's name. ``write`` takes the model, as a function of the input batch alone, an example batch
     and the path; it writes a file with a dynamic batch axis and returns the function that the file, read back, holds.
@@ -34,7 +34,7 @@ class ExportFormat:
     source: str = ""
 
     def check(self) -> None:
-        """Raise ModhifiError if a package is missing: ask before the work."""
+        """Raises ModhifiError if a package is missing."""
         missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
         if missing:
             raise ModhifiError(

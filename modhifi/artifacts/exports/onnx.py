@@ -17,7 +17,10 @@ LARGEST_MESSAGE = 2_000_000_000
 
 
 def write(model: nn.Module, example: Tensor, file: Path) -> Callable[[Tensor], Tensor]:
-    """Write by torch's exporter, read by ONNX Runtime on the CPU. Raises ModhifiError unless weights are float32."""
+    """Writes by torch's exporter and reads by ONNX Runtime, on the CPU.
+
+    Raises ModhifiError unless the weights are float32.
+    """
     import onnxruntime
     import torch
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def write(model: nn.Module, example: Tensor, file: Path) -> Callable[[Tensor], Tensor]:
-    """Write and load by torch.export."""
+    """Writes and reads by torch.export."""
     import torch
 
     program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))

@@ -1,4 +1,4 @@
-"""What a selector is, and what those share that sort components by a score."""
+"""The type of a selector, the registry of selectors, and the helpers of those that sort components by a score."""
 
 from __future__ import annotations
 
@@ -20,16 +20,38 @@ None leaves it to :func:`modhifi.pruning.elimination.eliminate`, which finds an 
 
 @dataclass(frozen=True)
 class Selector:
-    """A named rule of which components go first; ``needs_gram`` says whether it reads second moments."""
+    """A named rule of which components go first; ``source`` names its paper."""
 
     name: str
     summary: str
     source: str
     order: Order
-    needs_gram: bool = True
 
 
 SELECTORS: Registry[Selector] = Registry("selector")
+
+
+def register_selector(name: str, order: Order, summary: str = "", source: str = "") -> None:
+    """Adds a selector under a name that recipes and ``method`` then know.
+
+    ``order(readers, seed)`` takes the readers of a group of n components, one :class:`modhifi.pruning.readers.Reader`
+    for each layer, and returns the components' numbers from first to last to go, int64 ``(n,)``. The removed components
+    are priced and compensated as with any other selector. ``summary`` says in one line what the rule is, ``source``
+    names its paper. The entry lasts as long as the program.
+
+    Raises ModhifiError for a name that is taken; :func:`modhifi.prune` raises it for an order that is no permutation.
+
+    >>> import modhifi, torch
+    >>> def last(readers, seed):
+    ...     n = len(readers[0].owner)
+    ...     return torch.arange(n - 1, -1, -1)
+    >>> modhifi.register_selector("last", last, "the last components go first")
+    >>> given = {"method": {"selector": "last", "layout": "uniform"}, "checks": {"walked": 0}}
+    >>> small = modhifi.prune("demo:resnet", "demo:calibration", ratio=0.5, samples=32, **given)
+    >>> small.plan.kept["conv1.0"]
+    (0, 1, 2, 3, 4, 5, 6, 7)
+    """
+    SELECTORS.register(Selector(name, summary, source, order))
 
 
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]

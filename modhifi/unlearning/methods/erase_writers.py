@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from modhifi.errors import ModhifiError
-from modhifi.unlearning.closed_forms import Edit, about, directions, factorise
+from modhifi.pruning.linalg import factorise
+from modhifi.unlearning.closed_forms import Edit, about, directions
 from modhifi.unlearning.methods.base import METHODS
 from modhifi.unlearning.settings import WHOLE, Defaults
 from modhifi.unlearning.writer_edits import WriterMethod, WriterOfStream

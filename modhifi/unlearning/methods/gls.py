@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modhifi.unlearning.closed_forms import Edit, about, factorise, mean_diagonal
+from modhifi.pruning.linalg import damping_unit, factorise
+from modhifi.unlearning.closed_forms import Edit, about
 from modhifi.unlearning.methods.base import METHODS
 from modhifi.unlearning.reader_edits import Reader, ReaderMethod
 from modhifi.unlearning.settings import Defaults
@@ -37,7 +38,7 @@ def gls(
     energy = float(drop.trace())
     pull = strength * float(keep.trace()) / energy if energy > 0 else 0.0
     # The ridge belongs to what is kept, so that it pulls towards the original weight.
-    unit = mean_diagonal(keep)
+    unit = damping_unit(keep)
     factor, used = factorise(keep + pull * drop, damping, unit)
     ridged = keep + used * unit * torch.eye(len(keep), dtype=torch.float64)
     target = ridged if centred else ridged + pull * torch.outer(retain_mean, forget_mean)
