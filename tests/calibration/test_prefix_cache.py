@@ -11,6 +11,7 @@ import timm
 import tiny_text
 import torch
 import transformers
+from counting import counted
 from tiny_timm import convnext, resnet, samples_of, swin, vit
 from torch import Tensor, nn
 
@@ -24,7 +25,6 @@ from modhifi.structure.operators import weight_matrix, write_weight
 from modhifi.structure.torch_ops import tensors_in
 from modhifi.structure.tracing.branches import Calls
 from modhifi.unlearning.sites import Sites, find_sites
-from tests.counting import counted
 
 
 def densenet() -> nn.Module:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from counting import counted
 from torch import Tensor, nn
 
 from modhifi.bounds.held_out import tabulate
@@ -23,7 +24,6 @@ from modhifi.pruning.prune import prune_model
 from modhifi.pruning.sequential import PairedPasses, edit_sequentially, written_modules
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import find_structure
-from tests.counting import counted
 
 
 @pytest.fixture(scope="module")
