@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modhifi.calibration.moments import Moments
 from modhifi.data.samples import Samples
+from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
+from modhifi.pruning import allocation
 from modhifi.pruning.budget import Budget
+from modhifi.pruning.elimination import Curve
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.readers import applied_second
 from modhifi.pruning.sensitivity import amplification, output_change
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import find_structure, removal_curves
+from modhifi.structure.plan import Plan
+from modhifi.structure.sizes import sizes_of
+from modhifi.structure.tracing.tracer import trace
 
 ROWS, WIDTH = 60, 12
 EXACT = PruneSettings(rows_per_column=None, weighting="energy", ridge=1e-3, selector="magnitude")
@@ -90,6 +99,7 @@ def test_least_squares_and_its_error_are_those_of_the_raw_rows(bias: bool, layou
 @pytest.mark.parametrize("bias", [False, True], ids=["without bias", "with bias"])
 def test_reported_errors_are_those_of_the_raw_rows(bias: bool, compensate: str) -> None:
     loaded, rows = loaded_net(bias)
+    loaded.model[2].weight.data[0, ::3] = 0  # a column in use may hold zeros
     settings = PruneSettings(**{**vars(EXACT), "compensate": compensate})
     pruned = prune_model(loaded, samples(), Budget("components", 0.5), settings)
     kept = list(pruned.plan.kept["0"])
@@ -161,3 +171,107 @@ def test_amplification_is_the_divergence_over_the_local_error(bias: bool, compen
     divergence = F.kl_div(changed.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="batchmean")
     assert float(curves["0"].cost[6]) == pytest.approx(cost, rel=1e-3)
     assert found == {"0": pytest.approx(float(divergence) / cost, rel=1e-3)}
+
+
+def test_the_papers_scalars_are_those_of_the_raw_patches() -> None:
+    """A component of nine columns: ``δ* = 1 + (Q_CC + λI)⁻¹ Q_CC̄ 1``, λ in units of the mean diagonal of ``Q_CC``."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 3, bias=False), nn.Flatten()).eval()
+    images = torch.randn(40, 2, 5, 4)
+    numbers = tuple(map(str, range(40)))
+    data = Samples(lambda i: images[i], numbers, None, numbers, "images", synthetic=False)
+    settings = PruneSettings(**{**vars(EXACT), "compensate": "delta", "ridge": 0.3})
+    pruned = prune_model(load_model(model, example=images[:2]), data, Budget("components", 0.5), settings)
+    kept = list(pruned.plan.kept["0"])
+    gone = [i for i in range(6) if i not in kept]
+    rows = F.unfold(model[1](model[0](images)), 3).transpose(1, 2).flatten(0, 1).detach().double()
+    second = rows.T @ rows / len(rows)
+    share = oracle_share(second, len(rows))
+    second = (1 - share) * second + share * second.trace() / 54 * torch.eye(54, dtype=torch.float64)
+    pieces = model[2].weight.flatten(2).detach().double()
+    for channel, row in enumerate(pieces):
+        q = torch.einsum("im,imjn,jn->ij", row, second.view(6, 9, 6, 9), row)
+        own = q[kept][:, kept]
+        damped = own + 0.3 * own.diagonal().mean() * torch.eye(len(kept), dtype=torch.float64)
+        scales = 1 + torch.linalg.solve(damped, q[kept][:, gone].sum(1))
+        written = pruned.model[2].weight[channel].flatten(1).double()
+        torch.testing.assert_close(written, row[kept] * scales[:, None], rtol=1e-4, atol=1e-6)
+
+
+def test_naive_keeps_what_enters_a_channels_best_first_and_of_equals_the_most_faithful() -> None:
+    loaded, rows = loaded_net(False)
+    second = applied_second(Moments(ROWS, torch.zeros(1, WIDTH).double(), (rows.T @ rows / ROWS)[None]), None)[0]
+    weight = loaded.model[2].weight.double()
+    parts = weight[:, :, None] * second * weight[:, None, :]
+    fidelity = parts.sum(2).square() / parts.diagonal(dim1=1, dim2=2) / parts.sum((1, 2))[:, None]
+    # The first place that a component takes in any channel, counted from 0.
+    places = fidelity.argsort(1, descending=True).argsort(1).amin(0)
+    order = sorted(range(WIDTH), key=lambda i: (int(places[i]), -float(fidelity[:, i].max())))
+    for keep in range(2, WIDTH):
+        settings = PruneSettings(**{**vars(EXACT), "selector": "naive", "floor": 0.0})
+        pruned = prune_model(loaded, samples(), Budget("components", keep / WIDTH), settings)
+        assert set(pruned.plan.kept["0"]) == set(order[:keep])
+
+
+# -- allocation --------------------------------------------------------------------------------------------------------
+def widths_of(plan: Plan, names: list[str], n: int) -> list[int]:
+    return [len(plan.kept.get(name, range(n))) for name in names]
+
+
+@pytest.mark.parametrize("weights", [None, {"0": 0.3, "2": 2.0, "4": 1.0}])
+def test_convex_costs_are_shared_out_as_well_as_can_be(weights: dict[str, float] | None) -> None:
+    layers = [nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)]
+    model = nn.Sequential(*layers).eval()
+    structure = trace(model, lambda model: model(torch.randn(2, 4)))
+    generator = torch.Generator().manual_seed(0)
+    names = ["0", "2", "4"]
+    curves = {
+        name: Curve(
+            torch.arange(16),
+            torch.cat([torch.zeros(1), torch.rand(16, generator=generator)]).sort().values.cumsum(0).double(),
+            energy,
+        )
+        for name, energy in zip(names, (1.0, 4.0, 0.5), strict=True)
+    }
+    rates = weights or {name: 1 / curve.energy for name, curve in curves.items()}
+
+    def price(widths: tuple[int, ...]) -> float:
+        return sum(
+            float(curves[name].cost[16 - width]) * rates[name] for name, width in zip(names, widths, strict=True)
+        )
+
+    for total in range(12, 48, 3):
+        plan = allocation.allocate(
+            structure.prunable, curves, sizes_of(model, structure), Budget("components", total / 48), weights=weights
+        )
+        found = tuple(widths_of(plan, names, 16))
+        options = [w for w in product(range(2, 17), repeat=3) if sum(w) == total]
+        assert found in options and price(found) == pytest.approx(min(map(price, options)))
+
+
+@pytest.mark.parametrize("measure", ["macs", "parameters"])
+@pytest.mark.parametrize("name", ["plain", "gate", "grouped", "glu"])
+def test_no_single_step_would_bring_an_allocation_nearer(name: str, measure: str) -> None:
+    model, x = tiny.pattern(name)
+    structure = trace(model, lambda model: model(x))
+    sizes, groups = sizes_of(model, structure), structure.prunable
+    costs = {g.name: torch.linspace(0, 1 + number, g.n + 1).double() ** 2 for number, g in enumerate(groups)}
+    order = {g.name: torch.arange(g.n).view(g.step, -1).T.flatten() for g in groups}
+    curves = {g.name: Curve(order[g.name][: -g.step], costs[g.name][: g.n - g.step + 1], 1.0) for g in groups}
+    missed = 0
+    for percent in range(30, 100):
+        budget = Budget(measure, percent / 100)
+        try:
+            plan = allocation.allocate(groups, curves, sizes, budget)
+        except ModhifiError:
+            continue
+        widths = {g.name: len(plan.kept.get(g.name, range(g.n))) for g in groups}
+        target = percent / 100 * budget.size(sizes, {})
+        miss = abs(budget.size(sizes, widths) - target)
+        if miss > 0.005 * target:
+            missed += 1
+            for group, sign in product(groups, (-1, 1)):
+                width = widths[group.name] + sign * group.step
+                if max(group.step, 0.1 * group.n) <= width <= group.n:
+                    assert abs(budget.size(sizes, {**widths, group.name: width}) - target) >= miss
+    assert missed
