@@ -113,10 +113,10 @@ def run_prune(
     with clock.stage("measure"):
         table = _measure(report, original, pruned, calibration, held, settings.batch_size, progress)
     with clock.stage("bound"):
-        expanded = expand(pruned.model, original.model, pruned.structure, pruned.plan)
+        dense_shape = expand(pruned.model, original.model, pruned.structure, pruned.plan)
         walked = recipe.checks.walked
         bounds = verify_model(
-            original, pruned.model, expanded, held, tolerances, walked=walked, table=table, progress=progress
+            original, pruned.model, dense_shape, held, tolerances, walked=walked, table=table, progress=progress
         )
         add_bounds(report, bounds)
         add_groups(report, bounds, pruned.structure)
