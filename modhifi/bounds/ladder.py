@@ -91,7 +91,7 @@ class BoundReport:
 def verify_model(
     original: LoadedModel,
     edited: nn.Module,
-    expanded: nn.Module | None,
+    dense_shape: nn.Module | None,
     held: Samples,
     tolerances: Tolerances | None = None,
     *,
@@ -102,7 +102,7 @@ def verify_model(
 ) -> BoundReport:
     """Computes every rung for ``edited``, made from ``original.model``, on held-out samples that calibrated nothing.
 
-    ``expanded`` is the same function as ``edited`` in the original's shapes, with zero columns for removed components;
+    ``dense_shape`` is the function of ``edited`` in the original's shapes, with zero columns for removed components;
     without it R1, R2 and R4 are not available. ``walked`` is their number of samples (default: 16 images, 1 text, none
     of models of more than ``WALKED_PARAMETERS``). ``table`` holds the outputs of both on ``held``, where it is known.
     Raises ModhifiError for models in train mode and outputs that are not finite (GateFailed for the edited model's).
@@ -117,7 +117,7 @@ def verify_model(
         table = tabulate(original, edited, held, batch_size)
     r3 = statistical(table, tolerances.alpha, _population(table, held), tolerances.max_perplexity_ratio)
     progress("bounding", 1, 3)
-    rungs, layers, gap, violations, every_input, count = _certify(original, edited, expanded, held, table, walked)
+    rungs, layers, gap, violations, every_input, count = _certify(original, edited, dense_shape, held, table, walked)
     progress("bounding", 3, 3)
     verdicts = (self_test(violations, count), *judge(tolerances, r3, table, every_input))
     warnings = []
@@ -143,7 +143,7 @@ def verify_model(
 def verify_unlearned(
     original: LoadedModel,
     edited: nn.Module,
-    expanded: nn.Module | None,
+    dense_shape: nn.Module | None,
     held: Samples,
     classes: Sequence[int],
     tolerances: Tolerances | None = None,
@@ -164,7 +164,7 @@ def verify_unlearned(
         kind = "retained" if not len(retained) else "forgotten"
         raise ModhifiError(f"no held-out image of the {kind} classes; give data that has both, or more --samples")
     report = verify_model(
-        original, edited, expanded, retained, tolerances, walked=walked, batch_size=batch_size, progress=progress
+        original, edited, dense_shape, retained, tolerances, walked=walked, batch_size=batch_size, progress=progress
     )
     table, alpha = tabulate(original, edited, forgotten, batch_size), report.statistical.alpha
     rates = {
@@ -183,7 +183,7 @@ def _population(table: HeldOut, held: Samples) -> str:
 def _certify(
     original: LoadedModel,
     edited: nn.Module,
-    expanded: nn.Module | None,
+    dense_shape: nn.Module | None,
     held: Samples,
     table: HeldOut,
     walked: int | None,
@@ -193,10 +193,10 @@ def _certify(
         walked = 0 if size > WALKED_PARAMETERS else 1 if table.sequences else 16
     count = min(len(held), walked)
     reason = "" if count else f"no sample was walked in float64 through {size:,} parameters; ask with --walked N"
-    if expanded is None:
+    if dense_shape is None:
         reason = "the edited model is not known in the original's shapes"
-    if not reason and expanded is not None:
-        original64, edited64 = _double(original.model), _double(expanded)
+    if not reason and dense_shape is not None:
+        original64, edited64 = _double(original.model), _double(dense_shape)
         batch = torch.stack([held.load(i) for i in range(count)])
         batch = batch.double() if batch.is_floating_point() else batch
         try:
@@ -292,9 +292,10 @@ def _double(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).cpu().double()
 
 
-def _same_function(original: LoadedModel, edited: nn.Module, expanded: nn.Module, batch: Tensor) -> bool:
-    edited_outputs, expanded_outputs = logits_of(original, _double(edited), batch), logits_of(original, expanded, batch)
-    return float((edited_outputs - expanded_outputs).norm()) <= 1e-6 * float(expanded_outputs.norm())
+def _same_function(original: LoadedModel, edited: nn.Module, dense_shape: nn.Module, batch: Tensor) -> bool:
+    outputs = logits_of(original, _double(edited), batch)
+    expected = logits_of(original, dense_shape, batch)
+    return float((outputs - expected).norm()) <= 1e-6 * float(expected.norm())
 
 
 def _rms(values: Tensor) -> float:

@@ -115,10 +115,10 @@ def run_prune(
     # Its imports take as long as the bounds.
     process = None if out is None else FreshProcess(original.framework)
     with clock.stage("bound"):
-        expanded = expand(pruned.model, original.model, pruned.structure, pruned.plan)
+        dense_shape = expand(pruned.model, original.model, pruned.structure, pruned.plan)
         walked = recipe.checks.walked
         bounds = verify_model(
-            original, pruned.model, expanded, held, tolerances, walked=walked, table=table, progress=progress
+            original, pruned.model, dense_shape, held, tolerances, walked=walked, table=table, progress=progress
         )
         add_bounds(report, bounds)
         add_groups(report, bounds, pruned.structure)

@@ -45,21 +45,21 @@ def run_verify(
     held = load_samples(source, original, n=data.samples, seed=recipe.seed, window=data.window, progress=progress)
     if manifest is not None and not data.allow_overlap:
         require_unseen(manifest, held)
-    expanded = in_dense_shape(edited, original, manifest)
+    dense_shape = in_dense_shape(edited, original, manifest)
     original.model.to(device)
     edited.to(device)
     tolerances, walked = recipe.checks.tolerances(), recipe.checks.walked
     forgotten = [] if manifest is None else [entry.index for entry in manifest.forgotten]
     if not forgotten:
         bounds = verify_model(
-            original, edited, expanded, held, tolerances, walked=walked, batch_size=batch_size, progress=progress
+            original, edited, dense_shape, held, tolerances, walked=walked, batch_size=batch_size, progress=progress
         )
         return bounds, recipe
     held, remark = label_samples(original, held, batch_size)
     bounds = verify_unlearned(
         original,
         edited,
-        expanded,
+        dense_shape,
         held,
         forgotten,
         tolerances,
