@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Generic, Protocol, TypeVar
 
@@ -15,7 +16,7 @@ from modhifi.errors import ModhifiError
 
 
 class Entry(Protocol):
-    """``summary`` says in one line what the entry does, ``source`` names the paper or equation, empty for ours."""
+    """``summary`` says in one line what the entry does, ``source`` names a paper, or is empty where there is none."""
 
     @property
     def name(self) -> str: ...
@@ -31,13 +32,14 @@ E = TypeVar("E", bound=Entry)
 class Registry(Mapping[str, E], Generic[E]):
     """The entries of one kind by name, in the order in which they were registered.
 
-    ``kind`` is what an error calls them, in the singular: "selector".
+    ``kind`` is what an error calls them, in the singular: "selector". ``modules`` says which one registered each.
     """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.entries: dict[str, E] = {}
         self.aliases: dict[str, str] = {}
+        self.modules: dict[str, str] = {}
 
     def register(self, entry: E, *aliases: str) -> E:
         """Add an entry under its name and its aliases. Raises ModhifiError for a name that is taken."""
@@ -45,6 +47,8 @@ class Registry(Mapping[str, E], Generic[E]):
             if name in self.entries or name in self.aliases:
                 raise ModhifiError(f"there is a {self.kind} '{name}' already; give another name")
         self.entries[entry.name] = entry
+        # The caller's, as files of one package import each other while they are discovered.
+        self.modules[entry.name] = sys._getframe(1).f_globals["__name__"]
         self.aliases |= dict.fromkeys(aliases, entry.name)
         return entry
 
