@@ -26,7 +26,7 @@ def diff(first: RunArgument, second: RunArgument, as_json: JsonOption = False) -
 def _show(differences: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from modhifi.artifacts.report import number, plain
+    from modhifi.artifacts.formatting import number, plain
 
     console = stdout_console()
     if differences["figures"]:

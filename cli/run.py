@@ -5,18 +5,19 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from modhifi.disk import default_directory
-from modhifi.runs.prune import PruneResult
 from modhifi.runs.recipe_tasks import Recipe, StepsRecipe
-from modhifi.runs.run_recipe import Circumstances, Done, run_recipe
 
 from .common import print_json, progress
 from .push import check_pushed, pushed
 from .screens import show_report
+
+if TYPE_CHECKING:
+    from modhifi.runs.run_recipe import Done
 
 
 def run(
@@ -30,7 +31,10 @@ def run(
     no_cache: bool = False,
     push_to_hub: str | None = None,
 ) -> list[Done]:
-    """Runs a recipe and prints the report of each step; raises the failure of a check after everything is written."""
+    """Run a recipe and print its reports, of several steps each; raises the failure of a check after all is written."""
+    # Whoever asks for help does not wait for the libraries of models.
+    from modhifi.runs.run_recipe import Circumstances, run_recipe
+
     check_pushed(push_to_hub, None if dry_run else recipe.out)
     with progress(quiet or as_json) as report:
         finished = run_recipe(
@@ -57,6 +61,8 @@ def run(
     return finished
 
 
-def _content(step: Done) -> dict[str, Any]:
-    plan = {"plan": step.result.plan.to_json()} if isinstance(step.result, PruneResult) else {}
-    return {**step.report, **plan, "path": None if step.path is None else str(step.path)}
+def _content(done: Done) -> dict[str, Any]:
+    from modhifi.runs.prune import PruneResult
+
+    plan = {"plan": done.result.plan.to_json()} if isinstance(done.result, PruneResult) else {}
+    return {**done.report, **plan, "path": None if done.path is None else str(done.path)}

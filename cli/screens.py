@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from modhifi.artifacts.report import change, number
+from modhifi.artifacts.formatting import change, number
 
 from .common import stdout_console
 

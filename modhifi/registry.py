@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Generic, Protocol, TypeVar
 
@@ -31,13 +32,14 @@ E = TypeVar("E", bound=Entry)
 class Registry(Mapping[str, E], Generic[E]):
     """The entries of one kind by name, in the order in which they were registered.
 
-    ``kind`` names an entry in errors, in the singular: "selector".
+    ``kind`` names an entry in errors, in the singular: "selector". ``modules`` names the one that registered each.
     """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.entries: dict[str, E] = {}
         self.aliases: dict[str, str] = {}
+        self.modules: dict[str, str] = {}
 
     def register(self, entry: E, *aliases: str) -> E:
         """Adds an entry under its name and its aliases; raises ModhifiError for a name that is taken."""
@@ -45,6 +47,8 @@ class Registry(Mapping[str, E], Generic[E]):
             if name in self.entries or name in self.aliases:
                 raise ModhifiError(f"there is a {self.kind} '{name}' already; give another name")
         self.entries[entry.name] = entry
+        # The caller's, as files of one package import each other while they are discovered.
+        self.modules[entry.name] = sys._getframe(1).f_globals["__name__"]
         self.aliases |= dict.fromkeys(aliases, entry.name)
         return entry
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modhifi.artifacts.report import change
+from modhifi.artifacts.formatting import change
 from modhifi.errors import ModhifiError
 from modhifi.models.manifest import MANIFEST, Manifest, read_manifest
 

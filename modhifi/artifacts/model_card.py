@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from modhifi.artifacts.report import change, number
+from modhifi.artifacts.formatting import change, number
 from modhifi.models.manifest import Manifest, ModelEntry
 
 PIPELINES = {"image": "image-classification", "text": "text-generation", "encoder": "feature-extraction"}

@@ -30,11 +30,10 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
+from modhifi.artifacts.formatting import change, number, plain
+
 SCHEMA_VERSION = 1
-NOT_MEASURED = "not measured"
-PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-SMALL = ((1.0, ""), (1e-3, "m"), (1e-6, "µ"))
-# Placeholders that charts are drawn with; the page's light or dark colours then replace them.
+# Drawn with these, then replaced by what follows the page's light or dark colours.
 INK, STRONG, FAINT = "#010203", "#010204", "#010205"
 COLOURS = {INK: "currentColor", STRONG: "var(--accent)", FAINT: "var(--faint)"}
 LABELLED_ROWS = 80
@@ -62,54 +61,6 @@ def render_html(report: Mapping[str, Any]) -> str:
         ladder=[v for v in verdicts if v["verdict"] in RUNGS],
     )
     return page
-
-
-def number(value: Any, unit: str = "") -> str:
-    """A value as readable text: ``11.69 M``, ``91.3 %`` (of a share), ``12.3 ms``; None is ``not measured``."""
-    if value is None:
-        return NOT_MEASURED
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return f"{value} {unit}".strip()
-    if not math.isfinite(value):
-        return "infinite" if math.isinf(value) else NOT_MEASURED
-    if unit == "%":
-        return f"{100 * value:.2f} %"
-    size = abs(value)
-    if unit == "s" and 0 < size < 1:
-        scale, prefix = next(((s, p) for s, p in SMALL if size >= s), SMALL[-1])
-        return f"{value / scale:.3g} {prefix}{unit}"
-    # counts of less than a million are read as they are
-    if size >= (1e3 if unit == "B" else 1e6):
-        scale, prefix = next((s, p) for s, p in PREFIXES if size >= s)
-        if size / scale < 1e4:
-            return f"{value / scale:.4g} {prefix}{unit}"
-    text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-    return f"{text} {unit}".strip()
-
-
-def plain(value: Any) -> str:
-    """A setting as text, with all of its digits."""
-    if value is None:
-        return "none"
-    if isinstance(value, list | tuple):
-        return ", ".join(plain(v) for v in value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return str(value)
-
-
-def change(row: Mapping[str, Any]) -> str:
-    """The change of a before/after row as text: in points for shares, in percent for other numbers, else empty."""
-    if row.get("change") is not None:
-        return str(row["change"])
-    before, after = row.get("before"), row.get("after")
-    if not isinstance(before, int | float) or not isinstance(after, int | float) or not math.isfinite(before + after):
-        return ""
-    if row.get("unit") == "%":
-        text = f"{100 * (after - before):+.2f} points"
-    else:
-        text = f"{100 * (after / before - 1):+.1f} %" if before else ""
-    return text.replace("-", "−")
 
 
 def tone(verdict: str) -> str:

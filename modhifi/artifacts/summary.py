@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as XML
 
-from modhifi.artifacts.report import change, number
+from modhifi.artifacts.formatting import change, number
 from modhifi.disk import check_file
 
 FAILED = ("FAIL", "INCONCLUSIVE", "BUG")

@@ -23,8 +23,7 @@ from torch import nn
 
 from modhifi.calibration.moments import Accumulator
 from modhifi.calibration.sampling import LEAST_ROWS, Sampling
-from modhifi.data.in_memory import digest
-from modhifi.data.samples import Samples
+from modhifi.data.samples import Samples, digest
 from modhifi.disk import make_room
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.weights import state_hash

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
+from modhifi.structure.library_layers import is_same_padded
 from modhifi.structure.operators import conv_groups
 
 
@@ -59,7 +59,10 @@ def reader_rows(module: nn.Module, x: Tensor, positions_for: Any = None, keep: T
 
 def _padded(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     kernel, stride, dilation = tuple(module.kernel_size), tuple(module.stride), tuple(module.dilation)
-    if isinstance(module, Conv2dSame):
+    if is_same_padded(module):
+        # Whoever has such a layer has timm in memory; without one, importing it takes seconds.
+        from timm.layers import pad_same
+
         x = pad_same(x, list(kernel), list(stride), list(dilation))
     elif any(pads := module._reversed_padding_repeated_twice):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode

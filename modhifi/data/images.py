@@ -19,7 +19,8 @@ from modhifi.data.image_inputs import class_count, image_shape
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
-from modhifi.models.loaded import LoadedModel, to_mode
+from modhifi.models.loaded import LoadedModel
+from modhifi.models.preprocess import to_mode
 
 IMAGE_FILES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"))
 # Below this size prepared images stay in memory; above it they are read again at every pass.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from modhifi.data.samples import Samples
+from modhifi.data.samples import Samples, digest
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 
@@ -108,9 +107,3 @@ def samples_from(data: Samples | Indexed, loaded: LoadedModel, *, n: int, seed: 
     if not isinstance(data, Indexed) or isinstance(data, dict | Sequence) and not isinstance(data, list | tuple):
         raise ModhifiError(f"data is {type(data).__name__}; give a source string, a tensor, a list or a Dataset")
     return from_items(data, loaded.transform, n=n, seed=seed)
-
-
-def digest(tensor: Tensor) -> str:
-    """Hash of a tensor's bytes: 16 hex digits of a SHA-256."""
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return hashlib.sha256(raw).hexdigest()[:16]

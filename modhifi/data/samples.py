@@ -128,3 +128,9 @@ def _is_flat(x: Tensor) -> bool:
     """Whether every channel of an image, or every token of a text, has one value."""
     rows = x.flatten(1) if x.ndim == 3 else x.reshape(1, -1)
     return bool((rows == rows[:, :1]).all())
+
+
+def digest(tensor: Tensor) -> str:
+    """Hash of a tensor's bytes: 16 hex digits of a SHA-256."""
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return hashlib.sha256(raw).hexdigest()[:16]

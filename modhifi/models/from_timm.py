@@ -15,7 +15,8 @@ from torch import nn
 
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
-from modhifi.models.loaded import LoadedModel, Preprocess, frozen, random_pixels
+from modhifi.models.loaded import LoadedModel, frozen, random_pixels
+from modhifi.models.preprocess import Preprocess
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 MODES = {1: "L", 3: "RGB"}

@@ -21,7 +21,8 @@ from transformers.utils import logging
 
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
-from modhifi.models.loaded import LoadedModel, Preprocess, frozen, random_pixels
+from modhifi.models.loaded import LoadedModel, frozen, random_pixels
+from modhifi.models.preprocess import Preprocess
 
 HEADS: tuple[tuple[str, Any, str], ...] = (
     ("AutoModelForImageClassification", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, "image"),

@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
 from modhifi.models.manifest import Artifact
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # The token id at the positions of a batch behind the end of a shorter text.
 PADDING = -1
@@ -72,30 +73,6 @@ class LoadedModel:
         if (mask := real_tokens(batch)) is not None:
             batch, options["attention_mask"] = batch.clamp(min=0), mask.long()
         return model(batch, **options)
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """The preprocessing of a PIL image of any mode to float32 ``(C, H, W)``.
-
-    ``processor`` is transformers' own object, None for other models.
-    """
-
-    pipeline: Callable[[Image.Image], Tensor]
-    mode: str
-    processor: Any | None = None
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return self.pipeline(to_mode(image, self.mode))
-
-
-def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Converts an image of any mode to ``RGB`` or ``L``, scaling 16-bit grey values, which Pillow would clip."""
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    elif "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert(mode)
 
 
 def real_tokens(batch: Tensor) -> Tensor | None:

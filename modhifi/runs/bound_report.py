@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from modhifi.artifacts.report import number
+from modhifi.artifacts.formatting import number
 from modhifi.bounds.ladder import BoundReport
 from modhifi.structure.groups import Structure
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
 from modhifi.structure.groups import Structure
+from modhifi.structure.library_layers import is_transposed
 from modhifi.structure.operators import conv_groups, last_wide
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import removed_positions, staying
-from modhifi.structure.transposed import is_transposed
 
 
 def expand(small: nn.Module, dense: nn.Module, structure: Structure, plan: Plan) -> nn.Module:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from modhifi.structure.groups import Structure
@@ -73,6 +72,9 @@ def restate(model: nn.Module, structure: Structure, widths: Mapping[str, int]) -
         if ratio is not None:
             model._model_args = {**model._model_args, family.ratio: ratio}  # type: ignore[dict-item,assignment]
         return
+    # Only transformers' models come here, which have imported it; importing it for others takes a second.
+    from huggingface_hub.errors import StrictDataclassError
+
     for state in (_state_neurons, _state_heads):
         old: Any = model.config
         new = copy.deepcopy(old)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import nn
 
 from modhifi.structure.groups import Group
-from modhifi.structure.transposed import is_transposed
+from modhifi.structure.library_layers import is_transposed
 
 HEADS = re.compile(r"(^|_|\.)heads?$")  # num_heads, n_head, num_key_value_heads
 WIDTHS = re.compile(r"(^|_)(dim|size)(_out_(qk|v))?$")  # attn_dim, split_size, all_head_size, dim_out_qk

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.structure.groups import Group
-from modhifi.structure.transposed import is_transposed
+from modhifi.structure.library_layers import is_transposed
 
 
 def kernel_size(module: nn.Module) -> int:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from modhifi.structure.families import restate
 from modhifi.structure.groups import Structure
 from modhifi.structure.head_counts import set_count
+from modhifi.structure.library_layers import is_transposed
 from modhifi.structure.operators import conv_groups, kernel_size, last_wide, weight_matrix, write_weight
 from modhifi.structure.plan import Plan
-from modhifi.structure.transposed import is_transposed
 
 
 def removed_positions(structure: Structure, plan: Plan) -> dict[tuple[str, str], Tensor]:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from modhifi.artifacts.report import change, data_uri, number, plain, render_html, tone
+from modhifi.artifacts.formatting import change, number, plain
+from modhifi.artifacts.report import data_uri, render_html, tone
 from modhifi.disk import jsonable
 
 REPORT = {

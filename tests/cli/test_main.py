@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from modhifi.cli.common import print_json, progress
-from modhifi.cli.main import ErrorMapping, app
+from modhifi.cli.main import VERBS, ErrorMapping, app
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
 from modhifi.runs.devices import resolve_device
 
@@ -70,6 +70,21 @@ def test_exits_and_usage_errors_stay_what_they_are() -> None:
     assert result.exit_code == 2
     assert "not a number" in result.stderr
     assert CliRunner().invoke(app, ["no-such-verb"]).exit_code == 2
+
+
+def imported(code: str) -> set[str]:
+    """Which packages a fresh interpreter holds after it ran ``code``."""
+    code += "; import sys; print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stderr.split())
+
+
+def test_help_imports_no_torch_and_no_verb_a_library_of_models() -> None:
+    libraries = {"timm", "transformers", "torchvision", "accelerate", "huggingface_hub", "matplotlib", "jinja2"}
+    front = imported("from modhifi.cli.main import app; app(['--help'], standalone_mode=False)")
+    verbs = imported(f"from modhifi.cli import {', '.join(VERBS)}")
+    assert not front & {*libraries, "torch"}
+    assert not verbs & libraries
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

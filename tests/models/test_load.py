@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from modhifi.errors import ModhifiError
 from modhifi.models.from_transformers import _without_quantiser
 from modhifi.models.load import load_model
-from modhifi.models.loaded import LoadedModel, main_output, to_mode
+from modhifi.models.loaded import LoadedModel, main_output
+from modhifi.models.preprocess import to_mode
 
 ROOT = Path(__file__).parents[2]
 NARROW = {"channels": (8, 8, 8, 8)}

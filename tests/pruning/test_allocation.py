@@ -14,6 +14,7 @@ from modhifi.models.load import load_model
 from modhifi.pruning.allocation import allocate, plan_for
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.elimination import Curve
+from modhifi.pruning.layouts import LAYOUTS
 from modhifi.pruning.layouts.base import least_width, step_of
 from modhifi.pruning.stages import find_structure
 from modhifi.structure.groups import Group, Structure
@@ -81,7 +82,7 @@ def test_predicted_sizes_are_those_of_the_cut_model(name: str):
 BUDGETS = [Budget("components", 0.5), Budget("parameters", 0.5), Budget("macs", 0.5), Budget("macs", 0.8)]
 
 
-@pytest.mark.parametrize("layout", ["global", "uniform"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("budget", BUDGETS, ids=lambda b: f"{b.measure} {b.keep}")
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_100", "resnext50_32x4d"])
 def test_budgets_are_met_and_plans_can_be_carried_out(name: str, budget: Budget, layout: str):
@@ -143,7 +144,7 @@ def test_plans_keep_the_components_that_go_last():
     assert plan.kept == {"0": (0, 1, 2)} and plan.removal_cost == {"0": 37.0}
 
 
-@pytest.mark.parametrize("layout", ["global", "uniform"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_rounding_and_floors(layout: str):
     model, _, structure = known("mobilenetv3_small_100")
     plan = allocate(
@@ -170,7 +171,7 @@ def test_steps_and_least_widths():
     assert least_width(parted, 0.11, 1) == 6 and least_width(plain, 0.9, 8) == 30
 
 
-@pytest.mark.parametrize("layout", ["global", "uniform"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_parts_stay_equal(layout: str):
     model, _, structure = known("resnext50_32x4d")
     plan = allocate(

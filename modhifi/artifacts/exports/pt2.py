@@ -22,4 +22,8 @@ def write(model: nn.Module, example: Tensor, file: Path) -> Callable[[Tensor], T
     return run
 
 
-EXPORTS.register(ExportFormat("pt2", ".pt2", "a program of torch.export, which torch alone runs", write))
+EXPORTS.register(
+    ExportFormat(
+        "pt2", ".pt2", "a program of torch.export, which torch alone runs", write, source="https://pytorch.org"
+    )
+)

@@ -26,4 +26,4 @@ def edit(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor, ridge: fl
     return edited
 
 
-COMPENSATIONS.register(Compensation("delta", "one scalar a kept weight block, δ*", "arXiv 2511.19566", edit))
+COMPENSATIONS.register(Compensation("delta", "one scalar a kept weight block, δ*", "arXiv 2511.19566, δ*", edit))

@@ -39,6 +39,10 @@ def edit(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor, ridge: fl
 
 COMPENSATIONS.register(
     Compensation(
-        "lstsq", "least squares over all that stays", "docs/method.md, least squares", edit, least_squares=True
+        "lstsq",
+        "least squares over all that stays",
+        "He, Zhang, Sun 2017 (arXiv 1707.06168), here with a ridge, for all output channels at once",
+        edit,
+        least_squares=True,
     )
 )

@@ -82,4 +82,4 @@ def _settle(problem: Problem, widths: dict[str, int]) -> dict[str, int]:
     return widths
 
 
-LAYOUTS.register(Layout("global", "over all groups, what costs least per unit saved goes next", "", greedy, True))
+LAYOUTS.register(Layout("global", "over all groups, what costs least per unit saved goes next", "ours", greedy, True))

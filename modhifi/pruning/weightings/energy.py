@@ -31,4 +31,4 @@ def plan(
     return make_plan(loaded.model, structure, curves, budget, settings), {}
 
 
-WEIGHTINGS.register(Weighting("energy", "by 1 over the output energy of its own readers", "", plan))
+WEIGHTINGS.register(Weighting("energy", "by 1 over the output energy of its own readers", "ours", plan))

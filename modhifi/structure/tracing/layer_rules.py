@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from transformers.pytorch_utils import Conv1D
 
+from modhifi.structure.library_layers import SAME_PADDED, TRANSPOSED, full_name, is_transposed
 from modhifi.structure.tracing.operations import register_operation, rule_for
 from modhifi.structure.tracing.placements import Axis, Placement, TracedCall
 from modhifi.structure.tracing.watcher import Watcher
 
 # These prepare their input themselves (padding, a view) before they run their operator.
-PREPARING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, Conv1D)
+PREPARING = {*map(full_name, (nn.Conv1d, nn.Conv2d, nn.Conv3d)), SAME_PADDED, TRANSPOSED}
 # Why an operation that reads an axis as a whole stops components along it.
 ACROSS = {
     "layer_norm": "a LayerNorm normalises across these channels",
@@ -69,7 +68,7 @@ def _linear(
 ) -> list[Placement | None]:
     module, obstacle = _owner(watcher, x, weight)
     axis = call.axis(x)
-    if obstacle is None and transposed and not isinstance(watcher.model.get_submodule(module), Conv1D):
+    if obstacle is None and transposed and not is_transposed(watcher.model.get_submodule(module)):
         obstacle = "a linear map stores its weight transposed"
     if obstacle:
         return _obstruct(watcher, module, axis, obstacle)
@@ -88,13 +87,13 @@ def _owner(watcher: Watcher, x: Tensor, weight: Tensor) -> tuple[str, str | None
     if not name.endswith(".weight") or id(weight) not in watcher.parameters:
         return "", "an operator computes its weight"
     module = watcher.model.get_submodule(owner)
-    if not isinstance(module, (_ConvNd, nn.Linear, Conv1D)):
+    if not isinstance(module, (_ConvNd, nn.Linear)) and not is_transposed(module):
         return "", f"a {type(module).__name__} is no layer that modhifi can edit"
     if id(weight) in watcher.tied:
         return owner, "the weight is shared with another layer"
     if not watcher.path or watcher.path[-1][0] != owner:
         return owner, f"the weight of {owner} is used outside that layer"
-    if type(module) not in PREPARING and watcher.path[-1][1] != id(x):
+    if full_name(type(module)) not in PREPARING and watcher.path[-1][1] != id(x):
         return owner, "the layer changes its input before its operator"
     return owner, None
 

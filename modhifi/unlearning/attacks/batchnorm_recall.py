@@ -31,5 +31,6 @@ ATTACKS.register(
             Measure("recall_plain", "the same before the norms were settled", headline=False),
         ),
         run,
+        source="ours",
     )
 )

@@ -33,5 +33,6 @@ ATTACKS.register(
         "features",
         (Measure("nearest_mean", "forgotten classes by nearest class mean"),),
         run,
+        source="Mensink et al. 2013",
     )
 )

@@ -98,6 +98,6 @@ METHODS.register(
         "concept erasure at every reader, moments collected again for each",
         Defaults(1, 1, 1.0, WHOLE),
         edit,
-        source="LEACE, Belrose et al. 2023",
+        source="LEACE, Belrose et al. 2023 (arXiv 2306.03819)",
     )
 )

@@ -127,5 +127,6 @@ METHODS.register(
         # Where no activation bends what is written nothing is left for a second pass, and a third block costs the other
         # classes more than it takes from the forgotten one (eval/results/unlearn_swin.md).
         straight=Defaults(2, 1, 1.0, WHOLE),
+        source="ours; its target is that of LEACE, Belrose et al. 2023",
     )
 )

@@ -67,5 +67,6 @@ METHODS.register(
         "least squares between the retained output and the retained mean for the forgotten one",
         Defaults(2, 1, 1.0, "weight of forgetting against retaining, in units of tr R / tr F"),
         edit,
+        source="ours",
     )
 )

@@ -33,7 +33,7 @@ METHODS.register(
         "flip the share of the weights with the highest fidelity on the forgotten samples",
         Defaults(2, 1, 0.03, SHARE),
         edit,
-        source="arXiv 2511.19566",
+        source="arXiv 2511.19566, its rule for LayerNorm networks",
         scored_once=True,
         edits_classifier=False,
     )

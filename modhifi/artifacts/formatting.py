@@ -1,0 +1,59 @@
+"""Values as people read them, on the screen, on a page and on a card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+NOT_MEASURED = "not measured"
+PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+SMALL = ((1.0, ""), (1e-3, "m"), (1e-6, "µ"))
+
+
+def number(value: Any, unit: str = "") -> str:
+    """A value as people read it: ``11.69 M``, ``91.3 %`` (of a share), ``12.3 ms``; None says ``not measured``."""
+    if value is None:
+        return NOT_MEASURED
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return f"{value} {unit}".strip()
+    if not math.isfinite(value):
+        return "infinite" if math.isinf(value) else NOT_MEASURED
+    if unit == "%":
+        return f"{100 * value:.2f} %"
+    size = abs(value)
+    if unit == "s" and 0 < size < 1:
+        scale, prefix = next(((s, p) for s, p in SMALL if size >= s), SMALL[-1])
+        return f"{value / scale:.3g} {prefix}{unit}"
+    # counts of less than a million are read as they are
+    if size >= (1e3 if unit == "B" else 1e6):
+        scale, prefix = next((s, p) for s, p in PREFIXES if size >= s)
+        if size / scale < 1e4:
+            return f"{value / scale:.4g} {prefix}{unit}"
+    text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return f"{text} {unit}".strip()
+
+
+def plain(value: Any) -> str:
+    """A setting or other given value, digits untouched."""
+    if value is None:
+        return "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(v) for v in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
+
+
+def change(row: Mapping[str, Any]) -> str:
+    """The change of a before/after row: in points for shares, in percent for other numbers, empty if it has none."""
+    if row.get("change") is not None:
+        return str(row["change"])
+    before, after = row.get("before"), row.get("after")
+    if not isinstance(before, int | float) or not isinstance(after, int | float) or not math.isfinite(before + after):
+        return ""
+    if row.get("unit") == "%":
+        text = f"{100 * (after - before):+.2f} points"
+    else:
+        text = f"{100 * (after / before - 1):+.1f} %" if before else ""
+    return text.replace("-", "−")
