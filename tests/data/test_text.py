@@ -82,6 +82,16 @@ def test_folders_and_short_documents(loaded: LoadedModel, tmp_path: Path) -> Non
     assert len(joined) == 60 // 23, "documents shorter than a window are read as one text"
 
 
+@pytest.mark.parametrize("hidden", [".ipynb_checkpoints/0.txt", "__MACOSX/0.txt", ".git/deep/0.md", "._0.txt"])
+def test_hidden_folders_and_files_hold_no_text(loaded: LoadedModel, tmp_path: Path, hidden: str) -> None:
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text(tiny_text.write(i, 60))
+    plain = load_samples(f"text:{tmp_path}", loaded, n=100, window=24)
+    (tmp_path / hidden).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / hidden).write_text(tiny_text.write(7, 60))
+    assert load_samples(f"text:{tmp_path}", loaded, n=100, window=24).hashes == plain.hashes
+
+
 @pytest.mark.parametrize(
     ("text", "window", "message"),
     [
