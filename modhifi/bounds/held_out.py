@@ -113,12 +113,19 @@ class HeldOut:
 
 @torch.inference_mode()
 def run_held_out(
-    original: Logits, edited: Logits, held: Samples, batch_size: int = 32, *, next_tokens: bool = False
+    original: Logits,
+    edited: Logits,
+    held: Samples,
+    batch_size: int = 32,
+    *,
+    tokens: bool = False,
+    next_tokens: bool = False,
 ) -> HeldOut:
     """Run both models on every sample once and tabulate what they did.
 
-    ``next_tokens``: the samples are token ids and the outputs causal logits. Raises ModhifiError if there is no sample
-    or an output of the original is not finite, GateFailed if one of the edited model is not.
+    ``tokens``: the samples are token ids, padded or not; ``next_tokens``: the outputs are causal logits besides. Raises
+    ModhifiError if there is no sample or an output of the original is not finite, GateFailed if one of the edited model
+    is not.
     """
     before, after = _Timed(original), _Timed(edited)
     columns: list[Tensor] = []
@@ -135,7 +142,7 @@ def run_held_out(
             raise ModhifiError(f"outputs of shape {tuple(ours.shape)} and {tuple(theirs.shape)} cannot be compared")
         if ours.device.type == "mps":
             ours, theirs = ours.cpu(), theirs.cpu()  # it has no float64
-        real, targets = _positions(batch, ours, next_tokens)
+        real, targets = _positions(batch, ours, tokens or next_tokens, next_tokens)
         columns.append(_columns(ours, theirs, real, targets).cpu())
         counts.append(real.sum(1).cpu())
         if ours.ndim == 2:
@@ -164,7 +171,9 @@ def run_held_out(
 def tabulate(loaded: LoadedModel, edited: nn.Module, held: Samples, batch_size: int) -> HeldOut:
     """Run a model and its edited version on held-out samples, each on its device; raises as :func:`run_held_out`."""
     after = partial(loaded.logits, model=edited)
-    return run_held_out(loaded.logits, after, held, batch_size, next_tokens=loaded.kind == "text")
+    return run_held_out(
+        loaded.logits, after, held, batch_size, tokens=loaded.reads_tokens, next_tokens=loaded.kind == "text"
+    )
 
 
 class _Timed:
@@ -188,11 +197,11 @@ class _Timed:
         return items / seconds if seconds else None
 
 
-def _positions(batch: Tensor, outputs: Tensor, next_tokens: bool) -> tuple[Tensor, Tensor]:
+def _positions(batch: Tensor, outputs: Tensor, tokens: bool, next_tokens: bool) -> tuple[Tensor, Tensor]:
     """Which positions are real, bool (b, p), and the token that follows each, int64 (b, p): PADDING where none does."""
     shape = (len(outputs), math.prod(outputs.shape[1:-1]))
     device = outputs.device
-    real = real_tokens(batch)
+    real = real_tokens(batch) if tokens else None
     real = torch.ones(shape, dtype=torch.bool) if real is None or tuple(real.shape) != shape else real
     targets = torch.full(shape, PADDING)
     if next_tokens and tuple(batch.shape) == shape:

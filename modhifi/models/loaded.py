@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from modhifi.errors import ModhifiError
 from modhifi.models.manifest import Artifact
 
-# Marks the places of a batch of token ids behind the end of a shorter text.
+# Marks the places of a batch of token ids behind the end of a shorter text; in any other integers -1 is a value.
 PADDING = -1
 
 
@@ -58,6 +58,15 @@ class LoadedModel:
         spare = self.kind == "text" and "logits_to_keep" in inspect.signature(model.forward).parameters
         self._forward(batch, model, **({"logits_to_keep": 1} if spare else {}))
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether its inputs are token ids, of texts that are padded to one length."""
+        return self.kind in ("text", "encoder")
+
+    def real_tokens(self, batch: Tensor) -> Tensor | None:
+        """Which places of a batch are no padding, bool of its shape; None if all are, and of a model without tokens."""
+        return real_tokens(batch) if self.reads_tokens else None
+
     def _forward(self, batch: Tensor, model: nn.Module | None, **more: Any) -> Any:
         model = self.model if model is None else model
         first = next(model.parameters(), None)
@@ -65,7 +74,7 @@ class LoadedModel:
             batch = batch.to(first.device, first.dtype if batch.is_floating_point() else None)
         if self.kind == "text":
             more["use_cache"] = False  # a key-value cache would hold memory that a single pass never reads
-        if (real := real_tokens(batch)) is not None:
+        if (real := self.real_tokens(batch)) is not None:
             batch, more["attention_mask"] = batch.clamp(min=0), real.long()
         return model(batch, **more)
 
@@ -92,10 +101,8 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def real_tokens(batch: Tensor) -> Tensor | None:
-    """Which places of a batch of token ids are no padding, bool of its shape; None if all are, and for pixels."""
-    if batch.is_floating_point() or batch.is_complex() or not batch.numel() or int(batch.min()) >= 0:
-        return None
-    return batch != PADDING
+    """Which places of a batch of token ids are no padding, bool of its shape; None if all are."""
+    return None if not batch.numel() or int(batch.min()) >= 0 else batch != PADDING
 
 
 def main_output(out: Any) -> Tensor:

@@ -126,6 +126,7 @@ def measure_moments(
         sampling,
         samples=len(samples),
         numbers=numbers,
+        real=loaded.real_tokens,
         use_batch_statistics=samples.adapted,
         stored=stored,
     )

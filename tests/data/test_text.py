@@ -152,8 +152,9 @@ def test_padding_leaves_no_trace_in_moments(loaded: LoadedModel) -> None:
     assert batch.shape == (4, 9) and int((batch == PADDING).sum()) == 12
     readers = dict(operator_modules(model, find_structure(loaded).prunable))
     every = Sampling(rows_per_column=None)
-    together = collect(model, loaded.run, samples.batches(4), readers, every, samples=4)
-    alone = collect(model, loaded.run, samples.batches(1), readers, every, samples=4)
+    real = loaded.real_tokens
+    together = collect(model, loaded.run, samples.batches(4), readers, every, samples=4, real=real)
+    alone = collect(model, loaded.run, samples.batches(1), readers, every, samples=4, real=real)
     for name in readers:
         assert together[name].n == alone[name].n == 24
         torch.testing.assert_close(together[name].gram, alone[name].gram, rtol=1e-4, atol=1e-6)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+import modhifi
 from modhifi.errors import ModhifiError
 from modhifi.models.from_transformers import _without_quantiser
 from modhifi.models.load import load_model
@@ -169,6 +170,42 @@ def test_causal_language_model(tmp_path: Path) -> None:
     assert next(loaded.model.parameters()).dtype == torch.bfloat16
     assert loaded.info["architecture"] == "LlamaForCausalLM" and loaded.info["licence"] == "apache-2.0"
     assert torch.equal(loaded.logits(loaded.example), model(loaded.example).logits)
+
+
+class Codes(nn.Module):
+    """Reads integer codes of which -1 stands for a missing one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.hidden, self.head = nn.Embedding(9, 8), nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.head(self.hidden(self.table(codes + 1)).relu().mean(1))
+
+
+def test_minus_one_is_padding_in_texts_alone() -> None:
+    model, codes = Codes(), torch.randint(-1, 8, (64, 5), generator=torch.Generator().manual_seed(0))
+    loaded = load_model(model, example=codes[:2])
+    assert int((codes == -1).sum()) > 0 and loaded.real_tokens(codes) is None
+    assert torch.equal(loaded.logits(codes), model(codes))
+    whole = modhifi.prune(model, codes, ratio=0.5, checks={"walked": 0})
+    shifted = modhifi.prune(Shifted(model), codes + 1, ratio=0.5, checks={"walked": 0})
+    assert whole.plan.kept == {n.removeprefix("codes."): kept for n, kept in shifted.plan.kept.items()}
+    for a, b in zip(whole.model.parameters(), shifted.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ModhifiError, match="give items of one shape"):
+        modhifi.prune(model, [codes[0], codes[1, :3], *codes[2:]], ratio=0.5)
+
+
+class Shifted(nn.Module):
+    """The same model for codes that begin at 0."""
+
+    def __init__(self, codes: Codes) -> None:
+        super().__init__()
+        self.codes = codes
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.codes(codes - 1)
 
 
 def test_tokenizer_comes_with_its_files(tmp_path: Path) -> None:
