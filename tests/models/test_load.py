@@ -248,6 +248,37 @@ def test_image_classifier_with_and_without_processor_files(tmp_path: Path) -> No
     assert torch.allclose(guessed.transform(white), torch.ones(3, 32, 32), atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["other names", "other family", "head alone"])
+def test_weights_of_no_tensor_of_the_model_are_refused(tmp_path: Path, kind: str) -> None:
+    config = transformers.BertConfig(**TOKENS)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    if kind == "head alone":
+        state = {name: tensor for name, tensor in state.items() if name.startswith("cls.")}
+    elif kind == "other family":
+        state = transformers.ViTModel(transformers.ViTConfig(**VIT)).state_dict()
+    else:
+        state = {f"net.{number}": tensor.clone() for number, tensor in enumerate(state.values())}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    message = refusal(tmp_path)
+    assert "holds no weights of its BertForMaskedLM" in message and "bert.embeddings" in message
+    assert load(tmp_path, pretrained=False).kind == "encoder"
+
+
+def test_a_partly_matching_checkpoint_is_noted(tmp_path: Path) -> None:
+    transformers.BertModel(transformers.BertConfig(**TOKENS)).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["encoder.layer.0.output.dense.bias"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert any("newly initialised: encoder.layer.0.output.dense.bias" in n for n in load(tmp_path).info["notes"])
+
+
+def test_weights_that_timm_does_not_know_are_refused(tmp_path: Path) -> None:
+    state = save_timm(tmp_path).state_dict()
+    save_file({f"net.{name}": tensor for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    assert "conv1" in refusal(tmp_path)
+
+
 def test_head_left_out_is_noted(tmp_path: Path) -> None:
     transformers.ViTForMaskedImageModeling(transformers.ViTConfig(**VIT)).save_pretrained(tmp_path)
     notes = load(tmp_path).info["notes"]
