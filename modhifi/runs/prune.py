@@ -24,13 +24,14 @@ from modhifi.data.contact_sheet import contact_sheet
 from modhifi.data.quality import look
 from modhifi.data.samples import describe_data, warn_degenerate
 from modhifi.disk import check_output
+from modhifi.errors import ModhifiError
 from modhifi.progress import Clock, Progress, silent
 from modhifi.pruning.prune import contribute, prune_model
 from modhifi.runs.bound_report import add_bounds, add_groups
 from modhifi.runs.defaults import complete
 from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, place
 from modhifi.runs.prune_report import before_after, describe, measure_run, measured, skipped
-from modhifi.runs.recipe import PruneRecipe
+from modhifi.runs.recipe import BudgetChoice, PruneRecipe
 from modhifi.structure.expand import expand
 from modhifi.structure.plan import Plan
 
@@ -71,6 +72,8 @@ def run_prune(
     cache = None if recipe.offload else cache  # whose sums lie with the weights
     plan = None if recipe.plan is None else Plan({name: tuple(kept) for name, kept in recipe.plan.items()})
     budget = None if plan is not None or recipe.method.eta is not None else recipe.budget.parse()
+    if recipe.method.eta is not None and recipe.budget != BudgetChoice():
+        raise ModhifiError("--eta keeps HiFi sets, whatever their size, in place of a budget; give one of the two")
     out = None if dry_run or recipe.out is None else Path(recipe.out)
     if out is not None:
         check_output(out, force)
