@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
 from modhifi.models.manifest import Artifact
+from modhifi.structure.outputs import named_tensors
 
 # Marks the places of a batch of token ids behind the end of a shorter text; in any other integers -1 is a value.
 PADDING = -1
@@ -51,6 +52,15 @@ class LoadedModel:
         ModhifiError if the model returns no tensor.
         """
         return main_output(self._forward(batch, model))
+
+    def outputs(self, batch: Tensor, model: nn.Module | None = None) -> dict[str, Tensor]:
+        """Every tensor that one forward pass returns, by its place in the output; "" where there is one alone.
+
+        The batch is treated, and errors are raised, as in :meth:`logits`.
+        """
+        output = self._forward(batch, model)
+        main_output(output)
+        return dict(named_tensors(output))
 
     def run(self, batch: Tensor, model: nn.Module | None = None) -> None:
         """A pass of which only the inner activations are wanted: language models that can leave out their logits."""
@@ -114,13 +124,12 @@ def main_output(out: Any) -> Tensor:
         value = out.get(name) if isinstance(out, Mapping) else getattr(out, name, None)
         if isinstance(value, Tensor):
             return value
-    while isinstance(out, (tuple, list, Mapping)) and out:
-        out = next(iter(out.values())) if isinstance(out, Mapping) else out[0]
-    if not isinstance(out, Tensor):
+    first = next((tensor for _, tensor in named_tensors(out)), None)
+    if first is None:
         raise ModhifiError(f"the model returns {type(out).__name__}, not a tensor; wrap it to return one")
-    if out.ndim == 0:
+    if first.ndim == 0:
         raise ModhifiError("the model returns one number for a whole batch; wrap it to return an output for each item")
-    return out[:, None] if out.ndim == 1 else out
+    return first[:, None] if first.ndim == 1 else first
 
 
 def frozen(model: nn.Module) -> nn.Module:

@@ -213,7 +213,8 @@ def is_stock(edited: nn.Module, loaded: LoadedModel, config: Any, changes: dict[
     plain = fill(build_skeleton(loaded.framework, loaded.info, config), edited.state_dict(), {}, loaded.source)
     plain.to(next(edited.parameters()).device)
     with torch.inference_mode():
-        return torch.equal(loaded.logits(loaded.example, plain), loaded.logits(loaded.example, edited))
+        ours, theirs = loaded.outputs(loaded.example, plain), loaded.outputs(loaded.example, edited)
+    return ours.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in ours.items())
 
 
 def own_config(model: Any) -> Any:

@@ -61,8 +61,8 @@ class Pruned:
 def find_structure(loaded: LoadedModel) -> Structure:
     """Trace the model on its example batch, and refuse what its code would not survive."""
 
-    def run(model: nn.Module) -> Tensor:
-        return loaded.logits(loaded.example, model)
+    def run(model: nn.Module) -> dict[str, Tensor]:
+        return loaded.outputs(loaded.example, model)
 
     return confirm(loaded.model, trace(loaded.model, run), run)
 
