@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +20,10 @@ from modhifi.errors import SelfTestFailed
 from modhifi.models.artifact import load_artifact
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import read_manifest
+from modhifi.structure.outputs import difference
+
+# What the names of outputs begin with in the file for the fresh process.
+OUTPUT = "output "
 
 
 class FreshProcess:
@@ -38,11 +43,13 @@ class FreshProcess:
             text=True,
         )
 
-    def difference(self, directory: str | Path, batch: Tensor, expected: Tensor) -> str:
-        """What differs between ``expected`` and the logits of the artefact on ``batch``, in words; empty if nothing."""
+    def difference(self, directory: str | Path, batch: Tensor, expected: Mapping[str, Tensor]) -> str:
+        """What differs between ``expected`` and the artefact's outputs on ``batch``, in words; empty if nothing."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "batch.safetensors"
-            save_file({"batch": batch.cpu().contiguous(), "expected": expected.cpu().contiguous()}, file)
+            content = {f"{OUTPUT}{name}": tensor for name, tensor in expected.items()} | {"batch": batch}
+            # Copies: one tensor may be returned twice, or be a part of another.
+            save_file({name: t.cpu().contiguous().clone() for name, t in content.items()}, file)
             # The same number of threads: sums over other shares round differently.
             request = [str(Path(directory).absolute()), str(file), torch.get_num_threads()]
             output, errors = self.process.communicate(json.dumps(request))
@@ -61,7 +68,7 @@ def check_reload(
     """
     batch = next(held.batches(min(4, len(held))))
     with torch.no_grad():
-        expected = original.logits(batch, edited)
+        expected = original.outputs(batch, edited)
     needs_skeleton = read_manifest(path).model.framework == "torch"
     verify_reload(path, batch, expected, original.model if needs_skeleton else None, process)
     return batch
@@ -70,18 +77,19 @@ def check_reload(
 def verify_reload(
     directory: str | Path,
     batch: Tensor,
-    expected: Tensor,
+    expected: Mapping[str, Tensor],
     skeleton: nn.Module | None = None,
     process: FreshProcess | None = None,
 ) -> None:
     """Loads the artefact in a fresh process and compares its outputs on ``batch`` with ``expected``, bit for bit.
 
-    ``expected`` are the logits of the model in memory, computed on the CPU. With a ``skeleton``, which no other process
-    has, the artefact is loaded in this one. Raises SelfTestFailed if anything differs or the process fails.
+    ``expected`` is what `LoadedModel.outputs` gives of the model in memory, computed on the CPU. With a ``skeleton``,
+    which no other process has, the artefact is loaded in this one. Raises SelfTestFailed if anything differs or the
+    process fails.
     """
     if skeleton is not None:
         with torch.inference_mode():
-            outputs = load_artifact(directory, skeleton).logits(batch)
+            outputs = load_artifact(directory, skeleton).outputs(batch)
         problem = compare_outputs(outputs, expected)
     else:
         problem = (process or FreshProcess()).difference(directory, batch, expected)
@@ -89,13 +97,22 @@ def verify_reload(
         raise SelfTestFailed(f"the artefact {directory} does not give back the model that was saved: {problem}")
 
 
-def compare_outputs(outputs: Tensor, expected: Tensor) -> str:
-    """What is different between two tensors, in words; empty if nothing is, to the bit."""
-    if outputs.shape != expected.shape or outputs.dtype != expected.dtype:
-        return f"{outputs.dtype} {tuple(outputs.shape)} instead of {expected.dtype} {tuple(expected.shape)}"
-    if torch.equal(outputs, expected):
+def compare_outputs(outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """The first difference between two sets of outputs, in words; empty if there is none, to the bit."""
+    if outputs.keys() != expected.keys():
+        return f"it returns {', '.join(outputs)} instead of {', '.join(expected)}"
+    for name, wanted in expected.items():
+        if problem := _compare(outputs[name], wanted):
+            return f"output '{name}': {problem}" if name else problem
+    return ""
+
+
+def _compare(output: Tensor, expected: Tensor) -> str:
+    if output.shape != expected.shape or output.dtype != expected.dtype:
+        return f"{output.dtype} {tuple(output.shape)} instead of {expected.dtype} {tuple(expected.shape)}"
+    if bool(((output == expected) | (output.isnan() & expected.isnan())).all()):
         return ""
-    return f"outputs differ by up to {(outputs.double() - expected.double()).abs().max().item():.3g}"
+    return f"it differs by {difference(output, expected):.3g} of its norm"
 
 
 def _child() -> None:
@@ -107,5 +124,6 @@ def _child() -> None:
     directory, file, threads = json.loads(line)
     torch.set_num_threads(threads)
     tensors = load_file(file)
+    expected = {name.removeprefix(OUTPUT): tensor for name, tensor in tensors.items() if name.startswith(OUTPUT)}
     with torch.inference_mode():
-        print(compare_outputs(load_artifact(directory).logits(tensors["batch"].clone()), tensors["expected"]))
+        print(compare_outputs(load_artifact(directory).outputs(tensors["batch"].clone()), expected))

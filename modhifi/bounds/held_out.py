@@ -115,12 +115,19 @@ class HeldOut:
 
 @torch.inference_mode()
 def run_held_out(
-    original: Logits, edited: Logits, held: Samples, batch_size: int = 32, *, next_tokens: bool = False
+    original: Logits,
+    edited: Logits,
+    held: Samples,
+    batch_size: int = 32,
+    *,
+    tokens: bool = False,
+    next_tokens: bool = False,
 ) -> HeldOut:
     """Runs both models on every sample once and tabulates their outputs.
 
-    ``next_tokens``: the samples are token ids and the outputs causal logits. Raises ModhifiError if there is no sample
-    or an output of the original is not finite, GateFailed if one of the edited model is not.
+    ``tokens``: the samples are token ids, padded or not; ``next_tokens``: the outputs are causal logits besides. Raises
+    ModhifiError if there is no sample or an output of the original is not finite, GateFailed if one of the edited model
+    is not.
     """
     before, after = _Timed(original), _Timed(edited)
     columns: list[Tensor] = []
@@ -139,7 +146,7 @@ def run_held_out(
             )
         if logits_before.device.type == "mps":
             logits_before, logits_after = logits_before.cpu(), logits_after.cpu()  # it has no float64
-        real, targets = _positions(batch, logits_before, next_tokens)
+        real, targets = _positions(batch, logits_before, tokens or next_tokens, next_tokens)
         columns.append(_columns(logits_before, logits_after, real, targets).cpu())
         counts.append(real.sum(1).cpu())
         if logits_before.ndim == 2:
@@ -168,7 +175,9 @@ def run_held_out(
 def tabulate(original: LoadedModel, edited: nn.Module, held: Samples, batch_size: int) -> HeldOut:
     """Runs a model and its edited version on held-out samples, each on its device; raises as :func:`run_held_out`."""
     after = partial(original.logits, model=edited)
-    return run_held_out(original.logits, after, held, batch_size, next_tokens=original.kind == "text")
+    return run_held_out(
+        original.logits, after, held, batch_size, tokens=original.reads_tokens, next_tokens=original.kind == "text"
+    )
 
 
 class _Timed:
@@ -193,11 +202,11 @@ class _Timed:
         return items / seconds if seconds else None
 
 
-def _positions(batch: Tensor, outputs: Tensor, next_tokens: bool) -> tuple[Tensor, Tensor]:
+def _positions(batch: Tensor, outputs: Tensor, tokens: bool, next_tokens: bool) -> tuple[Tensor, Tensor]:
     """Which positions are real, bool (b, p), and the token that follows each, int64 (b, p): PADDING where none does."""
     shape = (len(outputs), math.prod(outputs.shape[1:-1]))
     device = outputs.device
-    real = real_tokens(batch)
+    real = real_tokens(batch) if tokens else None
     real = torch.ones(shape, dtype=torch.bool) if real is None or tuple(real.shape) != shape else real
     targets = torch.full(shape, PADDING)
     if next_tokens and tuple(batch.shape) == shape:

@@ -14,7 +14,6 @@ from modhifi.calibration.cache import StoredSums
 from modhifi.calibration.moments import Accumulator, Moments
 from modhifi.calibration.sampling import Sampling
 from modhifi.models.hooks import attached, batch_statistics, on_input
-from modhifi.models.loaded import real_tokens
 
 
 class MomentCollector:
@@ -62,13 +61,15 @@ def collect(
     *,
     samples: int,
     numbers: Iterable[int] | None = None,
+    real: Callable[[Tensor], Tensor | None] = lambda batch: None,
     use_batch_statistics: bool = False,
     stored: StoredSums | None = None,
 ) -> dict[str, Moments]:
     """Moments of every reader over ``batches`` of model-ready inputs, in one forward pass each.
 
     ``run(batch)`` runs the model; ``numbers`` says the number of each batch's first sample where they are not all of
-    them. Raises nothing of its own; a reader that was never called is missing from the result.
+    them; ``real(batch)`` which of a batch's tokens count, as `LoadedModel.real_tokens` does. Raises nothing of its
+    own; a reader that was never called is missing from the result.
     """
     collector = MomentCollector(readers, sampling, samples=samples)
     first = 0
@@ -78,7 +79,7 @@ def collect(
     with collector, batch_statistics(model, use_batch_statistics):
         for batch, number in zip(batches, repeat(None) if numbers is None else numbers, strict=False):
             first = first if number is None else number
-            collector.start(first, real_tokens(batch))
+            collector.start(first, real(batch))
             run(batch)
             first += len(batch)
             if stored is not None:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from modhifi.data.hidden import is_hidden
 from modhifi.data.image_inputs import class_count, image_shape
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
@@ -47,14 +48,14 @@ def from_directory(directory: Path, loaded: LoadedModel, n: int, seed: int, name
     """At most `n` readable, different images of a directory: those in it (no labels), or in its class folders.
 
     The label of a folder is found by `match_labels` on the sorted names. `name` is what the description calls it.
-    Raises ModhifiError if the directory is
-    missing, holds no images, or none that can be read.
+    Hidden files and folders are passed over. Raises ModhifiError if the directory is missing, holds no images, or
+    none that can be read.
     """
     if not directory.is_dir():
         raise ModhifiError(f"no directory {directory}; give a folder of images as images:DIR")
     try:
         flat = _image_files(directory)
-        folders = {p.name: _image_files(p) for p in sorted(directory.iterdir()) if p.is_dir()}
+        folders = {p.name: _image_files(p) for p in sorted(directory.iterdir()) if p.is_dir() and not is_hidden(p)}
     except OSError as error:
         raise ModhifiError(f"cannot list {directory}: {error.strerror}; check its permissions") from error
     folders = {name: files for name, files in folders.items() if files}
@@ -132,7 +133,9 @@ def match_labels(names: Sequence[str], loaded: LoadedModel) -> tuple[dict[str, i
 
 
 def _image_files(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.iterdir() if p.suffix.lower() in IMAGE_FILES and p.is_file())
+    return sorted(
+        p for p in directory.iterdir() if p.suffix.lower() in IMAGE_FILES and p.is_file() and not is_hidden(p)
+    )
 
 
 def _opener(path: Path) -> Callable[[], Image.Image]:

@@ -26,8 +26,10 @@ Data = str | Samples | Indexed
 """A source string (see :func:`modhifi.data.load_samples`), samples, or items that a program holds."""
 
 
-def from_items(items: Indexed, transform: Callable[[Image.Image], Tensor] | None, *, n: int, seed: int) -> Samples:
-    """At most ``n`` different items, chosen and ordered by ``seed``.
+def from_items(
+    items: Indexed, transform: Callable[[Image.Image], Tensor] | None, *, n: int, seed: int, ragged: bool = False
+) -> Samples:
+    """At most ``n`` different items, chosen and ordered by ``seed``; ``ragged`` ones are texts of several lengths.
 
     An item is a model-ready tensor without a batch axis, a PIL image (``transform`` prepares it), or a pair of either
     with a class index. Asking for an item again must give the same one: no random augmentation. ``items`` that draw
@@ -60,7 +62,7 @@ def from_items(items: Indexed, transform: Callable[[Image.Image], Tensor] | None
             break
         tensor, label = read(index)
         shape = shape or tensor.shape
-        if tensor.ndim != 1 and tensor.shape != shape:
+        if tensor.shape != shape and not (ragged and tensor.ndim == 1):
             raise ModhifiError(
                 f"item {index} of the data is {tuple(tensor.shape)} and another {tuple(shape)}; give items of one shape"
             )
@@ -106,4 +108,4 @@ def samples_from(data: Samples | Indexed, loaded: LoadedModel, *, n: int, seed: 
         return data if len(data) <= n else data.subset(range(n))
     if not isinstance(data, Indexed) or isinstance(data, dict | Sequence) and not isinstance(data, list | tuple):
         raise ModhifiError(f"data is {type(data).__name__}; give a source string, a tensor, a list or a Dataset")
-    return from_items(data, loaded.transform, n=n, seed=seed)
+    return from_items(data, loaded.transform, n=n, seed=seed, ragged=loaded.reads_tokens)

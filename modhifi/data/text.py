@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modhifi.data.hidden import is_hidden
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
@@ -78,12 +79,14 @@ class Cutter:
 def from_files(path: Path, loaded: LoadedModel, n: int, seed: int, window: int | None) -> Samples:
     """At most `n` windows of a text file, or of the ``.txt`` and ``.md`` files under a directory.
 
-    A file's documents are the articles under its headings of the first level, or the file itself. Raises ModhifiError
-    if nothing can be read, without a tokenizer, and for a text shorter than one window.
+    A file's documents are the articles under its headings of the first level, or the file itself. Hidden files and
+    folders are passed over. Raises ModhifiError if nothing can be read, without a tokenizer, and for a text shorter
+    than one window.
     """
     files = [path]
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
+        files = [p for p in files if not any(map(is_hidden, (p, *p.relative_to(path).parents)))]
     if not files or not path.exists():
         raise ModhifiError(f"no text at {path}; give a text file, or a folder of .txt files, as text:PATH")
     try:

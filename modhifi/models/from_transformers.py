@@ -47,7 +47,8 @@ def from_directory(
     """Loads the model of a directory with the Auto class that its configuration's ``architectures`` name.
 
     Weights keep the checkpoint's dtype; a GGUF file is dequantised to float32. Raises ModhifiError if transformers
-    cannot load it, if it has an encoder and a decoder, or if it would have to run code that is not trusted.
+    cannot load it, if none of its backbone's weights are there, if it has an encoder and a decoder, or if it would have
+    to run code that is not trusted.
     """
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf_file:
@@ -71,8 +72,20 @@ def from_directory(
     loaded = loaded_from(frozen(model), source, directory, **common)
     loaded.info["licence"] = hub.card_licence(directory / "README.md")
     if missing := sorted(loading_info.get("missing_keys", ())):
+        _refuse_foreign(model, set(missing), source)
         loaded.info["notes"].append(f"not in the checkpoint, newly initialised: {', '.join(missing)}")
     return loaded
+
+
+def _refuse_foreign(model: Any, missing: set[str], source: str) -> None:
+    """Raise ModhifiError where the checkpoint has no tensor of the model's backbone: it would stay random."""
+    prefix = model.base_model_prefix if model.base_model is not model else ""
+    backbone = [name for name in model.state_dict() if name.startswith(f"{prefix}." if prefix else "")]
+    if missing.issuperset(backbone):
+        raise ModhifiError(
+            f"{source} holds no weights of its {type(model).__name__}: {len(missing)} tensors are missing, such as "
+            f"'{backbone[0]}'; give the weights that belong to its config.json, or ask for random weights"
+        )
 
 
 @contextmanager

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
 from modhifi.models.manifest import Artifact
+from modhifi.structure.outputs import named_tensors
 
 if TYPE_CHECKING:
     from PIL import Image
 
-# The token id at the positions of a batch behind the end of a shorter text.
+# The token id at the positions of a batch behind the end of a shorter text; in any other integers -1 is a value.
 PADDING = -1
 
 
@@ -54,6 +55,15 @@ class LoadedModel:
         """
         return main_output(self._forward(batch, model))
 
+    def outputs(self, batch: Tensor, model: nn.Module | None = None) -> dict[str, Tensor]:
+        """Every tensor that one forward pass returns, by its place in the output; "" where there is one alone.
+
+        The batch is treated, and errors are raised, as in :meth:`logits`.
+        """
+        output = self._forward(batch, model)
+        main_output(output)
+        return dict(named_tensors(output))
+
     def run(self, batch: Tensor, model: nn.Module | None = None) -> None:
         """Runs a forward pass for its inner activations alone.
 
@@ -63,6 +73,15 @@ class LoadedModel:
         few_logits = self.kind == "text" and "logits_to_keep" in inspect.signature(model.forward).parameters
         self._forward(batch, model, **({"logits_to_keep": 1} if few_logits else {}))
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the inputs are token ids, of texts that are padded to one length."""
+        return self.kind in ("text", "encoder")
+
+    def real_tokens(self, batch: Tensor) -> Tensor | None:
+        """The mask of what is no padding, bool of the batch's shape; None without any and for models without tokens."""
+        return real_tokens(batch) if self.reads_tokens else None
+
     def _forward(self, batch: Tensor, model: nn.Module | None, **options: Any) -> Any:
         model = self.model if model is None else model
         parameter = next(model.parameters(), None)
@@ -70,16 +89,14 @@ class LoadedModel:
             batch = batch.to(parameter.device, parameter.dtype if batch.is_floating_point() else None)
         if self.kind == "text":
             options["use_cache"] = False  # a key-value cache would hold memory that a single pass never reads
-        if (mask := real_tokens(batch)) is not None:
+        if (mask := self.real_tokens(batch)) is not None:
             batch, options["attention_mask"] = batch.clamp(min=0), mask.long()
         return model(batch, **options)
 
 
 def real_tokens(batch: Tensor) -> Tensor | None:
-    """The mask of the token ids that are no padding, bool of the batch's shape; None without padding and for pixels."""
-    if batch.is_floating_point() or batch.is_complex() or not batch.numel() or int(batch.min()) >= 0:
-        return None
-    return batch != PADDING
+    """The mask of the token ids that are no padding, bool of the batch's shape; None without padding."""
+    return None if not batch.numel() or int(batch.min()) >= 0 else batch != PADDING
 
 
 def main_output(out: Any) -> Tensor:
@@ -91,13 +108,12 @@ def main_output(out: Any) -> Tensor:
         value = out.get(name) if isinstance(out, Mapping) else getattr(out, name, None)
         if isinstance(value, Tensor):
             return value
-    while isinstance(out, (tuple, list, Mapping)) and out:
-        out = next(iter(out.values())) if isinstance(out, Mapping) else out[0]
-    if not isinstance(out, Tensor):
+    first = next((tensor for _, tensor in named_tensors(out)), None)
+    if first is None:
         raise ModhifiError(f"the model returns {type(out).__name__}, not a tensor; wrap it to return one")
-    if out.ndim == 0:
+    if first.ndim == 0:
         raise ModhifiError("the model returns one number for a whole batch; wrap it to return an output for each item")
-    return out[:, None] if out.ndim == 1 else out
+    return first[:, None] if first.ndim == 1 else first
 
 
 def frozen(model: nn.Module) -> nn.Module:

@@ -224,7 +224,9 @@ def is_stock(edited: nn.Module, original: LoadedModel, config: Any, changes: dic
     plain = fill(build_skeleton(original.framework, original.info, config), edited.state_dict(), {}, original.source)
     plain.to(next(edited.parameters()).device)
     with torch.inference_mode():
-        return torch.equal(original.logits(original.example, plain), original.logits(original.example, edited))
+        rebuilt = original.outputs(original.example, plain)
+        expected = original.outputs(original.example, edited)
+    return rebuilt.keys() == expected.keys() and all(torch.equal(t, expected[name]) for name, t in rebuilt.items())
 
 
 def own_config(model: Any) -> Any:

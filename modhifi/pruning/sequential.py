@@ -15,7 +15,7 @@ from modhifi.calibration.sampling import Sampling
 from modhifi.calibration.timeline import Timeline
 from modhifi.data.samples import Samples
 from modhifi.models.hooks import batch_statistics, stop_before
-from modhifi.models.loaded import LoadedModel, real_tokens
+from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.pruning.compensations.lstsq import least_squares_towards
 from modhifi.pruning.editing import LayerError
@@ -50,7 +50,8 @@ class PairedPasses:
         sampling: Sampling,
         most_bytes: float = MOST_BYTES,
     ) -> None:
-        self.dense, self.edited, self.samples, self.sampling = loaded.model, edited, samples, sampling
+        self.loaded, self.dense, self.edited = loaded, loaded.model, edited
+        self.samples, self.sampling = samples, sampling
         timeline = Timeline(loaded.model, lambda: loaded.logits(loaded.example))
         self.caches = [
             PrefixCache(model, partial(loaded.logits, model=model), timeline, most_bytes=most_bytes / 2)
@@ -81,7 +82,7 @@ class PairedPasses:
         module = cache.model.get_submodule(reader)
         with stop_before(module) as inputs:
             cache.run(first, batch)
-        return self.sampling.rows(module, inputs[0], first, len(self.samples), real_tokens(batch))
+        return self.sampling.rows(module, inputs[0], first, len(self.samples), self.loaded.real_tokens(batch))
 
 
 def edit_sequentially(

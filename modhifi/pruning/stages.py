@@ -61,8 +61,8 @@ class Pruned:
 def find_structure(loaded: LoadedModel) -> Structure:
     """Trace the model on its example batch, and refuse what its code would not survive."""
 
-    def run(model: nn.Module) -> Tensor:
-        return loaded.logits(loaded.example, model)
+    def run(model: nn.Module) -> dict[str, Tensor]:
+        return loaded.outputs(loaded.example, model)
 
     return confirm(loaded.model, trace(loaded.model, run), run)
 
@@ -126,6 +126,7 @@ def measure_moments(
         sampling,
         samples=len(samples),
         numbers=numbers,
+        real=loaded.real_tokens,
         use_batch_statistics=samples.adapted,
         stored=stored,
     )

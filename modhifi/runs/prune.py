@@ -25,6 +25,7 @@ from modhifi.data.contact_sheet import contact_sheet
 from modhifi.data.quality import look
 from modhifi.data.samples import Samples, describe_data, warn_degenerate
 from modhifi.disk import check_output
+from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Clock, Progress, silent
 from modhifi.pruning.prune import contribute, prune_model
@@ -33,7 +34,7 @@ from modhifi.runs.bound_report import add_bounds, add_groups
 from modhifi.runs.defaults import complete
 from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, place
 from modhifi.runs.prune_report import before_after, measure_run, measured_verdict, report_of, skipped_warnings
-from modhifi.runs.recipe import PruneRecipe
+from modhifi.runs.recipe import BudgetChoice, PruneRecipe
 from modhifi.structure.expand import expand
 from modhifi.structure.plan import Plan
 
@@ -78,6 +79,8 @@ def run_prune(
     cache = None if recipe.offload else cache
     plan = None if recipe.plan is None else Plan({name: tuple(components) for name, components in recipe.plan.items()})
     budget = None if plan is not None or recipe.method.eta is not None else recipe.budget.parse()
+    if recipe.method.eta is not None and recipe.budget != BudgetChoice():
+        raise ModhifiError("--eta keeps HiFi sets, whatever their size, in place of a budget; give one of the two")
     out = None if dry_run or recipe.out is None else Path(recipe.out)
     if out is not None:
         check_output(out, force)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.structure.groups import Group, Structure
+from modhifi.structure.outputs import difference, named_tensors
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import mask_readers, shrink
-from modhifi.structure.torch_ops import tensors_in
 
 FIXED = "the model's code counts on this width: it fails, or computes something else, once a component is cut"
 
@@ -26,8 +26,9 @@ def confirm(model: nn.Module, structure: Structure, run: Callable[[nn.Module], A
     """The structure with those groups refused whose removal the model's own code does not follow.
 
     ``run(model)`` is one forward pass. All groups at once are cut in a copy, first by one component (of every part),
-    then to 60 %; each time it must agree with the masked full-size model, and only where it does not is every group
-    tried alone. Costs four forward passes and four copies of the model, one at a time, where all is well.
+    then to 60 %; each time every tensor that it returns must agree with the masked full-size model's, and only where
+    one does not is every group tried alone. Costs four forward passes and four copies of the model, one at a time,
+    where all is well.
     """
     for share in (1.0, 0.6):
         structure = _confirm_at(share, model, structure, run)
@@ -36,39 +37,40 @@ def confirm(model: nn.Module, structure: Structure, run: Callable[[nn.Module], A
 
 def _confirm_at(share: float, model: nn.Module, structure: Structure, run: Callable[[nn.Module], Any]) -> Structure:
     groups = structure.prunable
-    if not groups or _agrees(model, structure, groups, run, share):
+    problem = _problem(model, structure, groups, run, share) if groups else None
+    if problem is None:
         return structure
-    wrong = {g.name for g in groups if not _agrees(model, structure, (g,), run, share)}
+    alone = {g.name: _problem(model, structure, (g,), run, share) for g in groups}
+    wrong = {name: reason for name, reason in alone.items() if reason is not None}
     right = tuple(g for g in groups if g.name not in wrong)
-    if not wrong or (right and not _agrees(model, structure, right, run, share)):
-        wrong = {g.name for g in groups}
+    if not wrong or (right and (problem := _problem(model, structure, right, run, share)) is not None):
+        wrong = {g.name: wrong.get(g.name, problem) for g in groups}
     return replace(
-        structure, groups=tuple(replace(g, refused=FIXED) if g.name in wrong else g for g in structure.groups)
+        structure, groups=tuple(replace(g, refused=wrong[g.name]) if g.name in wrong else g for g in structure.groups)
     )
 
 
 @torch.no_grad()
-def _agrees(
+def _problem(
     model: nn.Module, structure: Structure, groups: Iterable[Group], run: Callable[[nn.Module], Any], share: float
-) -> bool:
+) -> str | None:
+    """Why these groups cannot lose a share of their components, with the output that is wrong; None where they can."""
     plan = Plan({g.name: _last(g, share) for g in groups})
-    masked = _output(run(mask_readers(model, structure, plan)))
+    masked = dict(named_tensors(run(mask_readers(model, structure, plan))))
     try:
-        small = _output(run(shrink(copy.deepcopy(model), structure, plan)))
+        small = dict(named_tensors(run(shrink(copy.deepcopy(model), structure, plan))))
     except Exception:  # any failure of a stranger's code says the same: it cannot live with the new width
-        return False
+        return FIXED
+    for name in masked | small:
+        if name not in masked or name not in small or not _agree(small[name], masked[name]):
+            return f"{FIXED} (output '{name}')" if name else FIXED
+    return None
+
+
+def _agree(small: Tensor, masked: Tensor) -> bool:
     if small.shape != masked.shape:
         return False
-    if not bool(masked.isfinite().all()):
-        return True  # a broken model shows nothing here; whoever looks at its numbers will say so
-    tolerance = 1e-3 if masked.dtype in (torch.float32, torch.float64) else 5e-2
-    small, masked = small.double(), masked.double()
-    return bool((small - masked).norm() <= tolerance * masked.norm())
-
-
-def _output(outputs: Any) -> Tensor:
-    nested = outputs if isinstance(outputs, (Tensor, list, tuple, dict)) else vars(outputs)
-    return next(tensors_in(nested))
+    return difference(small, masked) <= (5e-2 if masked.dtype in (torch.float16, torch.bfloat16) else 1e-3)
 
 
 def _last(group: Group, share: float) -> tuple[int, ...]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import math
 import os
 import re
 import subprocess
@@ -97,13 +98,50 @@ def counts(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def test_a_fresh_process_gives_the_same_bits(saved):
     out, loaded, edited = saved
     assert sum(p.numel() for p in edited.parameters()) < 0.6 * sum(p.numel() for p in loaded.model.parameters())
-    verify_reload(out, loaded.example, loaded.logits(loaded.example, edited))
+    verify_reload(out, loaded.example, loaded.outputs(loaded.example, edited))
 
 
-def test_a_difference_is_told():
-    assert compare_outputs(torch.zeros(2), torch.zeros(2)) == ""
-    assert compare_outputs(torch.zeros(2), torch.ones(2)) == "outputs differ by up to 1"
-    assert "(2,) instead of torch.float32 (3,)" in compare_outputs(torch.zeros(2), torch.zeros(3))
+@pytest.mark.parametrize("name", ["", "boxes.0"])
+def test_a_difference_of_any_output_is_told(name):
+    def told(output, expected):
+        first = {"logits": torch.ones(3, dtype=torch.float64)}
+        return compare_outputs(first | {name: output}, first | {name: expected})
+
+    where = f"output '{name}': " if name else ""
+    nans = torch.tensor([1.0, math.nan])
+    assert told(torch.zeros(2), torch.zeros(2)) == told(nans, nans.clone()) == ""
+    assert told(torch.zeros(2), torch.ones(2)) == f"{where}it differs by 1 of its norm"
+    assert told(nans, torch.ones(2)) == f"{where}it differs by nan of its norm"
+    assert told(torch.zeros(2), torch.zeros(3)) == f"{where}torch.float32 (2,) instead of torch.float32 (3,)"
+    assert told(torch.zeros(2).int(), torch.zeros(2)) == f"{where}torch.int32 (2,) instead of torch.float32 (2,)"
+    assert compare_outputs({"a": nans}, {"a": nans, "b": nans}) == "it returns a instead of a, b"
+
+
+class Two(nn.Module):
+    """Hands out its features beside its scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        features = self.down(self.up(x).relu())
+        return {"scores": self.head(features.relu()), "more": [features, features[:, :2]]}
+
+
+def test_reload_compares_every_output(tmp_path):
+    torch.manual_seed(0)
+    module = Two()
+    loaded = load_model(module, example=torch.randn(2, 6))
+    edited, structure, plan = prune(loaded)
+    out = save(tmp_path / "a", loaded, edited, structure, plan)
+    expected = loaded.outputs(loaded.example, edited)
+    assert list(expected) == ["scores", "more.0", "more.1"]
+    verify_reload(out, loaded.example, expected, skeleton=module)
+    for name in expected:
+        other = expected | {name: expected[name] * 1.5}
+        with pytest.raises(SelfTestFailed, match=f"output '{name}': it differs by 0.333 of its norm"):
+            verify_reload(out, loaded.example, other, skeleton=module)
 
 
 def test_load_gives_a_plain_frozen_module_with_the_right_counts(saved):
@@ -232,7 +270,7 @@ def test_own_module_needs_its_skeleton(tmp_path):
         modhifi.load(out)
     again = load_artifact(out, skeleton=module)
     assert module.up.out_features == 8 and again.kind == "tensor" and again.example.shape == (2, 6)
-    verify_reload(out, loaded.example, loaded.logits(loaded.example, edited), skeleton=module)
+    verify_reload(out, loaded.example, loaded.outputs(loaded.example, edited), skeleton=module)
     edited, structure, plan = prune(again)
     assert edited.up.out_features == 2
     out = save(tmp_path / "b", again, edited, structure, plan)
@@ -328,7 +366,7 @@ def test_damaged_artefacts_are_one_line(saved, tmp_path, damage, message):
 
 def test_a_reload_that_fails_says_why(tmp_path):
     with pytest.raises(SelfTestFailed, match="no modhifi artefact"):
-        verify_reload(tmp_path, torch.zeros(1), torch.zeros(1))
+        verify_reload(tmp_path, torch.zeros(1), {"": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left"), ValueError("bug")])

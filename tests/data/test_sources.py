@@ -122,6 +122,19 @@ def test_labels_of_class_folders(tmp_path: Path, names: tuple[str, ...], labels:
     assert len(samples) == 3 * len(names)
 
 
+@pytest.mark.parametrize("hidden", [".ipynb_checkpoints", "__MACOSX", ".cache", ".git"])
+def test_hidden_folders_and_files_are_no_data(tmp_path: Path, hidden: str) -> None:
+    classes = ("cat", "dog", "eel", "fox")
+    plain = load_samples(f"images:{class_folders(tmp_path, classes)}", stand_in(), n=100)
+    save(tmp_path / hidden / "0.png", 999)
+    save(tmp_path / "cat" / hidden / "0.png", 998)
+    save(tmp_path / "cat" / "._0.png", 997)
+    (tmp_path / "._cat.png").write_bytes(b"no image")
+    beside = load_samples(f"images:{tmp_path}", stand_in(), n=100)
+    assert plain.labels is not None and beside.labels is not None
+    assert beside.names == plain.names and torch.equal(beside.labels, plain.labels) and not beside.skipped
+
+
 @pytest.mark.parametrize("names", [("cat", "dog"), ("0", "7")])
 def test_labels_that_fit_no_class_are_not_guessed(tmp_path: Path, names: tuple[str, ...]) -> None:
     samples = load_samples(f"images:{class_folders(tmp_path, names)}", stand_in(), n=100)

@@ -82,6 +82,16 @@ def test_folders_and_short_documents(loaded: LoadedModel, tmp_path: Path) -> Non
     assert len(joined) == 60 // 23, "documents shorter than a window are read as one text"
 
 
+@pytest.mark.parametrize("hidden", [".ipynb_checkpoints/0.txt", "__MACOSX/0.txt", ".git/deep/0.md", "._0.txt"])
+def test_hidden_folders_and_files_hold_no_text(loaded: LoadedModel, tmp_path: Path, hidden: str) -> None:
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text(tiny_text.write(i, 60))
+    plain = load_samples(f"text:{tmp_path}", loaded, n=100, window=24)
+    (tmp_path / hidden).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / hidden).write_text(tiny_text.write(7, 60))
+    assert load_samples(f"text:{tmp_path}", loaded, n=100, window=24).hashes == plain.hashes
+
+
 @pytest.mark.parametrize(
     ("text", "window", "message"),
     [
@@ -142,8 +152,9 @@ def test_padding_leaves_no_trace_in_moments(loaded: LoadedModel) -> None:
     assert batch.shape == (4, 9) and int((batch == PADDING).sum()) == 12
     readers = dict(operator_modules(model, find_structure(loaded).prunable))
     every = Sampling(rows_per_column=None)
-    together = collect(model, loaded.run, samples.batches(4), readers, every, samples=4)
-    alone = collect(model, loaded.run, samples.batches(1), readers, every, samples=4)
+    real = loaded.real_tokens
+    together = collect(model, loaded.run, samples.batches(4), readers, every, samples=4, real=real)
+    alone = collect(model, loaded.run, samples.batches(1), readers, every, samples=4, real=real)
     for name in readers:
         assert together[name].n == alone[name].n == 24
         torch.testing.assert_close(together[name].gram, alone[name].gram, rtol=1e-4, atol=1e-6)

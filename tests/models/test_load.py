@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+import modhifi
 from modhifi.errors import ModhifiError
 from modhifi.models.from_transformers import _without_quantiser
 from modhifi.models.load import load_model
@@ -172,6 +173,42 @@ def test_causal_language_model(tmp_path: Path) -> None:
     assert torch.equal(loaded.logits(loaded.example), model(loaded.example).logits)
 
 
+class Codes(nn.Module):
+    """Reads integer codes of which -1 stands for a missing one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.hidden, self.head = nn.Embedding(9, 8), nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.head(self.hidden(self.table(codes + 1)).relu().mean(1))
+
+
+def test_minus_one_is_padding_in_texts_alone() -> None:
+    model, codes = Codes(), torch.randint(-1, 8, (64, 5), generator=torch.Generator().manual_seed(0))
+    loaded = load_model(model, example=codes[:2])
+    assert int((codes == -1).sum()) > 0 and loaded.real_tokens(codes) is None
+    assert torch.equal(loaded.logits(codes), model(codes))
+    whole = modhifi.prune(model, codes, ratio=0.5, checks={"walked": 0})
+    shifted = modhifi.prune(Shifted(model), codes + 1, ratio=0.5, checks={"walked": 0})
+    assert whole.plan.kept == {n.removeprefix("codes."): kept for n, kept in shifted.plan.kept.items()}
+    for a, b in zip(whole.model.parameters(), shifted.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ModhifiError, match="give items of one shape"):
+        modhifi.prune(model, [codes[0], codes[1, :3], *codes[2:]], ratio=0.5)
+
+
+class Shifted(nn.Module):
+    """The same model for codes that begin at 0."""
+
+    def __init__(self, codes: Codes) -> None:
+        super().__init__()
+        self.codes = codes
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.codes(codes - 1)
+
+
 def test_tokenizer_comes_with_its_files(tmp_path: Path) -> None:
     transformers.BertModel(transformers.BertConfig(**TOKENS)).save_pretrained(tmp_path)
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nhello\n")
@@ -210,6 +247,37 @@ def test_image_classifier_with_and_without_processor_files(tmp_path: Path) -> No
     white = Image.new("RGB", (40, 30), "white")
     assert torch.allclose(loaded.transform(white), torch.full((3, 32, 32), 1.8), atol=1e-5)
     assert torch.allclose(guessed.transform(white), torch.ones(3, 32, 32), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["other names", "other family", "head alone"])
+def test_weights_of_no_tensor_of_the_model_are_refused(tmp_path: Path, kind: str) -> None:
+    config = transformers.BertConfig(**TOKENS)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    if kind == "head alone":
+        state = {name: tensor for name, tensor in state.items() if name.startswith("cls.")}
+    elif kind == "other family":
+        state = transformers.ViTModel(transformers.ViTConfig(**VIT)).state_dict()
+    else:
+        state = {f"net.{number}": tensor.clone() for number, tensor in enumerate(state.values())}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    message = refusal(tmp_path)
+    assert "holds no weights of its BertForMaskedLM" in message and "bert.embeddings" in message
+    assert load(tmp_path, pretrained=False).kind == "encoder"
+
+
+def test_a_partly_matching_checkpoint_is_noted(tmp_path: Path) -> None:
+    transformers.BertModel(transformers.BertConfig(**TOKENS)).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["encoder.layer.0.output.dense.bias"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert any("newly initialised: encoder.layer.0.output.dense.bias" in n for n in load(tmp_path).info["notes"])
+
+
+def test_weights_that_timm_does_not_know_are_refused(tmp_path: Path) -> None:
+    state = save_timm(tmp_path).state_dict()
+    save_file({f"net.{name}": tensor for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    assert "conv1" in refusal(tmp_path)
 
 
 def test_head_left_out_is_noted(tmp_path: Path) -> None:

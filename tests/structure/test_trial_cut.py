@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_outputs import ImageClassifierOutput
 
+from modhifi.models.load import load_model
+from modhifi.pruning.stages import find_structure
 from modhifi.structure.groups import Structure
 from modhifi.structure.tracing.tracer import trace
 from modhifi.structure.trial_cut import FIXED, confirm
@@ -39,7 +45,7 @@ class Silent(tiny.Net):
 
 
 def both(model: nn.Module, x: Tensor) -> tuple[Structure, Structure]:
-    def run(model: nn.Module) -> Tensor:
+    def run(model: nn.Module) -> Any:
         return model(x)
 
     traced = trace(model, run)
@@ -72,6 +78,77 @@ def test_a_model_of_nans_is_not_blamed_on_its_code():
     model.stem[0].weight.data.fill_(float("nan"))
     traced, confirmed = both(model, x)
     assert confirmed is traced
+
+
+@dataclass
+class Pair:
+    first: Tensor
+    second: list[Tensor]
+
+
+class Fields(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
+    "tuple": (lambda a, b: (a, b), "1"),
+    "list": (lambda a, b: [a, b], "1"),
+    "named tuple": (Fields, "second"),
+    "dict": (lambda a, b: {"logits": a, "aux": b}, "aux"),
+    "nest": (lambda a, b: {"logits": a, "more": [None, (b,)]}, "more.1.0"),
+    "dataclass": (lambda a, b: Pair(a, [b]), "second.0"),
+    "dataclass in a tuple": (lambda a, b: (a, Pair(a, [a, b])), "1.second.1"),
+    "model output": (lambda a, b: ImageClassifierOutput(logits=a, hidden_states=(a, b)), "hidden_states.1"),
+    "object": (lambda a, b: SimpleNamespace(logits=a, aux=b), "aux"),
+}
+
+
+class Second(nn.Module):
+    """Its second output is divided by a width of the model."""
+
+    def __init__(self, form: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.form, self.stem = form, tiny.conv_bn(3, 8)
+        self.inner, self.b, self.v = tiny.conv_bn(8, 8), tiny.conv(8, 5), tiny.conv(8, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.inner(self.stem(x))
+        return self.form(self.b(h).mean((2, 3)), self.v(h).mean((2, 3)) / h.shape[1] ** 0.5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_output_is_compared(form: str):
+    torch.manual_seed(0)
+    build, name = FORMS[form]
+    model, x = tiny.randomise(Second(build)), torch.randn(2, 3, 10, 10)
+    loaded = load_model(model, example=x)
+    direct, (_, confirmed) = find_structure(loaded), both(model, x)
+    for structure in (direct, confirmed):
+        assert {g.name for g in structure.prunable} == {"stem.0"}
+        (wrong,) = (g for g in structure.groups if g.name == "inner.0")
+        assert wrong.refused == f"{FIXED} (output '{name}')"
+    assert name in loaded.outputs(x)
+
+
+class Handed(tiny.Net):
+    """Hands out the features beside the scores: they must stay."""
+
+    def __init__(self) -> None:
+        super().__init__(6)
+        self.inner, self.conv = tiny.conv_bn(8, 8), tiny.conv_bn(8, 6)
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.conv(self.inner(self.stem(x)))
+        return self.head(features.mean((2, 3))), {"features": features}
+
+
+def test_channels_of_a_second_output_stay():
+    torch.manual_seed(0)
+    loaded = load_model(tiny.randomise(Handed()), example=torch.randn(2, 3, 10, 10))
+    structure = find_structure(loaded)
+    assert {g.name for g in structure.prunable} == {"stem.0", "inner.0"}
+    assert next(g for g in structure.groups if g.name == "conv.0").refused == "these channels are the model's output"
 
 
 class UpToAPoint(tiny.Net):

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from modhifi.structure.groups import Group, Operator, Structure
 from modhifi.structure.head_counts import with_head_counts
-from modhifi.structure.torch_ops import MOVEMENTS, Kind, tensors_in
+from modhifi.structure.outputs import named_tensors
+from modhifi.structure.torch_ops import MOVEMENTS, Kind
 
 # The files of rules are imported for what they register.
 from modhifi.structure.tracing import elementwise_rules, layer_rules, movement_rules  # noqa: F401
@@ -78,7 +79,7 @@ def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Structure:
     tracer = ChannelTracer(model)
     with torch.no_grad(), tracer.following(), tracer:
         outputs = run(model)
-    for tensor in tensors_in(outputs if isinstance(outputs, (Tensor, list, tuple, dict)) else vars(outputs)):
+    for _, tensor in named_tensors(outputs):
         tracer.uses[id(tensor)] += 1
         placement = tracer.placements.get(id(tensor))
         if placement is not None:
