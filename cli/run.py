@@ -29,8 +29,12 @@ def run(
     cache: Path | None = None,
     no_cache: bool = False,
     push_to_hub: str | None = None,
+    file: Path | None = None,
 ) -> list[Done]:
-    """Run a recipe and print its reports, of several steps each; raises the failure of a check after all is written."""
+    """Run a recipe and print its reports, of several steps each; raises the failure of a check after all is written.
+
+    ``file`` is where the recipe was read from.
+    """
     check_pushed(push_to_hub, None if dry_run else recipe.out)
     with progress(quiet or as_json) as report:
         finished = run_recipe(
@@ -38,6 +42,7 @@ def run(
             Circumstances(
                 dry_run=dry_run,
                 force=force,
+                reads=() if file is None else (file,),
                 cache=None if no_cache else cache or default_directory(),
                 progress=report,
                 command=shlex.join(["modhifi", *sys.argv[1:]]),

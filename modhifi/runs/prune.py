@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from modhifi.progress import Clock, Progress, silent
 from modhifi.pruning.prune import contribute, prune_model
 from modhifi.runs.bound_report import add_bounds, add_groups
 from modhifi.runs.defaults import complete
-from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, place
+from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, place
 from modhifi.runs.prune_report import before_after, describe, measure_run, measured, skipped
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.structure.expand import expand
@@ -55,6 +56,7 @@ def run_prune(
     device: torch.device | str = "cpu",
     dry_run: bool = False,
     force: bool = False,
+    reads: Sequence[Path] = (),
     given: Given = NOTHING,
     cache: MomentCache | None = None,
     progress: Progress = silent,
@@ -62,6 +64,7 @@ def run_prune(
 ) -> PruneResult:
     """Run a pruning recipe. Writes nothing before everything is computed, and nothing at all with ``dry_run``.
 
+    ``reads`` are files beside those that the recipe names which ``force`` must not replace.
     Where a launcher started several processes, all but the main one measure their share of the calibration data and
     return an empty report.
     """
@@ -73,7 +76,7 @@ def run_prune(
     budget = None if plan is not None or recipe.method.eta is not None else recipe.budget.parse()
     out = None if dry_run or recipe.out is None else Path(recipe.out)
     if out is not None:
-        check_output(out, force)
+        check_output(out, force, (*reads, *local_paths(recipe.model_dump())))
     for kind in recipe.export:
         EXPORTS[kind].check()
     with clock.stage("load"):

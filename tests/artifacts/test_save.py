@@ -100,6 +100,17 @@ def test_a_fresh_process_gives_the_same_bits(saved):
     verify_reload(out, loaded.example, loaded.logits(loaded.example, edited))
 
 
+def test_the_manifest_names_all_that_was_written(saved, tmp_path):
+    out = save(tmp_path / "a", saved[1], saved[2], log="x")
+    written = json.loads((out / "modhifi.json").read_text())["written"]
+    assert written == sorted(p.name for p in out.iterdir()) and "modhifi.log" in written
+    check_output(out, force=True)
+    (out / "model.bin").write_text("x")
+    (out / "tokenizer.json").write_text("{}")  # a name that an artefact may have, this one not
+    with pytest.raises(ModhifiError, match="which modhifi did not write"):
+        check_output(out, force=True)
+
+
 def test_a_difference_is_told():
     assert compare_outputs(torch.zeros(2), torch.zeros(2)) == ""
     assert compare_outputs(torch.zeros(2), torch.ones(2)) == "outputs differ by up to 1"
