@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
 import traceback
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -38,7 +40,17 @@ VERBS = {
     "data": "Calibration data: make it, look at it.",
     "recipe": "Whole runs as YAML files: list, copy, check and run them.",
 }
-BAD_INPUT, OUR_BUG, INTERRUPTED = 2, 3, 130
+BAD_INPUT, OUR_BUG = 2, 3
+# Signals that end a run, and are met as Ctrl-C is: what was begun is taken away, and the exit code is 128 + number.
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class Ended(KeyboardInterrupt):
+    """A signal that ends the run."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
 
 
 class ErrorMapping(TyperGroup):
@@ -54,17 +66,15 @@ class ErrorMapping(TyperGroup):
             # Here and not at exit, where a closed pipe could no longer be caught.
             sys.stdout.flush()
             return result
-        except (KeyboardInterrupt, typer.Abort):
-            _say("interrupted")
-            raise typer.Exit(INTERRUPTED) from None
+        except (KeyboardInterrupt, typer.Abort) as error:
+            raise _end(error) from None
         except BrokenPipeError:
             # The reader of our output went away (`modhifi ... | head`): nothing to report, and no one to report it to.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except Exception as error:
-            if _interrupted(error):
-                _say("interrupted")
-                raise typer.Exit(INTERRUPTED) from None
+            if (interrupt := _interrupt(error)) is not None:
+                raise _end(interrupt) from None
             known = one_line(error)
             if known is not None:
                 _say(f"error: {known}")
@@ -77,13 +87,23 @@ class ErrorMapping(TyperGroup):
             raise typer.Exit(OUR_BUG) from None
 
 
-def _interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error: extension modules turn one that meets their import into something else."""
-    while error is not None:
-        if isinstance(error, KeyboardInterrupt):
-            return True
+def _interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The Ctrl-C behind an error, if one is: extension modules turn one that meets their import into something else."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
-    return False
+    return error
+
+
+def _end(interrupt: BaseException) -> typer.Exit:
+    """Say what ended the run; the exit that says it too."""
+    _say(str(interrupt) if isinstance(interrupt, Ended) else "interrupted")
+    return typer.Exit(getattr(interrupt, "exit_code", 128 + signal.SIGINT))
+
+
+def _raise_ended(number: int, _: FrameType | None) -> None:
+    for other in ENDING[1:]:
+        signal.signal(other, signal.SIG_IGN)  # one is enough: what follows would meet the clearing up
+    raise Ended(number)
 
 
 def one_line(error: Exception) -> str | None:
@@ -149,12 +169,15 @@ def main() -> None:
     # works on a few wide Grams again and again, which huge pages make slower.
     if sys.argv[1:2] != ["unlearn"]:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    for number in ENDING[1:]:  # Python itself turns SIGINT into KeyboardInterrupt
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has one ignored
+            signal.signal(number, _raise_ended)
     try:
         app(prog_name="modhifi")
     except SystemExit as end:
-        if end.code == INTERRUPTED:
+        if end.code in [128 + number for number in ENDING]:
             # An interrupt that met C code running Python marks the interpreter to die of the signal, not with our code.
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(INTERRUPTED)
+            os._exit(end.code)
         raise
