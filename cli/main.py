@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from modhifi.errors import ModhifiError
 
+from . import streams
 from .env import version
 
 # Every verb, its file's name, and the first sentence of its help, which `modhifi --help` shows without that file.
@@ -63,15 +64,10 @@ class ErrorMapping(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             result = super().invoke(ctx)
-            # Here and not at exit, where a closed pipe could no longer be caught.
-            sys.stdout.flush()
+            sys.stdout.flush()  # here and not at exit, where a full disk could no longer be told
             return result
         except (KeyboardInterrupt, typer.Abort) as error:
             raise _end(error) from None
-        except BrokenPipeError:
-            # The reader of our output went away (`modhifi ... | head`): nothing to report, and no one to report it to.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
         except Exception as error:
             if (interrupt := _interrupt(error)) is not None:
                 raise _end(interrupt) from None
@@ -169,13 +165,14 @@ def main() -> None:
     # works on a few wide Grams again and again, which huge pages make slower.
     if sys.argv[1:2] != ["unlearn"]:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    streams.mend()
     for number in ENDING[1:]:  # Python itself turns SIGINT into KeyboardInterrupt
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup has one ignored
             signal.signal(number, _raise_ended)
     try:
         app(prog_name="modhifi")
     except SystemExit as end:
-        if end.code in [128 + number for number in ENDING]:
+        if isinstance(end.code, int) and end.code - 128 in ENDING:
             # An interrupt that met C code running Python marks the interpreter to die of the signal, not with our code.
             sys.stdout.flush()
             sys.stderr.flush()

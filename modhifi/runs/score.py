@@ -93,9 +93,9 @@ def write_scores(scores: list[GroupScores], path: Path) -> None:
     try:
         if path.suffix == ".json":
             finite = [{k: _finite(v) for k, v in s.to_json().items()} for s in scores]
-            Path(name).write_text(json.dumps(finite, indent=1))
+            Path(name).write_text(json.dumps(finite, indent=1), "utf-8")
         elif path.suffix == ".csv":
-            with open(name, "w", newline="") as file:
+            with open(name, "w", newline="", encoding="utf-8") as file:
                 table = csv.writer(file)
                 table.writerow(["group", "component", "singleton", "energy", "cost", "rank"])
                 for s in scores:
