@@ -6,7 +6,6 @@ by the modified tail (form B), and the differences telescope exactly to the whol
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from modhifi.structure.clone import clone
 from modhifi.structure.torch_ops import names_of, operation_name, tensors_in
 
 # Operations that are worth remembering; none of them writes into its input.
@@ -52,7 +52,7 @@ def hybrid_changes(
     layer undone and those of the modified network; the changes add up to the difference of the two. Both models have
     the same shapes and stay as they are.
     """
-    work = copy.deepcopy(edited)
+    work = clone(edited)
     originals, twins, tensors = _tensors(dense), _tensors(edited), _tensors(work)
     modified = {name for name, tensor in originals.items() if not torch.equal(tensor, twins[name])}
     outputs = []

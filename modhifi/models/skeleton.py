@@ -97,7 +97,13 @@ def same_shapes(first: nn.Module, second: nn.Module) -> bool:
 
 def same_modules(skeleton: nn.Module, model: nn.Module) -> bool:
     """Whether two models have the same modules under the same names, whatever their shapes."""
-    return {n: type(m) for n, m in skeleton.named_modules()} == {n: type(m) for n, m in model.named_modules()}
+    ours, theirs = ({n: _class(m) for n, m in whole.named_modules()} for whole in (skeleton, model))
+    return ours == theirs
+
+
+def _class(module: nn.Module) -> str:
+    """The name of a module's class, in full: every graph of torch.fx has a class of its own."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def differences(skeleton: nn.Module, model: nn.Module) -> Differences:
@@ -115,10 +121,11 @@ def differences(skeleton: nn.Module, model: nn.Module) -> Differences:
     shapes |= dict.fromkeys(before.keys() - after.keys())
     attributes = {}
     dense = dict(skeleton.named_modules())
+    own = getattr(model, "config", None)
     for name, module in model.named_modules():
         old = vars(dense[name])
         changed = {k: v for k, v in vars(module).items() if _counts(v) and (k not in old or old[k] != v)}
-        if "config" in old and module is not model and getattr(module, "config", None) is not model.config:
+        if "config" in old and module is not model and hasattr(module.config, "to_dict") and module.config is not own:
             mine, theirs = vars(module.config), vars(old["config"])  # a copy made for this layer alone
             changed |= {f"config.{k}": v for k, v in mine.items() if type(v) is int and theirs.get(k) != v}
         if changed:

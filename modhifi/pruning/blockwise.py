@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 
 import torch
@@ -22,6 +21,7 @@ from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts.base import least_width
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import Pruned, removal_curves
+from modhifi.structure.clone import clone
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import operator_modules
 from modhifi.structure.plan import Plan
@@ -85,7 +85,7 @@ def prune_in_blocks(
         return None
     check_room(loaded.model, structure)
     widths = uniform_widths(loaded, structure, budget, settings)
-    dense_shape = copy.deepcopy(loaded.model)
+    dense_shape = clone(loaded.model)
     curves: dict[str, Curve] = {}
     kept: dict[str, tuple[int, ...]] = {}
     cost: dict[str, float] = {}

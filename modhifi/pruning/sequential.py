@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from functools import partial
 
@@ -21,6 +20,7 @@ from modhifi.pruning.compensations.lstsq import least_squares_towards
 from modhifi.pruning.editing import LayerError
 from modhifi.pruning.linalg import mean_diagonal, shrinkage, shrunk
 from modhifi.pruning.settings import PruneSettings
+from modhifi.structure.clone import clone
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import absorb_mean, kernel_size, weight_matrix, write_weight
 from modhifi.structure.plan import Plan
@@ -97,7 +97,7 @@ def edit_sequentially(
     ``settings.sequential`` is ``own``: the layer's dense weights applied to the pruned prefix; or ``dense``: the dense
     model's output (docs/method.md, sequential).
     """
-    edited = copy.deepcopy(loaded.model)
+    edited = clone(loaded.model)
     removed = {name: at for (name, role), at in removed_positions(structure, plan).items() if role == "reader"}
     readers = [name for name in structure.operators if name in removed]
     passes = PairedPasses(loaded, edited, samples, settings.sampling)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,7 @@ from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.selectors.naive import hifi_union
 from modhifi.pruning.sequential import edit_sequentially
 from modhifi.pruning.settings import PruneSettings
+from modhifi.structure.clone import clone
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import operator_modules
 from modhifi.structure.plan import Plan
@@ -221,7 +221,7 @@ def apply_plan(
     """
     plan.check(structure)
     if settings.sequential is None:
-        dense_shape = copy.deepcopy(loaded.model)
+        dense_shape = clone(loaded.model)
         errors = edit_readers(dense_shape, structure, plan, moments, settings)
     else:
         if not COMPENSATIONS[settings.compensate].least_squares or samples is None:

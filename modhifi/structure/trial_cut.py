@@ -6,7 +6,6 @@ model whose code counts on a width shows it only when that width changes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modhifi.structure.clone import clone
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import mask_readers, shrink
@@ -54,7 +54,7 @@ def _agrees(
     plan = Plan({g.name: _last(g, share) for g in groups})
     masked = _output(run(mask_readers(model, structure, plan)))
     try:
-        small = _output(run(shrink(copy.deepcopy(model), structure, plan)))
+        small = _output(run(shrink(clone(model), structure, plan)))
     except Exception:  # any failure of a stranger's code says the same: it cannot live with the new width
         return False
     if small.shape != masked.shape:
