@@ -14,7 +14,7 @@ ENV = f"{sys.executable} -m modhifi env"
 FAILS = f"{sys.executable} -m modhifi recipe show none"
 # A verb that prints what no other encoding than Unicode's has got.
 ARROWS = (
-    f"{sys.executable} -c \"from modhifi.cli import main; "
+    f'{sys.executable} -c "from modhifi.cli import main; '
     "main.version = lambda name: '0.5\\u00d7 \\u2192 \\u201c\\u00bd\\u201d\\udc80'; "
     "main.sys.argv = ['modhifi', '--version']; main.main()\""
 )
