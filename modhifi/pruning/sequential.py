@@ -13,6 +13,7 @@ from modhifi.calibration.prefix_cache import MOST_BYTES, PrefixCache
 from modhifi.calibration.sampling import Sampling
 from modhifi.calibration.timeline import Timeline
 from modhifi.data.samples import Samples
+from modhifi.errors import IndefiniteError
 from modhifi.models.hooks import batch_statistics, stop_before
 from modhifi.models.loaded import LoadedModel, real_tokens
 from modhifi.progress import Progress, silent
@@ -105,7 +106,11 @@ def edit_sequentially(
     for number, reader in enumerate(readers):
         progress("compensating", number, len(readers))
         passes.advance(written_modules(structure, readers[number:]))
-        errors.append(_compensate(edited, structure, reader, removed[reader], passes.moments(reader), settings))
+        both = passes.moments(reader)
+        try:
+            errors.append(_compensate(edited, structure, reader, removed[reader], both, settings))
+        except IndefiniteError:
+            raise IndefiniteError(structure.read_by(reader)) from None
     progress("compensating", len(readers), len(readers))
     return edited, tuple(errors)
 

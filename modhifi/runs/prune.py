@@ -100,6 +100,7 @@ def run_prune(
         )
         if recipe.method.reestimate_batchnorm:
             reestimate_batchnorm(pruned.model, loaded, calibration, settings.batch_size)
+        warnings += [f"the group '{name}' stays as it is: {reason}" for name, reason in pruned.left.items()]
         warnings += gram_warnings(pruned.grams, len(calibration))
     for warning in warnings:
         clock.note(f"warning: {warning}")

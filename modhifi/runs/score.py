@@ -19,6 +19,7 @@ from modhifi.data.sources import load_samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.pruning.fidelity import energy_score
+from modhifi.pruning.left_alone import leave, unmeasured
 from modhifi.pruning.readers import readers_of
 from modhifi.pruning.selectors.base import summed
 from modhifi.pruning.settings import PruneSettings
@@ -73,6 +74,7 @@ def score_model(
     structure = choose_groups(find_structure(loaded), settings)
     chosen = load_samples(data, loaded, n=samples or usual.samples, seed=seed, window=window, progress=progress)
     moments = measure_moments(loaded, structure, chosen, settings.sampling, progress)
+    leave(structure, unmeasured(loaded, structure, moments, chosen, settings.batch_size), strict=True)
     curves = removal_curves(loaded.model, structure, moments, settings, progress)
     result = []
     for group in structure.prunable:

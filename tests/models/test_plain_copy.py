@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from tiny import Plain, Residual
+from tiny import Forgetful, Plain, Residual
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
@@ -18,23 +18,6 @@ from modhifi.models.plain_copy import plain_copy
 from modhifi.structure.clone import clone
 
 BATCH = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-
-
-class Forgetful(nn.Module):
-    """A layer that copies itself by its arguments, as those of einops do."""
-
-    def __init__(self, start: int = 1) -> None:
-        super().__init__()
-        self.start = start
-
-    def __getstate__(self) -> dict[str, int]:
-        return {"start": self.start}
-
-    def __setstate__(self, state: dict[str, int]) -> None:
-        self.__init__(**state)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.flatten(self.start)
 
 
 def around(change: Callable[[nn.Conv2d], nn.Module]) -> Callable[[], nn.Module]:

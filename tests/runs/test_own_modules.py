@@ -10,8 +10,7 @@ import pytest
 import torch
 import torchvision
 import transformers
-from models.test_plain_copy import Forgetful
-from tiny import Net, Plain, Residual, conv_bn
+from tiny import Forgetful, Net, Plain, Residual, conv_bn
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torchvision.models.feature_extraction import create_feature_extractor
