@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from modhifi.runs.recipe_tasks import AuditRecipe
 
 from .common import ForceOption, JsonOption, QuietOption
@@ -11,7 +13,11 @@ from .run import run
 
 @takes(AuditRecipe)
 def audit(
-    recipe: AuditRecipe, quiet: QuietOption = False, as_json: JsonOption = False, force: ForceOption = False
+    recipe: AuditRecipe,
+    file: Path | None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+    force: ForceOption = False,
 ) -> None:
     """Try to get forgotten classes back: norms re-estimated, probes, neighbours, prototypes; beside an output mask."""
-    run(recipe, quiet=quiet, as_json=as_json, force=force)
+    run(recipe, quiet=quiet, as_json=as_json, force=force, file=file)

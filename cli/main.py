@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
 import traceback
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +20,7 @@ from typer.core import TyperGroup
 
 from modhifi.errors import ModhifiError
 
+from . import streams
 from .env import version
 
 # Every verb, its file's name, and the first sentence of its help, which `modhifi --help` shows without that file.
@@ -38,7 +41,17 @@ VERBS = {
     "data": "Calibration data: make it, look at it.",
     "recipe": "Whole runs as YAML files: list, copy, check and run them.",
 }
-BAD_INPUT, OUR_BUG, INTERRUPTED = 2, 3, 130
+BAD_INPUT, OUR_BUG = 2, 3
+# Signals that end a run, and are met as Ctrl-C is: what was begun is taken away, and the exit code is 128 + number.
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class Ended(KeyboardInterrupt):
+    """A signal that ends the run."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
 
 
 class ErrorMapping(TyperGroup):
@@ -51,20 +64,13 @@ class ErrorMapping(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             result = super().invoke(ctx)
-            # Here and not at exit, where a closed pipe could no longer be caught.
-            sys.stdout.flush()
+            sys.stdout.flush()  # here and not at exit, where a full disk could no longer be told
             return result
-        except (KeyboardInterrupt, typer.Abort):
-            _stderr("interrupted")
-            raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            # The reader of our output has closed the pipe (`modhifi ... | head`).
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
+        except (KeyboardInterrupt, typer.Abort) as error:
+            raise _end(error) from None
         except Exception as error:
-            if _interrupted(error):
-                _stderr("interrupted")
-                raise typer.Exit(INTERRUPTED) from None
+            if (interrupt := _interrupt(error)) is not None:
+                raise _end(interrupt) from None
             message = one_line(error)
             if message is not None:
                 _stderr(f"error: {message}")
@@ -77,13 +83,23 @@ class ErrorMapping(TyperGroup):
             raise typer.Exit(OUR_BUG) from None
 
 
-def _interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error: extension modules turn one that meets their import into something else."""
-    while error is not None:
-        if isinstance(error, KeyboardInterrupt):
-            return True
+def _interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The Ctrl-C behind an error, if one is: extension modules turn one that meets their import into something else."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
-    return False
+    return error
+
+
+def _end(interrupt: BaseException) -> typer.Exit:
+    """Say what ended the run; the exit that says it too."""
+    _stderr(str(interrupt) if isinstance(interrupt, Ended) else "interrupted")
+    return typer.Exit(getattr(interrupt, "exit_code", 128 + signal.SIGINT))
+
+
+def _raise_ended(number: int, _: FrameType | None) -> None:
+    for other in ENDING[1:]:
+        signal.signal(other, signal.SIG_IGN)  # one is enough: what follows would meet the clearing up
+    raise Ended(number)
 
 
 def one_line(error: Exception) -> str | None:
@@ -152,12 +168,16 @@ def main() -> None:
     # Read by OpenMP when torch is imported: threads that spin while they wait for each other burn the cores that other
     # work on the machine would use, and are themselves held up by it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    streams.mend()
+    for number in ENDING[1:]:  # Python itself turns SIGINT into KeyboardInterrupt
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has one ignored
+            signal.signal(number, _raise_ended)
     try:
         app(prog_name="modhifi")
     except SystemExit as end:
-        if end.code == INTERRUPTED:
+        if isinstance(end.code, int) and end.code - 128 in ENDING:
             # An interrupt that met C code running Python marks the interpreter to die of the signal, not with our code.
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(INTERRUPTED)
+            os._exit(end.code)
         raise

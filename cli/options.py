@@ -134,18 +134,21 @@ def takes(
     """Makes a verb of ``function(recipe, **more)``: an option for every key of ``kind``, then the function's own.
 
     ``base`` is the recipe that the options change, ``only`` the keys that get an option, ``without`` those that get
-    none, each with the reason; ``files`` also lets a recipe's file be the base.
+    none, each with the reason; ``files`` also lets a recipe's file be the base, whose path, or None, the function then
+    gets behind the recipe.
     """
     keys = [k for k in keys_of(kind) if (only is None or k.path in only) and k.path not in (without or {})]
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1 + files :]
 
         def verb(ctx: typer.Context, **values: Any) -> None:
             parsed = [(k, values.pop(k.parameter)) for k in keys]
             given = [(k, v) for k, v in parsed if _is_given(ctx, k.parameter)]
             file, changes = values.pop("recipe", None), values.pop("set_values", None)
-            function(compose(kind, keys, given, base or {}, file, changes or []), **values)
+            recipe = compose(kind, keys, given, base or {}, file, changes or [])
+            read = (None if file is None else find(file),) if files else ()
+            function(recipe, *read, **values)
 
         parameters = []
         for k in keys:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,6 +18,7 @@ from .run import run
 @takes(PruneRecipe)
 def prune(
     recipe: PruneRecipe,
+    file: Path | None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -42,4 +44,5 @@ def prune(
         cache=cache,
         no_cache=no_cache,
         push_to_hub=push_to_hub,
+        file=file,
     )

@@ -102,10 +102,12 @@ def run(
     force: ForceOption = False,
 ) -> None:
     """Run a recipe: every step in order; exit code 1 where a check fails, after everything is written."""
+    from modhifi.runs.bundled_recipes import find
+
     from .run import run
 
     parsed = read(recipe, set_values, out, summary)
-    run(parsed, quiet=quiet, as_json=as_json, force=force, cache=cache, no_cache=no_cache)
+    run(parsed, quiet=quiet, as_json=as_json, force=force, cache=cache, no_cache=no_cache, file=find(recipe))
 
 
 def read(recipe: str, set_values: list[str] | None, out: Path | None = None, summary: Path | None = None) -> Recipe:

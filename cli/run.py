@@ -30,8 +30,12 @@ def run(
     cache: Path | None = None,
     no_cache: bool = False,
     push_to_hub: str | None = None,
+    file: Path | None = None,
 ) -> list[Done]:
-    """Run a recipe and print its reports, of several steps each; raises the failure of a check after all is written."""
+    """Runs a recipe and prints the report of each step; raises the failure of a check after everything is written.
+
+    ``file`` is where the recipe was read from.
+    """
     # Whoever asks for help does not wait for the libraries of models.
     from modhifi.runs.run_recipe import Circumstances, run_recipe
 
@@ -42,6 +46,7 @@ def run(
             Circumstances(
                 dry_run=dry_run,
                 force=force,
+                reads=() if file is None else (file,),
                 cache=None if no_cache else cache or default_directory(),
                 progress=report,
                 command=shlex.join(["modhifi", *sys.argv[1:]]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from modhifi.runs.recipe_tasks import VerifyRecipe
 
 from .common import ForceOption, JsonOption, QuietOption
@@ -11,10 +13,14 @@ from .run import run
 
 @takes(VerifyRecipe)
 def verify(
-    recipe: VerifyRecipe, quiet: QuietOption = False, as_json: JsonOption = False, force: ForceOption = False
+    recipe: VerifyRecipe,
+    file: Path | None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+    force: ForceOption = False,
 ) -> None:
     """Bound how far an edited model's outputs moved: every rung labelled, with a verdict on each tolerance.
 
     Exit code 0 where every tolerance given is met, 1 where one is not or stays open, 3 if the self-test fails.
     """
-    run(recipe, quiet=quiet, as_json=as_json, force=force)
+    run(recipe, quiet=quiet, as_json=as_json, force=force, file=file)

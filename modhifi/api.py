@@ -18,6 +18,7 @@ from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.plain_copy import unwrapped
 from modhifi.progress import Progress, silent
 from modhifi.runs.inputs import Given
 from modhifi.runs.prune import PruneResult
@@ -335,7 +336,10 @@ def _loaded(model: Model, data: Data) -> LoadedModel:
     """Loads the model; a module of neither timm nor transformers takes its example batch from the data."""
     if isinstance(model, LoadedModel):
         return model
-    if not isinstance(model, nn.Module) or hasattr(model, "pretrained_cfg") or hasattr(model, "config"):
+    if not isinstance(model, nn.Module):
+        return load_model(model)
+    inner, _ = unwrapped(model)
+    if isinstance(getattr(inner, "pretrained_cfg", None), dict) or hasattr(inner, "main_input_name"):
         return load_model(model)
     if isinstance(data, str):
         raise ModhifiError("a module of your own needs tensors as data, or modhifi.load_model(module, example=BATCH)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class ModhifiError(Exception):
     """Bad usage or input: one line that says what is wrong and what to do. Exit code 2."""
@@ -22,10 +24,11 @@ class SelfTestFailed(ModhifiError):
 
 
 class IndefiniteError(ModhifiError):
-    """A Gram matrix is not positive definite, whatever the damping. Exit code 2."""
+    """A Gram matrix that no damping makes positive definite; ``groups`` are those that need it, as far as known."""
 
-    def __init__(self) -> None:
+    def __init__(self, groups: Iterable[str] = ()) -> None:
+        self.groups = tuple(groups)
+        needed = f", which the group '{self.groups[0]}' needs," if self.groups else ""
         super().__init__(
-            "a Gram matrix is not positive definite even with strong damping; "
-            "use more calibration samples, or check them for NaN"
+            f"a Gram matrix{needed} is not positive definite even with strong damping; use more calibration samples"
         )

@@ -37,6 +37,23 @@ class Net(nn.Module):
         return self.head(self.body(self.stem(x)).mean((2, 3)))
 
 
+class Forgetful(nn.Module):
+    """A layer that copies itself by its arguments, as those of einops do."""
+
+    def __init__(self, start: int = 1) -> None:
+        super().__init__()
+        self.start = start
+
+    def __getstate__(self) -> dict[str, int]:
+        return {"start": self.start}
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.__init__(**state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(self.start)
+
+
 class Plain(Net):
     def __init__(self) -> None:
         super().__init__(6)

@@ -76,7 +76,6 @@ def save_artifact(
                 "versions": installed_versions(),
             }
         )
-        _write_json(directory / MANIFEST, content)
         _write_json(directory / "report.json", report)
         (directory / "report.html").write_text(render_html(report), encoding="utf-8")
         (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
@@ -85,6 +84,9 @@ def save_artifact(
         (directory / "README.md").write_text(
             model_card(out.name, Manifest.model_validate(content), report), encoding="utf-8"
         )
+        # Last, so that it knows the others: what stands here, and is not named, is not ours to replace.
+        content["written"] = sorted({MANIFEST, *(path.name for path in directory.iterdir())})
+        _write_json(directory / MANIFEST, content)
     return out
 
 

@@ -7,7 +7,6 @@ Source: docs/method.md, the error bound; docs/bounds.md says how to read it.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +27,7 @@ from modhifi.disk import jsonable
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
+from modhifi.structure.clone import clone
 
 # For larger models the float64 passes take longer than the pruning itself.
 WALKED_PARAMETERS = 10_000_000
@@ -289,7 +289,7 @@ def _share(where: str, names: tuple[str, ...], error: float, constant: float, ch
 
 
 def _double(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).cpu().double()
+    return clone(model).cpu().double()
 
 
 def _same_function(original: LoadedModel, edited: nn.Module, dense_shape: nn.Module, batch: Tensor) -> bool:

@@ -6,7 +6,6 @@ by the modified tail (form B), and the differences telescope exactly to the whol
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from modhifi.structure.clone import clone
 from modhifi.structure.torch_ops import names_of, operation_name, tensors_in
 
 # Operations whose results are kept; none of them writes into its input.
@@ -54,7 +54,7 @@ def hybrid_changes(
     layer undone and those of the modified network; the changes add up to the difference of the two. Both models have
     the same shapes and stay as they are.
     """
-    hybrid = copy.deepcopy(edited)
+    hybrid = clone(edited)
     original_tensors, edited_tensors, hybrid_tensors = _tensors(original), _tensors(edited), _tensors(hybrid)
     modified = {name for name, tensor in original_tensors.items() if not torch.equal(tensor, edited_tensors[name])}
     outputs = []

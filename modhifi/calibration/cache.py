@@ -106,12 +106,12 @@ class StoredSums:
             "counts": json.dumps({name: s.n for name, s in sums.items() if s.n}),
         }
         partial = self.path.with_suffix(f".{os.getpid()}.part")
-        try:
-            if make_room(self.path, sum(t.nbytes for t in tensors.values())):
-                save_file(tensors, partial, metadata=facts)
-                os.replace(partial, self.path)
-        except (OSError, SafetensorError):
-            with suppress(OSError):
+        with suppress(OSError, SafetensorError):
+            try:
+                if make_room(self.path, sum(t.nbytes for t in tensors.values())):
+                    save_file(tensors, partial, metadata=facts)
+                    os.replace(partial, self.path)
+            finally:
                 partial.unlink(missing_ok=True)
         self._written = time.perf_counter()
         self._cost = self._written - now

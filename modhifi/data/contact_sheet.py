@@ -72,7 +72,7 @@ def materialise(samples: Samples, loaded: LoadedModel, out_dir: Path) -> list[Pa
             if loaded.tokenizer is not None:
                 written.append(item.with_suffix(".txt"))
                 tokens = samples.load(i)
-                written[-1].write_text(loaded.tokenizer.decode(tokens[tokens >= 0], skip_special_tokens=True))
+                written[-1].write_text(loaded.tokenizer.decode(tokens[tokens >= 0], skip_special_tokens=True), "utf-8")
             else:
                 written.append(item.with_suffix(".png"))
                 picture(samples, loaded, i).save(written[-1])

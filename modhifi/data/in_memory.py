@@ -52,6 +52,8 @@ def from_items(
                 f"item {index} of the data is {type(item).__name__}; give tensors, PIL images, or pairs "
                 "of one with a class index"
             )
+        if item.is_floating_point() and not bool(item.isfinite().all()):
+            raise ModhifiError(f"item {index} of the data holds NaN or infinite values; repair it or leave it out")
         return item.detach().cpu(), label
 
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import platform
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 from modhifi.errors import ModhifiError
 from modhifi.models.from_module import from_module
 from modhifi.models.hub import fetch_description, fetch_weights, split_revision
-from modhifi.models.loaded import LoadedModel, frozen
+from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import MANIFEST, Artifact, Manifest, ModelEntry, read_manifest
+from modhifi.models.plain_copy import plain_copy
 from modhifi.models.skeleton import build_skeleton, fill, read_config, reshape
 from modhifi.progress import version_of
 
@@ -42,7 +42,7 @@ def load_artifact(directory: str | Path, skeleton: nn.Module | None = None) -> L
     config = read_config(directory) if entry.framework == "transformers" and skeleton is None else None
     with _library_hint(manifest):
         if skeleton is not None:
-            model = frozen(copy.deepcopy(skeleton).cpu())
+            model, _ = plain_copy(skeleton, str(directory))
         elif entry.framework == "torch":
             raise ModhifiError(
                 f"{directory} was made from a module of your own ({entry.info['architecture']}); pass that "

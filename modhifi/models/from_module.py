@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
-from modhifi.models.loaded import LoadedModel, frozen
-from modhifi.models.offload import own_copy
+from modhifi.models.loaded import LoadedModel
+from modhifi.models.plain_copy import plain_copy, unwrapped
 from modhifi.models.weights import check_weights
 
 
@@ -22,19 +23,23 @@ def from_module(module: nn.Module, args: dict[str, Any], example: Tensor | None)
     """
     if args:
         raise ModhifiError("model arguments build a model from a name; a module is already built")
-    source = f"module:{type(module).__name__}"
+    source = f"module:{type(unwrapped(module)[0]).__name__}"
     check_weights(module, source)  # before the copy, which some quantised modules do not survive
     with hub.explained(source):
-        model = frozen(own_copy(module))
+        model, notes = plain_copy(module, source)
     if isinstance(getattr(model, "pretrained_cfg", None), dict):
         from modhifi.models import from_timm
 
-        return from_timm.loaded_from(model, source)
+        return _noting(from_timm.loaded_from(model, source), notes)
     if hasattr(model, "config") and hasattr(model, "main_input_name"):
         from modhifi.models import from_transformers
 
-        return from_transformers.loaded_from(model, source, None)
+        return _noting(from_transformers.loaded_from(model, source, None), notes)
     if not isinstance(example, Tensor):
         raise ModhifiError(f"{source}: pass example=, a batch of inputs (axis 0 the batch), with a plain module")
-    info = {"architecture": type(module).__name__, "libraries": {"torch": torch.__version__}, "notes": []}
+    info = {"architecture": type(model).__name__, "libraries": {"torch": torch.__version__}, "notes": notes}
     return LoadedModel(model, source, "torch", "tensor", example, None, None, None, info)
+
+
+def _noting(loaded: LoadedModel, notes: list[str]) -> LoadedModel:
+    return replace(loaded, info=loaded.info | {"notes": [*notes, *loaded.info["notes"]]})

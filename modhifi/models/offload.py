@@ -24,10 +24,17 @@ def own_copy(module: nn.Module) -> nn.Module:
     Weights that accelerate keeps on disk are read into main memory, where the edited copies will be as well; those
     it keeps on the CPU are shared with the caller's module, which stays unchanged.
     """
+    # torch copies no tensor that a gradient would flow through: weights that a norm computed, activations kept.
+    memo: dict[int, Any] = {
+        id(value): value.detach().clone()
+        for part in module.modules()
+        for value in vars(part).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
     hooked = [(name, m, hook) for name, m in module.named_modules() for hook in _hooks(m)]
     if not hooked:
-        return copy.deepcopy(module).cpu()
-    memo: dict[int, Any] = {id(hook): hook for _, _, hook in hooked}
+        return copy.deepcopy(module, memo).cpu()
+    memo |= {id(hook): hook for _, _, hook in hooked}
     for _, owner, hook in hooked:
         below = getattr(hook, "place_submodules", False)
         for leaf, tensor in [*owner.named_parameters(recurse=below), *owner.named_buffers(recurse=below)]:

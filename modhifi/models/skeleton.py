@@ -97,7 +97,13 @@ def same_shapes(first: nn.Module, second: nn.Module) -> bool:
 
 def same_modules(skeleton: nn.Module, model: nn.Module) -> bool:
     """Whether two models have the same modules under the same names, whatever their shapes."""
-    return {n: type(m) for n, m in skeleton.named_modules()} == {n: type(m) for n, m in model.named_modules()}
+    ours, theirs = ({n: _class(m) for n, m in whole.named_modules()} for whole in (skeleton, model))
+    return ours == theirs
+
+
+def _class(module: nn.Module) -> str:
+    """The name of a module's class, in full: every graph of torch.fx has a class of its own."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def differences(skeleton: nn.Module, model: nn.Module) -> Differences:
@@ -115,14 +121,16 @@ def differences(skeleton: nn.Module, model: nn.Module) -> Differences:
     shapes |= dict.fromkeys(before.keys() - after.keys())
     attributes = {}
     dense_modules = dict(skeleton.named_modules())
+    own_config = getattr(model, "config", None)
     for name, module in model.named_modules():
         dense_counts = vars(dense_modules[name])
         changed = {
             k: v for k, v in vars(module).items() if _counts(v) and (k not in dense_counts or dense_counts[k] != v)
         }
-        if "config" in dense_counts and module is not model and getattr(module, "config", None) is not model.config:
+        config = getattr(module, "config", None)
+        if "config" in dense_counts and module is not model and hasattr(config, "to_dict") and config is not own_config:
             # A copy made for this layer alone.
-            layer_config, dense_config = vars(module.config), vars(dense_counts["config"])
+            layer_config, dense_config = vars(config), vars(dense_counts["config"])
             changed |= {
                 f"config.{k}": v for k, v in layer_config.items() if type(v) is int and dense_config.get(k) != v
             }

@@ -28,10 +28,11 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_weights(model: nn.Module, source: str) -> None:
-    """Raises ModhifiError if the model is quantised or holds NaN or infinite values, naming the first such tensor.
+    """Raises ModhifiError if the model is quantised, has an adapter, or holds NaN or infinite values; names the first.
 
     Buffers may hold minus infinity, as attention masks do. Tensors on the meta device have no values to check.
     """
+    _refuse_adapters(model, source)
     for name, module in model.named_modules():
         if type(module).__module__.startswith(("torch.ao.nn", "torch.nn.quantized", "bitsandbytes")) or hasattr(
             module, "qweight"
@@ -47,6 +48,16 @@ def check_weights(model: nn.Module, source: str) -> None:
         masked = tensor.isneginf() if name not in parameters else False
         if not bool((tensor.isfinite() | masked).all()):
             raise ModhifiError(f"{source}: tensor {name!r} holds NaN or infinite values; repair the checkpoint")
+
+
+def _refuse_adapters(model: nn.Module, source: str) -> None:
+    """Raise ModhifiError for low-rank adapters beside a layer: their rank is no width of the model."""
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") or type(module).__module__.startswith("peft."):
+            raise ModhifiError(
+                f"{source} carries an adapter ({name or type(module).__name__}); merge the adapter first "
+                "(merge_and_unload() of peft) and give the merged model"
+            )
 
 
 def refuse_quantised_config(directory: Path, source: str) -> None:

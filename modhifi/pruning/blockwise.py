@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from modhifi.calibration.block_stream import Stream, find_blocks, moments_by_block
 from modhifi.calibration.memory import check_room, gram_bytes
+from modhifi.calibration.moments import Moments
 from modhifi.calibration.timeline import Timeline
 from modhifi.data.samples import Samples
+from modhifi.errors import IndefiniteError
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.offload import staying
 from modhifi.progress import Progress
@@ -20,8 +21,10 @@ from modhifi.pruning.budget import Budget
 from modhifi.pruning.editing import LayerError, edit_readers
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts.base import least_width
+from modhifi.pruning.left_alone import UNSOLVED, leave, unmeasured
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import Pruned, removal_curves
+from modhifi.structure.clone import clone
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import operator_modules
 from modhifi.structure.plan import Plan
@@ -85,11 +88,12 @@ def prune_in_blocks(
         return None
     check_room(loaded.model, structure)
     widths = uniform_widths(loaded, structure, budget, settings)
-    dense_shape = copy.deepcopy(loaded.model)
+    dense_shape = clone(loaded.model)
     curves: dict[str, Curve] = {}
     kept: dict[str, tuple[int, ...]] = {}
     cost: dict[str, float] = {}
     errors: list[LayerError] = []
+    left: dict[str, str] = {}
 
     def batches() -> Iterable[Tensor]:
         return samples.batches(settings.batch_size)
@@ -109,8 +113,10 @@ def prune_in_blocks(
             continue
         device = next(iter(moments.values())).mean.device
         dense, edited = loaded.model.get_submodule(block), dense_shape.get_submodule(block)
+        unable = unmeasured(loaded, inside, moments, samples, settings.batch_size)
         with staying([dense], device), staying([edited], device, written=True):
-            block_curves = removal_curves(loaded.model, inside, moments, settings)
+            block_curves, unable = _curves(loaded.model, inside, moments, settings, unable)
+            inside, left = inside.leave(unable), left | unable
             plan = plan_for(inside.prunable, block_curves, widths)
             errors += edit_readers(dense_shape, structure, plan, moments, settings)
         curves |= block_curves
@@ -118,5 +124,23 @@ def prune_in_blocks(
         cost |= plan.removal_cost
         del moments  # before the next block's are collected
     progress("pruning blocks", len(blocks), len(blocks))
-    whole = Plan(kept, cost)
-    return Pruned(shrink(dense_shape, structure, whole), structure, whole, curves, tuple(errors))
+    whole, structure = Plan(kept, cost), leave(structure, left, settings.strict)
+    return Pruned(shrink(dense_shape, structure, whole), structure, whole, curves, tuple(errors), left=left)
+
+
+def _curves(
+    model: nn.Module,
+    inside: Structure,
+    moments: Mapping[str, Moments],
+    settings: PruneSettings,
+    unable: Mapping[str, str],
+) -> tuple[dict[str, Curve], dict[str, str]]:
+    """The curves of the groups in a block, and those groups that have none, with the reason; those ``unable`` first."""
+    inside = inside.leave(unable)
+    try:
+        return removal_curves(model, inside, moments, settings), dict(unable)
+    except IndefiniteError as error:
+        if settings.strict:
+            raise
+        unsolved = dict.fromkeys(error.groups, UNSOLVED)
+        return removal_curves(model, inside.leave(unsolved), moments, settings), {**unable, **unsolved}

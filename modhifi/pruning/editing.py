@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.calibration.moments import Moments
+from modhifi.errors import IndefiniteError
 from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.local_error import local_error
 from modhifi.pruning.readers import applied_second
@@ -89,4 +90,8 @@ def compensated(
     kept = channels.view(groups, -1).to(weight.device)
     blocks = torch.arange(columns, device=weight.device).view(-1, kernel)
     edit = COMPENSATIONS[settings.compensate].edit
-    return torch.stack([edit(w, s, blocks, k, settings.ridge) for w, s, k in zip(weight, second, kept, strict=True)])
+    try:
+        parts = [edit(w, s, blocks, k, settings.ridge) for w, s, k in zip(weight, second, kept, strict=True)]
+    except IndefiniteError:
+        raise IndefiniteError(structure.read_by(name)) from None
+    return torch.stack(parts)

@@ -214,7 +214,7 @@ def eliminate(
     how = (keep_at_least, order, partition, steps, trial)
     try:
         return _eliminate(Elimination(readers, ridge, torch.float32), *how)
-    except IndefiniteError:  # in single precision, maybe
+    except (IndefiniteError, torch.linalg.LinAlgError):  # in single precision, maybe
         return _eliminate(Elimination(readers, ridge), *how)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.distributed import ALONE, Processes
 from modhifi.calibration.gram_quality import gram_quality
+from modhifi.calibration.moments import Moments
 from modhifi.data.samples import Samples
-from modhifi.errors import ModhifiError
+from modhifi.errors import IndefiniteError, ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.pruning.blockwise import fit_in_memory, prune_in_blocks
@@ -16,6 +18,7 @@ from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts import LAYOUTS
+from modhifi.pruning.left_alone import UNSOLVED, leave, unmeasured
 from modhifi.pruning.readers import best_singletons, readers_of
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import (
@@ -73,6 +76,37 @@ def prune_model(
                 if pruned is not None:
                     return pruned
     moments = measure_moments(loaded, structure, samples, settings.sampling, progress, cache, team)
+    left = unmeasured(loaded, structure, moments, samples, settings.batch_size)
+    while True:
+        structure = leave(structure, left, settings.strict)
+        try:
+            pruned = _solve(loaded, structure, samples, budget, settings, plan, moments, progress)
+            return replace(pruned, left=left)
+        except IndefiniteError as error:
+            if not error.groups or settings.strict:
+                raise
+            left |= dict.fromkeys(error.groups, UNSOLVED)
+        except ModhifiError as error:
+            if not left:
+                raise
+            name, reason = next(iter(left.items()))
+            raise ModhifiError(f"{error} (the group '{name}' has to stay as it is: {reason})") from None
+
+
+def _solve(
+    loaded: LoadedModel,
+    structure: Structure,
+    samples: Samples,
+    budget: Budget | None,
+    settings: PruneSettings,
+    plan: Plan | None,
+    moments: Mapping[str, Moments],
+    progress: Progress,
+) -> Pruned:
+    """What :func:`prune_model` returns, from moments; raises :class:`IndefiniteError` for groups without a solution."""
+    if plan is not None:
+        able = {g.name for g in structure.prunable}
+        plan = Plan({name: kept for name, kept in plan.kept.items() if name in able})
     curves: dict[str, Curve] = {}
     tried: dict[str, float] = {}
     if plan is None and settings.eta is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from functools import partial
 
@@ -14,6 +13,7 @@ from modhifi.calibration.prefix_cache import MOST_BYTES, PrefixCache
 from modhifi.calibration.sampling import Sampling
 from modhifi.calibration.timeline import Timeline
 from modhifi.data.samples import Samples
+from modhifi.errors import IndefiniteError
 from modhifi.models.hooks import batch_statistics, stop_before
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
@@ -21,6 +21,7 @@ from modhifi.pruning.compensations.lstsq import least_squares_towards
 from modhifi.pruning.editing import LayerError
 from modhifi.pruning.linalg import mean_diagonal, shrinkage, shrunk
 from modhifi.pruning.settings import PruneSettings
+from modhifi.structure.clone import clone
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import absorb_mean, kernel_size, weight_matrix, write_weight
 from modhifi.structure.plan import Plan
@@ -98,7 +99,7 @@ def edit_sequentially(
     ``settings.sequential`` is ``own``: the layer's dense weights applied to the pruned prefix; or ``dense``: the dense
     model's output (docs/method.md, sequential).
     """
-    edited = copy.deepcopy(loaded.model)
+    edited = clone(loaded.model)
     removed = {name: at for (name, role), at in removed_positions(structure, plan).items() if role == "reader"}
     readers = [name for name in structure.operators if name in removed]
     passes = PairedPasses(loaded, edited, samples, settings.sampling)
@@ -106,7 +107,11 @@ def edit_sequentially(
     for number, reader in enumerate(readers):
         progress("compensating", number, len(readers))
         passes.advance(written_modules(structure, readers[number:]))
-        errors.append(_compensate(edited, structure, reader, removed[reader], passes.moments(reader), settings))
+        both = passes.moments(reader)
+        try:
+            errors.append(_compensate(edited, structure, reader, removed[reader], both, settings))
+        except IndefiniteError:
+            raise IndefiniteError(structure.read_by(reader)) from None
     progress("compensating", len(readers), len(readers))
     return edited, tuple(errors)
 

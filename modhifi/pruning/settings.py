@@ -13,7 +13,8 @@ class PruneSettings:
 
     ``ridge`` is in units of a Gram's mean diagonal; ``rows_per_column`` bounds the rows a Gram looks at (None: every
     position); ``floor`` is the least share of a group that stays; with ``behind_norms``, ``obs`` orders removals by
-    errors as they leave the BatchNorm behind a reader: better where a large share goes everywhere, not elsewhere.
+    errors as they leave the BatchNorm behind a reader: better where a large share goes everywhere, not elsewhere;
+    ``strict`` makes a group that cannot be measured or solved an error.
     """
 
     selector: str = "obs"
@@ -30,6 +31,7 @@ class PruneSettings:
     exclude: tuple[str, ...] = ()
     coupled: bool = True
     behind_norms: bool = False
+    strict: bool = False
     seed: int = 0
     batch_size: int = 32
 

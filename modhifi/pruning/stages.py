@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from modhifi.calibration.memory import check_room
 from modhifi.calibration.moments import Moments
 from modhifi.calibration.sampling import Sampling
 from modhifi.data.samples import Samples
-from modhifi.errors import ModhifiError
+from modhifi.errors import IndefiniteError, ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.pruning.allocation import allocate
@@ -31,6 +30,7 @@ from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.selectors.naive import hifi_union
 from modhifi.pruning.sequential import edit_sequentially
 from modhifi.pruning.settings import PruneSettings
+from modhifi.structure.clone import clone
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import operator_modules
 from modhifi.structure.plan import Plan
@@ -45,7 +45,8 @@ class Pruned:
     """``model`` is physically smaller; `structure.expand` gives the same function in the dense model's shapes.
 
     ``fidelity`` has the best singleton fidelity of every component, float64 ``(n,)`` by group. ``tried`` has, where
-    several plans were tried, what each does to the output: its divergence on a few samples in nats.
+    several plans were tried, what each does to the output: its divergence on a few samples in nats. ``left`` has the
+    groups that could not be measured or solved and stay as they are, each with the reason.
     """
 
     model: nn.Module
@@ -56,6 +57,7 @@ class Pruned:
     fidelity: Mapping[str, Tensor] = field(default_factory=dict)
     grams: tuple[GramQuality, ...] = ()
     tried: Mapping[str, float] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_structure(loaded: LoadedModel) -> Structure:
@@ -100,7 +102,7 @@ def measure_moments(
     cache: MomentCache | None = None,
     team: Processes = ALONE,
 ) -> dict[str, Moments]:
-    """Moments of every reader of a prunable group, in one forward pass per sample that ``cache`` does not know.
+    """Moments of every reader of a prunable group that runs, in one pass per sample that ``cache`` does not know.
 
     Each process of a ``team`` runs its share of the batches, without the cache; the moments are those of all shares.
     """
@@ -131,9 +133,6 @@ def measure_moments(
         stored=stored,
     )
     moments = merged(share, team)
-    missing = [name for name in readers if name not in moments]
-    if missing:
-        raise ModhifiError(f"the layer '{missing[0]}' was never run on the calibration data; exclude its group")
     # Offloaded weights run elsewhere than they lie; the maths goes on where they lie.
     return {name: m.to(next(readers[name].parameters()).device) for name, m in moments.items()}
 
@@ -146,21 +145,29 @@ def removal_curves(
     progress: Progress = silent,
     trial: float | None = None,
 ) -> dict[str, Curve]:
-    """For each prunable group the order of removal and what it costs, with a trial at that share of its components."""
-    selector, curves = SELECTORS[settings.selector], {}
+    """For each prunable group the order of removal and what it costs, with a trial at that share of its components.
+
+    Raises :class:`IndefiniteError`, naming all groups that cannot be solved.
+    """
+    selector, curves, unsolved = SELECTORS[settings.selector], {}, []
     for number, group in enumerate(structure.prunable):
         progress("scoring", number, len(structure.prunable))
         readers = readers_of(model, structure, group, moments)
         if not settings.behind_norms:
             readers = [replace(reader, scale=None) for reader in readers]
-        curves[group.name] = eliminate(
-            readers,
-            keep_at_least=max(group.step, int(settings.floor * group.n)),
-            order=selector.order(readers, settings.seed),
-            partition=group.partition,
-            ridge=settings.ridge,
-            trial=None if trial is None else trial_size(group, trial),
-        )
+        try:
+            curves[group.name] = eliminate(
+                readers,
+                keep_at_least=max(group.step, int(settings.floor * group.n)),
+                order=selector.order(readers, settings.seed),
+                partition=group.partition,
+                ridge=settings.ridge,
+                trial=None if trial is None else trial_size(group, trial),
+            )
+        except (IndefiniteError, torch.linalg.LinAlgError):
+            unsolved.append(group.name)
+    if unsolved:
+        raise IndefiniteError(unsolved)
     progress("scoring", len(structure.prunable), len(structure.prunable))
     return curves
 
@@ -222,7 +229,7 @@ def apply_plan(
     """
     plan.check(structure)
     if settings.sequential is None:
-        dense_shape = copy.deepcopy(loaded.model)
+        dense_shape = clone(loaded.model)
         errors = edit_readers(dense_shape, structure, plan, moments, settings)
     else:
         if not COMPENSATIONS[settings.compensate].least_squares or samples is None:

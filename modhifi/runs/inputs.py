@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,6 +44,28 @@ class Given:
 
 
 NOTHING = Given()
+# What a run writes to.
+WRITTEN = ("out", "summary")
+
+
+def local_paths(content: Any) -> Iterator[Path]:
+    """The files and directories that exist among the strings of a recipe's content, but for what the run writes.
+
+    A string is a path, or one behind a prefix (``images:DIR``) and in front of a split (``hf:DIR:train``).
+    """
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if key not in WRITTEN:
+                yield from local_paths(value)
+    elif isinstance(content, list | tuple):
+        for value in content:
+            yield from local_paths(value)
+    elif isinstance(content, str) and content:
+        behind = content.partition(":")[2]
+        for text in dict.fromkeys((content, behind, behind.rpartition(":")[0])):
+            path = Path(os.path.expanduser(text))
+            if text and os.path.exists(path):
+                yield path
 
 
 def load_source(source: ModelSource) -> LoadedModel:

@@ -32,7 +32,7 @@ from modhifi.pruning.prune import contribute, prune_model
 from modhifi.pruning.stages import Pruned
 from modhifi.runs.bound_report import add_bounds, add_groups
 from modhifi.runs.defaults import complete
-from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, place
+from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, place
 from modhifi.runs.prune_report import before_after, measure_run, measured_verdict, report_of, skipped_warnings
 from modhifi.runs.recipe import BudgetChoice, PruneRecipe
 from modhifi.structure.expand import expand
@@ -60,6 +60,7 @@ def run_prune(
     device: torch.device | str = "cpu",
     dry_run: bool = False,
     force: bool = False,
+    reads: Sequence[Path] = (),
     given: Given = NOTHING,
     cache: MomentCache | None = None,
     progress: Progress = silent,
@@ -70,7 +71,8 @@ def run_prune(
     Nothing is written before everything is computed, and nothing at all with ``dry_run``. ``given`` takes the place of
     what the recipe names, ``force`` replaces an earlier output, ``command`` goes into the report. Where a launcher
     started several processes, all but the main one measure their share of the calibration data and return an empty
-    report. Raises ModhifiError for bad input.
+    report. ``reads`` are files beside those that the recipe names which ``force`` must not replace. Raises ModhifiError
+    for bad input.
     """
     clock, team = Clock(progress, command), processes()
     progress = clock.inner
@@ -83,7 +85,7 @@ def run_prune(
         raise ModhifiError("--eta keeps HiFi sets, whatever their size, in place of a budget; give one of the two")
     out = None if dry_run or recipe.out is None else Path(recipe.out)
     if out is not None:
-        check_output(out, force)
+        check_output(out, force, (*reads, *local_paths(recipe.model_dump())))
     for kind in recipe.export:
         EXPORTS[kind].check()
     with clock.stage("load"):
@@ -107,6 +109,7 @@ def run_prune(
         )
         if recipe.method.reestimate_batchnorm:
             reestimate_batchnorm(pruned.model, original, calibration, settings.batch_size)
+        warnings += [f"the group '{name}' stays as it is: {reason}" for name, reason in pruned.left.items()]
         warnings += gram_warnings(pruned.grams, len(calibration))
     report = report_of(recipe, original, calibration, held, pruned, warnings, command)
     _note(report, warnings, clock, team, cache)

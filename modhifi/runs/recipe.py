@@ -165,6 +165,8 @@ class Method(Strict):
     """Also prune channels coupled by residual additions."""
     reestimate_batchnorm: Annotated[bool, Option("--reestimate-bn")] = False
     """Re-estimate BatchNorm on the calibration data (real data only)."""
+    strict: bool = False
+    """Let a group that cannot be measured or solved be an error; by default it stays as it is."""
 
 
 class Checks(Strict):
@@ -233,6 +235,7 @@ class PruneRecipe(Strict):
             only=tuple(method.only or (["heads"] if self.budget.kv_cache is not None else [])),
             exclude=tuple(method.exclude),
             coupled=method.coupled,
+            strict=method.strict,
             seed=self.seed,
             batch_size=self.batch_size,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
 from modhifi.progress import Progress, silent
 from modhifi.runs.audit import run_audit
 from modhifi.runs.devices import resolve_device
-from modhifi.runs.inputs import NOTHING, Given
+from modhifi.runs.inputs import NOTHING, Given, local_paths
 from modhifi.runs.prune import PruneResult, run_prune
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.runs.recipe_file import set_value, to_yaml
@@ -53,14 +53,15 @@ class Circumstances:
     """The settings of a run that its recipe does not record.
 
     ``device`` and ``given`` take the place of what the recipe names; ``dry_run`` plans and writes nothing; ``force``
-    replaces what is there; ``cache`` is the directory where moments are kept, None for none; ``command`` is the
-    report's command that repeats the run.
+    replaces what is there, but for ``reads``, the files that the recipe came from; ``cache`` is the directory where
+    moments are kept, None for none; ``command`` is the report's command that repeats the run.
     """
 
     device: torch.device | str | None = None
     given: Given = NOTHING
     dry_run: bool = False
     force: bool = False
+    reads: tuple[Path, ...] = ()
     cache: Path | None = None
     progress: Progress = silent
     command: str = ""
@@ -97,7 +98,7 @@ def _run_all(recipe: StepsRecipe, circumstances: Circumstances) -> list[Done]:
     if launched():
         raise ModhifiError("a recipe of several steps runs in one process; launch `modhifi prune` alone")
     out = Path(recipe.out).expanduser()
-    check_output(out, circumstances.force)
+    check_output(out, circumstances.force, (*circumstances.reads, *local_paths(recipe.model_dump())))
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.yaml").write_text(to_yaml(recipe.model_dump(mode="json")), encoding="utf-8")
     finished: list[Done] = []
@@ -157,7 +158,7 @@ def _placed(content: Any, out: Path) -> Any:
 def _run(name: str, recipe: Task, circumstances: Circumstances) -> Done:
     device = resolve_device(recipe.device) if circumstances.device is None else circumstances.device
     given, progress = circumstances.given, circumstances.progress
-    force, command = circumstances.force, circumstances.command
+    force, reads, command = circumstances.force, circumstances.reads, circumstances.command
     if isinstance(recipe, PruneRecipe):
         pruned = run_prune(
             recipe,
@@ -165,17 +166,20 @@ def _run(name: str, recipe: Task, circumstances: Circumstances) -> Done:
             dry_run=circumstances.dry_run,
             given=given,
             force=force,
+            reads=reads,
             cache=None if circumstances.cache is None else MomentCache(circumstances.cache),
             progress=progress,
             command=command,
         )
         return Done(name, pruned.report, pruned.path, _failure(pruned.bounds), pruned)
     if isinstance(recipe, UnlearnRecipe):
-        unlearned = run_unlearn(recipe, device=device, given=given, force=force, progress=progress, command=command)
+        unlearned = run_unlearn(
+            recipe, device=device, given=given, force=force, reads=reads, progress=progress, command=command
+        )
         failure = _failure(unlearned.bounds) or _nothing_forgotten(unlearned.report)
         return Done(name, unlearned.report, unlearned.path, failure, unlearned)
     out = None if recipe.out is None else Path(recipe.out).expanduser()
-    check_report(out, force)
+    check_report(out, force, (*reads, *local_paths(recipe.model_dump())))
     bounds: BoundReport | None = None
     if isinstance(recipe, VerifyRecipe):
         bounds, recipe = run_verify(recipe, device=device, given=given, progress=progress)
@@ -218,14 +222,14 @@ def _failed_check(report: Mapping[str, Any]) -> GateFailed | None:
     return None if failed is None else GateFailed(f"{failed['name']}: FAIL: {failed['text']}")
 
 
-def check_report(out: Path | None, force: bool) -> None:
+def check_report(out: Path | None, force: bool, reads: Iterable[Path] = ()) -> None:
     """Raises ModhifiError, before any work, where a report could not be written."""
     if out is None:
         return
     if out.suffix in REPORTS:
         check_file(out, "--out", json="figures", html="a page")
     else:
-        check_output(out, force)
+        check_output(out, force, reads)
 
 
 def write_report(out: Path, report: Mapping[str, Any], recipe: Mapping[str, Any]) -> Path:

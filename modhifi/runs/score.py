@@ -19,6 +19,7 @@ from modhifi.data.sources import load_samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.pruning.fidelity import energy_score
+from modhifi.pruning.left_alone import leave, unmeasured
 from modhifi.pruning.readers import readers_of
 from modhifi.pruning.selectors.base import summed
 from modhifi.pruning.settings import PruneSettings
@@ -77,6 +78,7 @@ def score_model(
     structure = choose_groups(find_structure(loaded), settings)
     calibration = load_samples(data, loaded, n=samples or usual.samples, seed=seed, window=window, progress=progress)
     moments = measure_moments(loaded, structure, calibration, settings.sampling, progress)
+    leave(structure, unmeasured(loaded, structure, moments, calibration, settings.batch_size), strict=True)
     curves = removal_curves(loaded.model, structure, moments, settings, progress)
     result = []
     for group in structure.prunable:
@@ -97,9 +99,9 @@ def write_scores(scores: list[GroupScores], path: Path) -> None:
     try:
         if path.suffix == ".json":
             finite = [{k: _finite(v) for k, v in s.to_json().items()} for s in scores]
-            Path(temporary).write_text(json.dumps(finite, indent=1))
+            Path(temporary).write_text(json.dumps(finite, indent=1), "utf-8")
         elif path.suffix == ".csv":
-            with open(temporary, "w", newline="") as file:
+            with open(temporary, "w", newline="", encoding="utf-8") as file:
                 table = csv.writer(file)
                 table.writerow(["group", "component", "singleton", "energy", "cost", "rank"])
                 for s in scores:

@@ -27,7 +27,7 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Clock, Progress, silent
 from modhifi.runs.audit import load_reference, report_parts
 from modhifi.runs.bound_report import add_bounds
-from modhifi.runs.inputs import NOTHING, Given, forgotten_before, load_source
+from modhifi.runs.inputs import NOTHING, Given, forgotten_before, load_source, local_paths
 from modhifi.runs.unlearn_recipe import UnlearnRecipe
 from modhifi.unlearning.audit import audit
 from modhifi.unlearning.batchnorm import settle_norms, settled_names
@@ -52,13 +52,15 @@ def run_unlearn(
     device: torch.device | str = "cpu",
     given: Given = NOTHING,
     force: bool = False,
+    reads: Sequence[Path] = (),
     progress: Progress = silent,
     command: str = "",
 ) -> UnlearnResult:
     """Runs an unlearning recipe: load, edit, fit the strength, attack, bound, save, reload.
 
     ``given`` takes the place of what the recipe names, ``force`` replaces an earlier output, ``command`` goes into the
-    report. Raises ModhifiError for bad input, and where a launcher started several processes.
+    report. ``reads`` are files beside those that the recipe names which ``force`` must not replace. Raises
+    ModhifiError for bad input, and where a launcher started several processes.
     """
     if launched():
         raise ModhifiError("unlearning runs in one process; start it without a launcher")
@@ -66,7 +68,7 @@ def run_unlearn(
     progress = clock.inner
     out = None if recipe.out is None else Path(recipe.out)
     if out is not None:
-        check_output(out, force)
+        check_output(out, force, (*reads, *local_paths(recipe.model_dump())))
     with clock.stage("load"):
         original = given.model or load_source(recipe.model)
         original.model.to(device)

@@ -5,12 +5,11 @@ Removed channels count once, at their readers: the producers keep the original's
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
+from modhifi.structure.clone import clone
 from modhifi.structure.groups import Structure
 from modhifi.structure.library_layers import is_transposed
 from modhifi.structure.operators import conv_groups, last_wide
@@ -24,7 +23,7 @@ def expand(small: nn.Module, dense: nn.Module, structure: Structure, plan: Plan)
     Raises ModhifiError where the two do not fit under this plan: another original, other modules, other widths.
     """
     plan.check(structure)
-    model = copy.deepcopy(dense).cpu()
+    model = clone(dense).cpu()
     ours, theirs = model.state_dict(), {k: v.detach().cpu() for k, v in small.state_dict().items()}
     if ours.keys() != theirs.keys():
         other = sorted(ours.keys() ^ theirs.keys())[0]
@@ -53,8 +52,10 @@ def expand(small: nn.Module, dense: nn.Module, structure: Structure, plan: Plan)
                 _operator(module, ours[key], theirs[key], inputs, outputs, name)
             else:
                 _fill(ours[key], theirs[key], along if len(along) else outputs, name)
+    # One layer may stand under several names.
+    filled = {(ours[key].data_ptr(), ours[key].shape) for key in done}
     for key, value in theirs.items():
-        if key not in done:
+        if key not in done and (ours[key].data_ptr(), ours[key].shape) not in filled:
             _same_shape(ours[key], value, key)
             ours[key].copy_(value)
     return model

@@ -6,7 +6,7 @@ same producers and readers. Everything downstream (moments, selection, surgery) 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -114,3 +114,12 @@ class Structure:
             g if g.refused or g.name in wanted else replace(g, refused="excluded on request") for g in self.groups
         )
         return replace(self, groups=groups)
+
+    def leave(self, reasons: Mapping[str, str]) -> Structure:
+        """The same structure with some groups refused, each for its reason."""
+        groups = tuple(replace(g, refused=reasons[g.name]) if g.name in reasons else g for g in self.groups)
+        return replace(self, groups=groups)
+
+    def read_by(self, module: str) -> tuple[str, ...]:
+        """The names of the prunable groups that a module reads."""
+        return tuple(g.name for g in self.prunable if any(s.module == module for s in g.readers))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modhifi.structure.clone import clone
 from modhifi.structure.families import restate
 from modhifi.structure.groups import Structure
 from modhifi.structure.head_counts import set_count
@@ -30,7 +30,7 @@ def removed_positions(structure: Structure, plan: Plan) -> dict[tuple[str, str],
 
 def mask_readers(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
     """A copy of the model, all shapes kept, in which no reader sees the removed components (the mask oracle)."""
-    model = copy.deepcopy(model)
+    model = clone(model)
     for (name, role), positions in removed_positions(structure, plan).items():
         if role != "reader":
             continue

@@ -6,7 +6,6 @@ model whose code counts on a width shows it only when that width changes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modhifi.structure.clone import clone
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.outputs import difference, named_tensors
 from modhifi.structure.plan import Plan
@@ -58,7 +58,7 @@ def _problem(
     plan = Plan({g.name: _last(g, share) for g in groups})
     masked = dict(named_tensors(run(mask_readers(model, structure, plan))))
     try:
-        small = dict(named_tensors(run(shrink(copy.deepcopy(model), structure, plan))))
+        small = dict(named_tensors(run(shrink(clone(model), structure, plan))))
     except Exception:  # any failure of a stranger's code says the same: it cannot live with the new width
         return FIXED
     for name in masked | small:

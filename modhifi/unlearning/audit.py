@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from modhifi.data.labels import class_name, populations
 from modhifi.data.samples import Samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
+from modhifi.structure.clone import clone
 from modhifi.unlearning.attacks import Attacked, attack
 from modhifi.unlearning.attacks.base import labels_of, share
 from modhifi.unlearning.attacks.linear_probe import linear_probe
@@ -40,7 +40,7 @@ def head_mask(
     settings = UnlearnSettings(method="head-mask", settle=False, batch_size=batch_size)
     plain = forget(loaded, sites, data.edit, data.groups, settings, classes).model
     changed = [name for name in changed_operators(loaded.model, edited) if name in {s.module for s in sites.readers}]
-    settled = copy.deepcopy(plain)
+    settled = clone(plain)
     retained = data.edit.subset(torch.nonzero(data.groups == 0).flatten())
     names = settled_names(sites, changed)
     if names:

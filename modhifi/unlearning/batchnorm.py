@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from modhifi.calibration.prefix_cache import Passes
 from modhifi.data.samples import Samples
 from modhifi.models.hooks import attached, on_input
 from modhifi.models.loaded import LoadedModel
+from modhifi.structure.clone import clone
 from modhifi.unlearning.sites import Sites
 
 
@@ -84,7 +84,7 @@ def recall(loaded: LoadedModel, model: nn.Module, samples: Samples, batch_size: 
     """A copy of the model with BatchNorms re-estimated on ``samples``, all at once; None for a model without any."""
     if not batch_norms(model):
         return None
-    result = copy.deepcopy(model)
+    result = clone(model)
     reestimate_batchnorm(result, loaded, samples, batch_size)
     return result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from modhifi.data.samples import Samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
+from modhifi.structure.clone import clone
 from modhifi.unlearning.batchnorm import settle_norms, settled_names
 from modhifi.unlearning.methods import METHODS
 from modhifi.unlearning.session import AppliedEdit, EditSession
@@ -46,11 +46,11 @@ def forget(
 
     Raises ModhifiError for an unknown method, where no operator can be edited and for patterns that match none.
     """
-    method, edited = METHODS[settings.method], copy.deepcopy(loaded.model)
+    method, edited = METHODS[settings.method], clone(loaded.model)
     values = settings.filled(method.defaults(sites.straight))
     session = EditSession(loaded, edited, sites, samples, groups, classes, settings, values, progress)
     method.run(session)
-    plain = copy.deepcopy(edited)
+    plain = clone(edited)
     norms = settled_names(sites, [record.module for record in session.records])
     if settings.settle and norms:
         settle_norms(session.runs, norms, groups == 0)
@@ -59,7 +59,7 @@ def forget(
 
 def blend(original: nn.Module, edited: nn.Module, strength: float) -> nn.Module:
     """The model ``strength`` of the way from ``original`` to ``edited``, in every weight and statistic."""
-    result = copy.deepcopy(edited)
+    result = clone(edited)
     start, end = original.state_dict(), edited.state_dict()
     mixed = {k: start[k] + strength * (v - start[k]) if v.is_floating_point() else v for k, v in end.items()}
     result.load_state_dict(mixed)

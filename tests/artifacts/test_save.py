@@ -144,6 +144,17 @@ def test_reload_compares_every_output(tmp_path):
             verify_reload(out, loaded.example, other, skeleton=module)
 
 
+def test_the_manifest_names_all_that_was_written(saved, tmp_path):
+    out = save(tmp_path / "a", saved[1], saved[2], log="x")
+    written = json.loads((out / "modhifi.json").read_text())["written"]
+    assert written == sorted(p.name for p in out.iterdir()) and "modhifi.log" in written
+    check_output(out, force=True)
+    (out / "model.bin").write_text("x")
+    (out / "tokenizer.json").write_text("{}")  # a name that an artefact may have, this one not
+    with pytest.raises(ModhifiError, match="which modhifi did not write"):
+        check_output(out, force=True)
+
+
 def test_load_gives_a_plain_frozen_module_with_the_right_counts(saved):
     out, _, edited = saved
     model = modhifi.load(out)

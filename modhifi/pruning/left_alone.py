@@ -1,0 +1,98 @@
+"""Groups that cannot be measured or solved: which they are, why, and which sample is to blame."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from modhifi.calibration.moments import Moments
+from modhifi.data.samples import Samples
+from modhifi.errors import ModhifiError
+from modhifi.models.hooks import attached, batch_statistics, on_input
+from modhifi.models.loaded import LoadedModel
+from modhifi.structure.groups import Structure
+
+UNSOLVED = "the Gram matrix of what reads it has no factorisation, even with strong damping"
+
+
+def leave(structure: Structure, reasons: Mapping[str, str], strict: bool) -> Structure:
+    """The structure with some groups refused, each for its reason.
+
+    Raises ModhifiError with ``strict``, and where no group is left.
+    """
+    if not reasons:
+        return structure
+    name, reason = next(iter(reasons.items()))
+    if strict:
+        raise ModhifiError(f"the group '{name}' cannot be pruned: {reason}; --exclude it, or leave out --strict")
+    structure = structure.leave(reasons)
+    if not structure.prunable:
+        raise ModhifiError(f"no group can be pruned; of {len(reasons)}, '{name}': {reason}")
+    return structure
+
+
+def unmeasured(
+    loaded: LoadedModel, structure: Structure, moments: Mapping[str, Moments], samples: Samples, batch_size: int
+) -> dict[str, str]:
+    """The groups whose readers never ran, or read numbers whose products overflow, each with the reason.
+
+    Raises ModhifiError, naming sample, layer and group, where what a layer reads is not finite.
+    """
+    reasons, overflowing = {}, []
+    for group in structure.prunable:
+        for piece in group.readers:
+            if piece.module not in moments:
+                reasons[group.name] = f"its reader '{piece.module}' was never run on the calibration data"
+            elif not _finite(moments[piece.module]):
+                reasons[group.name] = f"the squares of what its reader '{piece.module}' reads overflow"
+                overflowing.append(piece.module)
+    if overflowing:
+        _refuse_broken(loaded, structure, samples, batch_size)
+    return reasons
+
+
+def _finite(moments: Moments) -> bool:
+    """Whether moments are finite; by the Cauchy-Schwarz inequality the diagonal tells."""
+    return bool(moments.mean.isfinite().all() & moments.cov.diagonal(dim1=1, dim2=2).isfinite().all())
+
+
+@torch.no_grad()
+def _refuse_broken(loaded: LoadedModel, structure: Structure, samples: Samples, batch_size: int) -> None:
+    """Run the samples again, and raise ModhifiError at the first number that is not finite."""
+    at: dict[str, list[int]] = {}
+
+    def look(module: str, x: Tensor) -> None:
+        if x.is_floating_point() and not at:
+            bad = ~x.isfinite().reshape(len(x), -1).all(1)
+            if bool(bad.any()):
+                at[module] = bad.nonzero().flatten().tolist()
+
+    names = dict.fromkeys(piece.module for group in structure.prunable for piece in group.readers)
+    handles = [on_input(loaded.model.get_submodule(name), partial(look, name)) for name in names]
+    with attached(handles), batch_statistics(loaded.model, samples.adapted):
+        for start in range(0, len(samples), batch_size):
+            size = min(batch_size, len(samples) - start)
+            batch = next(samples.subset(range(start, start + size)).batches(size))
+            refuse_broken_items(batch, samples.names[start : start + size])
+            loaded.run(batch)
+            for module, rows in at.items():
+                group = next(g.name for g in structure.prunable if any(p.module == module for p in g.readers))
+                where = samples.names[start + rows[0]] if rows[0] < size else samples.names[start]
+                half = next(loaded.model.parameters()).dtype == torch.float16
+                advice = "give the model in bfloat16 or float32" if half else "check the weights in front of it"
+                raise ModhifiError(
+                    f"what the layer '{module}' of the group '{group}' reads is not finite on sample '{where}'; "
+                    f"{advice}"
+                )
+
+
+def refuse_broken_items(batch: Tensor, names: tuple[str, ...]) -> None:
+    """Raise ModhifiError that names the first item of a batch with NaN or infinite values."""
+    if batch.is_floating_point():
+        bad = ~batch.isfinite().reshape(len(batch), -1).all(1)
+        if bool(bad.any()):
+            name = names[int(bad.nonzero()[0])]
+            raise ModhifiError(f"sample '{name}' holds NaN or infinite values; repair it or leave it out")

@@ -1,0 +1,24 @@
+"""Copies of models that are in the mode of the original."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """A deep copy, every module of it in training or evaluation mode as its original is.
+
+    Some classes forget theirs when they are copied: graphs of torch.fx, layers that copy themselves by their arguments.
+    """
+    return in_modes_of(model, copy.deepcopy(model))
+
+
+def in_modes_of(model: nn.Module, copied: nn.Module) -> nn.Module:
+    """The copy, in place, with every module in the mode of the module of that name in ``model``."""
+    copied.train(model.training)
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in copied.named_modules():
+        module.training = modes.get(name, model.training)
+    return copied
