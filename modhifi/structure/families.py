@@ -131,6 +131,7 @@ def _state_heads(
     if family.head_dim is not None:
         size = getattr(config, family.head_dim, None) or config.hidden_size // config.num_attention_heads
         setattr(config, family.head_dim, size)
-    if family.kv is not None:
+    # One key-value head that all query heads share is no part of any component, and stays.
+    if family.kv is not None and getattr(config, family.heads) == queries * getattr(config, family.kv):
         setattr(config, family.kv, count)
     setattr(config, family.heads, count * queries)

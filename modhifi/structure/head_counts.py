@@ -15,6 +15,7 @@ from modhifi.structure.library_layers import is_transposed
 
 HEADS = re.compile(r"(^|_|\.)heads?$")  # num_heads, n_head, num_key_value_heads
 WIDTHS = re.compile(r"(^|_)(dim|size)(_out_(qk|v))?$")  # attn_dim, split_size, all_head_size, dim_out_qk
+SHARING = re.compile(r"num_(key_value|kv)_groups$")  # query heads to one key-value head
 # widths of one head, and sizes of something else
 OTHERS = re.compile(r"^(attention_|attn_)?head_(dim|size)$|window|patch|block|kernel|chunk|vocab|grid")
 
@@ -30,12 +31,14 @@ def with_head_counts(model: nn.Module, group: Group) -> Group:
         return group if linear else replace(group, kind="channels")
     if group.kind == "channels":
         return group
-    amounts = [{group.n * group.queries: group.queries, group.n: 1}, {}]
-    amounts[1] = {group.n * s.index.shape[1]: s.index.shape[1] for s in group.slices if s.role != "along"}
+    heads = {group.n * group.queries: group.queries, group.n: 1}
+    widths = {group.n * s.index.shape[1]: s.index.shape[1] for s in group.slices if s.role != "along"}
+    # Where components are query heads of their own, each with its key-value head, this integer is 1.
+    sharing = {group.n: 1} if group.queries == 1 < group.n else {}
     counting = []
     for name in _around(group):
         for attribute, value in _integers(model.get_submodule(name)):
-            for pattern, amount in zip((HEADS, WIDTHS), amounts, strict=True):
+            for pattern, amount in ((HEADS, heads), (WIDTHS, widths), (SHARING, sharing)):
                 counts = pattern.search(attribute) and not OTHERS.search(attribute)
                 if counts and value in amount:
                     counting.append((name, attribute, amount[value]))

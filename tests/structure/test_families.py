@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,13 @@ from pathlib import Path
 import pytest
 import tiny_transformers
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from modhifi.artifacts.save import save_artifact
 from modhifi.models.artifact import load
 from modhifi.models.load import load_model
+from modhifi.pruning.stages import find_structure
 from modhifi.runs.check import check_model
 from modhifi.structure.families import restate, says
 from modhifi.structure.plan import Plan
@@ -105,6 +108,41 @@ def test_uniform_artefacts_of_timm_load_with_timm_alone(tmp_path: Path):
     folders = [str(tmp_path / name) for name in names]
     run = subprocess.run([sys.executable, "-c", STOCK_TIMM, *folders], capture_output=True, text=True)
     assert run.stdout.split() == ["True"] * len(names), run.stderr[-2000:]
+
+
+SHARED = [name for name, (_, _, fields) in tiny_transformers.FAMILIES.items() if "num_key_value_heads" in fields]
+
+
+@pytest.mark.parametrize("kinds", [("heads",), ("neurons",)])
+@pytest.mark.parametrize("kv", [1, 2])
+@pytest.mark.parametrize("name", SHARED)
+def test_any_number_of_key_value_heads_is_said_as_it_is(name: str, kv: int, kinds: tuple[str, ...], tmp_path: Path):
+    """Multi-query and grouped attention, cut to numbers of heads that divide the width and that do not."""
+    kind, config, fields = tiny_transformers.FAMILIES[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(getattr(transformers, config)(**fields | {"num_key_value_heads": kv}))
+    loaded = load_model(tiny_transformers.livelier(model.requires_grad_(False)))
+    structure = find_structure(loaded)
+    groups = [g for g in structure.prunable if g.kind in kinds]
+    if not groups:
+        assert (name, kv) in {("gemma2", 1), ("phi3", 1)} or kinds == ("neurons",) and "experts" in str(model)
+    padded = loaded.example.clone()
+    padded[0, -3:] = -1
+    for count in {1, groups[0].n - 1} if groups else ():
+        plan = Plan({g.name: tuple(range(count)) for g in groups})
+        small = shrink(copy.deepcopy(loaded.model), structure, plan)
+        if kinds == ("neurons",) or kv == 1:
+            assert small.config.num_key_value_heads == kv
+        folder = tmp_path / str(count)
+        save_artifact(folder, small, loaded, structure, plan, manifest={}, recipe={}, report={})
+        entry = json.loads((folder / "modhifi.json").read_text())["model"]
+        auto = getattr(transformers, entry["stock"] or entry["remote"])
+        alone = auto.from_pretrained(folder, dtype="auto", trust_remote_code=entry["stock"] is None)
+        assert entry["stock"] or (kinds == ("heads",) and 32 % (count * groups[0].queries))
+        for batch in (loaded.example, padded):
+            expected = loaded.logits(batch, small)
+            assert torch.equal(loaded.logits(batch, load(folder)), expected)
+            assert torch.allclose(loaded.logits(batch, alone.eval()), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_ratio_gives_every_width_to_the_last_neuron():
