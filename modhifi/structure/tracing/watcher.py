@@ -69,6 +69,8 @@ class Watcher(TorchFunctionMode):
 
         Free are parameters with one wide axis, and tables: those not called ``weight``, which layers multiply with.
         """
+        if id(tensor) not in self.placements and not (tensor.is_floating_point() or tensor.is_complex()):
+            self.remember(tensor, None)  # an index made in an earlier pass, which a library keeps
         if id(tensor) not in self.placements:
             self.couplings.freeze_everything(f"an operation before {self.where} could not be observed")
             self.remember(tensor, None)
