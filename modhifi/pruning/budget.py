@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from modhifi.errors import ModhifiError
+from modhifi.structure.groups import Structure
 from modhifi.structure.sizes import Sizes
 
 
@@ -49,6 +50,14 @@ class Budget:
         """Raises ModhifiError where a model of this kind (as in `LoadedModel.kind`) has nothing of the measure."""
         if self.measure == "cache" and kind != "text":
             raise ModhifiError("only a causal language model keeps a KV cache; give --ratio, --params or --flops")
+
+    def require(self, structure: Structure) -> None:
+        """Raises ModhifiError where FLOPs are asked for and a kernel of the model does an unknown number of them."""
+        if self.measure == "macs" and structure.uncounted:
+            raise ModhifiError(
+                f"the FLOPs of this model cannot be counted: no formula tells the work of "
+                f"{', '.join(structure.uncounted)}; give --ratio or --params"
+            )
 
     @property
     def label(self) -> str:

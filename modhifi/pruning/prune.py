@@ -68,6 +68,8 @@ def prune_model(
     ``team`` of processes this is the main one; the others call :func:`contribute`.
     """
     structure = _chosen(loaded, settings, plan)
+    if budget is not None:
+        budget.require(structure)
     # Blocks are measured one after the other: that pass is not shared among processes.
     if plan is None and budget is not None and not LAYOUTS[settings.layout].reads_costs and team.count == 1:
         if settings.eta is None and settings.sequential is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+
+from modhifi.structure.flops import counting
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -15,15 +15,14 @@ def count_parameters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def count_flops(model: nn.Module, batch: Tensor) -> int:
-    """The floating-point operations of one forward pass of the first item of ``batch``, by torch's FlopCounterMode.
+    """The floating-point operations of one forward pass of the first item of ``batch``.
 
-    A multiply-add counts as two operations. Counted are matrix products, convolutions and attention (in full, also
-    where a causal mask would allow to skip half of it); norms, activations and pooling are not.
+    A multiply-add counts as two operations. Counted are matrix products, convolutions, recurrent layers and attention
+    (in full, also where a causal mask would allow to skip half of it); norms, activations and pooling are not.
     """
-    # The CPU's fused attention has no formula in the counter and would count as nothing.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         model(batch[:1].to(device_of(model)))
-    return int(counter.get_total_flops())
+    return counter.total
 
 
 def stored_bytes(model: nn.Module) -> int:

@@ -69,6 +69,9 @@ def report_of(
         "parameters": sizes.parameters(widths) / sizes.parameters(dense),
         "macs": sizes.macs(widths) / sizes.macs(dense),
     }
+    if structure.uncounted:
+        left_out = ", ".join(structure.uncounted)
+        warnings = [*warnings, f"FLOPs leave out {left_out}, whose work no formula tells"]
     if original.kind == "text" and sizes.cache(dense):
         reached["cache"] = sizes.cache(widths) / sizes.cache(dense)
         asked = recipe.budget.kv_cache

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modhifi.structure.groups import Group, Role, Slice
+from modhifi.structure.groups import Group, Role, Slice, Work
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class Couplings:
         self.edges: list[tuple[Tensor, Tensor]] = []
         self.made: dict[str, Tensor] = {}
         self.loose: set[int] = set()
+        self.work: list[tuple[int, Tensor]] = []
+        # The components of each group, by their labels, once groups are made.
+        self.members: dict[str, np.ndarray] = {}
 
     def fresh(self, width: int) -> Tensor:
         """New channel numbers: int64 ``(width,)``."""
@@ -101,6 +104,10 @@ class Couplings:
         both = (a >= 0) & (b >= 0)
         self.edges.append((a[both], b[both]))
 
+    def spend(self, macs: int, ids: Tensor) -> None:
+        """Multiply-adds of an operation scale with the number of these channels."""
+        self.work.append((macs, ids[ids >= 0]))
+
     def freeze(self, ids: Tensor, reason: str) -> None:
         """These channels must stay, for a reason that is printed."""
         self.events.append(Event("frozen", None, ids, reason=reason))
@@ -146,7 +153,17 @@ class Couplings:
                 same = sum(name.partition("#")[0] == group.name for name in groups)
                 name = f"{group.name}#{same + 1}" if same else group.name
                 groups[name] = replace(group, name=name)
+                self.members[name] = np.array(members)
         return tuple(groups.values())
+
+    def shared_work(self, samples: int) -> tuple[Work, ...]:
+        """The work that was spent, by the groups that it scales with, per sample of ``samples``."""
+        label, result = self.components(), []
+        for macs, ids in self.work:
+            counts = np.bincount(label[ids.numpy()], minlength=self.count)
+            positions = {name: float(counts[members].mean()) for name, members in self.members.items()}
+            result.append(Work(macs // samples, {name: p for name, p in positions.items() if p}, len(ids)))
+        return tuple(result)
 
     def _group(self, signature: tuple[tuple[int, int], ...], members: np.ndarray, label: np.ndarray) -> Group | None:
         slices: list[Slice] = []

@@ -93,11 +93,30 @@ class Operator:
 
 
 @dataclass(frozen=True)
+class Work:
+    """A product of tensors that belongs to no operator, as attention: its multiply-adds per sample at full width.
+
+    They scale with a width of ``total`` positions, of which ``positions`` maps groups to those of one component.
+    """
+
+    macs: int
+    positions: Mapping[str, float]
+    total: int
+
+
+@dataclass(frozen=True)
 class Structure:
-    """Everything known of a model's couplings: groups (refused ones included) and operators by module name."""
+    """Everything known of a model's couplings: groups (refused ones included) and operators by module name.
+
+    ``macs`` are the multiply-adds per sample of one forward pass, of which operators and ``work`` have their part.
+    ``uncounted`` names kernels whose work nobody can tell.
+    """
 
     groups: tuple[Group, ...]
     operators: dict[str, Operator] = field(default_factory=dict)
+    work: tuple[Work, ...] = ()
+    macs: int = 0
+    uncounted: tuple[str, ...] = ()
 
     @property
     def prunable(self) -> tuple[Group, ...]:

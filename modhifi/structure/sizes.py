@@ -14,17 +14,18 @@ from modhifi.structure.operators import last_wide
 
 @dataclass(frozen=True)
 class Term:
-    """One module: ``macs`` and ``weights`` scale with both widths, ``others`` (bias, norm) with the output width.
+    """One module, or one product of tensors.
 
-    ``inputs`` and ``outputs`` map group names to channel positions per component; the totals are the dense widths.
+    ``macs`` and ``weights`` scale with both widths, ``others`` (bias, norm) with the output width. ``inputs`` and
+    ``outputs`` map group names to channel positions per component; the totals are the dense widths.
     """
 
     macs: int
     weights: int
     others: int
-    inputs: Mapping[str, int]
+    inputs: Mapping[str, float]
     input_total: int
-    outputs: Mapping[str, int]
+    outputs: Mapping[str, float]
     output_total: int
 
 
@@ -33,7 +34,7 @@ class Sizes:
     """Size of the model for any widths: ``full`` maps group names to their dense number of components.
 
     ``cached`` maps groups of heads to the keys and values, in numbers per token, that one component keeps;
-    ``fixed_cache`` are those of heads that must stay.
+    ``fixed_cache`` are those of heads that must stay, ``fixed_macs`` the multiply-adds that no width changes.
     """
 
     terms: tuple[Term, ...]
@@ -41,10 +42,11 @@ class Sizes:
     fixed_parameters: int
     cached: Mapping[str, int] = field(default_factory=dict)
     fixed_cache: int = 0
+    fixed_macs: int = 0
 
     def macs(self, widths: Mapping[str, int]) -> float:
-        """Multiply-adds per sample of the convs and linear maps."""
-        return sum(
+        """Multiply-adds per sample."""
+        return self.fixed_macs + sum(
             t.macs * self._share(t.inputs, t.input_total, widths) * self._share(t.outputs, t.output_total, widths)
             for t in self.terms
         )
@@ -65,7 +67,7 @@ class Sizes:
         """Numbers per token in the KV cache of a causal language model."""
         return self.fixed_cache + float(sum(m * widths.get(name, self.full[name]) for name, m in self.cached.items()))
 
-    def _share(self, positions: Mapping[str, int], total: int, widths: Mapping[str, int]) -> float:
+    def _share(self, positions: Mapping[str, float], total: int, widths: Mapping[str, int]) -> float:
         lost = sum(m * (self.full[g] - widths.get(g, self.full[g])) for g, m in positions.items())
         return (total - lost) / total if total else 1.0
 
@@ -113,12 +115,17 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
                 out_total,
             )
         )
+    prunable = {g.name for g in structure.prunable}
+    for work in structure.work:
+        positions = {name: p for name, p in work.positions.items() if name in prunable}
+        terms.append(Term(work.macs, 0, 0, {}, 0, positions, work.total))
+    fixed_macs = max(0, structure.macs - sum(t.macs for t in terms))
     total = sum(p.numel() for p in model.parameters())
     full = {g.name: g.n for g in structure.prunable}
     # a reader takes the values of every query head, and a key is as wide as a value
     cached = {g.name: 2 * g.readers[0].index.shape[1] // g.queries for g in structure.groups if _attends(g)}
     fixed = sum(g.n * cached[g.name] for g in structure.refused if g.name in cached)
-    return Sizes(tuple(terms), full, total - counted, {n: m for n, m in cached.items() if n in full}, fixed)
+    return Sizes(tuple(terms), full, total - counted, {n: m for n, m in cached.items() if n in full}, fixed, fixed_macs)
 
 
 def _attends(group: Group) -> bool:

@@ -107,6 +107,29 @@ def test_parameters_on_the_channel_axis():
     assert places(group(structure_of("prelu"), "stem.0"))["along"] == ["stem.1", "act.weight"]
 
 
+class Kept(tiny.Net):
+    """Keeps an index, or a scale, that its first pass has made."""
+
+    def __init__(self, kind: torch.dtype) -> None:
+        super().__init__(6)
+        self.kind, self.kept = kind, []
+        self.inner, self.conv = tiny.conv_bn(8, 8), tiny.conv_bn(8, 6)
+
+    def body(self, x):
+        if not self.kept:
+            self.kept.append(torch.ones(x.shape[-1], device=x.device).to(self.kind))
+        return self.conv(self.inner(x) * (self.kept[0] > 0))
+
+
+@pytest.mark.parametrize(
+    "kind, prunable", [(torch.int64, {"stem.0", "inner.0", "conv.0"}), (torch.float32, {"conv.0"})]
+)
+def test_indices_kept_from_an_earlier_pass_carry_no_components(kind, prunable):
+    model, x = tiny.randomise(Kept(kind)), torch.randn(2, 3, 10, 10)
+    model(x)
+    assert {g.name for g in trace(model, lambda model: model(x)).prunable} == prunable
+
+
 def test_a_layer_called_twice_ties_its_input_to_its_output():
     structure = structure_of("twice")
     assert places(group(structure, "stem.0"))["producer"] == ["stem.0", "shared"]

@@ -38,7 +38,7 @@ def conv(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
         watcher.freeze(axis, "a convolution runs across these channels")
         axis = None
     out = call.outputs[0]
-    watcher.macs[module] += out.numel() * weight[0].numel()
+    watcher.claim(module, call)
     if axis is not None and groups > 1 and groups == x.shape[1]:
         ids = axis.ids.repeat_interleave(weight.shape[0] // groups)
         watcher.couplings.along(module, ids)
@@ -76,7 +76,7 @@ def _linear(
         watcher.freeze(axis, "a linear map runs across another axis")
         axis = None
     out = call.outputs[0]
-    watcher.macs[module] += out.numel() * x.shape[-1]
+    watcher.claim(module, call)
     return _product(watcher, module, axis, out, out.ndim - 1, 1, bias)
 
 

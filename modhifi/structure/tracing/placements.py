@@ -34,12 +34,13 @@ class TracedCall(Call):
     """A call as its tracing rule sees it.
 
     ``key`` is its entry in `OPERATIONS`: the name, or the class of a module that is registered as one operation.
-    ``placements`` is what each input carried, by ``id``, before it ran.
+    ``placements`` is what each input carried, by ``id``, before it ran; ``macs`` the multiply-adds that it took.
     """
 
     key: str | type[nn.Module]
     outputs: list[Tensor]
     placements: dict[int, Placement | None]
+    macs: int
 
     @property
     def kind(self) -> Kind | None:

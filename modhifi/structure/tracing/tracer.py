@@ -87,4 +87,11 @@ def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Structure:
     groups = tuple(with_head_counts(model, group) for group in tracer.couplings.groups())
     operators = {o.module: o for o in _operators(tracer)}
     seen = {s.module for g in groups for s in g.slices} | set(operators)
-    return Structure((*groups, *_stacked(model), *_unseen(model, seen, tracer.obstacles)), operators)
+    samples, counter = max(1, tracer.samples), tracer.counter
+    return Structure(
+        (*groups, *_stacked(model), *_unseen(model, seen, tracer.obstacles)),
+        operators,
+        tracer.couplings.shared_work(samples),
+        counter.total // 2 // samples,
+        tuple(counter.uncounted),
+    )

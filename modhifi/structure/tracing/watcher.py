@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from modhifi.errors import ModhifiError
 from modhifi.structure.couplings import Couplings
+from modhifi.structure.flops import WorkCounter, counting
 from modhifi.structure.operators import last_wide
 from modhifi.structure.torch_ops import METADATA, OPERATIONS, Kind, operation_name, tensors_in
 from modhifi.structure.tracing.placements import Axis, Placement, TracedCall
@@ -36,7 +37,10 @@ class Watcher(TorchFunctionMode):
         self.written_by: dict[int, str] = {}
         self.batchnorms: dict[str, list[tuple[str, int]]] = defaultdict(list)
         self.calls: Counter[str] = Counter()
+        self.counter = WorkCounter()
+        # Multiply-adds by operator, and those of all of them.
         self.macs: Counter[str] = Counter()
+        self.claimed = 0
         self.biased: dict[str, bool] = {}
         self.obstacles: dict[str, str] = {}
         # The modules being run, each with the id of the tensor it received.
@@ -65,6 +69,8 @@ class Watcher(TorchFunctionMode):
 
         Free are parameters with one wide axis, and tables: those not called ``weight``, which layers multiply with.
         """
+        if id(tensor) not in self.placements and not (tensor.is_floating_point() or tensor.is_complex()):
+            self.remember(tensor, None)  # an index made in an earlier pass, which a library keeps
         if id(tensor) not in self.placements:
             self.couplings.freeze_everything(f"an operation before {self.where} could not be observed")
             self.remember(tensor, None)
@@ -106,8 +112,10 @@ class Watcher(TorchFunctionMode):
             return func(*args, **kwargs)
         # An in-place operation overwrites the placement of its input: it is read before.
         placements = {id(tensor): self.placement(tensor) for tensor in tensors_in((args, kwargs))}
+        before = self.counter.total
         out = func(*args, **kwargs)
-        call = TracedCall(name, func, args, kwargs, name, list(tensors_in(out)), placements)
+        macs = (self.counter.total - before) // 2
+        call = TracedCall(name, func, args, kwargs, name, list(tensors_in(out)), placements, macs)
         if call.outputs:
             self.follow(call)
         elif getattr(func, "__name__", "") != "__get__":
@@ -119,8 +127,11 @@ class Watcher(TorchFunctionMode):
         self.uses.update({id(t) for t in call.inputs})
         placements: Sequence[Placement | None] = [None] * len(call.outputs)
         if call.carriers or call.kind in MAKERS:
+            claimed = self.claimed
             with torch._C.DisableTorchFunction():
                 placements = self.rule(call)
+            if call.carriers and (rest := call.macs - (self.claimed - claimed)) > 0:
+                self.couplings.spend(rest, call.carriers[0][1].ids.flatten())
         if len(placements) != len(call.outputs):
             raise ModhifiError(
                 f"the rule of '{call.name}' returned {len(placements)} placements for {len(call.outputs)} outputs; "
@@ -129,6 +140,11 @@ class Watcher(TorchFunctionMode):
         for tensor, placement in zip(call.outputs, placements, strict=True):
             self.remember(tensor, placement)
 
+    def claim(self, module: str, call: TracedCall) -> None:
+        """Count the multiply-adds of a call for an operator, whose widths they then scale with."""
+        self.macs[module] += call.macs
+        self.claimed += call.macs
+
     @abstractmethod
     def rule(self, call: TracedCall) -> Sequence[Placement | None]:
         """What the outputs of a call carry."""
@@ -136,14 +152,15 @@ class Watcher(TorchFunctionMode):
     # -- modules ---------------------------------------------------------------------------------------------------
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Keep ``path``, and let modules that are registered as one operation answer for what runs inside them."""
+        """Keep ``path``, count, and let modules that are registered as one operation answer for what runs inside."""
         handles: list[Any] = []
         for name, module in self.model.named_modules():
             enter, leave = self._hooks(name, module)
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
         try:
-            yield
+            with counting() as self.counter:
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -152,21 +169,24 @@ class Watcher(TorchFunctionMode):
 
     def _hooks(self, name: str, module: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
         key, registered = type(module), type(module) in OPERATIONS
+        begun: list[int] = []
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             received = next(tensors_in((args, kwargs)), None)
             if not self.samples and received is not None and received.ndim:
                 self.samples = len(received)
             self.path.append((name, id(received)))
+            begun.append(self.counter.total)
             self.closed += registered
 
         def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             self.closed -= registered
+            macs = (self.counter.total - begun.pop()) // 2
             outputs = list(tensors_in(out))
             if registered and not self.closed and outputs:
                 with torch._C.DisableTorchFunction():
                     placements = {id(tensor): self.placement(tensor) for tensor in tensors_in((args, kwargs))}
-                    self.follow(TracedCall(key.__name__, module.forward, args, kwargs, key, outputs, placements))
+                    self.follow(TracedCall(key.__name__, module.forward, args, kwargs, key, outputs, placements, macs))
             self.path.pop()
 
         return enter, leave
