@@ -43,7 +43,7 @@ def _trilinear(*args: Any, out_val: Any, **_: Any) -> int:
         for axis in sorted(missing):
             tensor = tensor.unsqueeze(axis)
         shapes.append(tensor.shape)
-    return 2 * math.prod(torch.broadcast_shapes(*shapes))
+    return 2 * int(math.prod(torch.broadcast_shapes(*shapes)))
 
 
 @_raw
