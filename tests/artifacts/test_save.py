@@ -395,9 +395,9 @@ def test_a_crash_leaves_nothing(saved, tmp_path, monkeypatch, error):
 
 
 def test_force_replaces_the_whole_directory(saved, tmp_path):
-    out = save(tmp_path / "a", saved[1], saved[2])
-    stale = out / "model-00001-of-00002.safetensors"
-    stale.write_text("of the run before")
+    out = save(tmp_path / "a", saved[1], saved[2], log="of the run before")
+    stale = out / "modhifi.log"
+    assert stale.exists()
     with pytest.raises(ModhifiError, match="not empty"):
         save(out, saved[1], saved[2])
     save(out, saved[1], saved[2], force=True)
@@ -405,13 +405,12 @@ def test_force_replaces_the_whole_directory(saved, tmp_path):
 
 
 def test_a_directory_that_cannot_be_replaced_is_filled(saved, tmp_path, monkeypatch):
-    out = save(tmp_path / "mounted", saved[1], saved[2])
-    (out / "model-00001-of-00002.safetensors").write_text("of the run before")
+    out = save(tmp_path / "mounted", saved[1], saved[2], log="of the run before")
     number = out.stat().st_ino
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
     save(out, saved[1], saved[2], force=True)
     assert out.stat().st_ino == number and intact(out)
-    assert not [p.name for p in out.iterdir() if p.name.startswith((".", "model-0"))]
+    assert not [p.name for p in out.iterdir() if p.name.startswith((".", "modhifi.log"))]
 
 
 def test_output_is_checked_before_the_work(tmp_path, monkeypatch):
