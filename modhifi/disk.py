@@ -27,6 +27,44 @@ OWN = re.compile(
 )
 
 
+# Deeper than any file that is meant; what goes through it may call itself once a level.
+DEPTH = 100
+
+
+def home_path(path: str | Path) -> Path:
+    """The path with ``~`` and ``~USER`` replaced; ModhifiError where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ModhifiError(f"there is no home directory for {path}; write the path in full") from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises OSError where it cannot be read, and ModhifiError where it is not JSON."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = "its brackets are nested too deeply" if isinstance(error, RecursionError) else error
+        raise ModhifiError(f"{path} is not JSON ({reason}); restore the file") from None
+    if _deeper(content, DEPTH):
+        raise ModhifiError(f"{path} is not JSON of ours (its brackets are nested too deeply); restore the file")
+    return content
+
+
+def _deeper(content: Any, depth: int) -> bool:
+    """Whether lists and mappings are nested more than ``depth`` times."""
+    level = [content]
+    for _ in range(depth):
+        level = [inner for value in level for inner in _inside(value)]
+        if not level:
+            return False
+    return True
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
 def jsonable(value: Any) -> Any:
     """The value as JSON-able data: tuples as lists, tensors and numpy numbers as plain ones, paths as text.
 
@@ -82,7 +120,7 @@ def check_output(out: str | Path, force: bool = False, reads: Iterable[Path] = (
     ``force`` replaces an empty directory or what modhifi wrote, never anything else, and never what the run ``reads``
     (the model, the data, the recipe) or its working directory. Whether ``out`` can be created is tested by creating it.
     """
-    out = Path(out).expanduser().absolute()
+    out = home_path(out).absolute()
     recover(out)
     if os.path.lexists(out) and not os.path.isdir(out):
         raise ModhifiError(f"{out} is a {'dangling link' if out.is_symlink() else 'file'}; give a directory")
@@ -129,9 +167,9 @@ def _entries(directory: Path) -> list[Path]:
 def _listed_entries(directory: Path) -> set[str]:
     """The entries that an artefact's manifest names as its own, and those that an export or a loader adds."""
     try:
-        names = json.loads((directory / "modhifi.json").read_text(encoding="utf-8")).get("written", [])
+        names = read_json(directory / "modhifi.json").get("written", [])
         return {*map(str, names), *ADDED} if names else set()
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ModhifiError, AttributeError, TypeError):
         return set()
 
 
@@ -165,6 +203,6 @@ def check_file(path: Path | None, option: str, *, within: str | Path | None = No
     if path.suffix.removeprefix(".") not in endings:
         formats = " or ".join(f".{ending} ({name})" for ending, name in endings.items())
         raise ModhifiError(f"{option} {path}: the ending says the format; use {formats}")
-    made_by_run = within is not None and path.absolute().is_relative_to(Path(within).expanduser().absolute())
+    made_by_run = within is not None and path.absolute().is_relative_to(home_path(within).absolute())
     if not made_by_run and not path.absolute().parent.is_dir():
         raise ModhifiError(f"{option} {path}: there is no directory {path.parent}; make it first")

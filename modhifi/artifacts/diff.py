@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from modhifi.artifacts.formatting import change
+from modhifi.disk import read_json
 from modhifi.errors import ModhifiError
 from modhifi.models.manifest import MANIFEST, Manifest, read_manifest
 
@@ -39,11 +39,9 @@ def diff_runs(first: str | Path, second: str | Path) -> dict[str, Any]:
 def _read(path: Path) -> tuple[dict[str, Any], Manifest | None]:
     file = path / "report.json" if path.is_dir() else path
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
+        report = read_json(file)
     except OSError as error:
         raise ModhifiError(f"{path} is no artefact and no report; give a directory or a report.json") from error
-    except ValueError as error:
-        raise ModhifiError(f"{file} is not JSON ({error}); give a report.json") from error
     if not isinstance(report, dict) or "title" not in report:
         raise ModhifiError(f"{file} is no report of modhifi; give a report.json")
     return report, read_manifest(file.parent) if (file.parent / MANIFEST).is_file() else None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
 
 from modhifi.artifacts.model_card import model_card
+from modhifi.disk import read_json
 from modhifi.errors import ModhifiError
 from modhifi.models.hub import explained
 from modhifi.models.manifest import read_manifest
@@ -33,7 +33,7 @@ def push(directory: Path, repo: str) -> str:
     from huggingface_hub import HfApi
 
     manifest = read_manifest(directory)
-    report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+    report = read_json(directory / "report.json")
     api = HfApi()
     with explained(f"hf:{repo}", repo), tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "artefact"

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
-from modhifi.disk import check_output, jsonable
+from modhifi.disk import check_output, home_path, jsonable
 from modhifi.models.artifact import WEIGHTS, file_hash, installed_versions
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import MANIFEST, SCHEMA_VERSION, Manifest
@@ -51,7 +51,7 @@ def save_artifact(
     from modhifi.artifacts.model_card import model_card
     from modhifi.artifacts.report import render_html
 
-    out = Path(out).expanduser().absolute()
+    out = home_path(out).absolute()
     check_output(out, force)
     base = _base(original)
     if original.framework == "timm":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from modhifi.disk import home_path, read_json
 from modhifi.errors import ModhifiError
 from modhifi.models.from_module import from_module
 from modhifi.models.hub import fetch_description, fetch_weights, split_revision
@@ -36,7 +36,7 @@ def load_artifact(directory: str | Path, skeleton: nn.Module | None = None) -> L
     is copied. ``info["notes"]`` says so where the weights are not those that were saved. Raises ModhifiError for a
     directory that is no artefact, one of a newer modhifi, a missing skeleton and weights that do not fit.
     """
-    directory = Path(directory).expanduser()
+    directory = home_path(directory)
     manifest = read_manifest(directory)
     entry, base = manifest.model, manifest.base
     config = read_config(directory) if entry.framework == "transformers" and skeleton is None else None
@@ -111,12 +111,12 @@ def _read_weights(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         index = directory / INDEX
         names = [WEIGHTS]
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json(index)["weight_map"].values()))
         for name in names:
             hashes[name] = file_hash(directory / name)
             # Copies: matrix products may round differently where the memory is not aligned as torch aligns it.
             state |= {k: v.clone() for k, v in load_file(directory / name).items()}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ModhifiError(f"cannot read the weights in {directory}: {error}; restore the files") from error
     return state, hashes
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from modhifi.disk import home_path
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
 from modhifi.models.demo import MODELS, bundled
@@ -71,7 +72,7 @@ def load_model(
     elif name.startswith("demo:"):
         loaded = _from_directory(bundled(name, MODELS), name, pretrained, args, trust_remote_code, gguf_file)
     else:
-        directory = Path(name).expanduser()
+        directory = home_path(name)
         if directory.suffix == ".gguf" and directory.is_file():
             directory, gguf_file = directory.parent, directory.name
         _require_directory(directory)

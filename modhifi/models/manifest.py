@@ -6,7 +6,6 @@ version: what an older manifest lacks has a default here, what a newer one has b
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from modhifi.disk import home_path, read_json
 from modhifi.errors import ModhifiError
 from modhifi.structure.plan import Plan
 
@@ -122,9 +122,9 @@ class Artifact:
 
 def read_manifest(directory: str | Path) -> Manifest:
     """Parses ``modhifi.json``; raises ModhifiError if it is missing, broken, or of another schema version."""
-    path = Path(directory).expanduser() / MANIFEST
+    path = home_path(directory) / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         version = int(content["schema_version"])
         if version in READABLE:
             return Manifest.model_validate(content)

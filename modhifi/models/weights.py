@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from modhifi.disk import read_json
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
 
@@ -64,7 +64,11 @@ def refuse_quantised_config(directory: Path, source: str) -> None:
     """Raises ModhifiError if the directory's ``config.json`` says that the weights are quantised."""
     config = read_config(directory)
     for part in (config, config.get("text_config") or {}):
+        if not isinstance(part, dict):
+            raise ModhifiError(f"{directory / 'config.json'} is broken: text_config holds no keys; restore the file")
         if quantised := part.get("quantization_config") or part.get("compression_config"):
+            if not isinstance(quantised, dict):
+                _refuse_quantised(source, f"quantization_config: {quantised}")
             bits = quantised.get("bits") or ("4" if quantised.get("load_in_4bit") else None)
             method = quantised.get("quant_method", "an unnamed method")
             _refuse_quantised(source, f"quantization_config: {method}{f', {bits}-bit' if bits else ''}")
@@ -88,10 +92,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModhifiError(f"{path} is not JSON ({error}); restore the file") from error
+    config = read_json(path)
     if not isinstance(config, dict):
         raise ModhifiError(f"{path} is not a JSON object; restore the file")
     return config

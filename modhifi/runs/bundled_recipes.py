@@ -6,6 +6,7 @@ import difflib
 from importlib.resources import files
 from pathlib import Path
 
+from modhifi.disk import home_path
 from modhifi.errors import ModhifiError
 
 ROOT = Path(str(files("modhifi.recipes")))
@@ -21,7 +22,7 @@ def find(name: str) -> Path:
     known = shipped()
     if name in known:
         return known[name]
-    path = Path(name).expanduser()
+    path = home_path(name)
     if path.is_dir() and (path / "recipe.yaml").is_file():
         return path / "recipe.yaml"
     if path.is_file():

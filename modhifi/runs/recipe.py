@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from modhifi.bounds.verdicts import Tolerances
+from modhifi.disk import home_path, read_json
 from modhifi.errors import ModhifiError
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import COMPENSATIONS
@@ -19,11 +17,12 @@ from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.weightings import WEIGHTINGS
 from modhifi.registry import one_of
-from modhifi.runs.recipe_file import Option, Strict
+from modhifi.runs.recipe_file import Option, Strict, parse_yaml
 from modhifi.structure.plan import Plan
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Kept = Annotated[dict[str, list[int]], Field(min_length=1)]
 
 # Keys of every task.
 Seed = Annotated[int, Field(ge=0, description="The seed of everything random.")]
@@ -50,7 +49,7 @@ def read_pairs(items: Sequence[str]) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise ModhifiError(f"--model-arg takes KEY=VALUE, not {item!r}")
-        pairs[key] = yaml.safe_load(value)
+        pairs[key] = parse_yaml(value, f"--model-arg {item}")
     return pairs
 
 
@@ -60,9 +59,9 @@ def read_plan(path: str) -> dict[str, Any]:
     Raises ModhifiError where the file holds no plan.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(home_path(path))
         return dict(Plan.from_json(content.get("plan", content)).to_json()["kept"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ModhifiError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModhifiError(f"{path} holds no plan ({error}); give the JSON of --dry-run --json") from None
 
 
@@ -126,6 +125,16 @@ class BudgetChoice(Strict):
     """Share of FLOPs kept, such as 0.5x."""
     kv_cache: str | None = None
     """Share of the KV cache kept, in whole KV groups, such as 0.5x."""
+
+    @field_validator("ratio", "params", "flops", "kv_cache")
+    @classmethod
+    def _possible(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None:
+            try:
+                Budget.parse(**{str(info.field_name): value})
+            except ModhifiError as error:
+                raise ValueError(str(error).partition(" is ")[2]) from None
+        return value
 
     def parse(self) -> Budget:
         """The budget; raises ModhifiError unless exactly one share is given."""
@@ -204,7 +213,10 @@ class PruneRecipe(Strict):
     budget: BudgetChoice = BudgetChoice()
     method: Method = Method()
     checks: Checks = Checks()
-    plan: Annotated[dict[str, list[int]] | None, Option(panel="Budget", metavar="FILE", read=read_plan)] = None
+    plan: Annotated[
+        Annotated[dict[str, list[int]], Field(min_length=1)] | None,
+        Option(panel="Budget", metavar="FILE", read=read_plan),
+    ] = None
     """Components kept by group: replay a plan (JSON of --dry-run --json)."""
     seed: Seed = 0
     batch_size: Annotated[int, Field(ge=2)] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,11 @@ from typing import Any, ClassVar, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from modhifi.disk import DEPTH
 from modhifi.errors import ModhifiError
+
+# More than the longest plan, and few enough to be copied.
+MOST_NODES = 10_000_000
 
 
 class Strict(BaseModel):
@@ -22,7 +27,7 @@ class Strict(BaseModel):
     options of a part in one ``panel``.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
     panel: ClassVar[str] = "Advanced"
 
 
@@ -79,14 +84,40 @@ def validate(kind: type[R], content: Any, where: str | Path, flags: Mapping[str,
         raise ModhifiError(f"{flag or f'{position}: {path}'}: {message[:1].lower()}{message[1:]}{value}") from None
 
 
+def parse_yaml(text: str, where: str | Path) -> Any:
+    """The content of a YAML text. Raises ModhifiError where it is none, and where its aliases make it too large."""
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if _nodes(node, {}, 0) > MOST_NODES:
+            raise ValueError("its aliases hold too much")
+        return None if node is None else loader.construct_document(node)
+    except Exception as error:  # what a tag makes of its text may fail in any way
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ModhifiError(f"{where} is not YAML ({reason}); mend or quote it") from None
+
+
+def _nodes(node: yaml.Node | None, known: dict[int, float], depth: int) -> float:
+    """How many nodes there are once every alias is what it stands for; infinitely many for one that holds itself."""
+    if depth > DEPTH:
+        raise RecursionError
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_nodes(part, known, depth + 1) for part in parts)
+    return known[id(node)]
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads the mapping in a YAML file; raises ModhifiError for a missing file, bad YAML and anything but a mapping."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = parse_yaml(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         raise ModhifiError(f"there is no recipe at {path}; give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ModhifiError(f"{path} is not YAML ({' '.join(str(error).split())}); mend it") from None
+    except UnicodeDecodeError as error:
+        raise ModhifiError(f"{path} is not YAML ({error}); mend it") from None
     if not isinstance(data, dict):
         raise ModhifiError(f"{path} is no recipe: its top level must be a mapping")
     return data
@@ -102,10 +133,7 @@ def apply_overrides(content: dict[str, Any], changes: Sequence[str]) -> dict[str
         path, equals, value = change.partition("=")
         if not equals or not path:
             raise ModhifiError(f"--set takes a.b=value, not {change!r}")
-        try:
-            set_value(result, path, yaml.safe_load(value))
-        except yaml.YAMLError:
-            raise ModhifiError(f"--set {change}: the value is not YAML; quote it") from None
+        set_value(result, path, parse_yaml(value, f"--set {change}"))
     return result
 
 
@@ -125,7 +153,7 @@ def set_value(content: dict[str, Any], path: str, value: Any) -> None:
 def set_out(content: dict[str, Any], out: str) -> None:
     """Sets the directory that a run writes, in place; a summary inside the old one moves to the new one."""
     old, summary = content.get("out"), content.get("summary")
-    if old and summary and Path(summary).is_relative_to(old):
+    if isinstance(old, str) and isinstance(summary, str) and Path(summary).is_relative_to(old):
         content["summary"] = str(Path(out, Path(summary).relative_to(old)))
     content["out"] = out
 

@@ -148,7 +148,7 @@ def parse(content: dict[str, Any], where: str | Path = "the recipe") -> Recipe:
     if "steps" in content:
         return validate(StepsRecipe, content, where)
     task = content.get("task", "prune")
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise ModhifiError(f"{where}: there is no task {task!r}; it is one of {', '.join(TASKS)}, or the key is steps")
     return validate(TASKS[task], content, where)
 

@@ -15,7 +15,7 @@ from modhifi.artifacts.summary import check_summary, write_summary
 from modhifi.bounds.ladder import BoundReport
 from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.distributed import launched
-from modhifi.disk import check_file, check_output, jsonable
+from modhifi.disk import check_file, check_output, home_path, jsonable
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
 from modhifi.progress import Progress, silent
 from modhifi.runs.audit import run_audit
@@ -97,7 +97,7 @@ def _run_all(recipe: StepsRecipe, circumstances: Circumstances) -> list[Done]:
         raise ModhifiError("a recipe of several steps writes a directory for each; give --out DIR")
     if launched():
         raise ModhifiError("a recipe of several steps runs in one process; launch `modhifi prune` alone")
-    out = Path(recipe.out).expanduser()
+    out = home_path(recipe.out)
     check_output(out, circumstances.force, (*circumstances.reads, *local_paths(recipe.model_dump())))
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.yaml").write_text(to_yaml(recipe.model_dump(mode="json")), encoding="utf-8")
@@ -178,7 +178,7 @@ def _run(name: str, recipe: Task, circumstances: Circumstances) -> Done:
         )
         failure = _failure(unlearned.bounds) or _nothing_forgotten(unlearned.report)
         return Done(name, unlearned.report, unlearned.path, failure, unlearned)
-    out = None if recipe.out is None else Path(recipe.out).expanduser()
+    out = None if recipe.out is None else home_path(recipe.out)
     check_report(out, force, (*reads, *local_paths(recipe.model_dump())))
     bounds: BoundReport | None = None
     if isinstance(recipe, VerifyRecipe):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modhifi.data.sources.base import IMAGE_KINDS, SOURCES, Request, SampleSource
+from modhifi.disk import home_path
 
 if TYPE_CHECKING:
     from modhifi.data.samples import Samples
@@ -16,7 +16,7 @@ def load(directory: str, loaded: LoadedModel, request: Request) -> Samples:
     """See :func:`modhifi.data.images.from_directory`."""
     from modhifi.data.images import from_directory
 
-    return from_directory(Path(directory).expanduser(), loaded, request.n, request.seed)
+    return from_directory(home_path(directory), loaded, request.n, request.seed)
 
 
 SOURCES.register(
