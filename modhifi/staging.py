@@ -195,12 +195,23 @@ def _short(name: str) -> str:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Blocks the signals that end a run until the block ends; only the main thread gets any."""
-    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
+    """Defers the signals that end a run until the block is done; only the main thread receives any.
+
+    Handlers are exchanged, not masked: a signal that one thread masks is delivered to another.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    arrived: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in handlers.items():
+        if handler is not None:
+            signal.signal(number, lambda number, frame: arrived.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
+        for number, handler in handlers.items():
+            if handler is not None:
+                signal.signal(number, handler)
+        for number in arrived:
+            os.kill(os.getpid(), number)

@@ -361,7 +361,7 @@ def test_changed_weights_are_told(saved, tmp_path):
     ("damage", "message"),
     [
         (lambda d: (d / "modhifi.json").unlink(), "no modhifi artefact"),
-        (lambda d: (d / "modhifi.json").write_text("{"), "is broken"),
+        (lambda d: (d / "modhifi.json").write_text("{"), "is not JSON"),
         (lambda d: (d / "modhifi.json").write_text('{"schema_version": 99}'), "upgrade modhifi"),
         (lambda d: (d / "model.safetensors").unlink(), "cannot read the weights"),
         (lambda d: (d / "model.safetensors").write_bytes(b"x" * 99), "cannot read the weights"),
