@@ -165,9 +165,10 @@ def main() -> None:
     # works on a few wide Grams again and again, which huge pages make slower.
     if sys.argv[1:2] != ["unlearn"]:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # Read by OpenMP when torch is imported: threads that spin while they wait for each other burn the cores that other
-    # work on the machine would use, and are themselves held up by it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read by OpenMP when torch is imported: threads that spin for long while they wait for each other burn the cores
+    # that other work on the machine would use, and are themselves held up by it.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     streams.mend()
     for number in ENDING[1:]:  # Python itself turns SIGINT into KeyboardInterrupt
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup has one ignored
