@@ -115,12 +115,13 @@ def _exchanged(first: Path, second: Path) -> bool:
 def _change_entries(fresh: Path, out: Path, folder: Path) -> None:
     """Replaces the entries of ``out``, which stays, by those of ``fresh``; ``folder`` is inside ``out``."""
     old = folder / "old"
-    (folder / "entries").write_text("\0".join(sorted(p.name for p in fresh.iterdir())), encoding="utf-8")
     old.mkdir()
     try:
         for path in out.iterdir():
             if path not in (folder, out / "lost+found"):
                 os.rename(path, old / path.name)
+        # Not before: until here an entry of the same name is an old one.
+        (folder / "entries").write_text("\0".join(sorted(p.name for p in fresh.iterdir())), encoding="utf-8")
         for path in list(fresh.iterdir()):
             os.rename(path, out / path.name)
     except BaseException:

@@ -217,15 +217,16 @@ def test_a_mount_point_gets_its_old_entries_back(tmp_path: Path, monkeypatch: py
     assert content(out) == NEW
 
 
-def test_a_killed_change_of_a_mount_point_is_undone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moves", [10, 30], ids=["old ones going", "new ones coming"])
+def test_a_killed_change_of_a_mount_point_is_undone(tmp_path: Path, moves: int) -> None:
     out = old(tmp_path)
     code = (
         f"import os; from modhifi import staging as m; out = Path({str(out)!r}); m.os.path.ismount = lambda p: True; "
         "real = os.rename; seen = []; "
-        "m.os.rename = lambda a, b: (seen.append(a), real(a, b), len(seen) == 30 and os.kill(os.getpid(), 9)); "
+        "m.os.rename = lambda a, b: (seen.append(a), real(a, b), len(seen) == MOVES and os.kill(os.getpid(), 9)); "
         "w = m.staging(out); fresh = w.__enter__(); t.write(fresh, t.NEW); w.__exit__(None, None, None)"
     )
-    assert run(code).returncode == -signal.SIGKILL
+    assert run(code.replace("MOVES", str(moves))).returncode == -signal.SIGKILL
     assert 0 < len(list(out.glob("model-*"))) < FILES  # the old ones are aside, some of the new ones have come
     recover(out)
     assert content(out) == OLD
