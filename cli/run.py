@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import shlex
 import sys
 from pathlib import Path
@@ -37,6 +39,7 @@ def run(
     ``file`` is where the recipe was read from.
     """
     # Whoever asks for help does not wait for the libraries of models.
+    _import_libraries()
     from modhifi.runs.run_recipe import Circumstances, run_recipe
 
     check_pushed(push_to_hub, None if dry_run else recipe.out)
@@ -64,6 +67,18 @@ def run(
         raise finished[-1].failure
     pushed(finished[-1].path, push_to_hub)
     return finished
+
+
+def _import_libraries() -> None:
+    """Imports the libraries of models for good: garbage collections would go through all of them again and again."""
+    if "timm" in sys.modules:
+        return
+    gc.disable()
+    try:
+        importlib.import_module("timm")
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _content(done: Done) -> dict[str, Any]:

@@ -194,3 +194,12 @@ def test_help_keeps_what_stands_in_brackets() -> None:
     shown = CliRunner().invoke(app, ["prune", "--help"], env={"COLUMNS": "200"}).output
     assert "hf:ORG/NAME[@REVISION]" in shown and "hf:DATASET[:SPLIT]" in shown
     assert "modhifi[lm-eval]" in CliRunner().invoke(app, ["tasks", "--help"], env={"COLUMNS": "200"}).output
+
+
+def test_garbage_collections_do_not_go_through_the_libraries() -> None:
+    code = (
+        "import gc; from modhifi.cli.run import _import_libraries; _import_libraries();"
+        "print(gc.isenabled(), gc.get_freeze_count() > 100_000, len(gc.get_objects()) < 1_000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True True True\n"
