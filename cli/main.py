@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from types import FrameType
 from typing import Annotated, Any
 
@@ -74,6 +75,8 @@ class ErrorMapping(TyperGroup):
             message = one_line(error)
             if message is not None:
                 _stderr(f"error: {message}")
+                if os.environ.get("GITHUB_ACTIONS") == "true":
+                    print(annotation(message), file=sys.stderr)
                 raise typer.Exit(getattr(error, "exit_code", BAD_INPUT)) from None
             if hasattr(error, "exit_code"):
                 # typer's own: usage errors, which it prints itself, and exits.
@@ -113,6 +116,11 @@ def one_line(error: Exception) -> str | None:
     elif not isinstance(error, ModhifiError | OSError) and kind != "SafetensorError":
         return None
     return " ".join(text.split())
+
+
+def annotation(message: str) -> str:
+    """The command that shows an error beside a run of GitHub Actions."""
+    return f"::error title=modhifi::{message.replace('%', '%25')}"
 
 
 def _stderr(text: str) -> None:
@@ -170,6 +178,8 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     streams.mend()
+    # Torch speaks to those who write programs: nothing that the user of a command could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     for number in ENDING[1:]:  # Python itself turns SIGINT into KeyboardInterrupt
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup has one ignored
             signal.signal(number, _raise_ended)

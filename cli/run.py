@@ -33,10 +33,11 @@ def run(
     no_cache: bool = False,
     push_to_hub: str | None = None,
     file: Path | None = None,
+    ladder: bool = False,
 ) -> list[Done]:
     """Runs a recipe and prints the report of each step; raises the failure of a check after everything is written.
 
-    ``file`` is where the recipe was read from.
+    ``file`` is where the recipe was read from; ``ladder`` shows the bounds of a verification one by one.
     """
     # Whoever asks for help does not wait for the libraries of models.
     _import_libraries()
@@ -62,7 +63,7 @@ def run(
         print_json([_content(d) | {"step": d.name} for d in finished] if steps else _content(finished[0]))
     else:
         for done in finished:
-            show_report(done.report, done.path)
+            show_report(done.report, done.path, ladder=ladder)
     if finished[-1].failure is not None:
         raise finished[-1].failure
     pushed(finished[-1].path, push_to_hub)

@@ -7,18 +7,23 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from modhifi.artifacts.formatting import change, number
+from modhifi.artifacts.formatting import asked, change, number, tone
+from modhifi.artifacts.model_card import loading
+from modhifi.models.manifest import MANIFEST, read_manifest
 
 from .common import stdout_console
 
+TONES = {"good": "green", "weak": "yellow", "open": "yellow", "bad": "red"}
 
-def show_report(report: dict[str, Any], path: Path | None) -> None:
-    """Prints a report of any task, and the path of the artefact."""
+
+def show_report(report: dict[str, Any], path: Path | None, *, ladder: bool = False) -> None:
+    """Prints a report of any task, and the path of the artefact; of a verification also its ``ladder`` of bounds."""
     if report["task"] == "prune":
         show_prune(report, path)
     elif report["task"] == "verify":
-        show_bounds(f"how far the outputs of {report['model']['source']} moved", report)
+        show_verified(report, ladder=ladder)
     else:
         show_audit(report, path)
 
@@ -36,8 +41,7 @@ def show_prune(report: dict[str, Any], path: Path | None) -> None:
             values = (number(row["before"], row["unit"]), number(row["after"], row["unit"]))
             table.add_row(row["name"], *values, change(row))
         console.print(table)
-        for verdict in report.get("verdicts", []):
-            console.print(f"{verdict['verdict']} ({verdict['name']}): {verdict['text']}", highlight=False)
+        show_outcome(console, report)
     else:
         table = Table("group", "kind", "components", "kept", "predicted local error", title=report["title"])
         for g in report["groups"]:
@@ -53,15 +57,43 @@ def show_prune(report: dict[str, Any], path: Path | None) -> None:
     ]
     if refused:
         console.print(f"groups that cannot be pruned: {len(refused)}; `modhifi check` says why")
-    if path is not None:
-        console.print(f"model and report: {path}/report.html", soft_wrap=True)
+    show_written(console, path)
 
 
-def show_bounds(title: str, report: dict[str, Any]) -> None:
-    """Prints the ladder of bounds and its verdicts."""
+def show_outcome(console: Console, report: dict[str, Any]) -> None:
+    """Prints what a run means in one sentence, the verdicts on what was asked for, and what to do next."""
+    outcome = report.get("outcome", {"text": "", "advice": []})
+    if outcome["text"]:
+        console.print(Text(outcome["text"], style=TONES[outcome["tone"]]))
+    for verdict in asked(report["verdicts"]):
+        style = TONES[tone(verdict["verdict"])]
+        console.print(Text(verdict["verdict"], style=f"bold {style}"), f"({verdict['name']}): {verdict['text']}")
+    for sentence in outcome["advice"]:
+        console.print(f"→ {sentence}", highlight=False, markup=False)
+
+
+def show_written(console: Console, path: Path | None) -> None:
+    """Prints where the artefact is, and the line of Python that loads it."""
+    if path is None or not (path / MANIFEST).is_file():
+        return
+    console.print(f"model and report: {path}/report.html", soft_wrap=True, markup=False)
+    model = read_manifest(path).model
+    library, call = loading(model.framework, model.stock, str(path))
+    console.print(f"load it: {library}; model = {call}", soft_wrap=True, markup=False, highlight=False)
+
+
+def show_verified(report: dict[str, Any], *, ladder: bool) -> None:
+    """Prints the outcome of a verification and, with ``ladder``, every rung and the most sensitive layers."""
     console = stdout_console()
     for warning in report["bounds"]["warnings"]:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    show_outcome(console, report)
+    if ladder:
+        _show_ladder(console, report)
+
+
+def _show_ladder(console: Console, report: dict[str, Any]) -> None:
+    title = f"how far the outputs of {report['model']['source']} moved"
     table = Table("", "verdict", "", title=title)
     for row in report["verdicts"]:
         table.add_row(row["name"], row["verdict"], row["text"])
@@ -90,10 +122,8 @@ def show_audit(report: dict[str, Any], path: Path | None) -> None:
         table.add_row(name, *("not measured" if v is None else f"{100 * v:.1f} %" for v in values))
     console.print(table)
     _by_class(console, next(t for t in report["tables"] if t["title"] == "Accuracy by class"), report)
-    for verdict in report["verdicts"]:
-        console.print(f"[bold]{verdict['verdict']}[/] ({verdict['name']}): {verdict['text']}", highlight=False)
-    if path is not None:
-        console.print(f"model and report: {path}/report.html", soft_wrap=True)
+    show_outcome(console, report)
+    show_written(console, path)
 
 
 def _by_class(console: Console, table: dict[str, Any], report: dict[str, Any]) -> None:

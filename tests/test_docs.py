@@ -20,9 +20,19 @@ ALL_PAGES = ["README.md", "CONTRIBUTING.md"] + [
     str(path.relative_to(ROOT)) for folder in ("docs", "modhifi") for path in sorted((ROOT / folder).rglob("*.md"))
 ]
 # Of the scripts of eval/ and of other tools.
-OTHER_OPTIONS = {"--part", "--model", "--windows", "--model_args", "--multi_gpu", "--cpu", "--nproc_per_node"} | {
-    f"--{name}" for name in ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
-}
+OTHER_OPTIONS = {
+    "--index-url",
+    "--no-cache-dir",
+    "--no-deps",
+    "--rm",
+    "--part",
+    "--model",
+    "--windows",
+    "--model_args",
+    "--multi_gpu",
+    "--cpu",
+    "--nproc_per_node",
+} | {f"--{name}" for name in ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")}
 
 
 @pytest.fixture(scope="module")

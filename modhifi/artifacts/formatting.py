@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 NOT_MEASURED = "not measured"
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 SMALL = ((1.0, ""), (1e-3, "m"), (1e-6, "µ"))
+
+
+# The rungs of the ladder, the self-test and plain observations: for who wants to look behind the outcome.
+BEHIND = ("INFORMATIVE", "VACUOUS", "not available", "not measured", "HOLDS", "MEASURED")
+
+
+def asked(verdicts: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The verdicts on what the user asked for, and what went wrong; without those behind the outcome."""
+    return [verdict for verdict in verdicts if verdict["verdict"] not in BEHIND]
 
 
 def number(value: Any, unit: str = "") -> str:
@@ -57,3 +66,9 @@ def change(row: Mapping[str, Any]) -> str:
     else:
         text = f"{100 * (after / before - 1):+.1f} %" if before else ""
     return text.replace("-", "−")
+
+
+def tone(verdict: str) -> str:
+    """The colour of a verdict: good, bad or open."""
+    word = str(verdict).upper()
+    return "good" if word.startswith(("PASS", "HOLDS")) else "bad" if word.startswith(("FAIL", "LEAK")) else "open"

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from modhifi.artifacts.formatting import change, number
+from modhifi.artifacts.formatting import asked, change, number
 from modhifi.models.manifest import Manifest, ModelEntry
 
 PIPELINES = {"image": "image-classification", "text": "text-generation", "encoder": "feature-extraction"}
@@ -74,19 +74,21 @@ def _licence(licence: str | None) -> dict[str, Any]:
 
 
 def _snippet(framework: str, stock: str | None, location: str) -> str:
+    library, call = loading(framework, stock, location)
+    dense = "  # dense: the module before the edit" if framework == "torch" else ""
     comment = "  # this directory" if location == "." else ""
+    return f"```python\n{library}\n\nmodel = {call}{dense or comment}\n```\n"
+
+
+def loading(framework: str, stock: str | None, location: str) -> tuple[str, str]:
+    """The import and the call that load an artefact: the model's own library where ``stock`` names a loader of it."""
     if stock and framework == "timm":
         argument = f"hf-hub:{location.removeprefix('hf:')}" if location.startswith("hf:") else f"local-dir:{location}"
-        code = f'import timm\n\nmodel = timm.{stock}("{argument}", pretrained=True){comment}'
-    elif stock:
-        argument = location.removeprefix("hf:")
-        code = f'from transformers import {stock}\n\nmodel = {stock}.from_pretrained("{argument}"){comment}'
-    elif framework == "torch":
-        comment = "  # dense: the module before the edit"
-        code = f'import modhifi\n\nmodel = modhifi.load("{location}", skeleton=dense){comment}'
-    else:
-        code = f'import modhifi\n\nmodel = modhifi.load("{location}"){comment}'
-    return f"```python\n{code}\n```\n"
+        return "import timm", f'timm.{stock}("{argument}", pretrained=True)'
+    if stock:
+        return f"from transformers import {stock}", f'{stock}.from_pretrained("{location.removeprefix("hf:")}")'
+    skeleton = ", skeleton=dense" if framework == "torch" else ""
+    return "import modhifi", f'modhifi.load("{location}"{skeleton})'
 
 
 def _remote(auto: str | None, location: str) -> list[str]:
@@ -106,6 +108,8 @@ def _results(report: Mapping[str, Any]) -> list[str]:
         unit = row.get("unit") or ""
         cells = [row["name"], number(row.get("before"), unit), number(row.get("after"), unit), change(row)]
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
-    for verdict in report.get("verdicts") or []:
+    if report.get("outcome"):
+        lines += ["", report["outcome"]["text"]]
+    for verdict in asked(report.get("verdicts") or []):
         lines += ["", f"**{verdict['verdict']}** {verdict['name']}. {verdict.get('text') or ''}".rstrip()]
     return ["## Before and after\n", "\n".join(lines) + "\n"]

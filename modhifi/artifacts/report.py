@@ -30,15 +30,13 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from modhifi.artifacts.formatting import change, number, plain
+from modhifi.artifacts.formatting import BEHIND, asked, change, number, plain, tone
 
 SCHEMA_VERSION = 1
 # Drawn with these, then replaced by what follows the page's light or dark colours.
 INK, STRONG, FAINT = "#010203", "#010204", "#010205"
 COLOURS = {INK: "currentColor", STRONG: "var(--accent)", FAINT: "var(--faint)"}
 LABELLED_ROWS = 80
-# The verdicts of bounds without a tolerance, the rungs of the ladder: a table of their own.
-RUNGS = ("INFORMATIVE", "VACUOUS", "not available")
 
 
 def render_html(report: Mapping[str, Any]) -> str:
@@ -57,16 +55,24 @@ def render_html(report: Mapping[str, Any]) -> str:
         rows=rows,
         groups=groups,
         charts=charts,
-        verdicts=[v for v in verdicts if v["verdict"] not in RUNGS],
-        ladder=[v for v in verdicts if v["verdict"] in RUNGS],
+        verdicts=asked(verdicts),
+        ladder=_ladder(verdicts),
     )
     return page
 
 
-def tone(verdict: str) -> str:
-    """The colour of a verdict: good, bad or open."""
-    word = str(verdict).upper()
-    return "good" if word.startswith(("PASS", "HOLDS")) else "bad" if word.startswith(("FAIL", "LEAK")) else "open"
+def _ladder(verdicts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The verdicts behind the outcome; what is missing for one and the same reason makes one entry."""
+    entries: list[Mapping[str, Any]] = []
+    missing: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        if verdict["verdict"] in ("not available", "not measured"):
+            missing.setdefault(str(verdict.get("text") or ""), []).append(str(verdict["name"]))
+        elif verdict["verdict"] in BEHIND:
+            entries.append(verdict)
+    return entries + [
+        {"name": ", ".join(names), "verdict": "not available", "text": text} for text, names in missing.items()
+    ]
 
 
 def data_uri(image: Image.Image) -> str:

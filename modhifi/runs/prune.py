@@ -33,6 +33,7 @@ from modhifi.pruning.stages import Pruned
 from modhifi.runs.bound_report import add_bounds, add_groups
 from modhifi.runs.defaults import complete
 from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, place
+from modhifi.runs.outcome import add_outcome, prune_advice
 from modhifi.runs.prune_report import before_after, measure_run, measured_verdict, report_of, skipped_warnings
 from modhifi.runs.recipe import BudgetChoice, PruneRecipe
 from modhifi.structure.expand import expand
@@ -128,6 +129,7 @@ def run_prune(
         )
         add_bounds(report, bounds)
         add_groups(report, bounds, pruned.structure)
+        add_outcome(report, bounds, prune_advice(report, recipe, bounds, original.kind))
     path = None
     if out is not None:
         path = _save(out, recipe, original, pruned, calibration, held, report, clock, force, process)

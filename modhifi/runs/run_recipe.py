@@ -21,6 +21,7 @@ from modhifi.progress import Progress, silent
 from modhifi.runs.audit import run_audit
 from modhifi.runs.devices import resolve_device
 from modhifi.runs.inputs import NOTHING, Given, local_paths
+from modhifi.runs.outcome import add_outcome
 from modhifi.runs.prune import PruneResult, run_prune
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.runs.recipe_file import set_value, to_yaml
@@ -191,6 +192,7 @@ def _run(name: str, recipe: Task, circumstances: Circumstances) -> Done:
             **bounds.to_json(),
             "warnings": list(bounds.warnings),
         }
+        add_outcome(report, bounds)
         failure = _failure(bounds)
     else:
         report = run_audit(recipe, device=device, given=given, progress=progress)

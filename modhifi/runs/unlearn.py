@@ -28,6 +28,7 @@ from modhifi.progress import Clock, Progress, silent
 from modhifi.runs.audit import load_reference, report_parts
 from modhifi.runs.bound_report import add_bounds
 from modhifi.runs.inputs import NOTHING, Given, forgotten_before, load_source, local_paths
+from modhifi.runs.outcome import add_outcome
 from modhifi.runs.unlearn_recipe import UnlearnRecipe
 from modhifi.unlearning.audit import audit
 from modhifi.unlearning.batchnorm import settle_norms, settled_names
@@ -121,6 +122,7 @@ def run_unlearn(
             progress=progress,
         )
         add_bounds(report, bounds)
+        add_outcome(report, bounds)
         report["contact_sheet"] = data_uri(contact_sheet(data.edit, original, n=48, tile=64))
     path = None
     if out is not None:

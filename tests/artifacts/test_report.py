@@ -142,9 +142,20 @@ def test_hundreds_of_groups_stay_one_readable_chart():
 
 
 def test_rungs_of_the_ladder_stand_apart_from_verdicts():
-    text = parse(render_html(REPORT)).text
-    assert text.index("tolerance on error") < text.index("Before and after") < text.index("can have moved")
-    assert text.index("can have moved") < text.index("VACUOUS")
+    report = REPORT | {"outcome": {"tone": "weak", "text": "At most 9.7 % flip.", "advice": ["more <samples>"]}}
+    html = render_html(report)
+    text = parse(html).text
+    places = [text.index(words) for words in ("Before and after", "At most 9.7 %", "tolerance on error", "VACUOUS")]
+    assert places == sorted(places) and '<div class="verdict outcome weak">' in html
+    folded = text[text.index("can have moved") :]
+    assert "VACUOUS" in folded and "PASS-STATISTICAL" not in folded
+    assert "more <samples>" in text and "more <samples>" not in html
+
+
+def test_bounds_missing_for_one_reason_make_one_entry():
+    missing = [{"name": n, "verdict": "not available", "text": "no sample was walked"} for n in ("R1", "R2", "R4")]
+    text = parse(render_html({"title": "t", "verdicts": missing})).text
+    assert text.count("no sample was walked") == 1 and "R1, R2, R4" in text
 
 
 def test_the_same_report_gives_the_same_page():

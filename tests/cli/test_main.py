@@ -203,3 +203,13 @@ def test_garbage_collections_do_not_go_through_the_libraries() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "True True True\n"
+
+
+def test_an_error_becomes_an_annotation_of_github_actions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    result = raising(GateFailed("max flip: FAIL: 3 % flip"))
+    assert result.stderr.splitlines() == [
+        "modhifi: error: max flip: FAIL: 3 % flip",
+        "::error title=modhifi::max flip: FAIL: 3 %25 flip",
+    ]
+    assert result.stdout == ""

@@ -80,7 +80,7 @@ def test_the_options_that_scripts_use_keep_their_names() -> None:
             --evaluation-samples --method --depth --passes --strength --retain-budget --only --settle --no-settle
             --reference --members --recipe --set --push-to-hub --force""",
         "verify": f"""{loading} {run_flags} {checks} --max-perplexity-ratio --against --data --samples --window
-            --allow-overlap""",
+            --allow-overlap --verbose""",
         "audit": f"{run_flags} --data --forget --original --forget-data --reference --members --samples --out",
         "score": f"{loading} --data --samples --window --out --seed --device --quiet --json",
         "check": f"{loading} --json",

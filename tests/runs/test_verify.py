@@ -73,6 +73,14 @@ def test_every_rung_of_an_artefact(artefact: Path, model_dir: Path) -> None:
     assert any("synthetic" in w for w in found["bounds"]["warnings"])
 
 
+def test_the_ladder_is_shown_on_request(artefact: Path, model_dir: Path) -> None:
+    code, plain, stderr = verify(artefact, model_dir, "--data", "synthetic")
+    assert code == 0, stderr
+    assert "change their top-1" in plain and "R2" not in plain
+    _, verbose, _ = verify(artefact, model_dir, "--data", "synthetic", "-v")
+    assert verbose.startswith(plain[:40]) and "R2 certified-local" in verbose and "amplification" in verbose
+
+
 @pytest.mark.parametrize(
     ("options", "code", "word"),
     [

@@ -343,12 +343,17 @@ def test_the_screen_names_verdicts_and_the_retained_class_that_lost_most(capsys:
             {"title": "Accuracy by class", "columns": ["class", "original", "edited"], "rows": classes},
             {"title": "Which layers spend the error", "columns": ["layer", "own error"], "rows": [["conv", 8.7, 0.4]]},
         ],
-        "verdicts": [{"name": "R4 measured", "verdict": "INFORMATIVE", "text": "0.5"}],
+        "verdicts": [
+            {"name": "audit", "verdict": "SUPPRESSED", "text": "the features hold it"},
+            {"name": "R4 measured", "verdict": "INFORMATIVE", "text": "0.5"},
+        ],
+        "outcome": {"tone": "good", "text": "At most 1 % are still recognised.", "advice": []},
     }
     show_audit(report, None)
     shown = capsys.readouterr().out
     assert "worst retained class: dog, 80.0 % before, 70.0 % after" in shown
-    assert "INFORMATIVE (R4 measured): 0.5" in shown and "not measured" in shown
+    assert "At most 1 % are still recognised." in shown and "SUPPRESSED (audit): the features hold it" in shown
+    assert "R4" not in shown and "not measured" in shown
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,120 @@
+"""What a run's figures mean: one plain sentence, its tone, and what to do next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from modhifi.bounds.ladder import BoundReport
+from modhifi.runs.recipe import BudgetChoice, PruneRecipe
+
+Tone = Literal["good", "weak", "bad"]
+# The largest shares of changed top-1, and ratios of perplexities, that count as good and as weak.
+FLIPS, RATIOS = (0.05, 0.15), (1.05, 1.2)
+# A smaller gain in time, as a ratio, is lost in the noise of a machine.
+FASTER = 0.97
+# Below this number of calibration images, more of them still help a strong cut.
+MANY = 1000
+
+
+def add_outcome(report: dict[str, Any], bounds: BoundReport, advice: tuple[str, ...] = ()) -> None:
+    """Adds ``outcome`` to a report, in place: ``tone`` (good, weak or bad), ``text`` (a sentence) and ``advice``."""
+    text, tone = _change(bounds)
+    if bounds.forgetting is not None:
+        after = bounds.forgetting["edited"]
+        still = f"{100 * (1 - after.measured):.3g} %"
+        text = (
+            f"At most {100 * (1 - after.lower):.3g} % of images of the forgotten classes are still recognised "
+            f"({_confidence(bounds)}, {after.n:,} held-out images; measured {still}). {text}"
+        )
+    verdicts = {verdict.verdict for verdict in bounds.verdicts}
+    if verdicts & {"FAIL", "BUG"}:
+        tone = "bad"
+    elif "INCONCLUSIVE" in verdicts and tone == "good":
+        tone = "weak"
+    report["outcome"] = {"tone": tone, "text": text, "advice": list(advice)}
+
+
+def _change(bounds: BoundReport) -> tuple[str, Tone]:
+    """How far the outputs moved, as a sentence, and its tone."""
+    statistics = bounds.statistical
+    units = statistics.population.partition(" (")[0]
+    sample = f"{statistics.n:,} {units}"
+    if statistics.perplexity is not None:
+        interval, limits = statistics.perplexity, RATIOS
+        bounded = interval.informative
+        claim = "Perplexity is at most {} times the original's on such text"
+        plain = "Perplexity is {} times the original's"
+        measured, upper = f"{interval.measured:.3g}", f"{interval.upper:.3g}"
+    else:
+        interval, limits = statistics.flips, FLIPS
+        bounded = interval.upper < 1
+        unit = units.removeprefix("held-out ")
+        of = f"the other {unit}" if bounds.forgetting is not None else f"such {unit}"
+        claim, plain = f"At most {{}} of {of} change their top-1", "{} change their top-1"
+        measured, upper = f"{100 * interval.measured:.3g} %", f"{100 * interval.upper:.3g} %"
+    tone: Tone = "good" if interval.measured <= limits[0] else "weak" if interval.measured <= limits[1] else "bad"
+    if bounds.tolerances.not_a_sample:
+        return f"{plain.format(measured)}, measured on {sample}; nothing is claimed beyond them.", tone
+    if not bounded:
+        return f"{plain.format(measured)}, measured on {sample}: too few, or too different, for a bound.", tone
+    return f"{claim.format(upper)} ({_confidence(bounds)}, {sample}; measured {measured}).", tone
+
+
+def _confidence(bounds: BoundReport) -> str:
+    return f"{100 * (1 - bounds.statistical.alpha):.4g} % confidence"
+
+
+def prune_advice(report: Mapping[str, Any], recipe: PruneRecipe, bounds: BoundReport, kind: str) -> tuple[str, ...]:
+    """What to do about a pruning run that lost much, or gained no time; empty where all is well.
+
+    ``kind`` is the model's, as in `LoadedModel.kind`.
+    """
+    advice = []
+    _, tone = _change(bounds)
+    if tone != "good":
+        advice.append(f"{_loss(report)}: try {' or '.join(_remedies(recipe, kind))}")
+    latency, flops = report["latency"]["after"]["ratio"], report["size"]["flops"]
+    if latency > FASTER and flops[1] < FASTER * flops[0]:
+        text = "one sample runs no faster on this machine than before"
+        advice.append(f"{text}: try --round-to 8" if recipe.method.round_to == 1 else text)
+    return tuple(advice)
+
+
+def _loss(report: Mapping[str, Any]) -> str:
+    errors = report["errors"]
+    if (before := errors.get("accuracy_before")) is not None:
+        return f"top-1 fell by {100 * (before - errors['accuracy_after']):.3g} points"
+    if (before := errors.get("perplexity_before")) is not None:
+        return f"perplexity grew {errors['perplexity_after'] / before:.3g} times"
+    return f"{100 * (1 - errors['agreement']):.3g} % of the predictions changed"
+
+
+def _remedies(recipe: PruneRecipe, kind: str) -> list[str]:
+    """The options that are likely to lose less, the surest first."""
+    remedies = []
+    budget = _halfway(recipe.budget)
+    if budget:
+        remedies.append(budget)
+    source = recipe.data.source
+    if source.startswith(("synthetic", "self")) and kind == "text":
+        remedies.append("text of your own (--data text:FILE)")
+    elif source.startswith("synthetic") and kind == "image":
+        remedies.append("real images (--data images:DIR)")
+    if kind == "image" and (recipe.data.samples or 0) < MANY:
+        remedies.append(f"more samples (--samples {MANY})")
+    if recipe.method.sequential is None:
+        remedies.append("--sequential dense")
+    return remedies or ["fewer groups (--only, --exclude)"]
+
+
+def _halfway(budget: BudgetChoice) -> str:
+    """The option that removes half of what was asked for; empty without a budget."""
+    if budget.ratio is not None:
+        return f"--ratio {budget.ratio / 2:.2g}"
+    for flag, share in (("flops", budget.flops), ("params", budget.params), ("kv-cache", budget.kv_cache)):
+        if share is not None:
+            keep = (1 + budget.parse().keep) / 2
+            return f"--{flag} {math.floor(100 * keep) / 100:g}x"
+    return ""
