@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 # The parts of a verb's help, in their order.
-PANELS = ("Budget", "Data", "Method", "Checks", "Output", "Loading", "Advanced")
+PANELS = ("Most used", "Budget", "Data", "Method", "Checks", "Output", "Loading", "Advanced")
 
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda", "mps"],
@@ -26,7 +27,10 @@ DeviceOption = Annotated[
 SeedOption = Annotated[
     int, typer.Option("--seed", min=0, help="The seed of everything random.", rich_help_panel="Advanced")
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel="Output")]
+QuietOption = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Print the outcome and where it is, nothing else.", rich_help_panel="Output"),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.", rich_help_panel="Output")
 ]
@@ -55,15 +59,40 @@ PushOption = Annotated[
     ),
 ]
 
+# Seconds after which a log shows that a long stage is alive.
+PATIENCE = 30.0
 Report = Callable[[str, int, int], None]
+
+
+class Lines:
+    """Progress for a log: a line where a stage begins, and signs of life between."""
+
+    def __init__(self) -> None:
+        self.stages: set[str] = set()
+        self.last = -math.inf
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Writes where a stage begins, and inside it every ``PATIENCE`` seconds."""
+        begins = stage not in self.stages and not stage.startswith(" ")
+        self.stages.add(stage)
+        if begins or time.monotonic() - self.last >= PATIENCE:
+            count = "" if begins else f": {done} of {total}"
+            print(f"modhifi: {stage.strip()}{count}", file=sys.stderr, flush=True)
+            self.last = time.monotonic()
 
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Report]:
     """Yields ``report(stage, done, total)``, which draws one bar a stage on stderr.
 
-    It draws nothing with ``quiet`` or where stderr is not a terminal. rich honours NO_COLOR.
+    Where stderr is no terminal it writes a line a stage, and one every ``PATIENCE`` seconds; with ``quiet`` nothing.
+    rich honours NO_COLOR.
     """
+    silent = quiet or os.environ.get("RANK", "0") != "0"
+    # isatty and not rich's own test, which FORCE_COLOR overrides: bars have no place in a log.
+    if silent or not sys.stderr.isatty():
+        yield (lambda stage, done, total: None) if silent else Lines()
+        return
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -85,8 +114,6 @@ def progress(quiet: bool) -> Iterator[Report]:
             speed = task.finished_speed or task.speed
             return Text("" if not speed else f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
 
-    # isatty and not rich's own test, which FORCE_COLOR overrides: bars have no place in a log.
-    hidden = quiet or not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -96,7 +123,7 @@ def progress(quiet: bool) -> Iterator[Report]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=hidden) as bars:
+    with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, TaskID] = {}
 
         def report(stage: str, done: int, total: int) -> None:

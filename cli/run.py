@@ -16,7 +16,7 @@ from modhifi.runs.recipe_tasks import Recipe, StepsRecipe
 
 from .common import print_json, progress
 from .push import check_pushed, pushed
-from .screens import show_report
+from .screens import show_briefly, show_report
 
 if TYPE_CHECKING:
     from modhifi.runs.run_recipe import Done
@@ -63,7 +63,10 @@ def run(
         print_json([_content(d) | {"step": d.name} for d in finished] if steps else _content(finished[0]))
     else:
         for done in finished:
-            show_report(done.report, done.path, ladder=ladder)
+            if quiet and not ladder:
+                show_briefly(done.report, done.path)
+            else:
+                show_report(done.report, done.path, ladder=ladder)
     if finished[-1].failure is not None:
         raise finished[-1].failure
     pushed(finished[-1].path, push_to_hub)

@@ -28,6 +28,17 @@ def show_report(report: dict[str, Any], path: Path | None, *, ladder: bool = Fal
         show_audit(report, path)
 
 
+def show_briefly(report: dict[str, Any], path: Path | None) -> None:
+    """Prints the outcome of a report, and where the artefact is."""
+    console = stdout_console()
+    if report["task"] == "prune" and "outcome" not in report:
+        show_prediction(console, report)
+    else:
+        show_outcome(console, report)
+    if path is not None:
+        console.print(path, soft_wrap=True, markup=False, highlight=False)
+
+
 def show_prune(report: dict[str, Any], path: Path | None) -> None:
     """Prints the report of a pruning run."""
     console = stdout_console()
@@ -47,17 +58,22 @@ def show_prune(report: dict[str, Any], path: Path | None) -> None:
         for g in report["groups"]:
             table.add_row(g["name"], g["kind"], str(g["n"]), str(g["kept"]), f"{g['relative_error']:.3g}")
         console.print(table)
-        reached = report["budget"]["reached"]
-        console.print(
-            f"predicted: {reached['macs']:.3f}x of the FLOPs, {reached['parameters']:.3f}x of the parameters, "
-            f"{reached['components']:.3f}x of the components; nothing was written"
-        )
+        show_prediction(console, report)
     refused = [
         g for g in report["refused"] if "the model's output" not in g["reason"] and "on request" not in g["reason"]
     ]
     if refused:
         console.print(f"groups that cannot be pruned: {len(refused)}; `modhifi check` says why")
     show_written(console, path)
+
+
+def show_prediction(console: Console, report: dict[str, Any]) -> None:
+    """Prints the size that the plan of a dry run reaches."""
+    reached = report["budget"]["reached"]
+    console.print(
+        f"predicted: {reached['macs']:.3f}x of the FLOPs, {reached['parameters']:.3f}x of the parameters, "
+        f"{reached['components']:.3f}x of the components; nothing was written"
+    )
 
 
 def show_outcome(console: Console, report: dict[str, Any]) -> None:

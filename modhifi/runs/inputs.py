@@ -46,6 +46,10 @@ class Given:
 NOTHING = Given()
 # What a run writes to.
 WRITTEN = ("out", "summary")
+# What a recipe reads from disk: sources of data by their beginning, models by their key.
+FILES = ("images:", "text:", "hf:")
+PATHS = {"directory", "original", "reference"}
+PARTS = [(part, key) for part in ("model", "against") for key in ("name", "weights")]
 
 
 def local_paths(content: Any) -> Iterator[Path]:
@@ -60,12 +64,36 @@ def local_paths(content: Any) -> Iterator[Path]:
     elif isinstance(content, list | tuple):
         for value in content:
             yield from local_paths(value)
-    elif isinstance(content, str) and content:
+    elif isinstance(content, str):
         behind = content.partition(":")[2]
         for text in dict.fromkeys((content, behind, behind.rpartition(":")[0])):
             path = Path(os.path.expanduser(text))
             if text and os.path.exists(path):
                 yield path
+
+
+def located(content: Any, keys: tuple[str, ...] = ()) -> Any:
+    """A recipe's content whose local paths are absolute, so that it repeats the run from any directory.
+
+    ``keys`` lead to the content from the top of the recipe.
+    """
+    if isinstance(content, dict):
+        return {key: located(value, (*keys, key)) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [located(value, keys) for value in content]
+    # Other words, of a selector for instance, may be names of files by chance.
+    if not isinstance(content, str):
+        return content
+    if content.startswith(FILES):
+        start = content.index(":") + 1
+    elif set(keys[-1:]) & PATHS or keys[-2:] in PARTS:
+        start = 0
+    else:
+        return content
+    for text in (content[start:], content[start:].rpartition(":")[0] if start else ""):
+        if text and os.path.exists(os.path.expanduser(text)):
+            return content[:start] + str(Path(os.path.expanduser(text)).absolute()) + content[start + len(text) :]
+    return content
 
 
 def load_source(source: ModelSource) -> LoadedModel:
@@ -84,7 +112,8 @@ def load_source(source: ModelSource) -> LoadedModel:
 def original_of(manifest: Manifest) -> ModelSource:
     """The recipe entry that loads the model that an artefact was made from."""
     base, source = manifest.base, manifest.recipe.get("model") or {}
-    if source.get("name") != base.source:
+    absolute = not base.edits_before and os.path.isabs(str(source.get("name")))
+    if source.get("name") != base.source and not absolute:
         source = {"name": base.source, "revision": base.revision}
     if base.source.startswith("timm:"):  # a directory states its own arguments
         source = {**source, "args": source.get("args") or base.args}

@@ -32,7 +32,7 @@ from modhifi.pruning.prune import contribute, prune_model
 from modhifi.pruning.stages import Pruned
 from modhifi.runs.bound_report import add_bounds, add_groups
 from modhifi.runs.defaults import complete
-from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, place
+from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, located, place
 from modhifi.runs.outcome import add_outcome, prune_advice
 from modhifi.runs.prune_report import before_after, measure_run, measured_verdict, report_of, skipped_warnings
 from modhifi.runs.recipe import BudgetChoice, PruneRecipe
@@ -203,7 +203,7 @@ def _save(
                 "metrics": {k: report[k] for k in ("errors", "size") if k in report},
                 "verdicts": report["verdicts"],
             },
-            recipe=recipe.model_dump(mode="json"),
+            recipe=located(recipe.model_dump(mode="json")),
             report=report,
             log=clock.log(),
             force=force,

@@ -29,7 +29,7 @@ Seed = Annotated[int, Field(ge=0, description="The seed of everything random.")]
 Device = Annotated[
     Literal["auto", "cpu", "cuda", "mps"], Field(description="Where to run; auto takes a GPU if there is one.")
 ]
-Out = Annotated[str | None, Field(description="Directory to write."), Option(panel="Output", metavar="DIR")]
+Out = Annotated[str | None, Field(description="Directory to write."), Option(panel="Most used", metavar="DIR")]
 ReportOut = Annotated[
     str | None,
     Field(description="Where to write the report: a directory, FILE.json or FILE.html."),
@@ -91,10 +91,10 @@ class CalibrationData(Strict):
 
     panel: ClassVar[str] = "Data"
 
-    source: Annotated[str, Option("--data")] = "synthetic"
+    source: Annotated[str, Option("--data", panel="Most used")] = "synthetic"
     """Calibration data: images:DIR, text:PATH, hf:DATASET[:SPLIT], synthetic[:KIND], or self, text that the language
     model writes, which is what synthetic means there."""
-    samples: Count | None = None
+    samples: Annotated[Count | None, Option(panel="Most used")] = None
     """Calibration samples; by default 256 images, 128 windows (64 on a CPU)."""
     window: Annotated[int, Field(ge=2)] | None = None
     """Tokens in a window of text; by default 1024 (512 on a CPU)."""
@@ -121,7 +121,7 @@ class BudgetChoice(Strict):
     """Share of components removed, such as 0.5."""
     params: str | None = None
     """Share of parameters kept, such as 0.5x."""
-    flops: str | None = None
+    flops: Annotated[str | None, Option(panel="Most used")] = None
     """Share of FLOPs kept, such as 0.5x."""
     kv_cache: str | None = None
     """Share of the KV cache kept, in whole KV groups, such as 0.5x."""
@@ -183,7 +183,7 @@ class Checks(Strict):
 
     panel: ClassVar[str] = "Checks"
 
-    max_flip: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_flip: Annotated[Annotated[float, Field(ge=0, le=1)] | None, Option(panel="Most used")] = None
     """Largest share of inputs whose top-1 may change, such as 0.05."""
     max_error: Annotated[float, Field(ge=0)] | None = None
     """Largest change of the output (Euclidean) that 95 % of inputs must keep to."""

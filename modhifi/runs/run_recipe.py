@@ -20,7 +20,7 @@ from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
 from modhifi.progress import Progress, silent
 from modhifi.runs.audit import run_audit
 from modhifi.runs.devices import resolve_device
-from modhifi.runs.inputs import NOTHING, Given, local_paths
+from modhifi.runs.inputs import NOTHING, Given, local_paths, located
 from modhifi.runs.outcome import add_outcome
 from modhifi.runs.prune import PruneResult, run_prune
 from modhifi.runs.recipe import PruneRecipe
@@ -101,7 +101,7 @@ def _run_all(recipe: StepsRecipe, circumstances: Circumstances) -> list[Done]:
     out = home_path(recipe.out)
     check_output(out, circumstances.force, (*circumstances.reads, *local_paths(recipe.model_dump())))
     out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.yaml").write_text(to_yaml(recipe.model_dump(mode="json")), encoding="utf-8")
+    (out / "recipe.yaml").write_text(to_yaml(located(recipe.model_dump(mode="json"))), encoding="utf-8")
     finished: list[Done] = []
     for number, (label, content) in enumerate(_variants(recipe)):
         force = circumstances.force or number > 0
@@ -247,5 +247,5 @@ def write_report(out: Path, report: Mapping[str, Any], recipe: Mapping[str, Any]
     with staging(out.absolute()) as directory:
         (directory / "report.json").write_text(figures, "utf-8")
         (directory / "report.html").write_text(page, "utf-8")
-        (directory / "recipe.yaml").write_text(to_yaml(jsonable(recipe)), "utf-8")
+        (directory / "recipe.yaml").write_text(to_yaml(located(jsonable(recipe))), "utf-8")
     return out

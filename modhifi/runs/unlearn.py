@@ -27,7 +27,7 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Clock, Progress, silent
 from modhifi.runs.audit import load_reference, report_parts
 from modhifi.runs.bound_report import add_bounds
-from modhifi.runs.inputs import NOTHING, Given, forgotten_before, load_source, local_paths
+from modhifi.runs.inputs import NOTHING, Given, forgotten_before, load_source, local_paths, located
 from modhifi.runs.outcome import add_outcome
 from modhifi.runs.unlearn_recipe import UnlearnRecipe
 from modhifi.unlearning.audit import audit
@@ -163,7 +163,7 @@ def _save(
                 "metrics": outcome["rows"]["edited"],
                 "verdicts": report["verdicts"],
             },
-            recipe=recipe.model_dump(mode="json"),
+            recipe=located(recipe.model_dump(mode="json")),
             report=report,
             log=clock.log(),
             force=force,

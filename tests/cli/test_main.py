@@ -133,9 +133,9 @@ def test_auto_prefers_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("terminal", "quiet", "drawn"), [(True, False, True), (True, True, False), (False, False, False)]
+    ("terminal", "quiet", "drawn"), [(True, False, True), (True, True, False), (False, True, False)]
 )
-def test_progress_is_drawn_on_a_terminal_only(
+def test_quiet_draws_no_progress(
     terminal: bool, quiet: bool, drawn: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
@@ -146,6 +146,26 @@ def test_progress_is_drawn_on_a_terminal_only(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert ("collect" in captured.err) is drawn
+
+
+def test_a_log_gets_a_line_a_stage_and_signs_of_life(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    step: Callable[[str, int, int], None]
+    with progress(False) as step:
+        step("load", 0, 1)
+        step("load", 1, 1)
+        step("prune", 0, 1)
+        for now[0], done in ((1.0, 1), (29.0, 2), (30.0, 3), (31.0, 4), (60.0, 5)):
+            step("  measuring", done, 8)
+    lines = ["load", "prune", "measuring: 3 of 8", "measuring: 5 of 8"]
+    assert capsys.readouterr().err.splitlines() == [f"modhifi: {line}" for line in lines]
+    monkeypatch.setenv("RANK", "1")
+    with progress(False) as step:
+        step("load", 0, 1)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("no_color", [False, True])
@@ -167,8 +187,8 @@ def test_progress_shows_rates_and_time_left_on_a_terminal_only(monkeypatch, caps
     from modhifi.cli.common import progress
 
     with progress(False) as report:
-        report("stage", 1, 2)
-    assert capsys.readouterr().err == ""
+        report("  stage", 1, 2)
+    assert "/s" not in capsys.readouterr().err
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "100")

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from modhifi.cli.main import app
 from modhifi.errors import ModhifiError
-from modhifi.runs.inputs import local_paths
+from modhifi.runs.inputs import local_paths, located
 from modhifi.runs.recipe_file import set_value
 from modhifi.runs.recipe_tasks import parse
 from modhifi.runs.run_recipe import Circumstances, run_recipe
@@ -102,3 +102,27 @@ def test_a_run_does_not_replace_its_own_recipe(tmp_path: Path, command: list[str
     result = CliRunner().invoke(app, [*arguments, "--out", str(out), "--force", "--quiet"])
     assert result.exit_code == 2
     assert "recipe.yaml, which this run reads, and is not replaced" in result.stderr
+
+
+def test_only_what_a_recipe_reads_from_disk_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("prune", "obs", "net", "pictures", "erase", "synthetic", "i"):
+        (tmp_path / name).mkdir()
+    content = {
+        "task": "prune",
+        "model": {"name": "net", "weights": "missing.pth"},
+        "data": {"source": "images:pictures", "evaluate": "hf:i:train", "forget": "synthetic"},
+        "method": {"selector": "obs", "name": "erase", "only": ["net"]},
+        "steps": {"verify": {"directory": "step:prune", "against": {"name": "net"}}},
+    }
+    assert located(content) == {
+        "task": "prune",
+        "model": {"name": f"{tmp_path}/net", "weights": "missing.pth"},
+        "data": {
+            "source": f"images:{tmp_path}/pictures",
+            "evaluate": f"hf:{tmp_path}/i:train",
+            "forget": "synthetic",
+        },
+        "method": {"selector": "obs", "name": "erase", "only": ["net"]},
+        "steps": {"verify": {"directory": "step:prune", "against": {"name": f"{tmp_path}/net"}}},
+    }

@@ -154,3 +154,24 @@ def test_a_home_directory_is_the_same_for_every_step(tmp_path: Path, monkeypatch
     code, _, stderr = run("recipe", "run", "ci/prune-verify", "--set", "out=~/runs", *small, "--quiet")
     assert code in (0, 1), stderr
     assert (tmp_path / "home" / "runs" / "verify" / "report.json").is_file() and not (tmp_path / "~").exists()
+
+
+def test_an_artefact_of_relative_paths_is_repeated_and_verified_from_elsewhere(
+    model_dir: Path, image_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    for directory in (here, elsewhere):
+        directory.mkdir()
+    (here / "net").symlink_to(model_dir)
+    (here / "pictures").symlink_to(image_dir)
+    monkeypatch.chdir(here)
+    few = ["--samples", 16, "--evaluation-samples", 8, "--walked", 0, "--quiet"]
+    code, _, stderr = run("prune", "net", "--data", "images:pictures", "--ratio", 0.2, *few, "--out", "small")
+    assert code == 0, stderr
+    monkeypatch.chdir(elsewhere)
+    code, _, stderr = run("recipe", "run", here / "small", "--out", "again", "--quiet")
+    assert code == 0, stderr
+    assert hashes(elsewhere / "again") == hashes(here / "small")
+    held = ["--data", "synthetic", "--samples", 8, "--walked", 0, "--quiet"]
+    code, _, stderr = run("verify", here / "small", *held)
+    assert code == 0, stderr
