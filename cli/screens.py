@@ -10,8 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from modhifi.artifacts.formatting import asked, change, number, tone
-from modhifi.artifacts.model_card import loading
-from modhifi.models.manifest import MANIFEST, read_manifest
 
 from .common import stdout_console
 
@@ -90,6 +88,10 @@ def show_outcome(console: Console, report: dict[str, Any]) -> None:
 
 def show_written(console: Console, path: Path | None) -> None:
     """Prints where the artefact is, and the line of Python that loads it."""
+    # They import the libraries of models.
+    from modhifi.artifacts.model_card import loading
+    from modhifi.models.manifest import MANIFEST, read_manifest
+
     if path is None or not (path / MANIFEST).is_file():
         return
     console.print(f"model and report: {path}/report.html", soft_wrap=True, markup=False)

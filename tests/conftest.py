@@ -15,10 +15,18 @@ from timm.models import save_for_hf
 
 from modhifi.artifacts.reload_check import compare_outputs
 from modhifi.models.artifact import load_artifact
+from modhifi.progress import silent
 
 # Errors would be said twice.
 os.environ.pop("GITHUB_ACTIONS", None)
 ARGS = dict(stem_type="deep", stem_width=4, channels=(8, 16, 16, 16), zero_init_last=False)
+
+
+@pytest.fixture(autouse=True)
+def error_lines_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the lines a stage out of stderr, so that a test sees errors alone; ``stage_lines`` keeps them."""
+    if "stage_lines" not in request.keywords:
+        monkeypatch.setattr("modhifi.cli.common.Lines", lambda: silent)
 
 
 @pytest.fixture(scope="session")

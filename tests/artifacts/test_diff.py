@@ -92,10 +92,11 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_workflow_is_yaml_and_its_command_is_known() -> None:
-    (workflow,) = map(yaml.safe_load, blocks("yaml"))
-    commands = [step["run"] for step in workflow["jobs"]["prune"]["steps"] if "run" in step]
-    (command,) = [c for c in commands if c.startswith("modhifi")]
-    options = set(re.findall(r"--[a-z]+", command))
+    github, gitlab = map(yaml.safe_load, blocks("yaml"))
+    commands = [step["run"] for step in github["jobs"]["prune"]["steps"] if "run" in step] + gitlab["prune"]["script"]
+    ours = [c for c in commands if c.startswith("modhifi")]
+    assert len(ours) == 2
+    options = set(re.findall(r"--[a-z]+", " ".join(ours)))
     shown = runner.invoke(app, ["recipe", "run", "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout
     assert options and all(option in shown for option in options)
 

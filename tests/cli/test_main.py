@@ -148,6 +148,7 @@ def test_quiet_draws_no_progress(
     assert ("collect" in captured.err) is drawn
 
 
+@pytest.mark.stage_lines
 def test_a_log_gets_a_line_a_stage_and_signs_of_life(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
