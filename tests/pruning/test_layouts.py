@@ -21,13 +21,14 @@ from modhifi.structure.sizes import Sizes, Term
 
 @dataclass(frozen=True)
 class Toy:
-    """A group of ``n`` components of ``unit`` parameters, whose first j cost ``cost[j]``."""
+    """A group of ``n`` components of ``unit`` parameters, whose first j cost ``cost[j]``, in ``parts`` alike."""
 
     n: int
     unit: int = 1
     kind: Kind = "channels"
     cost: Tensor | None = None
     lowest: int = 1
+    parts: int = 1
 
 
 def problem(toys: Mapping[str, Toy], target: float, *, fixed: int = 0, round_to: int = 1) -> Problem:
@@ -35,7 +36,7 @@ def problem(toys: Mapping[str, Toy], target: float, *, fixed: int = 0, round_to:
     terms = tuple(Term(0, t.unit * t.n, 0, {}, 0, {name: 1.0}, t.n) for name, t in toys.items())
     costs = {name: torch.arange(t.n + 1) if t.cost is None else t.cost for name, t in toys.items()}
     return Problem(
-        tuple(Group(name, t.n, (), kind=t.kind) for name, t in toys.items()),
+        tuple(Group(name, t.n, (), torch.arange(t.n) % t.parts, kind=t.kind) for name, t in toys.items()),
         {name: Curve(torch.arange(t.n), costs[name].double(), 1.0) for name, t in toys.items()},
         Sizes(terms, {name: t.n for name, t in toys.items()}, fixed),
         Budget("parameters", target / (fixed + sum(t.unit * t.n for t in toys.values()))),
@@ -78,15 +79,21 @@ def test_a_miss_of_two_percent_is_left_as_it_is() -> None:
 
 
 def test_a_share_that_is_a_whole_number_of_heads_asks_for_no_more() -> None:
-    """At one half, 1.5 neurons are rounded to 2, and 1 head stays 1 in spite of the bisection's rounding."""
-    toys = {"heads": Toy(2, kind="heads"), "neurons": Toy(3, kind="neurons")}
-    assert uniform(problem(toys, 998, fixed=995)) == {"heads": 1, "neurons": 2}
+    """At five sixths, 2.5 neurons become 3, and 5 heads stay 5 in spite of the bisection's rounding."""
+    toys = {"heads": Toy(6, kind="heads"), "neurons": Toy(3, kind="neurons")}
+    assert uniform(problem(toys, 999, fixed=991)) == {"heads": 5, "neurons": 3}
+
+
+def test_a_share_does_not_depend_on_the_number_of_parts() -> None:
+    assert uniform(problem({"a": Toy(12), "b": Toy(12, parts=3)}, 12)) == {"a": 6, "b": 6}
 
 
 def test_channels_give_one_step_more_in_turn_and_neurons_stay_alike() -> None:
     """All at once give 12 or 16."""
     toys = {"a": Toy(4), "b": Toy(4, kind="neurons"), "c": Toy(4), "d": Toy(4)}
     assert uniform(problem(toys, 14)) == {"a": 3, "b": 4, "c": 3, "d": 4}
+    # 1.6 % less is near enough to stay alike.
+    assert uniform(problem({name: Toy(40) for name in "abc"}, 61)) == {"a": 20, "b": 20, "c": 20}
 
 
 # -- greedy ------------------------------------------------------------------------------------------------------------
@@ -116,3 +123,21 @@ def test_what_saves_most_for_its_cost_goes_first() -> None:
     toys = {"a": Toy(20, cost=torch.arange(21) ** 2), "b": Toy(20, 3, cost=torch.arange(21) ** 2)}
     # Slopes 2 a = 2 b / 3 meet at b = 3 a: 2 of one and 6 of the other save 20.
     assert greedy(problem(toys, 60)) == {"a": 18, "b": 14}
+
+
+def test_a_miss_of_the_last_step_is_made_up_for_by_other_groups() -> None:
+    """Components of ten parameters go until 3 too many or too few are left."""
+    toys = {"a": Toy(10, 10, cost=torch.arange(11) / 100), "b": Toy(10, cost=10.0 * torch.arange(11))}
+    assert greedy(problem(toys, 97)) == {"a": 9, "b": 7}
+    assert greedy(problem({**toys, "b": Toy(10, cost=toys["b"].cost, lowest=9)}, 97)) == {"a": 9, "b": 9}
+    assert greedy(problem(toys, 93)) == {"a": 8, "b": 10}
+    free = torch.cat([torch.zeros(6), 10.0 * torch.arange(1, 6)])
+    assert greedy(problem({**toys, "b": Toy(10, cost=free)}, 88)) == {"a": 8, "b": 8}
+
+
+def test_a_group_makes_up_for_a_miss_in_steps_of_its_own() -> None:
+    """11 components in fours: from 11 down to 8 and 4, and from 8 up to 11, as 12 are too many."""
+    toys = {"a": Toy(40, 10, cost=torch.arange(41) / 1000), "b": Toy(11, cost=10.0 * torch.arange(12))}
+    assert greedy(problem(toys, 368, round_to=4)) == {"a": 36, "b": 8}
+    free = torch.cat([torch.zeros(4), 10.0 * torch.arange(1, 9)])
+    assert greedy(problem({**toys, "b": Toy(11, cost=free)}, 371, round_to=4)) == {"a": 36, "b": 11}
