@@ -171,3 +171,29 @@ def test_a_group_makes_up_for_a_miss_in_steps_of_its_own() -> None:
     assert greedy(problem(toys, 368, round_to=4)) == {"a": 36, "b": 8}
     free = torch.cat([torch.zeros(4), 10.0 * torch.arange(1, 9)])
     assert greedy(problem({**toys, "b": Toy(11, cost=free)}, 371, round_to=4)) == {"a": 36, "b": 11}
+    half = torch.cat([torch.zeros(13), 10.0 * torch.arange(1, 9)])
+    assert greedy(problem({**toys, "b": Toy(20, cost=half)}, 372, round_to=4)) == {"a": 36, "b": 12}
+
+
+@pytest.mark.parametrize("target, widths", [(320, (5, 40, 6)), (120, (5, 20, 1))])
+def test_what_a_cut_saves_is_known_anew_when_its_neighbour_was_cut(target: int, widths: tuple[int, ...]) -> None:
+    """``a b + 20 c`` multiply-adds: with half of a gone, b saves half as much, and c goes first."""
+    first = torch.cat([0.1 * torch.arange(6), 1000.0 * torch.arange(1, 6)])
+    costs = {"a": first, "b": 1.2 * torch.arange(41), "c": 2.8 * torch.arange(11)}
+    full = {name: len(cost) - 1 for name, cost in costs.items()}
+    terms = (
+        Term(400, 0, 0, {"a": 1.0}, 10, {"b": 1.0}, 40),
+        Term(200, 0, 0, {}, 0, {"c": 1.0}, 10),
+    )
+    found = greedy(
+        Problem(
+            tuple(Group(name, n, ()) for name, n in full.items()),
+            {name: Curve(torch.arange(full[name]), cost.double(), 1.0) for name, cost in costs.items()},
+            Sizes(terms, full, 0),
+            Budget("macs", target / 600),
+            dict.fromkeys(full, 1),
+            1,
+            None,
+        )
+    )
+    assert tuple(found.values()) == widths
