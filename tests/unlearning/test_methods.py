@@ -135,7 +135,7 @@ def test_moments_in_single_precision_are_solved_in_double(name: str) -> None:
     torch.testing.assert_close(low.weight, high.weight, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("lengths", [(1.0, 1.0), (1e-9, 1e3), (0.5, 1e-4)])
+@pytest.mark.parametrize("lengths", [(1.0, 1.0), (1e-15, 1e3), (0.5, 1e-4)])
 def test_directions_span_the_rows_whatever_their_lengths(lengths: tuple[float, float]) -> None:
     first, second = random_weight(0, 2)
     # A combination of both, and a row that names no direction.

@@ -47,3 +47,5 @@ def test_rows_of_a_wide_writer_are_spread_over_samples_and_positions(
     kept = [c for c in (0, 2) if c in classes[taken]]
     means = torch.stack([streams[(groups[taken] == 0) & (classes[taken] == c)].mean((0, 1)) for c in kept])
     torch.testing.assert_close(found.joint.class_means[:, -OUT:], means)
+    counts = torch.tensor([int(((groups[taken] == 0) & (classes[taken] == c)).sum()) for c in kept]).double()
+    torch.testing.assert_close(found.joint.shares, counts / counts.sum())
