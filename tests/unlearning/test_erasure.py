@@ -82,6 +82,19 @@ def test_no_oblique_projection_changes_less(seed: int, centred: bool) -> None:
         assert float((x @ other.T).square().sum()) >= float((x @ best.T).square().sum()) * (1 - 1e-9)
 
 
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_erasing_projection_is_that_of_the_inverse_moments(centred: bool) -> None:
+    """``P = D (H^T S^-1 H)^-1 H^T S^-1`` with the retain mean beside D in H where nothing takes it."""
+    rows = samples(9)
+    mean, gram = moments(torch.cat(rows))
+    gone, retain = rows[0].mean(0), torch.cat(rows[1:]).mean(0)
+    found, _ = erasing_projection(gram, mean, gone[None], retain, centred=centred, damping=1e-13)
+    inverse = torch.linalg.inv(gram - torch.outer(mean, mean) if centred else gram)
+    held = torch.stack([gone - retain] if centred else [gone - retain, retain], 1)
+    reader = (inverse @ held @ torch.linalg.inv(held.T @ inverse @ held))[:, 0]
+    torch.testing.assert_close(found, torch.outer(gone - retain, reader), atol=1e-7, rtol=1e-6)
+
+
 @given(seeds)
 @settings(max_examples=10, deadline=None)
 def test_projection_does_not_depend_on_the_mixture(seed: int) -> None:
