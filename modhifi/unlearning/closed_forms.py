@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# A direction weaker than this share of the strongest one counts as a combination of the others.
+# A direction of unit rows weaker than this counts as a combination of the others.
 RANK_TOLERANCE = 1e-8
 
 
@@ -56,13 +56,10 @@ def about(gram: Tensor, mean: Tensor, origin: Tensor) -> Tensor:
     return torch.addmm(gram.double(), left, right)
 
 
-def directions(gaps: Tensor, extra: Tensor | None) -> Tensor:
+def directions(gaps: Tensor) -> Tensor:
     """An orthonormal basis ``(d, r)`` of the rows to erase: the projection depends on their span alone."""
-    rows = gaps if extra is None else torch.cat([gaps, extra.double()])
     # Rows of very different length must not hide each other; rows of zero length name no direction.
-    lengths = rows.norm(dim=1, keepdim=True)
-    rows = rows[lengths[:, 0] > 0] / lengths[lengths[:, 0] > 0]
+    rows = torch.nn.functional.normalize(gaps, dim=1, eps=torch.finfo(gaps.dtype).tiny)
     _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
-    rank = int((values > RANK_TOLERANCE * values.max()).sum()) if len(rows) else 0
-    basis: Tensor = vectors[:rank].T
+    basis: Tensor = vectors[: int((values > RANK_TOLERANCE).sum())].T
     return basis

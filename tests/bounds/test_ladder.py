@@ -14,7 +14,7 @@ from modhifi.bounds.certified import certify
 from modhifi.bounds.held_out import tabulate
 from modhifi.bounds.ladder import verify_model
 from modhifi.bounds.statistical import forgetting, statistical
-from modhifi.bounds.verdicts import Tolerances, Verdict, enforce, judge
+from modhifi.bounds.verdicts import Tolerances, Verdict, enforce, judge, self_test
 from modhifi.data.samples import Samples
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
 from modhifi.models.load import load_model
@@ -239,6 +239,51 @@ def test_max_error_is_about_the_quantile() -> None:
     table = tabulate(loaded, twin, held, 100)
     # A measured failure is stronger than a certificate: one of the two would be a bug, and the failure is shown.
     assert judge(Tolerances(max_error=1.0), statistical(table, 0.05), table, 0.5)[0].verdict == "FAIL"
+
+
+@pytest.mark.parametrize(
+    ("n", "flips", "tolerances", "text", "settling"),
+    [
+        # 1 - 0.05^(1/10) = 0.259, and 0.99^299 < 0.05
+        (
+            10,
+            0,
+            Tolerances(max_flip=0.01),
+            "inputs whose top-1 changes: 0 % measured on 10 held-out units, at most 25.9 % with 95 % confidence; "
+            "about 299 units would settle it",
+            299,
+        ),
+        # An error as large as the tolerance is within it, and 0.95^59 < 0.05.
+        (
+            10,
+            1,
+            Tolerances(max_error=10.0),
+            "95% quantile of the output's change: 5.5 measured on 10 held-out units, at most inf with 95 % confidence; "
+            "about 59 units would settle it",
+            59,
+        ),
+        (
+            10,
+            1,
+            Tolerances(max_flip=0.1, not_a_sample=True),
+            "inputs whose top-1 changes: 10 % measured on 10 held-out units; nothing is claimed beyond them",
+            None,
+        ),
+    ],
+)
+def test_a_verdict_says_what_was_measured_and_what_would_settle_it(
+    n: int, flips: int, tolerances: Tolerances, text: str, settling: int | None
+) -> None:
+    loaded, twin, held = identical(n, flips)
+    table = tabulate(loaded, twin, held, n)
+    (verdict,) = judge(tolerances, statistical(table, tolerances.alpha), table, None)
+    assert (verdict.text, verdict.settling_n) == (text, settling)
+
+
+def test_the_self_test_says_on_how_many_samples_it_holds() -> None:
+    assert self_test((), 7).text == "measured <= R2 <= R1 on each of 7 samples" and self_test((), 7).verdict == "HOLDS"
+    assert self_test((), 0).verdict == "not measured"
+    assert (self_test(("a", "b"), 7).verdict, self_test(("a", "b"), 7).text) == ("BUG", "a; b")
 
 
 def test_units_that_are_no_sample_claim_nothing_more() -> None:

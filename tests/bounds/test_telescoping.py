@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modhifi.bounds.telescoping import hybrid_changes
 
@@ -22,10 +24,10 @@ class Net(nn.Module):
         self.head = nn.Linear(4, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu_(self.norm(self.one(x)))
+        x = torch.relu_(self.norm(self.one(x))).sub_(0.1)
         y = torch.relu_(self.two(x))
         y += x
-        return self.head(torch.relu_(self.two(y)).mean((2, 3)))
+        return self.head(torch.relu_(self.two(y)).mean((2, 3))) + x.mean((1, 2, 3))[:, None]
 
 
 def pair(names: tuple[str, ...]) -> tuple[nn.Module, nn.Module]:
@@ -61,6 +63,24 @@ def test_hybrids_equal_those_run_in_full(sizes: tuple[int, ...]) -> None:
         torch.testing.assert_close(change, second - first)
         assert float(change.abs().max()) > 1e-4
     assert all(torch.equal(value, before[name]) for name, value in edited.state_dict().items())
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts the convolutions that are computed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "convolution" in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_hybrid_computes_from_its_first_modified_layer_on() -> None:
+    dense, edited = pair(tuple(n for names in LAYERS for n in names))
+    with Convolutions() as convolutions:
+        hybrid_changes(dense, edited, LAYERS, run, [torch.randn(2, 3, 6, 6).double()])
+    # The original runs all three; so do the modified network and the last hybrid, the others the last two and none.
+    assert convolutions.count == 3 + (3 + 2 + 0 + 3)
 
 
 def test_what_is_read_out_of_sight_takes_no_remembered_result() -> None:

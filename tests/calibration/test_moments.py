@@ -236,3 +236,24 @@ def test_narrow_readers_see_many_rows_all_the_same():
     module = nn.Conv2d(2, 3, 3, padding=1)
     x = torch.randn(4, 2, 14, 14, generator=torch.Generator().manual_seed(0))
     assert gathered(module, [x], Sampling(1)).n == 4 * 14 * 14  # under the least number of rows: all there are
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "samples", "positions"),
+    [
+        (nn.Linear(3000, 1), (2, 500, 3000), 50, 120),  # ceil(2 * 3000 / 50)
+        (nn.Linear(7, 1), (2, 500, 7), 50, 82),  # ceil(4096 / 50)
+        (nn.Conv2d(400, 1, 3), (2, 400, 30, 30), 50, 144),  # ceil(2 * 3600 / 50)
+        (nn.Linear(7, 1), (2, 82, 7), 50, None),
+    ],
+)
+def test_a_reader_looks_at_two_rows_a_column_and_at_least_4096(
+    module: nn.Module, shape: tuple[int, ...], samples: int, positions: int | None
+):
+    total = shape[1] if isinstance(module, nn.Linear) else 28 * 28
+    found = Sampling().positions(module, torch.empty(shape), total, 4, samples)
+    if positions is None:
+        assert found is None
+    else:
+        assert torch.equal(found, spread_positions(total, positions, 4, 2, 0))
+    assert Sampling(None).positions(module, torch.empty(shape), total, 4, samples) is None

@@ -135,6 +135,8 @@ def test_the_change_of_the_output_is_the_divergence_from_the_dense_model() -> No
     assert output_change(changed, dense) != pytest.approx(float(divergence), rel=0.1)
     assert output_change(dense[:, None], changed[:, None]) == pytest.approx(float(divergence), rel=1e-6)
     assert output_change(dense, dense) == 0
+    half = (dense.half(), changed.half())
+    assert output_change(*half) == output_change(*(logits.float() for logits in half))
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["without bias", "with bias"])

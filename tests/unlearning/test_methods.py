@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +11,8 @@ from torch import Tensor
 
 from modhifi.errors import ModhifiError
 from modhifi.unlearning.batchnorm import Norm, settle_norm
+from modhifi.unlearning.closed_forms import directions
+from modhifi.unlearning.methods import METHODS
 from modhifi.unlearning.methods.contrastive import contrastive
 from modhifi.unlearning.methods.erase import erase
 from modhifi.unlearning.methods.gls import gls
@@ -15,6 +20,7 @@ from modhifi.unlearning.methods.head_mask import head_mask
 from modhifi.unlearning.methods.hifi_negate import hifi_negate
 from modhifi.unlearning.methods.hifi_zero import hifi_zero
 from modhifi.unlearning.methods.projection import projection
+from modhifi.unlearning.reader_edits import Reader, ReaderMethod
 
 CLASSES, DIM, OUT = 4, 7, 5
 seeds = st.integers(0, 10_000)
@@ -36,10 +42,118 @@ def random_weight(seed: int, out: int = OUT, dim: int = DIM) -> Tensor:
     return torch.randn(out, dim, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
 
 
-@given(seeds, st.floats(0.01, 10), st.booleans())
+def raw_world(centred: bool) -> tuple[Reader, list[Tensor], Tensor]:
+    """A reader of three components of two columns, its two forgotten classes' rows, of which one has few, and the rest.
+
+    ``strength`` and ``damping`` are none that a method has by default.
+    """
+    rows = samples(5, dim=6)
+    forgotten, retained = [rows[0], rows[1][:100]], torch.cat(rows[2:])
+    (mean, gram), gone = moments(retained), [moments(r) for r in forgotten]
+    weight = random_weight(5, dim=6)
+    means, grams = torch.stack([m for m, _ in gone]), torch.stack([g for _, g in gone])
+    counts = tuple(float(len(r)) for r in (retained, *forgotten))
+    components = torch.arange(6).view(-1, 2)
+    return Reader(weight, mean, gram, means, grams, counts, components, centred, 0.3, 1e-2), forgotten, retained
+
+
+def expected_fidelity(reader: Reader, mean: Tensor, gram: Tensor) -> Tensor:
+    """``(E y_i y)² / (E y_i² · E y²)`` of the parts ``y_i`` that components make of every output."""
+    energy = gram - torch.outer(mean, mean) if reader.centred else gram
+    n, size = reader.components.shape
+    blocks = reader.weight.view(-1, n, size)
+    parts = torch.einsum("oim,imjn,ojn->oij", blocks, energy.view(n, size, n, size), blocks)
+    return parts.sum(2).square() / parts.diagonal(dim1=1, dim2=2) / parts.sum((1, 2))[:, None]
+
+
+def expected_masked(reader: Reader, scores: Tensor, factor: float) -> Tensor:
+    """The three tenths of the weights with the highest scores times a factor: 4 or 5 of 15 pieces."""
+    chosen = torch.zeros(scores.numel())
+    chosen[scores.flatten().argsort(descending=True)[: round(0.3 * scores.numel())]] = 1
+    chosen = (chosen * (scores.flatten() > 0)).view_as(scores).repeat_interleave(2, 1).double()
+    return reader.weight * (1 + (factor - 1) * chosen)
+
+
+Expected = Callable[[Reader, tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]], Tensor]
+# From the moments of the forgotten classes, each with the same weight, of the retained samples, and of all.
+EXPECTED: dict[str, Expected] = {
+    "gls": lambda reader, forget, retain, every: (
+        gls(
+            reader.weight,
+            *forget[::-1],
+            *retain[::-1],
+            strength=0.3,
+            centred=reader.centred,
+            damping=1e-2,
+        ).weight
+    ),
+    "projection": lambda reader, forget, retain, every: (
+        projection(reader.weight, forget[1], retain[1], forget_scale=0.3, retain_scale=3.0).weight
+    ),
+    "erase": lambda reader, forget, retain, every: (
+        0.7 * reader.weight
+        + 0.3
+        * erase(
+            reader.weight, *every[::-1], reader.forget_means, retain[0], centred=reader.centred, damping=1e-2
+        ).weight
+    ),
+    "hifi-zero": lambda reader, forget, retain, every: expected_masked(reader, expected_fidelity(reader, *forget), 0.0),
+    "hifi-negate": lambda reader, forget, retain, every: expected_masked(
+        reader, expected_fidelity(reader, *forget), -1.0
+    ),
+    "contrastive": lambda reader, forget, retain, every: expected_masked(
+        reader, expected_fidelity(reader, *forget) - expected_fidelity(reader, *retain), 0.0
+    ),
+}
+READER_METHODS = {name: method for name, method in METHODS.items() if isinstance(method, ReaderMethod)}
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("name", READER_METHODS)
+def test_a_method_works_on_the_moments_of_the_raw_rows(name: str, centred: bool) -> None:
+    reader, forgotten, retained = raw_world(centred)
+    of_each = [moments(rows) for rows in forgotten]
+    forget = (sum(m for m, _ in of_each) / 2, sum(g for _, g in of_each) / 2)
+    edit = READER_METHODS[name].edit(reader)
+    expected = EXPECTED[name](reader, forget, moments(retained), moments(torch.cat([*forgotten, retained])))
+    torch.testing.assert_close(edit.weight, expected)
+    assert not torch.allclose(edit.weight, reader.weight)
+    if edit.shift is not None:  # the output at the retain mean stays where it was
+        kept = reader.weight @ reader.retain_mean
+        torch.testing.assert_close(edit.weight @ reader.retain_mean + edit.shift, kept)
+
+
+@pytest.mark.parametrize("name", ["gls", "projection", "erase"])
+def test_moments_in_single_precision_are_solved_in_double(name: str) -> None:
+    reader, _, _ = raw_world(True)
+    tensors = {
+        f.name: v for f in fields(reader) if torch.is_tensor(v := getattr(reader, f.name)) and v.is_floating_point()
+    }
+    single = replace(reader, **{name: value.float() for name, value in tensors.items()})
+    double = replace(reader, **{name: value.float().double() for name, value in tensors.items()})
+    low, high = READER_METHODS[name].edit(single), READER_METHODS[name].edit(double)
+    torch.testing.assert_close(low.weight, high.weight, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("lengths", [(1.0, 1.0), (1e-15, 1e3), (0.5, 1e-4)])
+def test_directions_span_the_rows_whatever_their_lengths(lengths: tuple[float, float]) -> None:
+    first, second = random_weight(0, 2)
+    # A combination of both, and a row that names no direction.
+    rows = torch.stack([lengths[0] * first, torch.zeros(DIM), lengths[1] * second, first - 2 * second])
+    basis = directions(rows)
+    assert basis.shape == (DIM, 2)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(2, dtype=torch.float64))
+    plane = torch.linalg.qr(torch.stack([first, second], 1)).Q
+    torch.testing.assert_close(basis @ basis.T, plane @ plane.T)
+    assert directions(torch.zeros(2, DIM)).shape == (DIM, 0)
+
+
+@given(seeds, st.floats(0.01, 10), st.booleans(), st.sampled_from([1.0, 1e-3]))
 @settings(max_examples=12, deadline=None)
-def test_gls_is_the_least_squares_solution_on_raw_samples(seed: int, strength: float, centred: bool) -> None:
-    rows = samples(seed, per_class=60)
+def test_gls_is_the_least_squares_solution_on_raw_samples(
+    seed: int, strength: float, centred: bool, size: float
+) -> None:
+    rows = [size * r for r in samples(seed, per_class=60)]
     forget, retain, weight = rows[0], torch.cat(rows[1:]), random_weight(seed)
     (mean_f, gram_f), (mean_r, gram_r) = moments(forget), moments(retain)
     edit = gls(weight, gram_f, mean_f, gram_r, mean_r, strength=strength, centred=centred, damping=1e-3)
@@ -59,6 +173,15 @@ def test_gls_is_the_least_squares_solution_on_raw_samples(seed: int, strength: f
     assert (edit.shift is not None) == centred
     if edit.shift is not None:
         torch.testing.assert_close(edit.weight @ mean_r + edit.shift, weight @ mean_r)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_gls_changes_nothing_where_the_forgotten_samples_are_all_alike(centred: bool) -> None:
+    """Their second moment about the origin is zero: there is no unit for the strength."""
+    mean_r, gram_r = moments(torch.cat(samples(4)))
+    mean_f = mean_r if centred else torch.zeros_like(mean_r)
+    edit = gls(random_weight(4), torch.outer(mean_f, mean_f), mean_f, gram_r, mean_r, strength=2.0, centred=centred)
+    torch.testing.assert_close(edit.weight, random_weight(4))
 
 
 def test_gls_of_strength_zero_changes_nothing_and_more_strength_forgets_more() -> None:

@@ -16,7 +16,7 @@ from modhifi.models.load import load_model
 from modhifi.structure.tracing.branches import Calls
 from modhifi.unlearning.batchnorm import settle_norms
 from modhifi.unlearning.edit import forget
-from modhifi.unlearning.moments import joint_moments, reader_moments
+from modhifi.unlearning.moments import Populations, joint_moments, reader_moments
 from modhifi.unlearning.observe import observe
 from modhifi.unlearning.settings import UnlearnSettings
 from modhifi.unlearning.sites import block_of, find_sites
@@ -128,6 +128,18 @@ def test_populations_are_kept_apart() -> None:
     assert [m.n for m in found] == [3, 1, 1]
     for j, moments in enumerate(found):
         assert torch.allclose(moments.mean[0], inputs[groups == j].double().mean(0))
+
+
+def test_every_population_looks_at_eight_rows_a_column() -> None:
+    populations = Populations(torch.tensor([0] * 10 + [1] * 5 + [-1]))
+    # Seven columns want 56 rows: 12 positions of each of five samples, 6 of each of ten.
+    assert populations.positions(0, 16, 100, 7).shape == (16, 12)
+    assert populations.positions(0, 16, 9, 7).shape == (16, 9)
+    rows = torch.randn(1, 7, 16, 12)
+    populations.add(0, rows)
+    for moments, seen in zip(populations.moments(), (rows[0, :, :10, :6], rows[0, :, 10:15]), strict=True):
+        assert moments.n == 60
+        assert torch.allclose(moments.mean[0], seen.double().mean((1, 2)))
 
 
 def test_block_names() -> None:

@@ -21,7 +21,7 @@ def least_width(group: Group, floor: float, round_to: int) -> int:
 
 def step_of(group: Group, round_to: int) -> int:
     """Kept widths are multiples of this: the user's rounding and one component for every part of the partition."""
-    return math.lcm(round_to, group.step) if round_to > 1 else group.step
+    return math.lcm(round_to, group.step)
 
 
 @dataclass(frozen=True)

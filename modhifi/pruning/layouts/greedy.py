@@ -27,8 +27,7 @@ def greedy(problem: Problem) -> dict[str, int]:
         next_width = here - (here % step or step)
         best: tuple[float, int] | None = None
         for ahead in (1, 2, 4, 8):
-            width = next_width - max(0, ahead * least - step)
-            width = max(width - width % step, problem.lowest[name])
+            width = max(next_width - max(0, ahead * least - step), problem.lowest[name])
             saved = before - problem.budget.size(local, {**widths, name: width})
             if width >= here or saved <= 0:
                 continue

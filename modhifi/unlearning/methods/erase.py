@@ -19,18 +19,17 @@ def erasing_projection(
     forget_means: Tensor,
     retain_mean: Tensor,
     *,
-    extra: Tensor | None = None,
     centred: bool = True,
     damping: float = 1e-4,
 ) -> tuple[Tensor, float]:
     """The oblique projection ``P`` ``(d, d)`` onto what tells the forgotten classes apart, and the damping used.
 
-    ``P = D (D^T S^-1 D)^-1 D^T S^-1`` with ``D`` spanned by ``mu_f - mu_r`` of every forgotten class and the ``extra``
-    directions: of all ``P`` with ``P D = D`` the one with the least ``E |P (x - mu)|^2``. Not centred: also
-    ``P mu_r = 0``. See :func:`erase` for the arguments, the source and what it raises.
+    ``P = D (D^T S^-1 D)^-1 D^T S^-1`` with ``D`` spanned by ``mu_f - mu_r`` of every forgotten class: of all ``P`` with
+    ``P D = D`` the one with the least ``E |P (x - mu)|^2``. Not centred: also ``P mu_r = 0``. See :func:`erase` for the
+    arguments, the source and what it raises.
     """
     gram, mean, retain_mean = gram.double(), mean.double(), retain_mean.double()
-    basis = directions(forget_means.double() - retain_mean, extra)
+    basis = directions(forget_means.double() - retain_mean)
     held = basis
     if not centred and float(retain_mean.norm()) > 0:
         unit = retain_mean / retain_mean.norm()
@@ -53,25 +52,22 @@ def erase(
     forget_means: Tensor,
     retain_mean: Tensor,
     *,
-    extra: Tensor | None = None,
     centred: bool = True,
     damping: float = 1e-4,
 ) -> Edit:
     """A reader that cannot tell the forgotten classes from the rest by any linear function: ``W' = W (I - P)``.
 
     ``weight``: ``(out, d)``. ``gram``, ``mean``: ``(d, d)``, ``(d,)`` of forget and retain samples pooled.
-    ``forget_means``: ``(m, d)``, one row per forgotten class. ``retain_mean``: ``(d,)``. ``extra``: ``(k, d)`` further
-    directions. ``shift = W P mu_r``, so that every forgotten class mean and the retain
-    mean give one output, the retain mean's. Raises ModhifiError where the moments cannot be factorised, or where a
-    reader without a place for the mean is asked to erase the retain mean itself.
+    ``forget_means``: ``(m, d)``, one row per forgotten class. ``retain_mean``: ``(d,)``. ``shift = W P mu_r``, so that
+    every forgotten class mean and the retain mean give one output, the retain mean's. Raises ModhifiError where the
+    moments cannot be factorised, or where a reader without a place for the mean is asked to erase the retain mean
+    itself.
 
     Limits: ``P`` is idempotent, a second pass on the same moments changes nothing; it is blind to what differs
-    in higher moments than the mean unless ``extra`` names it. Source: least-squares concept erasure, LEACE, Belrose et
-    al. 2023 (the mean taken at the retain samples); the form without a place for the mean is ours.
+    in higher moments than the mean. Source: least-squares concept erasure, LEACE, Belrose et al. 2023 (the mean taken
+    at the retain samples); the form without a place for the mean is ours.
     """
-    projection, used = erasing_projection(
-        gram, mean, forget_means, retain_mean, extra=extra, centred=centred, damping=damping
-    )
+    projection, used = erasing_projection(gram, mean, forget_means, retain_mean, centred=centred, damping=damping)
     original = weight.double()
     change = original @ projection
     return Edit(original - change, change @ retain_mean.double() if centred else None, used)

@@ -25,7 +25,6 @@ def erase_writers(
     *,
     scale: Tensor | None = None,
     forget_weight: float = 0.1,
-    extra: Tensor | None = None,
     exact: bool = False,
     centred: bool = True,
     damping: float = 1e-4,
@@ -37,12 +36,11 @@ def erase_writers(
     ``forget_grams``: ``(m, d + out, d + out)``, one for each forgotten class; ``retain_mean``: ``(d + out,)``,
     ``retain_gram``: ``(d + out, d + out)``. ``scale``: ``(out,)``, what stands between the writer's output and the
     stream: ``gamma / sqrt(var + eps)`` of a BatchNorm, a layer scale, or None for 1; channels with a scale near zero
-    are left alone. ``extra``: ``(k, out)`` further directions of the stream. ``forget_weight``: the share of the
-    forget samples in the pooled moments.
+    are left alone. ``forget_weight``: the share of the forget samples in the pooled moments.
 
     With ``D`` the directions ``mu_f(s) - mu_r(s)``, ``A = S_s^-1 D (D^T S_s^-1 D)^-1`` and ``z = A^T (s - mu_r(s))``,
     ``D z`` is what LEACE would remove from ``s``. ``B`` predicts ``z`` from ``x - mu_r(x)`` by least squares, and the
-    writer subtracts ``D B^T (x - mu_r(x))``: ``W' = W - diag(1 / scale) D B^T``, a change of rank ``m`` (+ ``k``).
+    writer subtracts ``D B^T (x - mu_r(x))``: ``W' = W - diag(1 / scale) D B^T``, a change of rank ``m``.
     ``exact`` constrains ``B`` so that the class means of the stream coincide afterwards; without it they close as far
     as ``x`` explains them. Not centred (a plain Linear without bias): ``B^T mu_r(x) = 0``, and no shift.
 
@@ -59,7 +57,7 @@ def erase_writers(
     for class_mean, class_gram in zip(forget_means, forget_grams, strict=True):
         moments.add_(about(class_gram, class_mean, retain_mean), alpha=share)
     gaps = (forget_means.double() - retain_mean).T
-    basis = directions(gaps[width:].T, extra)
+    basis = directions(gaps[width:].T)
     stream, _ = factorise(moments[width:, width:], damping)
     read = torch.cholesky_solve(basis, stream)
     scores = torch.linalg.solve(basis.T @ read, read.T).T

@@ -31,7 +31,7 @@ def projection(
 def _soft_projector(gram: Tensor, scale: float) -> Tensor:
     if scale <= 0:
         raise ModhifiError(f"a projection scale of {scale:g} is not positive; choose 1 or more")
-    values, vectors = torch.linalg.eigh((gram.double() + gram.double().T) / 2)
+    values, vectors = torch.linalg.eigh(gram.double())
     values = values.clamp_min(0)
     total = values.sum()
     values = values / total if float(total) > 0 else values
