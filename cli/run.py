@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from modhifi.disk import default_directory
+from modhifi.cache import default_directory
 from modhifi.runs.prune import PruneResult
 from modhifi.runs.recipe_tasks import Recipe, StepsRecipe
 from modhifi.runs.run_recipe import Circumstances, Done, run_recipe

@@ -1,4 +1,4 @@
-"""Places on disk: where a run may write, asked before the work, and where it keeps what another run can use."""
+"""Where a run may write, asked before the work."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -45,35 +44,6 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, Sequence | set | frozenset):
         return [jsonable(v) for v in value]
     return str(value)
-
-
-# The cache takes at most this share of what is free on its disk; the files used longest ago go first.
-SHARE = 0.1
-
-
-def default_directory() -> Path:
-    """``$MODHIFI_CACHE``, or ``modhifi`` in the user's cache directory."""
-    named = os.environ.get("MODHIFI_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modhifi"
-
-
-def make_room(path: Path, needed: int) -> bool:
-    """Whether a file of ``needed`` bytes may be written to ``path``; older ones beside it are removed for it."""
-    directory = path.parent
-    directory.mkdir(parents=True, exist_ok=True)
-    files = {other: other.stat() for other in directory.glob("*.safetensors") if other != path}
-    used = sum(s.st_size for s in files.values())
-    limit = (shutil.disk_usage(directory).free + used) * SHARE
-    if needed > limit:
-        return False
-    for other, facts in sorted(files.items(), key=lambda item: item[1].st_mtime):
-        if used + needed <= limit:
-            break
-        other.unlink(missing_ok=True)
-        used -= facts.st_size
-    return True
 
 
 def check_output(out: str | Path, force: bool = False, reads: Iterable[Path] = ()) -> None:
