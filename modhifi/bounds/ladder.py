@@ -27,6 +27,7 @@ from modhifi.data.samples import Samples
 from modhifi.disk import jsonable
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.repeatable import unrepeatable
 from modhifi.progress import Progress, silent
 
 # Beyond this the float64 walk takes longer than the pruning itself.
@@ -98,7 +99,8 @@ def verify_model(
     ``dense_shape`` holds the same function as ``edited`` in the original's shapes (zero columns where components went);
     without it R1, R2 and R4 are not available. ``walked`` samples are walked for them (default: 16 images, 1 text, none
     of models of more than ``WALKED_PARAMETERS``). ``table`` holds what both did on ``held``, where that is known.
-    Raises ModhifiError for models in train mode and outputs that are not finite (GateFailed for the edited model's).
+    Nothing is certified of a model whose passes differ. Raises ModhifiError for models in train mode and outputs that
+    are not finite (GateFailed for the edited model's).
     """
     tolerances = tolerances or Tolerances()
     tolerances.fit(loaded.kind)
@@ -110,10 +112,13 @@ def verify_model(
         table = tabulate(loaded, edited, held, batch_size)
     r3 = statistical(table, tolerances.alpha, _population(table, held), tolerances.max_perplexity_ratio)
     progress("bounding", 1, 3)
-    rungs, layers, gap, violations, every, count = _certify(loaded, edited, dense_shape, held, table, walked)
+    unsteady = unrepeatable(loaded)
+    rungs, layers, gap, violations, every, count = _certify(
+        loaded, edited, dense_shape, held, table, walked, unsteady or ""
+    )
     progress("bounding", 3, 3)
     verdicts = (self_test(violations, count), *judge(tolerances, r3, table, every))
-    warnings = []
+    warnings = [] if unsteady is None else [unsteady]
     if held.synthetic:
         warnings.append("the held-out data is synthetic: the statistical bounds speak of synthetic data only")
     if held.units is not None and (documents := len(set(held.units))) < len(held):
@@ -180,6 +185,7 @@ def _certify(
     held: Samples,
     table: HeldOut,
     walked: int | None,
+    unsteady: str,
 ) -> tuple[tuple[Rung, ...], tuple[LayerShare, ...], float | None, tuple[str, ...], float | None, int]:
     size = sum(p.numel() for p in loaded.model.parameters())
     if walked is None:
@@ -188,6 +194,7 @@ def _certify(
     reason = "" if count else f"no sample was walked in float64 through {size:,} parameters; ask with --walked N"
     if dense_shape is None:
         reason = "the edited model is not known in the original's shapes"
+    reason = unsteady or reason
     if not reason and dense_shape is not None:
         dense, twin = _double(loaded.model), _double(dense_shape)
         batch = torch.stack([held.load(i) for i in range(count)])

@@ -16,7 +16,7 @@ def add_bounds(report: dict[str, Any], found: BoundReport) -> None:
     content = found.to_json()
     report["verdicts"] = [*report.get("verdicts", []), *content["verdicts"]]
     report["bounds"] = content["bounds"]
-    report["warnings"] = [*report.get("warnings", []), *found.warnings]
+    report["warnings"] = [*dict.fromkeys([*report.get("warnings", []), *found.warnings])]
     spent = sum(layer.change for layer in found.layers)
     if spent > 0:
         largest = sorted(found.layers, key=lambda layer: -layer.change)[:LAYERS_SHOWN]

@@ -25,6 +25,7 @@ from modhifi.data.quality import look
 from modhifi.data.samples import describe_data, warn_degenerate
 from modhifi.disk import check_output
 from modhifi.errors import ModhifiError
+from modhifi.models.repeatable import unrepeatable
 from modhifi.progress import Clock, Progress, silent
 from modhifi.pruning.prune import contribute, prune_model
 from modhifi.runs.bound_report import add_bounds, add_groups
@@ -90,6 +91,8 @@ def run_prune(
     with clock.stage("data"):
         calibration, held = load_data(recipe, loaded, given, progress)
         warnings = [*remarks, *warn_degenerate(calibration), *skipped(calibration)]
+        if (unsteady := unrepeatable(loaded)) is not None:
+            clock.note(f"warning: {unsteady}")  # before groups are refused for it
     with clock.stage("prune"):
         settings = recipe.settings()
         if not team.main:
@@ -103,6 +106,8 @@ def run_prune(
         warnings += gram_warnings(pruned.grams, len(calibration))
     for warning in warnings:
         clock.note(f"warning: {warning}")
+    if unsteady is not None:
+        warnings = [unsteady, *warnings]
     report = describe(recipe, loaded, calibration, held, pruned, warnings, command)
     if team.count > 1:
         report["data"]["moments"] = f"moments were measured by {team.count} processes"
