@@ -41,7 +41,7 @@ def show_prune(report: dict[str, Any], path: Path | None) -> None:
     else:
         table = Table("group", "kind", "components", "kept", "predicted local error", title=report["title"])
         for g in report["groups"]:
-            table.add_row(g["name"], g["kind"], str(g["n"]), str(g["kept"]), f"{g['relative_error']:.3g}")
+            table.add_row(g["name"], g["kind"], str(g["n"]), str(g["kept"]), number(g["relative_error"]))
         console.print(table)
         reached = report["budget"]["reached"]
         console.print(

@@ -52,14 +52,15 @@ def report_of(
     for g in structure.prunable:
         errors = [by_reader[s.module] for s in g.readers if s.module in by_reader] if g.name in plan.kept else []
         error, energy = sum(e.error for e in errors), sum(e.energy for e in errors)
+        unknown = g.name in plan.kept and not errors
         groups.append(
             {
                 "name": g.name,
                 "kind": g.label,
                 "n": g.n,
                 "kept": widths[g.name],
-                "local_error": error if errors else 0.0,
-                "relative_error": error / energy if energy > 0 else 0.0,
+                "local_error": None if unknown else error,
+                "relative_error": None if unknown else error / energy if energy > 0 else 0.0,
                 "amplification": None,
                 "fidelity": _distribution(pruned.fidelity.get(g.name), plan.mask(g)),
             }
@@ -172,11 +173,15 @@ def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
 def measured_verdict(report: dict[str, Any]) -> dict[str, str]:
     """The verdict that states the measured errors: an observation on these samples, not a bound."""
     errors = report["errors"]
-    worst = max(report["groups"], key=lambda g: g["relative_error"])
+    local = "local errors were not measured"
+    if all(g["relative_error"] is not None for g in report["groups"]):
+        worst = max(report["groups"], key=lambda g: g["relative_error"])
+        local = (
+            f"the largest local error is {worst['relative_error']:.3g} of the energy, at the readers of {worst['name']}"
+        )
     return {
         "name": "local and global errors",
         "verdict": "MEASURED",
         "text": f"on {errors['n']} held-out samples the output moved by {errors['relative_error']:.3g} of its energy "
-        f"(mean KL {errors['kl']:.3g} nats); the largest local error is {worst['relative_error']:.3g} of the energy, "
-        f"at the readers of {worst['name']}; measured, not bounded",
+        f"(mean KL {errors['kl']:.3g} nats); {local}; measured, not bounded",
     }
