@@ -46,11 +46,11 @@ def _chosen(loaded: LoadedModel, settings: PruneSettings, plan: Plan | None) -> 
     return structure.select(plan.kept)
 
 
-def reads_moments(settings: PruneSettings, plan: Plan | None) -> bool:
+def needs_moments(settings: PruneSettings, plan: Plan | None) -> bool:
     """Whether anything of a run asks what its readers read: the order, the budget's layout, or the compensation."""
-    if settings.sequential is not None or COMPENSATIONS[settings.compensate].needs_gram:
+    if settings.sequential is not None or COMPENSATIONS[settings.compensate].needs_moments:
         return True
-    ordered = not SELECTORS[settings.selector].needs_gram and not LAYOUTS[settings.layout].reads_costs
+    ordered = not SELECTORS[settings.selector].needs_moments and not LAYOUTS[settings.layout].reads_costs
     return plan is None and (settings.eta is not None or not ordered)
 
 
@@ -58,7 +58,7 @@ def contribute(
     loaded: LoadedModel, samples: Samples, settings: PruneSettings, plan: Plan | None, team: Processes
 ) -> None:
     """Measure this process's share of the moments, for the main process that runs :func:`prune_model`."""
-    if reads_moments(settings, plan):
+    if needs_moments(settings, plan):
         measure_moments(loaded, _chosen(loaded, settings, plan), samples, settings.sampling, team=team)
 
 
@@ -81,7 +81,7 @@ def prune_model(
     structure = _chosen(loaded, settings, plan)
     if budget is not None:
         budget.require(structure)
-    if not reads_moments(settings, plan):
+    if not needs_moments(settings, plan):
         return _prune_unmeasured(loaded, structure, budget, settings, plan)
     # Blocks are measured one after the other: that pass is not shared among processes.
     if plan is None and budget is not None and not LAYOUTS[settings.layout].reads_costs and team.count == 1:

@@ -146,7 +146,7 @@ def test_a_gram_too_large_for_memory_is_refused_before_anything_is_measured(
     assert name in {g.name for g in structure.prunable}
 
 
-BLIND = [name for name, selector in SELECTORS.items() if not selector.needs_gram]
+BLIND = [name for name, selector in SELECTORS.items() if not selector.needs_moments]
 
 
 @pytest.mark.parametrize("selector", BLIND)

@@ -29,7 +29,7 @@ class Compensation:
 
     ``least_squares`` says that its weights are those that :func:`modhifi.pruning.elimination.eliminate` finds on its
     way; ``restores_mean`` that a bias, or the running mean of a BatchNorm behind, takes the change of the mean;
-    ``needs_gram`` that it reads moments.
+    ``needs_moments`` that it reads moments.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Compensation:
     edit: Edit
     least_squares: bool = False
     restores_mean: bool = True
-    needs_gram: bool = True
+    needs_moments: bool = True
 
 
 COMPENSATIONS: Registry[Compensation] = Registry("compensation")

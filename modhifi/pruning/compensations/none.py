@@ -13,5 +13,5 @@ def edit(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor, ridge: fl
 
 
 COMPENSATIONS.register(
-    Compensation("none", "nothing, also for the mean", "", edit, restores_mean=False, needs_gram=False)
+    Compensation("none", "nothing, also for the mean", "", edit, restores_mean=False, needs_moments=False)
 )
