@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modhifi.cache import tensors_hash
 from modhifi.models.hooks import attached, on_input
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.trial import buffers_restored
 from modhifi.models.weights import state_hash
 from modhifi.progress import PACKAGES, version_of
 
@@ -29,7 +30,8 @@ def fingerprint(loaded: LoadedModel, watched: Mapping[str, nn.Module]) -> str:
     def see(name: str, x: Tensor) -> None:
         seen[f"{len(seen)} {name}"] = x.detach().clone()
 
-    with attached(on_input(module, partial(see, name)) for name, module in watched.items()):
+    handles = (on_input(module, partial(see, name)) for name, module in watched.items())
+    with buffers_restored(loaded.model), attached(handles):
         seen["output"] = loaded.logits(loaded.example)
     parts = {
         "weights": state_hash(loaded.model),

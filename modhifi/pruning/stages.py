@@ -20,6 +20,7 @@ from modhifi.calibration.sampling import Sampling
 from modhifi.data.samples import Samples
 from modhifi.errors import IndefiniteError, ModhifiError
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.trial import try_pass
 from modhifi.progress import Progress, silent
 from modhifi.pruning.allocation import allocate
 from modhifi.pruning.budget import Budget
@@ -62,12 +63,20 @@ class Pruned:
 
 
 def find_structure(loaded: LoadedModel) -> Structure:
-    """Trace the model on its example batch, and refuse what its code would not survive."""
+    """Trace the model on its example batch, and refuse what its code would not survive.
+
+    Raises ModhifiError where the model cannot run on it.
+    """
 
     def run(model: nn.Module) -> dict[str, Tensor]:
         return loaded.outputs(loaded.example, model)
 
-    return confirm(loaded.model, trace(loaded.model, run), run)
+    try:
+        structure = trace(loaded.model, run)
+    except Exception:
+        try_pass(loaded, loaded.example)  # fails where the model does, and not the watching of it
+        raise
+    return confirm(loaded.model, structure, run)
 
 
 def choose_groups(structure: Structure, settings: PruneSettings) -> Structure:
