@@ -25,13 +25,12 @@ def cache(
     from modhifi.artifacts.report import number
     from modhifi.cache import Cache, default_directory
 
-    kept = Cache(directory or default_directory())
+    store = Cache(directory or default_directory())
     if clear:
-        kept.clear()
-    entries = kept.entries()
-    size = sum(facts.st_size for facts in entries.values())
-    found = {"path": str(kept.directory), "entries": len(entries), "bytes": size, "limit": kept.limit}
+        store.clear()
+    sizes = [facts.st_size for facts in store.entries().values()]
     if as_json:
-        print_json(found)
+        print_json({"path": str(store.directory), "entries": len(sizes), "bytes": sum(sizes), "limit": store.limit})
     else:
-        typer.echo(f"{kept.directory}: {len(entries)} entries, {number(size, 'B')} of {number(kept.limit, 'B')}")
+        space = f"{number(sum(sizes), 'B')} of {number(store.limit, 'B')}"
+        typer.echo(f"{store.directory}: {len(sizes)} {'entry' if len(sizes) == 1 else 'entries'}, {space}")

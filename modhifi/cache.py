@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -23,11 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modhifi.errors import ModhifiError
+from modhifi.progress import logger
 
 # The cache takes at most this share of what is free on its disk.
 SHARE = 0.1
 LIMIT = "MODHIFI_CACHE_LIMIT"
 DAY = 86400.0
+# Entries, and files that become one when they are whole, which carry the number of the process that writes them.
+NAMES = re.compile(r"(?:moments/[0-9a-f]{32}|inverted-[0-9a-f]{16})(?:\.safetensors|\.(?P<pid>\d+)\.part)")
 
 
 def default_directory() -> Path:
@@ -61,13 +65,16 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class Cache:
-    """Entries below a directory, ``limit`` bytes of them at most; those used longest ago go first."""
+    """Entries in a directory, ``limit`` bytes of them at most; those used longest ago go first.
+
+    The name of an entry is one of :data:`NAMES`; other files of the directory are neither counted nor removed.
+    """
 
     directory: Path
     limit: int = field(default_factory=size_limit)
 
     def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        """The tensors and facts of an entry; None if there is none or it is not what was written."""
+        """The tensors and facts of an entry; None if there is none, with a warning if it is not what was written."""
         path = self._path(name)
         try:
             with safe_open(path, "pt") as file:
@@ -75,33 +82,44 @@ class Cache:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dictionary
             with suppress(OSError):
                 os.utime(path)
-        except (OSError, SafetensorError):
+            if facts.pop("sha256", None) == _checksum(tensors, facts):
+                return tensors, facts
+        except OSError:
             return None
-        return (tensors, facts) if facts.pop("sha256", None) == _checksum(tensors, facts) else None
+        except SafetensorError:
+            pass
+        logger.warning("the cache's entry %s is not what was written; it is made anew", path)
+        return None
 
-    def write(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
-        """Keep an entry, whole or not at all."""
+    def write(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> bool:
+        """Whether an entry is kept, which is whole or not there at all."""
         path = self._path(name)
         part = path.with_suffix(f".{os.getpid()}.part")
-        whole = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
         with suppress(OSError, SafetensorError):
             try:
-                if self._make_room(path, sum(t.nbytes for t in whole.values())):
-                    save_file(whole, part, metadata={**facts, "sha256": _checksum(whole, facts)})
+                if self._make_room(path, sum(tensor.nbytes for tensor in tensors.values())):
+                    content = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+                    save_file(content, part, metadata={**facts, "sha256": _checksum(content, facts)})
                     os.replace(part, path)
+                    return True
             finally:
                 part.unlink(missing_ok=True)
+        return False
 
     def entries(self) -> dict[Path, os.stat_result]:
         """Every entry, the one used longest ago first; what killed processes were writing is removed."""
-        for part in self.directory.rglob("*.part"):
-            if _left_behind(part):
-                part.unlink(missing_ok=True)
-        found = {path: path.stat() for path in self.directory.rglob("*.safetensors")}
-        return dict(sorted(found.items(), key=lambda item: item[1].st_mtime))
+        files = {}
+        for path in (*self.directory.glob("inverted-*"), *self.directory.glob("moments/*")):
+            kind = NAMES.fullmatch(path.relative_to(self.directory).as_posix())
+            with suppress(FileNotFoundError):  # another run may remove it meanwhile
+                if kind and kind["pid"] and _left_behind(path, int(kind["pid"])):
+                    path.unlink()
+                elif kind and not kind["pid"]:
+                    files[path] = path.stat()
+        return dict(sorted(files.items(), key=lambda item: item[1].st_mtime))
 
     def clear(self) -> None:
-        """Remove every entry."""
+        """Removes every entry."""
         for path in self.entries():
             path.unlink(missing_ok=True)
 
@@ -127,15 +145,16 @@ def _checksum(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
     return hashlib.sha256((tensors_hash(tensors) + json.dumps(dict(facts), sort_keys=True)).encode()).hexdigest()
 
 
-def _left_behind(part: Path) -> bool:
-    """Whether the process that was writing a file, whose number is in the name, has ended."""
-    try:
-        if time.time() - part.stat().st_mtime > DAY:
-            return True
-        if os.name == "posix":
-            os.kill(int(part.suffixes[-2][1:]), 0)
-    except (ProcessLookupError, ValueError, IndexError):
+def _left_behind(part: Path, pid: int) -> bool:
+    """Whether the process that was writing a file has ended: no process has its number, or the file is a day old."""
+    if time.time() - part.stat().st_mtime > DAY:
         return True
-    except OSError:
-        return False  # of another user, or gone already
+    if os.name != "posix":
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass  # of another user
     return False

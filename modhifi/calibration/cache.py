@@ -82,7 +82,11 @@ class StoredSums:
             "seconds": str(self._before + now - self._began),
             "counts": json.dumps({name: s.n for name, s in sums.items() if s.n}),
         }
-        self.cache.entries.write(self.name, tensors, facts)
+        if not self.cache.entries.write(self.name, tensors, facts) and done == self.total:
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            self.cache.remark = (
+                f"moments of {size / 1e9:.3g} GB were not kept: the cache's limit or its disk is too small"
+            )
         self._written = time.perf_counter()
         self._cost = self._written - now
 

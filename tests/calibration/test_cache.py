@@ -88,17 +88,36 @@ def test_a_second_ratio_reuses_the_moments(tmp_path: Path) -> None:
     assert prune(tmp_path) == (plain, "")
 
 
-def test_altered_sums_are_measured_again(tmp_path: Path) -> None:
+ENTRIES = [*(f"moments/{letter * 32}" for letter in "abc"), *(f"inverted-{letter * 16}" for letter in "def")]
+
+
+def test_altered_sums_are_measured_again_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain, _ = prune(tmp_path)
     (file,) = (tmp_path / "moments").iterdir()
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 1
-    file.write_bytes(content)
-    assert prune(tmp_path) == (plain, "")
     tensors, facts = Cache(tmp_path).read(f"moments/{file.stem}")
-    save_file({k: v * 2 for k, v in tensors.items()}, file, metadata=facts | {"sha256": "0" * 64})
-    assert prune(tmp_path) == (plain, "")
-    assert prune(tmp_path)[1]
+    content = file.read_bytes()
+
+    def one_bit() -> None:
+        file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+
+    def sums() -> None:
+        save_file({k: v * 2 for k, v in tensors.items()}, file, metadata=facts | {"sha256": "0" * 64})
+
+    def counts() -> None:
+        true = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["sha256"]
+        save_file(tensors, file, metadata=facts | {"done": "47", "sha256": true})
+
+    def cut() -> None:
+        file.write_bytes(content[:100])
+
+    for change in (one_bit, sums, counts, cut):
+        change()
+        caplog.clear()
+        assert prune(tmp_path) == (plain, "")
+        (line,) = caplog.messages
+        assert line == f"the cache's entry {file} is not what was written; it is made anew"
+        assert file.read_bytes()[-len(content) // 2 :] == content[-len(content) // 2 :]
+    assert prune(tmp_path)[1].startswith("moments of 48 of 48") and len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize("change", ["forward", "timm", "transformers", "torch", "modhifi"])
@@ -119,28 +138,34 @@ def test_what_killed_processes_were_writing_is_removed(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()
-    names = {"a.part": False, f"a.{done.pid}.part": False, f"a.{os.getppid()}.part": True, "moments/b.1.part": False}
+    alive, old, dead = ENTRIES[3], ENTRIES[0], ENTRIES[4]
+    names = {
+        f"{alive}.{os.getppid()}.part": True,
+        f"{old}.{os.getppid()}.part": False,
+        f"{dead}.{done.pid}.part": False,
+    }
+    names |= {"notes.1.part": True, "moments/mine.safetensors": True}
     (tmp_path / "moments").mkdir()
     for name in names:
         (tmp_path / name).touch()
-    os.utime(tmp_path / "moments/b.1.part", (0, 0))
-    cache.write("c", {"x": torch.ones(2)}, {})
+    os.utime(tmp_path / f"{old}.{running}.part", (0, 0))
+    assert cache.write(ENTRIES[5], {"x": torch.ones(2)}, {})
     assert {name: (tmp_path / name).exists() for name in names} == names
-    assert [path.name for path in cache.entries()] == ["c.safetensors"]
+    assert [path.stem for path in cache.entries()] == [ENTRIES[5]]
 
 
 def test_all_entries_together_stay_within_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = Cache(tmp_path, limit=2500)
-    for number, name in enumerate(("moments/a", "inverted-b", "moments/c")):
-        cache.write(name, {"x": torch.full((200,), float(number))}, {})
-        if (file := tmp_path / f"{name}.safetensors").exists():
-            os.utime(file, (number, number))
-    assert cache.read("moments/a") is None and cache.read("inverted-b") is not None
-    os.utime(tmp_path / "moments" / "c.safetensors", (2, 2))  # the other one was used just now
-    cache.write("d", {"x": torch.zeros(200)}, {})
-    assert {path.stem for path in cache.entries()} == {"inverted-b", "d"}
-    cache.write("e", {"x": torch.zeros(2500)}, {})
-    assert cache.read("e") is None
+    first, second, third = ENTRIES[0], ENTRIES[3], ENTRIES[1]
+    (tmp_path / "model.safetensors").write_bytes(bytes(9000))  # of somebody else: neither counted nor removed
+    for number, name in enumerate((first, second, third)):
+        assert cache.write(name, {"x": torch.full((200,), float(number))}, {})
+        os.utime(tmp_path / f"{name}.safetensors", (number, number))
+    assert cache.read(first) is None and cache.read(second) is not None  # which now is the one used last
+    assert cache.write(ENTRIES[4], {"x": torch.zeros(200)}, {})
+    assert [path.stem for path in cache.entries()] == [second, ENTRIES[4]]
+    assert not cache.write(ENTRIES[5], {"x": torch.zeros(2500)}, {}) and len(cache.entries()) == 2
+    assert (tmp_path / "model.safetensors").exists()
     monkeypatch.setenv("MODHIFI_CACHE_LIMIT", "0.5")
     assert Cache(tmp_path).limit == 2**29
     for text in ("many", "-1", "nan", "inf"):
@@ -149,14 +174,24 @@ def test_all_entries_together_stay_within_the_limit(tmp_path: Path, monkeypatch:
             MomentCache(tmp_path)
 
 
+def test_moments_over_the_limit_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODHIFI_CACHE_LIMIT", "0")
+    for _ in range(2):
+        plan, remark = prune(tmp_path)
+        assert plan == prune(None)[0] and "were not kept: the cache's limit" in remark
+
+
 def test_the_verb_shows_and_clears(tmp_path: Path) -> None:
-    Cache(tmp_path).write("moments/a", {"x": torch.zeros(50)}, {})
-    (tmp_path / "notes.txt").write_text("mine")
+    Cache(tmp_path).write(ENTRIES[0], {"x": torch.zeros(50)}, {})
+    (tmp_path / "model.safetensors").write_text("mine")
     shown = CliRunner().invoke(app, ["cache", "--cache", str(tmp_path), "--json"])
     assert json.loads(shown.stdout)["entries"] == 1 and json.loads(shown.stdout)["limit"] == 2**31
+    assert f"{tmp_path}: 1 entry, " in CliRunner().invoke(app, ["cache", "--cache", str(tmp_path)]).stdout
     cleared = CliRunner().invoke(app, ["cache", "--cache", str(tmp_path), "--clear"])
     assert cleared.exit_code == 0 and f"{tmp_path}: 0 entries" in cleared.stdout
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["notes.txt"]
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["model.safetensors"]
+    nowhere = CliRunner().invoke(app, ["cache", "--cache", str(tmp_path / "nowhere")])
+    assert nowhere.exit_code == 0 and not (tmp_path / "nowhere").exists()
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
