@@ -148,7 +148,7 @@ def test_what_killed_processes_were_writing_is_removed(tmp_path: Path) -> None:
     (tmp_path / "moments").mkdir()
     for name in names:
         (tmp_path / name).touch()
-    os.utime(tmp_path / f"{old}.{running}.part", (0, 0))
+    os.utime(tmp_path / f"{old}.{os.getppid()}.part", (0, 0))
     assert cache.write(ENTRIES[5], {"x": torch.ones(2)}, {})
     assert {name: (tmp_path / name).exists() for name in names} == names
     assert [path.stem for path in cache.entries()] == [ENTRIES[5]]
