@@ -122,10 +122,7 @@ def measure_run(
 
     ``table`` holds the outputs of both on ``held``.
     """
-    parameter = next(edited.parameters())
-    item = next(held.batches(1)).to(parameter.device)
-    if item.is_floating_point():
-        item = item.to(parameter.dtype)
+    item = original.ready(held.first(1), edited)
 
     def forward(model: nn.Module, batch: Tensor) -> Tensor:
         return original.logits(batch, model)  # without a key-value cache, which some models cannot fill
