@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
+from modhifi.models.hooks import attached
 from modhifi.models.hub import first_line
 from modhifi.models.loaded import LoadedModel
-from modhifi.structure.outputs import difference
+from modhifi.structure.outputs import difference, named_tensors
 
 # By the kind of model (see LoadedModel): what to do where its forward pass fails.
 ADVICE = {
@@ -43,6 +45,32 @@ def try_pass(loaded: LoadedModel, batch: Tensor) -> dict[str, Tensor]:
     """Every output of one pass. Raises ModhifiError where the model cannot run on the batch."""
     with failure_told(loaded, batch):
         return loaded.outputs(batch)
+
+
+@torch.no_grad()
+def broken_layer(models: Iterable[nn.Module], run: Callable[[], object]) -> str | None:
+    """The first layer of some models that reads or computes NaN or infinite values in a pass, in words, or None."""
+    events: list[str] = []
+
+    def reads(name: str, _: nn.Module, args: object, named: object) -> None:
+        if not events and not _finite((args, named)):
+            events.append(f"what its layer '{name}' reads")
+
+    def computes(name: str, _: nn.Module, __: object, output: object) -> None:
+        if not events and not _finite(output):
+            events.append(f"what its layer '{name}' computes")
+
+    layers = [(name, m) for model in models for name, m in model.named_modules() if not any(True for _ in m.children())]
+    before = (m.register_forward_pre_hook(partial(reads, name), with_kwargs=True) for name, m in layers)
+    behind = (m.register_forward_hook(partial(computes, name)) for name, m in layers)
+    with attached((*before, *behind)):
+        run()
+    return next(iter(events), None)
+
+
+def _finite(values: object) -> bool:
+    tensors = (tensor for _, tensor in named_tensors(values) if tensor.is_floating_point())
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 @contextmanager
