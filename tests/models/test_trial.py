@@ -154,7 +154,7 @@ def test_what_is_no_fault_of_the_model_is_left_as_it_is(monkeypatch: pytest.Monk
 def test_a_model_whose_cache_cannot_be_filled_is_pruned_without_it_and_does_not_write() -> None:
     torch.manual_seed(0)
     # Its queries are half as wide as its values, which its own cache does not know.
-    narrow = {"hidden_size": 32, "num_hidden_layers": 2, "num_blocks": 2, "num_heads": 4, "vocab_size": 50}
+    narrow = {"hidden_size": 32, "num_hidden_layers": 1, "num_blocks": 1, "num_heads": 4, "vocab_size": 50}
     model = transformers.xLSTMForCausalLM(transformers.xLSTMConfig(**narrow)).eval()
     given = {"ratio": 0.5, "samples": 8, "checks": {"walked": 0}}
     result = modhifi.prune(model, torch.randint(50, (16, 16)), **given)
