@@ -139,7 +139,8 @@ def test_a_network_prunes_alike_in_every_type(name: str, kind: str) -> None:
     pruned = prune_model(loaded, samples, budget, settings)
     expected = prune_model(reference, wide_samples, budget, settings)
     assert pruned.plan.kept == expected.plan.kept  # no two components of these are closer than the rounding
-    rounding = 4 * max(torch.finfo(TYPES[kind][1]).eps, torch.finfo(torch.float32).eps)
+    # Rows are multiplied in float32, whatever the type.
+    rounding = max(4 * torch.finfo(TYPES[kind][1]).eps, 16 * torch.finfo(torch.float32).eps)
     for error, other in zip(pruned.errors, expected.errors, strict=True):
         assert error.reader == other.reader and other.relative > 1e-3
         assert error.relative == pytest.approx(other.relative, rel=rounding)
