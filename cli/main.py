@@ -38,6 +38,7 @@ VERBS = {
     "diff": "Compare two artefacts or reports: figures, kept widths, settings, verdicts, "
     "and whether the weights are equal.",
     "demo": "Prune the bundled CIFAR-10 ResNet to half its FLOPs and report what that did; offline, on any CPU.",
+    "cache": "Show where moments and drawn images are kept and how large they are, or remove them.",
     "env": "Print versions and hardware, ready to paste into a bug report.",
     "data": "Calibration data: make it, look at it.",
     "recipe": "Whole runs as YAML files: list, copy, check and run them.",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from modhifi.disk import default_directory
+from modhifi.cache import default_directory
 from modhifi.runs.recipe_tasks import Recipe, StepsRecipe
 
 from .common import print_json, progress

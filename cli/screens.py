@@ -54,7 +54,7 @@ def show_prune(report: dict[str, Any], path: Path | None) -> None:
     else:
         table = Table("group", "kind", "components", "kept", "predicted local error", title=report["title"])
         for g in report["groups"]:
-            table.add_row(g["name"], g["kind"], str(g["n"]), str(g["kept"]), f"{g['relative_error']:.3g}")
+            table.add_row(g["name"], g["kind"], str(g["n"]), str(g["kept"]), number(g["relative_error"]))
         console.print(table)
         show_prediction(console, report)
     refused = [

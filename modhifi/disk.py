@@ -1,4 +1,4 @@
-"""Directories on disk: checks of where a run writes, before any work, and the cache of what other runs can use."""
+"""Checks of where a run writes, before any work."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -83,35 +82,6 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, Sequence | set | frozenset):
         return [jsonable(v) for v in value]
     return str(value)
-
-
-# The largest share of its disk's free space that the cache takes; the files used longest ago are removed first.
-SHARE = 0.1
-
-
-def default_directory() -> Path:
-    """The cache directory: ``$MODHIFI_CACHE``, or ``modhifi`` in the user's cache directory."""
-    configured = os.environ.get("MODHIFI_CACHE")
-    if configured:
-        return Path(configured)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modhifi"
-
-
-def make_room(path: Path, needed: int) -> bool:
-    """Makes room in the cache for a file of ``needed`` bytes, by removing older ones; False where it is too large."""
-    directory = path.parent
-    directory.mkdir(parents=True, exist_ok=True)
-    files = {file: file.stat() for file in directory.glob("*.safetensors") if file != path}
-    used = sum(s.st_size for s in files.values())
-    limit = (shutil.disk_usage(directory).free + used) * SHARE
-    if needed > limit:
-        return False
-    for file, stat in sorted(files.items(), key=lambda item: item[1].st_mtime):
-        if used + needed <= limit:
-            break
-        file.unlink(missing_ok=True)
-        used -= stat.st_size
-    return True
 
 
 def check_output(out: str | Path, force: bool = False, reads: Iterable[Path] = ()) -> None:

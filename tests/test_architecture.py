@@ -14,7 +14,7 @@ ROOT = Path(modhifi.__file__).parent
 FLOORS = (
     "errors",
     "progress registry staging",
-    "disk",
+    "cache disk",
     "structure",
     "models",
     "data",

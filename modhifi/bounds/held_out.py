@@ -19,6 +19,7 @@ from modhifi.bounds.constant_predictor import Constant, OriginalOutputs, rows_at
 from modhifi.data.samples import Samples
 from modhifi.errors import GateFailed, ModhifiError
 from modhifi.models.loaded import PADDING, LoadedModel, real_tokens
+from modhifi.models.trial import broken_layer
 
 Logits = Callable[[Tensor], Tensor]
 """One forward pass, from a batch to logits ``(batch, ..., classes)``: ``partial(loaded.logits, model=edited)``, say."""
@@ -122,12 +123,13 @@ def run_held_out(
     *,
     tokens: bool = False,
     next_tokens: bool = False,
+    models: tuple[nn.Module, ...] = (),
 ) -> HeldOut:
     """Runs both models on every sample once and tabulates their outputs.
 
     ``tokens``: the samples are token ids, padded or not; ``next_tokens``: the outputs are causal logits besides. Raises
     ModhifiError if there is no sample or an output of the original is not finite, GateFailed if one of the edited model
-    is not.
+    is not; it names the first layer to blame among those of ``models``.
     """
     before, after = _Timed(original), _Timed(edited)
     columns: list[Tensor] = []
@@ -138,8 +140,8 @@ def run_held_out(
         start = sum(map(len, counts))
         logits_before, logits_after = before(batch), after(batch)
         names = held.names[start : start + len(batch)]
-        _check_finite(logits_before, names, ModhifiError, "original")
-        _check_finite(logits_after, names, GateFailed, "modified")
+        _check_finite(logits_before, names, ModhifiError, "original", models, partial(original, batch))
+        _check_finite(logits_after, names, GateFailed, "modified", models, partial(edited, batch))
         if logits_before.shape != logits_after.shape:
             raise ModhifiError(
                 f"outputs of shape {tuple(logits_before.shape)} and {tuple(logits_after.shape)} cannot be compared"
@@ -176,7 +178,13 @@ def tabulate(original: LoadedModel, edited: nn.Module, held: Samples, batch_size
     """Runs a model and its edited version on held-out samples, each on its device; raises as :func:`run_held_out`."""
     after = partial(original.logits, model=edited)
     return run_held_out(
-        original.logits, after, held, batch_size, tokens=original.reads_tokens, next_tokens=original.kind == "text"
+        original.logits,
+        after,
+        held,
+        batch_size,
+        tokens=original.reads_tokens,
+        next_tokens=original.kind == "text",
+        models=(original.model, edited),
     )
 
 
@@ -253,8 +261,18 @@ def _perplexity(nll: Tensor | None, positions: Tensor) -> float:
     return math.exp(min(loss, MOST_NATS))
 
 
-def _check_finite(outputs: Tensor, names: tuple[str, ...], error: type[ModhifiError], which: str) -> None:
+def _check_finite(
+    outputs: Tensor,
+    names: tuple[str, ...],
+    error: type[ModhifiError],
+    which: str,
+    models: tuple[nn.Module, ...],
+    run: Callable[[], object],
+) -> None:
     finite = outputs.isfinite().flatten(1).all(1)
-    if not bool(finite.all()):
-        name = names[int((~finite).nonzero()[0])]
-        raise error(f"the {which} model's output is not finite on '{name}'; it cannot be bounded; check its weights")
+    if bool(finite.all()):
+        return
+    name, layer = names[int((~finite).nonzero()[0])], broken_layer(models, run)
+    first = "" if layer is None else f", first {layer}"
+    advice = "give the model in bfloat16 or float32" if outputs.dtype == torch.float16 else "check its weights"
+    raise error(f"the {which} model's output is not finite on '{name}'{first}; it cannot be bounded; {advice}")

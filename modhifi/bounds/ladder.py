@@ -20,12 +20,13 @@ from modhifi.bounds.held_out import HeldOut, tabulate
 from modhifi.bounds.propagation.newton import ROUNDS
 from modhifi.bounds.statistical import Forgetting, Statistical, forgetting, statistical
 from modhifi.bounds.telescoping import LayerShare, hybrid_changes
-from modhifi.bounds.verdicts import Tolerances, Verdict, enforce, forgetting_verdict, judge, self_test
+from modhifi.bounds.verdicts import Tolerances, Verdict, enforce, forgetting_verdict, judge, self_test, unsettled
 from modhifi.data.labels import populations
 from modhifi.data.samples import Samples
 from modhifi.disk import jsonable
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.trial import unrepeatable
 from modhifi.progress import Progress, silent
 from modhifi.structure.clone import clone
 
@@ -105,7 +106,8 @@ def verify_model(
     ``dense_shape`` is the function of ``edited`` in the original's shapes, with zero columns for removed components;
     without it R1, R2 and R4 are not available. ``walked`` is their number of samples (default: 16 images, 1 text, none
     of models of more than ``WALKED_PARAMETERS``). ``table`` holds the outputs of both on ``held``, where it is known.
-    Raises ModhifiError for models in train mode and outputs that are not finite (GateFailed for the edited model's).
+    Nothing is certified and no tolerance passes where two passes of the original on one batch differ. Raises
+    ModhifiError for models in train mode and outputs that are not finite (GateFailed for the edited model's).
     """
     tolerances = tolerances or Tolerances()
     tolerances.fit(original.kind)
@@ -113,14 +115,20 @@ def verify_model(
         if any(m.training for m in model.modules()):
             raise ModhifiError(f"the {name} model is in train mode, where outputs are random; call .eval() first")
     progress("bounding", 0, 3)
+    unsteady = unrepeatable(original, held.first())
     if table is None:
         table = tabulate(original, edited, held, batch_size)
     r3 = statistical(table, tolerances.alpha, _population(table, held), tolerances.max_perplexity_ratio)
     progress("bounding", 1, 3)
-    rungs, layers, gap, violations, every_input, count = _certify(original, edited, dense_shape, held, table, walked)
+    rungs, layers, gap, violations, every_input, count = _certify(
+        original, edited, dense_shape, held, table, walked, unsteady or ""
+    )
     progress("bounding", 3, 3)
-    verdicts = (self_test(violations, count), *judge(tolerances, r3, table, every_input))
-    warnings = []
+    judged = judge(tolerances, r3, table, every_input)
+    if unsteady is not None:
+        judged = tuple(unsettled(verdict, unsteady) for verdict in judged)
+    verdicts = (self_test(violations, count), *judged)
+    warnings = [] if unsteady is None else [unsteady]
     if held.synthetic:
         warnings.append("the held-out data is synthetic: the statistical bounds speak of synthetic data only")
     if held.units is not None and (documents := len(set(held.units))) < len(held):
@@ -187,6 +195,7 @@ def _certify(
     held: Samples,
     table: HeldOut,
     walked: int | None,
+    unsteady: str,
 ) -> tuple[tuple[Rung, ...], tuple[LayerShare, ...], float | None, tuple[str, ...], float | None, int]:
     size = sum(p.numel() for p in original.model.parameters())
     if walked is None:
@@ -195,6 +204,7 @@ def _certify(
     reason = "" if count else f"no sample was walked in float64 through {size:,} parameters; ask with --walked N"
     if dense_shape is None:
         reason = "the edited model is not known in the original's shapes"
+    reason = unsteady or reason
     if not reason and dense_shape is not None:
         original64, edited64 = _double(original.model), _double(dense_shape)
         batch = torch.stack([held.load(i) for i in range(count)])

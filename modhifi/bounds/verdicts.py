@@ -141,6 +141,11 @@ def _verdict(
     )
 
 
+def unsettled(verdict: Verdict, reason: str) -> Verdict:
+    """The verdict on a tolerance where the figures behind it change from pass to pass: a failure stays one."""
+    return verdict if verdict.verdict == "FAIL" else Verdict(verdict.name, "INCONCLUSIVE", f"{verdict.text}; {reason}")
+
+
 def forgetting_verdict(before: Forgetting, after: Forgetting) -> dict[str, str]:
     """The verdict on forgetting.
 

@@ -10,28 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from modhifi.cache import Cache
 from modhifi.data.image_inputs import class_count, image_shape, normalisation
 from modhifi.data.quality import look, statistics_gap
 from modhifi.data.samples import Samples
 from modhifi.data.synthetic import drawn
-from modhifi.disk import make_room
 from modhifi.errors import ModhifiError
+from modhifi.models.fingerprint import fingerprint
 from modhifi.models.hooks import only_input
 from modhifi.models.loaded import LoadedModel
-from modhifi.models.weights import state_hash
 
 STEPS, RATE, BATCH = 150, 0.02, 125
 # Weights of the terms beside the statistics: total variation (per pixel, normalised units) and the class.
@@ -153,21 +149,23 @@ def inverted(
 ) -> Samples:
     """``n`` images drawn by a network's memory, from ``synthetic`` ones on, with the classes they were drawn for.
 
-    Kept in ``cache`` under a hash of the weights and settings, if given. Samples are ``synthetic``, and ``matched``
+    Kept in ``cache`` under a hash of the model and settings, if given. Samples are ``synthetic``, and ``matched``
     where their distance to the norms (`quality.look`) is at most ``MATCHED``. Raises ModhifiError for
     models without images or norms.
     """
     _, height, width = image_shape(loaded)
     count = class_count(loaded)
     settings = (VERSION, n, seed, steps, RATE, BATCH, SMOOTH, CLASS, height, width)
-    key = hashlib.sha256(f"{state_hash(loaded.model)} {settings}".encode()).hexdigest()[:16]
-    path = None if cache is None else cache / f"inverted-{key}.safetensors"
+    key = hashlib.sha256(f"{fingerprint(loaded, {})} {settings}".encode()).hexdigest()[:16]
+    name, store = f"inverted-{key}", None if cache is None else Cache(cache)
     labels = None
     if count is not None:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         labels = order[torch.arange(n) % count]
-    pictures = _read(path)
-    if pictures is None:
+    kept = None if store is None else store.read(name)
+    if kept is not None:
+        pictures = kept[0]["images"]
+    else:
         mean, std = normalisation(loaded)
         device = next(loaded.model.parameters()).device
         low, high = (-mean / std).to(device), ((1 - mean) / std).to(device)
@@ -184,7 +182,8 @@ def inverted(
             parts.append(improve(loaded, batch, wanted, low, high, steps, told).cpu())
         progress("drawing", n, n)
         pictures = torch.cat(parts)
-        _write(path, pictures)
+        if store is not None:
+            store.write(name, {"images": pictures}, {})
     final = pictures
     samples = Samples(
         load=lambda i: final[i],
@@ -195,31 +194,3 @@ def inverted(
         synthetic=True,
     )
     return replace(samples, matched=look(loaded, samples, BATCH).get("mean_norm_gap", math.inf) <= MATCHED)
-
-
-def _read(path: Path | None) -> Tensor | None:
-    if path is None or not path.is_file():
-        return None
-    try:
-        images = load_file(path)["images"]
-        with suppress(OSError):
-            os.utime(path)
-        return images
-    except (OSError, SafetensorError, KeyError):
-        return None
-
-
-def _write(path: Path | None, images: Tensor) -> None:
-    """Whole or not at all; a disk that is full costs the cache, not the run."""
-    if path is None:
-        return
-    part = path.with_suffix(f".{os.getpid()}.part")
-    with suppress(OSError):
-        try:
-            if make_room(path, images.nbytes):
-                save_file({"images": images.contiguous()}, part)
-                os.replace(part, path)
-        except SafetensorError:
-            pass
-        finally:
-            part.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from modhifi.data.text import cutter_of
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.trial import failure_told
 
 # The share of a window that is masked at once, as these models are trained, and how often each place is drawn.
 MASKED, SWEEPS = 0.15, 3
@@ -58,7 +59,9 @@ class Resampler:
             order = self.inner[torch.rand(count, len(self.inner), generator=chance).argsort(1)]
             for places in order.split(math.ceil(MASKED * len(self.inner)), 1):
                 windows[rows, places] = self.mask
-                logits = self.loaded.logits(windows).cpu()[rows, places].float()
+                with failure_told(self.loaded, windows):
+                    outputs = self.loaded.logits(windows)
+                logits = outputs.cpu()[rows, places].float()
                 logits[..., self.special] = -math.inf
                 drawn = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=chance)
                 windows[rows, places] = drawn.view_as(places)

@@ -64,6 +64,10 @@ class Samples:
             else:
                 yield torch.stack(items)
 
+    def first(self, count: int = 2) -> Tensor:
+        """A batch of the first `count` items, or of all where there are fewer."""
+        return next(self.subset(range(min(count, len(self)))).batches(count))
+
     def split(self, first: int, second: int) -> tuple[Samples, Samples]:
         """Two disjoint sets of at most `first` and `second` items, in proportion if there are fewer in all.
 

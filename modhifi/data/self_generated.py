@@ -21,6 +21,7 @@ from modhifi.data.samples import Samples
 from modhifi.data.text import cutter_of, identity, vocabulary, window_of
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.trial import failure_told
 
 # The rest of a distribution is thousands of tokens that do not belong, and one of them leads a text astray for good.
 NUCLEUS = 0.95
@@ -165,7 +166,8 @@ def _continue(loaded: LoadedModel, tokens: Tensor, length: int, chance: torch.Ge
     cache = "cache" if "cache" in inspect.signature(loaded.model.forward).parameters else "past_key_values"
     past, step = None, tokens.to(device)
     while tokens.shape[1] < length:
-        out = loaded.model(input_ids=step, use_cache=True, **{cache: past})
+        with failure_told(loaded, step, "give text with --data text:FILE"):
+            out = loaded.model(input_ids=step, use_cache=True, **{cache: past})
         past = getattr(out, cache, None)
         drawn = draw(out.logits[:, -1], chance)
         tokens = torch.cat([tokens, drawn], 1)

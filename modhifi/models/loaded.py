@@ -50,7 +50,7 @@ class LoadedModel:
         """The main output of one forward pass of ``model`` (default: this model) on a batch, axis 0 the batch.
 
         Logits where the model has them, otherwise its last hidden state or first output. The batch moves to the
-        model's device, and pixels to its dtype; token ids of ``PADDING`` are masked out of the attention. Raises
+        model's device and dtype (:meth:`ready`); token ids of ``PADDING`` are masked out of the attention. Raises
         ModhifiError if the model returns no tensor.
         """
         return main_output(self._forward(batch, model))
@@ -82,11 +82,22 @@ class LoadedModel:
         """The mask of what is no padding, bool of the batch's shape; None without any and for models without tokens."""
         return real_tokens(batch) if self.reads_tokens else None
 
+    def ready(self, batch: Tensor, model: nn.Module) -> Tensor:
+        """The batch on the model's device, and numbers in the type of its first parameter.
+
+        What a module of one's own reads may also be in the type of any other parameter, and then stays so.
+        """
+        parameter = next(model.parameters(), None)
+        if parameter is None:
+            return batch
+        if not batch.is_floating_point():
+            return batch.to(parameter.device)
+        own = self.kind == "tensor" and any(p.dtype == batch.dtype for p in model.parameters())
+        return batch.to(parameter.device, batch.dtype if own else parameter.dtype)
+
     def _forward(self, batch: Tensor, model: nn.Module | None, **options: Any) -> Any:
         model = self.model if model is None else model
-        parameter = next(model.parameters(), None)
-        if parameter is not None:
-            batch = batch.to(parameter.device, parameter.dtype if batch.is_floating_point() else None)
+        batch = self.ready(batch, model)
         if self.kind == "text":
             options["use_cache"] = False  # a key-value cache would hold memory that a single pass never reads
         if (mask := self.real_tokens(batch)) is not None:

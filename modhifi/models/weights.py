@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,6 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from modhifi.cache import tensors_hash
 from modhifi.disk import read_json
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
@@ -17,11 +17,7 @@ from modhifi.models import hub
 
 def state_hash(model: nn.Module) -> str:
     """The SHA-256 over names, dtypes, shapes and bytes of a model's state dict, 64 hex digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return tensors_hash(model.state_dict())
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

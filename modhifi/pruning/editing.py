@@ -51,7 +51,8 @@ def edit_reader(
     model: nn.Module, structure: Structure, name: str, positions: Tensor, moments: Moments, settings: PruneSettings
 ) -> LayerError:
     """Compensate one reader for the loss of some input channels (``positions``), in place."""
-    weight, edited = write_compensated(model, structure, name, positions, moments, settings)
+    weight = write_compensated(model, structure, name, positions, moments, settings)
+    edited = weight_matrix(model.get_submodule(name))  # rounded to the model's type
     measured = moments.cov if structure.operators[name].sink is not None else moments.gram
     errors, energies = zip(*map(local_error, weight, edited, measured), strict=True)
     return LayerError(name, sum(errors), sum(energies))
@@ -59,10 +60,10 @@ def edit_reader(
 
 def write_compensated(
     model: nn.Module, structure: Structure, name: str, positions: Tensor, moments: Moments, settings: PruneSettings
-) -> tuple[Tensor, Tensor]:
-    """What :func:`edit_reader` writes, without its error: the weights before and after, float64 ``(G, o, d)``."""
+) -> Tensor:
+    """What :func:`edit_reader` writes, without its error; returns the weights before, float64 ``(G, o, d)``."""
     edited = compensated(model, structure, name, positions, moments, settings)
-    return store(model, structure, name, edited, moments, settings), edited
+    return store(model, structure, name, edited, moments, settings)
 
 
 def store(

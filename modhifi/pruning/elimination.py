@@ -254,6 +254,18 @@ def _eliminate(
     return Curve(removal, torch.tensor(cost, dtype=torch.float64), energy, best_singletons(readers, n), trial)
 
 
+def removable(order: Tensor, partition: Tensor | None, keep_at_least: int) -> Tensor:
+    """Of an order of all n components those that may go, as :func:`eliminate` removes them: one of each part in turn.
+
+    Raises ModhifiError for an ``order`` that is no permutation of the n components.
+    """
+    rank = _rank(order, len(order))
+    parts = torch.zeros(len(order), dtype=torch.int64) if partition is None else partition
+    members = [torch.nonzero(parts == label).flatten() for label in parts.unique()]
+    each = (len(order) - max(keep_at_least, len(members))) // len(members)
+    return torch.stack([m[rank[m].argsort(stable=True)[:each]] for m in members], 1).reshape(-1)
+
+
 def _rank(order: Tensor, n: int) -> Tensor:
     """The place of every component in an order, float64 ``(n,)``. Raises ModhifiError for one that is none."""
     if not torch.equal(order.sort().values, torch.arange(n)):

@@ -20,6 +20,7 @@ from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts import LAYOUTS
 from modhifi.pruning.left_alone import UNSOLVED, leave, unmeasured
 from modhifi.pruning.readers import best_singletons, readers_of
+from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import (
     Pruned,
@@ -29,6 +30,7 @@ from modhifi.pruning.stages import (
     hifi_plan,
     make_plan,
     measure_moments,
+    ordered_curves,
     removal_curves,
 )
 from modhifi.pruning.weightings import WEIGHTINGS
@@ -44,11 +46,20 @@ def _chosen(loaded: LoadedModel, settings: PruneSettings, plan: Plan | None) -> 
     return structure.select(plan.kept)
 
 
+def needs_moments(settings: PruneSettings, plan: Plan | None) -> bool:
+    """Whether anything of a run asks what its readers read: the order, the budget's layout, or the compensation."""
+    if settings.sequential is not None or COMPENSATIONS[settings.compensate].needs_moments:
+        return True
+    ordered = not SELECTORS[settings.selector].needs_moments and not LAYOUTS[settings.layout].reads_costs
+    return plan is None and (settings.eta is not None or not ordered)
+
+
 def contribute(
     loaded: LoadedModel, samples: Samples, settings: PruneSettings, plan: Plan | None, team: Processes
 ) -> None:
     """Measure this process's share of the moments, for the main process that runs :func:`prune_model`."""
-    measure_moments(loaded, _chosen(loaded, settings, plan), samples, settings.sampling, team=team)
+    if needs_moments(settings, plan):
+        measure_moments(loaded, _chosen(loaded, settings, plan), samples, settings.sampling, team=team)
 
 
 def prune_model(
@@ -70,6 +81,8 @@ def prune_model(
     structure = _chosen(loaded, settings, plan)
     if budget is not None:
         budget.require(structure)
+    if not needs_moments(settings, plan):
+        return _prune_unmeasured(loaded, structure, budget, settings, plan)
     # Blocks are measured one after the other: that pass is not shared among processes.
     if plan is None and budget is not None and not LAYOUTS[settings.layout].reads_costs and team.count == 1:
         if settings.eta is None and settings.sequential is None:
@@ -114,8 +127,7 @@ def _solve(
     if plan is None and settings.eta is not None:
         plan = hifi_plan(loaded.model, structure, moments, settings)
     elif plan is None:
-        if budget is None:
-            raise ModhifiError("give a budget: --ratio, --params, --flops or --kv-cache")
+        budget = _given(budget)
         weighting, reads_costs = WEIGHTINGS[settings.weighting], LAYOUTS[settings.layout].reads_costs
         trial = weighting.trial if reads_costs and COMPENSATIONS[settings.compensate].least_squares else None
         curves = removal_curves(loaded.model, structure, moments, settings, progress, trial)
@@ -129,3 +141,19 @@ def _solve(
             fidelity[g.name] = best_singletons(readers_of(loaded.model, structure, g, moments), g.n)
     pruned = apply_plan(loaded, structure, plan, moments, settings, samples, progress)
     return replace(pruned, curves=curves, fidelity=fidelity, grams=gram_quality(moments), tried=tried)
+
+
+def _given(budget: Budget | None) -> Budget:
+    if budget is None:
+        raise ModhifiError("give a budget: --ratio, --params, --flops or --kv-cache")
+    return budget
+
+
+def _prune_unmeasured(
+    loaded: LoadedModel, structure: Structure, budget: Budget | None, settings: PruneSettings, plan: Plan | None
+) -> Pruned:
+    """A run that reads no moments collects none; what it does to its layers is then not known."""
+    if plan is None:
+        curves = ordered_curves(loaded.model, structure, settings)
+        plan = replace(make_plan(loaded.model, structure, curves, _given(budget), settings), removal_cost={})
+    return apply_plan(loaded, structure, plan, None, settings)

@@ -78,19 +78,23 @@ def applied_second(moments: Moments, sink: str | None) -> Tensor:
     return shrunk(second, shrinkage(second, moments.n), mean_diagonal(second))
 
 
-def reader_of(model: nn.Module, structure: Structure, group: Group, module: str, moments: Moments) -> Reader:
-    """Assemble the :class:`Reader` of one group at one of its reader modules."""
+def reader_of(model: nn.Module, structure: Structure, group: Group, module: str, moments: Moments | None) -> Reader:
+    """Assemble the :class:`Reader` of one group at one of its reader modules; without moments its S is empty."""
     layer = model.get_submodule(module)
     piece = next(s for s in group.readers if s.module == module)
     owner, columns = reader_columns(layer, piece.index)
     weight, sink = weight_matrix(layer), structure.operators[module].sink
     scale = None if sink in (None, "bias") else norm_scale(model.get_submodule(str(sink))).view(weight.shape[:2])
-    return Reader(weight, applied_second(moments, sink), owner, columns, scale)
+    second = weight.new_zeros(len(weight), 0, 0) if moments is None else applied_second(moments, sink)
+    return Reader(weight, second, owner, columns, scale)
 
 
-def readers_of(model: nn.Module, structure: Structure, group: Group, moments: Mapping[str, Moments]) -> list[Reader]:
+def readers_of(
+    model: nn.Module, structure: Structure, group: Group, moments: Mapping[str, Moments] | None
+) -> list[Reader]:
     """All readers of a group, in order."""
-    return [reader_of(model, structure, group, s.module, moments[s.module]) for s in group.readers]
+    modules = [s.module for s in group.readers]
+    return [reader_of(model, structure, group, m, None if moments is None else moments[m]) for m in modules]
 
 
 def best_singletons(readers: Sequence[Reader], n: int) -> Tensor:

@@ -132,14 +132,15 @@ def _compensate(
     want, own = slice(0, d) if settings.sequential == "dense" else slice(d, 2 * d), slice(d, 2 * d)
     share, scale = shrinkage(joint[:, own, own], both.n), mean_diagonal(joint[:, own, own])
     solved_cross, solved_own = shrunk(joint[:, want, own], share, scale), shrunk(joint[:, own, own], share, scale)
-    result, error, energy = torch.empty_like(weight), 0.0, 0.0
+    parts = zip(weight, solved_cross, solved_own, kept, strict=True)
+    result = torch.stack([least_squares_towards(*part, settings.ridge) for part in parts])
+    write_weight(module, result)
+    stored, error, energy = weight_matrix(module), 0.0, 0.0  # rounded to the model's type
     for g in range(groups):
-        result[g] = least_squares_towards(weight[g], solved_cross[g], solved_own[g], kept[g], settings.ridge)
         cross, second, goal = joint[g, want, own], joint[g, own, own], joint[g, want, want]
         gain = float(((weight[g] @ goal) * weight[g]).sum())
-        error += gain + float(((result[g] @ second - 2 * weight[g] @ cross) * result[g]).sum())
+        error += gain + float(((stored[g] @ second - 2 * weight[g] @ cross) * stored[g]).sum())
         energy += gain
-    write_weight(module, result)
     if sink is not None:
         shift = (weight @ both.mean[:, want, None] - result @ both.mean[:, own, None]).reshape(-1)
         absorb_mean(edited, reader, sink, shift)

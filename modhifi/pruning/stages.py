@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -19,12 +20,13 @@ from modhifi.calibration.sampling import Sampling
 from modhifi.data.samples import Samples
 from modhifi.errors import IndefiniteError, ModhifiError
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.trial import try_pass
 from modhifi.progress import Progress, silent
 from modhifi.pruning.allocation import allocate
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.editing import LayerError, edit_readers
-from modhifi.pruning.elimination import Curve, eliminate
+from modhifi.pruning.elimination import Curve, eliminate, removable
 from modhifi.pruning.readers import readers_of
 from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.selectors.naive import hifi_union
@@ -61,12 +63,20 @@ class Pruned:
 
 
 def find_structure(loaded: LoadedModel) -> Structure:
-    """Trace the model on its example batch, and refuse what its code would not survive."""
+    """Trace the model on its example batch, and refuse what its code would not survive.
+
+    Raises ModhifiError where the model cannot run on it.
+    """
 
     def run(model: nn.Module) -> dict[str, Tensor]:
         return loaded.outputs(loaded.example, model)
 
-    return confirm(loaded.model, trace(loaded.model, run), run)
+    try:
+        structure = trace(loaded.model, run)
+    except Exception:
+        try_pass(loaded, loaded.example)  # fails where the model does, and not the watching of it
+        raise
+    return confirm(loaded.model, structure, run)
 
 
 def choose_groups(structure: Structure, settings: PruneSettings) -> Structure:
@@ -172,6 +182,17 @@ def removal_curves(
     return curves
 
 
+def ordered_curves(model: nn.Module, structure: Structure, settings: PruneSettings) -> dict[str, Curve]:
+    """For each prunable group the order of removal by a selector that needs no moments; what it costs is not known."""
+    curves = {}
+    for group in structure.prunable:
+        order = SELECTORS[settings.selector].order(readers_of(model, structure, group, None), settings.seed)
+        assert order is not None
+        order = removable(order, group.partition, max(group.step, int(settings.floor * group.n)))
+        curves[group.name] = Curve(order, torch.full((len(order) + 1,), math.nan, dtype=torch.float64), math.nan)
+    return curves
+
+
 def trial_size(group: Group, share: float) -> int:
     """How many components a trial removes: a share of them, at least one of every part."""
     return max(group.step, int(share * group.n) // group.step * group.step)
@@ -218,17 +239,20 @@ def apply_plan(
     loaded: LoadedModel,
     structure: Structure,
     plan: Plan,
-    moments: Mapping[str, Moments],
+    moments: Mapping[str, Moments] | None,
     settings: PruneSettings,
     samples: Samples | None = None,
     progress: Progress = silent,
 ) -> Pruned:
-    """Compensate and cut.
+    """Compensate and cut; without moments, cut.
 
     ``samples`` are needed with ``settings.sequential``, which measures on the pruned prefix of every reader.
     """
     plan.check(structure)
-    if settings.sequential is None:
+    errors: tuple[LayerError, ...]
+    if moments is None:
+        dense_shape, errors = clone(loaded.model), ()
+    elif settings.sequential is None:
         dense_shape = clone(loaded.model)
         errors = edit_readers(dense_shape, structure, plan, moments, settings)
     else:

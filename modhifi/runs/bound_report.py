@@ -16,7 +16,7 @@ def add_bounds(report: dict[str, Any], bounds: BoundReport) -> None:
     parts = bounds.to_json()
     report["verdicts"] = [*report.get("verdicts", []), *parts["verdicts"]]
     report["bounds"] = parts["bounds"]
-    report["warnings"] = [*report.get("warnings", []), *bounds.warnings]
+    report["warnings"] = [*dict.fromkeys([*report.get("warnings", []), *bounds.warnings])]
     total = sum(layer.change for layer in bounds.layers)
     if total > 0:
         largest = sorted(bounds.layers, key=lambda layer: -layer.change)[:LAYERS_SHOWN]

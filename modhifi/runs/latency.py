@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
-from modhifi.runs.measure import device_of
+from modhifi.runs.measure import Forward, device_of, plainly
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,12 @@ class Latency:
 
 
 def compare_latency(
-    models: dict[str, nn.Module], batch: Tensor, *, rounds: int = 21, min_run_time: float = 0.05
+    models: dict[str, nn.Module],
+    batch: Tensor,
+    forward: Forward = plainly,
+    *,
+    rounds: int = 21,
+    min_run_time: float = 0.05,
 ) -> dict[str, Latency]:
     """Times the models on one batch in turns, so that a disturbance of the machine affects all of them alike.
 
@@ -44,9 +49,9 @@ def compare_latency(
         raise ModhifiError("latency can only be compared between models on one device; move them to the same one")
     batch = batch.to(device := devices.pop())
     threads = torch.get_num_threads()
-    timer_class = _timer()
+    timer_class, run = _timer(), torch.inference_mode()(forward)
     timers = [
-        timer_class("run(model, batch)", globals={"run": _run, "model": model, "batch": batch}, num_threads=threads)
+        timer_class("run(model, batch)", globals={"run": run, "model": model, "batch": batch}, num_threads=threads)
         for model in models.values()
     ]
     passes = [_passes(timer, min_run_time) for timer in timers]
@@ -81,11 +86,6 @@ def _timer() -> Any:
     finally:
         logger.setLevel(level)
     return Timer
-
-
-@torch.inference_mode()
-def _run(model: nn.Module, batch: Tensor) -> None:
-    model(batch)
 
 
 def _median_iqr(values: list[float]) -> tuple[float, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -13,15 +15,24 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+Forward = Callable[[nn.Module, Tensor], object]
+"""One forward pass of a model on a batch."""
+
+
+def plainly(model: nn.Module, batch: Tensor) -> object:
+    """The forward pass of a model that takes a batch and nothing else."""
+    return model(batch)
+
+
 @torch.no_grad()
-def count_flops(model: nn.Module, batch: Tensor) -> int:
+def count_flops(model: nn.Module, batch: Tensor, forward: Forward = plainly) -> int:
     """The floating-point operations of one forward pass of the first item of ``batch``.
 
     A multiply-add counts as two operations. Counted are matrix products, convolutions, recurrent layers and attention
     (in full, also where a causal mask would allow to skip half of it); norms, activations and pooling are not.
     """
     with counting() as counter:
-        model(batch[:1].to(device_of(model)))
+        forward(model, batch[:1].to(device_of(model)))
     return counter.total
 
 

@@ -27,6 +27,7 @@ from modhifi.data.samples import Samples, describe_data, warn_degenerate
 from modhifi.disk import check_output
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.trial import unrepeatable
 from modhifi.progress import Clock, Progress, silent
 from modhifi.pruning.prune import contribute, prune_model
 from modhifi.pruning.stages import Pruned
@@ -100,6 +101,8 @@ def run_prune(
     with clock.stage("data"):
         calibration, held = load_data(recipe, original, given, progress)
         warnings = [*remarks, *warn_degenerate(calibration), *skipped_warnings(calibration)]
+        if (unsteady := unrepeatable(original, calibration.first())) is not None:
+            clock.note(f"warning: {unsteady}")  # before groups are refused for it
     with clock.stage("prune"):
         settings = recipe.settings()
         if not team.main:

@@ -52,14 +52,15 @@ def report_of(
     for g in structure.prunable:
         errors = [by_reader[s.module] for s in g.readers if s.module in by_reader] if g.name in plan.kept else []
         error, energy = sum(e.error for e in errors), sum(e.energy for e in errors)
+        unknown = g.name in plan.kept and not errors
         groups.append(
             {
                 "name": g.name,
                 "kind": g.label,
                 "n": g.n,
                 "kept": widths[g.name],
-                "local_error": error if errors else 0.0,
-                "relative_error": error / energy if energy > 0 else 0.0,
+                "local_error": None if unknown else error,
+                "relative_error": None if unknown else error / energy if energy > 0 else 0.0,
                 "amplification": None,
                 "fidelity": _distribution(pruned.fidelity.get(g.name), plan.mask(g)),
             }
@@ -121,10 +122,11 @@ def measure_run(
 
     ``table`` holds the outputs of both on ``held``.
     """
-    parameter = next(edited.parameters())
-    item = next(held.batches(1)).to(parameter.device)
-    if item.is_floating_point():
-        item = item.to(parameter.dtype)
+    item = original.ready(held.first(1), edited)
+
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        return original.logits(batch, model)  # without a key-value cache, which some models cannot fill
+
     progress("checking", 0, 2)
     errors = table.summary()
     if original.kind == "text":
@@ -133,11 +135,11 @@ def measure_run(
         errors["accuracy_before"], errors["accuracy_after"] = table.accuracies(held.labels)
     size = {
         "parameters": [measure.count_parameters(original.model), measure.count_parameters(edited)],
-        "flops": [measure.count_flops(original.model, item), measure.count_flops(edited, item)],
+        "flops": [measure.count_flops(model, item, forward) for model in (original.model, edited)],
         "bytes": [measure.stored_bytes(original.model), measure.stored_bytes(edited)],
     }
     progress("checking", 1, 2)
-    latency = compare_latency({"before": original.model, "after": edited}, item, rounds=9)
+    latency = compare_latency({"before": original.model, "after": edited}, item, forward, rounds=9)
     progress("checking", 2, 2)
     return {
         "errors": errors,
@@ -172,11 +174,15 @@ def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
 def measured_verdict(report: dict[str, Any]) -> dict[str, str]:
     """The verdict that states the measured errors: an observation on these samples, not a bound."""
     errors = report["errors"]
-    worst = max(report["groups"], key=lambda g: g["relative_error"])
+    local = "local errors were not measured"
+    if all(g["relative_error"] is not None for g in report["groups"]):
+        worst = max(report["groups"], key=lambda g: g["relative_error"])
+        local = (
+            f"the largest local error is {worst['relative_error']:.3g} of the energy, at the readers of {worst['name']}"
+        )
     return {
         "name": "local and global errors",
         "verdict": "MEASURED",
         "text": f"on {errors['n']} held-out samples the output moved by {errors['relative_error']:.3g} of its energy "
-        f"(mean KL {errors['kl']:.3g} nats); the largest local error is {worst['relative_error']:.3g} of the energy, "
-        f"at the readers of {worst['name']}; measured, not bounded",
+        f"(mean KL {errors['kl']:.3g} nats); {local}; measured, not bounded",
     }

@@ -17,6 +17,7 @@ from torch import Tensor
 from modhifi.data.in_memory import Data
 from modhifi.data.sources import load_samples
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.trial import try_pass
 from modhifi.progress import Progress, silent
 from modhifi.pruning.fidelity import energy_score
 from modhifi.pruning.left_alone import leave, unmeasured
@@ -77,6 +78,7 @@ def score_model(
     settings = PruneSettings(seed=seed, floor=1e-9, batch_size=usual.batch_size)
     structure = choose_groups(find_structure(loaded), settings)
     calibration = load_samples(data, loaded, n=samples or usual.samples, seed=seed, window=window, progress=progress)
+    try_pass(loaded, calibration.first())
     moments = measure_moments(loaded, structure, calibration, settings.sampling, progress)
     leave(structure, unmeasured(loaded, structure, moments, calibration, settings.batch_size), strict=True)
     curves = removal_curves(loaded.model, structure, moments, settings, progress)

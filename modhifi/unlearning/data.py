@@ -16,6 +16,7 @@ from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.trial import try_pass
 
 # A class mean of fewer samples says little about the class.
 FEWEST = 16
@@ -105,7 +106,9 @@ def load_unlearn_data(
     notes: list[str] = []
 
     def load(spec: Data, n: int) -> Samples:
-        loaded_samples, remark = label_samples(loaded, load_samples(spec, loaded, n=n, seed=seed), batch_size)
+        unlabelled = load_samples(spec, loaded, n=n, seed=seed)
+        try_pass(loaded, unlabelled.first())
+        loaded_samples, remark = label_samples(loaded, unlabelled, batch_size)
         if loaded_samples.skipped:
             notes.append(f"{len(loaded_samples.skipped)} unreadable items of {source_name(spec)} were skipped")
         notes.extend([remark] if remark else [])

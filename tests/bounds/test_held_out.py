@@ -208,6 +208,45 @@ def test_what_cannot_be_compared_is_named(kind: str, error: type[ModhifiError], 
         next(broken(kind))
 
 
+class Loud(nn.Module):
+    """Two layers that compute a multiple of their inputs, with a multiplication between."""
+
+    def __init__(self, between: float, behind: float) -> None:
+        super().__init__()
+        self.a, self.b, self.between = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False), between
+        nn.init.eye_(self.a.weight)
+        self.b.weight = nn.Parameter(behind * torch.eye(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) * self.between)
+
+
+@pytest.mark.parametrize("which", ["original", "modified"])
+@pytest.mark.parametrize(
+    ("dtype", "between", "behind", "message"),
+    [
+        (torch.float32, 1.0, 1e37, "first what its layer 'b' computes; it cannot be bounded; check its weights"),
+        (torch.float32, 1e38, 1.0, "first what its layer 'b' reads; it cannot be bounded; check its weights"),
+        (
+            torch.float16,
+            1.0,
+            6e3,
+            "first what its layer 'b' computes; it cannot be bounded; give the model in bfloat16",
+        ),
+    ],
+)
+def test_an_overflow_is_named_with_its_layer(
+    which: str, dtype: torch.dtype, between: float, behind: float, message: str
+) -> None:
+    x = torch.ones(6, 3, dtype=dtype)
+    x[4] = 50.0
+    loud, quiet = Loud(between, behind).to(dtype), Loud(1.0, 1.0).to(dtype)
+    dense, edited = (loud, quiet) if which == "original" else (quiet, loud)
+    error = ModhifiError if which == "original" else GateFailed
+    with pytest.raises(error, match=f"^the {which} model's output is not finite on 'item 4', {message}"):
+        tabulate(load_model(dense, example=x[:2]), edited.eval(), samples_of(x), 3)
+
+
 def test_perplexity_of_a_uniform_model_is_the_size_of_the_vocabulary() -> None:
     def uniform(batch: Tensor) -> Tensor:
         return torch.zeros(*batch.shape, 11)

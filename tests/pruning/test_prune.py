@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 from modhifi.calibration.batchnorm import reestimate_batchnorm
 from modhifi.calibration.sampling import Sampling
+from modhifi.data.in_memory import samples_from
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
@@ -18,8 +21,16 @@ from modhifi.pruning.linalg import shrinkage
 from modhifi.pruning.local_error import local_error
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.readers import applied_second
+from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.settings import PruneSettings
-from modhifi.pruning.stages import choose_groups, find_structure, measure_moments
+from modhifi.pruning.stages import (
+    apply_plan,
+    choose_groups,
+    find_structure,
+    make_plan,
+    measure_moments,
+    removal_curves,
+)
 from modhifi.runs import measure
 from modhifi.structure.expand import expand
 from modhifi.structure.operators import weight_matrix
@@ -133,6 +144,41 @@ def test_a_gram_too_large_for_memory_is_refused_before_anything_is_measured(
         measure_moments(loaded, structure, samples, Sampling())
     name = str(caught.value).split()[-1]
     assert name in {g.name for g in structure.prunable}
+
+
+BLIND = [name for name, selector in SELECTORS.items() if not selector.needs_moments]
+
+
+@pytest.mark.parametrize("selector", BLIND)
+@pytest.mark.parametrize("name", ["plain", "grouped", "halves", "model_dir"])
+def test_a_run_that_reads_no_moments_collects_none(
+    loaded: LoadedModel, samples: Samples, name: str, selector: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name != "model_dir":
+        model, _ = tiny.pattern(name)
+        x = torch.randn(24, 3, 12, 12)
+        loaded = load_model(model.float(), example=x[:2])
+        samples = samples_from(x, loaded, n=24, seed=0)
+    settings = PruneSettings(selector=selector, compensate="none", layout="uniform", seed=3)
+    structure = choose_groups(find_structure(loaded), settings)
+    moments = measure_moments(loaded, structure, samples, settings.sampling)
+    curves = removal_curves(loaded.model, structure, moments, settings)
+    plan = make_plan(loaded.model, structure, curves, Budget("components", 0.5), settings)
+    expected = apply_plan(loaded, structure, plan, moments, settings)
+
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("moments are collected")
+
+    monkeypatch.setattr("modhifi.pruning.prune.measure_moments", refuse)
+    for given in (None, plan):
+        pruned = prune_model(loaded, samples, None if given else Budget("components", 0.5), settings, plan=given)
+        assert pruned.plan.kept == plan.kept and not pruned.errors and not pruned.grams
+        assert pruned.model.state_dict().keys() == expected.model.state_dict().keys()
+        for key, value in expected.model.state_dict().items():
+            assert torch.equal(pruned.model.state_dict()[key], value)
+    for change in ({"layout": "global"}, {"compensate": "delta"}, {"selector": "obs"}, {"eta": 0.9}):
+        with pytest.raises(AssertionError, match="moments are collected"):
+            prune_model(loaded, samples, Budget("components", 0.5), replace(settings, **change))
 
 
 def test_reestimated_statistics_are_those_of_the_data(loaded: LoadedModel, samples: Samples) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from modhifi.cache import default_directory
 from modhifi.data.sources.base import IMAGE_KINDS, SOURCES, Request, SampleSource
-from modhifi.disk import default_directory
 
 if TYPE_CHECKING:
     from modhifi.data.samples import Samples

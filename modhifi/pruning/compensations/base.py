@@ -28,7 +28,8 @@ class Compensation:
     """A named rule for the weights that are left.
 
     ``least_squares`` says that its weights are those that :func:`modhifi.pruning.elimination.eliminate` finds on its
-    way; ``restores_mean`` that a bias, or the running mean of a BatchNorm behind, takes the change of the mean.
+    way; ``restores_mean`` that a bias, or the running mean of a BatchNorm behind, takes the change of the mean;
+    ``needs_moments`` that it reads moments.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Compensation:
     edit: Edit
     least_squares: bool = False
     restores_mean: bool = True
+    needs_moments: bool = True
 
 
 COMPENSATIONS: Registry[Compensation] = Registry("compensation")

@@ -12,4 +12,6 @@ def edit(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor, ridge: fl
     return weight * kept_columns(weight.shape[1], blocks, kept)
 
 
-COMPENSATIONS.register(Compensation("none", "nothing, also for the mean", "", edit, restores_mean=False))
+COMPENSATIONS.register(
+    Compensation("none", "nothing, also for the mean", "", edit, restores_mean=False, needs_moments=False)
+)

@@ -20,12 +20,16 @@ None leaves it to :func:`modhifi.pruning.elimination.eliminate`, which finds an 
 
 @dataclass(frozen=True)
 class Selector:
-    """A named rule of which components go first; ``source`` names its paper."""
+    """A named rule of which components go first.
+
+    ``source`` names its paper; ``needs_moments`` says that it reads moments.
+    """
 
     name: str
     summary: str
     source: str
     order: Order
+    needs_moments: bool = True
 
 
 SELECTORS: Registry[Selector] = Registry("selector")

@@ -16,5 +16,11 @@ def squared_norm(weight: Tensor, second: Tensor, columns: Tensor) -> Tensor:
 
 
 SELECTORS.register(
-    Selector("magnitude", "the least weight norm", "Li et al. 2016 (arXiv 1608.08710)", lowest_first(squared_norm))
+    Selector(
+        "magnitude",
+        "the least weight norm",
+        "Li et al. 2016 (arXiv 1608.08710)",
+        lowest_first(squared_norm),
+        needs_moments=False,
+    )
 )

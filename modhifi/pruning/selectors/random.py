@@ -16,4 +16,4 @@ def permutation(readers: Sequence[Reader], seed: int) -> Tensor:
     return torch.randperm(len(readers[0].owner), generator=torch.Generator().manual_seed(seed))
 
 
-SELECTORS.register(Selector("random", "at random, by the seed", "", permutation))
+SELECTORS.register(Selector("random", "at random, by the seed", "", permutation, needs_moments=False))
