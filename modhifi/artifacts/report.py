@@ -13,6 +13,8 @@ The schema, version 1; every part but ``title`` may be missing, which means that
   ``fidelity``: ``{kept, removed}``, the 10 %, 50 % and 90 % quantiles of their components' best singleton fidelities
 * ``tables``: ``{title, columns, rows, unit?}``; a row is a name and a value for each further column
 * ``refused``: ``{name, reason}``; ``verdicts``: ``{name, verdict, text}``; ``warnings``: sentences
+* ``outcome``: ``{tone, text, advice}``, see :mod:`modhifi.runs.outcome`
+* ``texts``: ``{beginning, before, after}``, what a language model writes
 * ``timing``: seconds by stage; ``contact_sheet``: a PNG picture as a data URI (:func:`data_uri`)
 """
 
@@ -39,12 +41,28 @@ COLOURS = {INK: "currentColor", STRONG: "var(--accent)", FAINT: "var(--faint)"}
 LABELLED_ROWS = 80
 
 
+# What a report's keys are called on a page, and those that its table of figures shows already.
+LABELS = {
+    "n": "held-out samples",
+    "mean_squared_error": "squared change of the output, mean",
+    "relative_error": "share of the output's energy",
+    "kl": "KL divergence, nats",
+    "total_variation": "total variation, mean",
+}
+SHOWN = {"agreement", "accuracy_before", "accuracy_after", "perplexity_before", "perplexity_after"}
+
+
+def label(key: str) -> str:
+    """A report's key in words."""
+    return LABELS.get(key, key.replace("_", " "))
+
+
 def render_html(report: Mapping[str, Any]) -> str:
     """The report as one HTML page without network or script, for screen, phone and paper, light and dark."""
     environment = Environment(
         loader=PackageLoader("modhifi.artifacts", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "plain": plain, "tone": tone}
+    environment.filters |= {"number": number, "plain": plain, "tone": tone, "label": label}
     groups = report.get("groups") or []
     rows = [{**row, "change": change(row)} for row in report.get("before_after") or []]
     charts = {"widths": _widths(groups), "fidelities": _fidelities(groups), "errors": _errors(groups)}
@@ -55,6 +73,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         rows=rows,
         groups=groups,
         charts=charts,
+        errors={key: v for key, v in (report.get("errors") or {}).items() if not (rows and key in SHOWN)},
         verdicts=asked(verdicts),
         ladder=_ladder(verdicts),
     )

@@ -32,6 +32,7 @@ from modhifi.progress import Clock, Progress, silent
 from modhifi.pruning.prune import contribute, prune_model
 from modhifi.pruning.stages import Pruned
 from modhifi.runs.bound_report import add_bounds, add_groups
+from modhifi.runs.continuations import continuations
 from modhifi.runs.defaults import complete
 from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, located, place
 from modhifi.runs.outcome import add_outcome, prune_advice
@@ -172,6 +173,8 @@ def _measure(
     report |= measure_run(original, pruned.model, held, table, progress)
     report["before_after"] = before_after(report)
     report["verdicts"] = [measured_verdict(report)]
+    if texts := continuations(original, pruned.model, held):
+        report["texts"] = texts
     if original.kind == "image":
         report["contact_sheet"] = data_uri(contact_sheet(calibration, original, n=48, tile=64))
     return table
