@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from modhifi.artifacts.formatting import change, number
 
 from .common import stdout_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def show_report(report: dict[str, Any], path: Path | None) -> None:
@@ -27,7 +29,7 @@ def show_prune(report: dict[str, Any], path: Path | None) -> None:
     """Prints the report of a pruning run."""
     console = stdout_console()
     for warning in report["warnings"]:
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        console.print(f"warning: {warning}", style="yellow", highlight=False)
     if report["data"].get("moments"):
         console.print(report["data"]["moments"], highlight=False)
     if "before_after" in report:
@@ -61,7 +63,7 @@ def show_bounds(title: str, report: dict[str, Any]) -> None:
     """Prints the ladder of bounds and its verdicts."""
     console = stdout_console()
     for warning in report["bounds"]["warnings"]:
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        console.print(f"warning: {warning}", style="yellow", highlight=False)
     table = Table("", "verdict", "", title=title)
     for row in report["verdicts"]:
         table.add_row(row["name"], row["verdict"], row["text"])
@@ -81,9 +83,9 @@ def _figure(value: Any) -> str:
 
 def show_audit(report: dict[str, Any], path: Path | None) -> None:
     """Prints the report of an audit."""
-    console = Console()
+    console = stdout_console()
     for warning in report["warnings"]:
-        console.print(f"[yellow]note:[/] {warning}", highlight=False)
+        console.print(f"note: {warning}", style="yellow", highlight=False)
     first = report["tables"][0]
     table = Table(*first["columns"], title=report["title"])
     for name, *values in first["rows"]:
@@ -91,7 +93,7 @@ def show_audit(report: dict[str, Any], path: Path | None) -> None:
     console.print(table)
     _by_class(console, next(t for t in report["tables"] if t["title"] == "Accuracy by class"), report)
     for verdict in report["verdicts"]:
-        console.print(f"[bold]{verdict['verdict']}[/] ({verdict['name']}): {verdict['text']}", highlight=False)
+        console.print(f"{verdict['verdict']} ({verdict['name']}): {verdict['text']}", highlight=False)
     if path is not None:
         console.print(f"model and report: {path}/report.html", soft_wrap=True)
 

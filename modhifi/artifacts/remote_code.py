@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 
 from modhifi.models.from_transformers import auto_class
+from modhifi.models.manifest import Differences
 from modhifi.models.skeleton import FIELD
 
 MODULE = "modeling_modhifi"
@@ -43,7 +44,7 @@ class $name(Stock):
 ''')
 
 
-def add_code(directory: Path, config: Any, changes: dict[str, Any]) -> str | None:
+def add_code(directory: Path, config: Any, changes: Differences) -> str | None:
     """Writes the code beside the model and names it in ``config``, in place; returns the Auto class that then loads it.
 
     ``changes`` are those of `skeleton.differences`. Returns None, and writes nothing, where they are not only
@@ -56,5 +57,5 @@ def add_code(directory: Path, config: Any, changes: dict[str, Any]) -> str | Non
     auto = auto_class(config)
     (directory / f"{MODULE}.py").write_text(CODE.substitute(name=name, field=FIELD), encoding="utf-8")
     config.auto_map = {auto: f"{MODULE}.{name}"}
-    setattr(config, FIELD, {key: changes[key] for key in ("shapes", "attributes")})
+    setattr(config, FIELD, {"shapes": changes["shapes"], "attributes": changes["attributes"]})
     return auto

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from modhifi.disk import check_output, home_path, jsonable
 from modhifi.models.artifact import WEIGHTS, file_hash, installed_versions
 from modhifi.models.loaded import LoadedModel
-from modhifi.models.manifest import MANIFEST, SCHEMA_VERSION, Manifest
+from modhifi.models.manifest import MANIFEST, SCHEMA_VERSION, Differences, Manifest
 from modhifi.models.skeleton import is_stock, own_config, record
 from modhifi.models.weights import state_hash
 from modhifi.staging import staging
@@ -80,7 +80,7 @@ def save_artifact(
         (directory / "report.html").write_text(render_html(report), encoding="utf-8")
         (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
         if log:
-            (directory / "modhifi.log").write_text(log, encoding="utf-8")
+            (directory / "modhifi.log").write_text(log, encoding="utf-8", errors="backslashreplace")
         (directory / "README.md").write_text(
             model_card(out.name, Manifest.model_validate(content), report), encoding="utf-8"
         )
@@ -114,7 +114,7 @@ def _write_weights(directory: Path, model: nn.Module) -> dict[str, Any]:
 
 
 def _write_ecosystem_files(
-    directory: Path, edited: nn.Module, original: LoadedModel, framework: str, changes: dict[str, Any]
+    directory: Path, edited: nn.Module, original: LoadedModel, framework: str, changes: Differences
 ) -> tuple[str | None, str | None]:
     """Writes configuration, tokenizer and image processor; returns the loaders of the model's own library.
 
@@ -159,7 +159,7 @@ def _base(original: LoadedModel) -> dict[str, Any]:
     return {"source": original.source, **arguments, **facts, "sha256": state_hash(original.model)}
 
 
-def _model_entry(original: LoadedModel, framework: str, changes: dict[str, Any]) -> dict[str, Any]:
+def _model_entry(original: LoadedModel, framework: str, changes: Differences) -> dict[str, Any]:
     keys = ("architecture", "tag", "class", "model_args", "pretrained_cfg", "config", "dtype", "libraries")
     return {
         "framework": framework,
@@ -181,4 +181,6 @@ def _groups(structure: Structure | None, plan: Plan | None) -> list[dict[str, An
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    # Half a surrogate pair, as in the name of a file that is no text, becomes JSON's own escape of it.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -119,7 +119,7 @@ def loaded_from(model: Any, source: str, directory: Path | None, **common: Any) 
     Preprocessing and tokenizer are read from ``directory``; with None, a processor usual for the family and no
     tokenizer. Raises ModhifiError if the model reads neither pixels nor token ids.
     """
-    config, notes = model.config, list[str]()
+    config, notes, warnings = model.config, list[str](), list[str]()
     transform = tokenizer = labels = None
     kind = _kind(model, config)
     if kind == "image":
@@ -133,7 +133,7 @@ def loaded_from(model: Any, source: str, directory: Path | None, **common: Any) 
         raise ModhifiError(f"{source} reads {model.main_input_name!r}; only pixels and token ids are supported")
     architecture = (config.architectures or [type(model).__name__])[0]
     if architecture != type(model).__name__:
-        notes.append(f"loaded as {type(model).__name__}: the head of {architecture} is left out")
+        warnings.append(f"loaded as {type(model).__name__}: the head of {architecture} is left out")
     if type(model).__name__.endswith("Classification"):
         names = [str(config.id2label.get(i, i)) for i in range(config.num_labels)]
         labels = None if all(n == f"LABEL_{i}" for i, n in enumerate(names)) else tuple(names)
@@ -148,6 +148,7 @@ def loaded_from(model: Any, source: str, directory: Path | None, **common: Any) 
         "licence": None,
         "libraries": {"torch": torch.__version__, "transformers": transformers.__version__},
         "notes": notes,
+        "warnings": warnings,
     }
     info = json.loads(json.dumps(info, default=str))
     return LoadedModel(model, source, "transformers", kind, example, transform, tokenizer, labels, info)

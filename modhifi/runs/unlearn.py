@@ -262,6 +262,6 @@ def _report_of(
             "strength": f"{values.strength:g} ({values.unit})",
         },
         "edits": [{"module": r.module, "change": r.change, "damping": r.damping} for r in edit.records],
-        "warnings": [*data.notes, *left_out],
+        "warnings": [*original.warnings, *data.notes, *left_out],
         "command": command,
     }

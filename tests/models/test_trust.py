@@ -1,0 +1,231 @@
+"""A directory is loaded from its own files, without the network, whatever its descriptions ask for."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import tiny_transformers
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from timm.models import build_model_with_cfg
+from tiny_text import tokenizer
+from typer.testing import CliRunner
+
+import modhifi
+from modhifi.artifacts.save import save_artifact
+from modhifi.cli.main import app
+from modhifi.errors import ModhifiError
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
+from modhifi.models.trust import architecture_arguments, listed_files
+
+# By these, timm's factory loads weights; and one that nobody has heard of.
+LOADING = ["model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "new"]
+
+WATCHED: list[Path] = []
+OPENED: list[str] = []
+
+
+def watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and WATCHED and isinstance(arguments[0], str | bytes):
+        OPENED.append(str(arguments[0]))
+
+
+sys.addaudithook(watch)  # cannot be removed again
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A world in which every request and every file outside the model's directory is noticed; a bait to be opened."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    requests: list[Any] = []
+
+    def refuse(*address: Any, **_: Any) -> None:
+        requests.append(address)
+        raise OSError("no network here")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    bait = tmp_path / "outside" / "bait.safetensors"
+    bait.parent.mkdir()
+    save_file({"x": torch.zeros(1)}, bait)
+    WATCHED.append(bait)
+    OPENED.clear()
+    yield bait
+    WATCHED.clear()
+    assert not requests
+    assert not [path for path in OPENED if str(bait.parent) in path]
+
+
+def artefact(directory: Path, loaded: LoadedModel) -> Path:
+    return save_artifact(directory, loaded.model, loaded, None, None, manifest={}, recipe={}, report={})
+
+
+@pytest.fixture(scope="module")
+def of_timm(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return artefact(tmp_path_factory.mktemp("timm") / "saved", load_model(str(model_dir)))
+
+
+@pytest.fixture(scope="module")
+def of_transformers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("transformers")
+    model = tiny_transformers.family("llama")[0].float()
+    model.save_pretrained(folder / "plain")
+    tokenizer().save_pretrained(folder / "plain")
+    return artefact(folder / "saved", load_model(str(folder / "plain")))
+
+
+def copied(source: Path, to: Path, file: str, change: Callable[[dict[str, Any]], None]) -> Path:
+    shutil.copytree(source, to)
+    path = to / file
+    content = json.loads(path.read_text()) if path.exists() else {}
+    change(content)
+    path.write_text(json.dumps(content))
+    return to
+
+
+def test_no_argument_of_an_architecture_says_where_weights_are() -> None:
+    own = set(inspect.signature(timm.create_model).parameters) | set(inspect.signature(build_model_with_cfg).parameters)
+    known = architecture_arguments()
+    assert not known & (own - {"kwargs", "model_cls"})
+    assert not [name for name in known if re.search(r"path(?<!drop_path)$|file|url|hub|cache|pretrained(?!_window)|dict", name)]
+    assert {"num_classes", "channels", "stem_width", "img_size", "output_stride", "block_args"} <= known
+
+
+@pytest.mark.parametrize("field", ["model_args", "base_args"])
+@pytest.mark.parametrize("name", LOADING)
+def test_arguments_that_load_weights_are_refused(field: str, name: str, alone: Path, of_timm: Path, tmp_path: Path):
+    def change(manifest: dict[str, Any]) -> None:
+        if field == "base_args":
+            manifest["base"]["args"] = {name: str(alone)}
+        else:
+            manifest["model"]["info"]["model_args"][name] = str(alone)
+
+    directory = copied(of_timm, tmp_path / "model", "modhifi.json", change)
+    with pytest.raises(ModhifiError, match=f"argument {name},"):
+        modhifi.load(directory)
+
+
+@pytest.mark.parametrize("name", ["url", "hf_hub_id", "hf_hub_filename", "file", "source", "state_dict", "unheard_of"])
+def test_places_in_the_configuration_are_not_looked_at(name: str, alone: Path, of_timm: Path, tmp_path: Path):
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["model"]["info"]["pretrained_cfg"][name] = str(alone)
+
+    x = torch.randn(2, 3, 32, 32)
+    directory = copied(of_timm, tmp_path / "model", "modhifi.json", change)
+    assert torch.equal(modhifi.load(directory)(x), modhifi.load(of_timm)(x))
+
+
+@pytest.mark.parametrize("name", ["hf-hub:org/name", "local-dir:/tmp", "org/name", "no_such_model"])
+def test_an_architecture_is_a_name_of_the_registry(name: str, alone: Path, of_timm: Path, tmp_path: Path):
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["model"]["info"] |= {"architecture": name, "pretrained_cfg": {}}
+
+    with pytest.raises(ModhifiError, match="no architecture"):
+        modhifi.load(copied(of_timm, tmp_path / "model", "modhifi.json", change))
+
+
+@pytest.mark.parametrize("name", LOADING[1:])
+def test_a_directory_of_timm_is_held_to_the_same(name: str, alone: Path, model_dir: Path, tmp_path: Path):
+    directory = copied(
+        model_dir, tmp_path / "model", "config.json", lambda c: c["model_args"].update({name: str(alone)})
+    )
+    with pytest.raises(ModhifiError, match=f"argument {name},"):
+        load_model(str(directory))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attn_implementation": "org/kernel"},
+        {"_attn_implementation": "org/kernel@main:name"},
+        {"attn_implementation": {"": "org/kernel"}},
+        {"text_config": {"attn_implementation": "paged|org/kernel"}},
+        {"experts_implementation": "org/kernel"},
+        {"_attn_implementation_internal": "org/kernel"},
+        {"vision_config": {"parts": [{"_attn_implementation_internal": {"x": "org/kernel"}}]}},
+    ],
+)
+@pytest.mark.parametrize("kind", ["plain", "saved"])
+def test_a_kernel_of_the_hub_is_code(
+    change: dict[str, Any], kind: str, alone: Path, of_transformers: Path, tmp_path: Path
+):
+    source = of_transformers.parent / kind
+    directory = copied(source, tmp_path / "model", "config.json", lambda config: config.update(change))
+    with pytest.raises(ModhifiError, match="kernel .*org/kernel.*trust_remote_code"):
+        load_model(str(directory))
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", {"model_type": "detr", "backbone": "org/name", "use_timm_backbone": False}),
+        ("config.json", {"model_type": "timm_wrapper", "architecture": "hf-hub:org/name"}),
+        ("config.json", {"model_type": "timm_wrapper", "architecture": "resnet18", "model_args": {"pretrained": True}}),
+        ("config.json", {"auto_map": {"AutoModelForCausalLM": "org/name--code.Model"}, "model_type": "unheard_of"}),
+        ("adapter_config.json", {"base_model_name_or_path": "org/name", "peft_type": "LORA"}),
+        ("tokenizer_config.json", {"tokenizer_file": "BAIT", "vocab_file": "BAIT", "merges_file": "BAIT"}),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["org/name--code.Tokenizer", None]}}),
+        ("tokenizer_config.json", {"name_or_path": "org/name", "tokenizer_class": "LlamaTokenizer"}),
+        ("generation_config.json", {"custom_generate": "org/name", "_name_or_path": "org/name"}),
+        ("preprocessor_config.json", {"image_processor_type": "ViTImageProcessor", "_name_or_path": "org/name"}),
+    ],
+)
+@pytest.mark.parametrize("kind", ["plain", "saved"])
+def test_nothing_of_transformers_is_fetched(
+    file: str, change: dict[str, Any], kind: str, alone: Path, of_transformers: Path, tmp_path: Path
+):
+    source = of_transformers.parent / kind
+    said = json.loads(json.dumps(change).replace("BAIT", str(alone)))
+    directory = copied(source, tmp_path / "model", file, lambda content: content.update(said))
+    try:
+        loaded = load_model(str(directory))
+    except ModhifiError as error:
+        assert "\n" not in str(error)
+    else:
+        whole = load_model(str(source))
+        assert torch.equal(loaded.logits(whole.example), whole.logits(whole.example))
+
+
+@pytest.mark.parametrize("name", ["../outside/bait.safetensors", "BAIT", "a/b.safetensors", "..\\x", "C:x", "..", ""])
+@pytest.mark.parametrize("kind", ["plain", "saved", "timm"])
+def test_an_index_names_files_of_its_directory(
+    name: str, kind: str, alone: Path, of_transformers: Path, of_timm: Path, tmp_path: Path
+):
+    source = of_timm if kind == "timm" else of_transformers.parent / kind
+    content = {"metadata": {}, "weight_map": {"x": name.replace("BAIT", str(alone))}}
+    directory = copied(source, tmp_path / "model", "model.safetensors.index.json", lambda index: index.update(content))
+    with pytest.raises(ModhifiError, match="not a file of this directory"):
+        load_model(str(directory))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"weight_map": []}', '{"weight_map": {"x": 3}}', "[" * 100_000])
+def test_a_broken_index_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text(text)
+    with pytest.raises(ModhifiError, match="restore the file"):
+        listed_files(tmp_path / "index.json")
+
+
+def test_weights_that_came_later_are_told(alone: Path, of_timm: Path, tmp_path: Path) -> None:
+    """An index beside the saved file may overlay tensors of it with those of another one."""
+    content = {"weight_map": {"x": "model.safetensors", "y": "other.safetensors"}}
+    directory = copied(of_timm, tmp_path / "model", "model.safetensors.index.json", lambda c: c.update(content))
+    weights = load_file(directory / "model.safetensors")
+    save_file({"fc.bias": weights["fc.bias"] + 1}, directory / "other.safetensors")
+    with pytest.warns(UserWarning, match="their hash differs"):
+        model = modhifi.load(directory)
+    assert torch.equal(model.fc.bias, weights["fc.bias"] + 1)
+    shown = CliRunner().invoke(app, ["check", str(directory), "--json"])
+    assert "their hash differs" in json.loads(shown.stdout)["warnings"][0]
+    assert shown.stderr.startswith("modhifi: warning: the weights in") and shown.stderr.count("\n") == 1
