@@ -30,7 +30,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from modhifi.artifacts.escape import printable
+from modhifi.artifacts.escape import one_line, printable
 from modhifi.artifacts.formatting import change, number, plain
 
 SCHEMA_VERSION = 1
@@ -151,7 +151,7 @@ def _rows(names: Sequence[str], draw: Callable[[Any], None], label: str) -> Mark
         axes = figure.add_subplot()
         draw(axes)
         axes.set_ylim(n - 0.4, -0.6)
-        axes.set_yticks(_labelled(n), [_shorten(names[i]) for i in _labelled(n)], parse_math=False)
+        axes.set_yticks(_labelled(n), [_shorten(one_line(names[i])) for i in _labelled(n)], parse_math=False)
         axes.set_xlabel(label, color=INK)
         axes.tick_params(colors=INK, length=0)
         for side in axes.spines.values():

@@ -79,7 +79,7 @@ def junit(reports: Sequence[tuple[str, Report]]) -> str:
             else:
                 XML.SubElement(case, "system-out").text = text
     XML.indent(root)
-    return XML.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+    return XML.tostring(root, encoding="utf-8", xml_declaration=True).decode() + "\n"
 
 
 def _kind(verdict: str) -> str | None:

@@ -31,7 +31,15 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.models.trust import architecture_arguments, listed_files
 
 # By these, timm's factory loads weights; and one that nobody has heard of.
-LOADING = ["model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "new"]
+LOADING = [
+    "model_name",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+    "new",
+]
 
 WATCHED: list[Path] = []
 OPENED: list[str] = []
@@ -99,7 +107,9 @@ def test_no_argument_of_an_architecture_says_where_weights_are() -> None:
     own = set(inspect.signature(timm.create_model).parameters) | set(inspect.signature(build_model_with_cfg).parameters)
     known = architecture_arguments()
     assert not known & (own - {"kwargs", "model_cls"})
-    assert not [name for name in known if re.search(r"path(?<!drop_path)$|file|url|hub|cache|pretrained(?!_window)|dict", name)]
+    assert not [
+        name for name in known if re.search(r"path(?<!drop_path)$|file|url|hub|cache|pretrained(?!_window)|dict", name)
+    ]
     assert {"num_classes", "channels", "stem_width", "img_size", "output_stride", "block_args"} <= known
 
 
@@ -113,7 +123,7 @@ def test_arguments_that_load_weights_are_refused(field: str, name: str, alone: P
             manifest["model"]["info"]["model_args"][name] = str(alone)
 
     directory = copied(of_timm, tmp_path / "model", "modhifi.json", change)
-    with pytest.raises(ModhifiError, match=f"argument {name},"):
+    with pytest.raises(ModhifiError, match=f"argument {re.escape(name)},"):
         modhifi.load(directory)
 
 
@@ -141,7 +151,7 @@ def test_a_directory_of_timm_is_held_to_the_same(name: str, alone: Path, model_d
     directory = copied(
         model_dir, tmp_path / "model", "config.json", lambda c: c["model_args"].update({name: str(alone)})
     )
-    with pytest.raises(ModhifiError, match=f"argument {name},"):
+    with pytest.raises(ModhifiError, match=f"argument {re.escape(name)},"):
         load_model(str(directory))
 
 
