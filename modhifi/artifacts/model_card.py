@@ -53,6 +53,7 @@ def model_card(name: str, manifest: Manifest, report: Mapping[str, Any], locatio
         "## Load\n",
         _snippet(framework, stock, location),
         *_remote(remote, location),
+        *_not_alone(model),
         *_results(report),
         "## Files\n",
         "`modhifi.json`: what was kept and measured; `recipe.yaml`: repeats the run; `report.html`: shows it.\n",
@@ -100,6 +101,13 @@ def _remote(auto: str | None, location: str) -> list[str]:
         return []
     call = f'{auto}.from_pretrained("{location.removeprefix("hf:")}", trust_remote_code=True)'
     return [f"Or with transformers alone and the code that comes with the model: `{call}`.\n"]
+
+
+def _not_alone(model: ModelEntry) -> list[str]:
+    """The sentence on a library that was tried and does not load the model alone."""
+    if not model.not_alone:
+        return []
+    return [f"Not with {model.framework} alone, which was tried: {markdown_text(model.not_alone)}.\n"]
 
 
 def _results(report: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ import transformers
 
 from modhifi.models.from_transformers import auto_class
 from modhifi.models.manifest import Differences
-from modhifi.models.skeleton import FIELD
+from modhifi.models.skeleton import FIELD, without_code
 
 MODULE = "modeling_modhifi"
 CODE = Template('''"""$name with the layer widths that config.json records under "$field"; written by modhifi."""
@@ -59,3 +59,9 @@ def add_code(directory: Path, config: Any, changes: Differences) -> str | None:
     config.auto_map = {auto: f"{MODULE}.{name}"}
     setattr(config, FIELD, {"shapes": changes["shapes"], "attributes": changes["attributes"]})
     return auto
+
+
+def remove_code(directory: Path, config: Any) -> None:
+    """Takes back, in place, what :func:`add_code` wrote."""
+    (directory / f"{MODULE}.py").unlink()
+    without_code(config)

@@ -95,9 +95,10 @@ class ModelEntry(Part):
     kind: Literal["image", "text", "encoder", "tensor"] = "tensor"
     labels: list[str] | None = None
     example: Example | None = None
-    # The function or class of the model's own library that loads it: alone, and with the code beside it.
+    # The function or class of the model's own library that loads it: alone, and with the code beside it; why it fails.
     stock: str | None = None
     remote: str | None = None
+    not_alone: str | None = None
 
 
 class Weights(Part):

@@ -189,7 +189,7 @@ def _save(
         report["timing"] = clock.seconds
         path = save_artifact(
             out,
-            pruned.model,
+            pruned.model.cpu(),
             original,
             pruned.structure,
             pruned.plan,
@@ -205,9 +205,10 @@ def _save(
             report=report,
             log=clock.log(),
             force=force,
+            process=process,
         )
     with clock.stage("reload"):
-        batch = check_reload(path, original, pruned.model.cpu(), held, process)
+        batch = check_reload(path, original, pruned.model, held, process)
     for kind in recipe.export:
         with clock.stage(f"export {kind}"):
             export_model(pruned.model, batch, path / f"model{EXPORTS[kind].suffix}", kind)

@@ -148,7 +148,7 @@ def _save(
         report["timing"] = clock.seconds
         path = save_artifact(
             out,
-            edited,
+            edited.cpu(),
             original,
             None,
             None,
@@ -165,9 +165,10 @@ def _save(
             report=report,
             log=clock.log(),
             force=force,
+            process=process,
         )
     with clock.stage("reload"):
-        check_reload(path, original, edited.cpu(), data.test, process)
+        check_reload(path, original, edited, data.test, process)
     return path
 
 
