@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -81,6 +82,8 @@ class FreshProcess:
             stderr=self.errors,
             text=True,
         )
+        assert self.process.stdin is not None
+        weakref.finalize(self, self.process.stdin.close)
 
     def difference(
         self, directory: str | Path, batch: Tensor, expected: Mapping[str, Tensor], loader: Loader | None = None
