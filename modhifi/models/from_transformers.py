@@ -123,12 +123,12 @@ def loaded_from(model: Any, source: str, directory: Path | None, **common: Any) 
     transform = tokenizer = labels = None
     kind = _kind(model, config)
     if kind == "image":
-        transform = _image_transform(config, directory, notes)
+        transform = _image_transform(config, directory, notes, common.get("trust_remote_code", False))
         example = random_pixels(tuple(transform(Image.new("RGB", (320, 320))).shape))
     elif kind in ("text", "encoder"):
         vocabulary = int(config.get_text_config().vocab_size)
         example = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
-        tokenizer = _tokenizer(directory, notes, **common)
+        tokenizer = _tokenizer(directory, notes, **{"trust_remote_code": False, **common})
     else:
         raise ModhifiError(f"{source} reads {model.main_input_name!r}; only pixels and token ids are supported")
     architecture = (config.architectures or [type(model).__name__])[0]
@@ -164,11 +164,11 @@ def _kind(model: Any, config: Any) -> str | None:
     return "text" if type(model).__name__ in causal or mapped else "encoder"
 
 
-def _image_transform(config: Any, directory: Path | None, notes: list[str]) -> Preprocess:
+def _image_transform(config: Any, directory: Path | None, notes: list[str], trusted: bool) -> Preprocess:
     mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
     if directory is not None and (directory / "preprocessor_config.json").is_file():
         with hub.explained(str(directory / "preprocessor_config.json")):
-            processor = transformers.AutoImageProcessor.from_pretrained(str(directory))
+            processor = transformers.AutoImageProcessor.from_pretrained(str(directory), trust_remote_code=trusted)
         return Preprocess(partial(_process, processor), mode, processor)
     size = getattr(config, "image_size", None) or 224
     size = (size, size) if isinstance(size, int) else tuple(size)

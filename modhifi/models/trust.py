@@ -41,7 +41,7 @@ def check_directory(directory: Path, source: str, trust_remote_code: bool) -> No
         if kernels and not trust_remote_code:
             raise ModhifiError(
                 f"the configuration of {source} asks for the kernel {kernels[0]}, which is code of the hub and is not "
-                "run; pass trust_remote_code if you trust it"
+                "run; remove it, or pass trust_remote_code if you trust it"
             )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
+import os
 import re
 import shutil
 import socket
@@ -16,6 +18,7 @@ import pytest
 import timm
 import tiny_transformers
 import torch
+import transformers
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from timm.models import build_model_with_cfg
@@ -28,7 +31,12 @@ from modhifi.cli.main import app
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.manifest import Manifest
 from modhifi.models.trust import architecture_arguments, listed_files
+from modhifi.pruning.stages import find_structure
+from modhifi.runs.inputs import original_of
+from modhifi.structure.plan import Plan
+from modhifi.structure.surgery import shrink
 
 # By these, timm's factory loads weights; and one that nobody has heard of.
 LOADING = [
@@ -43,11 +51,17 @@ LOADING = [
 
 WATCHED: list[Path] = []
 OPENED: list[str] = []
+SOCKETS: list[str] = []
+# Where the files of libraries are, and what the system says of itself.
+LIBRARIES = [sys.prefix, sys.base_prefix, *map(os.path.realpath, sys.path), "/proc", "/sys", "/dev", "/etc"]
+LIBRARIES += [str(Path(module.__file__).resolve().parents[1]) for module in (torch, timm, transformers)]
 
 
 def watch(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "open" and WATCHED and isinstance(arguments[0], str | bytes):
-        OPENED.append(str(arguments[0]))
+        OPENED.append(os.fsdecode(arguments[0]))
+    elif event.startswith("socket.") and WATCHED:
+        SOCKETS.append(event)
 
 
 sys.addaudithook(watch)  # cannot be removed again
@@ -70,9 +84,10 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     save_file({"x": torch.zeros(1)}, bait)
     WATCHED.append(bait)
     OPENED.clear()
+    SOCKETS.clear()
     yield bait
     WATCHED.clear()
-    assert not requests
+    assert not requests and not SOCKETS
     assert not [path for path in OPENED if str(bait.parent) in path]
 
 
@@ -92,6 +107,29 @@ def of_transformers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder / "plain")
     tokenizer().save_pretrained(folder / "plain")
     return artefact(folder / "saved", load_model(str(folder / "plain")))
+
+
+@pytest.fixture(scope="module")
+def of_uneven_layers(of_transformers: Path) -> Path:
+    loaded = load_model(str(of_transformers.parent / "plain"))
+    structure = find_structure(loaded)
+    (group, *_) = (g for g in structure.prunable if g.kind == "neurons")
+    plan = Plan({group.name: tuple(range(8))})
+    small = shrink(copy.deepcopy(loaded.model), structure, plan)
+    out = of_transformers.parent / "uneven"
+    return save_artifact(out, small, loaded, structure, plan, manifest={}, recipe={}, report={})
+
+
+@pytest.mark.parametrize("kind", ["of_timm", "of_transformers", "of_uneven_layers", "plain", "model_dir"])
+def test_only_files_of_the_directory_are_opened(kind: str, alone: Path, request: pytest.FixtureRequest) -> None:
+    given = "of_transformers" if kind == "plain" else kind
+    directory = request.getfixturevalue(given)
+    directory = directory.parent / "plain" if kind == "plain" else directory
+    OPENED.clear()
+    load_model(str(directory))
+    allowed = [*LIBRARIES, str(directory)]
+    assert [path for path in OPENED if path.startswith(str(directory))]
+    assert not [path for path in OPENED if not any(os.path.realpath(path).startswith(root) for root in allowed)]
 
 
 def copied(source: Path, to: Path, file: str, change: Callable[[dict[str, Any]], None]) -> Path:
@@ -239,3 +277,41 @@ def test_weights_that_came_later_are_told(alone: Path, of_timm: Path, tmp_path: 
     shown = CliRunner().invoke(app, ["check", str(directory), "--json"])
     assert "their hash differs" in json.loads(shown.stdout)["warnings"][0]
     assert shown.stderr.startswith("modhifi: warning: the weights in") and shown.stderr.count("\n") == 1
+
+
+def manifest_of(base: str, model: Any) -> Manifest:
+    differences: dict[str, Any] = {"shapes": {}, "attributes": {}, "dtypes": {}}
+    return Manifest.model_validate(
+        {
+            "schema_version": 1,
+            "base": {"source": base},
+            "model": {"framework": "timm", "info": {}, "differences": differences},
+            "weights": {"files": {}},
+            "recipe": {"model": model},
+        }
+    )
+
+
+def test_a_manifest_trusts_no_code() -> None:
+    model = {"name": "hf:org/name", "revision": "abc", "trust_remote_code": True}
+    source = original_of(manifest_of("hf:org/name", model))
+    assert source.revision == "abc" and not source.trust_remote_code
+
+
+@pytest.mark.parametrize("model", [3, "x", {"name": "timm:x", "args": 3}, {"name": "timm:x", "pretrained": []}])
+def test_an_original_that_nobody_can_load_is_one_line(model: Any) -> None:
+    try:
+        assert original_of(manifest_of("timm:x", model)).name == "timm:x"
+    except ModhifiError as error:
+        assert "give the original" in str(error)
+
+
+def test_code_of_an_image_processor_is_not_asked_for(tmp_path: Path, alone: Path) -> None:
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**tiny_transformers.IMAGE))
+    directory = tmp_path / "model"
+    model.save_pretrained(directory)
+    (directory / "code.py").write_text("raise SystemExit('ran')")
+    content = {"auto_map": {"AutoImageProcessor": "code.Processor"}, "image_processor_type": "Processor"}
+    (directory / "preprocessor_config.json").write_text(json.dumps(content))
+    with pytest.raises(ModhifiError, match="trust_remote_code"):
+        load_model(str(directory))
