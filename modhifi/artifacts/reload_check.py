@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,7 +13,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -68,22 +69,21 @@ class FreshProcess:
     def __init__(self, library: str = "torch") -> None:
         """``library`` is the one that builds the model: timm, transformers or torch."""
         # Code that comes with a model is copied there before it is run.
-        self.folder = tempfile.TemporaryDirectory()
+        self.folder = Path(tempfile.mkdtemp())
         self.errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from modhifi.artifacts.reload_check import _child; _child()", library],
             env=os.environ
             | {
                 "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
-                "HF_MODULES_CACHE": str(Path(self.folder.name) / "modules"),
+                "HF_MODULES_CACHE": str(self.folder / "modules"),
             },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
         )
-        assert self.process.stdin is not None
-        weakref.finalize(self, self.process.stdin.close)
+        weakref.finalize(self, _end, self.process, self.errors, self.folder)
 
     def difference(
         self, directory: str | Path, batch: Tensor, expected: Mapping[str, Tensor], loader: Loader | None = None
@@ -92,7 +92,7 @@ class FreshProcess:
 
         ``loader`` loads it; by default modhifi does.
         """
-        file = Path(self.folder.name) / "batch.safetensors"
+        file = self.folder / "batch.safetensors"
         content = {f"{OUTPUT}{name}": tensor for name, tensor in expected.items()} | {"batch": batch}
         # Copies: one tensor may be returned twice, or be a part of another.
         save_file({name: t.cpu().contiguous().clone() for name, t in content.items()}, file)
@@ -107,6 +107,12 @@ class FreshProcess:
             self.errors.seek(0)
             lines = self.errors.read().decode(errors="replace").strip().splitlines()
             return f"it fails in a fresh process: {lines[-1] if lines else 'no message'}"
+
+
+def _end(process: subprocess.Popen[str], errors: IO[bytes], folder: Path) -> None:
+    process.kill()
+    with process, errors:  # they close its pipes and wait
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_reload(

@@ -120,7 +120,7 @@ VERBS = [
     ["diff", "artefact", "artefact"],
     ["data", "make", "model", "--out", "out", "--kind", "images:nowhere"],
     ["recipe", "validate", "recipe.yaml"],
-    ["recipe", "list"],
+    ["recipe", "ls"],
     ["env"],
 ]
 
