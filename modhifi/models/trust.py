@@ -31,7 +31,7 @@ def check_directory(directory: Path, source: str, trust_remote_code: bool) -> No
         raise ModhifiError(f"{source} holds an adapter, not a model; merge it into its model and give the result")
     for part in _mappings(read_config(directory)):
         check_arguments(part.get("model_args"), source)
-        named = [name for key in ("architecture", "backbone") if ":" in (name := str(part.get(key)))]
+        named = [name for key in ("architecture", "backbone") for name in _texts(part.get(key)) if ":" in name]
         if named:
             raise ModhifiError(
                 f"the configuration of {source} names {named[0]}, which is not in it; name an architecture"
