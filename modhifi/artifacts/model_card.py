@@ -16,7 +16,6 @@ PIPELINES = {"image": "image-classification", "text": "text-generation", "encode
 HEADS = {"SequenceClassification": "text-classification", "MaskedLM": "fill-mask"}
 # The hub's names of the figures that a run measures with labels or text.
 METRICS = ("accuracy", "perplexity")
-FRAMEWORKS = ("timm", "transformers", "torch")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 TAGS = {"prune": "pruned", "unlearn": "unlearned"}
 
@@ -28,7 +27,7 @@ def model_card(name: str, manifest: Manifest, report: Mapping[str, Any], locatio
     """
     base, model, task = manifest.base, manifest.model, manifest.task or "edit"
     stock, remote = (name if (name or "").isidentifier() else None for name in (model.stock, model.remote))
-    framework = model.framework if model.framework in FRAMEWORKS else "torch"
+    framework = model.framework
     tags = ["modhifi", TAGS.get(task, "edited")] + [framework] * (framework != "torch")
     named = base.repository and REPOSITORY.fullmatch(base.repository)
     metadata = ModelCardData(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from modhifi.disk import home_path
 from modhifi.errors import ModhifiError
 from modhifi.models.from_module import from_module
-from modhifi.models.hub import fetch_description, fetch_weights, split_revision
+from modhifi.models.hub import explained, fetch_description, fetch_weights, split_revision
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import MANIFEST, Artifact, Manifest, ModelEntry, read_manifest
 from modhifi.models.plain_copy import plain_copy
@@ -45,7 +45,7 @@ def load_artifact(directory: str | Path, skeleton: nn.Module | None = None) -> L
     check_directory(directory, str(directory), trust_remote_code=False)
     for arguments in (base.args, entry.info.get("model_args")):
         check_arguments(arguments, str(directory))
-    with _library_hint(manifest), no_network():
+    with _library_hint(manifest), explained(str(directory)), no_network():
         config = read_config(directory) if entry.framework == "transformers" and skeleton is None else None
         if skeleton is not None:
             model, _ = plain_copy(skeleton, str(directory))

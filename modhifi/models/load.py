@@ -96,7 +96,7 @@ def _from_directory(
     if pretrained and not gguf_file:
         refuse_quantised_files(directory, source)
     local = not source.startswith("hf:") and not trust_remote_code
-    with no_network() if local else nullcontext():
+    with hub.explained(source), no_network() if local else nullcontext():
         if "architecture" in config and not gguf_file:
             from modhifi.models import from_timm
 
