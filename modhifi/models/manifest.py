@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 from typing_extensions import TypedDict
 
 from modhifi.disk import home_path, read_json
@@ -79,6 +79,10 @@ class Differences(TypedDict):
     dtypes: dict[str, Dtype]
 
 
+def _with_every_part(value: Any) -> Any:
+    return {"shapes": {}, "attributes": {}, "dtypes": {}, **value} if isinstance(value, dict) else value
+
+
 class Example(TypedDict):
     """A batch that the model takes."""
 
@@ -91,7 +95,7 @@ class ModelEntry(Part):
 
     framework: Literal["timm", "transformers", "torch"]
     info: Info
-    differences: Differences
+    differences: Annotated[Differences, BeforeValidator(_with_every_part)]
     kind: Literal["image", "text", "encoder", "tensor"] = "tensor"
     labels: list[str] | None = None
     example: Example | None = None

@@ -18,7 +18,7 @@ from modhifi.models.manifest import Artifact, Manifest, read_manifest
 SMALLEST = {
     "schema_version": 1,
     "base": {"source": "timm:x"},
-    "model": {"framework": "timm", "info": {}, "differences": {"shapes": {}, "attributes": {}, "dtypes": {}}},
+    "model": {"framework": "timm", "info": {}, "differences": {"shapes": {}}},
     "weights": {"files": {"model.safetensors": "ab"}},
 }
 
