@@ -315,3 +315,18 @@ def test_code_of_an_image_processor_is_not_asked_for(tmp_path: Path, alone: Path
     (directory / "preprocessor_config.json").write_text(json.dumps(content))
     with pytest.raises(ModhifiError, match="trust_remote_code"):
         load_model(str(directory))
+
+
+@pytest.mark.parametrize("changes", [{"crop_pct": "x"}, {"crop_pct": [1]}, {"mean": ["x"] * 3}, {"input_size": [3]}])
+@pytest.mark.parametrize("kind", ["artefact", "timm"])
+def test_preprocessing_that_means_nothing_is_one_line(
+    changes: dict[str, Any], kind: str, of_timm: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    def change(content: dict[str, Any]) -> None:
+        (content["model"]["info"] if kind == "artefact" else content)["pretrained_cfg"].update(changes)
+
+    source, file = (of_timm, "modhifi.json") if kind == "artefact" else (model_dir, "config.json")
+    directory = copied(source, tmp_path / "model", file, change)
+    with pytest.raises(ModhifiError) as caught:
+        load_model(str(directory))
+    assert "\n" not in str(caught.value)
