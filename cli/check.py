@@ -10,7 +10,7 @@ from modhifi.errors import GateFailed
 from modhifi.runs.check import check_model
 from modhifi.runs.inputs import load_source
 
-from .common import JsonOption, print_json, stdout_console
+from .common import JsonOption, print_json, print_warnings, stdout_console
 from .options import Loading, takes
 
 
@@ -18,6 +18,7 @@ from .options import Loading, takes
 def check(chosen: Loading, as_json: JsonOption = False) -> None:
     """Say what can be pruned of a model, and what not and why. Exit code 1 if nothing can."""
     report = check_model(load_source(chosen.model))
+    print_warnings(report["warnings"])
     if as_json:
         print_json(report)
     else:

@@ -7,12 +7,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from modhifi.artifacts.escape import one_line, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -135,10 +137,24 @@ def progress(quiet: bool) -> Iterator[Report]:
 
 
 def stdout_console() -> Console:
-    """A rich console for tables: as wide as the terminal, and wide enough for whole names where there is none."""
-    from rich.console import Console
+    """A rich console for tables: as wide as the terminal, and wide enough for whole names where there is none.
 
-    return Console(width=None if sys.stdout.isatty() else 200)
+    Every text is shown as it is: names that others chose hold no markup, and what a terminal would obey is replaced.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    class Plain(Console):
+        def render_str(self, text: str, **style: Any) -> Text:
+            return super().render_str(printable(text), **style)
+
+    return Plain(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False)
+
+
+def print_warnings(warnings: Iterable[str]) -> None:
+    """Prints what a user of the model has to know, one line each, on stderr."""
+    for text in warnings:
+        print(f"modhifi: warning: {one_line(text)}", file=sys.stderr)
 
 
 def print_json(payload: Any) -> None:

@@ -15,7 +15,16 @@ from modhifi.runs.devices import resolve_device
 from modhifi.runs.inputs import load_source
 from modhifi.staging import staging
 
-from .common import DeviceOption, JsonOption, QuietOption, SeedOption, print_json, progress, stdout_console
+from .common import (
+    DeviceOption,
+    JsonOption,
+    QuietOption,
+    SeedOption,
+    print_json,
+    print_warnings,
+    progress,
+    stdout_console,
+)
 from .options import Loading, takes
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Calibration data: make it, look at it.")
@@ -66,6 +75,7 @@ def make(
     check_file(sheet, "--sheet", within=out, png="an image")
     with progress(quiet or as_json) as report:
         loaded = load_source(chosen.model)
+        print_warnings(loaded.warnings)
         loaded.model.to(resolve_device(device))
         samples = load_samples(kind, loaded, n=n, seed=seed, window=window, progress=report)
         quality = look(loaded, samples)

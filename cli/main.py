@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from modhifi.artifacts.escape import one_line
 from modhifi.errors import ModhifiError
 
 from . import streams
@@ -73,7 +74,7 @@ class ErrorMapping(TyperGroup):
         except Exception as error:
             if (interrupt := _interrupt(error)) is not None:
                 raise _end(interrupt) from None
-            message = one_line(error)
+            message = message_of(error)
             if message is not None:
                 _stderr(f"error: {message}")
                 if os.environ.get("GITHUB_ACTIONS") == "true":
@@ -106,7 +107,7 @@ def _raise_ended(number: int, _: FrameType | None) -> None:
     raise Ended(number)
 
 
-def one_line(error: Exception) -> str | None:
+def message_of(error: Exception) -> str | None:
     """The message for an error that is not a bug of ours; None for one that may be."""
     # Names and not classes: importing torch or safetensors here would slow every command down.
     kind, text = type(error).__name__, str(error)
@@ -116,7 +117,7 @@ def one_line(error: Exception) -> str | None:
         text = "out of memory; use fewer samples, or --device cpu for a GPU's"
     elif not isinstance(error, ModhifiError | OSError) and kind != "SafetensorError":
         return None
-    return " ".join(text.split())
+    return one_line(text)
 
 
 def annotation(message: str) -> str:

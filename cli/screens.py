@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from modhifi.artifacts.formatting import asked, change, number, tone
 
 from .common import stdout_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 TONES = {"good": "green", "weak": "yellow", "open": "yellow", "bad": "red"}
 
@@ -41,7 +44,7 @@ def show_prune(report: dict[str, Any], path: Path | None) -> None:
     """Prints the report of a pruning run."""
     console = stdout_console()
     for warning in report["warnings"]:
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        console.print(f"warning: {warning}", style="yellow", highlight=False)
     if report["data"].get("moments"):
         console.print(report["data"]["moments"], highlight=False)
     if "before_after" in report:
@@ -104,7 +107,7 @@ def show_verified(report: dict[str, Any], *, ladder: bool) -> None:
     """Prints the outcome of a verification and, with ``ladder``, every rung and the most sensitive layers."""
     console = stdout_console()
     for warning in report["bounds"]["warnings"]:
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        console.print(f"warning: {warning}", style="yellow", highlight=False)
     show_outcome(console, report)
     if ladder:
         _show_ladder(console, report)
@@ -131,9 +134,9 @@ def _figure(value: Any) -> str:
 
 def show_audit(report: dict[str, Any], path: Path | None) -> None:
     """Prints the report of an audit."""
-    console = Console()
+    console = stdout_console()
     for warning in report["warnings"]:
-        console.print(f"[yellow]note:[/] {warning}", highlight=False)
+        console.print(f"note: {warning}", style="yellow", highlight=False)
     first = report["tables"][0]
     table = Table(*first["columns"], title=report["title"])
     for name, *values in first["rows"]:

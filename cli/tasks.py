@@ -15,7 +15,7 @@ from modhifi.runs.lm_eval_tasks import compare_tasks
 from modhifi.runs.recipe import ModelSource
 from modhifi.runs.recipe_file import Option, Strict
 
-from .common import DeviceOption, JsonOption, SeedOption, print_json, stdout_console
+from .common import DeviceOption, JsonOption, SeedOption, print_json, print_warnings, stdout_console
 from .options import takes
 
 
@@ -57,6 +57,7 @@ def tasks(
     """Run tasks of lm-eval (pip install 'modhifi\\[lm-eval]') on a language model before and after its edit."""
     before, after = load_source(original.against), load_model(directory)
     for loaded in (before, after):
+        print_warnings(loaded.warnings)
         loaded.model.to(resolve_device(device))
     rows = compare_tasks(before, after, task, limit=limit, include=include, batch_size=batch_size, seed=seed)
     if as_json:

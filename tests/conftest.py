@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from timm.models import save_for_hf
 
-from modhifi.artifacts.reload_check import compare_outputs
+from modhifi.artifacts.reload_check import FreshProcess, compare_outputs
 from modhifi.models.artifact import load_artifact
 from modhifi.progress import silent
 
@@ -77,6 +77,21 @@ def reload_in_process() -> Iterator[None]:
         patch.setattr("modhifi.artifacts.reload_check.verify_reload", check)
         for run in ("prune", "unlearn"):
             patch.setattr(f"modhifi.runs.{run}.FreshProcess", lambda library: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_fresh_process() -> Iterator[None]:
+    """One process tries every way to load what tests save without a process of their own: each costs seconds."""
+    processes: list[FreshProcess] = []
+
+    def started(library: str) -> FreshProcess:
+        if not processes:
+            processes.append(FreshProcess("transformers"))
+        return processes[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modhifi.artifacts.save.FreshProcess", started)
         yield
 
 

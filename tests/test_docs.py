@@ -16,7 +16,7 @@ from modhifi.cli.main import VERBS, load
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "docs/quickstart.md", "docs/own-model.md", "docs/own-data.md"]
-ALL_PAGES = ["README.md", "CONTRIBUTING.md"] + [
+ALL_PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md"] + [
     str(path.relative_to(ROOT)) for folder in ("docs", "modhifi") for path in sorted((ROOT / folder).rglob("*.md"))
 ]
 # Of the scripts of eval/ and of other tools.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modhifi.artifacts.formatting import change
-from modhifi.disk import read_json
+from modhifi.artifacts.report_file import read_report
 from modhifi.errors import ModhifiError
 from modhifi.models.manifest import MANIFEST, Manifest, read_manifest
 
@@ -39,11 +39,9 @@ def diff_runs(first: str | Path, second: str | Path) -> dict[str, Any]:
 def _read(path: Path) -> tuple[dict[str, Any], Manifest | None]:
     file = path / "report.json" if path.is_dir() else path
     try:
-        report = read_json(file)
+        report = read_report(file)
     except OSError as error:
         raise ModhifiError(f"{path} is no artefact and no report; give a directory or a report.json") from error
-    if not isinstance(report, dict) or "title" not in report:
-        raise ModhifiError(f"{file} is no report of modhifi; give a report.json")
     return report, read_manifest(file.parent) if (file.parent / MANIFEST).is_file() else None
 
 
@@ -66,7 +64,7 @@ def _widths(
     first_manifest: Manifest | None,
     second_manifest: Manifest | None,
 ) -> list[dict[str, Any]]:
-    kept = [{g["name"]: g["kept"] for g in report.get("groups") or []} for report in (first_report, second_report)]
+    kept = [{g["name"]: g.get("kept") for g in report.get("groups") or []} for report in (first_report, second_report)]
     sets = [{g.name: set(g.kept) for g in m.groups} if m is not None else {} for m in (first_manifest, second_manifest)]
     widths = []
     for name in dict.fromkeys([*kept[0], *kept[1]]):

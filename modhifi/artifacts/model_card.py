@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from modhifi.artifacts.escape import markdown_code, markdown_text, one_line
 from modhifi.artifacts.formatting import asked, change, number
 from modhifi.models.manifest import Manifest, ModelEntry
 
@@ -15,6 +16,7 @@ PIPELINES = {"image": "image-classification", "text": "text-generation", "encode
 HEADS = {"SequenceClassification": "text-classification", "MaskedLM": "fill-mask"}
 # The hub's names of the figures that a run measures with labels or text.
 METRICS = ("accuracy", "perplexity")
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 TAGS = {"prune": "pruned", "unlearn": "unlearned"}
 
 
@@ -24,30 +26,33 @@ def model_card(name: str, manifest: Manifest, report: Mapping[str, Any], locatio
     ``location`` is the address in its code: the directory, or ``hf:ORG/NAME``.
     """
     base, model, task = manifest.base, manifest.model, manifest.task or "edit"
-    stock, framework = model.stock, model.framework
+    stock, remote = (name if (name or "").isidentifier() else None for name in (model.stock, model.remote))
+    framework = model.framework
     tags = ["modhifi", TAGS.get(task, "edited")] + [framework] * (framework != "torch")
+    named = base.repository and REPOSITORY.fullmatch(base.repository)
     metadata = ModelCardData(
-        base_model=base.repository,
+        base_model=base.repository if named else None,
         library_name=framework if stock else "modhifi",
         pipeline_tag=_pipeline(model),
         tags=tags,
         metrics=[metric for metric in METRICS if f"{metric}_after" in (report.get("errors") or {})] or None,
         **_licence(base.licence),
     )
-    source = f"`{base.source}`"
-    if base.repository:
+    source = markdown_code(base.source)
+    if named:
         source += f", [{base.repository}](https://huggingface.co/{base.repository})"
     if base.revision:
-        source += f" at commit `{base.revision}`"
+        source += f" at commit {markdown_code(base.revision)}"
     parts = [
         f"---\n{metadata.to_yaml()}\n---\n",
-        f"# {name}\n",
-        f"{model.info.get('architecture')}, {TAGS.get(task, 'edited')} with modhifi from {source}, "
+        f"# {markdown_text(name)}\n",
+        f"{markdown_text(model.info.get('architecture'))}, {TAGS.get(task, 'edited')} with modhifi from {source}, "
         "with forward passes only.\n",
-        f"Licence of the base model: {base.licence or 'not stated'}.\n",
+        f"Licence of the base model: {markdown_text(base.licence or 'not stated')}.\n",
         "## Load\n",
         _snippet(framework, stock, location),
-        *_remote(model.remote, location),
+        *_remote(remote, location),
+        *_not_alone(model),
         *_results(report),
         "## Files\n",
         "`modhifi.json`: what was kept and measured; `recipe.yaml`: repeats the run; `report.html`: shows it.\n",
@@ -70,7 +75,7 @@ def _licence(licence: str | None) -> dict[str, Any]:
         return {}
     if re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", licence):
         return {"license": licence}
-    return {"license": "other", "license_name": licence}
+    return {"license": "other", "license_name": one_line(licence)}
 
 
 def _snippet(framework: str, stock: str | None, location: str) -> str:
@@ -99,6 +104,13 @@ def _remote(auto: str | None, location: str) -> list[str]:
     return [f"Or with transformers alone and the code that comes with the model: `{call}`.\n"]
 
 
+def _not_alone(model: ModelEntry) -> list[str]:
+    """The sentence on a library that was tried and does not load the model alone."""
+    if not model.not_alone:
+        return []
+    return [f"Not with {model.framework} alone, which was tried: {markdown_text(model.not_alone)}.\n"]
+
+
 def _results(report: Mapping[str, Any]) -> list[str]:
     rows = report.get("before_after") or []
     if not rows:
@@ -107,9 +119,10 @@ def _results(report: Mapping[str, Any]) -> list[str]:
     for row in rows:
         unit = row.get("unit") or ""
         cells = [row["name"], number(row.get("before"), unit), number(row.get("after"), unit), change(row)]
-        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+        lines.append("| " + " | ".join(map(markdown_text, cells)) + " |")
     if report.get("outcome"):
-        lines += ["", report["outcome"]["text"]]
-    for verdict in asked(report.get("verdicts") or []):
-        lines += ["", f"**{verdict['verdict']}** {verdict['name']}. {verdict.get('text') or ''}".rstrip()]
+        lines += ["", markdown_text(report["outcome"]["text"])]
+    for entry in asked(report.get("verdicts") or []):
+        verdict, rung, text = map(markdown_text, (entry["verdict"], entry["name"], entry.get("text") or ""))
+        lines += ["", f"**{verdict}** {rung}. {text}".rstrip()]
     return ["## Before and after\n", "\n".join(lines) + "\n"]

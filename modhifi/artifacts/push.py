@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from modhifi.artifacts.model_card import model_card
-from modhifi.disk import read_json
+from modhifi.artifacts.report_file import read_report
 from modhifi.errors import ModhifiError
 from modhifi.models.hub import explained
 from modhifi.models.manifest import read_manifest
@@ -33,7 +33,7 @@ def push(directory: Path, repo: str) -> str:
     from huggingface_hub import HfApi
 
     manifest = read_manifest(directory)
-    report = read_json(directory / "report.json")
+    report = read_report(directory / "report.json")
     api = HfApi()
     with explained(f"hf:{repo}", repo), tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "artefact"

@@ -6,11 +6,15 @@ import gc
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Mapping
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,12 +23,42 @@ from torch import Tensor, nn
 from modhifi.data.samples import Samples
 from modhifi.errors import SelfTestFailed
 from modhifi.models.artifact import load_artifact
-from modhifi.models.loaded import LoadedModel
+from modhifi.models.hub import first_line
+from modhifi.models.loaded import LoadedModel, frozen
 from modhifi.models.manifest import read_manifest
+from modhifi.models.trust import no_network
 from modhifi.structure.outputs import difference
 
 # What the names of outputs begin with in the file for the fresh process.
 OUTPUT = "output "
+
+
+@dataclass(frozen=True)
+class Loader:
+    """A way to load an artefact without modhifi: timm's ``create_model``, or an Auto class of transformers.
+
+    ``code`` says that the Python file in the directory is run.
+    """
+
+    framework: str
+    name: str
+    code: bool = False
+
+    def __call__(self, directory: Path) -> LoadedModel:
+        """Loads a directory as the model card says, in eval mode, with what is needed to feed the model."""
+        source = str(directory)
+        if self.framework == "timm":
+            import timm
+
+            from modhifi.models import from_timm
+
+            return from_timm.loaded_from(frozen(timm.create_model(f"local-dir:{source}", pretrained=True)), source)
+        import transformers
+
+        from modhifi.models import from_transformers
+
+        model = getattr(transformers, self.name).from_pretrained(source, trust_remote_code=self.code)
+        return from_transformers.loaded_from(frozen(model), source, directory)
 
 
 class FreshProcess:
@@ -35,28 +69,51 @@ class FreshProcess:
 
     def __init__(self, library: str = "torch") -> None:
         """``library`` is the one that builds the model: timm, transformers or torch."""
+        # Code that comes with a model is copied there before it is run.
+        self.folder = Path(tempfile.mkdtemp())
+        self.errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from modhifi.artifacts.reload_check import _child; _child()", library],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
+            env=os.environ
+            | {
+                "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
+                "HF_MODULES_CACHE": str(self.folder / "modules"),
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.errors,
             text=True,
         )
+        weakref.finalize(self, _end, self.process, self.errors, self.folder)
 
-    def difference(self, directory: str | Path, batch: Tensor, expected: Mapping[str, Tensor]) -> str:
-        """What differs between ``expected`` and the artefact's outputs on ``batch``, in words; empty if nothing."""
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "batch.safetensors"
-            content = {f"{OUTPUT}{name}": tensor for name, tensor in expected.items()} | {"batch": batch}
-            # Copies: one tensor may be returned twice, or be a part of another.
-            save_file({name: t.cpu().contiguous().clone() for name, t in content.items()}, file)
-            # The same number of threads: sums over other shares round differently.
-            request = [str(Path(directory).absolute()), str(file), torch.get_num_threads()]
-            output, errors = self.process.communicate(json.dumps(request))
-        if self.process.returncode == 0:
-            return output.strip()
-        return f"it fails in a fresh process: {(errors.strip().splitlines() or ['no message'])[-1]}"
+    def difference(
+        self, directory: str | Path, batch: Tensor, expected: Mapping[str, Tensor], loader: Loader | None = None
+    ) -> str:
+        """What differs between ``expected`` and the artefact's outputs on ``batch``, in words; empty if nothing.
+
+        ``loader`` loads it; by default modhifi does.
+        """
+        file = self.folder / "batch.safetensors"
+        content = {f"{OUTPUT}{name}": tensor for name, tensor in expected.items()} | {"batch": batch}
+        # Copies: one tensor may be returned twice, or be a part of another.
+        save_file({name: t.cpu().contiguous().clone() for name, t in content.items()}, file)
+        # The same number of threads: sums over other shares round differently.
+        request = [str(Path(directory).absolute()), str(file), torch.get_num_threads(), loader and astuple(loader)]
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            return str(json.loads(self.process.stdout.readline()))
+        except (BrokenPipeError, ValueError):  # it died
+            self.process.wait()
+            self.errors.seek(0)
+            lines = self.errors.read().decode(errors="replace").strip().splitlines()
+            return f"it fails in a fresh process: {lines[-1] if lines else 'no message'}"
+
+
+def _end(process: subprocess.Popen[str], errors: IO[bytes], folder: Path) -> None:
+    process.kill()
+    with process, errors:  # they close its pipes and wait
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_reload(
@@ -117,15 +174,23 @@ def _compare(output: Tensor, expected: Tensor) -> str:
 
 
 def _child() -> None:
-    """Runs in a :class:`FreshProcess`: imports, waits for a request, and prints what differs."""
+    """Runs in a :class:`FreshProcess`: imports, waits for requests, and answers each with what differs."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
     gc.disable()  # nothing here is garbage before the process ends
     importlib.import_module(sys.argv[1])
-    line = sys.stdin.readline()
-    if not line:
-        return  # the run ended without an artefact
-    directory, file, threads = json.loads(line)
+    for line in sys.stdin:
+        try:
+            answer = _answer(*json.loads(line))
+        except Exception as error:
+            answer = f"it fails in a fresh process: {first_line(error)}"
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _answer(directory: str, file: str, threads: int, loader: list[Any] | None) -> str:
     torch.set_num_threads(threads)
     tensors = load_file(file)
     expected = {name.removeprefix(OUTPUT): tensor for name, tensor in tensors.items() if name.startswith(OUTPUT)}
-    with torch.inference_mode():
-        print(compare_outputs(load_artifact(directory).outputs(tensors["batch"].clone()), expected))
+    with torch.inference_mode(), no_network():
+        loaded = load_artifact(directory) if loader is None else Loader(*loader)(Path(directory))
+        return compare_outputs(loaded.outputs(tensors["batch"].clone()), expected)

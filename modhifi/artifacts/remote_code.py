@@ -13,7 +13,8 @@ from typing import Any
 import transformers
 
 from modhifi.models.from_transformers import auto_class
-from modhifi.models.skeleton import FIELD
+from modhifi.models.manifest import Differences
+from modhifi.models.skeleton import FIELD, without_code
 
 MODULE = "modeling_modhifi"
 CODE = Template('''"""$name with the layer widths that config.json records under "$field"; written by modhifi."""
@@ -43,7 +44,7 @@ class $name(Stock):
 ''')
 
 
-def add_code(directory: Path, config: Any, changes: dict[str, Any]) -> str | None:
+def add_code(directory: Path, config: Any, changes: Differences) -> str | None:
     """Writes the code beside the model and names it in ``config``, in place; returns the Auto class that then loads it.
 
     ``changes`` are those of `skeleton.differences`. Returns None, and writes nothing, where they are not only
@@ -56,5 +57,11 @@ def add_code(directory: Path, config: Any, changes: dict[str, Any]) -> str | Non
     auto = auto_class(config)
     (directory / f"{MODULE}.py").write_text(CODE.substitute(name=name, field=FIELD), encoding="utf-8")
     config.auto_map = {auto: f"{MODULE}.{name}"}
-    setattr(config, FIELD, {key: changes[key] for key in ("shapes", "attributes")})
+    setattr(config, FIELD, {"shapes": changes["shapes"], "attributes": changes["attributes"]})
     return auto
+
+
+def remove_code(directory: Path, config: Any) -> None:
+    """Takes back, in place, what :func:`add_code` wrote."""
+    (directory / f"{MODULE}.py").unlink()
+    without_code(config)

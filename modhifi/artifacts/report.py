@@ -32,6 +32,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
+from modhifi.artifacts.escape import one_line, printable
 from modhifi.artifacts.formatting import BEHIND, asked, change, number, plain, tone
 
 SCHEMA_VERSION = 1
@@ -63,6 +64,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         loader=PackageLoader("modhifi.artifacts", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": number, "plain": plain, "tone": tone, "label": label}
+    report = printable(report)
     groups = report.get("groups") or []
     rows = [{**row, "change": change(row)} for row in report.get("before_after") or []]
     charts = {"widths": _widths(groups), "fidelities": _fidelities(groups), "errors": _errors(groups)}
@@ -174,7 +176,7 @@ def _rows(names: Sequence[str], draw: Callable[[Any], None], label: str) -> Mark
         axes = figure.add_subplot()
         draw(axes)
         axes.set_ylim(n - 0.4, -0.6)
-        axes.set_yticks(_labelled(n), [_shorten(names[i]) for i in _labelled(n)])
+        axes.set_yticks(_labelled(n), [_shorten(one_line(names[i])) for i in _labelled(n)], parse_math=False)
         axes.set_xlabel(label, color=INK)
         axes.tick_params(colors=INK, length=0)
         for side in axes.spines.values():

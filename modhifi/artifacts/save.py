@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 import yaml
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
+from modhifi.artifacts.reload_check import FreshProcess, Loader
 from modhifi.disk import check_output, home_path, jsonable
 from modhifi.models.artifact import WEIGHTS, file_hash, installed_versions
 from modhifi.models.loaded import LoadedModel
-from modhifi.models.manifest import MANIFEST, SCHEMA_VERSION, Manifest
+from modhifi.models.manifest import MANIFEST, SCHEMA_VERSION, Differences, Manifest
 from modhifi.models.skeleton import is_stock, own_config, record
 from modhifi.models.weights import state_hash
 from modhifi.staging import staging
@@ -24,6 +27,7 @@ from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
 
 SHARD = "5GB"
+logger = logging.getLogger(__name__)
 
 
 def save_artifact(
@@ -38,13 +42,15 @@ def save_artifact(
     report: Mapping[str, Any],
     log: str = "",
     force: bool = False,
+    process: FreshProcess | None = None,
 ) -> Path:
     """Writes ``edited``, which was made from ``original``, as a directory for :func:`load_artifact`; returns its path.
 
     ``manifest`` holds what the caller knows (task, seed, data, metrics, verdicts); facts of the models are added.
     ``structure`` and ``plan`` name the kept components, if any were removed; ``recipe``, ``report`` and ``log`` are
-    written as they are. Everything is written beside ``out`` and moved into place at the end: an error or an interrupt
-    leaves nothing behind, and a directory that ``force`` replaces stays until then. Raises ModhifiError where
+    written as they are. A way to load the model without modhifi is named where it gives the outputs of ``edited`` in
+    ``process``, a fresh one. Everything is written beside ``out`` and moved into place at the end: an error or an
+    interrupt leaves nothing behind, and a directory that ``force`` replaces stays until then. Raises ModhifiError where
     :func:`check_output` does or if the disk is full.
     """
     # They import drawing libraries, which loading an artefact does without.
@@ -63,13 +69,13 @@ def save_artifact(
     recipe, report = jsonable(dict(recipe)), jsonable(dict(report))
     with staging(out) as directory:
         weights = _write_weights(directory, edited)
-        stock, remote = _write_ecosystem_files(directory, edited, original, framework, changes)
+        ways = _write_ecosystem_files(directory, edited, original, framework, changes, process)
         content = jsonable(
             {
                 "schema_version": SCHEMA_VERSION,
                 **manifest,
                 "base": base,
-                "model": {**_model_entry(original, framework, changes), "stock": stock, "remote": remote},
+                "model": {**_model_entry(original, framework, changes), **ways},
                 "groups": _groups(structure, plan),
                 "weights": weights,
                 "recipe": recipe,
@@ -80,7 +86,7 @@ def save_artifact(
         (directory / "report.html").write_text(render_html(report), encoding="utf-8")
         (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
         if log:
-            (directory / "modhifi.log").write_text(log, encoding="utf-8")
+            (directory / "modhifi.log").write_text(log, encoding="utf-8", errors="backslashreplace")
         (directory / "README.md").write_text(
             model_card(out.name, Manifest.model_validate(content), report), encoding="utf-8"
         )
@@ -114,12 +120,18 @@ def _write_weights(directory: Path, model: nn.Module) -> dict[str, Any]:
 
 
 def _write_ecosystem_files(
-    directory: Path, edited: nn.Module, original: LoadedModel, framework: str, changes: dict[str, Any]
-) -> tuple[str | None, str | None]:
-    """Writes configuration, tokenizer and image processor; returns the loaders of the model's own library.
+    directory: Path,
+    edited: nn.Module,
+    original: LoadedModel,
+    framework: str,
+    changes: Differences,
+    process: FreshProcess | None,
+) -> dict[str, str | None]:
+    """Writes configuration, tokenizer and image processor; returns the manifest's loaders of the model's own library.
 
-    They are the name of the Auto class, or timm's ``create_model``: first the one that loads the directory alone,
-    second the one that needs the code in it. Both are None where only modhifi loads it.
+    ``stock`` names the one that loads the directory alone, ``remote`` the one that needs the code in it: the name of
+    the Auto class, or timm's ``create_model``. Both are None where only modhifi loads it, and ``not_alone`` says why
+    where that is found by trying.
     """
     if original.tokenizer is not None:
         original.tokenizer.save_pretrained(str(directory))
@@ -127,24 +139,61 @@ def _write_ecosystem_files(
     if processor is not None:
         processor.save_pretrained(str(directory))
     if framework == "timm":
-        # Where it cannot say the widths, timm's own loading stops at the first tensor that has another shape.
-        from timm.models._hub import save_config_for_hf
+        return _write_timm_files(directory, edited, original, changes, process)
+    if framework == "transformers":
+        return _write_transformers_files(directory, edited, original, changes, process)
+    return {"stock": None, "remote": None}
 
-        save_config_for_hf(edited, str(directory / "config.json"))
-        unsharded = (directory / WEIGHTS).is_file()  # timm reads no shards
-        return ("create_model" if unsharded and is_stock(edited, original, None, changes) else None), None
-    elif framework == "transformers":
-        from modhifi.artifacts.remote_code import add_code
-        from modhifi.models.from_transformers import auto_class
 
-        config = own_config(edited)
-        stock = auto_class(config) if is_stock(edited, original, config, changes) else None
-        remote = None if stock else add_code(directory, config, changes)
+def _write_timm_files(
+    directory: Path, edited: nn.Module, original: LoadedModel, changes: Differences, process: FreshProcess | None
+) -> dict[str, str | None]:
+    from timm.models._hub import save_config_for_hf
+
+    # Where it cannot say the widths, timm's own loading stops at the first tensor that has another shape.
+    save_config_for_hf(edited, str(directory / "config.json"))
+    unsharded = (directory / WEIGHTS).is_file()  # timm reads no shards
+    if not (unsharded and is_stock(edited, original, None, changes)):
+        return {"stock": None, "remote": None}
+    loader = Loader("timm", "create_model")
+    problem = _try(loader, directory, edited, original, process)
+    return {"stock": None if problem else loader.name, "remote": None, "not_alone": problem or None}
+
+
+def _write_transformers_files(
+    directory: Path, edited: nn.Module, original: LoadedModel, changes: Differences, process: FreshProcess | None
+) -> dict[str, str | None]:
+    from modhifi.artifacts.remote_code import add_code, remove_code
+    from modhifi.models.from_transformers import auto_class
+
+    config, model = own_config(edited), cast(Any, edited)
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        model.generation_config.save_pretrained(str(directory))
+    stock = auto_class(config) if is_stock(edited, original, config, changes) else None
+    remote = None if stock else add_code(directory, config, changes)
+    config.save_pretrained(str(directory))
+    name = stock or remote
+    if name is None:
+        return {"stock": None, "remote": None}
+    problem = _try(Loader("transformers", name, remote is not None), directory, edited, original, process)
+    if not problem:
+        return {"stock": stock, "remote": remote}
+    if remote:
+        remove_code(directory, config)
         config.save_pretrained(str(directory))
-        if getattr(edited, "generation_config", None) is not None and edited.can_generate():  # type: ignore[operator]
-            edited.generation_config.save_pretrained(str(directory))  # type: ignore[union-attr,operator]
-        return stock, remote
-    return None, None
+    return {"stock": None, "remote": None, "not_alone": problem}
+
+
+def _try(
+    loader: Loader, directory: Path, edited: nn.Module, original: LoadedModel, process: FreshProcess | None
+) -> str:
+    """What differs between ``edited`` and the model that the loader makes of the directory; empty if nothing."""
+    with torch.inference_mode():
+        expected = original.outputs(original.example, edited)
+    problem = (process or FreshProcess(loader.framework)).difference(directory, original.example, expected, loader)
+    if problem:
+        logger.warning("only modhifi.load loads %s; %s.%s: %s", original.source, loader.framework, loader.name, problem)
+    return problem
 
 
 def _base(original: LoadedModel) -> dict[str, Any]:
@@ -159,7 +208,7 @@ def _base(original: LoadedModel) -> dict[str, Any]:
     return {"source": original.source, **arguments, **facts, "sha256": state_hash(original.model)}
 
 
-def _model_entry(original: LoadedModel, framework: str, changes: dict[str, Any]) -> dict[str, Any]:
+def _model_entry(original: LoadedModel, framework: str, changes: Differences) -> dict[str, Any]:
     keys = ("architecture", "tag", "class", "model_args", "pretrained_cfg", "config", "dtype", "libraries")
     return {
         "framework": framework,
@@ -181,4 +230,6 @@ def _groups(structure: Structure | None, plan: Plan | None) -> list[dict[str, An
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    # Half a surrogate pair, as in the name of a file that is no text, becomes JSON's own escape of it.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as XML
 
+from modhifi.artifacts.escape import markdown_text, printable
 from modhifi.artifacts.formatting import change, number
 from modhifi.disk import check_file
 
 FAILED = ("FAIL", "INCONCLUSIVE", "BUG")
+# What says nothing of the edit: it was not looked at, or a constant predictor has the same bound.
+UNMEASURED = ("not measured", "not available", "VACUOUS")
 Report = Mapping[str, Any]
 
 
@@ -31,29 +34,30 @@ def write_summary(path: Path, reports: Sequence[tuple[str, Report]]) -> None:
 def markdown(reports: Sequence[tuple[str, Report]]) -> str:
     """The reports as Markdown: a heading, the verdicts and the before/after table of each."""
     lines: list[str] = []
-    for name, report in reports:
-        lines += [f"### {_cell(name)}: {_cell(report.get('title', ''))}", ""]
+    for title, report in reports:
+        lines += [f"### {markdown_text(title)}: {markdown_text(report.get('title', ''))}", ""]
         if report.get("verdicts"):
             lines += ["| verdict | | |", "|---|---|---|"]
             for v in report["verdicts"]:
                 mark = "❌ " if v["verdict"] in FAILED else "✅ " if str(v["verdict"]).startswith("PASS") else ""
-                lines.append(f"| {mark}{_cell(v['verdict'])} | {_cell(v['name'])} | {_cell(v.get('text') or '')} |")
+                verdict, name, text = map(markdown_text, (v["verdict"], v["name"], v.get("text") or ""))
+                lines.append(f"| {mark}{verdict} | {name} | {text} |")
             lines.append("")
         if report.get("before_after"):
             lines += ["| | before | after | change |", "|---|---|---|---|"]
             for row in report["before_after"]:
                 unit = row.get("unit") or ""
                 cells = (row["name"], number(row.get("before"), unit), number(row.get("after"), unit), change(row))
-                lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+                lines.append("| " + " | ".join(map(markdown_text, cells)) + " |")
             lines.append("")
-        lines += [f"- {_cell(text)}" for text in report.get("warnings") or []]
+        lines += [f"- {markdown_text(text)}" for text in report.get("warnings") or []]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def junit(reports: Sequence[tuple[str, Report]]) -> str:
-    """The reports as JUnit XML: a test suite each, a test case a verdict; a bug of ours is an error."""
+    """The reports as JUnit XML: a test suite each, a test case a verdict (failed, an error, skipped or passed)."""
     root = XML.Element("testsuites", name="modhifi")
-    for name, report in reports:
+    for name, report in printable(list(reports)):
         verdicts = report.get("verdicts") or []
         seconds = sum((report.get("timing") or {}).values())
         kinds = [_kind(v["verdict"]) for v in verdicts]
@@ -64,6 +68,7 @@ def junit(reports: Sequence[tuple[str, Report]]) -> str:
             tests=str(len(verdicts)),
             failures=str(kinds.count("failure")),
             errors=str(kinds.count("error")),
+            skipped=str(kinds.count("skipped")),
             time=f"{seconds:.3f}",
         )
         for verdict, kind in zip(verdicts, kinds, strict=True):
@@ -74,12 +79,13 @@ def junit(reports: Sequence[tuple[str, Report]]) -> str:
             else:
                 XML.SubElement(case, "system-out").text = text
     XML.indent(root)
-    return XML.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+    return XML.tostring(root, encoding="utf-8", xml_declaration=True).decode() + "\n"
 
 
 def _kind(verdict: str) -> str | None:
-    return "error" if verdict == "BUG" else "failure" if verdict in FAILED else None
-
-
-def _cell(value: Any) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+    """What JUnit calls it; None for what passed."""
+    if verdict == "BUG":
+        return "error"
+    if verdict in FAILED:
+        return "failure"
+    return "skipped" if verdict in UNMEASURED else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,14 +15,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from modhifi.disk import home_path, read_json
+from modhifi.disk import home_path
 from modhifi.errors import ModhifiError
 from modhifi.models.from_module import from_module
-from modhifi.models.hub import fetch_description, fetch_weights, split_revision
+from modhifi.models.hub import explained, fetch_description, fetch_weights, split_revision
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import MANIFEST, Artifact, Manifest, ModelEntry, read_manifest
 from modhifi.models.plain_copy import plain_copy
 from modhifi.models.skeleton import build_skeleton, fill, read_config, reshape
+from modhifi.models.trust import check_arguments, check_directory, listed_files, no_network
 from modhifi.progress import version_of
 
 WEIGHTS = "model.safetensors"
@@ -33,14 +35,18 @@ def load_artifact(directory: str | Path, skeleton: nn.Module | None = None) -> L
     """Rebuilds the model of an artefact: eval mode, on the CPU, plain modules of its own library.
 
     ``skeleton`` is the dense module, for an artefact made from a module that neither timm nor transformers builds; it
-    is copied. ``info["notes"]`` says so where the weights are not those that were saved. Raises ModhifiError for a
-    directory that is no artefact, one of a newer modhifi, a missing skeleton and weights that do not fit.
+    is copied. Weights that are not those that were saved are told in ``warnings``. Nothing but the files of the
+    directory is read. Raises ModhifiError for a directory that is no artefact, one of a newer modhifi, a
+    missing skeleton and weights that do not fit.
     """
     directory = home_path(directory)
     manifest = read_manifest(directory)
     entry, base = manifest.model, manifest.base
-    config = read_config(directory) if entry.framework == "transformers" and skeleton is None else None
-    with _library_hint(manifest):
+    check_directory(directory, str(directory), trust_remote_code=False)
+    for arguments in (base.args, entry.info.get("model_args")):
+        check_arguments(arguments, str(directory))
+    with _library_hint(manifest), explained(str(directory)), no_network():
+        config = read_config(directory) if entry.framework == "transformers" and skeleton is None else None
         if skeleton is not None:
             model, _ = plain_copy(skeleton, str(directory))
         elif entry.framework == "torch":
@@ -52,14 +58,14 @@ def load_artifact(directory: str | Path, skeleton: nn.Module | None = None) -> L
             model = build_skeleton(entry.framework, entry.info, config)
         state, hashes = _read_weights(directory)
         model = fill(reshape(model, entry.differences), state, manifest.weights.tied, str(directory))
-    loaded = _loaded_from(model, directory, entry)
+        loaded = _loaded_from(model, directory, entry)
     artifact = Artifact(manifest, hashes)
-    notes = list(loaded.info["notes"])
+    notes = loaded.warnings
     if not artifact.intact:
         notes.append(f"the weights in {directory} are not those that were saved: their hash differs from {MANIFEST}")
     stated = {key: getattr(base, key) for key in ("repository", "revision", "licence") if key in base.model_fields_set}
     labels = tuple(entry.labels) if entry.labels else None
-    return replace(loaded, labels=labels, artifact=artifact, info=loaded.info | stated | {"notes": notes})
+    return replace(loaded, labels=labels, artifact=artifact, info=loaded.info | stated | {"warnings": notes})
 
 
 def load(directory: str | Path, *, skeleton: nn.Module | None = None) -> nn.Module:
@@ -67,14 +73,17 @@ def load(directory: str | Path, *, skeleton: nn.Module | None = None) -> nn.Modu
 
     ``hf:ORG/NAME[@REVISION]`` is downloaded first. ``skeleton`` is the dense module, needed for an artefact made from a
     module that neither timm nor transformers builds. Raises ModhifiError as :func:`load_artifact` does, and where the
-    hub has no such artefact.
+    hub has no such artefact; warns where the weights are not those that were saved.
     """
     if str(directory).startswith("hf:"):
         name, revision = split_revision(str(directory).removeprefix("hf:"), None)
         snapshot = fetch_description(name, revision)
         fetch_weights(name, snapshot.name)
         directory = snapshot
-    return load_artifact(directory, skeleton).model
+    loaded = load_artifact(directory, skeleton)
+    for text in loaded.warnings:
+        warnings.warn(text, stacklevel=2)
+    return loaded.model
 
 
 @contextmanager
@@ -109,14 +118,11 @@ def _read_weights(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     hashes = {}
     try:
         index = directory / INDEX
-        names = [WEIGHTS]
-        if index.is_file():
-            names = sorted(set(read_json(index)["weight_map"].values()))
-        for name in names:
+        for name in listed_files(index) if index.is_file() else [WEIGHTS]:
             hashes[name] = file_hash(directory / name)
             # Copies: matrix products may round differently where the memory is not aligned as torch aligns it.
             state |= {k: v.clone() for k, v in load_file(directory / name).items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise ModhifiError(f"cannot read the weights in {directory}: {error}; restore the files") from error
     return state, hashes
 

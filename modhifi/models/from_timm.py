@@ -17,6 +17,7 @@ from modhifi.errors import ModhifiError
 from modhifi.models import hub
 from modhifi.models.loaded import LoadedModel, frozen, random_pixels
 from modhifi.models.preprocess import Preprocess
+from modhifi.models.trust import PLACES
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 MODES = {1: "L", 3: "RGB"}
@@ -85,8 +86,7 @@ def loaded_from(model: nn.Module, source: str) -> LoadedModel:
     else:
         notes.append(f"no image transform: the model wants {size[0]} channels")
     # The place of the weights is of no use on another machine, and the labels have a field of their own.
-    places = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"}
-    left_out = places | {"label_names", "label_descriptions"}
+    left_out = PLACES | {"label_names", "label_descriptions"}
     info = {
         "architecture": cfg.get("architecture"),
         "tag": cfg.get("tag"),

@@ -119,21 +119,21 @@ def loaded_from(model: Any, source: str, directory: Path | None, **common: Any) 
     Preprocessing and tokenizer are read from ``directory``; with None, a processor usual for the family and no
     tokenizer. Raises ModhifiError if the model reads neither pixels nor token ids.
     """
-    config, notes = model.config, list[str]()
+    config, notes, warnings = model.config, list[str](), list[str]()
     transform = tokenizer = labels = None
     kind = _kind(model, config)
     if kind == "image":
-        transform = _image_transform(config, directory, notes)
+        transform = _image_transform(config, directory, notes, common.get("trust_remote_code", False))
         example = random_pixels(tuple(transform(Image.new("RGB", (320, 320))).shape))
     elif kind in ("text", "encoder"):
         vocabulary = int(config.get_text_config().vocab_size)
         example = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
-        tokenizer = _tokenizer(directory, notes, **common)
+        tokenizer = _tokenizer(directory, notes, **{"trust_remote_code": False, **common})
     else:
         raise ModhifiError(f"{source} reads {model.main_input_name!r}; only pixels and token ids are supported")
     architecture = (config.architectures or [type(model).__name__])[0]
     if architecture != type(model).__name__:
-        notes.append(f"loaded as {type(model).__name__}: the head of {architecture} is left out")
+        warnings.append(f"loaded as {type(model).__name__}: the head of {architecture} is left out")
     if type(model).__name__.endswith("Classification"):
         names = [str(config.id2label.get(i, i)) for i in range(config.num_labels)]
         labels = None if all(n == f"LABEL_{i}" for i, n in enumerate(names)) else tuple(names)
@@ -148,6 +148,7 @@ def loaded_from(model: Any, source: str, directory: Path | None, **common: Any) 
         "licence": None,
         "libraries": {"torch": torch.__version__, "transformers": transformers.__version__},
         "notes": notes,
+        "warnings": warnings,
     }
     info = json.loads(json.dumps(info, default=str))
     return LoadedModel(model, source, "transformers", kind, example, transform, tokenizer, labels, info)
@@ -163,11 +164,11 @@ def _kind(model: Any, config: Any) -> str | None:
     return "text" if type(model).__name__ in causal or mapped else "encoder"
 
 
-def _image_transform(config: Any, directory: Path | None, notes: list[str]) -> Preprocess:
+def _image_transform(config: Any, directory: Path | None, notes: list[str], trusted: bool) -> Preprocess:
     mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
     if directory is not None and (directory / "preprocessor_config.json").is_file():
         with hub.explained(str(directory / "preprocessor_config.json")):
-            processor = transformers.AutoImageProcessor.from_pretrained(str(directory))
+            processor = transformers.AutoImageProcessor.from_pretrained(str(directory), trust_remote_code=trusted)
         return Preprocess(partial(_process, processor), mode, processor)
     size = getattr(config, "image_size", None) or 224
     size = (size, size) if isinstance(size, int) else tuple(size)

@@ -128,6 +128,8 @@ def _line(error: BaseException, subject: str, repo: str, revision: str | None) -
         return f"the hub refused access to {subject} ({status}); {login} with an account that may read it"
     if status:
         return f"the hub at {constants.ENDPOINT} answered {status} for {subject}; try again later"
+    if caused_by(hub.OfflineModeIsEnabled) and not subject.startswith(("hf:", "timm:")):
+        return f"{subject} asks for something from the hub while it is loaded; a directory has to bring all it needs"
     if caused_by(hub.OfflineModeIsEnabled):
         return (
             f"{subject} is not in the cache and HF_HUB_OFFLINE forbids a download; unset it or give a local directory"

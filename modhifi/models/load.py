@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from modhifi.models import hub
 from modhifi.models.demo import MODELS, bundled
 from modhifi.models.from_module import from_module
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.trust import check_directory, no_network
 from modhifi.models.weights import check_weights, read_config, refuse_quantised_config, refuse_quantised_files
 
 DESCRIPTIONS = ("config.json", "modhifi.json")
@@ -87,28 +89,30 @@ def _from_directory(
     if (directory / "modhifi.json").is_file():
         from modhifi.models.artifact import load_artifact
 
-        loaded: LoadedModel = load_artifact(directory)
-        return loaded
+        return load_artifact(directory)
     config = read_config(directory)
+    check_directory(directory, source, trust_remote_code)
     refuse_quantised_config(directory, source)
     if pretrained and not gguf_file:
         refuse_quantised_files(directory, source)
-    if "architecture" in config and not gguf_file:
-        from modhifi.models import from_timm
+    local = not source.startswith("hf:") and not trust_remote_code
+    with hub.explained(source), no_network() if local else nullcontext():
+        if "architecture" in config and not gguf_file:
+            from modhifi.models import from_timm
 
-        loaded = from_timm.from_directory(directory, source, pretrained, args)
-    elif "model_type" in config or gguf_file:
-        from modhifi.models import from_transformers
+            return from_timm.from_directory(directory, source, pretrained, args)
+        if "model_type" in config or gguf_file:
+            from modhifi.models import from_transformers
 
-        if args:
-            raise ModhifiError(f"model arguments are for timm's models; {source} takes its shape from its config.json")
-        loaded = from_transformers.from_directory(directory, source, pretrained, trust_remote_code, gguf_file)
-    else:
-        raise ModhifiError(
-            f"{source} is not a model that can be loaded: it needs a config.json in timm's or transformers' format "
-            "or a modhifi.json"
-        )
-    return loaded
+            if args:
+                raise ModhifiError(
+                    f"model arguments are for timm's models; {source} takes its shape from its config.json"
+                )
+            return from_transformers.from_directory(directory, source, pretrained, trust_remote_code, gguf_file)
+    raise ModhifiError(
+        f"{source} is not a model that can be loaded: it needs a config.json in timm's or transformers' format "
+        "or a modhifi.json"
+    )
 
 
 def _require_directory(directory: Path) -> None:

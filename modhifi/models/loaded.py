@@ -46,6 +46,11 @@ class LoadedModel:
     info: dict[str, Any]
     artifact: Artifact | None = None
 
+    @property
+    def warnings(self) -> list[str]:
+        """What whoever uses the model has to know: weights that were altered, a head that is left out."""
+        return list(self.info.get("warnings", []))
+
     def logits(self, batch: Tensor, model: nn.Module | None = None) -> Tensor:
         """The main output of one forward pass of ``model`` (default: this model) on a batch, axis 0 the batch.
 

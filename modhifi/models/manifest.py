@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+import torch
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from typing_extensions import TypedDict
 
 from modhifi.disk import home_path, read_json
 from modhifi.errors import ModhifiError
@@ -29,6 +31,20 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
 
+Natural = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=1)]
+Count = int | list[int]
+
+
+def _dtype(name: str) -> str:
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"{name} is no dtype")
+    return name
+
+
+Dtype = Annotated[str, AfterValidator(_dtype)]
+
+
 class Base(Part):
     """The open model before every edit.
 
@@ -37,7 +53,7 @@ class Base(Part):
     """
 
     source: str
-    args: dict[str, Any] = {}
+    args: dict[str, JsonValue] = {}
     repository: str | None = None
     revision: str | None = None
     licence: str | None = None
@@ -45,18 +61,48 @@ class Base(Part):
     edits_before: list[dict[str, Any]] = []
 
 
+class Info(TypedDict, total=False):
+    """The architecture in its library's words; it may have further keys."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    architecture: str
+    model_args: dict[str, JsonValue]
+    pretrained_cfg: dict[str, JsonValue]
+
+
+class Differences(TypedDict):
+    """The changes that turn the dense architecture into the model: :func:`modhifi.models.skeleton.differences`."""
+
+    shapes: dict[str, list[Natural] | None]
+    attributes: dict[str, dict[str, Count]]
+    dtypes: dict[str, Dtype]
+
+
+def _with_every_part(value: Any) -> Any:
+    return {"shapes": {}, "attributes": {}, "dtypes": {}, **value} if isinstance(value, dict) else value
+
+
+class Example(TypedDict):
+    """A batch that the model takes."""
+
+    shape: list[Size]
+    dtype: Dtype
+
+
 class ModelEntry(Part):
     """The description of the model: its dense architecture and the differences to it (see models/skeleton.py)."""
 
-    framework: str
-    info: dict[str, Any]
-    differences: dict[str, dict[str, Any]]
-    kind: str = "tensor"
+    framework: Literal["timm", "transformers", "torch"]
+    info: Info
+    differences: Annotated[Differences, BeforeValidator(_with_every_part)]
+    kind: Literal["image", "text", "encoder", "tensor"] = "tensor"
     labels: list[str] | None = None
-    example: dict[str, Any] | None = None
-    # The function or class of the model's own library that loads it: alone, and with the code beside it.
+    example: Example | None = None
+    # The function or class of the model's own library that loads it: alone, and with the code beside it; why it fails.
     stock: str | None = None
     remote: str | None = None
+    not_alone: str | None = None
 
 
 class Weights(Part):
@@ -70,14 +116,14 @@ class GroupEntry(Part):
     """The kept components of a group of n."""
 
     name: str
-    n: int
-    kept: tuple[int, ...]
+    n: Size
+    kept: tuple[Natural, ...]
 
 
 class ForgottenClass(Part):
     """A class that the model was made to forget."""
 
-    index: int
+    index: Natural
     name: str = ""
 
 
@@ -116,8 +162,8 @@ class Artifact:
 
     @property
     def intact(self) -> bool:
-        """Whether the weight files are those that the manifest was written for."""
-        return all(self.hashes.get(name) == sha for name, sha in self.manifest.weights.files.items())
+        """Whether the weight files, no more and no fewer, are those that the manifest was written for."""
+        return dict(self.hashes) == self.manifest.weights.files
 
 
 def read_manifest(directory: str | Path) -> Manifest:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from modhifi.errors import ModhifiError
 from modhifi.models.hub import explained
 from modhifi.models.loaded import LoadedModel, frozen
+from modhifi.models.manifest import Count, Differences
+from modhifi.models.trust import PLACES
 from modhifi.structure.head_counts import set_count
 
 FIELD = "modhifi"
@@ -31,10 +34,7 @@ def without_code(config: Any) -> Any:
     return config
 
 
-Differences = dict[str, dict[str, Any]]
-
-
-def build_skeleton(framework: str, info: dict[str, Any], config: Any = None, *, values: bool = True) -> nn.Module:
+def build_skeleton(framework: str, info: Mapping[str, Any], config: Any = None, *, values: bool = True) -> nn.Module:
     """Builds the dense architecture that ``info`` describes, without its weights, by timm or transformers.
 
     Parameters are on the meta device. Where construction computes values that no weight file holds (non-persistent
@@ -53,15 +53,18 @@ def build_skeleton(framework: str, info: dict[str, Any], config: Any = None, *, 
     return frozen(model)
 
 
-def _construct(framework: str, info: dict[str, Any], config: Any) -> nn.Module:
+def _construct(framework: str, info: Mapping[str, Any], config: Any) -> nn.Module:
     if framework == "timm":
         import timm
         from timm.models import PretrainedCfg
 
-        known = {field.name for field in dataclasses.fields(PretrainedCfg)}
+        name = str(info["architecture"])
+        if not timm.is_model(name.partition(".")[0]):
+            raise ModhifiError(f"timm has no architecture {name}")
+        known = {field.name for field in dataclasses.fields(PretrainedCfg)} - PLACES
         described = {k: _tuples(v) for k, v in info["pretrained_cfg"].items() if k in known}
         args = {k: _tuples(v) for k, v in info["model_args"].items()}
-        model: nn.Module = timm.create_model(info["architecture"], pretrained_cfg=described, **args)
+        model: nn.Module = timm.create_model(name, pretrained_cfg=described, **args)
         return model
     if framework == "transformers":
         import transformers
@@ -164,12 +167,21 @@ def reshape(model: nn.Module, changes: Differences) -> nn.Module:
                 module._parameters[leaf] = None if empty is None else nn.Parameter(empty, requires_grad=False)
         for name, values in changes["attributes"].items():
             for attribute, value in values.items():
-                set_count(model.get_submodule(name), attribute, _tuples(value))
+                _recount(model.get_submodule(name), attribute, value)
         for name, dtype in changes["dtypes"].items():
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
             module._buffers[leaf] = getattr(module, leaf).to(getattr(torch, dtype))
     return model
+
+
+def _recount(module: nn.Module, attribute: str, value: Count) -> None:
+    """Sets a counting attribute; raises ModhifiError for one that holds anything but counts."""
+    owner, _, leaf = attribute.rpartition(".")
+    before = getattr(getattr(module, owner) if owner else module, leaf, None)
+    if owner not in ("", "config") or not (before is None or _counts(before)):
+        raise ModhifiError(f"the attribute {attribute} of a {type(module).__name__} counts nothing; restore the file")
+    set_count(module, attribute, _tuples(value))
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], tied: dict[str, str], source: str) -> nn.Module:
@@ -206,12 +218,13 @@ def record(original: LoadedModel, edited: nn.Module) -> tuple[str, Differences]:
             pass  # the library cannot build it alone, remote code for instance
     if not same_modules(original.model, edited):
         raise ModhifiError("the edited model has other modules than the one it was made from; it cannot be saved")
-    earlier: Differences = {} if original.artifact is None else original.artifact.manifest.model.differences
+    nothing: Differences = {"shapes": {}, "attributes": {}, "dtypes": {}}
+    earlier = nothing if original.artifact is None else original.artifact.manifest.model.differences
     changes = differences(original.model, edited)
     return "torch", {
-        "shapes": earlier.get("shapes", {}) | changes["shapes"],
-        "attributes": _merge(earlier.get("attributes", {}), changes["attributes"]),
-        "dtypes": earlier.get("dtypes", {}) | changes["dtypes"],
+        "shapes": earlier["shapes"] | changes["shapes"],
+        "attributes": _merge(earlier["attributes"], changes["attributes"]),
+        "dtypes": earlier["dtypes"] | changes["dtypes"],
     }
 
 
@@ -219,7 +232,7 @@ def _merge(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> di
     return {name: old.get(name, {}) | new.get(name, {}) for name in old | new}
 
 
-def is_stock(edited: nn.Module, original: LoadedModel, config: Any, changes: dict[str, Any]) -> bool:
+def is_stock(edited: nn.Module, original: LoadedModel, config: Any, changes: Differences) -> bool:
     """Whether the configuration alone describes the edited model.
 
     That is so where a model built from it, with the edited weights, is the same function.

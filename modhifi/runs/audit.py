@@ -96,7 +96,7 @@ def run_audit(
         "model": {"source": directory, "original": original.source},
         **report_parts(outcome),
         "data": {"source": data.test.description, "test_samples": len(data.test), "fit_samples": len(data.fit)},
-        "warnings": [*data.notes, *notes],
+        "warnings": [*edited.warnings, *data.notes, *notes],
     }
     report["verdicts"] += check_audit(recipe.checks, report["audit"])
     return report

@@ -40,6 +40,7 @@ def check_model(loaded: LoadedModel) -> dict[str, Any]:
         "groups": groups,
         "refused": refused,
         "prunable": bool(groups),
+        "warnings": loaded.warnings,
         "not_stock": [
             kind
             for kind in ("neurons", "heads")

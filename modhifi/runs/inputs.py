@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from modhifi.calibration.block_stream import find_blocks
@@ -110,14 +111,21 @@ def load_source(source: ModelSource) -> LoadedModel:
 
 
 def original_of(manifest: Manifest) -> ModelSource:
-    """The recipe entry that loads the model that an artefact was made from."""
-    base, source = manifest.base, manifest.recipe.get("model") or {}
+    """The recipe entry that loads the model that an artefact was made from; whoever wrote it, no code is trusted.
+
+    Raises ModhifiError where the manifest does not say how to load it.
+    """
+    base, source = manifest.base, manifest.recipe.get("model")
+    source = source if isinstance(source, dict) else {}
     absolute = not base.edits_before and os.path.isabs(str(source.get("name")))
     if source.get("name") != base.source and not absolute:
         source = {"name": base.source, "revision": base.revision}
     if base.source.startswith("timm:"):  # a directory states its own arguments
         source = {**source, "args": source.get("args") or base.args}
-    return ModelSource(**source)
+    try:
+        return ModelSource(**{**source, "trust_remote_code": False})
+    except ValidationError as error:
+        raise ModhifiError(f"the manifest does not say how to load {base.source}; give the original") from error
 
 
 def load_data(

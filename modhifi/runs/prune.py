@@ -101,7 +101,7 @@ def run_prune(
         recipe, remarks = complete(recipe, original, device)
     with clock.stage("data"):
         calibration, held = load_data(recipe, original, given, progress)
-        warnings = [*remarks, *warn_degenerate(calibration), *skipped_warnings(calibration)]
+        warnings = [*original.warnings, *remarks, *warn_degenerate(calibration), *skipped_warnings(calibration)]
         if (unsteady := unrepeatable(original, calibration.first())) is not None:
             clock.note(f"warning: {unsteady}")  # before groups are refused for it
     with clock.stage("prune"):
@@ -197,7 +197,7 @@ def _save(
         report["timing"] = clock.seconds
         path = save_artifact(
             out,
-            pruned.model,
+            pruned.model.cpu(),
             original,
             pruned.structure,
             pruned.plan,
@@ -213,9 +213,10 @@ def _save(
             report=report,
             log=clock.log(),
             force=force,
+            process=process,
         )
     with clock.stage("reload"):
-        batch = check_reload(path, original, pruned.model.cpu(), held, process)
+        batch = check_reload(path, original, pruned.model, held, process)
     for kind in recipe.export:
         with clock.stage(f"export {kind}"):
             export_model(pruned.model, batch, path / f"model{EXPORTS[kind].suffix}", kind)

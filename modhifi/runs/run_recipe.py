@@ -242,10 +242,10 @@ def write_report(out: Path, report: Mapping[str, Any], recipe: Mapping[str, Any]
     content = jsonable(report)
     figures, page = json.dumps(content, indent=1, ensure_ascii=False) + "\n", render_html(content)
     if out.suffix in REPORTS:
-        out.write_text(page if out.suffix == ".html" else figures, "utf-8")
+        out.write_text(page if out.suffix == ".html" else figures, "utf-8", errors="backslashreplace")
         return out
     with staging(out.absolute()) as directory:
-        (directory / "report.json").write_text(figures, "utf-8")
+        (directory / "report.json").write_text(figures, "utf-8", errors="backslashreplace")
         (directory / "report.html").write_text(page, "utf-8")
         (directory / "recipe.yaml").write_text(to_yaml(located(jsonable(recipe))), "utf-8")
     return out

@@ -150,7 +150,7 @@ def _save(
         report["timing"] = clock.seconds
         path = save_artifact(
             out,
-            edited,
+            edited.cpu(),
             original,
             None,
             None,
@@ -167,9 +167,10 @@ def _save(
             report=report,
             log=clock.log(),
             force=force,
+            process=process,
         )
     with clock.stage("reload"):
-        check_reload(path, original, edited.cpu(), data.test, process)
+        check_reload(path, original, edited, data.test, process)
     return path
 
 
@@ -264,6 +265,6 @@ def _report_of(
             "strength": f"{values.strength:g} ({values.unit})",
         },
         "edits": [{"module": r.module, "change": r.change, "damping": r.damping} for r in edit.records],
-        "warnings": [*data.notes, *left_out],
+        "warnings": [*original.warnings, *data.notes, *left_out],
         "command": command,
     }

@@ -54,7 +54,7 @@ def run_verify(
         bounds = verify_model(
             original, edited, dense_shape, held, tolerances, walked=walked, batch_size=batch_size, progress=progress
         )
-        return bounds, recipe
+        return replace(bounds, warnings=(*original.warnings, *bounds.warnings)), recipe
     held, remark = label_samples(original, held, batch_size)
     bounds = verify_unlearned(
         original,
@@ -67,7 +67,7 @@ def run_verify(
         batch_size=batch_size,
         progress=progress,
     )
-    return replace(bounds, warnings=(*bounds.warnings, *([remark] if remark else []))), recipe
+    return replace(bounds, warnings=(*original.warnings, *bounds.warnings, *([remark] if remark else []))), recipe
 
 
 def load_pair(recipe: VerifyRecipe, given: Given) -> tuple[LoadedModel, nn.Module, Manifest | None]:

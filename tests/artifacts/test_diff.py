@@ -110,3 +110,24 @@ def test_the_shell_commands_fail_where_a_verdict_fails(tmp_path: Path, change: s
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
     assert done.returncode == code, done.stderr
     assert (ElementTree.parse(tmp_path / "result.xml").getroot().find(".//failure") is not None) == bool(code)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"title": 3},
+        {"groups": [3]},
+        {"groups": {"name": "x"}},
+        {"groups": [{"name": [], "kept": 1}]},
+        {"before_after": [{"after": 1}]},
+        {"before_after": [{"name": "x", "after": 10**400}]},
+        {"before_after": [{"name": "x", "after": 1, "unit": ["%"]}]},
+        {"verdicts": [{"name": "x"}]},
+        {"errors": [1]},
+    ],
+)
+def test_a_report_that_is_none_is_one_line(part: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"title": "x"} | part))
+    with pytest.raises(ModhifiError, match=r"report\.json is no report of modhifi \(.* restore the file$"):
+        diff_runs(path, path)

@@ -8,12 +8,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import tiny_transformers
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from modhifi.artifacts import save as save_module
 from modhifi.artifacts.save import save_artifact
 from modhifi.models.artifact import load_artifact
 from modhifi.models.load import load_model
@@ -97,3 +100,49 @@ def test_heads_that_do_not_divide_the_hidden_size_fall_back_to_the_code(tmp_path
     assert "modhifi.load" in card and "trust_remote_code=True" in card
     expected = loaded.logits(loaded.example, small)
     assert torch.equal(load_artifact(tmp_path / "out").logits(loaded.example), expected)
+
+
+def saved_unevenly(loaded: LoadedModel, folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """The manifest's entry on the model, the card and the configuration of an artefact with uneven layers."""
+    again = uneven(loaded, folder, ("neurons", "channels"))
+    logits = load_file(folder / "given.safetensors")["logits"]
+    assert torch.equal(again.logits(loaded.example), logits)
+    entry = json.loads((folder / "modhifi.json").read_text())["model"]
+    return entry, (folder / "README.md").read_text(), json.loads((folder / "config.json").read_text())
+
+
+def test_code_that_does_not_give_the_model_back_is_not_written(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """transformers leaves a buffer of this family empty that no weight file holds."""
+    sizes = dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8)
+    torch.manual_seed(0)
+    model = transformers.FalconH1ForCausalLM(transformers.FalconH1Config(**tiny_transformers.GROUPED, **sizes))
+    entry, card, config = saved_unevenly(load_model(model), tmp_path / "out")
+    assert entry["stock"] is None and entry["remote"] is None and "logits" in entry["not_alone"]
+    assert "auto_map" not in config and "modhifi" not in config and not (tmp_path / "out/modeling_modhifi.py").exists()
+    assert "Not with transformers alone" in card and "trust_remote_code" not in card and "modhifi.load" in card
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("modhifi")]
+    assert len(told) == 1 and told[0].startswith("only modhifi.load loads module:FalconH1ForCausalLM")
+
+
+@pytest.mark.parametrize("library", ["transformers", "timm"])
+def test_a_class_that_does_not_give_the_model_back_is_not_named(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_dir: Path
+):
+    monkeypatch.setattr(save_module, "is_stock", lambda *_: True)
+    model = str(model_dir) if library == "timm" else tiny_transformers.family("llama, tied")[0].float()
+    entry, card, _ = saved_unevenly(load_model(model), tmp_path / "out")
+    assert entry["stock"] is None and entry["remote"] is None and "fails in a fresh process" in entry["not_alone"]
+    assert f"Not with {library} alone" in card and "modhifi.load" in card
+    assert "from_pretrained" not in card and "create_model" not in card
+
+
+def test_every_output_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    loaded = load_model(tiny_transformers.family("llama, tied")[0].float())
+
+    def outputs(self: LoadedModel, batch: torch.Tensor, model: object = None) -> dict[str, torch.Tensor]:
+        logits = self.logits(batch, model)
+        return {"logits": logits, "second": logits + 1}
+
+    monkeypatch.setattr(LoadedModel, "outputs", outputs)
+    entry, _, _ = saved_unevenly(loaded, tmp_path / "out")
+    assert entry["remote"] is None and "instead of logits, second" in entry["not_alone"]

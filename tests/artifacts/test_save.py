@@ -354,7 +354,9 @@ def test_changed_weights_are_told(saved, tmp_path):
     state["fc.bias"] = state["fc.bias"] + 1
     save_file(state, out / "model.safetensors")
     assert intact(saved[0]) and not intact(out)
-    assert any("hash differs" in note for note in load_artifact(out).info["notes"])
+    assert any("hash differs" in warning for warning in load_artifact(out).warnings)
+    with pytest.warns(UserWarning, match="hash differs"):
+        modhifi.load(out)
 
 
 @pytest.mark.parametrize(
