@@ -31,10 +31,11 @@ from modhifi.progress import Clock, Progress, silent
 from modhifi.pruning.prune import contribute, prune_model
 from modhifi.pruning.stages import Pruned
 from modhifi.runs.bound_report import add_bounds, add_groups
+from modhifi.runs.budget_choice import BudgetChoice
 from modhifi.runs.defaults import complete
 from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, place
 from modhifi.runs.prune_report import before_after, measure_run, measured_verdict, report_of, skipped_warnings
-from modhifi.runs.recipe import BudgetChoice, PruneRecipe
+from modhifi.runs.recipe import PruneRecipe
 from modhifi.structure.expand import expand
 from modhifi.structure.plan import Plan
 
