@@ -24,7 +24,7 @@ from modhifi.runs.inputs import Given
 from modhifi.runs.prune import PruneResult
 from modhifi.runs.recipe_tasks import parse
 from modhifi.runs.run_recipe import Circumstances, run_recipe
-from modhifi.runs.score import GroupScores, score_model
+from modhifi.runs.score import Scores, score_model
 from modhifi.runs.unlearn import UnlearnResult
 
 Model = str | Path | nn.Module | LoadedModel
@@ -175,10 +175,11 @@ def score(
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
-) -> list[GroupScores]:
+) -> Scores:
     """Scores every component of every prunable group: singleton fidelity, energy score, removal cost and order.
 
-    Returns one :class:`modhifi.runs.score.GroupScores` a group. Raises ModhifiError for bad input, in one line.
+    Returns one :class:`modhifi.runs.score.GroupScores` a group, in a list whose ``left`` names the groups that cannot
+    be measured, each with the reason. Raises ModhifiError for bad input, in one line.
 
     >>> import modhifi
     >>> scores = modhifi.score("demo:resnet", "demo:calibration", samples=32)
