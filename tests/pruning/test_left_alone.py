@@ -135,7 +135,7 @@ def test_scores_name_what_cannot_be_measured() -> None:
     scores = modhifi.score(loaded, PIXELS)
     never = "was never run on the calibration data"
     assert scores.left == {"stem.0": f"its reader 'c' {never}", "c": f"its reader 'd' {never}"}
-    assert {s.group for s in scores} == {"a"}
+    assert {s.group for s in scores} == {"a", "b"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("modhifi.cli.score.score_model", lambda *_: scores)
         patch.setattr("modhifi.cli.score.load_source", lambda _: loaded)
