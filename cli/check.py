@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from modhifi.errors import GateFailed
@@ -28,6 +29,9 @@ def check(chosen: Loading, as_json: JsonOption = False) -> None:
 
 def _show(report: dict[str, Any]) -> None:
     console = stdout_console()
+    console.print(f"loaded as {report['architecture']}", highlight=False)
+    for note in report["notes"]:
+        console.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
     table = Table(
         "group",
         "kind",

@@ -12,7 +12,7 @@ from typing import Any
 
 import transformers
 
-from modhifi.models.from_transformers import auto_class
+from modhifi.models.from_transformers import class_name
 from modhifi.models.skeleton import FIELD
 
 MODULE = "modeling_modhifi"
@@ -53,7 +53,8 @@ def add_code(directory: Path, config: Any, changes: dict[str, Any]) -> str | Non
     narrower = None not in changes["shapes"].values() and not changes["dtypes"]
     if not narrower or not hasattr(transformers, name):
         return None
-    auto = auto_class(config)
+    stock = class_name(config)
+    auto = stock if stock.startswith("Auto") else "AutoModel"  # a map of code has no other keys
     (directory / f"{MODULE}.py").write_text(CODE.substitute(name=name, field=FIELD), encoding="utf-8")
     config.auto_map = {auto: f"{MODULE}.{name}"}
     setattr(config, FIELD, {key: changes[key] for key in ("shapes", "attributes")})

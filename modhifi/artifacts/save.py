@@ -118,7 +118,7 @@ def _write_ecosystem_files(
 ) -> tuple[str | None, str | None]:
     """Writes configuration, tokenizer and image processor; returns the loaders of the model's own library.
 
-    They are the name of the Auto class, or timm's ``create_model``: first the one that loads the directory alone,
+    They are the name of transformers' class, or timm's ``create_model``: first the one that loads the directory alone,
     second the one that needs the code in it. Both are None where only modhifi loads it.
     """
     if original.tokenizer is not None:
@@ -135,10 +135,10 @@ def _write_ecosystem_files(
         return ("create_model" if unsharded and is_stock(edited, original, None, changes) else None), None
     elif framework == "transformers":
         from modhifi.artifacts.remote_code import add_code
-        from modhifi.models.from_transformers import auto_class
+        from modhifi.models.from_transformers import class_name
 
         config = own_config(edited)
-        stock = auto_class(config) if is_stock(edited, original, config, changes) else None
+        stock = class_name(config) if is_stock(edited, original, config, changes) else None
         remote = None if stock else add_code(directory, config, changes)
         config.save_pretrained(str(directory))
         if getattr(edited, "generation_config", None) is not None and edited.can_generate():  # type: ignore[operator]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
+from modhifi.models.hub import first_line
 from modhifi.models.manifest import Artifact
 from modhifi.structure.outputs import named_tensors
 
@@ -49,7 +50,7 @@ class LoadedModel:
     def logits(self, batch: Tensor, model: nn.Module | None = None) -> Tensor:
         """The main output of one forward pass of ``model`` (default: this model) on a batch, axis 0 the batch.
 
-        Logits where the model has them, otherwise its last hidden state or first output. The batch moves to the
+        Logits where the model has them, otherwise its first output. The batch moves to the
         model's device, and pixels to its dtype; token ids of ``PADDING`` are masked out of the attention. Raises
         ModhifiError if the model returns no tensor.
         """
@@ -64,6 +65,20 @@ class LoadedModel:
         main_output(output)
         return dict(named_tensors(output))
 
+    @torch.no_grad()
+    def require_runs(self) -> None:
+        """Raises ModhifiError, in one line, where a forward pass on the example fails."""
+        try:
+            self._forward(self.example, None)
+        except Exception as error:
+            given = {"image": "pixels", "tensor": "its example"}.get(self.kind, "token ids")
+            arguments = ", ".join(inspect.signature(self.model.forward).parameters)
+            raise ModhifiError(
+                f"{self.source}, a {type(self.model).__name__}, does not run on {given} alone "
+                f"({first_line(error).partition('tensor(')[0]}); its forward takes {arguments}: from Python, "
+                "give items and example= with all that it needs"
+            ) from error
+
     def run(self, batch: Tensor, model: nn.Module | None = None) -> None:
         """Runs a forward pass for its inner activations alone.
 
@@ -72,6 +87,11 @@ class LoadedModel:
         model = self.model if model is None else model
         few_logits = self.kind == "text" and "logits_to_keep" in inspect.signature(model.forward).parameters
         self._forward(batch, model, **({"logits_to_keep": 1} if few_logits else {}))
+
+    @property
+    def remarks(self) -> list[str]:
+        """What loading did that was not asked for, a sentence each."""
+        return [*self.info.get("notes", ()), *([self.info["unused"]] if self.info.get("unused") else ())]
 
     @property
     def reads_tokens(self) -> bool:
@@ -100,14 +120,13 @@ def real_tokens(batch: Tensor) -> Tensor | None:
 
 
 def main_output(out: Any) -> Tensor:
-    """The logits in a model's output, else its last hidden state, else its first tensor; axis 0 is the batch.
+    """The logits in a model's output, else its first tensor; axis 0 is the batch.
 
     A single number for each item becomes ``(batch, 1)``. Raises ModhifiError without a tensor for each item.
     """
-    for name in ("logits", "last_hidden_state"):
-        value = out.get(name) if isinstance(out, Mapping) else getattr(out, name, None)
-        if isinstance(value, Tensor):
-            return value
+    logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
     first = next((tensor for _, tensor in named_tensors(out)), None)
     if first is None:
         raise ModhifiError(f"the model returns {type(out).__name__}, not a tensor; wrap it to return one")

@@ -61,12 +61,20 @@ class Pruned:
 
 
 def find_structure(loaded: LoadedModel) -> Structure:
-    """Trace the model on its example batch, and refuse what its code would not survive."""
+    """Trace the model on its example batch, and refuse what its code would not survive.
+
+    Raises ModhifiError where the model fails on its example.
+    """
 
     def run(model: nn.Module) -> dict[str, Tensor]:
         return loaded.outputs(loaded.example, model)
 
-    return confirm(loaded.model, trace(loaded.model, run), run)
+    try:
+        structure = trace(loaded.model, run)
+    except Exception:
+        loaded.require_runs()
+        raise  # the model is not to blame
+    return confirm(loaded.model, structure, run)
 
 
 def choose_groups(structure: Structure, settings: PruneSettings) -> Structure:

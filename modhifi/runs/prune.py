@@ -99,7 +99,8 @@ def run_prune(
         recipe, remarks = complete(recipe, original, device)
     with clock.stage("data"):
         calibration, held = load_data(recipe, original, given, progress)
-        warnings = [*remarks, *warn_degenerate(calibration), *skipped_warnings(calibration)]
+        unused = original.info.get("unused")
+        warnings = [*([unused] if unused else []), *remarks, *warn_degenerate(calibration), *skipped_warnings(calibration)]
     with clock.stage("prune"):
         settings = recipe.settings()
         if not team.main:
