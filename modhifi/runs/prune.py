@@ -100,7 +100,12 @@ def run_prune(
     with clock.stage("data"):
         calibration, held = load_data(recipe, original, given, progress)
         unused = original.info.get("unused")
-        warnings = [*([unused] if unused else []), *remarks, *warn_degenerate(calibration), *skipped_warnings(calibration)]
+        warnings = [
+            *([unused] if unused else []),
+            *remarks,
+            *warn_degenerate(calibration),
+            *skipped_warnings(calibration),
+        ]
     with clock.stage("prune"):
         settings = recipe.settings()
         if not team.main:
