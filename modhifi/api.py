@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from modhifi.bounds.ladder import BoundReport
-from modhifi.data.in_memory import Data, first_items, source_name
+from modhifi.data.in_memory import Data, first_items, several_inputs, source_name
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
@@ -334,11 +334,12 @@ def _classes(forget: str | int | Sequence[str | int]) -> list[str]:
 
 
 def _loaded(model: Model, data: Data) -> LoadedModel:
-    """Loads the model; a module of neither timm nor transformers takes its example batch from the data."""
+    """Loads the model; items of several inputs are its example, and so are the items for a module without its own."""
     if isinstance(model, LoadedModel):
         return model
-    if not isinstance(model, nn.Module):
-        return load_model(model)
+    several = several_inputs(data)
+    if several is not None or not isinstance(model, nn.Module):
+        return load_model(model, example=several)
     inner, _ = unwrapped(model)
     if isinstance(getattr(inner, "pretrained_cfg", None), dict) or hasattr(inner, "main_input_name"):
         return load_model(model)

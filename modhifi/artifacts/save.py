@@ -166,7 +166,11 @@ def _model_entry(original: LoadedModel, framework: str, changes: dict[str, Any])
         "kind": original.kind,
         "info": {key: original.info[key] for key in keys if key in original.info},
         "labels": list(original.labels) if original.labels else None,
-        "example": {"shape": list(original.example.shape), "dtype": str(original.example.dtype).removeprefix("torch.")},
+        "example": {
+            "shape": list(original.example.shape),
+            "dtype": str(original.example.dtype).removeprefix("torch."),
+            **({} if original.packing is None else {"packing": original.packing.to_json()}),
+        },
         "differences": changes,
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modhifi.errors import ModhifiError
 from modhifi.models.hub import first_line
 from modhifi.models.manifest import Artifact
+from modhifi.models.packing import Packing, Unpacked, pack_batch
 from modhifi.structure.outputs import named_tensors
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class LoadedModel:
     normalised pixels ``(2, C, H, W)`` or token ids ``(2, 16)``. ``transform`` is the model's own evaluation
     preprocessing, PIL image to float32 ``(C, H, W)``. ``info`` is JSON-able: architecture, arguments, resolved commit,
     licence, versions, notes. ``artifact`` holds the manifest of the artefact that the model was loaded from, None for
-    another source.
+    another source. ``packing`` is the form of the items of a model that reads several inputs, whose batches are packed;
+    None for one input.
     """
 
     model: nn.Module
@@ -46,6 +48,7 @@ class LoadedModel:
     labels: tuple[str, ...] | None
     info: dict[str, Any]
     artifact: Artifact | None = None
+    packing: Packing | None = None
 
     def logits(self, batch: Tensor, model: nn.Module | None = None) -> Tensor:
         """The main output of one forward pass of ``model`` (default: this model) on a batch, axis 0 the batch.
@@ -102,8 +105,24 @@ class LoadedModel:
         """The mask of what is no padding, bool of the batch's shape; None without any and for models without tokens."""
         return real_tokens(batch) if self.reads_tokens else None
 
+    def of_one_batch(self, model: nn.Module) -> nn.Module:
+        """The model as a module that takes a batch of the samples, packed or not."""
+        return model if self.packing is None else Unpacked(model, self.packing)
+
+    def with_example(self, example: Any) -> LoadedModel:
+        """The model with another example: a batch, or a nest of tensors for the several inputs that it reads.
+
+        Raises ModhifiError where a nest holds other things, or tensors of different lengths.
+        """
+        if isinstance(example, Tensor):
+            return replace(self, example=example)
+        packing, batch = pack_batch(example)
+        return replace(self, example=batch, packing=packing, kind="tensor", transform=None)
+
     def _forward(self, batch: Tensor, model: nn.Module | None, **options: Any) -> Any:
         model = self.model if model is None else model
+        if self.packing is not None:
+            return self.of_one_batch(model)(batch)
         parameter = next(model.parameters(), None)
         if parameter is not None:
             batch = batch.to(parameter.device, parameter.dtype if batch.is_floating_point() else None)

@@ -92,6 +92,8 @@ def run_prune(
     with clock.stage("load"):
         original = given.model or load_source(recipe.model)
         place(original, device, recipe.offload)
+        if recipe.export and original.packing is not None:
+            raise ModhifiError("an export has one input, and this model reads several; leave out --export")
         tolerances = recipe.checks.tolerances()
         tolerances.fit(original.kind)
         if budget is not None:

@@ -125,6 +125,7 @@ def measure_run(
     item = next(held.batches(1)).to(parameter.device)
     if item.is_floating_point():
         item = item.to(parameter.dtype)
+    models = {"before": original.of_one_batch(original.model), "after": original.of_one_batch(edited)}
     progress("checking", 0, 2)
     errors = table.summary()
     if original.kind == "text":
@@ -133,11 +134,11 @@ def measure_run(
         errors["accuracy_before"], errors["accuracy_after"] = table.accuracies(held.labels)
     size = {
         "parameters": [measure.count_parameters(original.model), measure.count_parameters(edited)],
-        "flops": [measure.count_flops(original.model, item), measure.count_flops(edited, item)],
+        "flops": [measure.count_flops(model, item) for model in models.values()],
         "bytes": [measure.stored_bytes(original.model), measure.stored_bytes(edited)],
     }
     progress("checking", 1, 2)
-    latency = compare_latency({"before": original.model, "after": edited}, item, rounds=9)
+    latency = compare_latency(models, item, rounds=9)
     progress("checking", 2, 2)
     return {
         "errors": errors,
