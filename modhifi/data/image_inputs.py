@@ -18,6 +18,8 @@ def class_count(loaded: LoadedModel) -> int | None:
     """
     if (loaded.example.ndim != 4 and loaded.packing is None) or getattr(loaded.model, "num_classes", None) == 0:
         return None
+    if loaded.incomparable():
+        return None
     with torch.no_grad():
         logits = loaded.logits(loaded.example)
     return int(logits.shape[1]) if logits.ndim == 2 and logits.shape[1] > 1 else None

@@ -69,6 +69,23 @@ class LoadedModel:
         return dict(named_tensors(output))
 
     @torch.no_grad()
+    def incomparable(self) -> str:
+        """Why the outputs of two models cannot be compared item by item, in words; empty where they can.
+
+        Costs two forward passes, of one and of two items: what belongs to an item shows in the sizes.
+        """
+        if self.reads_tokens:
+            return ""
+        two = self.example[:2] if len(self.example) > 1 else self.example.repeat(2, *[1] * (self.example.ndim - 1))
+        outputs = [self._forward(batch, None) for batch in (two[:1], two)]
+        if all(isinstance(output, list | tuple) for output in outputs) and [len(o) for o in outputs] == [1, 2]:
+            if not isinstance(outputs[0][0], Tensor):
+                names = ", ".join(dict.fromkeys(name for name, _ in named_tensors(outputs[1][0])))
+                return f"the model returns a list with one entry an item ({names}), whose sizes are its own"
+        lengths = [len(main_output(output)) for output in outputs]
+        return "" if lengths == [1, 2] else f"the model's first output holds {lengths[1]} rows for two items"
+
+    @torch.no_grad()
     def require_runs(self) -> None:
         """Raises ModhifiError, in one line, where a forward pass on the example fails."""
         try:
