@@ -72,12 +72,17 @@ class LoadedModel:
     def incomparable(self) -> str:
         """Why the outputs of two models cannot be compared item by item, in words; empty where they can.
 
-        Costs two forward passes, of one and of two items: what belongs to an item shows in the sizes.
+        Costs two forward passes, of one and of two items: what belongs to an item shows in the sizes. Raises
+        ModhifiError where the model fails on its example.
         """
         if self.reads_tokens:
             return ""
         two = self.example[:2] if len(self.example) > 1 else self.example.repeat(2, *[1] * (self.example.ndim - 1))
-        outputs = [self._forward(batch, None) for batch in (two[:1], two)]
+        try:
+            outputs = [self._forward(batch, None) for batch in (two[:1], two)]
+        except Exception:
+            self.require_runs()
+            raise
         if all(isinstance(output, list | tuple) for output in outputs) and [len(o) for o in outputs] == [1, 2]:
             if not isinstance(outputs[0][0], Tensor):
                 names = ", ".join(dict.fromkeys(name for name, _ in named_tensors(outputs[1][0])))

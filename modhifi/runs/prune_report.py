@@ -185,6 +185,6 @@ def measured_verdict(report: dict[str, Any]) -> dict[str, str]:
     return {
         "name": "local and global errors",
         "verdict": "MEASURED",
-        "text": f"on {errors['n']} held-out samples {moved}; the largest local error is {worst['relative_error']:.3g} of the energy, "
-        f"at the readers of {worst['name']}; measured, not bounded",
+        "text": f"on {errors['n']} held-out samples {moved}; the largest local error is "
+        f"{worst['relative_error']:.3g} of the energy, at the readers of {worst['name']}; measured, not bounded",
     }

@@ -30,7 +30,7 @@ class Found:
 FORMS: dict[str, Callable[[list[tuple[Tensor, ...]]], Any]] = {
     "dicts": lambda found: [dict(zip(NAMES, one, strict=True)) for one in found],
     "dataclasses": lambda found: tuple(Found(*one) for one in found),
-    "concatenated": lambda found: {name: torch.cat(parts) for name, parts in zip(NAMES, zip(*found, strict=True), strict=True)},
+    "concatenated": lambda found: {name: torch.cat([one[i] for one in found]) for i, name in enumerate(NAMES)},
 }
 
 

@@ -92,7 +92,7 @@ def test_items_reach_the_model_as_it_takes_them(case: str) -> None:
     order = [int(name.split()[-1]) for name in samples.names]
     with torch.no_grad():
         assert torch.equal(loaded.logits(packed), run(net)[order])
-    assert {"stem.0", "vector"} <= {g.name for g in find_structure(loaded).prunable}
+    assert {"stem.0"} <= {g.name for g in find_structure(loaded).prunable}
 
 
 def test_several_inputs_are_pruned_measured_saved_and_verified(tmp_path: Path) -> None:
