@@ -72,23 +72,23 @@ class LoadedModel:
     def incomparable(self) -> str:
         """Why the outputs of two models cannot be compared item by item, in words; empty where they can.
 
-        Costs two forward passes, of one and of two items: what belongs to an item shows in the sizes. Raises
+        Costs a forward pass of two items, and one of a single item where a list may have an entry for each. Raises
         ModhifiError where the model fails on its example.
         """
         if self.reads_tokens:
             return ""
         two = self.example[:2] if len(self.example) > 1 else self.example.repeat(2, *[1] * (self.example.ndim - 1))
         try:
-            outputs = [self._forward(batch, None) for batch in (two[:1], two)]
+            output = self._forward(two, None)
         except Exception:
             self.require_runs()
             raise
-        if all(isinstance(output, list | tuple) for output in outputs) and [len(o) for o in outputs] == [1, 2]:
-            if not isinstance(outputs[0][0], Tensor):
-                names = ", ".join(dict.fromkeys(name for name, _ in named_tensors(outputs[1][0])))
+        if isinstance(output, list | tuple) and len(output) == 2 and not isinstance(output[0], Tensor):
+            if len(self._forward(two[:1], None)) == 1:
+                names = ", ".join(dict.fromkeys(name for name, _ in named_tensors(output[0])))
                 return f"the model returns a list with one entry an item ({names}), whose sizes are its own"
-        lengths = [len(main_output(output)) for output in outputs]
-        return "" if lengths == [1, 2] else f"the model's first output holds {lengths[1]} rows for two items"
+        rows = len(main_output(output))
+        return "" if rows == 2 else f"the model's first output holds {rows} rows for two items"
 
     @torch.no_grad()
     def require_runs(self) -> None:

@@ -105,3 +105,19 @@ class Anchored(nn.Module):
 def test_tensors_that_modules_keep_as_attributes_are_fixed() -> None:
     net, x = Anchored().eval(), torch.randn(2, 6)
     assert {g.name for g in trace(net, lambda m: m(x)).prunable} == {"up"}
+
+
+class Squeezed(nn.Module):
+    """Drops every axis of one, that of a single item too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = conv_bn(3, 8), nn.Conv2d(8, 5, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stem(x)).squeeze()
+
+
+def test_outputs_with_a_row_an_item_can_be_compared() -> None:
+    assert modhifi.load_model(Squeezed().eval(), example=PIXELS[:2]).incomparable() == ""
+    assert modhifi.load_model(Detector("dicts").eval(), example=PIXELS[:1]).incomparable() != ""
