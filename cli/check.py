@@ -29,6 +29,9 @@ def check(chosen: Loading, as_json: JsonOption = False) -> None:
 
 def _show(report: dict[str, Any]) -> None:
     console = stdout_console()
+    console.print(f"loaded as {report['architecture']}", highlight=False)
+    for note in report["notes"]:
+        console.print(f"note: {note}", style="yellow", highlight=False)
     table = Table(
         "group",
         "kind",

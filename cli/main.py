@@ -62,6 +62,8 @@ class ErrorMapping(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
+        if name in ("prune", "recipe") and rest:
+            importlib.import_module(".early", __package__).refuse_impossible(name, rest)
         return name, load(name) if name in VERBS else command, rest
 
     def invoke(self, ctx: Any) -> Any:

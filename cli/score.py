@@ -45,6 +45,8 @@ def score(
         print_warnings(loaded.warnings)
         loaded.model.to(resolve_device(run.device))
         scores = score_model(loaded, run.data.source, run.data.samples, run.seed, report, run.data.window)
+    for name, reason in scores.left.items():
+        typer.echo(f"modhifi: warning: the group '{name}' has no scores: {reason}", err=True)
     if out is not None:
         write_scores(scores, out)
     if as_json:

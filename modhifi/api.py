@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from modhifi.bounds.ladder import BoundReport
-from modhifi.data.in_memory import Data, first_items, source_name
+from modhifi.data.in_memory import Data, first_items, several_inputs, source_name
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
@@ -24,7 +24,7 @@ from modhifi.runs.inputs import Given
 from modhifi.runs.prune import PruneResult
 from modhifi.runs.recipe_tasks import parse
 from modhifi.runs.run_recipe import Circumstances, run_recipe
-from modhifi.runs.score import GroupScores, score_model
+from modhifi.runs.score import Scores, score_model
 from modhifi.runs.unlearn import UnlearnResult
 
 Model = str | Path | nn.Module | LoadedModel
@@ -175,10 +175,11 @@ def score(
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
-) -> list[GroupScores]:
+) -> Scores:
     """Scores every component of every prunable group: singleton fidelity, energy score, removal cost and order.
 
-    Returns one :class:`modhifi.runs.score.GroupScores` a group. Raises ModhifiError for bad input, in one line.
+    Returns one :class:`modhifi.runs.score.GroupScores` a group, in a list whose ``left`` names the groups that cannot
+    be measured, each with the reason. Raises ModhifiError for bad input, in one line.
 
     >>> import modhifi
     >>> scores = modhifi.score("demo:resnet", "demo:calibration", samples=32)
@@ -333,11 +334,12 @@ def _classes(forget: str | int | Sequence[str | int]) -> list[str]:
 
 
 def _loaded(model: Model, data: Data) -> LoadedModel:
-    """Loads the model; a module of neither timm nor transformers takes its example batch from the data."""
+    """Loads the model; items of several inputs are its example, and so are the items for a module without its own."""
     if isinstance(model, LoadedModel):
         return model
-    if not isinstance(model, nn.Module):
-        return load_model(model)
+    several = several_inputs(data)
+    if several is not None or not isinstance(model, nn.Module):
+        return load_model(model, example=several)
     inner, _ = unwrapped(model)
     if isinstance(getattr(inner, "pretrained_cfg", None), dict) or hasattr(inner, "main_input_name"):
         return load_model(model)

@@ -13,7 +13,12 @@ from modhifi.artifacts.formatting import asked, change, number
 from modhifi.models.manifest import Manifest, ModelEntry
 
 PIPELINES = {"image": "image-classification", "text": "text-generation", "encoder": "feature-extraction"}
-HEADS = {"SequenceClassification": "text-classification", "MaskedLM": "fill-mask"}
+HEADS = {
+    "SequenceClassification": "text-classification",
+    "MaskedLM": "fill-mask",
+    "ObjectDetection": "object-detection",
+    "SemanticSegmentation": "image-segmentation",
+}
 # The hub's names of the figures that a run measures with labels or text.
 METRICS = ("accuracy", "perplexity")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")

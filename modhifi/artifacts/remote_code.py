@@ -12,7 +12,7 @@ from typing import Any
 
 import transformers
 
-from modhifi.models.from_transformers import auto_class
+from modhifi.models.from_transformers import class_name
 from modhifi.models.manifest import Differences
 from modhifi.models.skeleton import FIELD, without_code
 
@@ -54,7 +54,8 @@ def add_code(directory: Path, config: Any, changes: Differences) -> str | None:
     narrower = None not in changes["shapes"].values() and not changes["dtypes"]
     if not narrower or not hasattr(transformers, name):
         return None
-    auto = auto_class(config)
+    stock = class_name(config)
+    auto = stock if stock.startswith("Auto") else "AutoModel"  # a map of code has no other keys
     (directory / f"{MODULE}.py").write_text(CODE.substitute(name=name, field=FIELD), encoding="utf-8")
     config.auto_map = {auto: f"{MODULE}.{name}"}
     setattr(config, FIELD, {"shapes": changes["shapes"], "attributes": changes["attributes"]})

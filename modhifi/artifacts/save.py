@@ -130,8 +130,8 @@ def _write_ecosystem_files(
     """Writes configuration, tokenizer and image processor; returns the manifest's loaders of the model's own library.
 
     ``stock`` names the one that loads the directory alone, ``remote`` the one that needs the code in it: the name of
-    the Auto class, or timm's ``create_model``. Both are None where only modhifi loads it, and ``not_alone`` says why
-    where that is found by trying.
+    transformers' class, or timm's ``create_model``. Both are None where only modhifi loads it, and ``not_alone`` says
+    why where that is found by trying.
     """
     if original.tokenizer is not None:
         original.tokenizer.save_pretrained(str(directory))
@@ -164,12 +164,12 @@ def _write_transformers_files(
     directory: Path, edited: nn.Module, original: LoadedModel, changes: Differences, process: FreshProcess | None
 ) -> dict[str, str | None]:
     from modhifi.artifacts.remote_code import add_code, remove_code
-    from modhifi.models.from_transformers import auto_class
+    from modhifi.models.from_transformers import class_name
 
     config, model = own_config(edited), cast(Any, edited)
     if getattr(model, "generation_config", None) is not None and model.can_generate():
         model.generation_config.save_pretrained(str(directory))
-    stock = auto_class(config) if is_stock(edited, original, config, changes) else None
+    stock = class_name(config) if is_stock(edited, original, config, changes) else None
     remote = None if stock else add_code(directory, config, changes)
     config.save_pretrained(str(directory))
     name = stock or remote
@@ -215,7 +215,11 @@ def _model_entry(original: LoadedModel, framework: str, changes: Differences) ->
         "kind": original.kind,
         "info": {key: original.info[key] for key in keys if key in original.info},
         "labels": list(original.labels) if original.labels else None,
-        "example": {"shape": list(original.example.shape), "dtype": str(original.example.dtype).removeprefix("torch.")},
+        "example": {
+            "shape": list(original.example.shape),
+            "dtype": str(original.example.dtype).removeprefix("torch."),
+            **({} if original.packing is None else {"packing": original.packing.to_json()}),
+        },
         "differences": changes,
     }
 

@@ -138,7 +138,7 @@ def run_held_out(
     original_outputs = OriginalOutputs()
     for batch in held.batches(batch_size):
         start = sum(map(len, counts))
-        logits_before, logits_after = before(batch), after(batch)
+        logits_before, logits_after = _classes_last(before(batch)), _classes_last(after(batch))
         names = held.names[start : start + len(batch)]
         _check_finite(logits_before, names, ModhifiError, "original", models, partial(original, batch))
         _check_finite(logits_after, names, GateFailed, "modified", models, partial(edited, batch))
@@ -208,6 +208,11 @@ class _Timed:
         """Items a second, without the first batch; None where there was no other."""
         items, seconds = (sum(column) for column in zip(*self.passes[1:], strict=True)) if self.passes[1:] else (0, 0)
         return items / seconds if seconds else None
+
+
+def _classes_last(outputs: Tensor) -> Tensor:
+    """Maps ``(b, classes, height, width)``, as losses of torch read them, with their classes behind."""
+    return outputs.movedim(1, -1) if outputs.ndim > 3 else outputs
 
 
 def _positions(batch: Tensor, outputs: Tensor, tokens: bool, next_tokens: bool) -> tuple[Tensor, Tensor]:

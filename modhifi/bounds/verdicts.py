@@ -41,6 +41,12 @@ class Tolerances:
         if self.max_perplexity_ratio is not None and kind != "text":
             raise ModhifiError("--max-perplexity-ratio is for causal language models; use --max-flip or --max-error")
 
+    def require(self, incomparable: str) -> None:
+        """Raises ModhifiError where a tolerance is given and outputs are ``incomparable``, for that reason."""
+        given = (self.max_flip, self.max_error, self.max_perplexity_ratio)
+        if incomparable and any(tolerance is not None for tolerance in given):
+            raise ModhifiError(f"no tolerance can be checked: {incomparable}; leave out --max-flip and --max-error")
+
     @property
     def alpha(self) -> float:
         """The error probability of one bound: all tolerances together hold at the confidence asked for."""

@@ -12,8 +12,13 @@ from modhifi.models.loaded import LoadedModel
 
 
 def class_count(loaded: LoadedModel) -> int | None:
-    """Number of classes of an image classifier; None for any other model (a backbone's features are no classes)."""
-    if loaded.example.ndim != 4 or getattr(loaded.model, "num_classes", None) == 0:
+    """Number of classes of a classifier of images, or of several inputs; None for any other model.
+
+    A backbone's features are no classes.
+    """
+    if (loaded.example.ndim != 4 and loaded.packing is None) or getattr(loaded.model, "num_classes", None) == 0:
+        return None
+    if loaded.incomparable():
         return None
     with torch.no_grad():
         logits = loaded.logits(loaded.example)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from modhifi.data.samples import Samples, digest
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.packing import Packing, is_several
 
 
 @runtime_checkable
@@ -27,12 +28,19 @@ Data = str | Samples | Indexed
 
 
 def from_items(
-    items: Indexed, transform: Callable[[Image.Image], Tensor] | None, *, n: int, seed: int, ragged: bool = False
+    items: Indexed,
+    transform: Callable[[Image.Image], Tensor] | None,
+    *,
+    n: int,
+    seed: int,
+    ragged: bool = False,
+    packing: Packing | None = None,
 ) -> Samples:
     """At most ``n`` different items, chosen and ordered by ``seed``; ``ragged`` ones are texts of several lengths.
 
-    An item is a model-ready tensor without a batch axis, a PIL image (``transform`` prepares it), or a pair of either
-    with a class index. Asking for an item again must give the same one: no random augmentation. ``items`` that draw
+    An item is a model-ready tensor without a batch axis, a PIL image (``transform`` prepares it), several inputs (a
+    tuple or mapping of tensors in the form of ``packing``, which packs them), or a pair of one of these with a class
+    index. Asking for an item again must give the same one: no random augmentation. ``items`` that draw
     what they return, a sampler, say so by an attribute ``synthetic`` that is true: batch statistics apply to them.
     Raises ModhifiError for anything else, for labels on some items only, and where there is nothing.
     """
@@ -41,8 +49,10 @@ def from_items(
 
     def read(index: int) -> tuple[Tensor, int | None]:
         item, label = items[index], None
-        if isinstance(item, tuple | list) and len(item) == 2:
+        if _is_labelled(item) and not (packing is not None and packing.fits(item)):
             item, label = item[0], _class_index(item[1], index)
+        if packing is not None:
+            item = packing.pack(item)
         if isinstance(item, Image.Image):
             if transform is None:
                 raise ModhifiError("this model brings no preprocessing for images; give tensors that it reads")
@@ -88,7 +98,30 @@ def _class_index(label: Any, index: int) -> int:
     try:
         return int(label)
     except (TypeError, ValueError):
-        raise ModhifiError(f"the label of item {index} of the data is {label!r}; give class indices") from None
+        text = repr(label) if isinstance(label, str | float | None) else f"a {type(label).__name__}"
+        raise ModhifiError(f"the label of item {index} of the data is {text}; give class indices") from None
+
+
+def _is_labelled(item: Any) -> bool:
+    """Whether an item is a pair of an input, or several, and a class index, rather than two inputs."""
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        return False
+    second = item[1]
+    if isinstance(second, Tensor):
+        return second.ndim == 0 or (second.numel() == 1 and not second.is_floating_point())
+    return not is_several(second)
+
+
+def several_inputs(data: Data) -> Any:
+    """An example batch of two items that have several inputs each; None for data of another kind."""
+    if isinstance(data, str | Samples | Tensor | Mapping) or not isinstance(data, Indexed) or not len(data):
+        return None
+    items = [data[i] for i in (0, min(1, len(data) - 1))]
+    inputs = [item[0] if _is_labelled(item) else item for item in items]
+    if not is_several(inputs[0]):
+        return None
+    packing = Packing.of(inputs[0])
+    return packing.nest(torch.stack([packing.pack(one) for one in inputs]))
 
 
 def first_items(items: Indexed, count: int = 2) -> Tensor:
@@ -110,4 +143,4 @@ def samples_from(data: Samples | Indexed, loaded: LoadedModel, *, n: int, seed: 
         return data if len(data) <= n else data.subset(range(n))
     if not isinstance(data, Indexed) or isinstance(data, dict | Sequence) and not isinstance(data, list | tuple):
         raise ModhifiError(f"data is {type(data).__name__}; give a source string, a tensor, a list or a Dataset")
-    return from_items(data, loaded.transform, n=n, seed=seed, ragged=loaded.reads_tokens)
+    return from_items(data, loaded.transform, n=n, seed=seed, ragged=loaded.reads_tokens, packing=loaded.packing)

@@ -21,6 +21,7 @@ from modhifi.models.from_module import from_module
 from modhifi.models.hub import explained, fetch_description, fetch_weights, split_revision
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import MANIFEST, Artifact, Manifest, ModelEntry, read_manifest
+from modhifi.models.packing import Packing
 from modhifi.models.plain_copy import plain_copy
 from modhifi.models.skeleton import build_skeleton, fill, read_config, reshape
 from modhifi.models.trust import check_arguments, check_directory, listed_files, no_network
@@ -128,6 +129,14 @@ def _read_weights(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _loaded_from(model: nn.Module, directory: Path, entry: ModelEntry) -> LoadedModel:
+    loaded = _of_one_input(model, directory, entry)
+    if entry.example is None or "packing" not in entry.example:
+        return loaded
+    packing = Packing.from_json(entry.example["packing"])
+    return replace(loaded, example=packing.example(), packing=packing, kind="tensor", transform=None)
+
+
+def _of_one_input(model: nn.Module, directory: Path, entry: ModelEntry) -> LoadedModel:
     source = str(directory)
     if entry.framework == "timm":
         from modhifi.models import from_timm

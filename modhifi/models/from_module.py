@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.packing import is_several
 from modhifi.models.plain_copy import plain_copy, unwrapped
 from modhifi.models.weights import check_weights
 
 
-def from_module(module: nn.Module, args: dict[str, Any], example: Tensor | None) -> LoadedModel:
+def from_module(module: nn.Module, args: dict[str, Any], example: Any) -> LoadedModel:
     """Copies a module to the CPU and completes it to a model that can be measured and edited.
 
     A module of timm or transformers brings its own example; any other needs ``example``, a batch of inputs (axis 0 the
-    batch). Raises ModhifiError without one, for a quantised module and for ``args``, which build a model from a name.
+    batch) or a nest of several. Raises ModhifiError without one, for a quantised module and for ``args``, which build a
+    model from a name.
     """
     if args:
         raise ModhifiError("model arguments build a model from a name; a module is already built")
@@ -35,10 +37,10 @@ def from_module(module: nn.Module, args: dict[str, Any], example: Tensor | None)
         from modhifi.models import from_transformers
 
         return _noting(from_transformers.loaded_from(model, source, None), notes)
-    if not isinstance(example, Tensor):
+    if not isinstance(example, Tensor) and not is_several(example):
         raise ModhifiError(f"{source}: pass example=, a batch of inputs (axis 0 the batch), with a plain module")
     info = {"architecture": type(model).__name__, "libraries": {"torch": torch.__version__}, "notes": notes}
-    return LoadedModel(model, source, "torch", "tensor", example, None, None, None, info)
+    return LoadedModel(model, source, "torch", "tensor", torch.empty(0), None, None, None, info).with_example(example)
 
 
 def _noting(loaded: LoadedModel, notes: list[str]) -> LoadedModel:

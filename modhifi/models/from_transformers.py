@@ -44,7 +44,7 @@ TOKENIZER_FILES = (
 def from_directory(
     directory: Path, source: str, pretrained: bool, trust_remote_code: bool, gguf_file: str | None
 ) -> LoadedModel:
-    """Loads the model of a directory with the Auto class that its configuration's ``architectures`` name.
+    """Loads the model of a directory as the class that its configuration's ``architectures`` name.
 
     Weights keep the checkpoint's dtype; a GGUF file is dequantised to float32. Raises ModhifiError if transformers
     cannot load it, if none of its backbone's weights are there, if it has an encoder and a decoder, or if it would have
@@ -60,13 +60,13 @@ def from_directory(
         if getattr(config, "is_encoder_decoder", False):
             raise ModhifiError(f"{source} has an encoder and a decoder, which is not supported; give a model with one")
         # A GGUF file holds a causal language model and names no architecture of transformers.
-        builder = getattr(transformers, "AutoModelForCausalLM" if gguf_file else auto_class(config))
         if pretrained:
+            builder = getattr(transformers, "AutoModelForCausalLM" if gguf_file else class_name(config))
             model, loading_info = builder.from_pretrained(
                 str(directory), dtype="auto", output_loading_info=True, **common
             )
         else:
-            model = builder.from_config(config, trust_remote_code=trust_remote_code)
+            model = build(config, trust_remote_code)
     if gguf_file:
         model = _without_quantiser(model)
     loaded = loaded_from(frozen(model), source, directory, **common)
@@ -74,6 +74,10 @@ def from_directory(
     if missing := sorted(loading_info.get("missing_keys", ())):
         _refuse_foreign(model, set(missing), source)
         loaded.info["notes"].append(f"not in the checkpoint, newly initialised: {', '.join(missing)}")
+    if unused := sorted(loading_info.get("unexpected_keys", ())):
+        loaded.info["warnings"].append(
+            f"{len(unused)} tensors of the checkpoint are not used by {type(model).__name__}, such as '{unused[0]}'"
+        )
     return loaded
 
 
@@ -101,8 +105,12 @@ def _bars_on_terminals_only() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def auto_class(config: Any) -> str:
-    """The name of the Auto class that keeps the head of the first architecture a configuration names."""
+def class_name(config: Any) -> str:
+    """The name of the class of transformers that keeps the head of the first architecture a configuration names.
+
+    An Auto class where one builds that architecture, otherwise the architecture's own class, and ``AutoModel`` for one
+    that transformers does not have.
+    """
     for architecture in config.architectures or ():
         for name, mapping, _ in HEADS:
             known = {c for value in mapping.values() for c in ([value] if isinstance(value, str) else value)}
@@ -110,7 +118,20 @@ def auto_class(config: Any) -> str:
                 f".{architecture}"
             ):
                 return name
+        named = getattr(transformers, str(architecture), None)
+        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+            if named.config_class is not None and isinstance(config, named.config_class):
+                bare = auto.MODEL_MAPPING_NAMES.get(config.model_type)
+                return "AutoModel" if architecture == bare else str(architecture)
     return "AutoModel"
+
+
+def build(config: Any, trust_remote_code: bool = False) -> Any:
+    """Builds the model that a configuration describes, with random weights, as the class of :func:`class_name`."""
+    builder = getattr(transformers, class_name(config))
+    if issubclass(builder, transformers.PreTrainedModel):
+        return builder._from_config(config)  # what the Auto classes call, too
+    return builder.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def loaded_from(model: Any, source: str, directory: Path | None, **common: Any) -> LoadedModel:
@@ -135,7 +156,7 @@ def loaded_from(model: Any, source: str, directory: Path | None, **common: Any) 
     if architecture != type(model).__name__:
         warnings.append(f"loaded as {type(model).__name__}: the head of {architecture} is left out")
     if type(model).__name__.endswith("Classification"):
-        names = [str(config.id2label.get(i, i)) for i in range(config.num_labels)]
+        names = [str((config.id2label or {}).get(i, i)) for i in range(config.num_labels)]
         labels = None if all(n == f"LABEL_{i}" for i, n in enumerate(names)) else tuple(names)
     info = {
         "architecture": type(model).__name__,
@@ -161,7 +182,7 @@ def _kind(model: Any, config: Any) -> str | None:
         return None
     causal = {c for value in HEADS[1][1].values() for c in ([value] if isinstance(value, str) else value)}
     mapped = str((getattr(config, "auto_map", None) or {}).get(HEADS[1][0], "")).endswith(f".{type(model).__name__}")
-    return "text" if type(model).__name__ in causal or mapped else "encoder"
+    return "text" if type(model).__name__ in causal or mapped or model.can_generate() else "encoder"
 
 
 def _image_transform(config: Any, directory: Path | None, notes: list[str], trusted: bool) -> Preprocess:
@@ -170,7 +191,8 @@ def _image_transform(config: Any, directory: Path | None, notes: list[str], trus
         with hub.explained(str(directory / "preprocessor_config.json")):
             processor = transformers.AutoImageProcessor.from_pretrained(str(directory), trust_remote_code=trusted)
         return Preprocess(partial(_process, processor), mode, processor)
-    size = getattr(config, "image_size", None) or 224
+    parts = (config, getattr(config, "vision_config", None))
+    size = next((size for part in parts if (size := getattr(part, "image_size", None))), 224)
     size = (size, size) if isinstance(size, int) else tuple(size)
     family = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type)
     names = list(family.values()) if isinstance(family, dict) else []

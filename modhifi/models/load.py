@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from modhifi.disk import home_path
 from modhifi.errors import ModhifiError
@@ -34,7 +34,7 @@ def load_model(
     weights: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    example: Tensor | None = None,
+    example: Any = None,
     gguf_file: str | None = None,
 ) -> LoadedModel:
     """Loads a model from timm, the Hugging Face hub, a local directory or a module.
@@ -44,7 +44,8 @@ def load_model(
     ``pretrained=False`` gives random weights from a fixed seed. ``model_args`` reach ``timm.create_model``, and
     ``weights`` is a ``.safetensors`` or ``.pth`` file for ``timm:NAME``. ``gguf_file`` names a GGUF file of the model,
     which is dequantised. ``example`` (batch first) replaces the random example and is required for a module that is
-    neither timm's nor transformers'. A module is copied: the caller's own stays as it is.
+    neither timm's nor transformers'; of a model that reads several inputs it is a tuple of batches, by position, or a
+    mapping, by name. A module is copied: the caller's own stays as it is.
 
     Raises ModhifiError for an unknown name, a model that cannot be downloaded, one that is already quantised and one
     with NaN or infinite weights.
@@ -80,7 +81,7 @@ def load_model(
         _require_directory(directory)
         loaded = _from_directory(directory, name, pretrained, args, trust_remote_code, gguf_file)
     check_weights(loaded.model, loaded.source)
-    return loaded if example is None else replace(loaded, example=example)
+    return loaded if example is None else loaded.with_example(example)
 
 
 def _from_directory(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
+from modhifi.models.hub import first_line
 from modhifi.models.manifest import Artifact
+from modhifi.models.packing import Packing, Unpacked, pack_batch
 from modhifi.structure.outputs import named_tensors
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ class LoadedModel:
     normalised pixels ``(2, C, H, W)`` or token ids ``(2, 16)``. ``transform`` is the model's own evaluation
     preprocessing, PIL image to float32 ``(C, H, W)``. ``info`` is JSON-able: architecture, arguments, resolved commit,
     licence, versions, notes. ``artifact`` holds the manifest of the artefact that the model was loaded from, None for
-    another source.
+    another source. ``packing`` is the form of the items of a model that reads several inputs, whose batches are packed;
+    None for one input.
     """
 
     model: nn.Module
@@ -45,6 +48,7 @@ class LoadedModel:
     labels: tuple[str, ...] | None
     info: dict[str, Any]
     artifact: Artifact | None = None
+    packing: Packing | None = None
 
     @property
     def warnings(self) -> list[str]:
@@ -54,7 +58,7 @@ class LoadedModel:
     def logits(self, batch: Tensor, model: nn.Module | None = None) -> Tensor:
         """The main output of one forward pass of ``model`` (default: this model) on a batch, axis 0 the batch.
 
-        Logits where the model has them, otherwise its last hidden state or first output. The batch moves to the
+        Logits where the model has them, otherwise its first output. The batch moves to the
         model's device and dtype (:meth:`ready`); token ids of ``PADDING`` are masked out of the attention. Raises
         ModhifiError if the model returns no tensor.
         """
@@ -68,6 +72,42 @@ class LoadedModel:
         output = self._forward(batch, model)
         main_output(output)
         return dict(named_tensors(output))
+
+    @torch.no_grad()
+    def incomparable(self) -> str:
+        """Why the outputs of two models cannot be compared item by item, in words; empty where they can.
+
+        Costs a forward pass of two items, and one of a single item where a list may have an entry for each. Raises
+        ModhifiError where the model fails on its example.
+        """
+        if self.reads_tokens:
+            return ""
+        two = self.example[:2] if len(self.example) > 1 else self.example.repeat(2, *[1] * (self.example.ndim - 1))
+        try:
+            output = self._forward(two, None)
+        except Exception:
+            self.require_runs()
+            raise
+        if isinstance(output, list | tuple) and len(output) == 2 and not isinstance(output[0], Tensor):
+            if len(self._forward(two[:1], None)) == 1:
+                names = ", ".join(dict.fromkeys(name for name, _ in named_tensors(output[0])))
+                return f"the model returns a list with one entry an item ({names}), whose sizes are its own"
+        rows = len(main_output(output))
+        return "" if rows == 2 else f"the model's first output holds {rows} rows for two items"
+
+    @torch.no_grad()
+    def require_runs(self) -> None:
+        """Raises ModhifiError, in one line, where a forward pass on the example fails."""
+        try:
+            self._forward(self.example, None)
+        except Exception as error:
+            given = {"image": "pixels", "tensor": "its example"}.get(self.kind, "token ids")
+            arguments = ", ".join(inspect.signature(self.model.forward).parameters)
+            raise ModhifiError(
+                f"{self.source}, a {type(self.model).__name__}, does not run on {given} alone "
+                f"({first_line(error).partition('tensor(')[0]}); its forward takes {arguments}: from Python, "
+                "give items and example= with all that it needs"
+            ) from error
 
     def run(self, batch: Tensor, model: nn.Module | None = None) -> None:
         """Runs a forward pass for its inner activations alone.
@@ -100,9 +140,25 @@ class LoadedModel:
         own = self.kind == "tensor" and any(p.dtype == batch.dtype for p in model.parameters())
         return batch.to(parameter.device, batch.dtype if own else parameter.dtype)
 
+    def of_one_batch(self, model: nn.Module) -> nn.Module:
+        """The model as a module that takes a batch of the samples, packed or not."""
+        return model if self.packing is None else Unpacked(model, self.packing)
+
+    def with_example(self, example: Any) -> LoadedModel:
+        """The model with another example: a batch, or a nest of tensors for the several inputs that it reads.
+
+        Raises ModhifiError where a nest holds other things, or tensors of different lengths.
+        """
+        if isinstance(example, Tensor):
+            return replace(self, example=example)
+        packing, batch = pack_batch(example)
+        return replace(self, example=batch, packing=packing, kind="tensor", transform=None)
+
     def _forward(self, batch: Tensor, model: nn.Module | None, **options: Any) -> Any:
         model = self.model if model is None else model
         batch = self.ready(batch, model)
+        if self.packing is not None:
+            return self.of_one_batch(model)(batch)
         if self.kind == "text":
             options["use_cache"] = False  # a key-value cache would hold memory that a single pass never reads
         if (mask := self.real_tokens(batch)) is not None:
@@ -116,14 +172,13 @@ def real_tokens(batch: Tensor) -> Tensor | None:
 
 
 def main_output(out: Any) -> Tensor:
-    """The logits in a model's output, else its last hidden state, else its first tensor; axis 0 is the batch.
+    """The logits in a model's output, else its first tensor; axis 0 is the batch.
 
     A single number for each item becomes ``(batch, 1)``. Raises ModhifiError without a tensor for each item.
     """
-    for name in ("logits", "last_hidden_state"):
-        value = out.get(name) if isinstance(out, Mapping) else getattr(out, name, None)
-        if isinstance(value, Tensor):
-            return value
+    logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
     first = next((tensor for _, tensor in named_tensors(out)), None)
     if first is None:
         raise ModhifiError(f"the model returns {type(out).__name__}, not a tensor; wrap it to return one")

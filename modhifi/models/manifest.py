@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
@@ -88,6 +88,7 @@ class Example(TypedDict):
 
     shape: list[Size]
     dtype: Dtype
+    packing: NotRequired[dict[str, Any]]
 
 
 class ModelEntry(Part):

@@ -67,11 +67,9 @@ def _construct(framework: str, info: Mapping[str, Any], config: Any) -> nn.Modul
         model: nn.Module = timm.create_model(name, pretrained_cfg=described, **args)
         return model
     if framework == "transformers":
-        import transformers
+        from modhifi.models.from_transformers import build
 
-        from modhifi.models.from_transformers import auto_class
-
-        model = getattr(transformers, auto_class(config)).from_config(config, trust_remote_code=False)
+        model = build(config)
         return model
     raise ModhifiError("a module of your own has no factory to build it; pass skeleton=, the dense module")
 

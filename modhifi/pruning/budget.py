@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from modhifi.errors import ModhifiError
-from modhifi.structure.groups import Structure
-from modhifi.structure.sizes import Sizes
+
+if TYPE_CHECKING:  # an impossible budget is refused before torch is imported
+    from modhifi.structure.groups import Structure
+    from modhifi.structure.sizes import Sizes
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from modhifi.calibration.sampling import Sampling
 from modhifi.data.samples import Samples
 from modhifi.errors import IndefiniteError, ModhifiError
 from modhifi.models.loaded import LoadedModel
-from modhifi.models.trial import try_pass
 from modhifi.progress import Progress, silent
 from modhifi.pruning.allocation import allocate
 from modhifi.pruning.budget import Budget
@@ -65,7 +64,7 @@ class Pruned:
 def find_structure(loaded: LoadedModel) -> Structure:
     """Trace the model on its example batch, and refuse what its code would not survive.
 
-    Raises ModhifiError where the model cannot run on it.
+    Raises ModhifiError where the model fails on its example.
     """
 
     def run(model: nn.Module) -> dict[str, Tensor]:
@@ -74,8 +73,8 @@ def find_structure(loaded: LoadedModel) -> Structure:
     try:
         structure = trace(loaded.model, run)
     except Exception:
-        try_pass(loaded, loaded.example)  # fails where the model does, and not the watching of it
-        raise
+        loaded.require_runs()
+        raise  # the model is not to blame
     return confirm(loaded.model, structure, run)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ def run_audit(
     """
     directory, data_recipe = recipe.directory, recipe.data
     edited = load_model(directory if given.edited is None else given.edited, example=_example(given))
+    if given.edited is not None and given.model is not None:
+        edited = replace(edited, packing=given.model.packing)
     original = given.model or _load_original(recipe, edited)
     notes = []
     base = None if edited.artifact is None else edited.artifact.manifest.base

@@ -36,6 +36,8 @@ def check_model(loaded: LoadedModel) -> dict[str, Any]:
     refused = [{"name": g.name, "n": g.n, "reason": g.refused} for g in structure.refused]
     return {
         "model": loaded.source,
+        "architecture": loaded.info["architecture"],
+        "notes": list(loaded.info.get("notes", [])),
         "parameters": total,
         "groups": groups,
         "refused": refused,

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from modhifi.bounds.ladder import BoundReport
-from modhifi.runs.recipe import BudgetChoice, PruneRecipe
+from modhifi.runs.budget_choice import BudgetChoice
+from modhifi.runs.recipe import PruneRecipe
 
 Tone = Literal["good", "weak", "bad"]
 # The largest shares of changed top-1, and ratios of perplexities, that count as good and as weak.
@@ -34,6 +35,11 @@ def add_outcome(report: dict[str, Any], bounds: BoundReport, advice: tuple[str, 
     elif "INCONCLUSIVE" in verdicts and tone == "good":
         tone = "weak"
     report["outcome"] = {"tone": tone, "text": text, "advice": list(advice)}
+
+
+def without_bounds(report: dict[str, Any], reason: str) -> None:
+    """Adds the ``outcome`` of a run whose outputs cannot be compared, for that reason, in place."""
+    report["outcome"] = {"tone": "weak", "text": f"How far the outputs moved is not known: {reason}.", "advice": []}
 
 
 def _change(bounds: BoundReport) -> tuple[str, Tone]:

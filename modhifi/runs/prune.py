@@ -32,12 +32,14 @@ from modhifi.progress import Clock, Progress, silent
 from modhifi.pruning.prune import contribute, prune_model
 from modhifi.pruning.stages import Pruned
 from modhifi.runs.bound_report import add_bounds, add_groups
+from modhifi.runs.budget_choice import BudgetChoice
 from modhifi.runs.continuations import continuations
 from modhifi.runs.defaults import complete
+from modhifi.runs.entries import count_entries
 from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, located, place
-from modhifi.runs.outcome import add_outcome, prune_advice
+from modhifi.runs.outcome import add_outcome, prune_advice, without_bounds
 from modhifi.runs.prune_report import before_after, measure_run, measured_verdict, report_of, skipped_warnings
-from modhifi.runs.recipe import BudgetChoice, PruneRecipe
+from modhifi.runs.recipe import PruneRecipe
 from modhifi.structure.expand import expand
 from modhifi.structure.plan import Plan
 
@@ -94,11 +96,18 @@ def run_prune(
     with clock.stage("load"):
         original = given.model or load_source(recipe.model)
         place(original, device, recipe.offload)
+        if recipe.export and original.packing is not None:
+            raise ModhifiError("an export has one input, and this model reads several; leave out --export")
         tolerances = recipe.checks.tolerances()
         tolerances.fit(original.kind)
         if budget is not None:
             budget.fit(original.kind)
+        incomparable = original.incomparable()
+        tolerances.require(incomparable)
         recipe, remarks = complete(recipe, original, device)
+        if incomparable:
+            recipe, more = _by_local_errors(recipe, incomparable)
+            remarks = [*remarks, *more]
     with clock.stage("data"):
         calibration, held = load_data(recipe, original, given, progress)
         warnings = [*original.warnings, *remarks, *warn_degenerate(calibration), *skipped_warnings(calibration)]
@@ -122,23 +131,35 @@ def run_prune(
         report["timing"] = clock.seconds
         return PruneResult(report, pruned.plan)
     with clock.stage("measure"):
-        table = _measure(report, original, pruned, calibration, held, settings.batch_size, progress)
+        table = _measure(report, original, pruned, calibration, held, settings.batch_size, progress, incomparable)
     # Its imports take as long as the bounds.
     process = None if out is None else FreshProcess(original.framework)
-    with clock.stage("bound"):
-        dense_shape = expand(pruned.model, original.model, pruned.structure, pruned.plan)
-        walked = recipe.checks.walked
-        bounds = verify_model(
-            original, pruned.model, dense_shape, held, tolerances, walked=walked, table=table, progress=progress
-        )
-        add_bounds(report, bounds)
-        add_groups(report, bounds, pruned.structure)
-        add_outcome(report, bounds, prune_advice(report, recipe, bounds, original.kind))
+    bounds = None
+    if table is None:
+        without_bounds(report, incomparable)
+    else:
+        with clock.stage("bound"):
+            dense_shape = expand(pruned.model, original.model, pruned.structure, pruned.plan)
+            walked = recipe.checks.walked
+            bounds = verify_model(
+                original, pruned.model, dense_shape, held, tolerances, walked=walked, table=table, progress=progress
+            )
+            add_bounds(report, bounds)
+            add_groups(report, bounds, pruned.structure)
+            add_outcome(report, bounds, prune_advice(report, recipe, bounds, original.kind))
     path = None
     if out is not None:
         path = _save(out, recipe, original, pruned, calibration, held, report, clock, force, process)
     report["timing"] = clock.seconds
     return PruneResult(report, pruned.plan, pruned.model, path, bounds)
+
+
+def _by_local_errors(recipe: PruneRecipe, incomparable: str) -> tuple[PruneRecipe, list[str]]:
+    """The recipe without what compares outputs, and a remark if that changes it."""
+    if recipe.method.allocate == "energy":
+        return recipe, []
+    method = recipe.method.model_copy(update={"allocate": "energy"})
+    return recipe.model_copy(update={"method": method}), [f"groups are weighted by their own energy: {incomparable}"]
 
 
 def _note(
@@ -163,17 +184,25 @@ def _measure(
     held: Samples,
     batch_size: int,
     progress: Progress,
-) -> HeldOut:
-    """Adds every measured figure to the report; returns the table of the outputs of both models on ``held``."""
+    incomparable: str,
+) -> HeldOut | None:
+    """Adds every measured figure to the report; returns the table of the outputs of both models on ``held``.
+
+    Where these are ``incomparable``, for that reason, they are counted, and there is no table.
+    """
     report["calibration"] = {
         **look(original, calibration, batch_size),
         "grams": [vars(quality) for quality in pruned.grams],
     }
-    table = tabulate(original, pruned.model, held, batch_size)
+    table = None if incomparable else tabulate(original, pruned.model, held, batch_size)
+    if table is None:
+        report["entries"] = count_entries(original, pruned.model, held, batch_size)
     report |= measure_run(original, pruned.model, held, table, progress)
     report["before_after"] = before_after(report)
     report["verdicts"] = [measured_verdict(report)]
-    if texts := continuations(original, pruned.model, held):
+    if table is None:
+        report["verdicts"].append({"name": "every bound", "verdict": "not available", "text": incomparable})
+    elif texts := continuations(original, pruned.model, held):
         report["texts"] = texts
     if original.kind == "image":
         report["contact_sheet"] = data_uri(contact_sheet(calibration, original, n=48, tile=64))

@@ -116,22 +116,26 @@ def _plain(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure_run(
-    original: LoadedModel, edited: nn.Module, held: Samples, table: HeldOut, progress: Progress = silent
+    original: LoadedModel, edited: nn.Module, held: Samples, table: HeldOut | None, progress: Progress = silent
 ) -> dict[str, Any]:
     """Measures errors, size, throughput and latency of both models, on the device of the edited one.
 
-    ``table`` holds the outputs of both on ``held``.
+    ``table`` holds the outputs of both on ``held``, None where they cannot be compared.
     """
     item = original.ready(held.first(1), edited)
 
-    def forward(model: nn.Module, batch: Tensor) -> Tensor:
-        return original.logits(batch, model)  # without a key-value cache, which some models cannot fill
+    def forward(model: nn.Module, batch: Tensor) -> None:
+        # Without a key-value cache, which some models cannot fill.
+        if table is None:
+            original.run(batch, model)
+        else:
+            original.logits(batch, model)
 
     progress("checking", 0, 2)
-    errors = table.summary()
-    if original.kind == "text":
+    errors: dict[str, Any] = {"n": len(held)} if table is None else table.summary()
+    if table is not None and original.kind == "text":
         errors["perplexity_before"], errors["perplexity_after"] = table.perplexities()
-    if held.labels is not None and table.top_before is not None:
+    if held.labels is not None and table is not None and table.top_before is not None:
         errors["accuracy_before"], errors["accuracy_after"] = table.accuracies(held.labels)
     size = {
         "parameters": [measure.count_parameters(original.model), measure.count_parameters(edited)],
@@ -144,7 +148,7 @@ def measure_run(
     return {
         "errors": errors,
         "size": size,
-        "throughput": list(table.throughput),
+        "throughput": [None, None] if table is None else list(table.throughput),
         "latency": {name: vars(value) for name, value in latency.items()},
     }
 
@@ -160,14 +164,19 @@ def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
     quality = row("top-1 accuracy", errors.get("accuracy_before"), errors.get("accuracy_after"), "%")
     if text:
         quality = row("perplexity", errors["perplexity_before"], errors["perplexity_after"])
-    return [
-        quality,
-        row(f"{'next-token ' if text else ''}agreement with the original", 1.0, errors["agreement"], "%"),
+    sizes = [
         row("FLOPs per sample", *size["flops"]),
         row("parameters", *size["parameters"]),
         row("latency, one sample", latency["before"]["median"], latency["after"]["median"], "s"),
         row("throughput, samples a second", *report["throughput"]),
         row("weights on disk", size["bytes"][0], size["bytes"][1], "B"),
+    ]
+    if "agreement" not in errors:
+        return [*(row(f"{name} an item", *counts) for name, counts in report["entries"].items()), *sizes]
+    return [
+        quality,
+        row(f"{'next-token ' if text else ''}agreement with the original", 1.0, errors["agreement"], "%"),
+        *sizes,
     ]
 
 
@@ -180,9 +189,11 @@ def measured_verdict(report: dict[str, Any]) -> dict[str, str]:
         local = (
             f"the largest local error is {worst['relative_error']:.3g} of the energy, at the readers of {worst['name']}"
         )
+    moved = "the outputs could only be counted"
+    if "agreement" in errors:
+        moved = f"the output moved by {errors['relative_error']:.3g} of its energy (mean KL {errors['kl']:.3g} nats)"
     return {
         "name": "local and global errors",
         "verdict": "MEASURED",
-        "text": f"on {errors['n']} held-out samples the output moved by {errors['relative_error']:.3g} of its energy "
-        f"(mean KL {errors['kl']:.3g} nats); {local}; measured, not bounded",
+        "text": f"on {errors['n']} held-out samples {moved}; {local}; measured, not bounded",
     }

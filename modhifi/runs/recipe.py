@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
 from modhifi.bounds.verdicts import Tolerances
 from modhifi.disk import home_path, read_json
 from modhifi.errors import ModhifiError
-from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.layouts import LAYOUTS
 from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.weightings import WEIGHTINGS
 from modhifi.registry import one_of
+from modhifi.runs.budget_choice import BudgetChoice
 from modhifi.runs.recipe_file import Option, Strict, parse_yaml
 from modhifi.structure.plan import Plan
 
@@ -110,35 +110,6 @@ class DataSource(CalibrationData):
     """Held-out data; by default a disjoint part of --data."""
     evaluation_samples: Count | None = None
     """Held-out samples; by default 256 images, 32 windows (16 on a CPU)."""
-
-
-class BudgetChoice(Strict):
-    """The budget: exactly one share, of components removed or of parameters, FLOPs or KV cache kept."""
-
-    panel: ClassVar[str] = "Budget"
-
-    ratio: float | None = None
-    """Share of components removed, such as 0.5."""
-    params: str | None = None
-    """Share of parameters kept, such as 0.5x."""
-    flops: Annotated[str | None, Option(panel="Most used")] = None
-    """Share of FLOPs kept, such as 0.5x."""
-    kv_cache: str | None = None
-    """Share of the KV cache kept, in whole KV groups, such as 0.5x."""
-
-    @field_validator("ratio", "params", "flops", "kv_cache")
-    @classmethod
-    def _possible(cls, value: Any, info: ValidationInfo) -> Any:
-        if value is not None:
-            try:
-                Budget.parse(**{str(info.field_name): value})
-            except ModhifiError as error:
-                raise ValueError(str(error).partition(" is ")[2]) from None
-        return value
-
-    def parse(self) -> Budget:
-        """The budget; raises ModhifiError unless exactly one share is given."""
-        return Budget.parse(self.ratio, self.params, self.flops, self.kv_cache)
 
 
 class Method(Strict):

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from modhifi.data.in_memory import Data
 from modhifi.data.sources import load_samples
+from modhifi.errors import IndefiniteError
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.trial import try_pass
 from modhifi.progress import Progress, silent
 from modhifi.pruning.fidelity import energy_score
-from modhifi.pruning.left_alone import leave, unmeasured
+from modhifi.pruning.left_alone import UNSOLVED, leave, unmeasured
 from modhifi.pruning.readers import readers_of
 from modhifi.pruning.selectors.base import summed
 from modhifi.pruning.settings import PruneSettings
@@ -62,6 +63,14 @@ class GroupScores:
         }
 
 
+class Scores(list[GroupScores]):
+    """The scores of every group that has some; ``left`` has the others, each with the reason."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left: dict[str, str] = {}
+
+
 def score_model(
     loaded: LoadedModel,
     data: Data,
@@ -69,10 +78,11 @@ def score_model(
     seed: int = 0,
     progress: Progress = silent,
     window: int | None = None,
-) -> list[GroupScores]:
+) -> Scores:
     """Scores every prunable group of a model on one data source, in one forward pass a sample.
 
-    Raises ModhifiError where the data cannot be had.
+    Groups that cannot be measured or solved are left out. Raises ModhifiError where the data cannot be had, and where
+    no group is left.
     """
     usual = amounts(loaded, next(loaded.model.parameters()).device)
     settings = PruneSettings(seed=seed, floor=1e-9, batch_size=usual.batch_size)
@@ -80,9 +90,16 @@ def score_model(
     calibration = load_samples(data, loaded, n=samples or usual.samples, seed=seed, window=window, progress=progress)
     try_pass(loaded, calibration.first())
     moments = measure_moments(loaded, structure, calibration, settings.sampling, progress)
-    leave(structure, unmeasured(loaded, structure, moments, calibration, settings.batch_size), strict=True)
-    curves = removal_curves(loaded.model, structure, moments, settings, progress)
-    result = []
+    result = Scores()
+    result.left |= unmeasured(loaded, structure, moments, calibration, settings.batch_size)
+    structure = leave(structure, result.left, strict=False)
+    try:
+        curves = removal_curves(loaded.model, structure, moments, settings, progress)
+    except IndefiniteError as error:
+        unsolved = dict.fromkeys(error.groups, UNSOLVED)
+        result.left |= unsolved
+        structure = leave(structure, unsolved, strict=False)
+        curves = removal_curves(loaded.model, structure, moments, settings, progress)
     for group in structure.prunable:
         readers = readers_of(loaded.model, structure, group, moments)
         curve = curves[group.name]

@@ -123,7 +123,8 @@ def run_unlearn(
         )
         add_bounds(report, bounds)
         add_outcome(report, bounds)
-        report["contact_sheet"] = data_uri(contact_sheet(data.edit, original, n=48, tile=64))
+        if original.packing is None:
+            report["contact_sheet"] = data_uri(contact_sheet(data.edit, original, n=48, tile=64))
     path = None
     if out is not None:
         forgotten = sorted({*classes, *forgotten_before(original)})

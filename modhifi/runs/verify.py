@@ -38,6 +38,8 @@ def run_verify(
     calibration (unless the recipe allows it).
     """
     original, edited, manifest = load_pair(recipe, given)
+    if reason := original.incomparable():
+        raise ModhifiError(f"no bound is available: {reason}; wrap the model to return one tensor with a row an item")
     recipe = complete_verify(recipe, original, device)
     data, batch_size = recipe.data, recipe.batch_size
     assert data.samples is not None and batch_size is not None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,6 +98,38 @@ def test_a_bad_budget_in_a_recipe_names_its_line(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("model: {name: demo:resnet}\nbudget:\n  flops: 1.5x\n")
     assert f"{path}:3: budget.flops: the share of the model kept" in refused("recipe", "validate", path)
+
+
+BUDGETS: list[tuple[list[str], str]] = [
+    (["--flops", "1.5x"], "--flops: the share of the model kept, above 0x and below 1x, not '1.5x'"),
+    (["--kv-cache=0x"], "--kv-cache: the share of the model kept"),
+    (["--ratio", "2"], "--ratio: the share of components removed, above 0 and below 1, not 2"),
+    (["--set", "budget.params=3x"], "--params: the share of the model kept"),
+    (["--recipe", "one.yaml"], "one.yaml:3: budget.flops: the share of the model kept"),
+    (["--recipe", "one.yaml", "--flops", "7x"], "--flops: the share of the model kept"),
+    (["--recipe", "good.yaml", "--set", "budget.flops=2x"], "budget.flops: the share of the model kept"),
+    (["recipe", "run", "one.yaml"], "one.yaml:3: budget.flops: the share of the model kept"),
+    (["recipe", "validate", "steps.yaml"], "budget.ratio: the share of components removed"),
+]
+
+
+def test_a_budget_that_no_model_can_meet_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("model: {name: demo:resnet}\nbudget:\n  flops: 1.5x\n")
+    (tmp_path / "good.yaml").write_text("model: {name: demo:resnet}\nbudget:\n  flops: 0.5x\n")
+    (tmp_path / "steps.yaml").write_text("out: x\nsteps: {a: {task: prune, budget: {ratio: 2}}}\n")
+    prune = ["prune", "demo:resnet", "--out", "x"]
+    commands = [arguments if arguments[0] == "recipe" else [*prune, *arguments] for arguments, _ in BUDGETS]
+    code = (
+        "import json, sys; from typer.testing import CliRunner; from modhifi.cli.main import app\n"
+        "done = [CliRunner().invoke(app, c) for c in json.loads(sys.argv[1])]\n"
+        "print(json.dumps(['torch' in sys.modules, [[d.exit_code, d.stderr] for d in done]]))"
+    )
+    command = [sys.executable, "-c", code, json.dumps(commands)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    torch_imported, results = json.loads(done.stdout)
+    assert not torch_imported
+    for (_, message), (exit_code, errors) in zip(BUDGETS, results, strict=True):
+        assert exit_code == 2 and message in errors and errors.count("\n") == 1, errors
 
 
 BROKEN = ["{", DEEP, NESTED, '{"a": ' * 300 + "1" + "}" * 300, "[]", "3", '"x"', "", "\ud800", "NaN", '{"x": 1e999']

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 # What is patched so that the signal comes behind it, while the file of moments, or the artefact, is half done.
-MOMENTS, ARTEFACT = "modhifi.calibration.cache.save_file", "modhifi.artifacts.save._write_weights"
+MOMENTS, ARTEFACT = "modhifi.cache.save_file", "modhifi.artifacts.save._write_weights"
 RUN = """
 import importlib, os, signal, sys
 _, name, attribute, number, *sys.argv = sys.argv

@@ -282,9 +282,12 @@ def test_weights_that_timm_does_not_know_are_refused(tmp_path: Path) -> None:
 
 def test_head_left_out_is_noted(tmp_path: Path) -> None:
     transformers.ViTForMaskedImageModeling(transformers.ViTConfig(**VIT)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["ViTOfSomebodyElse"]}))
     loaded = load(tmp_path)
-    assert any("ViTForMaskedImageModeling" in warning for warning in loaded.warnings)
+    assert "loaded as ViTModel: the head of ViTOfSomebodyElse is left out" in loaded.warnings
     assert any("pooler" in note for note in loaded.info["notes"])
+    assert "are not used by ViTModel, such as 'decoder.0.bias'" in " ".join(loaded.warnings)
 
 
 def test_gguf_is_dequantised_and_can_be_saved(tmp_path: Path) -> None:

@@ -129,6 +129,18 @@ def test_an_adapter_is_refused() -> None:
         load_model(net, example=BATCH)
 
 
+def test_an_adapter_of_peft_is_refused_until_it_is_merged() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    adapted = peft.get_peft_model(Plain(), peft.LoraConfig(target_modules=["head"], r=2))
+    with pytest.raises(ModhifiError, match="merge"):
+        load_model(adapted, example=x)
+    merged = adapted.merge_and_unload().eval()
+    with torch.no_grad():
+        assert torch.equal(load_model(merged, example=x).logits(x), merged(x))
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     "make", [lambda: nn.Sequential(Plain(), Forgetful()), lambda: torch.fx.symbolic_trace(Residual()), Plain]

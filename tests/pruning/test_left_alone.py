@@ -10,8 +10,10 @@ import tiny_text
 import torch
 from tiny import Net, conv
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import modhifi
+from modhifi.cli.main import app
 from modhifi.data.samples import Samples
 from modhifi.errors import IndefiniteError, ModhifiError
 from modhifi.models.load import load_model
@@ -125,6 +127,27 @@ def test_a_layer_that_never_runs_leaves_its_group() -> None:
     loaded = load_model(Sometimes().eval(), example=PIXELS[:2])
     pruned = prune_model(loaded, samples_of(PIXELS), Budget("components", 0.5), SETTINGS)
     assert dict(pruned.left) == {"c": "its reader 'd' was never run on the calibration data"}
+
+
+def test_scores_name_what_cannot_be_measured() -> None:
+    torch.manual_seed(0)
+    loaded = load_model(Sometimes().eval(), example=PIXELS[:2])
+    scores = modhifi.score(loaded, PIXELS)
+    never = "was never run on the calibration data"
+    assert scores.left == {"stem.0": f"its reader 'c' {never}", "c": f"its reader 'd' {never}"}
+    assert {s.group for s in scores} == {"a", "b"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modhifi.cli.score.score_model", lambda *_: scores)
+        patch.setattr("modhifi.cli.score.load_source", lambda _: loaded)
+        result = CliRunner().invoke(app, ["score", "mine"])
+    assert result.exit_code == 0
+    assert f"modhifi: warning: the group 'c' has no scores: its reader 'd' {never}\n" in result.stderr
+
+
+def test_scores_name_what_cannot_be_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing_curves(monkeypatch)
+    scores = modhifi.score(loaded_net(), PIXELS)
+    assert "c" in scores.left and "a" in {s.group for s in scores}
 
 
 # -- Grams without a factorisation: of those that each route solves, one is made to fail -------------------------------

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
 import transformers
+from timm.models import FeatureGraphNet
 from tiny import Forgetful, Net, Plain, Residual, conv_bn
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -106,6 +108,16 @@ def resnet_features() -> nn.Module:
     return create_feature_extractor(torchvision.models.squeezenet1_1(), {"features.4": "out"})
 
 
+def rearranged() -> nn.Module:
+    torch_layers = pytest.importorskip("einops.layers.torch")
+    pool = torch_layers.Reduce("b c h w -> b c", "mean")
+    return nn.Sequential(conv_bn(3, 8), conv_bn(8, 6), pool, nn.Linear(6, 5))
+
+
+def graph_features() -> nn.Module:
+    return FeatureGraphNet(timm.create_model("resnet18", channels=(8, 8, 8, 8)), (0, 1))
+
+
 def normed() -> nn.Module:
     net = Plain()
     net.conv[0] = parametrizations.weight_norm(net.conv[0])
@@ -117,6 +129,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "graph": (lambda: torch.fx.symbolic_trace(Residual().eval()), PIXELS),
     "feature extractor": (extractor, PIXELS),
     "torchvision": (resnet_features, PIXELS),
+    "timm's graph": (graph_features, PIXELS),
+    "einops": (rearranged, PIXELS),
     "one layer twice": (lambda: Alias(True), PIXELS),
     "one layer, two names": (lambda: Alias(False), PIXELS),
     "one block, three names": (AliasedBlock, PIXELS),

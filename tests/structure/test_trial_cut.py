@@ -10,13 +10,14 @@ import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import MT5Config, MT5Model
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from modhifi.models.load import load_model
 from modhifi.pruning.stages import find_structure
 from modhifi.structure.groups import Structure
 from modhifi.structure.tracing.tracer import trace
-from modhifi.structure.trial_cut import FIXED, confirm
+from modhifi.structure.trial_cut import FIXED, UNEQUAL, confirm
 
 
 class ByHeart(nn.Module):
@@ -167,3 +168,47 @@ def test_widths_that_go_wrong_only_in_deep_cuts_are_found():
     torch.manual_seed(0)
     traced, confirmed = both(tiny.randomise(UpToAPoint()), torch.randn(2, 3, 10, 10))
     assert {g.name for g in traced.prunable} - {g.name for g in confirmed.prunable} == {"inner.0"}
+
+
+class Travels(nn.Module):
+    """Blocks that add a tensor whose width the first one makes for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(6, 8) for _ in range(3))
+        self.down = nn.ModuleList(nn.Linear(8, 6) for _ in range(3))
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = None
+        for up, down in zip(self.up, self.down, strict=True):
+            hidden = up(x)
+            shared = torch.zeros(hidden.shape[-1]) if shared is None else shared
+            x = x + down((hidden + shared).relu())
+        return self.head(x)
+
+
+def mt5() -> nn.Module:
+    sizes = dict(vocab_size=50, d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4)
+    return MT5Model(MT5Config(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("build", "x", "run", "wrong", "right"),
+    [
+        (Travels, torch.randn(2, 6), lambda net, x: net(x), {"up.0", "up.1", "up.2"}, set()),
+        (
+            mt5,
+            torch.randint(3, 50, (2, 6)),
+            lambda net, x: net(x, decoder_input_ids=x).last_hidden_state,
+            {f"decoder.block.{i}.layer.1.EncDecAttention.q" for i in range(2)},
+            {f"{part}.DenseReluDense.wi_0" for part in ("encoder.block.0.layer.1", "decoder.block.1.layer.2")},
+        ),
+    ],
+)
+def test_widths_that_blocks_share_are_found(build: Any, x: Tensor, run: Any, wrong: set[str], right: set[str]):
+    torch.manual_seed(0)
+    model = build().eval()
+    confirmed = confirm(model, trace(model, lambda m: run(m, x)), lambda m: run(m, x))
+    assert {g.name for g in confirmed.refused if g.refused == UNEQUAL} == wrong
+    assert right <= {g.name for g in confirmed.prunable}

@@ -45,6 +45,11 @@ def load_samples(
         raise ModhifiError(f"{n} samples asked for; ask for at least 1")
     if not isinstance(spec, str):
         return samples_from(spec, loaded, n=n, seed=seed)
+    if loaded.packing is not None:
+        raise ModhifiError(
+            f"no source has samples for a model of several inputs ({', '.join(loaded.packing.names)}); "
+            "from Python, give items that hold all of them"
+        )
     # A name may hold a colon itself: synthetic:invert.
     name, _, argument = (spec, "", "") if spec in SOURCES else spec.partition(":")
     if name not in SOURCES or not SOURCES[name].takes(argument):

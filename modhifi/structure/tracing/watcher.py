@@ -52,6 +52,9 @@ class Watcher(TorchFunctionMode):
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self.names.setdefault(id(tensor), name)
             self.remember(tensor, None)
+        for module in model.modules():
+            for tensor in tensors_in(list(vars(module).values())):  # kept as plain attributes: fixed
+                self.remember(tensor, None)
         self.parameters = {id(p) for p in model.parameters()}
         holders: dict[int, set[int]] = defaultdict(set)
         for name, tensor in model.named_parameters(remove_duplicate=False):
