@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from modhifi.artifacts.escape import markdown_code, markdown_text, one_line
+from modhifi.artifacts.exports import EXPORTS
 from modhifi.artifacts.formatting import asked, change, number
 from modhifi.models.manifest import Manifest, ModelEntry
 
@@ -22,6 +25,8 @@ HEADS = {
 # The hub's names of the figures that a run measures with labels or text.
 METRICS = ("accuracy", "perplexity")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+# The directories that a description of data names, up to the last one.
+ON_DISK = re.compile(r":[~/][^,]*/")
 TAGS = {"prune": "pruned", "unlearn": "unlearned"}
 
 
@@ -43,7 +48,8 @@ def model_card(name: str, manifest: Manifest, report: Mapping[str, Any], locatio
         metrics=[metric for metric in METRICS if f"{metric}_after" in (report.get("errors") or {})] or None,
         **_licence(base.licence),
     )
-    source = markdown_code(base.source)
+    # Where on somebody's disk the model lay is nobody's business.
+    source = markdown_code(Path(base.source).name if os.path.isabs(base.source) else base.source)
     if named:
         source += f", [{base.repository}](https://huggingface.co/{base.repository})"
     if base.revision:
@@ -58,13 +64,43 @@ def model_card(name: str, manifest: Manifest, report: Mapping[str, Any], locatio
         _snippet(framework, stock, location),
         *_remote(remote, location),
         *_not_alone(model),
+        *_preprocessing(model),
         *_results(report),
-        "## Files\n",
-        "`modhifi.json`: what was kept and measured; `recipe.yaml`: repeats the run; `report.html`: shows it.\n",
+        *_data(manifest),
+        "## Intended use and limits\n",
+        "What the base model is for, on inputs like those that it was measured on: the figures above speak of no "
+        "others. The limits and biases of the base model stay.\n",
     ]
     if task == "unlearn":
         parts.append("Suppression is not erasure: a class-unlearned model is no proof of data deletion.\n")
+    exports = (report.get("settings") or {}).get("export") or []
+    files = {f"model{EXPORTS[kind].suffix}": "runs without modhifi" for kind in exports if kind in EXPORTS}
+    parts += ["## Files\n", _files(files)]
     return "\n".join(parts)
+
+
+def _files(exports: Mapping[str, str]) -> str:
+    known = {"modhifi.json": "what was kept and measured", "recipe.yaml": "repeats the run", "report.html": "shows it"}
+    return "; ".join(f"`{name}`: {use}" for name, use in {**known, **exports}.items()) + ".\n"
+
+
+def _preprocessing(model: ModelEntry) -> list[str]:
+    """The sentence on what the model wants its images to be."""
+    given = model.info.get("pretrained_cfg") or {}
+    size, mean, std = (given.get(key) for key in ("input_size", "mean", "std"))
+    if model.kind != "image" or not (size and mean and std):
+        return []
+    facts = f"size {size}, mean {mean}, standard deviation {std}, {given.get('interpolation', 'bicubic')}"
+    return [f"Images: {markdown_text(facts)}.\n"]
+
+
+def _data(manifest: Manifest) -> list[str]:
+    """The section on the data: its description, and that its licence is for the reader to look up."""
+    named = [("Calibrated on", manifest.calibration), ("measured on", manifest.held_out)]
+    parts = [f"{what} {markdown_text(ON_DISK.sub(':', data.description))}" for what, data in named if data.description]
+    if not parts:
+        return []
+    return ["## Data\n", f"{'; '.join(parts)}. Its licence is not recorded here: ask whoever published it.\n"]
 
 
 def _pipeline(model: ModelEntry) -> str | None:

@@ -129,8 +129,9 @@ class ForgottenClass(Part):
 
 
 class DataEntry(Part):
-    """The samples of a run; ``hashes`` holds one content hash a sample."""
+    """The samples of a run, in words; ``hashes`` holds one content hash a sample."""
 
+    description: str = ""
     hashes: tuple[str, ...] = ()
 
 

@@ -23,6 +23,7 @@ from torch import nn
 import modhifi
 from modhifi.artifacts import report
 from modhifi.artifacts import save as save_module
+from modhifi.artifacts.model_card import model_card
 from modhifi.artifacts.reload_check import compare_outputs, verify_reload
 from modhifi.artifacts.save import save_artifact
 from modhifi.data.samples import Samples, describe_data
@@ -31,7 +32,7 @@ from modhifi.errors import ModhifiError, SelfTestFailed
 from modhifi.models.artifact import load_artifact
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.models.manifest import read_manifest
+from modhifi.models.manifest import Manifest, read_manifest
 from modhifi.models.weights import state_hash
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
@@ -224,6 +225,16 @@ def test_card_names_base_model_and_licence(tmp_path):
     assert (data.base_model, data.license, data.license_name) == ("timm/resnet18.a1_in1k", "other", "Some Licence 1.0")
     again = load_artifact(out)
     assert (again.info["revision"], again.info["licence"]) == ("f" * 40, "Some Licence 1.0")
+
+
+def test_the_card_names_data_and_files_but_no_place_on_disk(saved):
+    out, _, _ = saved
+    content = json.loads((out / "modhifi.json").read_text())
+    content["base"]["source"] = "/home/me/models/net"
+    content["calibration"] = {"description": "images:/home/me/pictures/cats, 3 of 4 images"}
+    card = model_card("small", Manifest.model_validate(content), {"settings": {"export": ["onnx"]}})
+    assert "from `net`" in card and "images:cats, 3 of 4 images" in card and "/home" not in card
+    assert "`model.onnx`" in card and "Intended use" in card and "standard deviation" in card
 
 
 def test_stock_timm_refuses_rather_than_loads_something_else(saved):
