@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 
 Progress = Callable[[str, int, int], None]
 """A callback that gets the stage, the number of finished steps and their total."""
@@ -19,6 +20,33 @@ def silent(stage: str, done: int, total: int) -> None:
 
 logger = logging.getLogger("modhifi")
 PACKAGES = ("modhifi", "torch", "timm", "transformers")
+
+
+@contextmanager
+def live_log(out: Path | None) -> Iterator[None]:
+    """Writes the log of a run to ``OUT.log`` beside ``out`` from its first line on, and removes it at the end.
+
+    The artefact then holds the log; of a run that was killed ``OUT.log`` stays. Nothing is written without ``out``,
+    where its directory is not there yet, and where there is a file of that name.
+    """
+    try:
+        handler = None if out is None else logging.FileHandler(out.with_name(f"{out.name}.log"), "x", "utf-8")
+    except OSError:
+        handler = None
+    if handler is None:
+        yield
+        return
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        handler.close()
+        Path(handler.baseFilename).unlink(missing_ok=True)
 
 
 class Clock:

@@ -17,7 +17,7 @@ from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.distributed import launched
 from modhifi.disk import check_file, check_output, home_path, jsonable
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
-from modhifi.progress import Progress, silent
+from modhifi.progress import Progress, live_log, silent
 from modhifi.runs.audit import run_audit
 from modhifi.runs.devices import resolve_device
 from modhifi.runs.inputs import NOTHING, Given, local_paths, located
@@ -157,6 +157,12 @@ def _placed(content: Any, out: Path) -> Any:
 
 
 def _run(name: str, recipe: Task, circumstances: Circumstances) -> Done:
+    writes = isinstance(recipe, PruneRecipe | UnlearnRecipe) and not circumstances.dry_run and recipe.out is not None
+    with live_log(home_path(str(recipe.out)) if writes else None):
+        return _run_task(name, recipe, circumstances)
+
+
+def _run_task(name: str, recipe: Task, circumstances: Circumstances) -> Done:
     device = resolve_device(recipe.device) if circumstances.device is None else circumstances.device
     given, progress = circumstances.given, circumstances.progress
     force, reads, command = circumstances.force, circumstances.reads, circumstances.command
