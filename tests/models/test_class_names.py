@@ -137,7 +137,7 @@ def test_weights_that_nothing_uses_are_said(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors") | {"value_head.weight": torch.ones(1, 32)}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     sentence = "1 tensors of the checkpoint are not used by LlamaForCausalLM, such as 'value_head.weight'"
-    assert sentence in CliRunner().invoke(app, ["check", str(tmp_path)]).stdout
+    assert sentence in CliRunner().invoke(app, ["check", str(tmp_path)]).stderr
     ids = torch.randint(3, 50, (12, 8))
     content = {"model": {"name": "x"}, "data": {"source": "python:Tensor", "samples": 8}, "budget": {"ratio": 0.5}}
     given = Given(load_model(tmp_path), ids)

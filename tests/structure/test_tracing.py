@@ -121,13 +121,11 @@ class Kept(tiny.Net):
         return self.conv(self.inner(x) * (self.kept[0] > 0))
 
 
-@pytest.mark.parametrize(
-    "kind, prunable", [(torch.int64, {"stem.0", "inner.0", "conv.0"}), (torch.float32, {"conv.0"})]
-)
-def test_indices_kept_from_an_earlier_pass_carry_no_components(kind, prunable):
+@pytest.mark.parametrize("kind", [torch.int64, torch.float32])
+def test_tensors_kept_from_an_earlier_pass_carry_no_components(kind):
     model, x = tiny.randomise(Kept(kind)), torch.randn(2, 3, 10, 10)
     model(x)
-    assert {g.name for g in trace(model, lambda model: model(x)).prunable} == prunable
+    assert {g.name for g in trace(model, lambda model: model(x)).prunable} == {"stem.0", "inner.0", "conv.0"}
 
 
 def test_a_layer_called_twice_ties_its_input_to_its_output():
