@@ -20,11 +20,15 @@ from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.plain_copy import unwrapped
 from modhifi.progress import Progress, silent
+from modhifi.runs.bench_recipe import Settings
 from modhifi.runs.inputs import Given
 from modhifi.runs.prune import PruneResult
+from modhifi.runs.recipe_file import validate
 from modhifi.runs.recipe_tasks import parse
 from modhifi.runs.run_recipe import Circumstances, run_recipe
 from modhifi.runs.score import GroupScores, score_model
+from modhifi.runs.timing.bench import Bench, bench_models
+from modhifi.runs.timing.subjects import subjects_of
 from modhifi.runs.unlearn import UnlearnResult
 
 Model = str | Path | nn.Module | LoadedModel
@@ -164,6 +168,37 @@ def unlearn(
     (done,) = run_recipe(recipe, Circumstances(device, given, force=force, progress=progress))
     assert isinstance(done.result, UnlearnResult)
     return done.result
+
+
+def bench(
+    *models: str | Path | nn.Module | LoadedModel,
+    runtime: Sequence[str] = ("eager",),
+    batch: Sequence[int] = (1,),
+    threads: Sequence[int] = (),
+    window: int | None = None,
+    data: Data = "synthetic",
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> Bench:
+    """Times models side by side in one process, in turns, in every runtime, batch size and number of threads.
+
+    A model is what :func:`prune` takes, an artefact, beside which its original is timed, or an ONNX file. ``runtime``:
+    ``eager``, ``compile``, ``onnx``. Without ``threads`` torch's current number is taken. ``window`` is the tokens of
+    an input of text, ``data`` the inputs of modules that are neither timm's nor transformers'.
+    Returns ``rows``, one for each model and setting: seconds a batch and the ratio to the original, both with their
+    interquartile range, and the bytes that a pass needs. Raises ModhifiError for bad input, in one line.
+
+    >>> import modhifi
+    >>> result = modhifi.bench("demo:resnet", batch=[4])
+    >>> result.rows[0].ratio, result.rows[0].median > 0
+    (1.0, True)
+    """
+    if not models:
+        raise ModhifiError("give at least one model to time")
+    content = {"runtime": list(runtime), "batch": list(batch), "threads": list(threads), "window": window}
+    settings = validate(Settings, content, "modhifi.bench")
+    subjects, notes = subjects_of([m if isinstance(m, str | Path) else _loaded(m, data) for m in models], device)
+    return bench_models(subjects, settings, notes, progress)
 
 
 def score(

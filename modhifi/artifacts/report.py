@@ -5,8 +5,9 @@ The schema, version 1; every part but ``title`` may be missing, which means that
 * ``schema_version``, ``title``, ``task``, ``command`` (text; the command that repeats the run)
 * ``model``, ``data``, ``settings``, ``errors``: names and values, one level of nesting allowed;
   ``summary``: a sentence
-* ``before_after``: ``{name, before, after, unit, change?}``; with the unit ``%`` values are shares in [0, 1], with
-  ``s`` and ``B`` seconds and bytes; ``change`` is text and computed where it is missing
+* ``before_after``: ``{name, before, after, unit, change?, ratio?, spread?}``; with the unit ``%`` values are shares in
+  [0, 1], with ``s`` and ``B`` seconds and bytes; ``change`` is text and computed where it is missing, of times from
+  the ``ratio`` of both, timed in turns, and the interquartile range of that ratio
 * ``groups``: ``{name, kind, n, kept, local_error, relative_error, amplification, share}``; ``kept`` is a number of
   components, ``local_error`` squared, ``relative_error`` its share of the readers' output energy, ``amplification`` the
   change of the network's output over the readers' own errors, ``share`` that change's share of the sum over all layers;

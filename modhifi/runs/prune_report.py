@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modhifi.artifacts.diff import LATENCY, THROUGHPUT
 from modhifi.bounds.held_out import HeldOut
 from modhifi.data.samples import Samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.pruning.stages import Pruned
 from modhifi.runs import measure
-from modhifi.runs.latency import compare_latency
 from modhifi.runs.recipe import PruneRecipe
+from modhifi.runs.timing.turns import Spread, compare_latency, ratio
 from modhifi.structure.sizes import sizes_of
 
 # The difference of two shares of the KV cache below which they count as equal.
@@ -142,18 +143,32 @@ def measure_run(
     return {
         "errors": errors,
         "size": size,
-        "throughput": list(table.throughput),
+        "throughput": _throughput(table),
         "latency": {name: vars(value) for name, value in latency.items()},
+    }
+
+
+def _throughput(table: HeldOut) -> dict[str, float] | None:
+    """Items a second of both models in their pass over the held-out samples; None where that was one batch."""
+    if not table.seconds:
+        return None
+    before, after = ([1 / pair[side] for pair in table.seconds] for side in (0, 1))
+    relative = ratio(after, before)
+    return {
+        "before": Spread.of(before).median,
+        "after": Spread.of(after).median,
+        "ratio": relative.median,
+        "ratio_iqr": relative.iqr,
     }
 
 
 def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a report's table of figures before and after the edit."""
 
-    def row(name: str, before: float | None, after: float | None, unit: str = "") -> dict[str, Any]:
-        return {"name": name, "before": before, "after": after, "unit": unit}
+    def row(name: str, before: float | None, after: float | None, unit: str = "", **more: Any) -> dict[str, Any]:
+        return {"name": name, "before": before, "after": after, "unit": unit, **more}
 
-    errors, size, latency = report["errors"], report["size"], report["latency"]
+    errors, size, latency, throughput = report["errors"], report["size"], report["latency"], report["throughput"] or {}
     text = "perplexity_before" in errors
     quality = row("top-1 accuracy", errors.get("accuracy_before"), errors.get("accuracy_after"), "%")
     if text:
@@ -163,8 +178,21 @@ def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
         row(f"{'next-token ' if text else ''}agreement with the original", 1.0, errors["agreement"], "%"),
         row("FLOPs per sample", *size["flops"]),
         row("parameters", *size["parameters"]),
-        row("latency, one sample", latency["before"]["median"], latency["after"]["median"], "s"),
-        row("throughput, samples a second", *report["throughput"]),
+        row(
+            LATENCY,
+            latency["before"]["median"],
+            latency["after"]["median"],
+            "s",
+            ratio=latency["after"]["ratio"],
+            spread=latency["after"]["ratio_iqr"],
+        ),
+        row(
+            THROUGHPUT,
+            throughput.get("before"),
+            throughput.get("after"),
+            ratio=throughput.get("ratio"),
+            spread=throughput.get("ratio_iqr"),
+        ),
         row("weights on disk", size["bytes"][0], size["bytes"][1], "B"),
     ]
 
