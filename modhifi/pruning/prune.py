@@ -18,11 +18,13 @@ from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts import LAYOUTS
+from modhifi.pruning.layouts.base import EXACT
 from modhifi.pruning.left_alone import UNSOLVED, leave, unmeasured
 from modhifi.pruning.readers import best_singletons, readers_of
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import (
     Pruned,
+    Rounded,
     apply_plan,
     choose_groups,
     find_structure,
@@ -32,6 +34,7 @@ from modhifi.pruning.stages import (
     removal_curves,
 )
 from modhifi.pruning.weightings import WEIGHTINGS
+from modhifi.pruning.weightings.base import Planned
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
 
@@ -110,7 +113,8 @@ def _solve(
         able = {g.name for g in structure.prunable}
         plan = Plan({name: kept for name, kept in plan.kept.items() if name in able})
     curves: dict[str, Curve] = {}
-    tried: dict[str, float] = {}
+    tried: Mapping[str, float] = {}
+    rounded: Rounded | None = None
     if plan is None and settings.eta is not None:
         plan = hifi_plan(loaded.model, structure, moments, settings)
     elif plan is None:
@@ -120,7 +124,9 @@ def _solve(
         trial = weighting.trial if reads_costs and COMPENSATIONS[settings.compensate].least_squares else None
         curves = removal_curves(loaded.model, structure, moments, settings, progress, trial)
         if reads_costs:
-            plan, tried = weighting.plan(loaded, structure, curves, moments, samples, budget, settings, progress)
+            planned = weighting.plan(loaded, structure, curves, moments, samples, budget, settings, progress)
+            plan, tried = planned.plan, planned.tried
+            rounded = _rounded(loaded, structure, curves, budget, settings, planned)
         else:
             plan = make_plan(loaded.model, structure, curves, budget, settings)
     fidelity = {name: curve.fidelity for name, curve in curves.items() if curve.fidelity is not None}
@@ -128,4 +134,19 @@ def _solve(
         for g in structure.prunable:
             fidelity[g.name] = best_singletons(readers_of(loaded.model, structure, g, moments), g.n)
     pruned = apply_plan(loaded, structure, plan, moments, settings, samples, progress)
-    return replace(pruned, curves=curves, fidelity=fidelity, grams=gram_quality(moments), tried=tried)
+    return replace(pruned, curves=curves, fidelity=fidelity, grams=gram_quality(moments), tried=tried, rounded=rounded)
+
+
+def _rounded(
+    loaded: LoadedModel,
+    structure: Structure,
+    curves: Mapping[str, Curve],
+    budget: Budget,
+    settings: PruneSettings,
+    planned: Planned,
+) -> Rounded | None:
+    """The plan that rounds nothing, beside the one that does; None where no width is."""
+    if settings.rounding.to == 1:
+        return None
+    exact = make_plan(loaded.model, structure, curves, budget, replace(settings, rounding=EXACT), planned.weights)
+    return Rounded(exact, planned.predicted(planned.plan), planned.predicted(exact))

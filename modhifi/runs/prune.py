@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,16 @@ from modhifi.progress import Clock, Progress, silent
 from modhifi.pruning.prune import contribute, prune_model
 from modhifi.pruning.stages import Pruned
 from modhifi.runs.bound_report import add_bounds, add_groups
-from modhifi.runs.defaults import complete
+from modhifi.runs.defaults import complete, rounding_for
 from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, place
-from modhifi.runs.prune_report import before_after, measure_run, measured_verdict, report_of, skipped_warnings
+from modhifi.runs.prune_report import (
+    before_after,
+    measure_run,
+    measured_verdict,
+    report_of,
+    rounding_verdict,
+    skipped_warnings,
+)
 from modhifi.runs.recipe import BudgetChoice, PruneRecipe
 from modhifi.structure.expand import expand
 from modhifi.structure.plan import Plan
@@ -101,6 +108,8 @@ def run_prune(
         warnings = [*remarks, *warn_degenerate(calibration), *skipped_warnings(calibration)]
     with clock.stage("prune"):
         settings = recipe.settings()
+        if recipe.method.round_to == "auto":
+            settings = replace(settings, rounding=rounding_for(original, device))
         if not team.main:
             contribute(original, calibration, settings, plan, team)
             return PruneResult({}, plan or Plan({}))
@@ -164,9 +173,9 @@ def _measure(
         "grams": [vars(quality) for quality in pruned.grams],
     }
     table = tabulate(original, pruned.model, held, batch_size)
-    report |= measure_run(original, pruned.model, held, table, progress)
+    report |= measure_run(original, pruned, held, table, progress)
     report["before_after"] = before_after(report)
-    report["verdicts"] = [measured_verdict(report)]
+    report["verdicts"] = [measured_verdict(report), *rounding_verdict(report, pruned)]
     if original.kind == "image":
         report["contact_sheet"] = data_uri(contact_sheet(calibration, original, n=48, tile=64))
     return table

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modhifi.artifacts.diff import LATENCY, THROUGHPUT
 from modhifi.bounds.held_out import HeldOut
@@ -17,7 +17,9 @@ from modhifi.pruning.stages import Pruned
 from modhifi.runs import measure
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.runs.timing.turns import Spread, compare_latency, ratio
+from modhifi.structure.clone import clone
 from modhifi.structure.sizes import sizes_of
+from modhifi.structure.surgery import shrink
 
 # The difference of two shares of the KV cache below which they count as equal.
 STEP = 0.005
@@ -116,12 +118,14 @@ def _plain(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure_run(
-    original: LoadedModel, edited: nn.Module, held: Samples, table: HeldOut, progress: Progress = silent
+    original: LoadedModel, pruned: Pruned, held: Samples, table: HeldOut, progress: Progress = silent
 ) -> dict[str, Any]:
     """Measures errors, size, throughput and latency of both models, on the device of the edited one.
 
-    ``table`` holds the outputs of both on ``held``.
+    ``table`` holds the outputs of both on ``held``. Where widths are rounded, the latency of a network of exact widths
+    is measured too.
     """
+    edited = pruned.model
     parameter = next(edited.parameters())
     item = next(held.batches(1)).to(parameter.device)
     if item.is_floating_point():
@@ -138,7 +142,10 @@ def measure_run(
         "bytes": [measure.stored_bytes(original.model), measure.stored_bytes(edited)],
     }
     progress("checking", 1, 2)
-    latency = compare_latency({"before": original.model, "after": edited}, item, rounds=9)
+    models = {"before": original.model, "after": edited}
+    if pruned.rounded is not None:
+        models["exact"] = shrink(clone(original.model), pruned.structure, pruned.rounded.exact)
+    latency = compare_latency(models, item, rounds=9)
     progress("checking", 2, 2)
     return {
         "errors": errors,
@@ -208,3 +215,24 @@ def measured_verdict(report: dict[str, Any]) -> dict[str, str]:
         f"(mean KL {errors['kl']:.3g} nats); the largest local error is {worst['relative_error']:.3g} of the energy, "
         f"at the readers of {worst['name']}; measured, not bounded",
     }
+
+
+def rounding_verdict(report: dict[str, Any], pruned: Pruned) -> list[dict[str, str]]:
+    """The verdict on rounded widths: what they cost by the plan's own prediction, and what they gain in time."""
+    if pruned.rounded is None:
+        return []
+    after, exact = report["latency"]["after"], report["latency"]["exact"]
+    cost = ""
+    if pruned.rounded.predicted is not None and pruned.rounded.predicted_exact is not None:
+        cost = (
+            f"predicted change of the output {pruned.rounded.predicted:.3g}, "
+            f"with exact widths {pruned.rounded.predicted_exact:.3g}; "
+        )
+    return [
+        {
+            "name": "rounded widths",
+            "verdict": "MEASURED",
+            "text": f"{cost}time of one sample {after['ratio']:.2f} ± {after['ratio_iqr']:.2f} x the original's, "
+            f"with exact widths {exact['ratio']:.2f} ± {exact['ratio_iqr']:.2f} x",
+        }
+    ]

@@ -13,6 +13,7 @@ from modhifi.errors import ModhifiError
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.layouts import LAYOUTS
+from modhifi.pruning.layouts.base import EXACT, Rounding
 from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.weightings import WEIGHTINGS
@@ -160,8 +161,8 @@ class Method(Strict):
     """Instead of a budget: keep HiFi sets of this fidelity."""
     floor: Share = 0.1
     """Least share of a group that stays."""
-    round_to: Count = 1
-    """Kept widths are multiples of this."""
+    round_to: Annotated[Literal["auto"] | Count, Option(metavar="auto|N")] = "auto"
+    """Kept widths are multiples of this; auto takes what the device likes, and less where the budget needs it."""
     ridge: Annotated[float, Field(gt=0), Option(panel="Advanced")] = 1e-4
     """Damping, in units of a Gram's mean diagonal."""
     rows_per_column: Annotated[int | None, Field(ge=0), Option(panel="Advanced")] = None
@@ -240,7 +241,7 @@ class PruneRecipe(Strict):
             weighting=method.allocate,
             sequential=method.sequential,
             floor=method.floor,
-            round_to=method.round_to,
+            rounding=EXACT if method.round_to == "auto" else Rounding(method.round_to),
             ridge=method.ridge,
             rows_per_column=method.rows_per_column or None,
             eta=method.eta,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from modhifi.calibration.moments import Moments
@@ -18,8 +18,27 @@ from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A plan, the weights of the groups' costs behind it (see `allocate`), and what else was tried.
+
+    ``tried`` is the divergence in nats of whole plans.
+    """
+
+    plan: Plan
+    weights: Mapping[str, float] | None = None
+    tried: Mapping[str, float] = field(default_factory=dict)
+
+    def predicted(self, plan: Plan) -> float | None:
+        """The weighted costs of a plan, all groups together: in nats where the weights were measured.
+
+        None without weights.
+        """
+        return None if self.weights is None else sum(self.weights[g] * cost for g, cost in plan.removal_cost.items())
+
+
 class Planner(Protocol):
-    """The plan that meets a budget in a layout that reads costs, and the divergence in nats of whole plans tried.
+    """The plan that meets a budget in a layout that reads costs.
 
     Raises what :func:`modhifi.pruning.allocation.allocate` raises.
     """
@@ -34,7 +53,7 @@ class Planner(Protocol):
         budget: Budget,
         settings: PruneSettings,
         progress: Progress,
-    ) -> tuple[Plan, dict[str, float]]: ...
+    ) -> Planned: ...
 
 
 @dataclass(frozen=True)
