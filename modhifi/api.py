@@ -43,11 +43,13 @@ def prune(
     params: str | None = None,
     flops: str | None = None,
     kv_cache: str | None = None,
+    latency: str | None = None,
     samples: int | None = None,
     evaluate: Data | None = None,
     evaluation_samples: int | None = None,
     window: int | None = None,
     method: Mapping[str, Any] | None = None,
+    timing: Mapping[str, Any] | None = None,
     checks: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     export: Sequence[str] = (),
@@ -61,17 +63,17 @@ def prune(
 ) -> PruneResult:
     """Prunes a model to physically smaller layers with forward passes only; the given one stays as it is.
 
-    Exactly one budget is given: ``ratio`` of the components removed, or a share of ``params``, ``flops`` or
-    ``kv_cache`` kept (``"0.5x"``).
+    Exactly one budget is given: ``ratio`` of the components removed, or a share of ``params``, ``flops``,
+    ``kv_cache`` or ``latency`` kept (``"0.5x"``); a latency may be a time (``"12ms"``).
     ``data``: a source string, samples, or items that you hold: a tensor ``(n, C, H, W)`` of model-ready inputs, a list
     of tensors or PIL images, a map-style Dataset. ``evaluate`` holds out other data; by default it is a disjoint part
     of ``data``. ``window`` is tokens in an item of text; amounts that are not given are those of
     `modhifi.runs.defaults`.
-    ``method`` and ``checks``: the keys of those parts of a recipe; the result's ``bounds`` answer the checks.
-    With ``out`` the artefact is written there; ``export`` adds a file ``onnx`` or ``pt2``. ``cache`` is a directory
-    where moments are kept: a second budget then needs no second pass over the data. ``offload``: weights stay in main
-    memory, and one block at a time is on the ``device``; a module that accelerate has dispatched to CPU or disk may be
-    given, too.
+    ``method``, ``timing`` and ``checks``: the keys of those parts of a recipe; ``bounds`` of the result answer the
+    checks. With ``out`` the artefact is written there; ``export`` adds a file ``onnx`` or ``pt2``. ``cache`` is a
+    directory where moments are kept: a second budget then needs no second pass over the data. ``offload``: weights stay
+    in main memory, and one block at a time is on the ``device``; a module that accelerate has dispatched to CPU or disk
+    may be given, too.
 
     Returns the smaller ``model``, a JSON-able ``report``, the ``plan`` and the ``path`` written.
     Raises ModhifiError for bad input, in one line.
@@ -96,8 +98,9 @@ def prune(
                 evaluation_samples=evaluation_samples,
                 window=window,
             ),
-            "budget": _given_only(ratio=ratio, params=params, flops=flops, kv_cache=kv_cache),
+            "budget": _given_only(ratio=ratio, params=params, flops=flops, kv_cache=kv_cache, latency=latency),
             "method": dict(method or {}),
+            "timing": dict(timing or {}),
             "checks": dict(checks or {}),
             **_given_only(seed=seed, batch_size=batch_size, offload=offload, out=_path_text(out), export=list(export)),
         },

@@ -33,6 +33,7 @@ from modhifi.pruning.stages import (
     measure_moments,
     removal_curves,
 )
+from modhifi.pruning.timed import NetworkTimer, Timed, meet
 from modhifi.pruning.weightings import WEIGHTINGS
 from modhifi.pruning.weightings.base import Planned
 from modhifi.structure.groups import Structure
@@ -64,17 +65,26 @@ def prune_model(
     progress: Progress = silent,
     cache: MomentCache | None = None,
     team: Processes = ALONE,
+    timer: NetworkTimer | None = None,
 ) -> Pruned:
     """The whole method on one loaded model, which itself stays as it is.
 
-    ``budget`` None is allowed with ``settings.eta`` (keep HiFi sets) or with a given ``plan`` (replay it). Of a
-    ``team`` of processes this is the main one; the others call :func:`contribute`.
+    ``timer`` is needed for a budget of time. ``budget`` None is allowed with ``settings.eta`` (keep HiFi sets) or with
+    a given ``plan`` (replay it). Of a ``team`` of processes this is the main one; the others call :func:`contribute`.
     """
     structure = _chosen(loaded, settings, plan)
     if budget is not None:
         budget.require(structure)
+    if budget is not None and budget.measure == "latency" and timer is not None:
+        budget = budget.timed(timer.times(loaded, structure, settings.rounding))
     # Blocks are measured one after the other: that pass is not shared among processes.
-    if plan is None and budget is not None and not LAYOUTS[settings.layout].reads_costs and team.count == 1:
+    if (
+        plan is None
+        and budget is not None
+        and not LAYOUTS[settings.layout].reads_costs
+        and team.count == 1
+        and timer is None
+    ):
         if settings.eta is None and settings.sequential is None:
             if cache is None or not fit_in_memory(loaded.model, structure):
                 pruned = prune_in_blocks(loaded, structure, samples, budget, settings, progress)
@@ -85,7 +95,7 @@ def prune_model(
     while True:
         structure = leave(structure, left, settings.strict)
         try:
-            pruned = _solve(loaded, structure, samples, budget, settings, plan, moments, progress)
+            pruned = _solve(loaded, structure, samples, budget, settings, plan, moments, progress, timer)
             return replace(pruned, left=left)
         except IndefiniteError as error:
             if not error.groups or settings.strict:
@@ -107,6 +117,7 @@ def _solve(
     plan: Plan | None,
     moments: Mapping[str, Moments],
     progress: Progress,
+    timer: NetworkTimer | None,
 ) -> Pruned:
     """What :func:`prune_model` returns, from moments; raises :class:`IndefiniteError` for groups without a solution."""
     if plan is not None:
@@ -115,26 +126,64 @@ def _solve(
     curves: dict[str, Curve] = {}
     tried: Mapping[str, float] = {}
     rounded: Rounded | None = None
+    timed: Timed | None = None
     if plan is None and settings.eta is not None:
         plan = hifi_plan(loaded.model, structure, moments, settings)
     elif plan is None:
         if budget is None:
-            raise ModhifiError("give a budget: --ratio, --params, --flops or --kv-cache")
+            raise ModhifiError("give a budget: --ratio, --params, --flops, --kv-cache or --latency")
         weighting, reads_costs = WEIGHTINGS[settings.weighting], LAYOUTS[settings.layout].reads_costs
         trial = weighting.trial if reads_costs and COMPENSATIONS[settings.compensate].least_squares else None
         curves = removal_curves(loaded.model, structure, moments, settings, progress, trial)
         if reads_costs:
             planned = weighting.plan(loaded, structure, curves, moments, samples, budget, settings, progress)
-            plan, tried = planned.plan, planned.tried
-            rounded = _rounded(loaded, structure, curves, budget, settings, planned)
         else:
-            plan = make_plan(loaded.model, structure, curves, budget, settings)
+            planned = Planned(make_plan(loaded.model, structure, curves, budget, settings))
+        if timer is not None:
+            timed, budget, planned = _timed(loaded, structure, curves, budget, settings, planned, timer)
+        if reads_costs:
+            rounded = _rounded(loaded, structure, curves, budget, settings, planned)
+        plan, tried = planned.plan, planned.tried
     fidelity = {name: curve.fidelity for name, curve in curves.items() if curve.fidelity is not None}
     if not curves:
         for g in structure.prunable:
             fidelity[g.name] = best_singletons(readers_of(loaded.model, structure, g, moments), g.n)
     pruned = apply_plan(loaded, structure, plan, moments, settings, samples, progress)
-    return replace(pruned, curves=curves, fidelity=fidelity, grams=gram_quality(moments), tried=tried, rounded=rounded)
+    return replace(
+        pruned, curves=curves, fidelity=fidelity, grams=gram_quality(moments), tried=tried, rounded=rounded, timed=timed
+    )
+
+
+def _timed(
+    loaded: LoadedModel,
+    structure: Structure,
+    curves: Mapping[str, Curve],
+    budget: Budget,
+    settings: PruneSettings,
+    planned: Planned,
+    timer: NetworkTimer,
+) -> tuple[Timed, Budget, Planned]:
+    """What timing came to, the budget that the plan taken last was made for, and that plan."""
+    times = budget.times
+    assert times is not None
+
+    def plan_at(keep: float) -> Plan:
+        if keep == budget.keep:
+            return planned.plan
+        return make_plan(loaded.model, structure, curves, replace(budget, keep=keep), settings, planned.weights)
+
+    def predicted(plan: Plan) -> float:
+        return times.seconds(_widths(plan)) / times.seconds({})
+
+    plan, taken, attempts = meet(plan_at, predicted, lambda plan: timer.ratio(loaded, structure, plan), budget.keep)
+    before, after = times.by_operator({}), times.by_operator(_widths(plan))
+    operators = {name: (seconds, after[name]) for name, seconds in before.items()}
+    timed = Timed(budget.keep, times.seconds({}), attempts, taken, operators)
+    return timed, replace(budget, keep=taken.predicted), replace(planned, plan=plan)
+
+
+def _widths(plan: Plan) -> dict[str, int]:
+    return {name: len(kept) for name, kept in plan.kept.items()}
 
 
 def _rounded(

@@ -30,6 +30,7 @@ from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.selectors.naive import hifi_union
 from modhifi.pruning.sequential import edit_sequentially
 from modhifi.pruning.settings import PruneSettings
+from modhifi.pruning.timed import Timed
 from modhifi.structure.clone import clone
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import operator_modules
@@ -59,7 +60,7 @@ class Pruned:
     ``fidelity`` has the best singleton fidelity of every component, float64 ``(n,)`` by group. ``tried`` has, where
     several plans were tried, what each does to the output: its divergence on a few samples in nats. ``left`` has the
     groups that could not be measured or solved and stay as they are, each with the reason. ``rounded`` compares rounded
-    widths with exact ones.
+    widths with exact ones, ``timed`` says what a budget of time came to.
     """
 
     model: nn.Module
@@ -72,6 +73,7 @@ class Pruned:
     tried: Mapping[str, float] = field(default_factory=dict)
     left: Mapping[str, str] = field(default_factory=dict)
     rounded: Rounded | None = None
+    timed: Timed | None = None
 
 
 def find_structure(loaded: LoadedModel) -> Structure:

@@ -40,8 +40,12 @@ from modhifi.runs.prune_report import (
     report_of,
     rounding_verdict,
     skipped_warnings,
+    time_verdict,
+    time_warnings,
 )
 from modhifi.runs.recipe import BudgetChoice, PruneRecipe
+from modhifi.runs.timing.bench import check_threads
+from modhifi.runs.timing.networks import Timer
 from modhifi.structure.expand import expand
 from modhifi.structure.plan import Plan
 
@@ -103,6 +107,9 @@ def run_prune(
         if budget is not None:
             budget.fit(original.kind)
         recipe, remarks = complete(recipe, original, device)
+        timer = None
+        if budget is not None and budget.measure == "latency":
+            timer = _timer(recipe, cache, progress)
     with clock.stage("data"):
         calibration, held = load_data(recipe, original, given, progress)
         warnings = [*remarks, *warn_degenerate(calibration), *skipped_warnings(calibration)]
@@ -114,11 +121,12 @@ def run_prune(
             contribute(original, calibration, settings, plan, team)
             return PruneResult({}, plan or Plan({}))
         pruned = prune_model(
-            original, calibration, budget, settings, plan=plan, progress=progress, cache=cache, team=team
+            original, calibration, budget, settings, plan=plan, progress=progress, cache=cache, team=team, timer=timer
         )
         if recipe.method.reestimate_batchnorm:
             reestimate_batchnorm(pruned.model, original, calibration, settings.batch_size)
         warnings += [f"the group '{name}' stays as it is: {reason}" for name, reason in pruned.left.items()]
+        warnings += time_warnings(pruned)
         warnings += gram_warnings(pruned.grams, len(calibration))
     report = report_of(recipe, original, calibration, held, pruned, warnings, command)
     _note(report, warnings, clock, team, cache)
@@ -142,6 +150,17 @@ def run_prune(
         path = _save(out, recipe, original, pruned, calibration, held, report, clock, force, process)
     report["timing"] = clock.seconds
     return PruneResult(report, pruned.plan, pruned.model, path, bounds)
+
+
+def _timer(recipe: PruneRecipe, cache: MomentCache | None, progress: Progress) -> Timer:
+    """What times networks for a budget of latency; raises ModhifiError for what cannot be timed."""
+    timing = recipe.timing
+    threads = timing.threads or torch.get_num_threads()
+    check_threads([threads])
+    if recipe.offload:
+        raise ModhifiError("weights that visit the device say nothing of its time; give another budget or no --offload")
+    place = None if cache is None else cache.directory.parent / "latency"
+    return Timer(timing.runtime, timing.latency_batch, threads, recipe.data.window, place, progress)
 
 
 def _note(
@@ -175,7 +194,7 @@ def _measure(
     table = tabulate(original, pruned.model, held, batch_size)
     report |= measure_run(original, pruned, held, table, progress)
     report["before_after"] = before_after(report)
-    report["verdicts"] = [measured_verdict(report), *rounding_verdict(report, pruned)]
+    report["verdicts"] = [measured_verdict(report), *rounding_verdict(report, pruned), *time_verdict(pruned)]
     if original.kind == "image":
         report["contact_sheet"] = data_uri(contact_sheet(calibration, original, n=48, tile=64))
     return table

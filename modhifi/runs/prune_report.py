@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from modhifi.artifacts.diff import LATENCY, THROUGHPUT
+from modhifi.artifacts.formatting import noisy
 from modhifi.bounds.held_out import HeldOut
 from modhifi.data.samples import Samples
 from modhifi.models.loaded import LoadedModel
@@ -72,6 +74,8 @@ def report_of(
         "parameters": sizes.parameters(widths) / sizes.parameters(dense),
         "macs": sizes.macs(widths) / sizes.macs(dense),
     }
+    if pruned.timed is not None:
+        reached["latency"] = pruned.timed.taken.measured
     if structure.uncounted:
         left_out = ", ".join(structure.uncounted)
         warnings = [*warnings, f"FLOPs leave out {left_out}, whose work no formula tells"]
@@ -98,6 +102,7 @@ def report_of(
         "budget": {**recipe.budget.model_dump(), "reached": reached},
         "groups": groups,
         "plans_tried": dict(pruned.tried),
+        "timed": None if pruned.timed is None else asdict(pruned.timed),
         "refused": [{"name": g.name, "n": g.n, "reason": g.refused} for g in structure.refused],
         "warnings": warnings,
         "command": command,
@@ -236,3 +241,33 @@ def rounding_verdict(report: dict[str, Any], pruned: Pruned) -> list[dict[str, s
             f"with exact widths {exact['ratio']:.2f} ± {exact['ratio_iqr']:.2f} x",
         }
     ]
+
+
+def time_warnings(pruned: Pruned) -> list[str]:
+    """The warnings that a time asked for was not met, or that it was too noisy to say; empty without such a budget."""
+    timed, warnings = pruned.timed, []
+    if timed is None:
+        return []
+    if not timed.met:
+        warnings.append(
+            f"{timed.keep:.3g}x of the time was asked for and {timed.taken.measured:.3g}x was reached, the nearest of "
+            f"{len(timed.attempts)} plans that were timed"
+        )
+    if noisy(timed.taken.measured, timed.taken.spread):
+        warnings.append(
+            f"the machine is too busy to say whether the model got faster: {timed.taken.measured:.2f} ± "
+            f"{timed.taken.spread:.2f}x; time it again on a quiet one, with `modhifi bench`"
+        )
+    return warnings
+
+
+def time_verdict(pruned: Pruned) -> list[dict[str, str]]:
+    """The verdict on a budget of time: what was predicted and measured; empty without such a budget."""
+    if pruned.timed is None:
+        return []
+    taken = pruned.timed.taken
+    text = (
+        f"{pruned.timed.keep:.3g}x of the time asked for, {taken.measured:.3f} ± {taken.spread:.3f}x measured, "
+        f"{taken.predicted:.3f}x predicted, after {len(pruned.timed.attempts)} timings"
+    )
+    return [{"name": "time of a pass", "verdict": "MEASURED", "text": text}]

@@ -19,6 +19,7 @@ from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.weightings import WEIGHTINGS
 from modhifi.registry import one_of
 from modhifi.runs.recipe_file import Option, Strict, parse_yaml
+from modhifi.runs.timing.runtimes import RUNTIMES
 from modhifi.structure.plan import Plan
 
 Count = Annotated[int, Field(ge=1)]
@@ -114,7 +115,7 @@ class DataSource(CalibrationData):
 
 
 class BudgetChoice(Strict):
-    """The budget: exactly one share, of components removed or of parameters, FLOPs or KV cache kept."""
+    """The budget: exactly one share, of components removed or of parameters, FLOPs, KV cache or time kept."""
 
     panel: ClassVar[str] = "Budget"
 
@@ -126,8 +127,10 @@ class BudgetChoice(Strict):
     """Share of FLOPs kept, such as 0.5x."""
     kv_cache: str | None = None
     """Share of the KV cache kept, in whole KV groups, such as 0.5x."""
+    latency: str | None = None
+    """Share of the measured time of a pass that stays, such as 0.5x, or a time, such as 12ms."""
 
-    @field_validator("ratio", "params", "flops", "kv_cache")
+    @field_validator("ratio", "params", "flops", "kv_cache", "latency")
     @classmethod
     def _possible(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None:
@@ -139,7 +142,20 @@ class BudgetChoice(Strict):
 
     def parse(self) -> Budget:
         """The budget; raises ModhifiError unless exactly one share is given."""
-        return Budget.parse(self.ratio, self.params, self.flops, self.kv_cache)
+        return Budget.parse(self.ratio, self.params, self.flops, self.kv_cache, self.latency)
+
+
+class Timing(Strict):
+    """What the time of a pass is measured in, for a budget of latency."""
+
+    panel: ClassVar[str] = "Budget"
+
+    runtime: one_of(RUNTIMES) = "eager"  # type: ignore[valid-type]
+    """What runs the model while it is timed for --latency."""
+    latency_batch: Count = 1
+    """Items in the batch that is timed for --latency."""
+    threads: Count | None = None
+    """Threads while it is timed for --latency; by default as many as torch takes."""
 
 
 class Method(Strict):
@@ -212,6 +228,7 @@ class PruneRecipe(Strict):
     model: ModelSource
     data: DataSource = DataSource()
     budget: BudgetChoice = BudgetChoice()
+    timing: Timing = Timing()
     method: Method = Method()
     checks: Checks = Checks()
     plan: Annotated[

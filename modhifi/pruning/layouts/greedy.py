@@ -15,21 +15,21 @@ def greedy(problem: Problem) -> dict[str, int]:
     """
     widths, target = problem.full, problem.target
     total = problem.size(widths)
-    touching = problem.sizes.touching() if problem.budget.measure in ("parameters", "macs") else {}
+    touching = problem.budget.touching(problem.sizes)
     by_name = {g.name: g for g in problem.groups}
 
     def proposal(name: str) -> tuple[float, int] | None:
         """Price per unit saved and next width of a group's best next cut, looking ahead for a convex price."""
         group, here, step = by_name[name], widths[name], problem.step(by_name[name])
-        local = touching.get(name, problem.sizes)
-        before = problem.budget.size(local, widths)
+        size = touching.get(name, problem.size)
+        before = size(widths)
         least = max(1, math.ceil(group.n / (64 * step))) * step
         next_width = here - (here % step or step)
         best: tuple[float, int] | None = None
         for ahead in (1, 2, 4, 8):
             width = next_width - max(0, ahead * least - step)
             width = max(width - width % step, problem.lowest[name])
-            saved = before - problem.budget.size(local, {**widths, name: width})
+            saved = before - size({**widths, name: width})
             if width >= here or saved <= 0:
                 continue
             rate = problem.price(group, here, width) / saved

@@ -7,6 +7,17 @@ from pathlib import Path
 
 import torch
 
+# What a GPU's tensor cores and a CPU's vectors take at once, in bytes of one channel (NVIDIA, "Matrix Multiplication
+# Background": dimensions that are multiples of 128 bytes).
+GPU_BYTES, CPU_BYTES = 128, {"AVX512": 64}
+OTHER_CPU_BYTES = 32
+
+
+def channels_at_once(device: torch.device, dtype: torch.dtype) -> int:
+    """How many channels a device's kernels take at a time: widths in between take as long as the next multiple."""
+    cpu = CPU_BYTES.get(torch.backends.cpu.get_cpu_capability(), OTHER_CPU_BYTES)
+    return max(1, (cpu if device.type == "cpu" else GPU_BYTES) // dtype.itemsize)
+
 
 def device_name(device: torch.device | str) -> str:
     """The model of a GPU or, of a CPU, its model, vector instructions and architecture."""

@@ -79,13 +79,14 @@ def time_in_turns(
     on_gpu: bool = False,
     *,
     rounds: int | None = None,
+    round_seconds: float | None = None,
     most_seconds: float = MOST_SECONDS,
 ) -> Turns:
     """Times every program once a round, by ``torch.utils.benchmark.Timer``; the order turns with the rounds.
 
-    A round's figure is the mean of as many passes as take about ``ROUND_SECONDS``; two passes before the first round
-    warm up. There are fewer rounds, at least 5, where they would take more than ``most_seconds`` together. One thread
-    on a CPU is timed by its own clock, which stands still while other processes have the core.
+    A round's figure is the mean of as many passes as take about ``round_seconds`` (0.05); two passes before the first
+    round warm up. There are fewer rounds, at least 5, where they would take more than ``most_seconds`` together. One
+    thread on a CPU is timed by its own clock, which stands still while other processes have the core.
     """
     timer_class = _timer()
     clock = {"timer": time.thread_time} if threads == 1 and not on_gpu else {}
@@ -96,7 +97,7 @@ def time_in_turns(
     for name, timer in timers.items():
         timer.timeit(1)
         seconds = timer.timeit(1).mean
-        passes[name] = max(1, math.ceil(ROUND_SECONDS / seconds))
+        passes[name] = max(1, math.ceil((round_seconds or ROUND_SECONDS) / seconds))
         one_round += passes[name] * seconds
     rounds = min(rounds or ROUNDS, max(FEWEST_ROUNDS, int(most_seconds / one_round)))
     names, taken = list(timers), {name: [0.0] * rounds for name in timers}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modhifi.registry import Registry
 
@@ -24,13 +24,15 @@ class Runtime:
     """A way to run a model.
 
     ``load`` takes a module, on its device, and an example batch, and makes the program that runs it; ``open`` does so
-    for a file, None where the runtime reads none. Both raise ModhifiError where the model cannot be run so.
+    for a file, None where the runtime reads none. ``operator`` runs one conv or linear layer alone, on a batch and with
+    a number of threads. All raise ModhifiError where the model cannot be run so.
     """
 
     name: str
     summary: str
     source: str
     load: Callable[[nn.Module, Tensor], Program]
+    operator: Callable[[Any, Tensor, int], Run]
     open: Callable[[Path], Program] | None = None
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from modhifi.artifacts.export import MainOutput
 from modhifi.models.hub import explained
 from modhifi.runs.timing.runtimes.base import RUNTIMES, Program, Run, Runtime
+from modhifi.runs.timing.runtimes.eager import operator
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,4 +43,4 @@ def load(model: nn.Module, example: Tensor) -> Program:
     return program
 
 
-RUNTIMES.register(Runtime("compile", "torch.compile, which fuses kernels", "https://pytorch.org", load))
+RUNTIMES.register(Runtime("compile", "torch.compile, which fuses kernels", "https://pytorch.org", load, operator))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modhifi.artifacts.export import MainOutput
 from modhifi.runs.timing.runtimes.base import RUNTIMES, Program, Run, Runtime
@@ -27,4 +27,18 @@ def load(model: nn.Module, example: Tensor) -> Program:
     return program
 
 
-RUNTIMES.register(Runtime("eager", "torch, the model's own code kernel by kernel", "https://pytorch.org", load))
+def operator(layer: Any, batch: Tensor, threads: int) -> Run:
+    """The layer as it is."""
+    import torch
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        output: Tensor = layer(batch)
+        return output
+
+    return run
+
+
+RUNTIMES.register(
+    Runtime("eager", "torch, the model's own code kernel by kernel", "https://pytorch.org", load, operator)
+)
