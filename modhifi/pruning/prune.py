@@ -20,6 +20,7 @@ from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts import LAYOUTS
 from modhifi.pruning.layouts.base import EXACT
 from modhifi.pruning.left_alone import UNSOLVED, leave, unmeasured
+from modhifi.pruning.planned import Planned
 from modhifi.pruning.readers import best_singletons, readers_of
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import (
@@ -35,7 +36,6 @@ from modhifi.pruning.stages import (
 )
 from modhifi.pruning.timed import NetworkTimer, Timed, meet
 from modhifi.pruning.weightings import WEIGHTINGS
-from modhifi.pruning.weightings.base import Planned
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
 

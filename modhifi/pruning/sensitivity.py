@@ -19,10 +19,10 @@ from modhifi.progress import Progress, silent
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.editing import compensated, store, write_compensated
 from modhifi.pruning.elimination import Curve, Trial
+from modhifi.pruning.planned import Planned
 from modhifi.pruning.sequential import written_modules
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import make_plan, trial_size
-from modhifi.pruning.weightings.base import Planned
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import removed_positions

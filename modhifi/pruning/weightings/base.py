@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from modhifi.calibration.moments import Moments
@@ -12,29 +12,10 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.elimination import Curve
+from modhifi.pruning.planned import Planned
 from modhifi.pruning.settings import PruneSettings
 from modhifi.registry import Registry
 from modhifi.structure.groups import Structure
-from modhifi.structure.plan import Plan
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A plan, the weights of the groups' costs behind it (see `allocate`), and what else was tried.
-
-    ``tried`` is the divergence in nats of whole plans.
-    """
-
-    plan: Plan
-    weights: Mapping[str, float] | None = None
-    tried: Mapping[str, float] = field(default_factory=dict)
-
-    def predicted(self, plan: Plan) -> float | None:
-        """The weighted costs of a plan, all groups together: in nats where the weights were measured.
-
-        None without weights.
-        """
-        return None if self.weights is None else sum(self.weights[g] * cost for g, cost in plan.removal_cost.items())
 
 
 class Planner(Protocol):

@@ -10,9 +10,10 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.elimination import Curve
+from modhifi.pruning.planned import Planned
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import make_plan
-from modhifi.pruning.weightings.base import WEIGHTINGS, Planned, Weighting
+from modhifi.pruning.weightings.base import WEIGHTINGS, Weighting
 from modhifi.structure.groups import Structure
 
 
