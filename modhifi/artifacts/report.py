@@ -14,6 +14,8 @@ The schema, version 1; every part but ``title`` may be missing, which means that
   ``fidelity``: ``{kept, removed}``, the 10 %, 50 % and 90 % quantiles of their components' best singleton fidelities
 * ``tables``: ``{title, columns, rows, unit?}``; a row is a name and a value for each further column
 * ``refused``: ``{name, reason}``; ``verdicts``: ``{name, verdict, text}``; ``warnings``: sentences
+* ``timed``: of a budget of time, ``{operators, rest}``: the predicted seconds of every operator, before and after the
+  edit, and of what no operator's width changes
 * ``timing``: seconds by stage; ``contact_sheet``: a PNG picture as a data URI (:func:`data_uri`)
 """
 
@@ -50,7 +52,12 @@ def render_html(report: Mapping[str, Any]) -> str:
     environment.filters |= {"number": number, "plain": plain, "tone": tone}
     groups = report.get("groups") or []
     rows = [{**row, "change": change(row)} for row in report.get("before_after") or []]
-    charts = {"widths": _widths(groups), "fidelities": _fidelities(groups), "errors": _errors(groups)}
+    charts = {
+        "widths": _widths(groups),
+        "fidelities": _fidelities(groups),
+        "errors": _errors(groups),
+        "times": _times(report.get("timed")),
+    }
     template = environment.get_template("report.html.j2")
     verdicts = report.get("verdicts") or []
     page: str = template.render(
@@ -99,6 +106,19 @@ def _errors(groups: Sequence[Mapping[str, Any]]) -> Markup | None:
     values = [float(g["relative_error"]) for g in drawn]
     texts = [f"{100 * v:.2g} %" for v in values]
     return _bars([str(g["name"]) for g in drawn], [(STRONG, values)], texts, "share of output energy lost")
+
+
+def _times(timed: Mapping[str, Any] | None) -> Markup | None:
+    """The chart of every operator's predicted time, before and after the edit, and of the rest."""
+    if not timed or not timed.get("operators"):
+        return None
+    rows = {**timed["operators"], "the rest": [timed["rest"]] * 2}
+    return _bars(
+        list(rows),
+        [(FAINT, [before for before, _ in rows.values()]), (STRONG, [after for _, after in rows.values()])],
+        [f"{number(before, 's')} to {number(after, 's')}" for before, after in rows.values()],
+        "seconds, before and after",
+    )
 
 
 def _fidelities(groups: Sequence[Mapping[str, Any]]) -> Markup | None:

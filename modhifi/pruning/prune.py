@@ -178,7 +178,7 @@ def _timed(
     plan, taken, attempts = meet(plan_at, predicted, lambda plan: timer.ratio(loaded, structure, plan), budget.keep)
     before, after = times.by_operator({}), times.by_operator(_widths(plan))
     operators = {name: (seconds, after[name]) for name, seconds in before.items()}
-    timed = Timed(budget.keep, times.seconds({}), attempts, taken, operators)
+    timed = Timed(budget.keep, times.seconds({}), attempts, taken, operators, times.fixed)
     return timed, replace(budget, keep=taken.predicted), replace(planned, plan=plan)
 
 

@@ -43,7 +43,7 @@ class Attempt:
 class Timed:
     """What a budget of time came to: the share asked for, the attempts, the one taken last, and the predicted seconds.
 
-    ``operators`` has the seconds of every operator, dense and pruned.
+    ``operators`` has the seconds of every operator, dense and pruned, ``rest`` those that no width changes.
     """
 
     keep: float
@@ -51,6 +51,7 @@ class Timed:
     attempts: tuple[Attempt, ...]
     taken: Attempt
     operators: Mapping[str, tuple[float, float]]
+    rest: float
 
     @property
     def met(self) -> bool:

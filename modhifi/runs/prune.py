@@ -40,6 +40,7 @@ from modhifi.runs.prune_report import (
     report_of,
     rounding_verdict,
     skipped_warnings,
+    summary,
     time_verdict,
     time_warnings,
 )
@@ -194,6 +195,7 @@ def _measure(
     table = tabulate(original, pruned.model, held, batch_size)
     report |= measure_run(original, pruned, held, table, progress)
     report["before_after"] = before_after(report)
+    report["summary"] = summary(report)
     report["verdicts"] = [measured_verdict(report), *rounding_verdict(report, pruned), *time_verdict(pruned)]
     if original.kind == "image":
         report["contact_sheet"] = data_uri(contact_sheet(calibration, original, n=48, tile=64))

@@ -209,6 +209,17 @@ def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def summary(report: dict[str, Any]) -> str:
+    """The first line of a report: what is left of the work, and of the time that it takes."""
+    before, after = report["size"]["flops"]
+    latency, throughput = report["latency"]["after"], report["throughput"]
+    flops = f"{after / before:.2f}x of the FLOPs, " if before else ""
+    text = f"{flops}{latency['ratio']:.2f} ± {latency['ratio_iqr']:.2f}x of the time of one sample"
+    if throughput is not None:
+        text += f", {1 / throughput['ratio']:.2f}x of that of many"
+    return text
+
+
 def measured_verdict(report: dict[str, Any]) -> dict[str, str]:
     """The verdict that states the measured errors: an observation on these samples, not a bound."""
     errors = report["errors"]

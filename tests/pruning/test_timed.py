@@ -199,4 +199,4 @@ def test_a_run_meets_the_measured_time(layout: str) -> None:
     assert [a.measured for a in pruned.timed.attempts] == pytest.approx([0.65, 0.5], abs=0.02)
     assert pruned.plan.kept == timer.plans[-1].kept
     before, after = pruned.timed.operators["2"]
-    assert before == 400 and after == 10 * len(pruned.plan.kept["2"])
+    assert pruned.timed.rest == 0 and before == 400 and after == 10 * len(pruned.plan.kept["2"])
