@@ -38,7 +38,7 @@ from modhifi.structure.sizes import Sizes, sizes_of
 # By model: the batch that is timed, calibration images, test images, and the shares of the time asked for.
 SETTINGS: dict[str, tuple[int, int, int, tuple[float, ...]]] = {
     "demo": (32, 1000, 2000, (0.8, 0.65, 0.5)),
-    "resnet50": (16, 1000, 1000, (0.5,)),
+    "resnet50": (16, 500, 1000, (0.5,)),
 }
 PLANS = 20
 ROUNDING = Rounding(8, less=True)

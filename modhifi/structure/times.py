@@ -23,7 +23,7 @@ class OperatorTime:
     """Seconds of one operator: ``seconds[i][j]`` at the input width ``inputs[i]`` and the output width ``outputs[j]``.
 
     ``elements`` are the numbers that it writes at full width. Devices take ``at_once`` channels at a time: a width in
-    between takes as long as the next multiple.
+    between takes as long as the next multiple, and one below the grid as long as its first point.
     """
 
     term: Term
@@ -34,22 +34,18 @@ class OperatorTime:
     at_once: int = 1
 
     def at(self, input_width: float, output_width: float) -> float:
-        """The seconds at two widths, bilinear between the points of the grid, and beyond them."""
-        (i, u), (j, v) = _cell(self.inputs, self._up(input_width)), _cell(self.outputs, self._up(output_width))
+        """The seconds at two widths, bilinear between the points of the grid."""
+        (i, u), (j, v) = self._cell(self.inputs, input_width), self._cell(self.outputs, output_width)
         first = _between(self.seconds[i], j, v)
         return first if u == 0.0 else first + u * (_between(self.seconds[i + 1], j, v) - first)
 
-    def _up(self, width: float) -> int:
-        return math.ceil(width / self.at_once) * self.at_once
-
-
-def _cell(points: Sequence[int], value: float) -> tuple[int, float]:
-    """The point before a value and how far it is to the next one; before the first the first cell goes on."""
-    value = min(value, points[-1])
-    if len(points) == 1:
-        return 0, 0.0
-    cell = min(max(bisect_right(points, value) - 1, 0), len(points) - 2)
-    return cell, (value - points[cell]) / (points[cell + 1] - points[cell])
+    def _cell(self, points: Sequence[int], width: float) -> tuple[int, float]:
+        """The point before a width, rounded up, and how far that is to the next one."""
+        if width <= points[0] or len(points) == 1:
+            return 0, 0.0
+        width = min(math.ceil(width / self.at_once) * self.at_once, points[-1])
+        cell = min(bisect_right(points, width) - 1, len(points) - 2)
+        return cell, (width - points[cell]) / (points[cell + 1] - points[cell])
 
 
 def _between(row: Sequence[float], cell: int, part: float) -> float:
@@ -69,6 +65,11 @@ class Times:
     scale: float = 1.0
     per_element: float = 0.0
     fixed: float = 0.0
+
+    @property
+    def at_once(self) -> int:
+        """How many channels the device takes at a time."""
+        return max((operator.at_once for operator in self.operators), default=1)
 
     def parts(self, widths: Mapping[str, int]) -> tuple[float, float]:
         """The operators' seconds together, as they were measured alone, and the number of elements that they write."""

@@ -70,7 +70,7 @@ def test_every_operator_is_timed_on_a_grid_of_its_widths_and_once(net: LoadedMod
     step = times[0].at_once
 
     def points(total: int) -> tuple[int, ...]:
-        return tuple(sorted({min(total, max(1, round(s * total / step)) * step) for s in operators.SHARES}))
+        return tuple(sorted({step // 2} | {max(1, round(s * total / step)) * step for s in operators.SHARES}))
 
     assert grids == {
         "0": ((3,), points(32), 2 * 32 * 64),

@@ -107,16 +107,22 @@ def _grid(module: nn.Module, term: Term, at_once: int) -> tuple[tuple[int, ...],
     """The input and output widths at which an operator is timed; one alone where no group changes a width."""
     if _is_depthwise(module):  # whose input is as wide as its output, however wide that is
         multiplier = term.output_total // term.input_total
-        outputs = _points(term.output_total, bool(term.outputs), math.lcm(at_once, multiplier))
+        outputs = _points(term.output_total, bool(term.outputs), at_once, multiplier)
         return (term.input_total,), outputs
-    step = math.lcm(at_once, conv_groups(module))
-    return _points(term.input_total, bool(term.inputs), step), _points(term.output_total, bool(term.outputs), step)
+    parts = conv_groups(module)
+    return (
+        _points(term.input_total, bool(term.inputs), at_once, parts),
+        _points(term.output_total, bool(term.outputs), at_once, parts),
+    )
 
 
-def _points(total: int, changes: bool, step: int) -> tuple[int, ...]:
+def _points(total: int, changes: bool, at_once: int, parts: int) -> tuple[int, ...]:
+    """The widths nearest to the shares that a device takes at once and that ``parts`` divide, and half of the least."""
     if not changes:
         return (total,)
-    return tuple(sorted({min(total, max(1, round(share * total / step)) * step) for share in SHARES} | {total}))
+    step = math.lcm(at_once, parts)
+    half = {step // 2} if step % (2 * parts) == 0 and step < 2 * total else set()
+    return tuple(sorted({min(total, max(1, round(share * total / step)) * step) for share in SHARES} | {total} | half))
 
 
 def _operator(shape: Shape) -> tuple[nn.Module, tuple[int, ...]]:
