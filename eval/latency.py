@@ -66,7 +66,7 @@ def cached(samples: Samples) -> Samples:
 
 def curve(name: str, runtime: str) -> None:
     """Accuracy at the same measured time, of plans by FLOPs, exact and rounded, and by time."""
-    batch, calibrate, test, shares = SETTINGS[name]
+    _, calibrate, test, shares = SETTINGS[name]
     loaded, root, timer = model_of(name), cifar10(), timer_of(name, runtime)
     calibration = cached(load_samples(f"images:{root / 'train'}", loaded, n=calibrate))
     held = cached(load_samples(f"images:{root / 'test'}", loaded, n=test))
@@ -84,9 +84,9 @@ def curve(name: str, runtime: str) -> None:
     ]
     print(rows[0], flush=True)
     kinds: tuple[tuple[str, Budget, Rounding], ...] = (
-        ("FLOPs, widths rounded to 1", half, EXACT),
-        ("FLOPs, rounded", half, ROUNDING),
         ("time", Budget("latency", 0.5).timed(times), ROUNDING),
+        ("FLOPs, rounded", half, ROUNDING),
+        ("FLOPs, widths rounded to 1", half, EXACT),
     )
     for share in shares:
         for kind, budget, rounding in kinds:
@@ -100,12 +100,16 @@ def curve(name: str, runtime: str) -> None:
             )
             rows[-1]["timings"] = len(attempts)
             print(rows[-1], flush=True)
+            write_curve(name, runtime, rows, len(calibration), len(held))
+
+
+def write_curve(name: str, runtime: str, rows: list[dict[str, Any]], calibrated: int, tested: int) -> None:
     write_results(
         f"latency_{name}_{runtime}",
         rows,
         ["plan", "asked", "time", "spread", "predicted", "timings", "FLOPs", "top-1"],
-        f"""# Accuracy at a measured time: {name}, {runtime}, batch {batch}, one thread
-{device_name("cpu")}. {len(calibration)} unlabelled training images, {len(held)} test images, no training, `obs`
+        f"""# Accuracy at a measured time: {name}, {runtime}, batch {SETTINGS[name][0]}, one thread
+{device_name("cpu")}. {calibrated} unlabelled training images, {tested} test images, no training, `obs`
 and least squares. `time` is the measured time over the dense model's, timed in turns, `spread` its interquartile range;
 every plan is corrected by timings (at most three) until it is within 5 % of what was asked for. `predicted` is in the
 plan's own measure.
