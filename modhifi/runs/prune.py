@@ -47,6 +47,7 @@ from modhifi.runs.prune_report import (
 from modhifi.runs.recipe import BudgetChoice, PruneRecipe
 from modhifi.runs.timing.bench import check_threads
 from modhifi.runs.timing.networks import Timer
+from modhifi.runs.timing.runtimes import RUNTIMES
 from modhifi.structure.expand import expand
 from modhifi.structure.plan import Plan
 
@@ -158,6 +159,7 @@ def _timer(recipe: PruneRecipe, cache: MomentCache | None, progress: Progress) -
     timing = recipe.timing
     threads = timing.threads or torch.get_num_threads()
     check_threads([threads])
+    RUNTIMES[timing.runtime].check()
     if recipe.offload:
         raise ModhifiError("weights that visit the device say nothing of its time; give another budget or no --offload")
     place = None if cache is None else cache.directory.parent / "latency"

@@ -16,6 +16,8 @@ from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.layouts.base import EXACT
 from modhifi.pruning.stages import find_structure
+from modhifi.pruning.timed import Attempt, Timed
+from modhifi.runs.prune_report import time_verdict, time_warnings
 from modhifi.runs.timing import operators, turns
 from modhifi.runs.timing.networks import Timer, plan_of
 from modhifi.runs.timing.operators import measure_operators
@@ -126,3 +128,25 @@ def test_widths_make_a_plan_that_can_be_cut(net: LoadedModel) -> None:
 def test_times_that_cannot_be_are_refused_in_one_line(options: dict[str, Any], message: str, net: LoadedModel) -> None:
     with pytest.raises(ModhifiError, match=message):
         modhifi.prune(net, torch.randn(16, 3, 8, 8), checks={"walked": 0}, **options)
+
+
+def test_a_runtime_without_its_packages_is_refused_before_the_work(
+    net: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModhifiError, match=r"pip install 'modhifi\[onnx\]'"):
+        modhifi.prune(net, torch.randn(16, 3, 8, 8), latency="0.5x", timing={"runtime": "onnx"})
+    assert not Counting.timed
+
+
+@pytest.mark.parametrize(
+    ("measured", "spread", "expected"),
+    [(0.52, 0.02, []), (0.6, 0.02, ["0.6x was reached"]), (0.9, 0.2, ["0.9x was reached", "too busy to say"])],
+)
+def test_a_time_that_is_missed_or_uncertain_is_a_warning(measured: float, spread: float, expected: list[str]) -> None:
+    attempt = Attempt(0.5, measured, spread)
+    pruned: Any = SimpleNamespace(timed=Timed(0.5, 1.0, (attempt,), attempt, {}, 0.0))
+    warnings = time_warnings(pruned)
+    assert len(warnings) == len(expected) and all(e in w for e, w in zip(expected, warnings, strict=True))
+    (verdict,) = time_verdict(pruned)
+    assert f"{measured:.3f} ± {spread:.3f}x measured" in verdict["text"]

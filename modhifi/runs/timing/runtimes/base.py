@@ -25,7 +25,8 @@ class Runtime:
 
     ``load`` takes a module, on its device, and an example batch, and makes the program that runs it; ``open`` does so
     for a file, None where the runtime reads none. ``operator`` runs one conv or linear layer alone, on a batch and with
-    a number of threads. All raise ModhifiError where the model cannot be run so.
+    a number of threads. All raise ModhifiError where the model cannot be run so; ``check`` raises it where packages are
+    missing.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Runtime:
     load: Callable[[nn.Module, Tensor], Program]
     operator: Callable[[Any, Tensor, int], Run]
     open: Callable[[Path], Program] | None = None
+    check: Callable[[], None] = lambda: None
 
 
 RUNTIMES: Registry[Runtime] = Registry("runtime")

@@ -92,4 +92,14 @@ def operator(layer: Any, batch: Tensor, threads: int) -> Run:
     return _session(model.SerializeToString(), batch, threads)
 
 
-RUNTIMES.register(Runtime("onnx", "ONNX Runtime on the CPU", "https://onnxruntime.ai", load, operator, open_file))
+RUNTIMES.register(
+    Runtime(
+        "onnx",
+        "ONNX Runtime on the CPU",
+        "https://onnxruntime.ai",
+        load,
+        operator,
+        open_file,
+        EXPORTS["onnx"].check,
+    )
+)
