@@ -68,8 +68,8 @@ def meet(
     """The plan whose measured time is nearest to the share ``keep``, its attempt, and all attempts in their order.
 
     ``plan_at`` makes a plan of a predicted share of the dense time. After each timing it is asked again for a share
-    that is larger or smaller by as much as the measured time missed, at most three times. Raises what ``plan_at``
-    raises where even the first share cannot be predicted.
+    that is larger or smaller by as much as the measured time missed, at most three times, and until the plan stays the
+    same. Raises what ``plan_at`` raises where even the first share cannot be predicted.
     """
     asked = keep
     tried: list[tuple[float, Plan, Attempt]] = []
@@ -79,6 +79,8 @@ def meet(
         except ModhifiError:
             if not tried:
                 raise
+            break
+        if tried and plan.kept == tried[-1][1].kept:
             break
         attempt = Attempt(predicted(plan), *measured(plan))
         tried.append((abs(attempt.measured / keep - 1), plan, attempt))

@@ -70,6 +70,8 @@ def test_what_cannot_be_predicted_ends_the_corrections_or_the_run() -> None:
             raise ModhifiError("out of reach")
         return plan(keep)
 
+    made, attempt, attempts = meet(lambda keep: plan(0.5), share, lambda p: (0.8, 0.0), 0.5)
+    assert (share(made), len(attempts)) == (0.5, 1)  # the same plan again would take the same time
     made, attempt, attempts = meet(only_half, share, lambda p: (0.8, 0.0), 0.5)
     assert (share(made), attempt, len(attempts)) == (0.5, Attempt(0.5, 0.8, 0.0), 1)
     with pytest.raises(ModhifiError, match="out of reach"):
@@ -157,6 +159,17 @@ def test_a_latency_is_a_share_or_a_time(text: str, expected: tuple[float, float 
 def test_no_other_text_is_a_latency(text: str) -> None:
     with pytest.raises(ModhifiError, match="--latency is the share"):
         Budget.parse(latency=text)
+
+
+def test_the_nearest_stair_to_a_time_is_taken() -> None:
+    model, structure = two_layers()
+    terms = {t.module: t for t in sizes_of(model, structure).terms}
+    stairs = (OperatorTime(terms["0"], (4,), (20, 40), ((1.0, 2.0),), 0, at_once=20),)
+    budget = Budget("latency", 0.6).timed(Times(stairs, {g.name: g.n for g in structure.prunable}))
+    line = torch.linspace(0, 1, 41, dtype=torch.float64)
+    curves = {name: Curve(torch.arange(40), line, 1.0) for name in ("0", "2")}
+    made = allocate(structure.prunable, curves, sizes_of(model, structure), budget)
+    assert {name: len(kept) for name, kept in made.kept.items()} == {"0": 20}  # half of the time
 
 
 def test_a_time_is_a_share_of_the_dense_one() -> None:
