@@ -34,6 +34,7 @@ VERBS = {
     "audit": "Try to get forgotten classes back: norms re-estimated, probes, neighbours, prototypes; "
     "beside an output mask.",
     "score": "Measure every component: singleton fidelity, energy score, exact removal cost, order of removal.",
+    "bench": "Time models side by side in one process: latency by runtime, batch and threads, and memory.",
     "tasks": "Run tasks of lm-eval (pip install 'modhifi\\[lm-eval]') on a language model before and after its edit.",
     "check": "Say what can be pruned of a model, and what not and why. Exit code 1 if nothing can.",
     "diff": "Compare two artefacts or reports: figures, kept widths, settings, verdicts, "

@@ -15,6 +15,7 @@ from modhifi.pruning.layouts import LAYOUTS
 from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.weightings import WEIGHTINGS
 from modhifi.registry import Registry
+from modhifi.runs.timing.runtimes import RUNTIMES
 from modhifi.unlearning.attacks import ATTACKS
 from modhifi.unlearning.methods import METHODS
 
@@ -34,6 +35,7 @@ TABLES: tuple[tuple[str, str, Registry[Any]], ...] = (
     ("Unlearning methods", "`modhifi unlearn --method`: how a classifier forgets.", METHODS),
     ("Attacks", "Every audit runs all of them on an edited model.", ATTACKS),
     ("Exports", "`--export`: files that hold the model and run without modhifi.", EXPORTS),
+    ("Runtimes", "`modhifi bench --runtime`: what runs the model while it is timed.", RUNTIMES),
 )
 
 

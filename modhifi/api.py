@@ -20,11 +20,15 @@ from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.plain_copy import unwrapped
 from modhifi.progress import Progress, silent
+from modhifi.runs.bench_recipe import Settings
 from modhifi.runs.inputs import Given
 from modhifi.runs.prune import PruneResult
+from modhifi.runs.recipe_file import validate
 from modhifi.runs.recipe_tasks import parse
 from modhifi.runs.run_recipe import Circumstances, run_recipe
 from modhifi.runs.score import Scores, score_model
+from modhifi.runs.timing.bench import Bench, bench_models
+from modhifi.runs.timing.subjects import subjects_of
 from modhifi.runs.unlearn import UnlearnResult
 
 Model = str | Path | nn.Module | LoadedModel
@@ -39,11 +43,13 @@ def prune(
     params: str | None = None,
     flops: str | None = None,
     kv_cache: str | None = None,
+    latency: str | None = None,
     samples: int | None = None,
     evaluate: Data | None = None,
     evaluation_samples: int | None = None,
     window: int | None = None,
     method: Mapping[str, Any] | None = None,
+    timing: Mapping[str, Any] | None = None,
     checks: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     export: Sequence[str] = (),
@@ -57,17 +63,17 @@ def prune(
 ) -> PruneResult:
     """Prunes a model to physically smaller layers with forward passes only; the given one stays as it is.
 
-    Exactly one budget is given: ``ratio`` of the components removed, or a share of ``params``, ``flops`` or
-    ``kv_cache`` kept (``"0.5x"``).
+    Exactly one budget is given: ``ratio`` of the components removed, or a share of ``params``, ``flops``,
+    ``kv_cache`` or ``latency`` kept (``"0.5x"``); a latency may be a time (``"12ms"``).
     ``data``: a source string, samples, or items that you hold: a tensor ``(n, C, H, W)`` of model-ready inputs, a list
     of tensors or PIL images, a map-style Dataset. ``evaluate`` holds out other data; by default it is a disjoint part
     of ``data``. ``window`` is tokens in an item of text; amounts that are not given are those of
     `modhifi.runs.defaults`.
-    ``method`` and ``checks``: the keys of those parts of a recipe; the result's ``bounds`` answer the checks.
-    With ``out`` the artefact is written there; ``export`` adds a file ``onnx`` or ``pt2``. ``cache`` is a directory
-    where moments are kept: a second budget then needs no second pass over the data. ``offload``: weights stay in main
-    memory, and one block at a time is on the ``device``; a module that accelerate has dispatched to CPU or disk may be
-    given, too.
+    ``method``, ``timing`` and ``checks``: the keys of those parts of a recipe; ``bounds`` of the result answer the
+    checks. With ``out`` the artefact is written there; ``export`` adds a file ``onnx`` or ``pt2``. ``cache`` is a
+    directory where moments are kept: a second budget then needs no second pass over the data. ``offload``: weights stay
+    in main memory, and one block at a time is on the ``device``; a module that accelerate has dispatched to CPU or disk
+    may be given, too.
 
     Returns the smaller ``model``, a JSON-able ``report``, the ``plan`` and the ``path`` written.
     Raises ModhifiError for bad input, in one line.
@@ -92,8 +98,9 @@ def prune(
                 evaluation_samples=evaluation_samples,
                 window=window,
             ),
-            "budget": _given_only(ratio=ratio, params=params, flops=flops, kv_cache=kv_cache),
+            "budget": _given_only(ratio=ratio, params=params, flops=flops, kv_cache=kv_cache, latency=latency),
             "method": dict(method or {}),
+            "timing": dict(timing or {}),
             "checks": dict(checks or {}),
             **_given_only(seed=seed, batch_size=batch_size, offload=offload, out=_path_text(out), export=list(export)),
         },
@@ -164,6 +171,37 @@ def unlearn(
     (done,) = run_recipe(recipe, Circumstances(device, given, force=force, progress=progress))
     assert isinstance(done.result, UnlearnResult)
     return done.result
+
+
+def bench(
+    *models: str | Path | nn.Module | LoadedModel,
+    runtime: Sequence[str] = ("eager",),
+    batch: Sequence[int] = (1,),
+    threads: Sequence[int] = (),
+    window: int | None = None,
+    data: Data = "synthetic",
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> Bench:
+    """Times models side by side in one process, in turns, in every runtime, batch size and number of threads.
+
+    A model is what :func:`prune` takes, an artefact, beside which its original is timed, or an ONNX file. ``runtime``:
+    ``eager``, ``compile``, ``onnx``. Without ``threads`` torch's current number is taken. ``window`` is the tokens of
+    an input of text, ``data`` the inputs of modules that are neither timm's nor transformers'.
+    Returns ``rows``, one for each model and setting: seconds a batch and the ratio to the original, both with their
+    interquartile range, and the bytes that a pass needs. Raises ModhifiError for bad input, in one line.
+
+    >>> import modhifi
+    >>> result = modhifi.bench("demo:resnet", batch=[4])
+    >>> result.rows[0].ratio, result.rows[0].median > 0
+    (1.0, True)
+    """
+    if not models:
+        raise ModhifiError("give at least one model to time")
+    content = {"runtime": list(runtime), "batch": list(batch), "threads": list(threads), "window": window}
+    settings = validate(Settings, content, "modhifi.bench")
+    subjects, notes = subjects_of([m if isinstance(m, str | Path) else _loaded(m, data) for m in models], device)
+    return bench_models(subjects, settings, notes, progress)
 
 
 def score(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ from modhifi.errors import ModhifiError
 from modhifi.models.manifest import MANIFEST, Manifest, read_manifest
 
 ABSENT = "absent"
+# The rows of times: two runs compare by the ratios to their own originals, which were timed beside them.
+LATENCY, THROUGHPUT = "latency, one sample", "throughput, samples a second"
 
 
 def diff_runs(first: str | Path, second: str | Path) -> dict[str, Any]:
     """The differences between two runs, JSON-able; parts without a difference are empty.
 
     ``same_weights`` is None where one of the two is no artefact. ``figures``: each measure's result in both (the
-    report's ``after``), with the change; ``widths``: groups that keep other numbers of components, or other components
-    (``moved`` is the number that one run alone keeps); ``settings``: keys with other values; ``verdicts``.
+    report's ``after``, and for times the ratio to the run's own original), with the change; ``widths``: groups that
+    keep other numbers of components, or other components (``moved`` is the number that one run alone keeps);
+    ``settings``: keys with other values; ``verdicts``.
     Raises ModhifiError for a path that is neither an artefact nor a report.
     """
     (first_report, first_manifest), (second_report, second_manifest) = _read(Path(first)), _read(Path(second))
@@ -50,12 +54,38 @@ def _figures(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dict[s
     figures = []
     for name in dict.fromkeys([*rows[0], *rows[1]]):
         first_row, second_row = (r.get(name, {}) for r in rows)
+        if name in (LATENCY, THROUGHPUT):
+            figures.append(_relative(name, first_row, second_row))
+            continue
         unit = first_row.get("unit", second_row.get("unit", ""))
         row = {"name": name, "unit": unit, "before": first_row.get("after"), "after": second_row.get("after")}
         figures.append(
             {"name": name, "unit": unit, "first": row["before"], "second": row["after"], "change": change(row)}
         )
     return figures
+
+
+def _relative(name: str, first_row: Mapping[str, Any], second_row: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a row of times: each run's ratio to its own original, never seconds of two runs.
+
+    The change says so where the ratios differ by no more than they spread, taken together.
+    """
+    first, second = _own_ratio(first_row), _own_ratio(second_row)
+    figures = {"name": f"{name}, of its own original", "unit": "x", "first": first, "second": second}
+    if first is None or second is None:
+        return figures | {"change": ""}
+    row = {"before": first, "after": second, "ratio": second / first}
+    if "spread" in first_row and "spread" in second_row:
+        row["spread"] = second / first * math.hypot(first_row["spread"] / first, second_row["spread"] / second)
+    return figures | {"change": change(row)}
+
+
+def _own_ratio(row: Mapping[str, Any]) -> float | None:
+    """After over before; reports of earlier versions state no ratio and no spread."""
+    before, after = row.get("before"), row.get("after")
+    if row.get("ratio") is not None:
+        return float(row["ratio"])
+    return after / before if before and after is not None else None
 
 
 def _widths(

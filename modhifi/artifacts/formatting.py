@@ -54,10 +54,23 @@ def plain(value: Any) -> str:
     return str(value)
 
 
+def noisy(ratio: float, spread: float) -> bool:
+    """Whether a ratio of two times is no further from 1 than it spreads."""
+    return abs(ratio - 1) <= spread
+
+
 def change(row: Mapping[str, Any]) -> str:
-    """The change of a before/after row: in points for shares, in percent for other numbers, empty if it has none."""
+    """The change of a before/after row: in points for shares, in percent for other numbers, empty if it has none.
+
+    A row of times has their ``ratio``, with its ``spread``: the change is that of the ratio, where the spread lets it.
+    """
     if row.get("change") is not None:
         return str(row["change"])
+    if row.get("ratio") is not None and row.get("spread") is not None:
+        ratio, spread = row["ratio"], row["spread"]
+        if noisy(ratio, spread):
+            return f"too noisy to say ({ratio:.2f} ± {spread:.2f} x)"
+        return f"{100 * (ratio - 1):+.1f} ± {100 * spread:.1f} %".replace("-", "−")
     before, after = row.get("before"), row.get("after")
     if not isinstance(before, int | float) or not isinstance(after, int | float) or not math.isfinite(before + after):
         return ""

@@ -5,8 +5,9 @@ The schema, version 1; every part but ``title`` may be missing, which means that
 * ``schema_version``, ``title``, ``task``, ``command`` (text; the command that repeats the run)
 * ``model``, ``data``, ``settings``, ``errors``: names and values, one level of nesting allowed;
   ``summary``: a sentence
-* ``before_after``: ``{name, before, after, unit, change?}``; with the unit ``%`` values are shares in [0, 1], with
-  ``s`` and ``B`` seconds and bytes; ``change`` is text and computed where it is missing
+* ``before_after``: ``{name, before, after, unit, change?, ratio?, spread?}``; with the unit ``%`` values are shares in
+  [0, 1], with ``s`` and ``B`` seconds and bytes; ``change`` is text and computed where it is missing, of times from
+  the ``ratio`` of both, timed in turns, and the interquartile range of that ratio
 * ``groups``: ``{name, kind, n, kept, local_error, relative_error, amplification, share}``; ``kept`` is a number of
   components, ``local_error`` squared, ``relative_error`` its share of the readers' output energy, ``amplification`` the
   change of the network's output over the readers' own errors, ``share`` that change's share of the sum over all layers;
@@ -15,6 +16,8 @@ The schema, version 1; every part but ``title`` may be missing, which means that
 * ``refused``: ``{name, reason}``; ``verdicts``: ``{name, verdict, text}``; ``warnings``: sentences
 * ``outcome``: ``{tone, text, advice}``, see :mod:`modhifi.runs.outcome`
 * ``texts``: ``{beginning, before, after}``, what a language model writes
+* ``timed``: of a budget of time, ``{operators, rest}``: the predicted seconds of every operator, before and after the
+  edit, and of what no operator's width changes
 * ``timing``: seconds by stage; ``contact_sheet``: a PNG picture as a data URI (:func:`data_uri`)
 """
 
@@ -67,7 +70,12 @@ def render_html(report: Mapping[str, Any]) -> str:
     report = printable(report)
     groups = report.get("groups") or []
     rows = [{**row, "change": change(row)} for row in report.get("before_after") or []]
-    charts = {"widths": _widths(groups), "fidelities": _fidelities(groups), "errors": _errors(groups)}
+    charts = {
+        "widths": _widths(groups),
+        "fidelities": _fidelities(groups),
+        "errors": _errors(groups),
+        "times": _times(report.get("timed")),
+    }
     template = environment.get_template("report.html.j2")
     verdicts = report.get("verdicts") or []
     page: str = template.render(
@@ -125,6 +133,19 @@ def _errors(groups: Sequence[Mapping[str, Any]]) -> Markup | None:
     values = [float(g["relative_error"]) for g in drawn]
     texts = [f"{100 * v:.2g} %" for v in values]
     return _bars([str(g["name"]) for g in drawn], [(STRONG, values)], texts, "share of output energy lost")
+
+
+def _times(timed: Mapping[str, Any] | None) -> Markup | None:
+    """The chart of every operator's predicted time, before and after the edit, and of the rest."""
+    if not timed or not timed.get("operators"):
+        return None
+    rows = {**timed["operators"], "the rest": [timed["rest"]] * 2}
+    return _bars(
+        list(rows),
+        [(FAINT, [before for before, _ in rows.values()]), (STRONG, [after for _, after in rows.values()])],
+        [f"{number(before, 's')} to {number(after, 's')}" for before, after in rows.values()],
+        "seconds, before and after",
+    )
 
 
 def _fidelities(groups: Sequence[Mapping[str, Any]]) -> Markup | None:

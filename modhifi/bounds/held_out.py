@@ -43,8 +43,8 @@ class HeldOut:
     total_variation: Tensor  # in [0, 1]
     positions: Tensor  # int64
     constant: Constant
-    # Items a second of both models, the first batch left out, which warms up; None where there was no other.
-    throughput: tuple[float | None, float | None]
+    # Seconds an item of both models, a pair a batch; the first batch is left out, which warms up.
+    seconds: tuple[tuple[float, float], ...]
     # The largest logit's class, int64 (n,), of models with one output a unit.
     top_before: Tensor | None = None
     top_after: Tensor | None = None
@@ -166,7 +166,7 @@ def run_held_out(
         variation,
         torch.cat(counts),
         original_outputs.constant(nll_before),
-        (before.per_second, after.per_second),
+        tuple(zip(before.seconds[1:], after.seconds[1:], strict=True)),
         top_before,
         top_after,
         nll_before if next_tokens else None,
@@ -189,25 +189,19 @@ def tabulate(original: LoadedModel, edited: nn.Module, held: Samples, batch_size
 
 
 class _Timed:
-    """A forward pass whose wall-clock time is taken."""
+    """A forward pass whose wall-clock time is taken, in seconds an item."""
 
     def __init__(self, logits: Logits) -> None:
         self.logits = logits
-        self.passes: list[tuple[int, float]] = []
+        self.seconds: list[float] = []
 
     def __call__(self, batch: Tensor) -> Tensor:
         start = time.perf_counter()
         outputs = self.logits(batch)
         if outputs.is_cuda:
             torch.cuda.synchronize(outputs.device)
-        self.passes.append((len(batch), time.perf_counter() - start))
+        self.seconds.append((time.perf_counter() - start) / len(batch))
         return outputs
-
-    @property
-    def per_second(self) -> float | None:
-        """Items a second, without the first batch; None where there was no other."""
-        items, seconds = (sum(column) for column in zip(*self.passes[1:], strict=True)) if self.passes[1:] else (0, 0)
-        return items / seconds if seconds else None
 
 
 def _classes_last(outputs: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from modhifi.errors import ModhifiError
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts import LAYOUTS
-from modhifi.pruning.layouts.base import Problem, least_width
+from modhifi.pruning.layouts.base import EXACT, Problem, Rounding, least_width
 from modhifi.structure.groups import Group
 from modhifi.structure.plan import Plan
 from modhifi.structure.sizes import Sizes
@@ -24,33 +24,55 @@ def allocate(
     *,
     layout: str = "global",
     floor: float = 0.1,
-    round_to: int = 1,
+    rounding: Rounding = EXACT,
     weights: Mapping[str, float] | None = None,
 ) -> Plan:
     """Choose every group's width by a layout, so that the budget is met.
 
-    ``floor`` is the least share of a group that stays, ``round_to`` divides every kept width, ``weights`` by group
-    multiply the curves' costs (1 over the readers' output energy without them). A KV cache shrinks by whole KV groups:
-    heads alone give, and the step nearest to the budget is taken. Raises :class:`ModhifiError` for an unknown layout,
-    and where floors and rounding leave the budget out of reach by over 2 %.
+    ``floor`` is the least share of a group that stays, ``weights`` by group multiply the curves' costs (1 over the
+    readers' output energy without them). A KV cache shrinks by whole KV groups: heads alone give, and the step nearest
+    to the budget is taken, as it is of a time, which falls by stairs. Where ``rounding`` may be less, it is halved
+    until the budget is met. Raises :class:`ModhifiError` for an unknown layout, and where floors and rounding leave the
+    budget out of reach by over 2 %.
     """
+    while True:
+        try:
+            return _allocated(groups, curves, sizes, budget, layout, floor, rounding, weights)
+        except ModhifiError:
+            finer = rounding.half()
+            if finer is None:
+                raise
+            rounding = finer
+
+
+def _allocated(
+    groups: tuple[Group, ...],
+    curves: Mapping[str, Curve],
+    sizes: Sizes,
+    budget: Budget,
+    layout: str,
+    floor: float,
+    rounding: Rounding,
+    weights: Mapping[str, float] | None,
+) -> Plan:
+    """The plan at one rounding; raises what :func:`allocate` raises."""
     if budget.measure == "cache":
         groups = tuple(g for g in groups if g.name in sizes.cached)
         if not groups:
             raise ModhifiError("no attention head may go here, so the KV cache stays; `modhifi check` says why")
-    lowest = {g.name: max(least_width(g, floor, round_to), g.n - len(curves[g.name].order)) for g in groups}
-    problem = Problem(groups, curves, sizes, budget, lowest, round_to, weights)
+    lowest = {g.name: max(least_width(g, floor, rounding), g.n - len(curves[g.name].order)) for g in groups}
+    problem = Problem(groups, curves, sizes, budget, lowest, rounding, weights)
     keep, measure = budget.keep, budget.label
     reach = problem.size(lowest) / problem.dense
     if reach > keep * 1.02:
-        advice = "lower the floor, or prune more groups" if round_to == 1 else "round less, or lower the floor"
+        advice = "lower the floor, or prune more groups" if rounding.to == 1 else "round less, or lower the floor"
         raise ModhifiError(
             f"no allocation keeps only {keep:.3g}x of the {measure}: with every prunable group at its least width "
             f"{reach:.3g}x remains; ask for more, {advice}"
         )
     widths = LAYOUTS[layout].widths(problem)
     reached = problem.size(widths) / problem.dense
-    if abs(reached / keep - 1) > 0.02 and budget.measure != "cache":
+    if abs(reached / keep - 1) > 0.02 and budget.measure not in ("cache", "latency"):
         raise ModhifiError(
             f"the nearest to {keep:.3g}x of the {measure} that the allowed widths give is {reached:.3g}x; "
             f"ask for that, or round less"

@@ -20,7 +20,7 @@ from modhifi.pruning.allocation import allocate, plan_for
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.editing import LayerError, edit_readers
 from modhifi.pruning.elimination import Curve
-from modhifi.pruning.layouts.base import least_width
+from modhifi.pruning.layouts.base import EXACT, least_width
 from modhifi.pruning.left_alone import UNSOLVED, leave, unmeasured
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import Pruned, removal_curves
@@ -46,8 +46,8 @@ def uniform_widths(
     """Every group's width in a layout that depends on sizes alone. Raises what `allocate` raises."""
     curves = {
         g.name: Curve(
-            torch.arange(g.n - least_width(g, settings.floor, 1)),
-            torch.zeros(g.n - least_width(g, settings.floor, 1) + 1, dtype=torch.float64),
+            torch.arange(g.n - least_width(g, settings.floor, EXACT)),
+            torch.zeros(g.n - least_width(g, settings.floor, EXACT) + 1, dtype=torch.float64),
             1.0,
         )
         for g in structure.prunable
@@ -59,7 +59,7 @@ def uniform_widths(
         budget,
         layout=settings.layout,
         floor=settings.floor,
-        round_to=settings.round_to,
+        rounding=settings.rounding,
     )
     return {g.name: len(plan.kept.get(g.name, range(g.n))) for g in structure.prunable}
 

@@ -18,12 +18,15 @@ from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts import LAYOUTS
+from modhifi.pruning.layouts.base import EXACT
 from modhifi.pruning.left_alone import UNSOLVED, leave, unmeasured
+from modhifi.pruning.planned import Planned
 from modhifi.pruning.readers import best_singletons, readers_of
 from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import (
     Pruned,
+    Rounded,
     apply_plan,
     choose_groups,
     find_structure,
@@ -33,6 +36,7 @@ from modhifi.pruning.stages import (
     ordered_curves,
     removal_curves,
 )
+from modhifi.pruning.timed import NetworkTimer, Timed, meet
 from modhifi.pruning.weightings import WEIGHTINGS
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
@@ -72,19 +76,28 @@ def prune_model(
     progress: Progress = silent,
     cache: MomentCache | None = None,
     team: Processes = ALONE,
+    timer: NetworkTimer | None = None,
 ) -> Pruned:
     """The whole method on one loaded model, which itself stays as it is.
 
-    ``budget`` None is allowed with ``settings.eta`` (keep HiFi sets) or with a given ``plan`` (replay it). Of a
-    ``team`` of processes this is the main one; the others call :func:`contribute`.
+    ``timer`` is needed for a budget of time. ``budget`` None is allowed with ``settings.eta`` (keep HiFi sets) or with
+    a given ``plan`` (replay it). Of a ``team`` of processes this is the main one; the others call :func:`contribute`.
     """
     structure = _chosen(loaded, settings, plan)
     if budget is not None:
         budget.require(structure)
     if not needs_moments(settings, plan):
         return _prune_unmeasured(loaded, structure, budget, settings, plan)
+    if budget is not None and budget.measure == "latency" and timer is not None:
+        budget = budget.timed(timer.times(loaded, structure, settings.rounding))
     # Blocks are measured one after the other: that pass is not shared among processes.
-    if plan is None and budget is not None and not LAYOUTS[settings.layout].reads_costs and team.count == 1:
+    if (
+        plan is None
+        and budget is not None
+        and not LAYOUTS[settings.layout].reads_costs
+        and team.count == 1
+        and timer is None
+    ):
         if settings.eta is None and settings.sequential is None:
             if cache is None or not fit_in_memory(loaded.model, structure):
                 pruned = prune_in_blocks(loaded, structure, samples, budget, settings, progress)
@@ -95,7 +108,7 @@ def prune_model(
     while True:
         structure = leave(structure, left, settings.strict)
         try:
-            pruned = _solve(loaded, structure, samples, budget, settings, plan, moments, progress)
+            pruned = _solve(loaded, structure, samples, budget, settings, plan, moments, progress, timer)
             return replace(pruned, left=left)
         except IndefiniteError as error:
             if not error.groups or settings.strict:
@@ -117,13 +130,16 @@ def _solve(
     plan: Plan | None,
     moments: Mapping[str, Moments],
     progress: Progress,
+    timer: NetworkTimer | None,
 ) -> Pruned:
     """What :func:`prune_model` returns, from moments; raises :class:`IndefiniteError` for groups without a solution."""
     if plan is not None:
         able = {g.name for g in structure.prunable}
         plan = Plan({name: kept for name, kept in plan.kept.items() if name in able})
     curves: dict[str, Curve] = {}
-    tried: dict[str, float] = {}
+    tried: Mapping[str, float] = {}
+    rounded: Rounded | None = None
+    timed: Timed | None = None
     if plan is None and settings.eta is not None:
         plan = hifi_plan(loaded.model, structure, moments, settings)
     elif plan is None:
@@ -132,20 +148,74 @@ def _solve(
         trial = weighting.trial if reads_costs and COMPENSATIONS[settings.compensate].least_squares else None
         curves = removal_curves(loaded.model, structure, moments, settings, progress, trial)
         if reads_costs:
-            plan, tried = weighting.plan(loaded, structure, curves, moments, samples, budget, settings, progress)
+            planned = weighting.plan(loaded, structure, curves, moments, samples, budget, settings, progress)
         else:
-            plan = make_plan(loaded.model, structure, curves, budget, settings)
+            planned = Planned(make_plan(loaded.model, structure, curves, budget, settings))
+        if timer is not None:
+            timed, budget, planned = _timed(loaded, structure, curves, budget, settings, planned, timer)
+        if reads_costs:
+            rounded = _rounded(loaded, structure, curves, budget, settings, planned)
+        plan, tried = planned.plan, planned.tried
     fidelity = {name: curve.fidelity for name, curve in curves.items() if curve.fidelity is not None}
     if not curves:
         for g in structure.prunable:
             fidelity[g.name] = best_singletons(readers_of(loaded.model, structure, g, moments), g.n)
     pruned = apply_plan(loaded, structure, plan, moments, settings, samples, progress)
-    return replace(pruned, curves=curves, fidelity=fidelity, grams=gram_quality(moments), tried=tried)
+    return replace(
+        pruned, curves=curves, fidelity=fidelity, grams=gram_quality(moments), tried=tried, rounded=rounded, timed=timed
+    )
+
+
+def _timed(
+    loaded: LoadedModel,
+    structure: Structure,
+    curves: Mapping[str, Curve],
+    budget: Budget,
+    settings: PruneSettings,
+    planned: Planned,
+    timer: NetworkTimer,
+) -> tuple[Timed, Budget, Planned]:
+    """What timing came to, the budget that the plan taken last was made for, and that plan."""
+    times = budget.times
+    assert times is not None
+
+    def plan_at(keep: float) -> Plan:
+        if keep == budget.keep:
+            return planned.plan
+        return make_plan(loaded.model, structure, curves, replace(budget, keep=keep), settings, planned.weights)
+
+    def predicted(plan: Plan) -> float:
+        return times.seconds(_widths(plan)) / times.seconds({})
+
+    plan, taken, attempts = meet(plan_at, predicted, lambda plan: timer.ratio(loaded, structure, plan), budget.keep)
+    before, after = times.by_operator({}), times.by_operator(_widths(plan))
+    operators = {name: (seconds, after[name]) for name, seconds in before.items()}
+    timed = Timed(budget.keep, times.seconds({}), attempts, taken, operators, times.fixed)
+    return timed, replace(budget, keep=taken.predicted), replace(planned, plan=plan)
+
+
+def _widths(plan: Plan) -> dict[str, int]:
+    return {name: len(kept) for name, kept in plan.kept.items()}
+
+
+def _rounded(
+    loaded: LoadedModel,
+    structure: Structure,
+    curves: Mapping[str, Curve],
+    budget: Budget,
+    settings: PruneSettings,
+    planned: Planned,
+) -> Rounded | None:
+    """The plan that rounds nothing, beside the one that does; None where no width is."""
+    if settings.rounding.to == 1:
+        return None
+    exact = make_plan(loaded.model, structure, curves, budget, replace(settings, rounding=EXACT), planned.weights)
+    return Rounded(exact, planned.predicted(planned.plan), planned.predicted(exact))
 
 
 def _given(budget: Budget | None) -> Budget:
     if budget is None:
-        raise ModhifiError("give a budget: --ratio, --params, --flops or --kv-cache")
+        raise ModhifiError("give a budget: --ratio, --params, --flops, --kv-cache or --latency")
     return budget
 
 

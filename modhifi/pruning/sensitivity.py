@@ -19,6 +19,7 @@ from modhifi.progress import Progress, silent
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.editing import compensated, store, write_compensated
 from modhifi.pruning.elimination import Curve, Trial
+from modhifi.pruning.planned import Planned
 from modhifi.pruning.sequential import written_modules
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import make_plan, trial_size
@@ -41,7 +42,7 @@ def probed_plan(
     budget: Budget,
     settings: PruneSettings,
     progress: Progress = silent,
-) -> tuple[Plan, dict[str, float]]:
+) -> Planned:
     """Widths by every group's measured effect on the output, and the divergence of each plan that was tried as a whole.
 
     Effects of single groups do not add up where much goes. So for language models, whose blocks are alike, plans with a
@@ -54,8 +55,8 @@ def probed_plan(
     weights = amplification(loaded, structure, curves, moments, settings, probe, progress=progress)
     plan = make_plan(loaded.model, structure, curves, budget, settings, weights)
     if loaded.kind not in ("text", "encoder"):
-        return plan, {}
-    return best_plan(
+        return Planned(plan, weights)
+    best, tried = best_plan(
         loaded,
         structure,
         plans_between(loaded, structure, curves, budget, settings, weights, plan),
@@ -63,6 +64,7 @@ def probed_plan(
         settings,
         probe,
     )
+    return Planned(best, weights, tried)
 
 
 def plans_between(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from modhifi.calibration.sampling import Sampling
+from modhifi.pruning.layouts.base import EXACT, Rounding
 
 
 @dataclass(frozen=True)
@@ -12,9 +13,9 @@ class PruneSettings:
     """How to prune.
 
     ``ridge`` is in units of a Gram's mean diagonal; ``rows_per_column`` bounds the rows a Gram looks at (None: every
-    position); ``floor`` is the least share of a group that stays; with ``behind_norms``, ``obs`` orders removals by
-    errors as they leave the BatchNorm behind a reader: better where a large share goes everywhere, not elsewhere;
-    ``strict`` makes a group that cannot be measured or solved an error.
+    position); ``floor`` is the least share of a group that stays, ``rounding`` what widths are multiples of; with
+    ``behind_norms``, ``obs`` orders removals by errors as they leave the BatchNorm behind a reader: better where a
+    large share goes everywhere, not elsewhere; ``strict`` makes a group that cannot be measured or solved an error.
     """
 
     selector: str = "obs"
@@ -23,7 +24,7 @@ class PruneSettings:
     weighting: str = "amplification"
     sequential: str | None = None
     floor: float = 0.1
-    round_to: int = 1
+    rounding: Rounding = EXACT
     ridge: float = 1e-4
     rows_per_column: int | None = 2
     eta: float | None = None

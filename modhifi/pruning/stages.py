@@ -31,6 +31,7 @@ from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.selectors.naive import hifi_union
 from modhifi.pruning.sequential import edit_sequentially
 from modhifi.pruning.settings import PruneSettings
+from modhifi.pruning.timed import Timed
 from modhifi.structure.clone import clone
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import operator_modules
@@ -42,12 +43,25 @@ from modhifi.structure.trial_cut import confirm
 
 
 @dataclass(frozen=True)
+class Rounded:
+    """What rounding widths costs: the plan that meets the same budget without it, and the weighted costs of both.
+
+    The costs are None where no weights were measured.
+    """
+
+    exact: Plan
+    predicted: float | None
+    predicted_exact: float | None
+
+
+@dataclass(frozen=True)
 class Pruned:
     """``model`` is physically smaller; `structure.expand` gives the same function in the dense model's shapes.
 
     ``fidelity`` has the best singleton fidelity of every component, float64 ``(n,)`` by group. ``tried`` has, where
     several plans were tried, what each does to the output: its divergence on a few samples in nats. ``left`` has the
-    groups that could not be measured or solved and stay as they are, each with the reason.
+    groups that could not be measured or solved and stay as they are, each with the reason. ``rounded`` compares rounded
+    widths with exact ones, ``timed`` says what a budget of time came to.
     """
 
     model: nn.Module
@@ -59,6 +73,8 @@ class Pruned:
     grams: tuple[GramQuality, ...] = ()
     tried: Mapping[str, float] = field(default_factory=dict)
     left: Mapping[str, str] = field(default_factory=dict)
+    rounded: Rounded | None = None
+    timed: Timed | None = None
 
 
 def find_structure(loaded: LoadedModel) -> Structure:
@@ -229,7 +245,7 @@ def make_plan(
         budget,
         layout=settings.layout,
         floor=settings.floor,
-        round_to=settings.round_to,
+        rounding=settings.rounding,
         weights=weights,
     )
 

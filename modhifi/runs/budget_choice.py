@@ -12,7 +12,7 @@ from modhifi.runs.recipe_file import Option, Strict
 
 
 class BudgetChoice(Strict):
-    """The budget: exactly one share, of components removed or of parameters, FLOPs or KV cache kept."""
+    """The budget: exactly one share, of components removed or of parameters, FLOPs, KV cache or time kept."""
 
     panel: ClassVar[str] = "Budget"
 
@@ -24,8 +24,10 @@ class BudgetChoice(Strict):
     """Share of FLOPs kept, such as 0.5x."""
     kv_cache: str | None = None
     """Share of the KV cache kept, in whole KV groups, such as 0.5x."""
+    latency: str | None = None
+    """Share of the measured time of a pass that stays, such as 0.5x, or a time, such as 12ms."""
 
-    @field_validator("ratio", "params", "flops", "kv_cache")
+    @field_validator("ratio", "params", "flops", "kv_cache", "latency")
     @classmethod
     def _possible(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None:
@@ -37,4 +39,4 @@ class BudgetChoice(Strict):
 
     def parse(self) -> Budget:
         """The budget; raises ModhifiError unless exactly one share is given."""
-        return Budget.parse(self.ratio, self.params, self.flops, self.kv_cache)
+        return Budget.parse(self.ratio, self.params, self.flops, self.kv_cache, self.latency)

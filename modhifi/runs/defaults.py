@@ -8,6 +8,7 @@ import torch
 
 from modhifi.data.text import window_of
 from modhifi.models.loaded import LoadedModel
+from modhifi.pruning.layouts.base import Rounding
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.runs.recipe_tasks import VerifyRecipe
 from modhifi.structure.families import says
@@ -22,6 +23,10 @@ class Amounts:
     batch_size: int
     window: int | None = None
 
+
+# What a GPU's tensor cores and a CPU's vectors take at once, in bytes of one channel (NVIDIA, "Matrix Multiplication
+# Background": dimensions that are multiples of 128 bytes; AVX2: 32 bytes, of which wider vectors are multiples).
+GPU_BYTES, CPU_BYTES = 128, 32
 
 IMAGES = Amounts(256, 256, 32)
 TEXT = Amounts(128, 32, 4, 1024)
@@ -41,6 +46,16 @@ def held_amounts(loaded: LoadedModel, device: torch.device | str) -> Amounts:
     if usual.window is None:
         return replace(usual, evaluation_samples=1000)
     return replace(usual, window=min(usual.window, window_of(loaded, None)))
+
+
+def rounding_for(loaded: LoadedModel, device: torch.device | str) -> Rounding:
+    """What widths are multiples of by default: 8 of float32 on a CPU, 64 of half precision on a GPU.
+
+    It is less in groups that are hardly wider and where the budget cannot be met otherwise.
+    """
+    dtype = next((p.dtype for p in loaded.model.parameters() if p.is_floating_point()), torch.float32)
+    size = CPU_BYTES if torch.device(device).type == "cpu" else GPU_BYTES
+    return Rounding(max(1, size // dtype.itemsize), less=True)
 
 
 def complete_verify(recipe: VerifyRecipe, loaded: LoadedModel, device: torch.device | str) -> VerifyRecipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,31 @@ from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.trial import unrepeatable
 from modhifi.progress import Clock, Progress, silent
+from modhifi.pruning.budget import Budget
 from modhifi.pruning.prune import contribute, prune_model
 from modhifi.pruning.stages import Pruned
 from modhifi.runs.bound_report import add_bounds, add_groups
 from modhifi.runs.budget_choice import BudgetChoice
 from modhifi.runs.continuations import continuations
-from modhifi.runs.defaults import complete
+from modhifi.runs.defaults import complete, rounding_for
 from modhifi.runs.entries import count_entries
 from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, located, place
 from modhifi.runs.outcome import add_outcome, prune_advice, without_bounds
-from modhifi.runs.prune_report import before_after, measure_run, measured_verdict, report_of, skipped_warnings
+from modhifi.runs.prune_report import (
+    before_after,
+    measure_run,
+    measured_verdict,
+    report_of,
+    rounding_verdict,
+    skipped_warnings,
+    summary,
+    time_verdict,
+    time_warnings,
+)
 from modhifi.runs.recipe import PruneRecipe
+from modhifi.runs.timing.bench import check_threads
+from modhifi.runs.timing.networks import Timer
+from modhifi.runs.timing.runtimes import RUNTIMES
 from modhifi.structure.expand import expand
 from modhifi.structure.plan import Plan
 
@@ -96,18 +110,12 @@ def run_prune(
     with clock.stage("load"):
         original = given.model or load_source(recipe.model)
         place(original, device, recipe.offload)
-        if recipe.export and original.packing is not None:
-            raise ModhifiError("an export has one input, and this model reads several; leave out --export")
-        tolerances = recipe.checks.tolerances()
-        tolerances.fit(original.kind)
-        if budget is not None:
-            budget.fit(original.kind)
-        incomparable = original.incomparable()
-        tolerances.require(incomparable)
+        incomparable = _fit(recipe, original, budget)
         recipe, remarks = complete(recipe, original, device)
         if incomparable:
             recipe, more = _by_local_errors(recipe, incomparable)
             remarks = [*remarks, *more]
+        timer = _timer(recipe, cache, progress) if budget is not None and budget.measure == "latency" else None
     with clock.stage("data"):
         calibration, held = load_data(recipe, original, given, progress)
         warnings = [*original.warnings, *remarks, *warn_degenerate(calibration), *skipped_warnings(calibration)]
@@ -115,15 +123,18 @@ def run_prune(
             clock.note(f"warning: {unsteady}")  # before groups are refused for it
     with clock.stage("prune"):
         settings = recipe.settings()
+        if recipe.method.round_to == "auto":
+            settings = replace(settings, rounding=rounding_for(original, device))
         if not team.main:
             contribute(original, calibration, settings, plan, team)
             return PruneResult({}, plan or Plan({}))
         pruned = prune_model(
-            original, calibration, budget, settings, plan=plan, progress=progress, cache=cache, team=team
+            original, calibration, budget, settings, plan=plan, progress=progress, cache=cache, team=team, timer=timer
         )
         if recipe.method.reestimate_batchnorm:
             reestimate_batchnorm(pruned.model, original, calibration, settings.batch_size)
         warnings += [f"the group '{name}' stays as it is: {reason}" for name, reason in pruned.left.items()]
+        warnings += time_warnings(pruned)
         warnings += gram_warnings(pruned.grams, len(calibration))
     report = report_of(recipe, original, calibration, held, pruned, warnings, command)
     _note(report, warnings, clock, team, cache)
@@ -139,19 +150,56 @@ def run_prune(
         without_bounds(report, incomparable)
     else:
         with clock.stage("bound"):
-            dense_shape = expand(pruned.model, original.model, pruned.structure, pruned.plan)
-            walked = recipe.checks.walked
-            bounds = verify_model(
-                original, pruned.model, dense_shape, held, tolerances, walked=walked, table=table, progress=progress
-            )
-            add_bounds(report, bounds)
-            add_groups(report, bounds, pruned.structure)
-            add_outcome(report, bounds, prune_advice(report, recipe, bounds, original.kind))
+            bounds = _bound(report, recipe, original, pruned, held, table, progress)
     path = None
     if out is not None:
         path = _save(out, recipe, original, pruned, calibration, held, report, clock, force, process)
     report["timing"] = clock.seconds
     return PruneResult(report, pruned.plan, pruned.model, path, bounds)
+
+
+def _fit(recipe: PruneRecipe, original: LoadedModel, budget: Budget | None) -> str:
+    """Raises ModhifiError for what the recipe asks of a model that has no such thing.
+
+    Returns why the outputs of two such models cannot be compared, empty where they can.
+    """
+    if recipe.export and original.packing is not None:
+        raise ModhifiError("an export has one input, and this model reads several; leave out --export")
+    tolerances = recipe.checks.tolerances()
+    tolerances.fit(original.kind)
+    if budget is not None:
+        budget.fit(original.kind)
+    incomparable = original.incomparable()
+    tolerances.require(incomparable)
+    return incomparable
+
+
+def _bound(
+    report: dict[str, Any],
+    recipe: PruneRecipe,
+    original: LoadedModel,
+    pruned: Pruned,
+    held: Samples,
+    table: HeldOut,
+    progress: Progress,
+) -> BoundReport:
+    """Adds bounds, what they say of each group, and the outcome to the report; returns the bounds."""
+    dense_shape = expand(pruned.model, original.model, pruned.structure, pruned.plan)
+    checks = recipe.checks
+    bounds = verify_model(
+        original,
+        pruned.model,
+        dense_shape,
+        held,
+        checks.tolerances(),
+        walked=checks.walked,
+        table=table,
+        progress=progress,
+    )
+    add_bounds(report, bounds)
+    add_groups(report, bounds, pruned.structure)
+    add_outcome(report, bounds, prune_advice(report, recipe, bounds, original.kind))
+    return bounds
 
 
 def _by_local_errors(recipe: PruneRecipe, incomparable: str) -> tuple[PruneRecipe, list[str]]:
@@ -160,6 +208,18 @@ def _by_local_errors(recipe: PruneRecipe, incomparable: str) -> tuple[PruneRecip
         return recipe, []
     method = recipe.method.model_copy(update={"allocate": "energy"})
     return recipe.model_copy(update={"method": method}), [f"groups are weighted by their own energy: {incomparable}"]
+
+
+def _timer(recipe: PruneRecipe, cache: MomentCache | None, progress: Progress) -> Timer:
+    """What times networks for a budget of latency; raises ModhifiError for what cannot be timed."""
+    timing = recipe.timing
+    threads = timing.threads or torch.get_num_threads()
+    check_threads([threads])
+    RUNTIMES[timing.runtime].check()
+    if recipe.offload:
+        raise ModhifiError("weights that visit the device say nothing of its time; give another budget or no --offload")
+    place = None if cache is None else cache.entries.directory / "latency"
+    return Timer(timing.runtime, timing.latency_batch, threads, recipe.data.window, place, progress)
 
 
 def _note(
@@ -197,9 +257,10 @@ def _measure(
     table = None if incomparable else tabulate(original, pruned.model, held, batch_size)
     if table is None:
         report["entries"] = count_entries(original, pruned.model, held, batch_size)
-    report |= measure_run(original, pruned.model, held, table, progress)
+    report |= measure_run(original, pruned, held, table, progress)
     report["before_after"] = before_after(report)
-    report["verdicts"] = [measured_verdict(report)]
+    report["summary"] = summary(report)
+    report["verdicts"] = [measured_verdict(report), *rounding_verdict(report, pruned), *time_verdict(pruned)]
     if table is None:
         report["verdicts"].append({"name": "every bound", "verdict": "not available", "text": incomparable})
     elif texts := continuations(original, pruned.model, held):

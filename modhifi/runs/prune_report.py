@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modhifi.artifacts.diff import LATENCY, THROUGHPUT
+from modhifi.artifacts.formatting import noisy
 from modhifi.bounds.held_out import HeldOut
 from modhifi.data.samples import Samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.pruning.stages import Pruned
 from modhifi.runs import measure
-from modhifi.runs.latency import compare_latency
 from modhifi.runs.recipe import PruneRecipe
+from modhifi.runs.timing.turns import Spread, compare_latency, ratio
+from modhifi.structure.clone import clone
 from modhifi.structure.sizes import sizes_of
+from modhifi.structure.surgery import shrink
 
 # The difference of two shares of the KV cache below which they count as equal.
 STEP = 0.005
@@ -70,6 +75,8 @@ def report_of(
         "parameters": sizes.parameters(widths) / sizes.parameters(dense),
         "macs": sizes.macs(widths) / sizes.macs(dense),
     }
+    if pruned.timed is not None:
+        reached["latency"] = pruned.timed.taken.measured
     if structure.uncounted:
         left_out = ", ".join(structure.uncounted)
         warnings = [*warnings, f"FLOPs leave out {left_out}, whose work no formula tells"]
@@ -96,6 +103,7 @@ def report_of(
         "budget": {**recipe.budget.model_dump(), "reached": reached},
         "groups": groups,
         "plans_tried": dict(pruned.tried),
+        "timed": None if pruned.timed is None else asdict(pruned.timed),
         "refused": [{"name": g.name, "n": g.n, "reason": g.refused} for g in structure.refused],
         "warnings": warnings,
         "command": command,
@@ -116,12 +124,14 @@ def _plain(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure_run(
-    original: LoadedModel, edited: nn.Module, held: Samples, table: HeldOut | None, progress: Progress = silent
+    original: LoadedModel, pruned: Pruned, held: Samples, table: HeldOut | None, progress: Progress = silent
 ) -> dict[str, Any]:
     """Measures errors, size, throughput and latency of both models, on the device of the edited one.
 
-    ``table`` holds the outputs of both on ``held``, None where they cannot be compared.
+    ``table`` holds the outputs of both on ``held``, None where they cannot be compared. Where widths are rounded, the
+    latency of a network of exact widths is measured too.
     """
+    edited = pruned.model
     item = original.ready(held.first(1), edited)
 
     def forward(model: nn.Module, batch: Tensor) -> None:
@@ -143,23 +153,40 @@ def measure_run(
         "bytes": [measure.stored_bytes(original.model), measure.stored_bytes(edited)],
     }
     progress("checking", 1, 2)
-    latency = compare_latency({"before": original.model, "after": edited}, item, forward, rounds=9)
+    models = {"before": original.model, "after": edited}
+    if pruned.rounded is not None:
+        models["exact"] = shrink(clone(original.model), pruned.structure, pruned.rounded.exact)
+    latency = compare_latency(models, item, forward, rounds=9)
     progress("checking", 2, 2)
     return {
         "errors": errors,
         "size": size,
-        "throughput": [None, None] if table is None else list(table.throughput),
+        "throughput": _throughput(table),
         "latency": {name: vars(value) for name, value in latency.items()},
+    }
+
+
+def _throughput(table: HeldOut | None) -> dict[str, float] | None:
+    """Items a second of both models in their pass over the held-out samples; None where that was one batch."""
+    if table is None or not table.seconds:
+        return None
+    before, after = ([1 / pair[side] for pair in table.seconds] for side in (0, 1))
+    relative = ratio(after, before)
+    return {
+        "before": Spread.of(before).median,
+        "after": Spread.of(after).median,
+        "ratio": relative.median,
+        "ratio_iqr": relative.iqr,
     }
 
 
 def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a report's table of figures before and after the edit."""
 
-    def row(name: str, before: float | None, after: float | None, unit: str = "") -> dict[str, Any]:
-        return {"name": name, "before": before, "after": after, "unit": unit}
+    def row(name: str, before: float | None, after: float | None, unit: str = "", **more: Any) -> dict[str, Any]:
+        return {"name": name, "before": before, "after": after, "unit": unit, **more}
 
-    errors, size, latency = report["errors"], report["size"], report["latency"]
+    errors, size, latency, throughput = report["errors"], report["size"], report["latency"], report["throughput"] or {}
     text = "perplexity_before" in errors
     quality = row("top-1 accuracy", errors.get("accuracy_before"), errors.get("accuracy_after"), "%")
     if text:
@@ -167,8 +194,21 @@ def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
     sizes = [
         row("FLOPs per sample", *size["flops"]),
         row("parameters", *size["parameters"]),
-        row("latency, one sample", latency["before"]["median"], latency["after"]["median"], "s"),
-        row("throughput, samples a second", *report["throughput"]),
+        row(
+            LATENCY,
+            latency["before"]["median"],
+            latency["after"]["median"],
+            "s",
+            ratio=latency["after"]["ratio"],
+            spread=latency["after"]["ratio_iqr"],
+        ),
+        row(
+            THROUGHPUT,
+            throughput.get("before"),
+            throughput.get("after"),
+            ratio=throughput.get("ratio"),
+            spread=throughput.get("ratio_iqr"),
+        ),
         row("weights on disk", size["bytes"][0], size["bytes"][1], "B"),
     ]
     if "agreement" not in errors:
@@ -178,6 +218,17 @@ def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
         row(f"{'next-token ' if text else ''}agreement with the original", 1.0, errors["agreement"], "%"),
         *sizes,
     ]
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The first line of a report: what is left of the work, and of the time that it takes."""
+    before, after = report["size"]["flops"]
+    latency, throughput = report["latency"]["after"], report["throughput"]
+    flops = f"{after / before:.2f}x of the FLOPs, " if before else ""
+    text = f"{flops}{latency['ratio']:.2f} ± {latency['ratio_iqr']:.2f}x of the time of one sample"
+    if throughput is not None:
+        text += f", {1 / throughput['ratio']:.2f}x of that of many"
+    return text
 
 
 def measured_verdict(report: dict[str, Any]) -> dict[str, str]:
@@ -197,3 +248,54 @@ def measured_verdict(report: dict[str, Any]) -> dict[str, str]:
         "verdict": "MEASURED",
         "text": f"on {errors['n']} held-out samples {moved}; {local}; measured, not bounded",
     }
+
+
+def rounding_verdict(report: dict[str, Any], pruned: Pruned) -> list[dict[str, str]]:
+    """The verdict on rounded widths: what they cost by the plan's own prediction, and what they gain in time."""
+    if pruned.rounded is None:
+        return []
+    after, exact = report["latency"]["after"], report["latency"]["exact"]
+    cost = ""
+    if pruned.rounded.predicted is not None and pruned.rounded.predicted_exact is not None:
+        cost = (
+            f"predicted change of the output {pruned.rounded.predicted:.3g}, "
+            f"with exact widths {pruned.rounded.predicted_exact:.3g}; "
+        )
+    return [
+        {
+            "name": "rounded widths",
+            "verdict": "MEASURED",
+            "text": f"{cost}time of one sample {after['ratio']:.2f} ± {after['ratio_iqr']:.2f} x the original's, "
+            f"with exact widths {exact['ratio']:.2f} ± {exact['ratio_iqr']:.2f} x",
+        }
+    ]
+
+
+def time_warnings(pruned: Pruned) -> list[str]:
+    """The warnings that a time asked for was not met, or that it was too noisy to say; empty without such a budget."""
+    timed, warnings = pruned.timed, []
+    if timed is None:
+        return []
+    if not timed.met:
+        warnings.append(
+            f"{timed.keep:.3g}x of the time was asked for and {timed.taken.measured:.3g}x was reached, the nearest of "
+            f"{len(timed.attempts)} plans that were timed"
+        )
+    if noisy(timed.taken.measured, timed.taken.spread):
+        warnings.append(
+            f"the machine is too busy to say whether the model got faster: {timed.taken.measured:.2f} ± "
+            f"{timed.taken.spread:.2f}x; time it again on a quiet one, with `modhifi bench`"
+        )
+    return warnings
+
+
+def time_verdict(pruned: Pruned) -> list[dict[str, str]]:
+    """The verdict on a budget of time: what was predicted and measured; empty without such a budget."""
+    if pruned.timed is None:
+        return []
+    taken = pruned.timed.taken
+    text = (
+        f"{pruned.timed.keep:.3g}x of the time asked for, {taken.measured:.3f} ± {taken.spread:.3f}x measured, "
+        f"{taken.predicted:.3f}x predicted, after {len(pruned.timed.attempts)} timings"
+    )
+    return [{"name": "time of a pass", "verdict": "MEASURED", "text": text}]

@@ -12,12 +12,14 @@ from modhifi.disk import home_path, read_json
 from modhifi.errors import ModhifiError
 from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.layouts import LAYOUTS
+from modhifi.pruning.layouts.base import EXACT, Rounding
 from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.weightings import WEIGHTINGS
 from modhifi.registry import one_of
 from modhifi.runs.budget_choice import BudgetChoice
 from modhifi.runs.recipe_file import Option, Strict, parse_yaml
+from modhifi.runs.timing.runtimes import RUNTIMES
 from modhifi.structure.plan import Plan
 
 Count = Annotated[int, Field(ge=1)]
@@ -112,6 +114,19 @@ class DataSource(CalibrationData):
     """Held-out samples; by default 256 images, 32 windows (16 on a CPU)."""
 
 
+class Timing(Strict):
+    """What the time of a pass is measured in, for a budget of latency."""
+
+    panel: ClassVar[str] = "Budget"
+
+    runtime: one_of(RUNTIMES) = "eager"  # type: ignore[valid-type]
+    """What runs the model while it is timed for --latency."""
+    latency_batch: Count = 1
+    """Items in the batch that is timed for --latency."""
+    threads: Count | None = None
+    """Threads while it is timed for --latency; by default as many as torch takes."""
+
+
 class Method(Strict):
     """The method: selection of components, allocation over groups, compensation."""
 
@@ -131,8 +146,8 @@ class Method(Strict):
     """Instead of a budget: keep HiFi sets of this fidelity."""
     floor: Share = 0.1
     """Least share of a group that stays."""
-    round_to: Count = 1
-    """Kept widths are multiples of this."""
+    round_to: Annotated[Literal["auto"] | Count, Option(metavar="auto|N")] = "auto"
+    """Kept widths are multiples of this; auto takes what the device likes, and less where the budget needs it."""
     ridge: Annotated[float, Field(gt=0), Option(panel="Advanced")] = 1e-4
     """Damping, in units of a Gram's mean diagonal."""
     rows_per_column: Annotated[int | None, Field(ge=0), Option(panel="Advanced")] = None
@@ -182,6 +197,7 @@ class PruneRecipe(Strict):
     model: ModelSource
     data: DataSource = DataSource()
     budget: BudgetChoice = BudgetChoice()
+    timing: Timing = Timing()
     method: Method = Method()
     checks: Checks = Checks()
     plan: Annotated[
@@ -211,7 +227,7 @@ class PruneRecipe(Strict):
             weighting=method.allocate,
             sequential=method.sequential,
             floor=method.floor,
-            round_to=method.round_to,
+            rounding=EXACT if method.round_to == "auto" else Rounding(method.round_to),
             ridge=method.ridge,
             rows_per_column=method.rows_per_column or None,
             eta=method.eta,

@@ -17,7 +17,8 @@ class Term:
     """One module, or one product of tensors.
 
     ``macs`` and ``weights`` scale with both widths, ``others`` (bias, norm) with the output width. ``inputs`` and
-    ``outputs`` map group names to channel positions per component; the totals are the dense widths.
+    ``outputs`` map group names to channel positions per component; the totals are the dense widths,
+    ``module`` its name, empty for a product.
     """
 
     macs: int
@@ -27,6 +28,12 @@ class Term:
     input_total: int
     outputs: Mapping[str, float]
     output_total: int
+    module: str = ""
+
+
+def width(positions: Mapping[str, float], total: int, full: Mapping[str, int], widths: Mapping[str, int]) -> float:
+    """What stays of ``total`` channel positions, of which ``positions`` says how many a component of a group has."""
+    return total - sum(m * (full[g] - widths.get(g, full[g])) for g, m in positions.items())
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,7 @@ class Sizes:
         return self.fixed_cache + float(sum(m * widths.get(name, self.full[name]) for name, m in self.cached.items()))
 
     def _share(self, positions: Mapping[str, float], total: int, widths: Mapping[str, int]) -> float:
-        lost = sum(m * (self.full[g] - widths.get(g, self.full[g])) for g, m in positions.items())
-        return (total - lost) / total if total else 1.0
+        return width(positions, total, self.full, widths) / total if total else 1.0
 
     def touching(self) -> dict[str, Sizes]:
         """For each group the terms that its width changes: what a greedy step needs to look at."""
@@ -113,6 +119,7 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
                 _width(place, "in"),
                 outputs[name],
                 out_total,
+                name,
             )
         )
     prunable = {g.name for g in structure.prunable}

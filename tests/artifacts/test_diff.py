@@ -14,7 +14,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from modhifi.artifacts.diff import diff_runs
+from modhifi.artifacts.diff import LATENCY, diff_runs
 from modhifi.artifacts.summary import junit, markdown, write_summary
 from modhifi.cli.main import app
 from modhifi.errors import ModhifiError
@@ -53,6 +53,27 @@ def test_a_difference_names_every_part(tmp_path: Path) -> None:
     assert found["settings"] == [{"name": "method.selector", "first": "obs", "second": "naive"}]
     assert found["verdicts"] == [{"name": "max flip", "first": "PASS-STATISTICAL", "second": "FAIL"}]
     assert found["same_weights"] is None
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "change"),
+    [
+        ({"ratio": 0.8, "spread": 0.03}, {"ratio": 0.6, "spread": 0.02}, "−25.0 ± 3.8 %"),
+        ({"ratio": 0.8, "spread": 0.3}, {"ratio": 0.72, "spread": 0.02}, "too noisy to say (0.90 ± 0.34 x)"),
+        ({}, {"ratio": 0.6, "spread": 0.02}, "+20.0 %"),  # of an earlier version, 0.01 s over 0.02 s
+    ],
+)
+def test_times_compare_by_the_ratio_to_their_own_originals(
+    first: dict[str, float], second: dict[str, float], change: str, tmp_path: Path
+) -> None:
+    # The second machine is ten times slower: its seconds say nothing.
+    times = ({"before": 0.02, "after": 0.01}, {"before": 0.2, "after": 0.12})
+    paths = tmp_path / "one.json", tmp_path / "two.json"
+    for path, seconds, ratio in zip(paths, times, (first, second), strict=True):
+        path.write_text(json.dumps(REPORT | {"before_after": [{"name": LATENCY, "unit": "s", **seconds, **ratio}]}))
+    (figure,) = diff_runs(*paths)["figures"]
+    assert (figure["first"], figure["second"]) == (first.get("ratio", 0.5), second["ratio"])
+    assert (figure["unit"], figure["change"]) == ("x", change)
 
 
 def test_the_command_prints_it(tmp_path: Path) -> None:

@@ -204,3 +204,10 @@ def test_jsonable_survives_strict_json():
 def test_words():
     assert (plain(None), plain([1, 2]), plain(True)) == ("none", "1, 2", "yes")
     assert [tone(v) for v in ("PASS-ON-SAMPLES", "FAIL", "INCONCLUSIVE", "VACUOUS")] == ["good", "bad", "open", "open"]
+
+
+def test_a_budget_of_time_is_drawn_by_layer() -> None:
+    timed = {"operators": {"layer1.conv": [2e-3, 1e-3]}, "rest": 5e-4}
+    page = render_html({"title": "t", "timed": timed})
+    assert "Time by layer" in page and "2 ms to 1 ms" in page and "the rest" in page
+    assert "Time by layer" not in render_html({"title": "t", "timed": None})

@@ -72,7 +72,9 @@ def test_the_options_that_scripts_use_keep_their_names() -> None:
     checks = "--max-flip --max-error --confidence --not-a-sample --walked --summary"
     expected = {
         "prune": f"""{loading} {run_flags} {checks} --max-perplexity-ratio --out --ratio --params --flops --kv-cache
-            --data --samples --window --evaluate --evaluation-samples --selector --compensate --allocate --layout
+            --latency
+            --runtime --latency-batch --threads --data --samples --window --evaluate --evaluation-samples --selector
+            --compensate --allocate --layout
             --sequential --eta --floor --round-to --ridge --rows-per-column --only --exclude --coupled --inner-only
             --reestimate-bn --export --recipe --set --plan --dry-run --push-to-hub --cache --no-cache --offload
             --force""",
@@ -84,6 +86,7 @@ def test_the_options_that_scripts_use_keep_their_names() -> None:
         "audit": f"{run_flags} --data --forget --original --forget-data --reference --members --samples --out",
         "score": f"{loading} --data --samples --window --out --seed --device --quiet --json",
         "check": f"{loading} --json",
+        "bench": f"{loading} --runtime --batch --threads --window --device --plot --quiet --json",
         "demo": "--out --device --quiet --json --force",
         "tasks": """--against --task --limit --include --revision --trust-remote-code --gguf-file --batch-size --seed
             --device --json""",
@@ -129,7 +132,7 @@ def test_options_beside_a_recipe_change_it_and_the_written_recipe_repeats_the_ru
     code, stdout, stderr = run("prune", "--recipe", recipe, *options, "--set", "seed=3", "--json", "--quiet")
     assert code == 0, stderr
     written = read_yaml(out / "recipe.yaml")
-    assert written["budget"] == {"ratio": None, "params": None, "flops": "0.6x", "kv_cache": None}
+    assert written["budget"] == {"ratio": None, "params": None, "flops": "0.6x", "kv_cache": None, "latency": None}
     assert written["method"]["selector"] == "random" and written["method"]["round_to"] == 2
     assert (written["seed"], written["summary"]) == (3, str(out / "s.md"))
     assert (out / "s.md").is_file()

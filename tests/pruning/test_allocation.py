@@ -15,7 +15,7 @@ from modhifi.pruning.allocation import allocate, plan_for
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts import LAYOUTS
-from modhifi.pruning.layouts.base import least_width, step_of
+from modhifi.pruning.layouts.base import EXACT, Rounding, least_width
 from modhifi.pruning.stages import find_structure
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.plan import Plan
@@ -152,7 +152,7 @@ def test_rounding_and_floors(layout: str):
         sizes_of(model, structure),
         Budget("macs", 0.6),
         layout=layout,
-        round_to=8,
+        rounding=Rounding(8),
         floor=0.25,
     )
     for group in structure.prunable:
@@ -165,9 +165,26 @@ def test_rounding_and_floors(layout: str):
 def test_steps_and_least_widths():
     plain = Group("a", 30, ())
     parted = Group("b", 30, (), partition=torch.arange(3).repeat_interleave(10))
-    assert (step_of(plain, 1), step_of(plain, 8), step_of(parted, 1), step_of(parted, 8)) == (1, 8, 3, 24)
-    assert least_width(plain, 0.0, 1) == 1 and least_width(plain, 0.1, 1) == 3 and least_width(plain, 0.1, 8) == 8
-    assert least_width(parted, 0.11, 1) == 6 and least_width(plain, 0.9, 8) == 30
+    heads = Group("c", 30, (), kind="heads")
+    eight, less = Rounding(8), Rounding(8, less=True)
+    assert [EXACT.step(g) for g in (plain, parted, heads)] == [1, 3, 1]
+    assert [eight.step(g) for g in (plain, parted, heads)] == [8, 24, 1]
+    # a group keeps at least two steps where the rounding may be less
+    assert [less.step(Group("d", n, ())) for n in (1, 3, 7, 15, 16, 40)] == [1, 1, 2, 4, 8, 8]
+    assert [eight.half(), less.half(), Rounding(1, less=True).half()] == [None, Rounding(4, less=True), None]
+    floors = ((plain, 0.0, EXACT, 1), (plain, 0.1, EXACT, 3), (plain, 0.1, eight, 8), (plain, 0.9, eight, 30))
+    for group, floor, rounding, least in (*floors, (parted, 0.11, EXACT, 6)):
+        assert least_width(group, floor, rounding) == least
+
+
+def test_a_rounding_that_may_be_less_meets_the_budget():
+    structure, model = two_groups()
+    curves = {name: Curve(torch.arange(40), torch.arange(41).double(), 1.0) for name in ("0", "2")}
+    problem = structure.prunable, curves, sizes_of(model, structure), Budget("components", 0.65)
+    with pytest.raises(ModhifiError, match="round less"):
+        allocate(*problem, rounding=Rounding(16))
+    widths = widths_of(structure, allocate(*problem, rounding=Rounding(16, less=True)))
+    assert sum(widths.values()) == 52 and all(width % 4 == 0 for width in widths.values())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -191,7 +208,7 @@ def test_budgets_out_of_reach_are_errors():
     with pytest.raises(ModhifiError, match=r"no allocation keeps only 0\.3x of the components"):
         allocate(structure.prunable, curves, sizes, Budget("components", 0.3), floor=0.5)
     with pytest.raises(ModhifiError, match="remains; ask for more, round less, or lower the floor"):
-        allocate(structure.prunable, curves, sizes, Budget("components", 0.3), round_to=10)
+        allocate(structure.prunable, curves, sizes, Budget("components", 0.3), rounding=Rounding(10))
     with pytest.raises(ModhifiError, match=r"the nearest to 0\.55x of the components .* is 0\.[56]x"):
         allocate(structure.prunable, curves, sizes, Budget("components", 0.55))  # ten components cannot do that
     with pytest.raises(ModhifiError, match="unknown layout 'spiral'"):

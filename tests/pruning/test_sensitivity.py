@@ -14,6 +14,7 @@ from modhifi.data.sources import load_samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.budget import Budget
+from modhifi.pruning.layouts.base import Rounding
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.sensitivity import PROBES, amplification, best_plan, output_change, plans_between
 from modhifi.pruning.settings import PruneSettings
@@ -84,6 +85,6 @@ def test_an_allocation_of_a_language_model_is_no_worse_than_equal_widths(
 
 
 def test_equal_widths_that_miss_the_budget_are_left_out(language: LoadedModel, tokens: Samples) -> None:
-    settings = PruneSettings(rows_per_column=None, batch_size=4, only=("neurons",), round_to=12)
+    settings = PruneSettings(rows_per_column=None, batch_size=4, only=("neurons",), rounding=Rounding(12))
     pruned = prune_model(language, tokens, Budget("components", 5 / 6), settings)
     assert "uniform" not in pruned.tried and pruned.tried

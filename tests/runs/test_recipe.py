@@ -14,7 +14,7 @@ from torch import nn
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.runs.bundled_recipes import find, shipped, summary
-from modhifi.runs.defaults import complete, complete_verify
+from modhifi.runs.defaults import complete, complete_verify, rounding_for
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.runs.recipe_file import apply_overrides, read_yaml, to_yaml, validate
 from modhifi.runs.recipe_tasks import StepsRecipe, VerifyRecipe, parse, schema
@@ -46,6 +46,17 @@ def test_a_dumped_recipe_reads_back_equal(tmp_path: Path) -> None:
     assert (settings.layout, settings.batch_size, settings.rows_per_column) == ("global", 32, 2)
     steps = parse(yaml.safe_load(STEPS))
     assert isinstance(steps, StepsRecipe) and parse(yaml.safe_load(to_yaml(steps.model_dump(mode="json")))) == steps
+
+
+def test_rounding_follows_the_device_and_the_dtype() -> None:
+    single = load_model(nn.Linear(4, 4), example=torch.zeros(2, 4))
+    half = load_model(nn.Linear(4, 4).half(), example=torch.zeros(2, 4))
+    assert [rounding_for(model, device).to for model in (single, half) for device in ("cpu", "cuda")] == [8, 32, 16, 64]
+    assert rounding_for(single, "cpu").less
+    for given, expected in (("8", 8), (1, 1), ("auto", "auto")):
+        assert parse({**CONTENT, "method": {"round_to": given}}).method.round_to == expected  # type: ignore[union-attr]
+    with pytest.raises(ModhifiError, match="method.round_to"):
+        parse({**CONTENT, "method": {"round_to": 0}})
 
 
 def test_a_verify_recipe_takes_the_amounts_of_the_kind_of_model(tmp_path: Path) -> None:

@@ -13,15 +13,35 @@ from modhifi.structure.groups import Group
 from modhifi.structure.sizes import Sizes
 
 
-def least_width(group: Group, floor: float, round_to: int) -> int:
-    """The fewest components a group may keep: the floor's share, rounded up to what :func:`step_of` allows."""
-    step = step_of(group, round_to)
+@dataclass(frozen=True)
+class Rounding:
+    """Kept widths are multiples of ``to``; where ``less`` is set, of less in groups narrower than twice of it.
+
+    A head is many channels wide already: heads are not rounded.
+    """
+
+    to: int = 1
+    less: bool = False
+
+    def step(self, group: Group) -> int:
+        """The widths of a group are multiples of this: the rounding and one component for every part of it."""
+        to = 1 if group.kind == "heads" else self.to
+        while self.less and 2 * to > group.n and to > 1:
+            to //= 2
+        return math.lcm(to, group.step)
+
+    def half(self) -> Rounding | None:
+        """The next finer one, where there is one and it may be taken."""
+        return Rounding(self.to // 2, True) if self.less and self.to > 1 else None
+
+
+EXACT = Rounding()
+
+
+def least_width(group: Group, floor: float, rounding: Rounding) -> int:
+    """The fewest components a group may keep: the floor's share, rounded up to what :meth:`Rounding.step` allows."""
+    step = rounding.step(group)
     return min(group.n, max(step, math.ceil(floor * group.n / step) * step))
-
-
-def step_of(group: Group, round_to: int) -> int:
-    """Kept widths are multiples of this: the user's rounding and one component for every part of the partition."""
-    return math.lcm(round_to, group.step)
 
 
 @dataclass(frozen=True)
@@ -29,7 +49,7 @@ class Problem:
     """What an allocation has to solve.
 
     ``curves`` and, where groups are weighted, ``weights`` go by group, as does ``lowest``, the least widths;
-    ``round_to`` is the user's rounding of widths.
+    ``rounding`` says what widths are multiples of.
     """
 
     groups: tuple[Group, ...]
@@ -37,7 +57,7 @@ class Problem:
     sizes: Sizes
     budget: Budget
     lowest: Mapping[str, int]
-    round_to: int
+    rounding: Rounding
     weights: Mapping[str, float] | None
 
     def size(self, widths: Mapping[str, int]) -> float:
@@ -58,7 +78,7 @@ class Problem:
 
     def step(self, group: Group) -> int:
         """Widths of this group are multiples of it."""
-        return step_of(group, self.round_to)
+        return self.rounding.step(group)
 
     def price(self, group: Group, here: int, width: int) -> float:
         """Weighted cost of going from one width to a smaller one.

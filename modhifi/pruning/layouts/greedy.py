@@ -6,6 +6,10 @@ import heapq
 import math
 
 from modhifi.pruning.layouts.base import LAYOUTS, Layout, Problem
+from modhifi.structure.groups import Group
+
+# How far a step looks ahead: in 64ths of a group, and in stairs, by which times fall.
+AHEAD, STAIRS = (1, 2, 4, 8), 32
 
 
 def greedy(problem: Problem) -> dict[str, int]:
@@ -15,20 +19,17 @@ def greedy(problem: Problem) -> dict[str, int]:
     """
     widths, target = problem.full, problem.target
     total = problem.size(widths)
-    touching = problem.sizes.touching() if problem.budget.measure in ("parameters", "macs") else {}
+    touching = problem.budget.touching(problem.sizes)
     by_name = {g.name: g for g in problem.groups}
 
     def proposal(name: str) -> tuple[float, int] | None:
         """Price per unit saved and next width of a group's best next cut, looking ahead for a convex price."""
-        group, here, step = by_name[name], widths[name], problem.step(by_name[name])
-        local = touching.get(name, problem.sizes)
-        before = problem.budget.size(local, widths)
-        least = max(1, math.ceil(group.n / (64 * step))) * step
-        next_width = here - (here % step or step)
+        group, here = by_name[name], widths[name]
+        size = touching.get(name, problem.size)
+        before = size(widths)
         best: tuple[float, int] | None = None
-        for ahead in (1, 2, 4, 8):
-            width = max(next_width - max(0, ahead * least - step), problem.lowest[name])
-            saved = before - problem.budget.size(local, {**widths, name: width})
+        for width in _next_widths(problem, group, here):
+            saved = before - size({**widths, name: width})
             if width >= here or saved <= 0:
                 continue
             rate = problem.price(group, here, width) / saved
@@ -57,6 +58,20 @@ def greedy(problem: Problem) -> dict[str, int]:
         if following is not None:
             heapq.heappush(heap, (following[0], name))
     return _settle(problem, widths)
+
+
+def _next_widths(problem: Problem, group: Group, here: int) -> list[int]:
+    """The widths that a group's next cut may lead to, none below its least one."""
+    step, lowest = problem.step(group), problem.lowest[group.name]
+    if problem.budget.times is not None:
+        # a head is many channels wide
+        stair = step if group.kind == "heads" else math.lcm(step, problem.budget.times.at_once)
+        edges = [*range((here - 1) // stair * stair, 0, -stair)[:STAIRS], stair // 2, lowest]
+        return [width for width in edges if lowest <= width and (width % step == 0 or width == lowest)]
+    least = max(1, math.ceil(group.n / (64 * step))) * step
+    next_width = here - (here % step or step)
+    ahead = [next_width - max(0, steps * least - step) for steps in AHEAD]
+    return [max(width, lowest) for width in ahead]
 
 
 def _settle(problem: Problem, widths: dict[str, int]) -> dict[str, int]:

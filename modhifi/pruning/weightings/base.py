@@ -12,14 +12,14 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.elimination import Curve
+from modhifi.pruning.planned import Planned
 from modhifi.pruning.settings import PruneSettings
 from modhifi.registry import Registry
 from modhifi.structure.groups import Structure
-from modhifi.structure.plan import Plan
 
 
 class Planner(Protocol):
-    """The plan that meets a budget in a layout that reads costs, and the divergence in nats of whole plans tried.
+    """The plan that meets a budget in a layout that reads costs.
 
     Raises what :func:`modhifi.pruning.allocation.allocate` raises.
     """
@@ -34,7 +34,7 @@ class Planner(Protocol):
         budget: Budget,
         settings: PruneSettings,
         progress: Progress,
-    ) -> tuple[Plan, dict[str, float]]: ...
+    ) -> Planned: ...
 
 
 @dataclass(frozen=True)

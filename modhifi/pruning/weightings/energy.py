@@ -10,11 +10,11 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.elimination import Curve
+from modhifi.pruning.planned import Planned
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import make_plan
 from modhifi.pruning.weightings.base import WEIGHTINGS, Weighting
 from modhifi.structure.groups import Structure
-from modhifi.structure.plan import Plan
 
 
 def plan(
@@ -26,9 +26,9 @@ def plan(
     budget: Budget,
     settings: PruneSettings,
     progress: Progress,
-) -> tuple[Plan, dict[str, float]]:
+) -> Planned:
     """The allocation by the curves alone."""
-    return make_plan(loaded.model, structure, curves, budget, settings), {}
+    return Planned(make_plan(loaded.model, structure, curves, budget, settings))
 
 
 WEIGHTINGS.register(Weighting("energy", "by 1 over the output energy of its own readers", "ours", plan))

@@ -1,0 +1,93 @@
+"""Meeting a budget of time: the plan's prediction is corrected by timing the networks that it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from modhifi.errors import ModhifiError
+from modhifi.models.loaded import LoadedModel
+from modhifi.pruning.layouts.base import Rounding
+from modhifi.structure.groups import Structure
+from modhifi.structure.plan import Plan
+from modhifi.structure.times import Times
+
+# How far, relative to it, a measured time may be from the one asked for, and how often the prediction is corrected.
+TOLERANCE = 0.05
+CORRECTIONS = 3
+
+
+class NetworkTimer(Protocol):
+    """Times a model and smaller versions of it on the run's own device."""
+
+    def times(self, loaded: LoadedModel, structure: Structure, rounding: Rounding) -> Times:
+        """The model's time as a function of the groups' widths."""
+        ...
+
+    def ratio(self, loaded: LoadedModel, structure: Structure, plan: Plan) -> tuple[float, float]:
+        """The time of the network that a plan leaves over the model's own, and the spread of that ratio."""
+        ...
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One plan that was timed: its predicted and its measured time over the dense model's, and the spread of it."""
+
+    predicted: float
+    measured: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a budget of time came to: the share asked for, the attempts, the one taken last, and the predicted seconds.
+
+    ``operators`` has the seconds of every operator, dense and pruned, ``rest`` those that no width changes.
+    """
+
+    keep: float
+    dense_seconds: float
+    attempts: tuple[Attempt, ...]
+    taken: Attempt
+    operators: Mapping[str, tuple[float, float]]
+    rest: float
+
+    @property
+    def met(self) -> bool:
+        """Whether the measured time is within the tolerance of the one asked for."""
+        return abs(self.taken.measured / self.keep - 1) <= TOLERANCE
+
+
+def meet(
+    plan_at: Callable[[float], Plan],
+    predicted: Callable[[Plan], float],
+    measured: Callable[[Plan], tuple[float, float]],
+    keep: float,
+) -> tuple[Plan, Attempt, tuple[Attempt, ...]]:
+    """The plan whose measured time is nearest to the share ``keep``, its attempt, and all attempts in their order.
+
+    ``plan_at`` makes a plan of a predicted share of the dense time. After each timing it is asked again for a share
+    that is larger or smaller by as much as the measured time missed, at most three times, and until the plan stays the
+    same. Raises what ``plan_at`` raises where even the first share cannot be predicted.
+    """
+    asked = keep
+    tried: list[tuple[float, Plan, Attempt]] = []
+    while True:
+        try:
+            plan = plan_at(asked)
+        except ModhifiError:
+            if not tried:
+                raise
+            break
+        if tried and plan.kept == tried[-1][1].kept:
+            break
+        attempt = Attempt(predicted(plan), *measured(plan))
+        tried.append((abs(attempt.measured / keep - 1), plan, attempt))
+        if tried[-1][0] <= TOLERANCE or len(tried) > CORRECTIONS:
+            break
+        asked = attempt.predicted * keep / attempt.measured
+        if not 0 < asked < 1:
+            break
+    _, best, taken = min(tried, key=lambda entry: entry[0])
+    return best, taken, tuple(attempt for *_, attempt in tried)

@@ -1,0 +1,95 @@
+"""Whole networks timed beside their original: what a plan leaves of a model, and the model's time by its widths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modhifi.models.loaded import LoadedModel
+from modhifi.progress import Progress, silent
+from modhifi.pruning.layouts.base import Rounding
+from modhifi.runs.measure import device_of
+from modhifi.runs.timing.operators import measure_operators
+from modhifi.runs.timing.runtimes import RUNTIMES
+from modhifi.runs.timing.subjects import Subject
+from modhifi.runs.timing.turns import Spread, Turns, time_in_turns
+from modhifi.structure.clone import clone
+from modhifi.structure.groups import Group, Structure
+from modhifi.structure.plan import Plan
+from modhifi.structure.sizes import sizes_of
+from modhifi.structure.surgery import shrink
+from modhifi.structure.times import Times
+
+# Rounds of timing whole networks, and the shares of all widths of those that bring the prediction to scale.
+ROUNDS = 11
+SHARES = (0.75, 0.5, 0.25)
+
+
+@dataclass(frozen=True)
+class Timer:
+    """Times networks in one runtime, at one batch size and number of threads; operators' times are kept in ``cache``.
+
+    ``window`` is the tokens of an input of text. See :class:`modhifi.pruning.timed.NetworkTimer`.
+    """
+
+    runtime: str
+    batch: int
+    threads: int
+    window: int | None = None
+    cache: Path | None = None
+    progress: Progress = silent
+
+    def times(self, loaded: LoadedModel, structure: Structure, rounding: Rounding) -> Times:
+        """Operators alone on a grid of widths, then whole networks, which give the coefficients."""
+        batch = self._inputs(loaded)
+        operators = measure_operators(loaded, structure, batch, self.runtime, self.threads, self.cache, self.progress)
+        times = Times(operators, sizes_of(loaded.model, structure).full)
+        widths: list[dict[str, int]] = [{}]
+        for share in SHARES:
+            widths.append({g.name: _width(g, share, rounding) for g in structure.prunable})
+        turns = self._turns(loaded, structure, {str(n): plan_of(structure, w) for n, w in enumerate(widths)}, batch)
+        dense = Spread.of(turns.seconds["0"]).median
+        return times.fitted([(w, dense * turns.ratio(str(n), "0").median) for n, w in enumerate(widths)])
+
+    def ratio(self, loaded: LoadedModel, structure: Structure, plan: Plan) -> tuple[float, float]:
+        """The time of what a plan leaves over the model's, in turns, and the interquartile range of that ratio."""
+        turns = self._turns(loaded, structure, {"dense": Plan({}), "pruned": plan}, self._inputs(loaded))
+        spread = turns.ratio("pruned", "dense")
+        return spread.median, spread.iqr
+
+    def _inputs(self, loaded: LoadedModel) -> Tensor:
+        return Subject(loaded.source, loaded.source, loaded, loaded.example).batch(self.batch, self.window)
+
+    def _turns(self, loaded: LoadedModel, structure: Structure, plans: Mapping[str, Plan], batch: Tensor) -> Turns:
+        """Weights are those of the model, uncompensated: the time does not depend on them."""
+        runs = {}
+        for number, (name, plan) in enumerate(plans.items()):
+            self.progress("timing networks", number, len(plans))
+            model = shrink(clone(loaded.model), structure, plan) if plan.kept else loaded.model
+            runs[name] = RUNTIMES[self.runtime].load(model, batch)(batch, self.threads)
+        turns = time_in_turns(runs, self.threads, device_of(loaded.model).type != "cpu", rounds=ROUNDS)
+        self.progress("timing networks", len(plans), len(plans))
+        return turns
+
+
+def plan_of(structure: Structure, widths: Mapping[str, int]) -> Plan:
+    """A plan of given widths, whichever components they are: of each part of a group the first ones."""
+    kept = {}
+    for group in structure.prunable:
+        if widths.get(group.name, group.n) < group.n:
+            part = torch.zeros(group.n, dtype=torch.int64) if group.partition is None else group.partition
+            each = widths[group.name] // group.step
+            kept[group.name] = tuple(
+                sorted(i for label in part.unique() for i in torch.nonzero(part == label).flatten()[:each].tolist())
+            )
+    return Plan(kept)
+
+
+def _width(group: Group, share: float, rounding: Rounding) -> int:
+    """The width nearest to a share of a group that rounding lets be."""
+    step = replace(rounding, less=True).step(group)
+    return min(group.n, max(1, round(share * group.n / step)) * step)

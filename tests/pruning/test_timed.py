@@ -1,0 +1,230 @@
+"""Budgets of time, without a clock: tables of prices in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from modhifi.data.sources import load_samples
+from modhifi.errors import ModhifiError
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
+from modhifi.pruning.allocation import allocate
+from modhifi.pruning.budget import Budget
+from modhifi.pruning.elimination import Curve
+from modhifi.pruning.layouts import LAYOUTS
+from modhifi.pruning.layouts.base import Rounding
+from modhifi.pruning.prune import prune_model
+from modhifi.pruning.settings import PruneSettings
+from modhifi.pruning.timed import Attempt, meet
+from modhifi.structure.groups import Structure
+from modhifi.structure.plan import Plan
+from modhifi.structure.sizes import Term, sizes_of
+from modhifi.structure.times import OperatorTime, Times
+from modhifi.structure.tracing.tracer import trace
+
+
+def plan(width: float) -> Plan:
+    """A plan that is its predicted share of the time."""
+    return Plan({"a": tuple(range(round(100 * width)))})
+
+
+def share(made: Plan) -> float:
+    return len(made.kept["a"]) / 100
+
+
+@pytest.mark.parametrize(
+    ("slower", "measured", "taken"),
+    [
+        (1.0, [0.5], 0.5),  # as predicted
+        (1.04, [0.52], 0.52),  # within five percent
+        (1.25, [0.625, 0.5], 0.5),  # one correction is enough where the prediction is off by one factor
+    ],
+)
+def test_a_miss_is_corrected_by_as_much(slower: float, measured: Sequence[float], taken: float) -> None:
+    made, attempt, attempts = meet(plan, share, lambda p: (slower * share(p), 0.01), 0.5)
+    assert [a.measured for a in attempts] == pytest.approx(measured)
+    assert attempt.measured == pytest.approx(taken) and slower * share(made) == pytest.approx(taken)
+
+
+def test_the_nearest_of_at_most_four_is_taken() -> None:
+    # The time never falls below 0.7: every correction asks for less.
+    asked: list[float] = []
+
+    def plan_at(keep: float) -> Plan:
+        asked.append(keep)
+        return plan(keep)
+
+    made, attempt, attempts = meet(plan_at, share, lambda p: (0.7 + 0.1 * share(p), 0.0), 0.5)
+    assert len(attempts) == 4 and asked == sorted(asked, reverse=True)
+    assert attempt == attempts[-1] and share(made) == attempt.predicted
+
+
+def test_what_cannot_be_predicted_ends_the_corrections_or_the_run() -> None:
+    def only_half(keep: float) -> Plan:
+        if keep < 0.45:
+            raise ModhifiError("out of reach")
+        return plan(keep)
+
+    made, attempt, attempts = meet(lambda keep: plan(0.5), share, lambda p: (0.8, 0.0), 0.5)
+    assert (share(made), len(attempts)) == (0.5, 1)  # the same plan again would take the same time
+    made, attempt, attempts = meet(only_half, share, lambda p: (0.8, 0.0), 0.5)
+    assert (share(made), attempt, len(attempts)) == (0.5, Attempt(0.5, 0.8, 0.0), 1)
+    with pytest.raises(ModhifiError, match="out of reach"):
+        meet(only_half, share, lambda p: (0.4, 0.0), 0.4)
+
+
+# -- prices ------------------------------------------------------------------------------------------------------------
+def price(name: str, seconds: tuple[tuple[float, ...], ...], elements: int = 0) -> OperatorTime:
+    term = Term(0, 0, 0, {f"{name} in": 1}, 8, {f"{name} out": 2}, 16, name)
+    return OperatorTime(term, (2, 8), (4, 16), seconds, elements)
+
+
+def test_an_operators_time_is_bilinear_and_goes_on() -> None:
+    operator = price("a", ((1.0, 3.0), (2.0, 8.0)))
+    points = {(2, 4): 1, (8, 16): 8, (5, 4): 1.5, (2, 10): 2, (5, 10): 3.5, (2, 22): 3, (1, 4): 1}
+    for (inputs, outputs), expected in points.items():
+        assert operator.at(inputs, outputs) == pytest.approx(expected)
+    alone = OperatorTime(operator.term, (8,), (4, 16), ((1.0, 4.0),), 0)
+    assert alone.at(3, 10) == 2.5
+    by_three = replace(operator, at_once=3)
+    assert [by_three.at(i, 4) for i in (1, 2, 3, 4, 6, 7, 8)] == [operator.at(i, 4) for i in (2, 2, 3, 6, 6, 8, 8)]
+
+
+def test_times_add_operators_elements_and_what_is_fixed() -> None:
+    full = {"a in": 8, "a out": 8}
+    times = Times((price("a", ((1.0, 3.0), (2.0, 8.0)), elements=160),), full, 2.0, 0.1, 5.0)
+    assert times.seconds({}) == 2 * 8 + 0.1 * 160 + 5
+    # two positions of each of eight components: 5 of 8 in, 10 of 16 out
+    assert times.seconds({"a in": 5, "a out": 5}) == pytest.approx(2 * 3.5 + 0.1 * 100 + 5)
+    assert times.touching()["a in"].seconds({"a in": 5, "a out": 5}) == pytest.approx(2 * 3.5 + 0.1 * 100)
+    assert times.by_operator({}) == {"a": 32.0}
+
+
+@pytest.mark.parametrize("true", [(1.3, 0.02, 0.5), (0.7, 0.05, 0.0), (2.0, 0.0, 0.0)])
+def test_coefficients_are_found_from_whole_networks(true: tuple[float, float, float]) -> None:
+    full = {"a in": 8, "a out": 8}
+    times = Times((price("a", ((1.0, 3.0), (2.0, 8.0)), elements=160),), full)
+    networks = []
+    for widths in ({}, {"a in": 4}, {"a out": 3}, {"a in": 2, "a out": 2}):
+        seconds, elements = times.parts(widths)
+        networks.append((widths, true[0] * seconds + true[1] * elements + true[2]))
+    fitted = times.fitted(networks)
+    assert (fitted.scale, fitted.per_element, fitted.fixed) == pytest.approx(true, abs=1e-9)
+    # what an unconstrained fit would make negative is zero
+    assert times.fitted([({}, 8.0), ({"a in": 2, "a out": 2}, 0.9)]).fixed == 0
+
+
+def two_layers() -> tuple[nn.Module, Structure]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 2)).eval()
+    return model, trace(model, lambda m: m(torch.randn(2, 4)))
+
+
+def prices(model: nn.Module, structure: Structure, dear: str) -> Times:
+    """Every component of one layer's output takes ten times as long as one of another's."""
+    operators = []
+    for term in sizes_of(model, structure).terms:
+        each = 10.0 if term.module == dear else 1.0
+        grid = ((0.0, each * term.output_total),)
+        operators.append(OperatorTime(term, (term.input_total,), (0, term.output_total), grid, 0))
+    return Times(tuple(operators), {g.name: g.n for g in structure.prunable})
+
+
+@pytest.mark.parametrize("dear", ["0", "2"])
+def test_the_layer_whose_time_is_dear_gives_more(dear: str) -> None:
+    model, structure = two_layers()
+    line = torch.linspace(0, 1, 41, dtype=torch.float64) ** 2
+    curves = {name: Curve(torch.arange(40), line, 1.0) for name in ("0", "2")}
+    budget = Budget.parse(latency="0.5x").timed(prices(model, structure, dear))
+    made = allocate(structure.prunable, curves, sizes_of(model, structure), budget)
+    widths = {g.name: len(made.kept.get(g.name, range(g.n))) for g in structure.prunable}
+    assert widths[dear] < widths["2" if dear == "0" else "0"]
+    assert budget.size(sizes_of(model, structure), widths) / budget.times.seconds({}) == pytest.approx(0.5, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("0.6x", (0.6, None)), ("12ms", (1.0, 0.012)), ("0.5 s", (1.0, 0.5)), ("0.25", (0.25, None))]
+)
+def test_a_latency_is_a_share_or_a_time(text: str, expected: tuple[float, float | None]) -> None:
+    budget = Budget.parse(latency=text)
+    assert (budget.measure, budget.keep, budget.seconds) == ("latency", *expected)
+
+
+@pytest.mark.parametrize("text", ["1.2x", "0x", "-3ms", "0ms", "fast", "12 hours"])
+def test_no_other_text_is_a_latency(text: str) -> None:
+    with pytest.raises(ModhifiError, match="--latency is the share"):
+        Budget.parse(latency=text)
+
+
+def test_the_nearest_stair_to_a_time_is_taken() -> None:
+    model, structure = two_layers()
+    terms = {t.module: t for t in sizes_of(model, structure).terms}
+    stairs = (OperatorTime(terms["0"], (4,), (20, 40), ((1.0, 2.0),), 0, at_once=20),)
+    budget = Budget("latency", 0.6).timed(Times(stairs, {g.name: g.n for g in structure.prunable}))
+    line = torch.linspace(0, 1, 41, dtype=torch.float64)
+    curves = {name: Curve(torch.arange(40), line, 1.0) for name in ("0", "2")}
+    made = allocate(structure.prunable, curves, sizes_of(model, structure), budget)
+    assert {name: len(kept) for name, kept in made.kept.items()} == {"0": 20}  # half of the time
+
+
+def test_a_time_is_a_share_of_the_dense_one() -> None:
+    model, structure = two_layers()
+    times = prices(model, structure, "0")  # 400 + 40 + 2 seconds
+    assert Budget.parse(latency="221s").timed(times).keep == pytest.approx(0.5)
+    with pytest.raises(ModhifiError, match="already"):
+        Budget.parse(latency="500s").timed(times)
+
+
+class FakeTimer:
+    """Prices in place of a clock; whole networks are slower than these say by a factor."""
+
+    def __init__(self, slower: float) -> None:
+        self.slower = slower
+        self.plans: list[Plan] = []
+
+    def times(self, loaded: LoadedModel, structure: Structure, rounding: Rounding) -> Times:
+        self.prices = prices(loaded.model, structure, "2")
+        return self.prices
+
+    def ratio(self, loaded: LoadedModel, structure: Structure, plan: Plan) -> tuple[float, float]:
+        self.plans.append(plan)
+        widths = {name: len(kept) for name, kept in plan.kept.items()}
+        return self.slower * self.prices.seconds(widths) / self.prices.seconds({}), 0.01
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_meets_the_measured_time(layout: str) -> None:
+    model, _ = two_layers()
+    loaded = load_model(model, example=torch.randn(2, 4))
+    inputs = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
+    samples = load_samples(inputs, loaded, n=len(inputs))
+    timer = FakeTimer(1.3)
+    pruned = prune_model(
+        loaded, samples, Budget.parse(latency="0.5x"), PruneSettings(layout=layout, rows_per_column=None), timer=timer
+    )
+    assert pruned.timed is not None and pruned.timed.met
+    assert [a.measured for a in pruned.timed.attempts] == pytest.approx([0.65, 0.5], abs=0.02)
+    assert pruned.plan.kept == timer.plans[-1].kept
+    before, after = pruned.timed.operators["2"]
+    assert pruned.timed.rest == 0 and before == 400 and after == 10 * len(pruned.plan.kept["2"])
+
+
+def test_stairs_are_seen_from_afar() -> None:
+    # Nothing is saved between two stairs, nor below the least one.
+    model, structure = two_layers()
+    terms = {t.module: t for t in sizes_of(model, structure).terms}
+    stairs = (OperatorTime(terms["0"], (4,), (8, 40), ((1.0, 2.0),), 0, at_once=16),)
+    budget = Budget("latency", 0.5).timed(Times(stairs, {g.name: g.n for g in structure.prunable}))
+    line = torch.linspace(0, 1, 41, dtype=torch.float64)
+    curves = {name: Curve(torch.arange(40), line, 1.0) for name in ("0", "2")}
+    assert {
+        name: len(kept)
+        for name, kept in allocate(
+            structure.prunable, curves, sizes_of(model, structure), budget, floor=0.1
+        ).kept.items()
+    } == {"0": 8}

@@ -1,0 +1,152 @@
+"""Times of operators and of whole networks, with a timer that counts in place of a clock."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import modhifi
+from modhifi.errors import ModhifiError
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
+from modhifi.pruning.layouts.base import EXACT
+from modhifi.pruning.stages import find_structure
+from modhifi.pruning.timed import Attempt, Timed
+from modhifi.runs.prune_report import time_verdict, time_warnings
+from modhifi.runs.timing import operators, turns
+from modhifi.runs.timing.networks import Timer, plan_of
+from modhifi.runs.timing.operators import measure_operators
+from modhifi.runs.timing.runtimes import RUNTIMES
+from modhifi.structure.surgery import shrink
+
+LAYERS = [
+    nn.Conv2d(6, 4, 3, 2, 1, groups=2),
+    nn.Conv2d(6, 4, (3, 1), padding=(1, 0), bias=False),
+    nn.Conv1d(6, 6, 3, padding=2, dilation=2, groups=6),
+    nn.Linear(6, 4),
+    nn.Linear(6, 4, bias=False),
+]
+
+
+@pytest.mark.parametrize("runtime", ["eager", "onnx"])
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_a_runtime_runs_a_layer_alone(layer: nn.Module, runtime: str) -> None:
+    batch = torch.randn(2, 6, 7, 5) if isinstance(layer, nn.Conv2d) else torch.randn(2, 6, 6)
+    outputs = RUNTIMES[runtime].operator(layer.eval().requires_grad_(False), batch, 1)()
+    torch.testing.assert_close(torch.as_tensor(outputs), layer(batch))
+
+
+class Counting:
+    """A timer that knows no time: a second a pass, and how many programs were timed."""
+
+    timed = 0
+
+    def __init__(self, _: str, globals: dict[str, Any], **__: Any) -> None:
+        Counting.timed += 1
+        self.run = globals["run"]
+
+    def timeit(self, number: int) -> SimpleNamespace:
+        self.run()
+        return SimpleNamespace(mean=1.0)
+
+
+@pytest.fixture
+def net(monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
+    monkeypatch.setattr(turns, "_timer", lambda: Counting)
+    Counting.timed = 0
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.ReLU()]
+    tail = [nn.Conv2d(32, 64, 1, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5)]
+    return load_model(nn.Sequential(*layers, *tail), example=torch.randn(2, 3, 8, 8))
+
+
+def test_every_operator_is_timed_on_a_grid_of_its_widths_and_once(net: LoadedModel, tmp_path: Path) -> None:
+    structure = find_structure(net)
+    times = measure_operators(net, structure, net.example, "eager", 1, tmp_path)
+    grids = {t.term.module: (t.inputs, t.outputs, t.elements) for t in times}
+    step = times[0].at_once
+
+    def points(total: int) -> tuple[int, ...]:
+        return tuple(sorted({step // 2} | {max(1, round(s * total / step)) * step for s in operators.SHARES}))
+
+    assert grids == {
+        "0": ((3,), points(32), 2 * 32 * 64),
+        "2": ((32,), points(32), 2 * 32 * 64),  # depthwise: the input is as wide as the output
+        "4": (points(32), points(64), 2 * 64 * 16),
+        "8": (points(64), (5,), 2 * 5),
+    }
+    timed = sum(len(t.inputs) * len(t.outputs) for t in times)
+    assert Counting.timed == timed
+    assert measure_operators(net, structure, net.example, "eager", 1, tmp_path) == times and Counting.timed == timed
+    measure_operators(net, structure, net.example, "eager", 2, tmp_path)  # another number of threads, another time
+    assert Counting.timed == 2 * timed
+
+
+def test_a_broken_cache_is_measured_again(net: LoadedModel, tmp_path: Path) -> None:
+    structure = find_structure(net)
+    times = measure_operators(net, structure, net.example, "eager", 1, tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_text("[]")
+    assert measure_operators(net, structure, net.example, "eager", 1, tmp_path) == times
+
+
+def test_whole_networks_bring_the_prediction_to_scale(net: LoadedModel) -> None:
+    structure = find_structure(net)
+    timer = Timer("eager", 2, 1)
+    times = timer.times(net, structure, EXACT)
+    # every network takes a second, whatever its widths, and so do four operators each
+    assert times.seconds({}) == pytest.approx(1, rel=0.01)
+    assert times.seconds({g.name: 1 for g in structure.prunable}) == pytest.approx(1, rel=0.01)
+    assert timer.ratio(net, structure, plan_of(structure, {"0": 8})) == (1.0, 0.0)
+
+
+def test_widths_make_a_plan_that_can_be_cut(net: LoadedModel) -> None:
+    structure = find_structure(net)
+    names = [g.name for g in structure.prunable]
+    plan = plan_of(structure, {names[0]: 8, names[1]: structure.prunable[1].n})
+    assert plan.kept == {names[0]: tuple(range(8))}
+    small = shrink(load_model(net.model, example=net.example).model, structure, plan)
+    assert small(net.example).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"latency": "0.5x", "timing": {"latency_batch": 0}}, "greater than or equal to 1"),
+        ({"latency": "0.5x", "timing": {"threads": 4096}}, "cores"),
+        ({"latency": "0.5x", "offload": True}, "--offload"),
+        ({"latency": "1000s"}, "already"),
+        ({"latency": "0.01x"}, "least width"),
+        ({"latency": "0.5x", "ratio": 0.5}, "exactly one"),
+    ],
+)
+def test_times_that_cannot_be_are_refused_in_one_line(options: dict[str, Any], message: str, net: LoadedModel) -> None:
+    with pytest.raises(ModhifiError, match=message):
+        modhifi.prune(net, torch.randn(16, 3, 8, 8), checks={"walked": 0}, **options)
+
+
+def test_a_runtime_without_its_packages_is_refused_before_the_work(
+    net: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModhifiError, match=r"pip install 'modhifi\[onnx\]'"):
+        modhifi.prune(net, torch.randn(16, 3, 8, 8), latency="0.5x", timing={"runtime": "onnx"})
+    assert not Counting.timed
+
+
+@pytest.mark.parametrize(
+    ("measured", "spread", "expected"),
+    [(0.52, 0.02, []), (0.6, 0.02, ["0.6x was reached"]), (0.9, 0.2, ["0.9x was reached", "too busy to say"])],
+)
+def test_a_time_that_is_missed_or_uncertain_is_a_warning(measured: float, spread: float, expected: list[str]) -> None:
+    attempt = Attempt(0.5, measured, spread)
+    pruned: Any = SimpleNamespace(timed=Timed(0.5, 1.0, (attempt,), attempt, {}, 0.0))
+    warnings = time_warnings(pruned)
+    assert len(warnings) == len(expected) and all(e in w for e, w in zip(expected, warnings, strict=True))
+    (verdict,) = time_verdict(pruned)
+    assert f"{measured:.3f} ± {spread:.3f}x measured" in verdict["text"]
