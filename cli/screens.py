@@ -35,7 +35,7 @@ def show_briefly(report: dict[str, Any], path: Path | None) -> None:
     if report["task"] == "prune" and "outcome" not in report:
         show_prediction(console, report)
     else:
-        show_outcome(console, report)
+        show_outcome(console, report, advice=False)
     if path is not None:
         console.print(path, soft_wrap=True, markup=False, highlight=False)
 
@@ -77,7 +77,7 @@ def show_prediction(console: Console, report: dict[str, Any]) -> None:
     )
 
 
-def show_outcome(console: Console, report: dict[str, Any]) -> None:
+def show_outcome(console: Console, report: dict[str, Any], *, advice: bool = True) -> None:
     """Prints what a run means in one sentence, the verdicts on what was asked for, and what to do next."""
     outcome = report.get("outcome", {"text": "", "advice": []})
     if outcome["text"]:
@@ -85,7 +85,7 @@ def show_outcome(console: Console, report: dict[str, Any]) -> None:
     for verdict in asked(report["verdicts"]):
         style = TONES[tone(verdict["verdict"])]
         console.print(Text(verdict["verdict"], style=f"bold {style}"), f"({verdict['name']}): {verdict['text']}")
-    for sentence in outcome["advice"]:
+    for sentence in outcome["advice"] if advice else ():
         console.print(f"→ {sentence}", highlight=False, markup=False)
 
 
