@@ -14,7 +14,7 @@ from modhifi.pruning.allocation import allocate
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts import LAYOUTS
-from modhifi.pruning.layouts.base import Problem
+from modhifi.pruning.layouts.base import Problem, Rounding
 from modhifi.pruning.layouts.greedy import greedy
 from modhifi.pruning.layouts.uniform import uniform
 from modhifi.structure.groups import Group, Kind
@@ -43,7 +43,7 @@ def problem(toys: Mapping[str, Toy], target: float, *, fixed: int = 0, round_to:
         Sizes(terms, {name: t.n for name, t in toys.items()}, fixed),
         Budget("parameters", target / (fixed + sum(t.unit * t.n for t in toys.values()))),
         {name: t.lowest for name, t in toys.items()},
-        round_to,
+        Rounding(round_to),
         None,
     )
 
@@ -192,7 +192,7 @@ def test_what_a_cut_saves_is_known_anew_when_its_neighbour_was_cut(target: int, 
             Sizes(terms, full, 0),
             Budget("macs", target / 600),
             dict.fromkeys(full, 1),
-            1,
+            Rounding(),
             None,
         )
     )
