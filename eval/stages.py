@@ -48,8 +48,8 @@ json.dump(stages, open(file, "w"))
 """
 
 INTRO = """Seconds of each stage of `modhifi demo` in two versions: medians of {rounds} rounds that took turns on one
-machine shared with other work, run as a user runs it. *user* is CPU time in user mode, child processes that have ended included,
-*wall* the clock. Made by `eval/stages.py`."""
+machine shared with other work, run as a user runs it. *user* is CPU time in user mode, child processes that have ended
+included, *wall* the clock. Made by `eval/stages.py`."""
 
 
 def run_demo(python: str, path: str) -> dict[str, dict[str, float]]:

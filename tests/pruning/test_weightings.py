@@ -75,7 +75,7 @@ def widths_by(weighting: str, total: int) -> tuple[tuple[int, ...], list[tuple[s
     samples = Samples(lambda i: rows[i], numbers, None, numbers, "rows", synthetic=False)
     zero = Moments(ROWS, torch.zeros(1, WIDTH).double(), torch.eye(WIDTH).double()[None])
     told: list[tuple[str, int, int]] = []
-    plan, tried = WEIGHTINGS[weighting].plan(
+    planned = WEIGHTINGS[weighting].plan(
         loaded,
         find_structure(loaded),
         curves(),
@@ -85,8 +85,8 @@ def widths_by(weighting: str, total: int) -> tuple[tuple[int, ...], list[tuple[s
         SETTINGS,
         lambda stage, done, of: told.append((stage, done, of)),
     )
-    assert tried == {}
-    return tuple(len(plan.kept.get(name, range(WIDTH))) for name in NAMES), told
+    assert planned.tried == {}
+    return tuple(len(planned.plan.kept.get(name, range(WIDTH))) for name in NAMES), told
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
