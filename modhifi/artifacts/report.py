@@ -24,18 +24,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
 from modhifi.artifacts.formatting import BEHIND, asked, change, number, plain, tone
+from modhifi.artifacts.svg import FAINT, INK, STRONG, inline, style
 
 SCHEMA_VERSION = 1
-# Drawn with these, then replaced by what follows the page's light or dark colours.
-INK, STRONG, FAINT = "#010203", "#010204", "#010205"
-COLOURS = {INK: "currentColor", STRONG: "var(--accent)", FAINT: "var(--faint)"}
 LABELLED_ROWS = 80
 
 
@@ -150,7 +147,7 @@ def _rows(names: Sequence[str], draw: Callable[[Any], None], label: str) -> Mark
     """A chart of named rows, from the top down, as inline SVG no wider than a phone."""
     n = len(names)
     height = 0.55 + (0.2 * n if n <= LABELLED_ROWS else 16.0)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "modhifi", "font.size": 8.5}):
+    with style():
         figure = Figure(figsize=(4.1, height), layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
@@ -160,14 +157,7 @@ def _rows(names: Sequence[str], draw: Callable[[Any], None], label: str) -> Mark
         axes.tick_params(colors=INK, length=0)
         for side in axes.spines.values():
             side.set_visible(False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    for placeholder, colour in COLOURS.items():
-        svg = svg.replace(placeholder, colour)
-    # Escaped by matplotlib already.
-    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
+        return inline(figure, label)
 
 
 def _shorten(name: str, limit: int = 24) -> str:
