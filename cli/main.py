@@ -33,6 +33,7 @@ VERBS = {
     "audit": "Try to get forgotten classes back: norms re-estimated, probes, neighbours, prototypes; "
     "beside an output mask.",
     "score": "Measure every component and HiFi set: singleton and Subset Fidelity, energy, removal cost and order.",
+    "compare": "Prune with many selectors, compensations and budgets on shared moments, and draw the Pareto front.",
     "tasks": "Run tasks of lm-eval (pip install 'modhifi\\[lm-eval]') on a language model before and after its edit.",
     "check": "Say what can be pruned of a model, and what not and why. Exit code 1 if nothing can.",
     "diff": "Compare two artefacts or reports: figures, kept widths, settings, verdicts, "

@@ -105,7 +105,7 @@ def _show(console: Console, scores: list[GroupScores]) -> None:
             f"{float(s.singleton.max()):.3f}",
             f"{float(s.singleton.mean()):.3f}",
             *(f"{s.hifi_share(eta):.1%}" for eta in ETAS),
-            *(_fidelity(float(curve[round(share * len(s.singleton))])) for share in KEPT),
+            *(_fidelity(float(curve[max(1, round(share * len(s.singleton)))])) for share in KEPT),
             str(s.free()),
         )
     console.print(table)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from modhifi.api import audit as audit
+    from modhifi.api import compare as compare
     from modhifi.api import prune as prune
     from modhifi.api import score as score
     from modhifi.api import unlearn as unlearn
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 # The public functions: name, file of the package. They are imported at first use, so that `import modhifi` stays quick.
 PUBLIC = {
     "audit": "api",
+    "compare": "api",
     "load": "models.artifact",
     "load_model": "models.load",
     "prune": "api",

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from modhifi.artifacts.svg import INK, inline, style
 
 Scores = Sequence[Mapping[str, Any]]
-"""One entry a layer, from the input to the output, as `modhifi score --json` prints them: ``group``, ``singleton``,
-``subset_fidelity``, ``hifi_share``."""
+"""One entry a layer, from the input to the output, as `modhifi score --json` prints them: ``group``, ``kind``,
+``singleton``, ``subset_fidelity``, ``hifi_share``."""
 
 Draw = Callable[[Any, Any, str], None]
 """Draws what it is given on axes, with an ink."""
@@ -32,6 +32,8 @@ DEPTH = matplotlib.colormaps["viridis"]
 LIGHTEST = 1.12
 # Of the lines of HiFi shares; legible on white and on black.
 LINES = ("#3b8ede", "#d9820b", "#2e9e5b", "#c2559d")
+# Of the kinds of components.
+STYLES = ("-", ":", "--", "-.")
 MOST_NAMES = 30
 CAPTIONS = {
     "histograms": "How many components of a layer have which singleton fidelity: what a component alone gives back of "
@@ -82,7 +84,7 @@ def write_pictures(path: Path, title: str, scores: Scores, layer: str, similarit
 def _alone(draw: Draw, content: Any, label: str) -> str:
     """One picture as inline SVG no wider than a page's text."""
     with style():
-        figure = Figure(figsize=(6.2, 4.4), layout="constrained")
+        figure = Figure(figsize=(4.8, 3.7), layout="constrained")
         draw(figure.add_subplot(), content, INK)
         return inline(figure, label)
 
@@ -99,11 +101,17 @@ def histograms(axes: Any, scores: Scores, ink: str) -> None:
 
 
 def curves(axes: Any, scores: Scores, ink: str) -> None:
-    """Draws Subset Fidelity against the share of components kept, one line a layer, dark first, light last."""
+    """Draws Subset Fidelity against the share of components kept, one line a layer, dark first, light last.
+
+    Kinds of components are told apart by the style of the line.
+    """
+    kinds = list(dict.fromkeys(entry["kind"] for entry in scores))
     depth = Normalize(1, max(2, LIGHTEST * len(scores)))
     for number, entry in enumerate(scores):
         values = np.array(entry["subset_fidelity"], dtype=float)
-        axes.plot(np.linspace(0, 1, len(values)), values, color=DEPTH(depth(number + 1)), linewidth=1.2)
+        style = STYLES[kinds.index(entry["kind"]) % len(STYLES)]
+        shares_kept = np.linspace(0, 1, len(values))
+        axes.plot(shares_kept, values, color=DEPTH(depth(number + 1)), linewidth=1.2, linestyle=style)
     for eta in scores[0]["hifi_share"]:
         axes.axhline(float(eta), color=ink, linewidth=0.5, linestyle=":")
         axes.text(1, float(eta), f"η = {eta}", color=ink, fontsize=8, ha="right", va="bottom")
@@ -115,10 +123,21 @@ def curves(axes: Any, scores: Scores, ink: str) -> None:
 
 
 def shares(axes: Any, scores: Scores, ink: str) -> None:
-    """Draws the HiFi share of every layer, from the input to the output, one line for each η."""
-    for colour, eta in zip(LINES, scores[0]["hifi_share"], strict=False):
-        values = [entry["hifi_share"][eta] for entry in scores]
-        axes.plot(range(1, len(scores) + 1), values, marker="o", markersize=3, color=colour, label=f"η = {eta}")
+    """Draws the HiFi share of every layer, from the input to the output: one line for each η and kind of component."""
+    kinds = list(dict.fromkeys(entry["kind"] for entry in scores))
+    for number, kind in enumerate(kinds):
+        places = [place for place, entry in enumerate(scores) if entry["kind"] == kind]
+        for colour, eta in zip(LINES, scores[0]["hifi_share"], strict=False):
+            axes.plot(
+                [place + 1 for place in places],
+                [scores[place]["hifi_share"][eta] for place in places],
+                marker="o",
+                markersize=2.5,
+                linewidth=1.2,
+                color=colour,
+                linestyle=STYLES[number % len(STYLES)],
+                label=f"η = {eta}" + (f", {kind}" if len(kinds) > 1 else ""),
+            )
     axes.set_ylim(0, 1.02)
     axes.legend(frameon=False, labelcolor=ink, fontsize=8)
     _finish(axes, ink, "layer, from input to output", "share of components in the HiFi set")
@@ -129,6 +148,8 @@ def similarities(axes: Any, similarity: np.ndarray, ink: str) -> None:
     others = np.abs(similarity[~np.eye(len(similarity), dtype=bool)])
     most = float(others.max()) if others.any() else 1.0
     image = axes.imshow(similarity, cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     _finish(axes, ink, "component", "component")
     _colour_bar(axes, image, ink, "cosine (1 on the diagonal)")
 

@@ -11,6 +11,7 @@ The schema, version 1; every part but ``title`` may be missing, which means that
   components, ``local_error`` squared, ``relative_error`` its share of the readers' output energy, ``amplification`` the
   change of the network's output over the readers' own errors, ``share`` that change's share of the sum over all layers;
   ``fidelity``: ``{kept, removed}``, the 10 %, 50 % and 90 % quantiles of their components' best singleton fidelities
+* ``comparison``: the cells of a grid of runs (:func:`modhifi.artifacts.pareto.pareto_charts`)
 * ``tables``: ``{title, columns, rows, unit?}``; a row is a name and a value for each further column
 * ``refused``: ``{name, reason}``; ``verdicts``: ``{name, verdict, text}``; ``warnings``: sentences
 * ``timing``: seconds by stage; ``contact_sheet``: a PNG picture as a data URI (:func:`data_uri`)
@@ -30,6 +31,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from modhifi.artifacts.formatting import BEHIND, asked, change, number, plain, tone
+from modhifi.artifacts.pareto import pareto_charts
 from modhifi.artifacts.svg import FAINT, INK, STRONG, inline, style
 
 SCHEMA_VERSION = 1
@@ -45,6 +47,7 @@ def render_html(report: Mapping[str, Any]) -> str:
     groups = report.get("groups") or []
     rows = [{**row, "change": change(row)} for row in report.get("before_after") or []]
     charts = {"widths": _widths(groups), "fidelities": _fidelities(groups), "errors": _errors(groups)}
+    comparison = report.get("comparison")
     template = environment.get_template("report.html.j2")
     verdicts = report.get("verdicts") or []
     page: str = template.render(
@@ -52,6 +55,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         rows=rows,
         groups=groups,
         charts=charts,
+        fronts=pareto_charts(comparison) if comparison else [],
         verdicts=asked(verdicts),
         ladder=_ladder(verdicts),
     )

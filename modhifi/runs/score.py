@@ -52,6 +52,7 @@ class GroupScores:
     """
 
     group: str
+    kind: str
     singleton: Tensor
     energy: Tensor
     cost: Tensor
@@ -102,6 +103,7 @@ class GroupScores:
         """The scores as JSON-able data; costs may be infinite, and Subset Fidelity unknown (NaN)."""
         return {
             "group": self.group,
+            "kind": self.kind,
             "output_energy": self.total,
             **{k: getattr(self, k).tolist() for k in FIELDS},
             "subset_fidelity": self.subset_fidelity().tolist(),
@@ -124,7 +126,8 @@ def score_model(
     """Scores every prunable group of a model on one data source, in one forward pass a sample.
 
     ``selector`` finds the order of removal; the groups that a pattern of ``layers`` matches are looked into, output
-    channel by output channel. Raises ModhifiError where the data cannot be had and for a pattern that matches nothing.
+    channel by output channel; a ``picture`` needs the similarities of one group, where none is looked into. Raises
+    ModhifiError where the data cannot be had and for a pattern that matches nothing.
     """
     usual = amounts(loaded, next(loaded.model.parameters()).device)
     settings = PruneSettings(selector=selector, seed=seed, floor=1e-9, batch_size=usual.batch_size)
@@ -136,8 +139,7 @@ def score_model(
     leave(structure, unmeasured(loaded, structure, moments, calibration, settings.batch_size), strict=True)
     curves = removal_curves(loaded.model, structure, moments, settings, progress)
     result = []
-    names = [group.name for group in structure.prunable]
-    drawn = names[len(names) // 2] if picture and not looked_into else None
+    drawn = middle(structure) if picture and not looked_into else None
     for group in structure.prunable:
         readers = readers_of(loaded.model, structure, group, moments)
         curve = curves[group.name]
@@ -146,7 +148,7 @@ def score_model(
         rank = torch.full((group.n,), group.n, dtype=torch.int64)
         cost[curve.order], rank[curve.order] = curve.cost[1:], torch.arange(len(curve.order))
         energy = summed(readers, energy_score)
-        scores = GroupScores(group.name, curve.fidelity, energy, cost, rank, curve.energy)
+        scores = GroupScores(group.name, group.kind, curve.fidelity, energy, cost, rank, curve.energy)
         if group.name in looked_into:
             channels = channel_fidelities([piece.module for piece in group.readers], readers, ETAS)
             scores = replace(scores, channels=tuple(channels))
@@ -165,6 +167,15 @@ def matching(structure: Structure, patterns: Sequence[str]) -> set[str]:
             raise ModhifiError(f"the pattern '{pattern}' matches no prunable group; `modhifi check` lists them")
         names |= matched
     return names
+
+
+def middle(structure: Structure) -> str:
+    """The name of the middle group of the kind that has the most components."""
+    total: dict[str, int] = {}
+    for group in structure.prunable:
+        total[group.kind] = total.get(group.kind, 0) + group.n
+    names = [group.name for group in structure.prunable if group.kind == max(total, key=lambda kind: total[kind])]
+    return names[len(names) // 2]
 
 
 def write_scores(scores: list[GroupScores], path: Path) -> None:

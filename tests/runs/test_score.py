@@ -27,7 +27,9 @@ from modhifi.runs.score import GroupScores
 def scores(cost: list[float], rank: list[int], total: float = 10.0) -> GroupScores:
     n = len(cost)
     zeros = torch.zeros(n, dtype=torch.float64)
-    return GroupScores("g", zeros, zeros, torch.tensor(cost, dtype=torch.float64), torch.tensor(rank), total)
+    return GroupScores(
+        "g", "channels", zeros, zeros, torch.tensor(cost, dtype=torch.float64), torch.tensor(rank), total
+    )
 
 
 def test_subset_fidelity_is_what_the_components_that_go_last_leave() -> None:
