@@ -15,14 +15,19 @@ from modhifi.artifacts.svg import INK, inline, style
 
 COLOURS = ("#3b8ede", "#d9820b", "#2e9e5b", "#c2559d", "#8a6fd1", "#b8a01f", "#4fb3b0", "#9a6b4b")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+# The share within which a budget is met: cells of one budget differ by chance in what they cost.
+TOLERANCE = 0.02
 # The costs of a cell and what an axis calls them.
 COSTS = {"flops": "FLOPs, as a share of the original's", "time": "time of one sample, over the original's"}
 
 
-def front(costs: Sequence[float], qualities: Sequence[float]) -> list[bool]:
-    """Which of some points no other is at least as cheap and as good as, and better in one of the two."""
+def front(costs: Sequence[float], qualities: Sequence[float], tolerance: float = 0.0) -> list[bool]:
+    """Which of some points no other is at least as cheap and as good as, and better in one of the two.
+
+    A point that costs up to ``tolerance`` more, as a share, is as cheap.
+    """
     cost, quality = np.array(costs, dtype=float), np.array(qualities, dtype=float)
-    no_worse = (cost[None] <= cost[:, None]) & (quality[None] >= quality[:, None])
+    no_worse = (cost[None] <= (1 + tolerance) * cost[:, None]) & (quality[None] >= quality[:, None])
     better = (cost[None] < cost[:, None]) | (quality[None] > quality[:, None])
     dominated = np.asarray((no_worse & better).any(1))
     return [not each for each in dominated.tolist()]
@@ -95,5 +100,5 @@ def draw(axes: Any, comparison: Mapping[str, Any], cost: str, ink: str) -> None:
 
 
 def fronts(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[bool]]:
-    """For each cost which of some measured cells are on its front."""
-    return {cost: front([c[cost] for c in cells], [c["quality"] for c in cells]) for cost in COSTS}
+    """For each cost which of some measured cells are on its front, budgets being met within ``TOLERANCE``."""
+    return {cost: front([c[cost] for c in cells], [c["quality"] for c in cells], TOLERANCE) for cost in COSTS}
