@@ -43,8 +43,8 @@ def compare(
 
     The model is measured once. Quality is top-1 accuracy where the held-out data has labels, else agreement with the
     original; time is that of one sample over the original's, measured in turns. "front" names the costs in which no
-    other cell is as cheap (within 2 %) and better, or as good and cheaper. A budget out of reach makes an empty cell, not
-    an error. With --out a directory gets report.json, report.html and front.png.
+    other cell is as cheap, within 2 %, and better. A budget out of reach makes an empty cell, not an error. With --out
+    a directory gets report.json, report.html and front.png.
     """
     # They import the libraries of models, and matplotlib.
     from modhifi.calibration.cache import MomentCache
