@@ -41,10 +41,17 @@ def compare(
 ) -> None:
     """Prune with many selectors, compensations and budgets on shared moments, and draw the Pareto front.
 
-    The model is measured once. Quality is top-1 accuracy where the held-out data has labels, else agreement with the
-    original; time is that of one sample over the original's, measured in turns. "front" names the costs in which no
-    other cell is as cheap, within 2 %, and better. A budget out of reach makes an empty cell, not an error. With --out
-    a directory gets report.json, report.html and front.png.
+    The model is measured once.
+
+    Quality is top-1 accuracy where the held-out data has labels, else agreement with the original.
+
+    Time is that of one sample over the original's, measured in turns.
+
+    "front" names the costs in which no other cell is as cheap, within 2 %, and better.
+
+    A budget out of reach makes an empty cell, not an error.
+
+    With --out a directory gets report.json, report.html and front.png.
     """
     # They import the libraries of models, and matplotlib.
     from modhifi.calibration.cache import MomentCache
