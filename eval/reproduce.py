@@ -232,7 +232,7 @@ def sides(rankings: Mapping[str, Tensor], share: float) -> tuple[dict[str, Tenso
 
 def noise(bench: Bench) -> None:
     """What noise on the HiFi components does, and what noise on all others does."""
-    dense = bench.accuracy()
+    dense, scale = bench.accuracy(), weight_scale(bench)
     targets: dict[str, dict[str, Tensor]] = {}
     for selector in ("naive", "obs"):
         hifi, rest = sides(bench.rankings(selector, bench.moments), HIFI)
@@ -259,9 +259,10 @@ def noise(bench: Bench) -> None:
         f"""# Noise on HiFi components and on all others
 Points of top-1 accuracy (dense {dense:.1f} %) that Gaussian noise costs, in every layer at once, on the weights which
 read the components (`reader`) or make them (`producer`), by its standard deviation; mean of {SEEDS} seeds. The weights
-that read have a root mean square of {weight_scale(bench):.3f}.""",
+that read have a root mean square of {scale:.3f}.""",
         lambda left, right: bars(left, right, rows, ["reader, 0.1", "producer, 0.1"], "noise on", "points of top-1"),
         dense=dense,
+        weights=scale,
     )
 
 
