@@ -33,7 +33,8 @@ VERBS = {
     "verify": "Bound how far an edited model's outputs moved: every rung labelled, with a verdict on each tolerance.",
     "audit": "Try to get forgotten classes back: norms re-estimated, probes, neighbours, prototypes; "
     "beside an output mask.",
-    "score": "Measure every component: singleton fidelity, energy score, exact removal cost, order of removal.",
+    "score": "Measure every component and HiFi set: singleton and Subset Fidelity, energy, removal cost and order.",
+    "compare": "Prune with many selectors, compensations and budgets on shared moments, and draw the Pareto front.",
     "bench": "Time models side by side in one process: latency by runtime, batch and threads, and memory.",
     "tasks": "Run tasks of lm-eval (pip install 'modhifi\\[lm-eval]') on a language model before and after its edit.",
     "check": "Say what can be pruned of a model, and what not and why. Exit code 1 if nothing can.",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from modhifi.api import audit as audit
     from modhifi.api import bench as bench
+    from modhifi.api import compare as compare
     from modhifi.api import prune as prune
     from modhifi.api import score as score
     from modhifi.api import unlearn as unlearn
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 PUBLIC = {
     "audit": "api",
     "bench": "api",
+    "compare": "api",
     "load": "models.artifact",
     "load_model": "models.load",
     "prune": "api",

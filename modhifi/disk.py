@@ -15,7 +15,7 @@ from modhifi.errors import ModhifiError
 from modhifi.staging import recover, stays
 
 # The entries of a report's directory, and those that are added to an artefact after it was written.
-REPORT = ("report.json", "report.html", "recipe.yaml")
+REPORT = ("report.json", "report.html", "recipe.yaml", "front.png")
 ADDED = ("model.onnx", "model.onnx.data", "model.pt2", "__pycache__")
 # The entries of an artefact whose manifest does not list them: weights, configuration, tokenizer, card, exports.
 OWN = re.compile(

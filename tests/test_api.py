@@ -32,7 +32,7 @@ def own_selectors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SELECTORS, "entries", dict(SELECTORS))
 
 
-VERBS = {"audit", "prune", "score", "unlearn", "verify"}
+VERBS = {"audit", "compare", "prune", "score", "unlearn", "verify"}
 HOOKS = {"register_operation", "register_selector"}
 
 

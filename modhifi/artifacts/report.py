@@ -12,6 +12,7 @@ The schema, version 1; every part but ``title`` may be missing, which means that
   components, ``local_error`` squared, ``relative_error`` its share of the readers' output energy, ``amplification`` the
   change of the network's output over the readers' own errors, ``share`` that change's share of the sum over all layers;
   ``fidelity``: ``{kept, removed}``, the 10 %, 50 % and 90 % quantiles of their components' best singleton fidelities
+* ``comparison``: the cells of a grid of runs (:func:`modhifi.artifacts.pareto.pareto_charts`)
 * ``tables``: ``{title, columns, rows, unit?}``; a row is a name and a value for each further column
 * ``refused``: ``{name, reason}``; ``verdicts``: ``{name, verdict, text}``; ``warnings``: sentences
 * ``outcome``: ``{tone, text, advice}``, see :mod:`modhifi.runs.outcome`
@@ -29,7 +30,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -37,11 +37,10 @@ from PIL import Image
 
 from modhifi.artifacts.escape import one_line, printable
 from modhifi.artifacts.formatting import BEHIND, asked, change, number, plain, tone
+from modhifi.artifacts.pareto import pareto_charts
+from modhifi.artifacts.svg import FAINT, INK, STRONG, inline, style
 
 SCHEMA_VERSION = 1
-# Drawn with these, then replaced by what follows the page's light or dark colours.
-INK, STRONG, FAINT = "#010203", "#010204", "#010205"
-COLOURS = {INK: "currentColor", STRONG: "var(--accent)", FAINT: "var(--faint)"}
 LABELLED_ROWS = 80
 
 
@@ -76,6 +75,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         "errors": _errors(groups),
         "times": _times(report.get("timed")),
     }
+    comparison = report.get("comparison")
     template = environment.get_template("report.html.j2")
     verdicts = report.get("verdicts") or []
     page: str = template.render(
@@ -84,6 +84,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         groups=groups,
         charts=charts,
         errors={key: v for key, v in (report.get("errors") or {}).items() if not (rows and key in SHOWN)},
+        fronts=pareto_charts(comparison) if comparison else [],
         verdicts=asked(verdicts),
         ladder=_ladder(verdicts),
     )
@@ -192,7 +193,7 @@ def _rows(names: Sequence[str], draw: Callable[[Any], None], label: str) -> Mark
     """A chart of named rows, from the top down, as inline SVG no wider than a phone."""
     n = len(names)
     height = 0.55 + (0.2 * n if n <= LABELLED_ROWS else 16.0)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "modhifi", "font.size": 8.5}):
+    with style():
         figure = Figure(figsize=(4.1, height), layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
@@ -202,14 +203,7 @@ def _rows(names: Sequence[str], draw: Callable[[Any], None], label: str) -> Mark
         axes.tick_params(colors=INK, length=0)
         for side in axes.spines.values():
             side.set_visible(False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    for placeholder, colour in COLOURS.items():
-        svg = svg.replace(placeholder, colour)
-    # Escaped by matplotlib already.
-    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
+        return inline(figure, label)
 
 
 def _shorten(name: str, limit: int = 24) -> str:

@@ -13,6 +13,11 @@ from torch import Tensor
 
 from modhifi.pruning.linalg import factorise
 
+# The damping of a similarity matrix of unit diagonal: far above rounding, and far below any fidelity that is printed.
+JITTER = 1e-10
+# The numbers of similarity matrices that are held at once.
+NUMBERS = 2**25
+
 
 def _ordered(weight: Tensor, second: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
     """The columns of the blocks alone, block after block: weight ``(out, n m)`` and second moment ``(n m, n m)``."""
@@ -78,6 +83,47 @@ def subset_fidelity(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor
         explained = target @ torch.linalg.pinv(q[kept][:, kept], hermitian=True) @ target
         result[channel] = (explained / energy).clamp(0.0, 1.0)
     return result
+
+
+def prefix_fidelity(weight: Tensor, second: Tensor, blocks: Tensor, order: Tensor) -> Tensor:
+    """Subset Fidelity of the first k components of an order, for every k and output channel, ``(out, n + 1)``.
+
+    ``order`` int64 ``(out, n)``, or ``(n,)`` for all channels. With ``Q_c = LLᵀ`` in that order and ``y = L⁻¹ Q_c 1``,
+    ``FS_c`` of the first k is ``Σ_{i≤k} y_i² / E‖Y_c‖²``: one factorisation for all k. 1 for a channel without energy.
+    """
+    n, device = len(blocks), weight.device
+    result = torch.ones(len(weight), n + 1, dtype=weight.dtype, device=device)
+    weight, second = _ordered(weight, second, blocks)
+    orders = order.to(device).expand(len(weight), n)
+    every = torch.vmap(lambda row: similarity(row, second, n))
+    for channels in torch.arange(len(weight), device=device).split(max(1, NUMBERS // second.numel())):
+        q = every(weight[channels])
+        unit = q.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+        energy = q.sum((1, 2))
+        alive = energy > unit.square().sum(1) * 1e-14
+        inverse = torch.where(unit > 0, 1 / unit, 0.0)
+        q = q * inverse[:, :, None] * inverse[:, None, :]
+        place = orders[channels]
+        target = torch.einsum("cij,cj->ci", q, unit).gather(1, place)
+        q = q.gather(1, place[:, :, None].expand_as(q)).gather(2, place[:, None, :].expand_as(q))
+        factor = torch.linalg.cholesky(q + JITTER * torch.eye(n, dtype=q.dtype, device=device))
+        solved = torch.linalg.solve_triangular(factor, target[:, :, None], upper=False)[:, :, 0]
+        explained = solved.square().cumsum(1) / torch.where(alive, energy, 1.0)[:, None]
+        curve = torch.cat([torch.zeros_like(explained[:, :1]), explained.clamp(0.0, 1.0)], 1)
+        result[channels] = torch.where(alive[:, None], curve, result[channels])
+    return result
+
+
+def channel_energy(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
+    """``E‖Y_c‖²`` of every output channel, ``(out,)``."""
+    return _energies(weight, second, blocks)[2]
+
+
+def summed_similarity(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
+    """The similarity matrices of all output channels added up, ``Σ_c Q_c``, ``(n, n)``."""
+    n, m = blocks.shape
+    weight, second = _ordered(weight, second, blocks)
+    return ((weight.T @ weight) * second).view(n, m, n, m).sum((1, 3))
 
 
 def optimal_scalars(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor, ridge: float = 1e-4) -> Tensor:

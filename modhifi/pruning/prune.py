@@ -108,7 +108,7 @@ def prune_model(
     while True:
         structure = leave(structure, left, settings.strict)
         try:
-            pruned = _solve(loaded, structure, samples, budget, settings, plan, moments, progress, timer)
+            pruned = solve(loaded, structure, samples, budget, settings, plan, moments, progress, timer=timer)
             return replace(pruned, left=left)
         except IndefiniteError as error:
             if not error.groups or settings.strict:
@@ -121,7 +121,13 @@ def prune_model(
             raise ModhifiError(f"{error} (the group '{name}' has to stay as it is: {reason})") from None
 
 
-def _solve(
+def trial_share(settings: PruneSettings) -> float | None:
+    """The share of a group's components that removal curves try out for the plan, None where it tries none."""
+    wanted = LAYOUTS[settings.layout].reads_costs and COMPENSATIONS[settings.compensate].least_squares
+    return WEIGHTINGS[settings.weighting].trial if wanted else None
+
+
+def solve(
     loaded: LoadedModel,
     structure: Structure,
     samples: Samples,
@@ -129,14 +135,18 @@ def _solve(
     settings: PruneSettings,
     plan: Plan | None,
     moments: Mapping[str, Moments],
-    progress: Progress,
-    timer: NetworkTimer | None,
+    progress: Progress = silent,
+    curves: Mapping[str, Curve] | None = None,
+    timer: NetworkTimer | None = None,
 ) -> Pruned:
-    """What :func:`prune_model` returns, from moments; raises :class:`IndefiniteError` for groups without a solution."""
+    """What :func:`prune_model` returns, from moments; raises :class:`IndefiniteError` for groups without a solution.
+
+    ``curves`` are those of the selector, with trials where :func:`trial_share` asks for them, if they are known.
+    """
     if plan is not None:
         able = {g.name for g in structure.prunable}
         plan = Plan({name: kept for name, kept in plan.kept.items() if name in able})
-    curves: dict[str, Curve] = {}
+    used: Mapping[str, Curve] = {}
     tried: Mapping[str, float] = {}
     rounded: Rounded | None = None
     timed: Timed | None = None
@@ -145,24 +155,23 @@ def _solve(
     elif plan is None:
         budget = _given(budget)
         weighting, reads_costs = WEIGHTINGS[settings.weighting], LAYOUTS[settings.layout].reads_costs
-        trial = weighting.trial if reads_costs and COMPENSATIONS[settings.compensate].least_squares else None
-        curves = removal_curves(loaded.model, structure, moments, settings, progress, trial)
+        used = curves or removal_curves(loaded.model, structure, moments, settings, progress, trial_share(settings))
         if reads_costs:
-            planned = weighting.plan(loaded, structure, curves, moments, samples, budget, settings, progress)
+            planned = weighting.plan(loaded, structure, used, moments, samples, budget, settings, progress)
         else:
-            planned = Planned(make_plan(loaded.model, structure, curves, budget, settings))
+            planned = Planned(make_plan(loaded.model, structure, used, budget, settings))
         if timer is not None:
-            timed, budget, planned = _timed(loaded, structure, curves, budget, settings, planned, timer)
+            timed, budget, planned = _timed(loaded, structure, used, budget, settings, planned, timer)
         if reads_costs:
-            rounded = _rounded(loaded, structure, curves, budget, settings, planned)
+            rounded = _rounded(loaded, structure, used, budget, settings, planned)
         plan, tried = planned.plan, planned.tried
-    fidelity = {name: curve.fidelity for name, curve in curves.items() if curve.fidelity is not None}
-    if not curves:
+    fidelity = {name: curve.fidelity for name, curve in used.items() if curve.fidelity is not None}
+    if not used:
         for g in structure.prunable:
             fidelity[g.name] = best_singletons(readers_of(loaded.model, structure, g, moments), g.n)
     pruned = apply_plan(loaded, structure, plan, moments, settings, samples, progress)
     return replace(
-        pruned, curves=curves, fidelity=fidelity, grams=gram_quality(moments), tried=tried, rounded=rounded, timed=timed
+        pruned, curves=used, fidelity=fidelity, grams=gram_quality(moments), tried=tried, rounded=rounded, timed=timed
     )
 
 

@@ -84,7 +84,9 @@ def test_the_options_that_scripts_use_keep_their_names() -> None:
         "verify": f"""{loading} {run_flags} {checks} --max-perplexity-ratio --against --data --samples --window
             --allow-overlap --verbose""",
         "audit": f"{run_flags} --data --forget --original --forget-data --reference --members --samples --out",
-        "score": f"{loading} --data --samples --window --out --seed --device --quiet --json",
+        "score": f"{loading} --data --samples --window --out --plot --layer --selector --seed --device --quiet --json",
+        "compare": f"""{loading} {run_flags} --selectors --compensate --flops --params --ratio --data --samples --window
+            --evaluate --evaluation-samples --layout --allocate --only --exclude --out --cache --no-cache --force""",
         "check": f"{loading} --json",
         "bench": f"{loading} --runtime --batch --threads --window --device --plot --quiet --json",
         "demo": "--out --device --quiet --json --force",

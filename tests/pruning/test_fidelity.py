@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modhifi.pruning.fidelity import (
+    channel_energy,
     energy_score,
     hifi_size,
     optimal_scalars,
+    prefix_fidelity,
     similarity,
     singleton_fidelity,
     subset_fidelity,
+    summed_similarity,
     top_hifi,
     wanda_score,
 )
@@ -263,3 +266,39 @@ def test_contributions_that_cancel_leave_a_channel_without_energy():
     rows = torch.randn(50, 1, dtype=torch.float64).expand(-1, 2)
     weight, blocks = torch.tensor([[1.0, -1.0]]).double(), torch.arange(2)[:, None]
     assert not singleton_fidelity(weight, rows.T @ rows / 50, blocks).any()
+
+
+@quick
+@given(wide_cases, st.integers(0, 99), st.booleans())
+def test_the_fidelity_of_prefixes_is_that_of_each_subset(case: Case, chooser: int, shared: bool):
+    generator = torch.Generator().manual_seed(chooser)
+    n, out = len(case.blocks), len(case.weight)
+    order = torch.stack([torch.randperm(n, generator=generator) for _ in range(out)])
+    curves = prefix_fidelity(case.weight, case.second, case.blocks, order[0] if shared else order)
+    for channel in range(out):
+        row, own = case.weight[channel : channel + 1], order[0 if shared else channel]
+        expected = [subset_fidelity(row, case.second, case.blocks, own[:k])[0] for k in range(n + 1)]
+        torch.testing.assert_close(curves[channel], torch.stack(expected), rtol=0, atol=1e-6)
+
+
+def test_prefixes_of_what_carries_no_energy_or_is_there_twice(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("modhifi.pruning.fidelity.NUMBERS", 1)  # a channel at a time
+    case = make(9, n=4, m=2, out=3)
+    case.weight[1] = 0
+    case.rows[:, case.blocks[2]] = 0
+    case.weight[:, case.blocks[3]] = case.weight[:, case.blocks[0]]
+    case.rows[:, case.blocks[3]] = case.rows[:, case.blocks[0]]
+    curves = prefix_fidelity(case.weight, case.second, case.blocks, torch.tensor([2, 0, 3, 1]))
+    assert curves[1].tolist() == [1.0] * 5
+    assert not curves[[0, 2], :2].any()
+    torch.testing.assert_close(curves[:, 2], curves[:, 3], rtol=0, atol=1e-6)  # the same once more adds nothing
+    torch.testing.assert_close(curves[:, 4], torch.ones(3).double())
+
+
+@quick
+@given(wide_cases)
+def test_the_summed_similarity_is_that_of_all_channels(case: Case):
+    expected = sum(case.similarity(c) for c in range(len(case.weight)))
+    torch.testing.assert_close(summed_similarity(case.weight, case.second, case.blocks), expected)
+    energies = torch.stack([case.contributions(c).sum(1).square().mean() for c in range(len(case.weight))])
+    torch.testing.assert_close(channel_energy(case.weight, case.second, case.blocks), energies)

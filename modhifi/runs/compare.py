@@ -1,0 +1,192 @@
+"""A grid of selectors, compensations and budgets on shared moments, and its Pareto front."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modhifi.artifacts.pareto import fronts, measured, write_png
+from modhifi.artifacts.report import render_html
+from modhifi.bounds.held_out import tabulate
+from modhifi.calibration.cache import MomentCache
+from modhifi.data.samples import Samples, warn_degenerate
+from modhifi.disk import check_output, home_path, jsonable
+from modhifi.errors import ModhifiError
+from modhifi.models.loaded import LoadedModel
+from modhifi.progress import Clock, Progress, silent
+from modhifi.pruning.budget import Budget
+from modhifi.pruning.elimination import Curve
+from modhifi.pruning.grid import Measured, measure_once, order_once, prune_measured
+from modhifi.pruning.settings import PruneSettings
+from modhifi.runs.compare_recipe import CompareRecipe
+from modhifi.runs.defaults import complete, rounding_for
+from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, place
+from modhifi.runs.prune_report import measure_run, skipped_warnings
+from modhifi.staging import staging
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison: its JSON-able report, and the directory written, if one was."""
+
+    report: dict[str, Any]
+    path: Path | None
+
+
+def run_compare(
+    recipe: CompareRecipe,
+    *,
+    device: torch.device | str = "cpu",
+    given: Given = NOTHING,
+    force: bool = False,
+    cache: MomentCache | None = None,
+    progress: Progress = silent,
+    command: str = "",
+) -> Comparison:
+    """Measures a model once, prunes it with every selector, compensation and budget, and measures every result.
+
+    A cell that fails, because its budget is out of reach for instance, is empty and says why. ``report["cells"]`` has a
+    row for each; with ``out`` a directory holds ``report.json``, ``report.html`` and ``front.png``. Raises ModhifiError
+    for bad input.
+    """
+    clock, budgets = Clock(progress, command), recipe.budgets()
+    out = None if recipe.out is None else home_path(recipe.out)
+    if out is not None:
+        check_output(out, force, local_paths(recipe.model_dump()))
+    with clock.stage("load"):
+        original = given.model or load_source(recipe.model)
+        place(original, device, False)
+        names = [(selector, compensate) for selector in recipe.selectors for compensate in recipe.compensate]
+        completed = {name: complete(recipe.cell(*name), original, device) for name in names}
+        common, warnings = completed[names[0]]
+        rounding = rounding_for(original, device)
+        settings = {name: replace(run.settings(), rounding=rounding) for name, (run, _) in completed.items()}
+    with clock.stage("data"):
+        calibration, held = load_data(common, original, given, clock.inner)
+        warnings = [*warnings, *warn_degenerate(calibration), *skipped_warnings(calibration)]
+    with clock.stage("measure"):
+        shared = measure_once(original, calibration, settings[names[0]], clock.inner, cache)
+    if cache is not None and cache.remark:
+        warnings.append(cache.remark)
+    cells: list[dict[str, Any]] = []
+    with clock.stage("compare"):
+        for selector in recipe.selectors:
+            own = {compensate: settings[selector, compensate] for compensate in recipe.compensate}
+            ordered, curves = order_once(shared, list(own.values()), clock.inner)
+            for label, budget in budgets.items():
+                for compensate, chosen in own.items():
+                    progress("cells", len(cells), len(names) * len(budgets))
+                    row = {"selector": selector, "compensate": compensate, "budget": label}
+                    cells.append(row | _measure_cell(ordered, curves, budget, chosen, held))
+    progress("cells", len(cells), len(cells))
+    report = {
+        "schema_version": 1,
+        "title": f"modhifi compare {original.source}",
+        "task": "compare",
+        "model": {"source": original.source, "framework": original.framework},
+        "data": {
+            "calibration": calibration.description,
+            "held_out": held.description,
+            "calibration_samples": len(calibration),
+            "held_out_samples": len(held),
+        },
+        "settings": recipe.model_dump(mode="json"),
+        "comparison": _compared(cells, original, held),
+        "warnings": warnings,
+        "command": command,
+        "timing": clock.seconds,
+    }
+    _add_conclusions(report, [*budgets])
+    return Comparison(report, None if out is None else _write(out, report))
+
+
+def _measure_cell(
+    measured: Measured, curves: Mapping[str, Curve], budget: Budget, settings: PruneSettings, held: Samples
+) -> dict[str, Any]:
+    """The figures of one cell; ``error`` says why there are none."""
+    original = measured.loaded
+    try:
+        pruned = prune_measured(measured, curves, budget, settings)
+        table = tabulate(original, pruned.model, held, settings.batch_size)
+        figures = measure_run(original, replace(pruned, rounded=None), held, table)
+    except ModhifiError as error:
+        return {"error": str(error)}
+    errors, size, latency = figures["errors"], figures["size"], figures["latency"]
+    return {
+        "error": None,
+        "flops": size["flops"][1] / size["flops"][0],
+        "parameters": size["parameters"][1] / size["parameters"][0],
+        "time": latency["after"]["ratio"],
+        "seconds": [latency["before"]["median"], latency["after"]["median"]],
+        "quality": errors.get("accuracy_after", errors["agreement"]),
+        **errors,
+    }
+
+
+def _compared(cells: list[dict[str, Any]], original: LoadedModel, held: Samples) -> dict[str, Any]:
+    """The comparison of all cells, those on a front marked; see :mod:`modhifi.artifacts.pareto`."""
+    full = [cell for cell in cells if cell["error"] is None]
+    on = fronts(full)
+    for number, cell in enumerate(full):
+        cell["front"] = [cost for cost in on if on[cost][number]]
+    accuracy = full[0].get("accuracy_before") if full else None
+    agreement = "next-token agreement" if original.kind == "text" else "agreement with the original"
+    return {
+        "quality": agreement if accuracy is None else "top-1 accuracy",
+        "original_quality": 1.0 if accuracy is None else accuracy,
+        "perplexity_before": full[0].get("perplexity_before") if full else None,
+        "cells": cells,
+    }
+
+
+def _add_conclusions(report: dict[str, Any], budgets: Sequence[str]) -> None:
+    """Adds a table for every figure, the outcome in one sentence, and why cells are empty, in place."""
+    comparison = report["comparison"]
+    rows = dict.fromkeys((cell["selector"], cell["compensate"]) for cell in comparison["cells"])
+    by_name = {(cell["selector"], cell["compensate"], cell["budget"]): cell for cell in comparison["cells"]}
+    figures = {"quality": (comparison["quality"], "%"), "time": ("time of one sample, over the original's", "")}
+    if comparison["perplexity_before"] is not None:
+        figures["perplexity_after"] = (f"perplexity (original {comparison['perplexity_before']:.4g})", "")
+    report["tables"] = [
+        {
+            "title": title[:1].upper() + title[1:],
+            "columns": ["selector + compensation", *budgets],
+            "rows": [[" + ".join(row), *(by_name[*row, b].get(key) for b in budgets)] for row in rows],
+            "unit": unit,
+        }
+        for key, (title, unit) in figures.items()
+    ]
+    best: dict[str, Mapping[str, Any]] = {}
+    for cell in measured(comparison):
+        if cell["quality"] > best.get(cell["budget"], {"quality": -1.0})["quality"]:
+            best[cell["budget"]] = cell
+    winners = [
+        f"at {budget} {cell['selector']} + {cell['compensate']} ({100 * cell['quality']:.1f} %)"
+        for budget, cell in best.items()
+    ]
+    start = f"Best {comparison['quality']} (original {100 * comparison['original_quality']:.1f} %)"
+    text = f"{start}: {', '.join(winners)}." if winners else "Every cell is empty; the reasons are below."
+    report["outcome"] = {"tone": "good" if winners else "bad", "text": text, "advice": []}
+    report["warnings"] = [
+        *report["warnings"],
+        *(
+            f"{cell['selector']} + {cell['compensate']} at {cell['budget']} is empty: {cell['error']}"
+            for cell in comparison["cells"]
+            if cell["error"] is not None
+        ),
+    ]
+
+
+def _write(out: Path, report: Mapping[str, Any]) -> Path:
+    content = jsonable(report)
+    with staging(out.absolute()) as directory:
+        (directory / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        (directory / "report.html").write_text(render_html(content), "utf-8")
+        if measured(report["comparison"]):
+            write_png(directory / "front.png", report["comparison"], report["title"])
+    return out
