@@ -10,14 +10,16 @@ from modhifi.errors import GateFailed
 from modhifi.runs.check import check_model
 from modhifi.runs.inputs import load_source
 
-from .common import JsonOption, print_json, print_warnings, stdout_console
+from .common import JsonOption, imported_for_good, print_json, print_warnings, stdout_console
 from .options import Loading, takes
 
 
 @takes(Loading, files=False)
 def check(chosen: Loading, as_json: JsonOption = False) -> None:
     """Say what can be pruned of a model, and what not and why. Exit code 1 if nothing can."""
-    report = check_model(load_source(chosen.model))
+    with imported_for_good():
+        loaded = load_source(chosen.model)
+    report = check_model(loaded)
     print_warnings(report["warnings"])
     if as_json:
         print_json(report)

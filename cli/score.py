@@ -15,7 +15,7 @@ from modhifi.runs.recipe import CalibrationData, Device, ModelSource, Seed
 from modhifi.runs.recipe_file import Strict
 from modhifi.runs.score import score_model, write_scores
 
-from .common import JsonOption, QuietOption, print_json, print_warnings, progress, stdout_console
+from .common import JsonOption, QuietOption, imported_for_good, print_json, print_warnings, progress, stdout_console
 from .options import takes
 
 
@@ -41,7 +41,8 @@ def score(
     """Measure every component: singleton fidelity, energy score, exact removal cost, order of removal."""
     check_file(out, "--out", json="all", csv="a table", safetensors="tensors")
     with progress(quiet or as_json) as report:
-        loaded = load_source(run.model)
+        with imported_for_good():
+            loaded = load_source(run.model)
         print_warnings(loaded.warnings)
         loaded.model.to(resolve_device(run.device))
         scores = score_model(loaded, run.data.source, run.data.samples, run.seed, report, run.data.window)
