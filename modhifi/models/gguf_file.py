@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,10 @@ def read_once() -> Iterator[None]:
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
-    own = {"GGUFReader": gguf.GGUFReader, "get_tensor_name_map": gguf.get_tensor_name_map}
+    own: dict[str, Callable[..., Any]] = {
+        "GGUFReader": gguf.GGUFReader,
+        "get_tensor_name_map": gguf.get_tensor_name_map,
+    }
     once = own | {"GGUFReader": PlainReader}
     vars(gguf).update({name: functools.cache(call) for name, call in once.items()})
     try:
