@@ -83,7 +83,7 @@ def test_the_options_that_scripts_use_keep_their_names() -> None:
             --allow-overlap --verbose""",
         "audit": f"{run_flags} --data --forget --original --forget-data --reference --members --samples --out",
         "score": f"{loading} --data --samples --window --out --seed --device --quiet --json",
-        "check": f"{loading} --json",
+        "check": f"{loading} --json --verbose",
         "demo": "--out --device --quiet --json --force",
         "tasks": """--against --task --limit --include --revision --trust-remote-code --gguf-file --batch-size --seed
             --device --json""",
