@@ -2,36 +2,82 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from functools import partial
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
+from modhifi.artifacts.formatting import number
 from modhifi.errors import GateFailed
 from modhifi.runs.check import check_model
 from modhifi.runs.inputs import load_source
 
-from .common import JsonOption, print_json, print_warnings, stdout_console
+from .common import JsonOption, imported_for_good, print_json, print_warnings, stdout_console
 from .options import Loading, takes
 
 
 @takes(Loading, files=False)
-def check(chosen: Loading, as_json: JsonOption = False) -> None:
+def check(
+    chosen: Loading,
+    as_json: JsonOption = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print every group by itself.", rich_help_panel="Output")
+    ] = False,
+) -> None:
     """Say what can be pruned of a model, and what not and why. Exit code 1 if nothing can."""
-    report = check_model(load_source(chosen.model))
+    with imported_for_good():
+        loaded = load_source(chosen.model)
+    report = check_model(loaded)
     print_warnings(report["warnings"])
     if as_json:
         print_json(report)
     else:
-        _show(report)
+        _show(report, verbose)
     if not report["prunable"]:
         raise GateFailed("nothing of this model can be pruned; the reasons are above")
 
 
-def _show(report: dict[str, Any]) -> None:
+def _show(report: dict[str, Any], verbose: bool) -> None:
     console = stdout_console()
-    console.print(f"loaded as {report['architecture']}", highlight=False)
     for note in report["notes"]:
         console.print(f"note: {note}", style="yellow", highlight=False)
+    supported, prediction = report["supported"], report["prediction"]
+    print_line = partial(console.print, highlight=False)
+    print_line(f"loaded as {report['architecture']}")
+    total = number(round(report["parameters"]))
+    print_line(f"{supported['share']:.0%} of its {total} parameters lie in groups that can be cut")
+    if report["prunable"]:
+        table = Table("groups", "kind", "number", "components", "parameters", title=report["model"])
+        for row in supported["patterns"]:
+            least, *_, most = row["components"] * 2
+            components = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+            table.add_row(row["pattern"], row["kind"], str(row["groups"]), components, number(round(row["parameters"])))
+        console.print(table)
+        print_line(
+            f"a prune with default settings takes about {_duration(prediction['seconds'])} and "
+            f"{number(float(prediction['bytes']), 'B')} of memory beside activations "
+            "(an estimate from one small pass)"
+        )
+        print_line(f"loads afterwards with {report['loads_with']}")
+    print_line(f"{len(report['groups'])} groups can be pruned, {len(report['refused'])} cannot")
+    for row in report["folded"]:
+        names = row["names"][0] + (f" and {len(row['names']) - 1} more" if len(row["names"]) > 1 else "")
+        print_line(f"  {row['groups']} group{'s' * (row['groups'] > 1)}: {row['reason']} ({names})")
+    if verbose:
+        _show_groups(report)
+    else:
+        print_line("each group by name: modhifi check -v")
+
+
+def _duration(seconds: float) -> str:
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes} minute{'s' * (minutes > 1)}" if minutes < 120 else f"{minutes / 60:.0f} hours"
+
+
+def _show_groups(report: dict[str, Any]) -> None:
+    console = stdout_console()
     table = Table(
         "group",
         "kind",
@@ -59,6 +105,3 @@ def _show(report: dict[str, Any]) -> None:
         for g in report["refused"]:
             refused.add_row(g["name"], str(g["n"]), g["reason"])
         console.print(refused)
-    for kind in report["not_stock"]:
-        console.print(f"fewer {kind}: no stock configuration says that; such an artefact loads with modhifi.load")
-    console.print(f"{len(report['groups'])} groups can be pruned, {len(report['refused'])} cannot")

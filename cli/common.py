@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -134,6 +135,23 @@ def progress(quiet: bool) -> Iterator[Report]:
             bars.update(tasks[stage], completed=done, total=total)
 
         yield report
+
+
+@contextmanager
+def imported_for_good() -> Iterator[None]:
+    """Keeps what is imported and loaded inside out of garbage collections, which would go through it again and again.
+
+    Does nothing in a process that has imported a library of models before.
+    """
+    if {"timm", "transformers"} & sys.modules.keys():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def stdout_console() -> Console:

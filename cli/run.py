@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import shlex
 import sys
@@ -14,7 +13,7 @@ import typer
 from modhifi.cache import default_directory
 from modhifi.runs.recipe_tasks import Recipe, StepsRecipe
 
-from .common import print_json, progress
+from .common import imported_for_good, print_json, progress
 from .push import check_pushed, pushed
 from .screens import show_briefly, show_report
 
@@ -40,7 +39,8 @@ def run(
     ``file`` is where the recipe was read from; ``ladder`` shows the bounds of a verification one by one.
     """
     # Whoever asks for help does not wait for the libraries of models.
-    _import_libraries()
+    with imported_for_good():
+        importlib.import_module("timm")
     from modhifi.runs.run_recipe import Circumstances, run_recipe
 
     check_pushed(push_to_hub, None if dry_run else recipe.out)
@@ -71,18 +71,6 @@ def run(
         raise finished[-1].failure
     pushed(finished[-1].path, push_to_hub)
     return finished
-
-
-def _import_libraries() -> None:
-    """Imports the libraries of models for good: garbage collections would go through all of them again and again."""
-    if "timm" in sys.modules:
-        return
-    gc.disable()
-    try:
-        importlib.import_module("timm")
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _content(done: Done) -> dict[str, Any]:

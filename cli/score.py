@@ -18,7 +18,7 @@ from modhifi.runs.recipe import CalibrationData, Device, ModelSource, Seed
 from modhifi.runs.recipe_file import Option, Strict
 from modhifi.runs.score import ETAS, FEW, GroupScores, score_model, write_scores
 
-from .common import JsonOption, QuietOption, print_json, print_warnings, progress, stdout_console
+from .common import JsonOption, QuietOption, imported_for_good, print_json, print_warnings, progress, stdout_console
 from .options import takes
 
 # The shares of the components of which the table shows the Subset Fidelity.
@@ -84,7 +84,8 @@ def score(
     check_file(out, "--out", json="all", csv="a table", safetensors="tensors")
     check_file(plot, "--plot", html="a page", png="an image")
     with progress(quiet or as_json) as report:
-        loaded = load_source(run.model)
+        with imported_for_good():
+            loaded = load_source(run.model)
         print_warnings(loaded.warnings)
         loaded.model.to(resolve_device(run.device))
         data = run.data

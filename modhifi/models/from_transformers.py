@@ -12,11 +12,10 @@ from typing import Any, cast
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from PIL import Image
-from timm.data import create_transform
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.utils import logging
 
 from modhifi.errors import ModhifiError
@@ -62,8 +61,9 @@ def from_directory(
         # A GGUF file holds a causal language model and names no architecture of transformers.
         if pretrained:
             builder = getattr(transformers, "AutoModelForCausalLM" if gguf_file else class_name(config))
+            known = {"config": config} if gguf_file else {}  # which would be parsed again, token by token
             model, loading_info = builder.from_pretrained(
-                str(directory), dtype="auto", output_loading_info=True, **common
+                str(directory), dtype="auto", output_loading_info=True, **known, **common
             )
         else:
             model = build(config, trust_remote_code)
@@ -186,6 +186,10 @@ def _kind(model: Any, config: Any) -> str | None:
 
 
 def _image_transform(config: Any, directory: Path | None, notes: list[str], trusted: bool) -> Preprocess:
+    # Seconds of imports that language models do without.
+    from timm.data import create_transform
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+
     mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
     if directory is not None and (directory / "preprocessor_config.json").is_file():
         with hub.explained(str(directory / "preprocessor_config.json")):
@@ -233,7 +237,8 @@ def _without_quantiser(model: Any) -> nn.Module:
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain: Any = type(model)(config)
+    with init_empty_weights():  # random weights would be drawn for nothing
+        plain: Any = type(model)(config)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     return cast(nn.Module, plain)

@@ -19,6 +19,7 @@ from modhifi.errors import ModhifiError
 from modhifi.models import hub
 from modhifi.models.demo import MODELS, bundled
 from modhifi.models.from_module import from_module
+from modhifi.models.gguf_file import read_once
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.trust import check_directory, no_network
 from modhifi.models.weights import check_weights, read_config, refuse_quantised_config, refuse_quantised_files
@@ -97,7 +98,8 @@ def _from_directory(
     if pretrained and not gguf_file:
         refuse_quantised_files(directory, source)
     local = not source.startswith("hf:") and not trust_remote_code
-    with hub.explained(source), no_network() if local else nullcontext():
+    once = read_once() if gguf_file else nullcontext()
+    with hub.explained(source), no_network() if local else nullcontext(), once:
         if "architecture" in config and not gguf_file:
             from modhifi.models import from_timm
 

@@ -1,17 +1,32 @@
-"""The check of a model: its prunable groups, and the reasons for the refused ones."""
+"""The check of a model: its prunable groups, the reasons for the refused ones, and both in a few lines."""
 
 from __future__ import annotations
 
+import re
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from modhifi.calibration.memory import COPIES, gram_bytes
+from modhifi.calibration.sampling import LEAST_ROWS
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.stages import find_structure
+from modhifi.runs.defaults import amounts
 from modhifi.structure.families import says
-from modhifi.structure.sizes import sizes_of
+from modhifi.structure.groups import Group, Structure
+from modhifi.structure.operators import columns_of, operator_modules
+from modhifi.structure.sizes import Sizes, sizes_of
+
+# Rows of a convolution's Gram for each of its columns, which is the default of images.
+ROWS_PER_COLUMN = 2
 
 
 def check_model(loaded: LoadedModel) -> dict[str, Any]:
-    """The prunable and the refused groups of a model, and the saving of half of each group, as JSON-able data."""
+    """The prunable and the refused groups of a model, and the saving of half of each group, as JSON-able data.
+
+    ``supported`` has the parameters that go with all components of the prunable groups, by pattern of names as well;
+    ``folded`` the refusals that say the same; ``prediction`` what :func:`predict` says.
+    """
     structure = find_structure(loaded)
     sizes = sizes_of(loaded.model, structure)
     dense = {g.name: g.n for g in structure.prunable}
@@ -32,15 +47,15 @@ def check_model(loaded: LoadedModel) -> dict[str, Any]:
                 "macs_saved_by_half": touched.macs(dense) - touched.macs(halved),
             }
         )
-    total = sizes.parameters(dense)
-    refused = [{"name": g.name, "n": g.n, "reason": g.refused} for g in structure.refused]
     return {
         "model": loaded.source,
         "architecture": loaded.info["architecture"],
         "notes": list(loaded.info.get("notes", [])),
-        "parameters": total,
+        "parameters": sizes.parameters(dense),
+        "supported": _supported(structure, sizes),
         "groups": groups,
-        "refused": refused,
+        "refused": [{"name": g.name, "n": g.n, "reason": g.refused} for g in structure.refused],
+        "folded": _folded(structure.refused, getattr(getattr(loaded.model, "config", None), "hidden_size", None)),
         "prunable": bool(groups),
         "warnings": loaded.warnings,
         "not_stock": [
@@ -48,4 +63,92 @@ def check_model(loaded: LoadedModel) -> dict[str, Any]:
             for kind in ("neurons", "heads")
             if any(g.kind == kind for g in structure.prunable) and not says(loaded.model, kind)
         ],
+        "loads_with": _loads_with(loaded, structure),
+        "prediction": predict(loaded, structure) if groups else None,
     }
+
+
+def predict(loaded: LoadedModel, structure: Structure) -> dict[str, float]:
+    """An estimate of what a pruning run with default settings takes: ``seconds``, and ``bytes`` at its peak.
+
+    One pass on the example is timed. A run makes one for every calibration sample and two for every held-out one, a
+    Gram of every reader, and about four matrix products of each Gram's size in float64, at half of that pass's speed.
+    In memory are the model, its edited copy, all Grams, and what is worked on; activations are left out.
+    """
+    start = time.perf_counter()
+    loaded.outputs(loaded.example)
+    items = len(loaded.example)
+    pace = (time.perf_counter() - start) / items
+    usual = amounts(loaded, next(loaded.model.parameters()).device)
+    tokens = 1 if usual.window is None else usual.window
+    length = 1 if usual.window is None else loaded.example.shape[1]
+    readers = [module for _, module in operator_modules(loaded.model, structure.prunable)]
+    products = 0
+    for groups, columns in map(columns_of, readers):
+        rows = max(ROWS_PER_COLUMN * columns, LEAST_ROWS) if usual.window is None else usual.samples * tokens
+        products += groups * columns**2 * (rows + 2 * COPIES * columns)
+    seconds = pace * tokens / length * (usual.samples + 2 * usual.evaluation_samples)
+    seconds += pace * products / max(1, structure.macs)
+    grams = [gram_bytes(module) for module in readers]
+    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    return {"seconds": seconds, "bytes": 2 * weights + sum(grams) + (COPIES - 1) * max(grams, default=0)}
+
+
+def pattern(name: str) -> str:
+    """The shell pattern of the names that differ from this one in numbers alone, as ``--only`` takes it."""
+    return re.sub(r"\d+", "*", name)
+
+
+def _supported(structure: Structure, sizes: Sizes) -> dict[str, Any]:
+    dense = {g.name: g.n for g in structure.prunable}
+    total = sizes.parameters(dense)
+
+    def without(groups: Iterable[Group]) -> float:
+        return total - sizes.parameters(dense | {g.name: 0 for g in groups})
+
+    alike: dict[tuple[str, str], list[Group]] = {}
+    for g in structure.prunable:
+        alike.setdefault((pattern(g.name), g.label), []).append(g)
+    parameters = without(structure.prunable)
+    return {
+        "parameters": parameters,
+        "share": parameters / total if total else 0.0,
+        "patterns": [
+            {
+                "pattern": name if len(members) > 1 else members[0].name,
+                "kind": kind,
+                "groups": len(members),
+                "components": sorted({g.n for g in members}),
+                "parameters": without(members),
+            }
+            for (name, kind), members in alike.items()
+        ],
+    }
+
+
+def _folded(refused: Iterable[Group], hidden: int | None) -> list[Mapping[str, Any]]:
+    """The refusals, those together that say the same but for numbers and places; most groups first."""
+    alike: dict[str, list[Group]] = {}
+    for g in refused:
+        reason = re.sub(r" \([^()]*\)", "", str(g.refused))
+        if g.n == hidden and "fixed or unknown tensor" in reason:
+            reason = "their width is the hidden size"
+        reason = "; ".join(dict.fromkeys(reason.split("; ")))
+        alike.setdefault(pattern(reason), []).append(g)
+    folded = [
+        {"reason": reason, "groups": len(members), "names": list(dict.fromkeys(pattern(g.name) for g in members))}
+        for reason, members in alike.items()
+    ]
+    return sorted(folded, key=lambda entry: -entry["groups"])
+
+
+def _loads_with(loaded: LoadedModel, structure: Structure) -> str:
+    """What loads the model after a cut of some kinds of components, in words."""
+    if loaded.framework == "torch":
+        return "modhifi.load, which is given the module that was pruned"
+    kinds = dict.fromkeys(g.kind for g in structure.prunable)
+    stock = [kind for kind in kinds if kind != "channels" and says(loaded.model, kind)]
+    rest = [kind for kind in kinds if kind not in stock]
+    said = f"stock {loaded.framework} with fewer {' and '.join(stock)}, as many in every block" if stock else ""
+    own = f"modhifi.load alone with fewer {' and '.join(rest)}" if rest else ""
+    return "; ".join(filter(None, (said, own)))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 
-def clone(model: nn.Module) -> nn.Module:
+def clone(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
     """A deep copy, every module of it in training or evaluation mode as its original is.
 
     Some classes forget theirs when they are copied: graphs of torch.fx, layers that copy themselves by their arguments.
+    ``shared`` are tensors that the copy holds as well, for a caller who replaces them and never writes into them.
     """
-    return in_modes_of(model, copy.deepcopy(model))
+    return in_modes_of(model, copy.deepcopy(model, {id(tensor): tensor for tensor in shared}))
 
 
 def in_modes_of(model: nn.Module, copied: nn.Module) -> nn.Module:

@@ -138,16 +138,22 @@ class Couplings:
     def groups(self) -> tuple[Group, ...]:
         """Components with the same producers, readers and fate, as groups in order of first production."""
         label = self.components()
-        met: dict[int, list[tuple[int, int]]] = {}
+        # Rows of component, event and count, those of a component together.
+        met = [np.empty((3, 0), dtype=np.int64)]
         for number, event in enumerate(self.events):
             ids = event.ids.numpy()
-            for component, count in zip(*np.unique(label[ids[ids >= 0]], return_counts=True), strict=True):
-                met.setdefault(int(component), []).append((number, int(count)))
-        families: dict[tuple[tuple[int, int], ...], list[int]] = {}
-        for component, places in sorted(met.items()):
-            families.setdefault(tuple(places), []).append(component)
+            components, counts = np.unique(label[ids[ids >= 0]], return_counts=True)
+            met.append(np.stack([components, np.full_like(components, number), counts]))
+        rows = np.concatenate(met, axis=1).T
+        rows = rows[np.argsort(rows[:, 0], kind="stable")]
+        components, starts = np.unique(rows[:, 0], return_index=True)
+        places, ends = np.ascontiguousarray(rows[:, 1:]), np.append(starts[1:], len(rows))[: len(starts)]
+        families: dict[bytes, list[int]] = {}
+        for component, start, end in zip(components.tolist(), starts.tolist(), ends.tolist(), strict=True):
+            families.setdefault(places[start:end].tobytes(), []).append(component)
         groups: dict[str, Group] = {}
-        for signature, members in families.items():
+        for key, members in families.items():
+            signature = np.frombuffer(key, dtype=np.int64).reshape(-1, 2).tolist()
             group = self._group(signature, np.array(members), label)
             if group is not None:
                 same = sum(name.partition("#")[0] == group.name for name in groups)
@@ -165,7 +171,7 @@ class Couplings:
             result.append(Work(macs // samples, {name: p for name, p in positions.items() if p}, len(ids)))
         return tuple(result)
 
-    def _group(self, signature: tuple[tuple[int, int], ...], members: np.ndarray, label: np.ndarray) -> Group | None:
+    def _group(self, signature: list[list[int]], members: np.ndarray, label: np.ndarray) -> Group | None:
         slices: list[Slice] = []
         reasons: list[str] = []
         marks: dict[str, int] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,10 +29,15 @@ def removed_positions(structure: Structure, plan: Plan) -> dict[tuple[str, str],
     return {key: torch.cat(pieces) for key, pieces in removed.items()}
 
 
-def mask_readers(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
-    """A copy of the model, all shapes kept, in which no reader sees the removed components (the mask oracle)."""
-    model = clone(model)
-    for (name, role), positions in removed_positions(structure, plan).items():
+def mask_readers(model: nn.Module, structure: Structure, plan: Plan, shared: Iterable[Tensor] = ()) -> nn.Module:
+    """A copy of the model, all shapes kept, in which no reader sees the removed components (the mask oracle).
+
+    Of the ``shared`` tensors the copy holds the original's own where no mask is written into them.
+    """
+    removed = removed_positions(structure, plan)
+    masked = {id(model.get_submodule(name).weight) for name, role in removed if role == "reader"}
+    model = clone(model, (tensor for tensor in shared if id(tensor) not in masked))
+    for (name, role), positions in removed.items():
         if role != "reader":
             continue
         module = model.get_submodule(name)
@@ -119,6 +125,14 @@ def _shrink_along(module: Any, removed: Tensor) -> None:
         module.num_groups = width
 
 
+def _part(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The rows and columns of a weight that stay, bool each; an axis that stays whole is not copied."""
+    for dim, stay in enumerate((rows, columns)):
+        if not bool(stay.all()):
+            weight = weight.index_select(dim, stay.nonzero().flatten())
+    return weight
+
+
 def _shrink_operator(module: Any, inputs: Tensor, outputs: Tensor) -> None:
     if is_transposed(module):
         stay_in, stay_out = staying(module.nx, inputs), staying(module.nf, outputs)
@@ -130,8 +144,8 @@ def _shrink_operator(module: Any, inputs: Tensor, outputs: Tensor) -> None:
     stay_out = staying(weight.shape[0], outputs).to(weight.device)
     stay_in = staying(weight.shape[1] * groups, inputs).to(weight.device)
     rows, columns = stay_out.view(groups, -1), stay_in.view(groups, -1)
-    parts = [part[r][:, c] for part, r, c in zip(weight.chunk(groups), rows, columns, strict=True)]
-    _replace(module, "weight", torch.cat(parts))
+    parts = [_part(part, r, c) for part, r, c in zip(weight.chunk(groups), rows, columns, strict=True)]
+    _replace(module, "weight", torch.cat(parts) if groups > 1 else parts[0])
     if getattr(module, "bias", None) is not None:
         _replace(module, "bias", module.bias.data[stay_out])
     for kind in ("channels", "features"):

@@ -33,7 +33,7 @@ def confirm(model: nn.Module, structure: Structure, run: Callable[[nn.Module], A
     ``run(model)`` is one forward pass. All groups at once are cut in a copy, first by one component (of every part),
     then to 40 %; then every second block alone, as plans give blocks unequal widths. Each time every tensor that it
     returns must agree with the masked full-size model's, and only where one does not is every group tried alone. Costs
-    six forward passes and six copies of the model, one at a time, where all is well.
+    six forward passes, and six copies of the weights that are cut, one at a time, where all is well.
     """
     for share, chosen, reason in ((1.0, _all, FIXED), (0.6, _all, FIXED), (0.6, _every_second, UNEQUAL)):
         structure = _confirm(model, structure, chosen(structure.prunable), run, share, reason)
@@ -90,9 +90,9 @@ def _wrong_output(
 ) -> str | None:
     """The output that is wrong once these groups lose a share of their components, "" for all; None where none is."""
     plan = Plan({g.name: _last(g, share) for g in groups})
-    masked = dict(named_tensors(run(mask_readers(model, structure, plan))))
+    masked = dict(named_tensors(run(mask_readers(model, structure, plan, model.parameters()))))
     try:
-        small = dict(named_tensors(run(shrink(clone(model), structure, plan))))
+        small = dict(named_tensors(run(shrink(clone(model, model.parameters()), structure, plan))))
     except Exception:  # any failure of a stranger's code says the same: it cannot live with the new width
         return ""
     for name in masked | small:

@@ -87,7 +87,7 @@ def test_the_options_that_scripts_use_keep_their_names() -> None:
         "score": f"{loading} --data --samples --window --out --plot --layer --selector --seed --device --quiet --json",
         "compare": f"""{loading} {run_flags} --selectors --compensate --flops --params --ratio --data --samples --window
             --evaluate --evaluation-samples --layout --allocate --only --exclude --out --cache --no-cache --force""",
-        "check": f"{loading} --json",
+        "check": f"{loading} --json --verbose",
         "bench": f"{loading} --runtime --batch --threads --window --device --plot --quiet --json",
         "demo": "--out --device --quiet --json --force",
         "tasks": """--against --task --limit --include --revision --trust-remote-code --gguf-file --batch-size --seed

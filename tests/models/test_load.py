@@ -299,6 +299,16 @@ def test_gguf_is_dequantised_and_can_be_saved(tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
 
 
+def test_a_gguf_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "tiny.gguf", save_llama(tmp_path / "plain"))
+    gguf, read = pytest.importorskip("gguf"), []
+    build = gguf.GGUFReader.__init__
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda *given: (read.append(given[1:]), build(*given))[1])
+    before = dict(vars(gguf))
+    load(tmp_path / "tiny.gguf")
+    assert len(read) == 1 and dict(vars(gguf)) == before
+
+
 def test_dequantising_keeps_the_embedding_and_the_head_one_tensor(tmp_path: Path) -> None:
     fresh = _without_quantiser(save_llama(tmp_path, tie_word_embeddings=True))
     assert fresh.lm_head.weight is fresh.model.embed_tokens.weight

@@ -121,3 +121,16 @@ def test_plans_that_do_not_fit(plan: Plan, message: str):
 def test_a_plan_survives_json():
     plan = Plan({"a": (0, 2)}, {"a": 0.5})
     assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_mask_is_written_into_no_shared_weight():
+    model, x = tiny.pattern("plain")
+    structure = trace(model, lambda model: model(x))
+    plan = plans(structure, False)["all at once"]
+    before = copy.deepcopy(model.state_dict())
+    masked = mask_readers(model, structure, plan, model.parameters())
+    read = {s.module for g in structure.prunable for s in g.readers}
+    shared = {name for name, tensor in masked.named_parameters() if tensor is model.get_parameter(name)}
+    assert shared == {name for name in dict(model.named_parameters()) if name.removesuffix(".weight") not in read}
+    torch.testing.assert_close(masked(x), mask_readers(model, structure, plan)(x), rtol=0, atol=0)
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)

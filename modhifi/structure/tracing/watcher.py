@@ -131,7 +131,8 @@ class Watcher(TorchFunctionMode):
         placements: Sequence[Placement | None] = [None] * len(call.outputs)
         if call.carriers or call.kind in MAKERS:
             claimed = self.claimed
-            with torch._C.DisableTorchFunction():
+            # Component numbers are moved about in there: nothing of it is the model's work, or to be counted.
+            with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
                 placements = self.rule(call)
             if call.carriers and (rest := call.macs - (self.claimed - claimed)) > 0:
                 self.couplings.spend(rest, call.carriers[0][1].ids.flatten())

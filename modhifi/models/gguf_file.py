@@ -1,0 +1,39 @@
+"""GGUF files read once: transformers reads the same file anew for configuration, weights and tokenizer."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Inside, the package gguf reads each file once and makes each table of names once; both take seconds.
+
+    Its reader makes an array of every token and every merge; plain arrays are many times quicker than memory maps.
+    Does nothing where the package is not installed, which is for transformers to say.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        yield
+        return
+    import gguf
+
+    class PlainReader(gguf.GGUFReader):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    own: dict[str, Callable[..., Any]] = {
+        "GGUFReader": gguf.GGUFReader,
+        "get_tensor_name_map": gguf.get_tensor_name_map,
+    }
+    once = own | {"GGUFReader": PlainReader}
+    vars(gguf).update({name: functools.cache(call) for name, call in once.items()})
+    try:
+        yield
+    finally:
+        vars(gguf).update(own)
