@@ -43,4 +43,4 @@ class Sampling:
             return None
         columns = module.get_parameter("weight")[0].numel() if hasattr(module, "kernel_size") else x.shape[-1]
         wanted = math.ceil(max(self.rows_per_column * columns, LEAST_ROWS) / samples)
-        return None if wanted >= total else spread_positions(total, wanted, first, len(x), self.seed)
+        return None if wanted >= total else spread_positions(total, wanted, first, len(x), self.seed, x.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,6 +43,12 @@ class Curve:
     energy: float
     fidelity: Tensor | None = None
     trial: Trial | None = None
+
+    @cached_property
+    def costs(self) -> list[float]:
+        """``cost`` as plain numbers, for whoever looks at many of them one by one."""
+        values: list[float] = self.cost.tolist()
+        return values
 
 
 # Readers of more columns lose their components in single precision, which costs half. Their inverse is still made in
