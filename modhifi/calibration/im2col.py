@@ -32,7 +32,7 @@ def spread_positions(
     """
     first = start * wanted % total
     order = _dealt(total, 1 + math.ceil(count * wanted / total), seed, device)
-    return order[first : first + count * wanted].view(count, wanted)
+    return order.as_strided((count, wanted), (wanted, 1), first)
 
 
 def reader_rows(module: nn.Module, x: Tensor, positions_for: Any = None, keep: Tensor | None = None) -> Tensor:
@@ -45,14 +45,14 @@ def reader_rows(module: nn.Module, x: Tensor, positions_for: Any = None, keep: T
     if x.dtype not in EXACT_IN_SINGLE:
         x = x.float()
     if not hasattr(module, "kernel_size"):
-        rows = x.reshape(x.shape[0], -1, x.shape[-1])
+        rows = x if x.ndim == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
         if keep is not None and keep.numel() == rows.shape[0] * rows.shape[1]:
             real = torch.nonzero(keep.reshape(-1))[:, 0].to(x.device)
             return rows.reshape(-1, x.shape[-1]).index_select(0, real).T[None]
         chosen = positions_for(rows.shape[1]) if positions_for else None
         if chosen is not None:
             rows = rows[_numbers(len(rows), x.device), chosen]
-        return rows.reshape(-1, x.shape[-1]).T[None]
+        return rows.reshape(1, -1, x.shape[-1]).mT
     x, kernel, stride, dilation = _padded(module, x)
     corner, offset = _window(x.shape[2:], kernel, stride, dilation, x.device)
     chosen = positions_for(len(corner)) if positions_for else None

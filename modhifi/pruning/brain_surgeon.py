@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from modhifi.pruning.linalg import damped_inverse
 from modhifi.pruning.readers import Reader, ReaderPart
@@ -18,7 +19,10 @@ from modhifi.pruning.readers import Reader, ReaderPart
 WIDE = 512
 # The share of the columns of a wide reader that may be stale: dropping them at every step would cost more than it
 # saves, and in narrower readers it saves nothing.
-STALE = 1 / 8
+STALE = 1 / 4
+# Readers of fewer output channels are filled up with channels of zeros, to go with others, up to so many elements in
+# all.
+FILLED = 2**24
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,15 @@ class Stack:
     def __init__(self, slots: Sequence[Slot], groups: int, n: int, ridge: float, wide: torch.dtype) -> None:
         self.slots, self.groups, self.n = slots, groups, n
         parts = [slot.part for slot in slots]
-        second, weight = torch.stack([p.second for p in parts]), torch.stack([p.weight for p in parts])
+        second, weight = torch.stack([p.second for p in parts]), pad_sequence([p.weight for p in parts], True)
         device, d = second.device, second.shape[-1]
         self.m = parts[0].columns.shape[1]
         self.components = torch.stack([p.components for p in parts]).to(device)
         columns = torch.stack([p.columns for p in parts]).to(device).flatten(1)
         self.scale = None
         if slots[0].scale is not None:
-            self.scale = torch.stack([s.scale for s in slots if s.scale is not None])
+            scales = [s.scale for s in slots if s.scale is not None]
+            self.scale = pad_sequence(scales, batch_first=True, padding_value=1.0)
             weight = weight * self.scale[:, :, None]
         self.positions = _with_the_rest(columns, d)
         self.both = torch.cat([damped_inverse(second, ridge), weight.transpose(1, 2)], 2)
@@ -78,7 +83,17 @@ class Stack:
         k, m = self.components.shape[1], self.m
         device = self.components.device
         self.columns = torch.arange(k * m, device=device).view(k, m)
-        self.base = self.numbers * self.both.shape[1]
+        l = self.both.shape[1]
+        self.base = self.numbers * l
+        # views, which follow all changes in place
+        self.flat = self.both.view(-1, self.both.shape[2])
+        self.weight = self.both[:, : k * m, l:]
+        inverse = self.both[:, : k * m, : k * m]
+        if m == 1:
+            self.blocks = inverse.diagonal(dim1=1, dim2=2)
+        else:
+            blocks = inverse.unflatten(2, (k, m)).unflatten(1, (k, m))
+            self.blocks = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
         self.row_of = None
         if not self.whole:
             # the place of every component of the group among these; the others' is never read
@@ -89,27 +104,30 @@ class Stack:
         """Keep only some columns ``(B, l)``, in that order."""
         l, width = self.both.shape[1:]
         rest = torch.arange(l, width, device=rows.device).expand(len(rows), -1)
-        self.both = self.both.gather(1, rows[:, :, None].expand(-1, -1, width))
-        self.both = self.both.gather(2, torch.cat([rows, rest], 1)[:, None].expand(-1, rows.shape[1], -1))
+        both = self.both.gather(1, rows[:, :, None].expand(-1, -1, width))
+        self.both = both.gather(2, torch.cat([rows, rest], 1)[:, None].expand(-1, rows.shape[1], -1))
 
     def costs(self) -> Tensor:
         """``tr[W_I H_II⁻¹ W_Iᵀ]`` of each component alone, added up over the readers, float64 ``(groups, n)``.
 
         Those of removed components, and of others that are not in any slot, mean nothing.
         """
-        (size, k), m, l = self.components.shape, self.m, self.both.shape[1]
-        inverse, weight = self.both[:, : k * m, : k * m], self.both[:, : k * m, l:]
+        (size, k), m = self.components.shape, self.m
         if m == 1:
-            alone = weight.square().sum(2) / inverse.diagonal(dim1=1, dim2=2)
+            alone = self.weight.square().sum(2) / self.blocks
         else:
-            blocks = inverse.unflatten(2, (k, m)).unflatten(1, (k, m)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-            pieces = weight.reshape(size * k, m, -1)
+            pieces = self.weight.reshape(size * k, m, -1)
             energy = torch.bmm(pieces, pieces.transpose(1, 2)).view(size, k, m, m)
-            alone = torch.linalg.solve_ex(blocks, energy)[0].diagonal(dim1=2, dim2=3).sum(2)
+            alone = torch.linalg.solve_ex(self.blocks, energy)[0].diagonal(dim1=2, dim2=3).sum(2)
         alone = alone.clamp_min(0).double()
         if not self.whole:
             alone = alone.new_zeros(size, self.n).scatter_(1, self.components, alone)
-        return alone.view(-1, self.groups, self.n).sum(0)
+        return self._by_group(alone)
+
+    def _by_group(self, values: Tensor) -> Tensor:
+        """Values of the slots, ``(B, ...)``, added up over the readers and parts of each group."""
+        count = len(self.slots) // self.groups
+        return values if count == 1 else values.unflatten(0, (count, self.groups)).sum(0)
 
     def remove(self, chosen: Tensor, labels: int) -> Tensor:
         """Remove ``chosen`` int64 ``(groups, c)`` jointly; their joint cost ahead of any norm, float64 ``(groups,)``.
@@ -120,17 +138,17 @@ class Stack:
         if rows.shape[1] == 0:
             return torch.zeros(self.groups, dtype=torch.float64, device=rows.device)
         index = rows if self.m == 1 else self.columns[rows].flatten(1)
-        size, l, width = self.both.shape
-        cross = self.both.view(-1, width)[index + self.base]
+        l = self.both.shape[1]
+        cross = self.flat[index + self.base]
         factor, info = torch.linalg.cholesky_ex(cross.gather(2, index[:, None].expand(-1, index.shape[1], -1)))
         self.info += info
         new = torch.linalg.solve_triangular(factor, cross, upper=False)
         self.both.baddbmm_(new[:, :, :l].transpose(1, 2), new, alpha=-1)
         self.gone += rows.shape[1]
-        pieces = new[:, :, l:].square().sum(1, dtype=torch.float64)
+        pieces = new[:, :, l:]
         if self.scale is not None:
-            pieces = pieces / self.scale.square()
-        return pieces.sum(1).view(-1, self.groups).sum(0)
+            pieces = pieces / self.scale[:, None]
+        return self._by_group(pieces.square().sum((1, 2), dtype=torch.float64))
 
     def _rows(self, chosen: Tensor, labels: int) -> Tensor:
         """Where the chosen components stand in each slot, ``(B, c)``."""
@@ -170,7 +188,7 @@ class Stack:
 
     def solved(self) -> Tensor:
         """For which groups every factorisation succeeded, bool ``(groups,)``."""
-        return (self.info == 0).view(-1, self.groups).all(0)
+        return self._by_group(self.info) == 0
 
 
 class Elimination:
@@ -205,10 +223,12 @@ class Elimination:
                 for group, readers in enumerate(groups):
                     same, part = readers[number], readers[number].parts()[at]
                     scale = None if same.scale is None else same.scale[part.group]
-                    key = (*part.weight.shape, *part.columns.shape, scale is None, names and len(names))
+                    key = (len(part.second), *part.columns.shape, scale is None, names and len(names))
                     place = (number, at) if names is None else ()
                     stacks[*key, *place].append(Slot(group, number, part, scale, names))
-        self.stacks = [Stack(slots, len(groups), self.n, ridge, wide) for slots in stacks.values()]
+        self.stacks = [
+            Stack(some, len(groups), self.n, ridge, wide) for slots in stacks.values() for some in _filling(slots, len(groups))
+        ]
         self.gone = torch.zeros(len(groups), self.n, dtype=torch.bool, device=groups[0][0].weight.device)
 
     def costs(self) -> Tensor:
@@ -232,12 +252,25 @@ class Elimination:
         result = [tuple(reader.weight.float() for reader in readers) for readers in self.readers]
         for stack in self.stacks:
             for slot, weight in zip(stack.slots, stack.weights(self.gone), strict=True):
-                result[slot.group][slot.reader][slot.part.group] = weight
+                result[slot.group][slot.reader][slot.part.group] = weight[: len(slot.part.weight)]
         return result
 
     def solved(self) -> Tensor:
         """For which groups the numbers can be believed, bool ``(groups,)``."""
         return torch.stack([stack.solved() for stack in self.stacks]).all(0)
+
+
+def _filling(slots: Sequence[Slot], groups: int) -> Iterator[list[Slot]]:
+    """The slots, those together that may be filled up to the output channels of the largest, for all groups alike."""
+    rest = sorted(slots, key=lambda slot: -len(slot.part.weight))
+    while rest:
+        largest, d = len(rest[0].part.weight), len(rest[0].part.second)
+        fits = [
+            len(slot.part.weight) == largest or (number // groups + 1) * groups * largest * d <= FILLED
+            for number, slot in enumerate(rest)
+        ]
+        yield [slot for slot, fit in zip(rest, fits, strict=True) if fit]
+        rest = [slot for slot, fit in zip(rest, fits, strict=True) if not fit]
 
 
 def _labels_of(part: ReaderPart, labels: Tensor | None, count: int, alone: bool) -> tuple[int, ...] | None:

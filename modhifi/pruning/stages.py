@@ -6,7 +6,7 @@ import fnmatch
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -170,9 +170,7 @@ def removal_curves(
     for groups in alike(model, structure.prunable):
         jobs = []
         for group in groups:
-            readers = readers_of(model, structure, group, moments)
-            if not settings.behind_norms:
-                readers = [replace(reader, scale=None) for reader in readers]
+            readers = readers_of(model, structure, group, moments, settings.behind_norms)
             least = max(group.step, int(settings.floor * group.n), 0 if widths is None else widths[group.name])
             size = None if trial is None else trial_size(group, trial)
             jobs.append(Job(readers, least, selector.order(readers, settings.seed), group.partition, size))

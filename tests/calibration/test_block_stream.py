@@ -222,10 +222,12 @@ def test_one_blocks_grams_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[int] = []
     curves = blockwise.removal_curves
 
-    def counting(model: object, structure: object, moments: dict[str, Moments], settings: object) -> object:
+    def counting(
+        model: object, structure: object, moments: dict[str, Moments], settings: object, **more: object
+    ) -> object:
         held.extend(weakref.ref(m) for m in moments.values())
         alive.append(sum(ref() is not None for ref in held))
-        return curves(model, structure, moments, settings)  # type: ignore[arg-type]
+        return curves(model, structure, moments, settings, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(blockwise, "removal_curves", counting)
     settings = PruneSettings(layout="uniform", rows_per_column=None, batch_size=2)
