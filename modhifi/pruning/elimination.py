@@ -92,9 +92,12 @@ def eliminate(
 def eliminate_together(jobs: Sequence[Job], ridge: float = 1e-4, steps: int = 24) -> list[Curve | None]:
     """:func:`eliminate` in groups of equal shape, in lock-step: as many operations as one of them takes.
 
-    All jobs have the same n, ``keep_at_least``, ``partition`` and ``trial``, and readers of the same shapes. None
-    stands where a Gram cannot be inverted.
+    All jobs have the same n, ``keep_at_least``, ``partition`` and ``trial``, and readers of the same shapes. Grouped
+    convolutions, whose parts may lose unequally many, go one after the other. None stands where a Gram cannot be
+    inverted.
     """
+    if len(jobs) > 1 and any(len(reader.weight) > 1 for reader in jobs[0].readers):
+        return [curve for job in jobs for curve in eliminate_together([job], ridge, steps)]
     curves: list[Curve | None] = [None] * len(jobs)
     try:
         curves = _eliminate(jobs, ridge, steps, torch.float32)

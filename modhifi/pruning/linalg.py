@@ -27,11 +27,10 @@ def shrinkage(second: Tensor, rows: int) -> Tensor:
     Processing 2010.
     """
     d = second.shape[-1]
-    trace = second.diagonal(dim1=1, dim2=2).sum(1)
+    traces = second.diagonal(dim1=1, dim2=2).sum(1).square()
     squares = torch.linalg.vector_norm(second, dim=(1, 2)).square()
-    gap = (rows + 1 - 2 / d) * (squares - trace.square() / d)
-    share = ((1 - 2 / d) * squares + trace.square()) / gap.clamp_min(1e-300)
-    return torch.where(gap > 0, share, torch.ones_like(share)).clamp(0.0, 1.0)
+    gap = (rows + 1 - 2 / d) * (squares - traces / d)
+    return torch.where(gap > 0, ((1 - 2 / d) * squares + traces) / gap, 1.0).clamp(0.0, 1.0)
 
 
 def shrunk(second: Tensor, share: Tensor, scale: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from modhifi.pruning.sequential import edit_sequentially
 from modhifi.pruning.settings import PruneSettings
 from modhifi.structure.clone import clone
 from modhifi.structure.groups import Group, Structure
-from modhifi.structure.operators import columns_of, conv_groups, operator_modules
+from modhifi.structure.operators import columns_of, operator_modules
 from modhifi.structure.plan import Plan
 from modhifi.structure.sizes import sizes_of
 from modhifi.structure.surgery import shrink
@@ -184,17 +184,15 @@ def removal_curves(
 def alike(model: nn.Module, groups: Iterable[Group]) -> list[list[Group]]:
     """The groups, those together that have readers of the same shapes and lose as many of as many components.
 
-    What is solved together takes at most ``TOGETHER`` bytes. Groups with readers that are grouped convolutions stand
-    alone.
+    What is solved together takes at most ``TOGETHER`` bytes.
     """
     shapes: dict[tuple[object, ...], list[Group]] = defaultdict(list)
     for group in groups:
         layers = [model.get_submodule(piece.module) for piece in group.readers]
         pieces = zip(group.readers, layers, strict=True)
         shape = tuple((*columns_of(m), m.get_parameter("weight").shape, *piece.index.shape) for piece, m in pieces)
-        alone = group.name if any(conv_groups(m) > 1 for m in layers) else ""
         labels = () if group.partition is None else tuple(group.partition.tolist())
-        shapes[group.n, alone, labels, shape].append(group)
+        shapes[group.n, labels, shape].append(group)
     together = []
     for same in shapes.values():
         size = sum(gram_bytes(model.get_submodule(piece.module)) for piece in same[0].readers)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -123,6 +124,42 @@ def test_parts_lose_equally_many_at_every_stage(steps: int, given_order: bool):
         kept = torch.ones(24, dtype=torch.bool)
         kept[curve.order[:stage]] = False
         assert torch.bincount(labels[kept])[[3, 7]].tolist() == [12 - stage // 2] * 2
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("given_order", [False, True])
+def test_together_each_group_loses_what_it_loses_alone(kind: str, given_order: bool):
+    partition = torch.arange(6) // 2 if "conv" in kind else None
+    orders = [torch.tensor(o) if given_order else None for o in ([0, 1, 2, 3, 4, 5], [5, 3, 4, 1, 0, 2])]
+    jobs = [Job(READERS[kind](seed), 1, order, partition, 3) for seed, order in zip((3, 30), orders, strict=True)]
+    for job, curve in zip(jobs, eliminate_together(jobs), strict=True):
+        alone = eliminate(job.readers, keep_at_least=1, order=job.order, partition=partition, trial=3)
+        assert curve is not None and curve.trial is not None and alone.trial is not None
+        assert torch.equal(curve.order, alone.order) and len(curve.order) == (3 if partition is not None else 5)
+        torch.testing.assert_close(curve.cost, alone.cost)
+        for one, two in zip(curve.trial.weights, alone.trial.weights, strict=True):
+            torch.testing.assert_close(one, two)
+
+
+def test_wide_readers_lose_together_what_they_lose_alone_when_stale_columns_go():
+    readers = [[reader(seed, n=WIDE // 2 + 20, m=2), reader(seed + 1, n=WIDE // 2 + 20, m=2, out=2)] for seed in (1, 5)]
+    curves = eliminate_together([Job(r, 100, trial=150) for r in readers])
+    for own, curve in zip(readers, curves, strict=True):
+        assert curve is not None and curve.trial is not None
+        gone = curve.order[: curve.trial.removed]
+        assert float(curve.cost[curve.trial.removed]) == pytest.approx(residual(own, gone, 1e-4), rel=1e-3)
+        for r, found in zip(own, curve.trial.weights, strict=True):
+            kept = torch.ones(r.second.shape[-1], dtype=torch.bool)
+            kept[r.columns[gone].reshape(-1)] = False
+            torch.testing.assert_close(found[0].double(), least_squares(r.weight[0], r.second[0], kept), rtol=1e-3, atol=1e-3)
+
+
+def test_a_group_that_cannot_be_solved_takes_no_other_with_it():
+    good, bad = reader(0), reader(1)
+    bad.second.fill_(math.nan)
+    found, none = eliminate_together([Job([good], 2), Job([bad], 2)])
+    assert none is None and found is not None
+    assert torch.equal(found.order, eliminate([good], keep_at_least=2).order)
 
 
 def test_nothing_to_remove_gives_an_empty_curve():
