@@ -16,14 +16,14 @@ from modhifi.structure.operators import conv_groups
 
 
 @lru_cache(maxsize=64)
-def _dealt(total: int, times: int, seed: int, device: torch.device) -> Tensor:
+def _dealt(total: int, times: int, seed: int, device: torch.device | str) -> Tensor:
     """A seeded permutation of ``total`` positions, int64, that many times one after the other."""
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed * 1_000_003 + total))
     return order.repeat(times).to(device)
 
 
 def spread_positions(
-    total: int, wanted: int, start: int, count: int, seed: int, device: torch.device = torch.device("cpu")
+    total: int, wanted: int, start: int, count: int, seed: int, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Which of ``total`` positions to look at in samples ``start .. start + count``: int64 ``(count, wanted)``.
 

@@ -83,11 +83,11 @@ class Stack:
         k, m = self.components.shape[1], self.m
         device = self.components.device
         self.columns = torch.arange(k * m, device=device).view(k, m)
-        l = self.both.shape[1]
-        self.base = self.numbers * l
+        width = self.both.shape[1]
+        self.base = self.numbers * width
         # views, which follow all changes in place
         self.flat = self.both.view(-1, self.both.shape[2])
-        self.weight = self.both[:, : k * m, l:]
+        self.weight = self.both[:, : k * m, width:]
         inverse = self.both[:, : k * m, : k * m]
         if m == 1:
             self.blocks = inverse.diagonal(dim1=1, dim2=2)
@@ -102,8 +102,8 @@ class Stack:
 
     def _take(self, rows: Tensor) -> None:
         """Keep only some columns ``(B, l)``, in that order."""
-        l, width = self.both.shape[1:]
-        rest = torch.arange(l, width, device=rows.device).expand(len(rows), -1)
+        before, width = self.both.shape[1:]
+        rest = torch.arange(before, width, device=rows.device).expand(len(rows), -1)
         both = self.both.gather(1, rows[:, :, None].expand(-1, -1, width))
         self.both = both.gather(2, torch.cat([rows, rest], 1)[:, None].expand(-1, rows.shape[1], -1))
 
@@ -138,14 +138,14 @@ class Stack:
         if rows.shape[1] == 0:
             return torch.zeros(self.groups, dtype=torch.float64, device=rows.device)
         index = rows if self.m == 1 else self.columns[rows].flatten(1)
-        l = self.both.shape[1]
+        width = self.both.shape[1]
         cross = self.flat[index + self.base]
         factor, info = torch.linalg.cholesky_ex(cross.gather(2, index[:, None].expand(-1, index.shape[1], -1)))
         self.info += info
         new = torch.linalg.solve_triangular(factor, cross, upper=False)
-        self.both.baddbmm_(new[:, :, :l].transpose(1, 2), new, alpha=-1)
+        self.both.baddbmm_(new[:, :, :width].transpose(1, 2), new, alpha=-1)
         self.gone += rows.shape[1]
-        pieces = new[:, :, l:]
+        pieces = new[:, :, width:]
         if self.scale is not None:
             pieces = pieces / self.scale[:, None]
         return self._by_group(pieces.square().sum((1, 2), dtype=torch.float64))
@@ -177,11 +177,11 @@ class Stack:
 
     def weights(self, gone: Tensor) -> Tensor:
         """Every slot's weights as they are now, float32 ``(B, o, d)``, zero in the removed columns."""
-        (l, width), k = self.both.shape[1:], self.components.shape[1]
-        weight = self.both[:, :, l:].transpose(1, 2)
+        width, k = self.both.shape[1], self.components.shape[1]
+        weight = self.both[:, :, width:].transpose(1, 2)
         if self.scale is not None:
             weight = weight / self.scale[:, :, None]
-        stale = torch.nn.functional.pad(gone.view(-1)[self.place].repeat_interleave(self.m, 1), (0, l - k * self.m))
+        stale = torch.nn.functional.pad(gone.view(-1)[self.place].repeat_interleave(self.m, 1), (0, width - k * self.m))
         weight = weight.float().masked_fill(stale[:, None], 0)
         whole = weight.new_zeros(*weight.shape[:2], self.slots[0].part.second.shape[-1])
         return whole.scatter_(2, self.positions[:, None].expand_as(weight), weight)
@@ -227,7 +227,9 @@ class Elimination:
                     place = (number, at) if names is None else ()
                     stacks[*key, *place].append(Slot(group, number, part, scale, names))
         self.stacks = [
-            Stack(some, len(groups), self.n, ridge, wide) for slots in stacks.values() for some in _filling(slots, len(groups))
+            Stack(some, len(groups), self.n, ridge, wide)
+            for slots in stacks.values()
+            for some in _filling(slots, len(groups))
         ]
         self.gone = torch.zeros(len(groups), self.n, dtype=torch.bool, device=groups[0][0].weight.device)
 

@@ -122,7 +122,7 @@ def _eliminate(jobs: Sequence[Job], ridge: float, steps: int, wide: torch.dtype)
     labels = torch.zeros(n, dtype=torch.int64)
     if first.partition is not None:
         labels = torch.unique(first.partition, return_inverse=True)[1]
-    members = torch.nn.utils.rnn.pad_sequence([m for m in _members(labels)], batch_first=True, padding_value=n)
+    members = torch.nn.utils.rnn.pad_sequence(list(_members(labels)), batch_first=True, padding_value=n)
     count, members, ragged = len(members), members.to(device), bool((members == n).any())
     state = Elimination([job.readers for job in jobs], ridge, wide, labels)
     least, removed, trial = max(first.keep_at_least, count), 0, None
@@ -164,11 +164,12 @@ def _eliminate(jobs: Sequence[Job], ridge: float, steps: int, wide: torch.dtype)
 
 def _members(labels: Tensor) -> tuple[Tensor, ...]:
     """The components of each label, in order."""
-    return labels.argsort(stable=True).split(torch.bincount(labels).tolist())
+    parts: tuple[Tensor, ...] = labels.argsort(stable=True).split(torch.bincount(labels).tolist())
+    return parts
 
 
 def _running_costs(
-    prices: Sequence[Tensor], joints: Sequence[Tensor], jobs: int
+    prices: list[Tensor], joints: list[Tensor], jobs: int
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """What has been lost at every stage, ``(jobs, r + 1)``, and for which jobs all of that is finite, ``(jobs,)``.
 
@@ -178,12 +179,12 @@ def _running_costs(
     costs = [np.zeros((jobs, 1))]
     if joints:
         sums = torch.stack(joints, 1).cpu().numpy()
-        each = np.split(torch.cat(list(prices), 1).cpu().numpy(), np.cumsum([p.shape[1] for p in prices])[:-1], 1)
+        each = np.split(torch.cat(prices, 1).cpu().numpy(), np.cumsum([p.shape[1] for p in prices])[:-1], 1)
         for alone, joint in zip(each, sums.T, strict=True):
             shares = alone.cumsum(1) / alone.sum(1, keepdims=True).clip(1e-300)
             costs.append(costs[-1][:, -1:] + joint[:, None] * np.where(joint[:, None] > 0, shares, 0))
     whole = np.concatenate(costs, 1)
-    return whole, np.isfinite(whole).all(1)
+    return whole, np.asarray(np.isfinite(whole).all(1))
 
 
 def removable(order: Tensor, partition: Tensor | None, keep_at_least: int) -> Tensor:

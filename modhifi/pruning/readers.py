@@ -94,7 +94,11 @@ def reader_of(
     piece = next(s for s in group.readers if s.module == module)
     owner, columns = reader_columns(layer, piece.index)
     weight, sink = weight_matrix(layer), structure.operators[module].sink
-    scale = None if not behind_norms or sink in (None, "bias") else norm_scale(model.get_submodule(str(sink))).view(weight.shape[:2])
+    scale = (
+        None
+        if not behind_norms or sink in (None, "bias")
+        else norm_scale(model.get_submodule(str(sink))).view(weight.shape[:2])
+    )
     second = weight.new_zeros(len(weight), 0, 0) if moments is None else applied_second(moments, sink)
     return Reader(weight, second, owner, columns, scale)
 

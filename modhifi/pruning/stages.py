@@ -165,7 +165,8 @@ def removal_curves(
 
     Raises :class:`IndefiniteError`, naming all groups that cannot be solved.
     """
-    selector, curves = SELECTORS[settings.selector], {}
+    selector = SELECTORS[settings.selector]
+    curves: dict[str, Curve | None] = {}
     progress("scoring", 0, len(structure.prunable))
     for groups in alike(model, structure.prunable):
         jobs = []

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_readers import READERS, TINY, reader, residual
 
-from modhifi.pruning.compensations.lstsq import least_squares
 from modhifi.pruning.brain_surgeon import WIDE, Elimination
+from modhifi.pruning.compensations.lstsq import least_squares
 from modhifi.pruning.elimination import Curve, Job, eliminate, eliminate_together
 from modhifi.pruning.fidelity import singleton_fidelity
 from modhifi.pruning.local_error import local_error
@@ -151,7 +151,9 @@ def test_wide_readers_lose_together_what_they_lose_alone_when_stale_columns_go()
         for r, found in zip(own, curve.trial.weights, strict=True):
             kept = torch.ones(r.second.shape[-1], dtype=torch.bool)
             kept[r.columns[gone].reshape(-1)] = False
-            torch.testing.assert_close(found[0].double(), least_squares(r.weight[0], r.second[0], kept), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                found[0].double(), least_squares(r.weight[0], r.second[0], kept), rtol=1e-3, atol=1e-3
+            )
 
 
 def test_a_group_that_cannot_be_solved_takes_no_other_with_it():
