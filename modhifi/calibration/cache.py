@@ -23,10 +23,10 @@ from modhifi.data.samples import Samples, digest
 from modhifi.models.fingerprint import fingerprint
 from modhifi.models.loaded import LoadedModel
 
-FORMAT = 2
+FORMAT = 3
 # Writing takes at most this share of the time of a pass.
 OVERHEAD = 0.1
-PARTS = ("shift", "first", "second")
+PARTS = ("shift", "first", "second", "held")
 
 
 class MomentCache:
@@ -61,9 +61,8 @@ class StoredSums:
             return
         for name, count in self._counts.items():
             device = next(readers[name].parameters()).device
-            sums[name].n = count
-            for part in PARTS:
-                setattr(sums[name], part, self._tensors.pop(f"{name}.{part}").to(device))
+            own = {part: tensor for part in PARTS if (tensor := self._tensors.pop(f"{name}.{part}", None)) is not None}
+            sums[name].restore(count, {part: tensor.to(device) for part, tensor in own.items()})
         whole = self.done == self.total
         self.cache.remark = (
             f"moments of {self.done} of {self.total} samples were taken from the cache"
@@ -76,7 +75,7 @@ class StoredSums:
         now = time.perf_counter()
         if done < self.total and (now - self._written) * OVERHEAD < self._cost:
             return
-        tensors = {f"{name}.{part}": getattr(s, part) for name, s in sums.items() if s.n for part in PARTS}
+        tensors = {f"{name}.{part}": tensor for name, s in sums.items() for part, tensor in s.state().items()}
         facts = {
             "done": str(done),
             "seconds": str(self._before + now - self._began),

@@ -3,58 +3,86 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modhifi.calibration.moments import EXACT_IN_SINGLE
 from modhifi.structure.library_layers import is_same_padded
 from modhifi.structure.operators import conv_groups
 
 
-def spread_positions(total: int, wanted: int, start: int, count: int, seed: int) -> Tensor:
+@lru_cache(maxsize=64)
+def _dealt(total: int, times: int, seed: int, device: torch.device | str) -> Tensor:
+    """A seeded permutation of ``total`` positions, int64, that many times one after the other."""
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed * 1_000_003 + total))
+    return order.repeat(times).to(device)
+
+
+def spread_positions(
+    total: int, wanted: int, start: int, count: int, seed: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """Which of ``total`` positions to look at in samples ``start .. start + count``: int64 ``(count, wanted)``.
 
     A seeded permutation is dealt out in turn, so a sample's positions depend only on the seed and on its number, not
     on batches or processes, and all positions are visited equally often.
     """
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed * 1_000_003 + total))
-    offsets = (torch.arange(start, start + count) * wanted)[:, None] + torch.arange(wanted)
-    return order[offsets % total]
+    first = start * wanted % total
+    order = _dealt(total, 1 + math.ceil(count * wanted / total), seed, device)
+    return order.as_strided((count, wanted), (wanted, 1), first)
 
 
 def reader_rows(module: nn.Module, x: Tensor, positions_for: Any = None, keep: Tensor | None = None) -> Tensor:
-    """The input rows of an operator as ``(G, d, rows)``.
+    """The input rows of an operator as ``(G, d, rows)``; half precision stays, all else becomes float32.
 
-    ``x`` is the operator's input; ``positions_for(total)`` returns int64 ``(batch, p)`` positions to take, or None for
-    all; ``keep`` bool, one for each row of ``x``, masks padding tokens out, of inputs that have a row for each token.
+    ``x`` is the operator's input; ``positions_for(total)`` returns int64 ``(batch, p)`` positions to take, on the
+    device of ``x``, or None for all; ``keep`` bool, one for each row of ``x``, masks padding tokens out, of inputs that
+    have a row for each token. Rows of all positions may share the memory of ``x``.
     """
+    if x.dtype not in EXACT_IN_SINGLE:
+        x = x.float()
     if not hasattr(module, "kernel_size"):
-        rows = x.reshape(x.shape[0], -1, x.shape[-1])
+        rows = x if x.ndim == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
         if keep is not None and keep.numel() == rows.shape[0] * rows.shape[1]:
-            return rows.reshape(-1, x.shape[-1])[keep.reshape(-1).to(x.device)].float().T[None]
+            real = torch.nonzero(keep.reshape(-1))[:, 0].to(x.device)
+            return rows.reshape(-1, x.shape[-1]).index_select(0, real).T[None]
         chosen = positions_for(rows.shape[1]) if positions_for else None
         if chosen is not None:
-            rows = torch.stack([r[i] for r, i in zip(rows, chosen.to(x.device), strict=True)])
-        return rows.reshape(-1, x.shape[-1]).float().T[None]
+            rows = rows[_numbers(len(rows), x.device), chosen]
+        return rows.reshape(1, -1, x.shape[-1]).mT
     x, kernel, stride, dilation = _padded(module, x)
-    batch, channels = x.shape[:2]
-    sizes = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)]
-    strides = [math.prod(x.shape[2 + i + 1 :]) for i in range(len(kernel))]
+    corner, offset = _window(x.shape[2:], kernel, stride, dilation, x.device)
+    chosen = positions_for(len(corner)) if positions_for else None
+    index = offset + (corner if chosen is None else corner[chosen])
+    rows = x.reshape(*x.shape[:2], -1).transpose(0, 1)[:, _numbers(len(x), x.device), index]
+    groups = conv_groups(module)
+    return rows.reshape(groups, x.shape[1] * len(offset) // groups, -1)
+
+
+@lru_cache(maxsize=64)
+def _numbers(batch: int, device: torch.device) -> Tensor:
+    return torch.arange(batch, device=device)[:, None]
+
+
+@lru_cache(maxsize=64)
+def _window(
+    axes: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Where in a flattened image each patch begins, ``(positions,)``, and its elements behind that, ``(k, 1, 1)``."""
+    sizes = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(axes, kernel, stride, dilation, strict=True)]
+    strides = [math.prod(axes[i + 1 :]) for i in range(len(axes))]
     corner, offset = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     for size, step, k, s, d in zip(sizes, strides, kernel, stride, dilation, strict=True):
         corner = (corner[:, None] + torch.arange(size) * s * step).reshape(-1)
         offset = (offset[:, None] + torch.arange(k) * d * step).reshape(-1)
-    chosen = positions_for(len(corner)) if positions_for else None
-    flat = x.reshape(batch, channels, -1)
-    pieces = []
-    for item in range(batch):
-        at = corner if chosen is None else corner[chosen[item]]
-        index = (offset[:, None] + at).reshape(-1).to(x.device)
-        pieces.append(flat[item].index_select(1, index).reshape(channels * len(offset), len(at)))
-    groups = conv_groups(module)
-    return torch.cat(pieces, 1).float().reshape(groups, channels * len(offset) // groups, -1)
+    return corner.to(device), offset[:, None, None].to(device)
 
 
 def _padded(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

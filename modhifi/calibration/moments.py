@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,43 +31,86 @@ class Moments:
         return Moments(self.n, self.mean.to(device), self.cov.to(device))
 
 
-class Accumulator:
-    """Sums ``x - shift`` and its products over all rows x; ``shift`` is the first rows' mean.
+# A product of two numbers of these types is exact in single precision, in which it is added up.
+EXACT_IN_SINGLE = (torch.bfloat16, torch.float16)
+# Rows are held until they have so many elements, and are at least so many, before their products are summed: adding to
+# a wide Gram costs more than the product of few rows.
+HELD_ELEMENTS, HELD_ROWS = 2**20, 1024
 
-    Products are float32 and sums float64: a mean that is large beside the deviations costs no digits.
+
+class Accumulator:
+    """Sums ``x - shift`` and its products over all rows x; ``shift`` is the mean of the first rows that are summed.
+
+    Products of float32 rows are float32 and sums over them float64: a mean that is large beside the deviations costs
+    no digits. Rows of half precision have digits for no such mean; their products are made without a shift.
     """
 
     def __init__(self) -> None:
         self.n = 0
         self.shift: Tensor | None = None
+        self.held: list[Tensor] = []
 
     def add(self, rows: Tensor) -> None:
         """Add r new rows, which are the columns of ``rows`` ``(G, d, r)``."""
-        wide = torch.float64 if rows.device.type != "mps" else torch.float32
-        if self.shift is None:
-            self.shift = rows.mean(2)
-            width = rows.shape[1]
-            self.first = torch.zeros(rows.shape[:2], dtype=wide, device=rows.device)
-            self.second = torch.zeros((rows.shape[0], width, width), dtype=wide, device=rows.device)
-        rows = rows - self.shift[:, :, None]
         self.n += rows.shape[2]
+        held = rows.shape[2] + sum(piece.shape[2] for piece in self.held)
+        if held >= max(HELD_ROWS, HELD_ELEMENTS // (rows.shape[0] * rows.shape[1])):
+            self.held.append(rows)
+            self._sum()
+        else:
+            self.held.append(rows.clone())  # what they share memory with changes
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the sums are, by name; with ``n`` and these, :meth:`restore` goes on to the bit."""
+        sums = {} if self.shift is None else {"shift": self.shift, "first": self.first, "second": self.second}
+        return sums | ({"held": torch.cat(self.held, 2)} if self.held else {})
+
+    def restore(self, n: int, state: Mapping[str, Tensor]) -> None:
+        """Become what another accumulator was with this ``state`` after ``n`` rows."""
+        self.n, self.held = n, [state["held"]] if "held" in state else []
+        if "shift" in state:
+            self.shift, self.first, self.second = state["shift"], state["first"], state["second"]
+
+    def _sum(self) -> None:
+        """Sum the products of the rows that are held."""
+        rows = self.held[0] if len(self.held) == 1 else torch.cat(self.held, 2)
+        self.held.clear()
+        wide = torch.float64 if rows.device.type != "mps" else torch.float32
+        exact = rows.dtype in EXACT_IN_SINGLE
+        groups, width = rows.shape[:2]
+        if self.shift is None:
+            self.shift = rows.new_zeros((groups, width), dtype=torch.float32) if exact else rows.mean(2)
+            self.first = torch.zeros((groups, width), dtype=wide, device=rows.device)
+            self.second = torch.zeros((groups, width, width), dtype=wide, device=rows.device)
+        if not exact:
+            rows = rows - self.shift[:, :, None]
         self.first += rows.sum(2, dtype=wide)
         turned = rows.transpose(1, 2)
         # only the upper triangle, strip by strip: the product is symmetric
-        for strip in self._strips():
-            self.second[:, strip, strip.start :] += rows[:, strip] @ turned[:, :, strip.start :]
-
-    def _strips(self) -> list[slice]:
-        width = self.first.shape[1]
-        strip = max(512, width // 8)
-        return [slice(start, min(start + strip, width)) for start in range(0, width, strip)]
+        for strip in _strips(width):
+            self.second[:, strip, strip.start :] += _product(rows[:, strip], turned[:, :, strip.start :])
 
     def finish(self) -> Moments:
         """The moments of everything added. Spends the sums, which become the result in place: Grams are large."""
+        if self.held:
+            self._sum()
         assert self.shift is not None
         first, second = self.first.double() / self.n, self.second.double()
         del self.second
         second.baddbmm_(first[:, :, None], first[:, None, :], beta=1 / self.n, alpha=-1)
-        for strip in self._strips():
-            second[:, strip.stop :, strip] = second[:, strip, strip.stop :].transpose(1, 2)
+        for strip in _strips(second.shape[1]):
+            if strip.stop < second.shape[1]:
+                second[:, strip.stop :, strip] = second[:, strip, strip.stop :].transpose(1, 2)
         return Moments(self.n, first + self.shift.double(), second)
+
+
+def _strips(width: int) -> list[slice]:
+    strip = max(1024, width // 4)
+    return [slice(start, min(start + strip, width)) for start in range(0, width, strip)]
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """The matrix products ``left right``, float32; on a GPU those of half precision are made as they are."""
+    if left.dtype in EXACT_IN_SINGLE and left.is_cuda:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left.float(), right.float())

@@ -186,7 +186,7 @@ class Passes:
 def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same nest with ``change`` of every tensor, which no mode sees."""
     with torch._C.DisableTorchFunction():
-        return tree_map(lambda v: change(v.detach()) if isinstance(v, Tensor) else v, value)
+        return tree_map(lambda v: change(v.detach() if v.requires_grad else v) if isinstance(v, Tensor) else v, value)
 
 
 def _copy(tensor: Tensor, device: torch.device | None) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from modhifi.calibration.im2col import reader_rows, spread_positions
+from modhifi.structure.operators import columns_of
 
 # Narrow readers see at least this many rows in all: pixels are far from Gaussian, and a few hundred of them overfit.
 LEAST_ROWS = 4096
@@ -31,7 +32,7 @@ class Sampling:
 
         ``samples`` in all; ``keep`` as in :func:`reader_rows`.
         """
-        x = x.detach()
+        x = x.detach() if x.requires_grad else x
         return reader_rows(module, x, lambda total: self.positions(module, x, total, first, samples), keep)
 
     def positions(self, module: nn.Module, x: Tensor, total: int, first: int, samples: int) -> Tensor | None:
@@ -41,6 +42,6 @@ class Sampling:
         """
         if self.rows_per_column is None:
             return None
-        columns = module.get_parameter("weight")[0].numel() if hasattr(module, "kernel_size") else x.shape[-1]
+        columns = columns_of(module)[1] if hasattr(module, "kernel_size") else x.shape[-1]
         wanted = math.ceil(max(self.rows_per_column * columns, LEAST_ROWS) / samples)
-        return None if wanted >= total else spread_positions(total, wanted, first, len(x), self.seed)
+        return None if wanted >= total else spread_positions(total, wanted, first, len(x), self.seed, x.device)

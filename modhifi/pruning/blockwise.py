@@ -115,7 +115,7 @@ def prune_in_blocks(
         dense, edited = loaded.model.get_submodule(block), dense_shape.get_submodule(block)
         unable = unmeasured(loaded, inside, moments, samples, settings.batch_size)
         with staying([dense], device), staying([edited], device, written=True):
-            block_curves, unable = _curves(loaded.model, inside, moments, settings, unable)
+            block_curves, unable = _curves(loaded.model, inside, moments, settings, unable, widths)
             inside, left = inside.leave(unable), left | unable
             plan = plan_for(inside.prunable, block_curves, widths)
             errors += edit_readers(dense_shape, structure, plan, moments, settings)
@@ -134,13 +134,14 @@ def _curves(
     moments: Mapping[str, Moments],
     settings: PruneSettings,
     unable: Mapping[str, str],
+    widths: Mapping[str, int],
 ) -> tuple[dict[str, Curve], dict[str, str]]:
     """The curves of the groups in a block, and those groups that have none, with the reason; those ``unable`` first."""
     inside = inside.leave(unable)
     try:
-        return removal_curves(model, inside, moments, settings), dict(unable)
+        return removal_curves(model, inside, moments, settings, widths=widths), dict(unable)
     except IndefiniteError as error:
         if settings.strict:
             raise
         unsolved = dict.fromkeys(error.groups, UNSOLVED)
-        return removal_curves(model, inside.leave(unsolved), moments, settings), {**unable, **unsolved}
+        return removal_curves(model, inside.leave(unsolved), moments, settings, widths=widths), {**unable, **unsolved}

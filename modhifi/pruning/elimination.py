@@ -7,14 +7,19 @@ columns, so curves of different selectors and groups can be compared and allocat
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from modhifi.errors import IndefiniteError, ModhifiError
-from modhifi.pruning.linalg import damped_inverse
-from modhifi.pruning.readers import Reader, ReaderPart, best_singletons
+from modhifi.pruning.brain_surgeon import Elimination
+from modhifi.pruning.readers import Reader, best_singletons
 
 
 @dataclass(frozen=True)
@@ -43,155 +48,22 @@ class Curve:
     fidelity: Tensor | None = None
     trial: Trial | None = None
 
-
-# Readers of more columns lose their components in single precision, which costs half. Their inverse is still made in
-# double: badly conditioned Grams have none in single.
-WIDE = 512
-
-
-@dataclass
-class _PartState:
-    """One part of one reader while components go.
-
-    ``inverse`` is H ``(d, d)`` of the full reader and never changes: H of what is left is ``inverse − UᵀU``, where the
-    first ``rank`` rows of ``factor`` are U. Columns of U and of ``weight`` stand for the ``positions`` ``(l,)`` of the
-    reader; ``present`` bool ``(l,)`` says which of them are left. ``components`` ``(n,)`` are the numbers of those left
-    in their group, ``columns`` ``(n, m)`` where theirs are among the positions, ``blocks`` ``(n, m, m)`` their own
-    blocks of the current H.
-    """
-
-    inverse: Tensor
-    weight: Tensor
-    scale: Tensor
-    components: Tensor
-    columns: Tensor
-    blocks: Tensor
-    factor: Tensor
-    positions: Tensor
-    present: Tensor
-    rank: int = 0
-
-    @classmethod
-    def of(cls, inverse: Tensor, part: ReaderPart, scale: Tensor) -> _PartState:
-        d = len(inverse)
-        weight, scale, columns = part.weight.to(inverse.dtype), scale.to(inverse.dtype), part.columns
-        return cls(
-            inverse,
-            weight * scale[:, None],
-            scale,
-            part.components,
-            columns,
-            inverse[columns[:, :, None], columns[:, None, :]],
-            inverse.new_empty((columns.numel(), d)),
-            torch.arange(d, device=inverse.device),
-            torch.ones(d, dtype=torch.bool),
-        )
-
-    def costs(self) -> Tensor:
-        """``tr[W_I H_II⁻¹ W_Iᵀ]`` of each component left, behind the norm, ``(n,)``."""
-        piece = self.weight.T[self.columns]
-        energy = piece @ piece.transpose(1, 2)
-        solved: Tensor = torch.linalg.solve(self.blocks, energy)
-        return solved.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0).double().cpu()
-
-    def remove(self, removed: Tensor) -> float:
-        """Remove the components marked in ``removed`` bool ``(n,)`` and return their joint cost, ahead of any norm.
-
-        One step of a block Cholesky factorisation of H, pivoted by what goes: only the columns of H that are
-        about to go are ever brought up to date. Raises :class:`IndefiniteError`.
-        """
-        index = self.columns[removed].reshape(-1)
-        old = self.factor[: self.rank]
-        cross = self.inverse.index_select(0, self.positions[index]).index_select(1, self.positions)
-        cross.addmm_(old[:, index].T, old, alpha=-1)
-        factor, info = torch.linalg.cholesky_ex(cross[:, index])
-        if int(info):
-            raise IndefiniteError
-        new = torch.linalg.solve_triangular(factor, cross, upper=False)
-        pieces = torch.linalg.solve_triangular(factor, self.weight[:, index].T, upper=False)
-        self.weight.addmm_(pieces.T, new, alpha=-1)
-        self.factor[self.rank : self.rank + len(new)] = new
-        self.rank += len(new)
-        self.present[index.cpu()] = False
-        self.columns, self.components = self.columns[~removed], self.components[~removed]
-        rows = new.T[self.columns]
-        self.blocks = self.blocks[~removed] - rows @ rows.transpose(1, 2)
-        self._compact()
-        return float((pieces.square().sum(0) / self.scale.square()).sum(dtype=torch.float64))
-
-    def _compact(self) -> None:
-        """Drop the stale columns once they are a quarter: copying at every step would cost more than it saves."""
-        if self.present.sum() > 0.75 * len(self.present):
-            return
-        left = torch.nonzero(self.present).flatten().to(self.positions.device)
-        smaller = self.factor.new_empty((len(self.factor), len(left)))
-        torch.index_select(self.factor[: self.rank], 1, left, out=smaller[: self.rank])
-        self.factor, self.weight = smaller, self.weight.index_select(1, left)
-        self.positions = self.positions[left]
-        self.columns = (torch.cumsum(self.present, 0) - 1).to(self.columns.device)[self.columns]
-        self.present = torch.ones(len(left), dtype=torch.bool)
-
-    def whole_weight(self) -> Tensor:
-        """The part's weights as they are now, ``(o, d)``, zero in the removed columns."""
-        present = self.present.to(self.positions.device)
-        whole = self.weight.new_zeros((len(self.weight), len(self.inverse)))
-        whole[:, self.positions[present]] = self.weight[:, present]
-        return whole / self.scale[:, None]
+    @cached_property
+    def costs(self) -> list[float]:
+        """``cost`` as plain numbers, for whoever looks at many of them one by one."""
+        values: list[float] = self.cost.tolist()
+        return values
 
 
-class Elimination:
-    """Optimal Brain Surgeon on blocks: exact removal costs and updates for one group (docs/method.md, selection).
+@dataclass(frozen=True)
+class Job:
+    """One group to eliminate in: its readers and the arguments of :func:`eliminate` that are its own."""
 
-    With ``H = (S + λI)⁻¹``, removing the columns I costs ``tr[W_I H_II⁻¹ W_Iᵀ]``; afterwards
-    ``W ← W − W_I H_II⁻¹ H_I,:`` and ``H ← H − H_:,I H_II⁻¹ H_I,:``. Several readers add their costs. What goes
-    next is decided by errors as they leave a BatchNorm (rows of W times ``Reader.scale``); what it cost is the error
-    ahead of it, which is the one that can be told from the weights alone. ``wide`` is the precision in which
-    readers of more than ``WIDE`` columns lose theirs; all else is float64.
-    """
-
-    def __init__(self, readers: list[Reader], ridge: float, wide: torch.dtype = torch.float64) -> None:
-        self.n = len(readers[0].owner)
-        self.readers = readers
-        self.state = [
-            [
-                _PartState.of(
-                    damped_inverse(part.second, ridge).to(wide if len(part.second) > WIDE else torch.float64),
-                    part,
-                    reader.scales[part.group],
-                )
-                for part in reader.parts()
-            ]
-            for reader in readers
-        ]
-
-    def costs(self) -> Tensor:
-        """Cost behind the norms of removing each remaining component alone; infinity for the removed ones. ``(n,)``."""
-        total = torch.full((self.n,), math.inf, dtype=torch.float64)
-        for number, states in enumerate(self.state):
-            for state in states:
-                if len(state.components):
-                    alone = state.costs()
-                    total[state.components] = total[state.components] + alone if number else alone
-        return total
-
-    def remove(self, components: Tensor) -> float:
-        """Remove components, by number, jointly and return the exact joint cost. Raises :class:`IndefiniteError`."""
-        cost = 0.0
-        for state in (state for states in self.state for state in states):
-            removed = torch.isin(state.components, components)
-            if bool(removed.any()):
-                cost += state.remove(removed)
-        return cost
-
-    def weights(self) -> tuple[Tensor, ...]:
-        """Every reader's weights as they are now, float32 ``(G, o, d)``."""
-        result = []
-        for reader, states in zip(self.readers, self.state, strict=True):
-            weight = reader.weight.float()
-            for part, state in zip(reader.parts(), states, strict=True):
-                weight[part.group] = state.whole_weight().float()
-            result.append(weight)
-        return tuple(result)
+    readers: list[Reader]
+    keep_at_least: int
+    order: Tensor | None = None
+    partition: Tensor | None = None
+    trial: int | None = None
 
 
 def eliminate(
@@ -211,47 +83,108 @@ def eliminate(
     :class:`IndefiniteError` where a Gram cannot be inverted, and ModhifiError for an ``order`` that is no permutation
     of the n components.
     """
-    how = (keep_at_least, order, partition, steps, trial)
+    (curve,) = eliminate_together([Job(readers, keep_at_least, order, partition, trial)], ridge, steps)
+    if curve is None:
+        raise IndefiniteError
+    return curve
+
+
+def eliminate_together(jobs: Sequence[Job], ridge: float = 1e-4, steps: int = 24) -> list[Curve | None]:
+    """:func:`eliminate` in groups of equal shape, in lock-step: as many operations as one of them takes.
+
+    All jobs have the same n, ``keep_at_least``, ``partition`` and ``trial``, and readers of the same shapes. Grouped
+    convolutions, whose parts may lose unequally many, go one after the other. None stands where a Gram cannot be
+    inverted.
+    """
+    if len(jobs) > 1 and any(len(reader.weight) > 1 for reader in jobs[0].readers):
+        return [curve for job in jobs for curve in eliminate_together([job], ridge, steps)]
+    curves: list[Curve | None] = [None] * len(jobs)
     try:
-        return _eliminate(Elimination(readers, ridge, torch.float32), *how)
-    except (IndefiniteError, torch.linalg.LinAlgError):  # in single precision, maybe
-        return _eliminate(Elimination(readers, ridge), *how)
+        curves = _eliminate(jobs, ridge, steps, torch.float32)
+    except IndefiniteError:
+        pass
+    for number, job in enumerate(jobs):
+        if curves[number] is None:  # in single precision, or beside another
+            with suppress(IndefiniteError):
+                (curves[number],) = _eliminate([job], ridge, steps, torch.float64)
+    return curves
 
 
-def _eliminate(
-    state: Elimination,
-    keep_at_least: int,
-    order: Tensor | None,
-    partition: Tensor | None,
-    steps: int,
-    trial_size: int | None,
-) -> Curve:
-    readers, n = state.readers, state.n
-    rank = None if order is None else _rank(order, n)
-    labels = torch.zeros(n, dtype=torch.int64) if partition is None else torch.unique(partition, return_inverse=True)[1]
-    count = int(labels.max()) + 1
-    members = [torch.nonzero(labels == label).flatten() for label in range(count)]
-    least = max(keep_at_least, count)
-    energy = sum(float((r.product * r.weight).sum()) for r in readers)
+def _eliminate(jobs: Sequence[Job], ridge: float, steps: int, wide: torch.dtype) -> list[Curve | None]:
+    """What :func:`eliminate_together` returns, None also for what is only indefinite in the precision ``wide``.
+
+    Raises :class:`IndefiniteError` where one Gram has no inverse.
+    """
+    first = jobs[0]
+    n, device = len(first.readers[0].owner), first.readers[0].weight.device
+    ranks = None if first.order is None else torch.stack([_rank(o, n) for j in jobs if (o := j.order) is not None])
+    ranks = None if ranks is None else ranks.to(device)
+    labels = torch.zeros(n, dtype=torch.int64)
+    if first.partition is not None:
+        labels = torch.unique(first.partition, return_inverse=True)[1]
+    members = torch.nn.utils.rnn.pad_sequence(list(_members(labels)), batch_first=True, padding_value=n)
+    count, members, ragged = len(members), members.to(device), bool((members == n).any())
+    state = Elimination([job.readers for job in jobs], ridge, wide, labels)
+    least, removed, trial = max(first.keep_at_least, count), 0, None
     removals: list[Tensor] = []
-    cost, removed = [0.0], 0
-    trial: Trial | None = None
+    prices: list[Tensor] = []
+    joints: list[Tensor] = []
     while n - removed - count >= least:
         alone = state.costs()
-        ranking = alone if rank is None else torch.where(alone.isinf(), alone, rank)
+        ranking = alone if ranks is None else ranks.masked_fill(alone.isinf(), math.inf)
         each = min(max(1, n // (steps * count)), (n - removed - least) // count)
+        if ragged:
+            ranking = torch.nn.functional.pad(ranking, (0, 1), value=math.inf)
+        cheapest = ranking[:, members].argsort(dim=2, stable=True)[:, :, :each]
         # one of each part in turn: every multiple of the number of parts is a valid place to stop
-        chosen = torch.stack([m[ranking[m].argsort(stable=True)[:each]] for m in members], 1).reshape(-1)
-        joint = state.remove(chosen)
-        shares = alone[chosen].cumsum(0) / alone[chosen].sum().clamp_min(1e-300)
-        cost.extend((cost[-1] + joint * shares).tolist() if joint > 0 else [cost[-1]] * len(chosen))
+        chosen = members.expand(len(jobs), -1, -1).gather(2, cheapest).transpose(1, 2).reshape(len(jobs), -1)
+        joints.append(state.remove(chosen))
+        prices.append(alone.gather(1, chosen))
         removals.append(chosen)
-        removed += len(chosen)
-        if trial_size is not None and (trial is None or trial.removed < trial_size):
-            if removed >= trial_size or n - removed - count < least:
-                trial = Trial(removed, state.weights())
-    removal = torch.cat(removals) if removals else torch.empty(0, dtype=torch.int64)
-    return Curve(removal, torch.tensor(cost, dtype=torch.float64), energy, best_singletons(readers, n), trial)
+        removed += each * count
+        if first.trial is not None and (trial is None or trial[0] < first.trial):
+            if removed >= first.trial or n - removed - count < least:
+                trial = removed, state.weights()
+    costs, finite = _running_costs(prices, joints, len(jobs))
+    solved = finite & state.solved().cpu().numpy()
+    orders = torch.cat(removals, 1).cpu() if removals else torch.empty(len(jobs), 0, dtype=torch.int64)
+    return [
+        Curve(
+            orders[number],
+            torch.from_numpy(costs[number]),
+            sum(float((r.product * r.weight).sum()) for r in job.readers),
+            best_singletons(job.readers, n),
+            None if trial is None else Trial(trial[0], trial[1][number]),
+        )
+        if solved[number]
+        else None
+        for number, job in enumerate(jobs)
+    ]
+
+
+def _members(labels: Tensor) -> tuple[Tensor, ...]:
+    """The components of each label, in order."""
+    parts: tuple[Tensor, ...] = labels.argsort(stable=True).split(torch.bincount(labels).tolist())
+    return parts
+
+
+def _running_costs(
+    prices: list[Tensor], joints: list[Tensor], jobs: int
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """What has been lost at every stage, ``(jobs, r + 1)``, and for which jobs all of that is finite, ``(jobs,)``.
+
+    A step's joint cost, of ``joints`` ``(jobs,)``, is shared out in proportion to what its components cost alone,
+    ``prices`` ``(jobs, c)``.
+    """
+    costs = [np.zeros((jobs, 1))]
+    if joints:
+        sums = torch.stack(joints, 1).cpu().numpy()
+        each = np.split(torch.cat(prices, 1).cpu().numpy(), np.cumsum([p.shape[1] for p in prices])[:-1], 1)
+        for alone, joint in zip(each, sums.T, strict=True):
+            shares = alone.cumsum(1) / alone.sum(1, keepdims=True).clip(1e-300)
+            costs.append(costs[-1][:, -1:] + joint[:, None] * np.where(joint[:, None] > 0, shares, 0))
+    whole = np.concatenate(costs, 1)
+    return whole, np.asarray(np.isfinite(whole).all(1))
 
 
 def removable(order: Tensor, partition: Tensor | None, keep_at_least: int) -> Tensor:

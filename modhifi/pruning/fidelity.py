@@ -43,8 +43,7 @@ def _energies(
 
 def _ratio(numerator: Tensor, denominator: Tensor, scale: Tensor) -> Tensor:
     """Quotient that is 0 where the denominator is nothing but rounding beside ``scale``."""
-    alive = denominator > scale.abs() * 1e-14
-    return torch.where(alive, numerator / torch.where(alive, denominator, 1.0), torch.zeros_like(numerator))
+    return torch.where(denominator > scale.abs() * 1e-14, numerator / denominator, 0.0)
 
 
 def singleton_fidelity(weight: Tensor, second: Tensor, blocks: Tensor, product: Tensor | None = None) -> Tensor:

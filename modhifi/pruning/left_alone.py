@@ -41,12 +41,12 @@ def unmeasured(
 
     Raises ModhifiError, naming sample, layer and group, where what a layer reads is not finite.
     """
-    reasons, overflowing = {}, []
+    reasons, overflowing, finite = {}, [], _finite(moments)
     for group in structure.prunable:
         for piece in group.readers:
             if piece.module not in moments:
                 reasons[group.name] = f"its reader '{piece.module}' was never run on the calibration data"
-            elif not _finite(moments[piece.module]):
+            elif not finite[piece.module]:
                 reasons[group.name] = f"the squares of what its reader '{piece.module}' reads overflow"
                 overflowing.append(piece.module)
     if overflowing:
@@ -54,9 +54,11 @@ def unmeasured(
     return reasons
 
 
-def _finite(moments: Moments) -> bool:
-    """Whether moments are finite; by the Cauchy-Schwarz inequality the diagonal tells."""
-    return bool(moments.mean.isfinite().all() & moments.cov.diagonal(dim1=1, dim2=2).isfinite().all())
+def _finite(moments: Mapping[str, Moments]) -> dict[str, bool]:
+    """Which moments are finite; by the Cauchy-Schwarz inequality the diagonal tells."""
+    peaks = [m.cov.diagonal(dim1=1, dim2=2).amax() + m.mean.abs().amax() for m in moments.values()]
+    finite = torch.stack([peak.to(peaks[0].device) for peak in peaks]).isfinite().tolist() if peaks else []
+    return dict(zip(moments, finite, strict=True))
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@ from modhifi.errors import IndefiniteError
 
 # How often a ridge grows tenfold, where rounding has made a matrix indefinite, before that is an error.
 GROWTHS = 4
+# Matrices of at most so many columns are inverted at once, larger ones by halves.
+LEAF = 1024
 
 
 def mean_diagonal(second: Tensor) -> Tensor:
@@ -25,11 +27,10 @@ def shrinkage(second: Tensor, rows: int) -> Tensor:
     Processing 2010.
     """
     d = second.shape[-1]
-    trace = second.diagonal(dim1=1, dim2=2).sum(1)
+    traces = second.diagonal(dim1=1, dim2=2).sum(1).square()
     squares = torch.linalg.vector_norm(second, dim=(1, 2)).square()
-    gap = (rows + 1 - 2 / d) * (squares - trace.square() / d)
-    share = ((1 - 2 / d) * squares + trace.square()) / gap.clamp_min(1e-300)
-    return torch.where(gap > 0, share, torch.ones_like(share)).clamp(0.0, 1.0)
+    gap = (rows + 1 - 2 / d) * (squares - traces / d)
+    return torch.where(gap > 0, ((1 - 2 / d) * squares + traces) / gap, 1.0).clamp(0.0, 1.0)
 
 
 def shrunk(second: Tensor, share: Tensor, scale: Tensor) -> Tensor:
@@ -54,9 +55,16 @@ def factorise(matrix: Tensor, ridge: float, unit: float | None = None) -> tuple[
     return _first_damped(matrix, ridge, unit, _cholesky)
 
 
-def damped_inverse(matrix: Tensor, ridge: float) -> Tensor:
-    """``(matrix + λI)⁻¹`` ``(d, d)``, with the damping, and the error, of :func:`factorise`."""
-    return _first_damped(matrix, ridge, None, _inverse)[0]
+def damped_inverse(matrices: Tensor, ridge: float) -> Tensor:
+    """``(matrix + λI)⁻¹`` of each of ``(..., d, d)``, with the damping, and the error, of :func:`factorise`."""
+    unit = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
+    damped = matrices.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_((ridge * torch.where(unit == 0, 1.0, unit))[..., None])
+    result = _inverse(damped)
+    if result is None:  # one of them: each has its own damping
+        alone = [_first_damped(m, ridge, None, _inverse)[0] for m in matrices.reshape(-1, *matrices.shape[-2:])]
+        result = torch.stack(alone).view_as(matrices)
+    return result
 
 
 def _first_damped(
@@ -74,48 +82,49 @@ def _first_damped(
 
 
 def _cholesky(matrix: Tensor) -> Tensor | None:
-    """The lower Cholesky factor of a symmetric matrix; None where it is not positive definite."""
+    """The lower Cholesky factors of symmetric matrices ``(..., d, d)``; None if one is not positive definite."""
     factor, info = torch.linalg.cholesky_ex(matrix)
-    return None if int(info) else factor
+    return None if bool(info.any()) else factor
 
 
 def _inverse(matrix: Tensor) -> Tensor | None:
-    """Inverse of a positive definite matrix by halves, nearly all of it in matrix products; None if it is not one.
+    """Inverses of positive definite matrices ``(..., d, d)`` by halves, nearly all of it in matrix products.
 
-    LAPACK's own (``cholesky_inverse``) does less work, but on busy cores its threads wait for each other.
+    None if one is not positive definite. LAPACK's own (``cholesky_inverse``) does less work, but on busy cores its
+    threads wait for each other.
     """
-    n = len(matrix)
-    if n <= 256:
+    n = matrix.shape[-1]
+    if n <= LEAF:
         factor = _cholesky(matrix)
         if factor is None:
             return None
         identity = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
-        root: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
-        return root.T @ root
+        root: Tensor = torch.linalg.solve_triangular(factor, identity.expand_as(matrix), upper=False)
+        return root.mT @ root
     half = n // 2
-    head = _inverse(matrix[:half, :half])
+    head = _inverse(matrix[..., :half, :half])
     if head is None:
         return None
-    cross = head @ matrix[:half, half:]
-    tail = _inverse(_minus(matrix[half:, half:].clone(), matrix[half:, :half], cross))
+    cross = head @ matrix[..., :half, half:]
+    tail = _inverse(_minus(matrix[..., half:, half:].clone(), matrix[..., half:, :half], cross))
     if tail is None:
         return None
     result = torch.empty_like(matrix)
-    result[half:, half:] = tail
+    result[..., half:, half:] = tail
     corner = cross @ -tail
-    result[:half, half:] = corner
-    result[half:, :half] = corner.T
-    result[:half, :half] = _minus(head, corner, cross.T)
+    result[..., :half, half:] = corner
+    result[..., half:, :half] = corner.mT
+    result[..., :half, :half] = _minus(head, corner, cross.mT)
     return result
 
 
 def _minus(result: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``result -= left right`` in place, for a symmetric product: of what lies off the diagonal, half is computed."""
-    half = len(result) // 2
-    if half < 256:
-        return result.addmm_(left, right, alpha=-1)
-    _minus(result[:half, :half], left[:half], right[:, :half])
-    _minus(result[half:, half:], left[half:], right[:, half:])
-    result[:half, half:].addmm_(left[:half], right[:, half:], alpha=-1)
-    result[half:, :half] = result[:half, half:].T
+    """``result -= left right`` in place, for symmetric products: of what lies off the diagonal, half is computed."""
+    half = result.shape[-1] // 2
+    if half < LEAF:
+        return result.sub_(left @ right)
+    _minus(result[..., :half, :half], left[..., :half, :], right[..., :half])
+    _minus(result[..., half:, half:], left[..., half:, :], right[..., half:])
+    result[..., :half, half:].sub_(left[..., :half, :] @ right[..., half:])
+    result[..., half:, :half] = result[..., :half, half:].mT
     return result

@@ -78,23 +78,42 @@ def applied_second(moments: Moments, sink: str | None) -> Tensor:
     return shrunk(second, shrinkage(second, moments.n), mean_diagonal(second))
 
 
-def reader_of(model: nn.Module, structure: Structure, group: Group, module: str, moments: Moments | None) -> Reader:
-    """Assemble the :class:`Reader` of one group at one of its reader modules; without moments its S is empty."""
+def reader_of(
+    model: nn.Module,
+    structure: Structure,
+    group: Group,
+    module: str,
+    moments: Moments | None,
+    behind_norms: bool = False,
+) -> Reader:
+    """Assemble the :class:`Reader` of one group at one of its reader modules; without moments its S is empty.
+
+    It has a scale with ``behind_norms``, where a BatchNorm stands behind it.
+    """
     layer = model.get_submodule(module)
     piece = next(s for s in group.readers if s.module == module)
     owner, columns = reader_columns(layer, piece.index)
     weight, sink = weight_matrix(layer), structure.operators[module].sink
-    scale = None if sink in (None, "bias") else norm_scale(model.get_submodule(str(sink))).view(weight.shape[:2])
+    scale = (
+        None
+        if not behind_norms or sink in (None, "bias")
+        else norm_scale(model.get_submodule(str(sink))).view(weight.shape[:2])
+    )
     second = weight.new_zeros(len(weight), 0, 0) if moments is None else applied_second(moments, sink)
     return Reader(weight, second, owner, columns, scale)
 
 
 def readers_of(
-    model: nn.Module, structure: Structure, group: Group, moments: Mapping[str, Moments] | None
+    model: nn.Module,
+    structure: Structure,
+    group: Group,
+    moments: Mapping[str, Moments] | None,
+    behind_norms: bool = False,
 ) -> list[Reader]:
     """All readers of a group, in order."""
     modules = [s.module for s in group.readers]
-    return [reader_of(model, structure, group, m, None if moments is None else moments[m]) for m in modules]
+    own = [None if moments is None else moments[m] for m in modules]
+    return [reader_of(model, structure, group, m, o, behind_norms) for m, o in zip(modules, own, strict=True)]
 
 
 def best_singletons(readers: Sequence[Reader], n: int) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.collect import collect
 from modhifi.calibration.distributed import ALONE, Processes, merged
 from modhifi.calibration.gram_quality import GramQuality
-from modhifi.calibration.memory import check_room
+from modhifi.calibration.memory import check_room, gram_bytes
 from modhifi.calibration.moments import Moments
 from modhifi.calibration.sampling import Sampling
 from modhifi.data.samples import Samples
@@ -25,7 +26,7 @@ from modhifi.pruning.allocation import allocate
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.editing import LayerError, edit_readers
-from modhifi.pruning.elimination import Curve, eliminate, removable
+from modhifi.pruning.elimination import Curve, Job, eliminate_together, removable
 from modhifi.pruning.readers import readers_of
 from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.selectors.naive import hifi_union
@@ -34,12 +35,15 @@ from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.timed import Timed
 from modhifi.structure.clone import clone
 from modhifi.structure.groups import Group, Structure
-from modhifi.structure.operators import operator_modules
+from modhifi.structure.operators import columns_of, operator_modules
 from modhifi.structure.plan import Plan
 from modhifi.structure.sizes import sizes_of
 from modhifi.structure.surgery import shrink
 from modhifi.structure.tracing.tracer import trace
 from modhifi.structure.trial_cut import confirm
+
+# Groups of equal shape are solved together as far as their readers' matrices take at most this many bytes.
+TOGETHER = 2**29
 
 
 @dataclass(frozen=True)
@@ -169,32 +173,49 @@ def removal_curves(
     settings: PruneSettings,
     progress: Progress = silent,
     trial: float | None = None,
+    widths: Mapping[str, int] | None = None,
 ) -> dict[str, Curve]:
     """For each prunable group the order of removal and what it costs, with a trial at that share of its components.
 
+    Curves end at the floor, or where ``widths`` by group are reached.
+
     Raises :class:`IndefiniteError`, naming all groups that cannot be solved.
     """
-    selector, curves, unsolved = SELECTORS[settings.selector], {}, []
-    for number, group in enumerate(structure.prunable):
-        progress("scoring", number, len(structure.prunable))
-        readers = readers_of(model, structure, group, moments)
-        if not settings.behind_norms:
-            readers = [replace(reader, scale=None) for reader in readers]
-        try:
-            curves[group.name] = eliminate(
-                readers,
-                keep_at_least=max(group.step, int(settings.floor * group.n)),
-                order=selector.order(readers, settings.seed),
-                partition=group.partition,
-                ridge=settings.ridge,
-                trial=None if trial is None else trial_size(group, trial),
-            )
-        except (IndefiniteError, torch.linalg.LinAlgError):
-            unsolved.append(group.name)
-    if unsolved:
+    selector = SELECTORS[settings.selector]
+    curves: dict[str, Curve | None] = {}
+    progress("scoring", 0, len(structure.prunable))
+    for groups in alike(model, structure.prunable):
+        jobs = []
+        for group in groups:
+            readers = readers_of(model, structure, group, moments, settings.behind_norms)
+            least = max(group.step, int(settings.floor * group.n), 0 if widths is None else widths[group.name])
+            size = None if trial is None else trial_size(group, trial)
+            jobs.append(Job(readers, least, selector.order(readers, settings.seed), group.partition, size))
+        curves |= dict(zip([g.name for g in groups], eliminate_together(jobs, settings.ridge), strict=True))
+        progress("scoring", len(curves), len(structure.prunable))
+    if unsolved := [g.name for g in structure.prunable if curves[g.name] is None]:
         raise IndefiniteError(unsolved)
-    progress("scoring", len(structure.prunable), len(structure.prunable))
-    return curves
+    return {g.name: curve for g in structure.prunable if (curve := curves[g.name]) is not None}
+
+
+def alike(model: nn.Module, groups: Iterable[Group]) -> list[list[Group]]:
+    """The groups, those together that have readers of the same shapes and lose as many of as many components.
+
+    What is solved together takes at most ``TOGETHER`` bytes.
+    """
+    shapes: dict[tuple[object, ...], list[Group]] = defaultdict(list)
+    for group in groups:
+        layers = [model.get_submodule(piece.module) for piece in group.readers]
+        pieces = zip(group.readers, layers, strict=True)
+        shape = tuple((*columns_of(m), m.get_parameter("weight").shape, *piece.index.shape) for piece, m in pieces)
+        labels = () if group.partition is None else tuple(group.partition.tolist())
+        shapes[group.n, labels, shape].append(group)
+    together = []
+    for same in shapes.values():
+        size = sum(gram_bytes(model.get_submodule(piece.module)) for piece in same[0].readers)
+        count = max(1, TOGETHER // size)
+        together += [same[start : start + count] for start in range(0, len(same), count)]
+    return together
 
 
 def ordered_curves(model: nn.Module, structure: Structure, settings: PruneSettings) -> dict[str, Curve]:

@@ -31,7 +31,7 @@ def weight_matrix(module: nn.Module) -> Tensor:
 def columns_of(module: nn.Module) -> tuple[int, int]:
     """The number of conv groups of an operator and of columns in each: the shape of its Gram, without making it."""
     weight = module.get_parameter("weight")
-    return conv_groups(module), weight.shape[0] if is_transposed(module) else weight[0].numel()
+    return conv_groups(module), weight.shape[0] if is_transposed(module) else weight.numel() // len(weight)
 
 
 def write_weight(module: nn.Module, matrix: Tensor) -> None:

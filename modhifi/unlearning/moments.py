@@ -190,4 +190,4 @@ def _input_rows(layer: Any, x: Tensor, count: int, choose: Callable[[int, int], 
         return chosen[0]
 
     rows = reader_rows(layer, x, positions)
-    return rows.reshape(conv_groups(layer), rows.shape[1], count, -1)
+    return rows.float().reshape(conv_groups(layer), rows.shape[1], count, -1)

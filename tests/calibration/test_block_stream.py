@@ -9,6 +9,7 @@ import pytest
 import tiny_text
 import torch
 import transformers
+from counting import Dispatched
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -148,6 +149,21 @@ def test_stubbed_blocks_move_nothing(depth: int) -> None:
     assert transfers.count == 2 * (2 * depth - 1)
 
 
+def test_a_deep_block_costs_what_an_early_one_does() -> None:
+    model, batch = tiny_text.llama(num_hidden_layers=12), torch.randint(3, tiny_text.VOCABULARY, (2, 11))
+    timeline = Timeline(model, lambda: model(batch, use_cache=False))
+    stream = Stream(model, find_blocks(timeline), lambda x: model(x, use_cache=False), timeline)
+    operations, moved = [], []
+    for _ in stream.blocks:
+        with Dispatched() as dispatched:
+            stream.advance([batch, batch])
+        operations.append(dispatched.count)
+        moved.append(dispatched.copied)
+    # the first block reads no output of another
+    assert operations[0] < operations[1] and moved[0] < moved[1]
+    assert len(set(moved[1:])) == 1 and len(set(operations[1:])) == 1, (operations, moved)
+
+
 class AddsInPlace(nn.Module):
     """A block that gives its input back, changed."""
 
@@ -222,10 +238,12 @@ def test_one_blocks_grams_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[int] = []
     curves = blockwise.removal_curves
 
-    def counting(model: object, structure: object, moments: dict[str, Moments], settings: object) -> object:
+    def counting(
+        model: object, structure: object, moments: dict[str, Moments], settings: object, **more: object
+    ) -> object:
         held.extend(weakref.ref(m) for m in moments.values())
         alive.append(sum(ref() is not None for ref in held))
-        return curves(model, structure, moments, settings)  # type: ignore[arg-type]
+        return curves(model, structure, moments, settings, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(blockwise, "removal_curves", counting)
     settings = PruneSettings(layout="uniform", rows_per_column=None, batch_size=2)

@@ -87,7 +87,7 @@ class Problem:
         """
         curve = self.curves[group.name]
         weight = 1.0 / max(curve.energy, 1e-300) if self.weights is None else self.weights[group.name]
-        return float(curve.cost[group.n - width] - curve.cost[group.n - here]) * weight
+        return (curve.costs[group.n - width] - curve.costs[group.n - here]) * weight
 
 
 @dataclass(frozen=True)
