@@ -183,6 +183,8 @@ def main() -> None:
     # that other work on the machine would use, and are themselves held up by it.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # Read by tqdm when it is imported: bars of transformers, not those of downloads, which decide by themselves.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     streams.mend()
     # Torch speaks to those who write programs: nothing that the user of a command could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
