@@ -134,8 +134,11 @@ def _line(error: BaseException, subject: str, repo: str, revision: str | None) -
         return (
             f"{subject} is not in the cache and HF_HUB_OFFLINE forbids a download; unset it or give a local directory"
         )
-    unreachable = (hub.LocalEntryNotFoundError, hub.RevisionResolutionError, ConnectionError, TimeoutError, URLError)
-    if caused_by(*unreachable) or any(type(e).__module__.startswith("httpx") for e in chain):
+    unreachable = [hub.LocalEntryNotFoundError, ConnectionError, TimeoutError, URLError]
+    if hasattr(hub, "RevisionResolutionError"):  # huggingface_hub 2 and later
+        unreachable.append(hub.RevisionResolutionError)
+    # huggingface_hub 1 and later speak through httpx, those before through requests
+    if caused_by(*unreachable) or any(type(e).__module__.startswith(("httpx", "requests")) for e in chain):
         return (
             f"cannot reach the hub at {constants.ENDPOINT} and {subject} is not in the cache; check the network "
             "(HF_ENDPOINT names another hub) or give a local directory"
