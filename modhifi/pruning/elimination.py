@@ -89,6 +89,10 @@ def eliminate(
     return curve
 
 
+# What stands for a Gram without a factorisation.
+SINGULAR = (IndefiniteError, torch.linalg.LinAlgError)
+
+
 def eliminate_together(jobs: Sequence[Job], ridge: float = 1e-4, steps: int = 24) -> list[Curve | None]:
     """:func:`eliminate` in groups of equal shape, in lock-step: as many operations as one of them takes.
 
@@ -101,11 +105,11 @@ def eliminate_together(jobs: Sequence[Job], ridge: float = 1e-4, steps: int = 24
     curves: list[Curve | None] = [None] * len(jobs)
     try:
         curves = _eliminate(jobs, ridge, steps, torch.float32)
-    except IndefiniteError:
+    except SINGULAR:
         pass
     for number, job in enumerate(jobs):
         if curves[number] is None:  # in single precision, or beside another
-            with suppress(IndefiniteError):
+            with suppress(*SINGULAR):
                 (curves[number],) = _eliminate([job], ridge, steps, torch.float64)
     return curves
 

@@ -26,7 +26,7 @@ from modhifi.pruning.allocation import allocate
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.editing import LayerError, edit_readers
-from modhifi.pruning.elimination import Curve, Job, eliminate_together, removable
+from modhifi.pruning.elimination import SINGULAR, Curve, Job, eliminate_together, removable
 from modhifi.pruning.readers import readers_of
 from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.selectors.naive import hifi_union
@@ -185,13 +185,19 @@ def removal_curves(
     curves: dict[str, Curve | None] = {}
     progress("scoring", 0, len(structure.prunable))
     for groups in alike(model, structure.prunable):
-        jobs = []
+        jobs: dict[str, Job] = {}
         for group in groups:
             readers = readers_of(model, structure, group, moments, settings.behind_norms)
             least = max(group.step, int(settings.floor * group.n), 0 if widths is None else widths[group.name])
             size = None if trial is None else trial_size(group, trial)
-            jobs.append(Job(readers, least, selector.order(readers, settings.seed), group.partition, size))
-        curves |= dict(zip([g.name for g in groups], eliminate_together(jobs, settings.ridge), strict=True))
+            try:
+                order = selector.order(readers, settings.seed)
+            except SINGULAR:
+                curves[group.name] = None
+            else:
+                jobs[group.name] = Job(readers, least, order, group.partition, size)
+        if jobs:
+            curves |= dict(zip(jobs, eliminate_together(list(jobs.values()), settings.ridge), strict=True))
         progress("scoring", len(curves), len(structure.prunable))
     if unsolved := [g.name for g in structure.prunable if curves[g.name] is None]:
         raise IndefiniteError(unsolved)

@@ -18,7 +18,7 @@ from modhifi.data.samples import Samples
 from modhifi.errors import IndefiniteError, ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.pruning import stages
+from modhifi.pruning import elimination, stages
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import lstsq
 from modhifi.pruning.prune import prune_model
@@ -152,14 +152,14 @@ def test_scores_name_what_cannot_be_solved(monkeypatch: pytest.MonkeyPatch) -> N
 
 # -- Grams without a factorisation: of those that each route solves, one is made to fail -------------------------------
 def failing_curves(monkeypatch: pytest.MonkeyPatch, error: type[Exception] = IndefiniteError) -> None:
-    real = stages.eliminate
+    real = elimination._eliminate
 
-    def eliminate(readers: Any, **more: Any) -> Any:
-        if len(readers[0].owner) == 8:
+    def eliminate(jobs: Any, *more: Any) -> Any:
+        if len(jobs[0].readers[0].owner) == 8:
             raise error
-        return real(readers, **more)
+        return real(jobs, *more)
 
-    monkeypatch.setattr(stages, "eliminate", eliminate)
+    monkeypatch.setattr(elimination, "_eliminate", eliminate)
 
 
 def singular_curves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,15 +207,13 @@ def test_block_by_block_a_group_without_a_solution_stays(monkeypatch: pytest.Mon
     ids = torch.randint(3, tiny_text.VOCABULARY, (8, 12), generator=torch.Generator().manual_seed(0))
     names = tuple(map(str, range(8)))
     samples = Samples(lambda i: ids[i], names, None, names, "tokens", False)
-    real, calls = stages.eliminate, []
+    real, calls = stages.eliminate_together, []
 
     def eliminate(*given: Any, **more: Any) -> Any:
         calls.append(1)
-        if len(calls) == 1:
-            raise IndefiniteError
-        return real(*given, **more)
+        return [None] if len(calls) == 1 else real(*given, **more)
 
-    monkeypatch.setattr(stages, "eliminate", eliminate)
+    monkeypatch.setattr(stages, "eliminate_together", eliminate)
     settings = PruneSettings(layout="uniform", only=("neurons",), batch_size=4)
     pruned = prune_model(loaded, samples, Budget("components", 0.5), settings)
     (left,) = pruned.left
