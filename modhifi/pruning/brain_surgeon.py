@@ -42,8 +42,9 @@ class Slot:
 class Stack:
     """Slots of one shape while components go: k components of m columns each, d columns in all, o output channels.
 
-    ``both`` ``(B, l, l + o)`` is ``[H, Wᵀ]`` behind the norm, for the columns that are left and some stale ones. The
-    columns of component j of those in ``components`` ``(B, k)`` stand at ``j m .. (j + 1) m``, columns of none behind.
+    ``both`` ``(B, l, l + o)`` is ``[H, Wᵀ]`` behind the norm, for the columns that are left and some stale ones. Of wide
+    readers H stays as it was, and ``factor`` ``(B, r, l)`` holds what the r removed columns take from it: only what is
+    about to go is brought up to date, at half of the work. The columns of component j of those in ``components`` ``(B, k)`` stand at ``j m .. (j + 1) m``, columns of none behind.
     ``positions`` ``(B, l)`` says which column of the reader each is. Slots stand reader by reader, and group by group
     in these.
     """
@@ -66,8 +67,11 @@ class Stack:
         del second, weight
         if not torch.equal(self.positions, torch.arange(d, device=device).expand_as(self.positions)):
             self._take(self.positions)
+        self.factor = None
         if d > WIDE:
             self.both = self.both.to(wide)
+            self.factor = self.both.new_empty(len(slots), self.components.shape[1] * self.m, d)
+        self.rank = 0
         self.numbers = torch.arange(len(slots), device=device)[:, None]
         # which components of the group they are, counted through all groups and readers
         self.owner = torch.tensor([slot.group for slot in slots], device=device)
@@ -94,6 +98,8 @@ class Stack:
         else:
             blocks = inverse.unflatten(2, (k, m)).unflatten(1, (k, m))
             self.blocks = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+        if self.factor is not None:
+            self.blocks = self._blocks_now()
         self.row_of = None
         if not self.whole:
             # the place of every component of the group among these; the others' is never read
@@ -106,6 +112,23 @@ class Stack:
         rest = torch.arange(before, width, device=rows.device).expand(len(rows), -1)
         both = self.both.gather(1, rows[:, :, None].expand(-1, -1, width))
         self.both = both.gather(2, torch.cat([rows, rest], 1)[:, None].expand(-1, rows.shape[1], -1))
+
+    def _blocks_now(self) -> Tensor:
+        """The diagonal blocks of H up to date, ``(B, k)`` or ``(B, k, m, m)``, a tensor of their own."""
+        assert self.factor is not None
+        blocks = self.blocks.clone(memory_format=torch.contiguous_format)
+        if self.rank:
+            self._subtract(blocks, self.factor[:, : self.rank])
+        return blocks
+
+    def _subtract(self, blocks: Tensor, rows: Tensor) -> None:
+        """Take the products of ``rows`` ``(B, r, l)`` with themselves from diagonal blocks, in place."""
+        k, m = self.components.shape[1], self.m
+        if m == 1:
+            blocks -= rows[:, :, :k].square().sum(1)
+        else:
+            pieces = rows[:, :, : k * m].unflatten(2, (k, m)).permute(0, 2, 3, 1)
+            blocks -= pieces @ pieces.transpose(2, 3)
 
     def costs(self) -> Tensor:
         """``tr[W_I H_II⁻¹ W_Iᵀ]`` of each component alone, added up over the readers, float64 ``(groups, n)``.
@@ -140,10 +163,20 @@ class Stack:
         index = rows if self.m == 1 else self.columns[rows].flatten(1)
         width = self.both.shape[1]
         cross = self.flat[index + self.base]
+        if self.factor is not None:
+            taken = self.factor[:, : self.rank]
+            own = taken.gather(2, index[:, None].expand(-1, self.rank, -1))
+            cross[:, :, :width].baddbmm_(own.transpose(1, 2), taken, alpha=-1)
         factor, info = torch.linalg.cholesky_ex(cross.gather(2, index[:, None].expand(-1, index.shape[1], -1)))
         self.info += info
         new = torch.linalg.solve_triangular(factor, cross, upper=False)
-        self.both.baddbmm_(new[:, :, :width].transpose(1, 2), new, alpha=-1)
+        if self.factor is None:
+            self.both.baddbmm_(new[:, :, :width].transpose(1, 2), new, alpha=-1)
+        else:
+            self.both[:, :, width:].baddbmm_(new[:, :, :width].transpose(1, 2), new[:, :, width:], alpha=-1)
+            self.factor[:, self.rank : self.rank + new.shape[1]] = new[:, :, :width]
+            self.rank += new.shape[1]
+            self._subtract(self.blocks, new[:, :, :width])
         self.gone += rows.shape[1]
         pieces = new[:, :, width:]
         if self.scale is not None:
@@ -170,6 +203,11 @@ class Stack:
         spare = torch.arange(k * m, d, device=left.device).expand(len(left), -1)
         rows = torch.cat([self.columns[left].flatten(1), spare], 1)
         self._take(rows)
+        if self.factor is not None:
+            smaller = self.factor.new_empty(*self.factor.shape[:2], rows.shape[1])
+            taken = self.factor[:, : self.rank]
+            torch.gather(taken, 2, rows[:, None].expand(-1, self.rank, -1), out=smaller[:, : self.rank])
+            self.factor = smaller
         self.positions = self.positions.gather(1, rows)
         self.components, self.place = self.components.gather(1, left), self.place.gather(1, left)
         self.gone, self.whole = 0, False

@@ -11,8 +11,9 @@ from modhifi.errors import IndefiniteError
 
 # How often a ridge grows tenfold, where rounding has made a matrix indefinite, before that is an error.
 GROWTHS = 4
-# Matrices of at most so many columns are inverted at once, larger ones by halves.
-LEAF = 1024
+# Matrices of at most so many columns are inverted at once, larger ones by halves: on a CPU a large one at once is slower,
+# on a GPU many small ones are.
+LEAF, LEAF_ON_GPU = 256, 1024
 
 
 def mean_diagonal(second: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ def _inverse(matrix: Tensor) -> Tensor | None:
     threads wait for each other.
     """
     n = matrix.shape[-1]
-    if n <= LEAF:
+    if n <= _leaf(matrix):
         factor = _cholesky(matrix)
         if factor is None:
             return None
@@ -118,10 +119,14 @@ def _inverse(matrix: Tensor) -> Tensor | None:
     return result
 
 
+def _leaf(matrix: Tensor) -> int:
+    return LEAF if matrix.device.type == "cpu" else LEAF_ON_GPU
+
+
 def _minus(result: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``result -= left right`` in place, for symmetric products: of what lies off the diagonal, half is computed."""
     half = result.shape[-1] // 2
-    if half < LEAF:
+    if half < _leaf(result):
         return result.sub_(left @ right)
     _minus(result[..., :half, :half], left[..., :half, :], right[..., :half])
     _minus(result[..., half:, half:], left[..., half:, :], right[..., half:])
