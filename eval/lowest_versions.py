@@ -24,8 +24,7 @@ ROOT = Path(__file__).parent.parent
 TESTS = (
     "tests/runs/test_check.py",
     "tests/models/test_load.py",
-    "tests/structure/test_families.py",
-    "tests/cli/test_prune.py",
+    "tests/cli/test_main.py",
 )
 HEAVY = ("torch", "torchvision", "triton", "nvidia-", "cuda-")
 LINE = re.compile(r"^([A-Za-z0-9_.-]+)==(\S+)", re.MULTILINE)
