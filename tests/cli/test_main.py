@@ -219,7 +219,7 @@ def test_help_keeps_what_stands_in_brackets() -> None:
 
 def test_garbage_collections_do_not_go_through_the_libraries() -> None:
     code = (
-        "import gc; from modhifi.cli.run import _import_libraries; _import_libraries();"
+        "import gc\nfrom modhifi.cli.common import imported_for_good\nwith imported_for_good():\n    import timm\n"
         "print(gc.isenabled(), gc.get_freeze_count() > 100_000, len(gc.get_objects()) < 1_000)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
