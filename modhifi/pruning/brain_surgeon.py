@@ -42,11 +42,11 @@ class Slot:
 class Stack:
     """Slots of one shape while components go: k components of m columns each, d columns in all, o output channels.
 
-    ``both`` ``(B, l, l + o)`` is ``[H, Wᵀ]`` behind the norm, for the columns that are left and some stale ones. Of wide
-    readers H stays as it was, and ``factor`` ``(B, r, l)`` holds what the r removed columns take from it: only what is
-    about to go is brought up to date, at half of the work. The columns of component j of those in ``components`` ``(B, k)`` stand at ``j m .. (j + 1) m``, columns of none behind.
-    ``positions`` ``(B, l)`` says which column of the reader each is. Slots stand reader by reader, and group by group
-    in these.
+    ``both`` ``(B, l, l + o)`` is ``[H, Wᵀ]`` behind the norm, for the columns that are left and some stale ones. Of
+    wide readers H stays as it was, and ``factor`` ``(B, r, l)`` holds what the r removed columns take from it: only
+    what is about to go is brought up to date, at half of the work. The columns of component j of those in
+    ``components`` ``(B, k)`` stand at ``j m .. (j + 1) m``, columns of none behind. ``positions`` ``(B, l)`` says which
+    column of the reader each is. Slots stand reader by reader, and group by group in these.
     """
 
     def __init__(self, slots: Sequence[Slot], groups: int, n: int, ridge: float, wide: torch.dtype) -> None:

@@ -11,8 +11,8 @@ from modhifi.errors import IndefiniteError
 
 # How often a ridge grows tenfold, where rounding has made a matrix indefinite, before that is an error.
 GROWTHS = 4
-# Matrices of at most so many columns are inverted at once, larger ones by halves: on a CPU a large one at once is slower,
-# on a GPU many small ones are.
+# Matrices of at most so many columns are inverted at once, larger ones by halves. On a CPU a large one at once is
+# slower, on a GPU many small ones are.
 LEAF, LEAF_ON_GPU = 256, 1024
 
 
