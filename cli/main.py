@@ -194,6 +194,7 @@ def main() -> None:
     try:
         app(prog_name="modhifi")
     except SystemExit as end:
+        streams.settle()
         if isinstance(end.code, int) and end.code - 128 in ENDING:
             # An interrupt that met C code running Python marks the interpreter to die of the signal, not with our code.
             sys.stdout.flush()

@@ -30,6 +30,14 @@ class Output(io.TextIOWrapper):
         return 0
 
 
+def settle() -> None:
+    """Lets go what cannot be written: tried again at exit, it would spoil the exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def mend() -> None:
     """Open the streams that are closed, and let the two that are written be of :class:`Output`.
 
