@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.data.samples import Samples
+from modhifi.errors import ModhifiError
+from modhifi.models.hub import first_line
 from modhifi.models.loaded import LoadedModel
 
 # Texts shown, and the tokens of the beginnings and of what is written on from them.
@@ -17,7 +19,8 @@ TEXTS, BEGINNING, WRITTEN = 2, 16, 32
 def continuations(original: LoadedModel, edited: nn.Module, held: Samples) -> list[dict[str, str]]:
     """Beginnings of held-out texts and how both models go on, greedily: ``beginning``, ``before`` and ``after``.
 
-    Empty for models that do not write, and where the library's own generation fails for one of them.
+    Empty for models that do not write, and where the library's own generation fails for the original. Raises
+    ModhifiError where it fails for the edited model alone.
     """
     if original.kind != "text" or original.tokenizer is None or not hasattr(original.model, "generate"):
         return []
@@ -25,11 +28,14 @@ def continuations(original: LoadedModel, edited: nn.Module, held: Samples) -> li
     if original.real_tokens(beginnings) is not None:
         return []  # padded: the texts are shorter than a beginning
     try:
-        written = [_write(model, beginnings) for model in (original.model, edited)]
-    except Exception:
-        # An illustration: whatever a model's own code raises here, the run goes on without it.
+        before = _write(original.model, beginnings)
+    except Exception:  # its own code may raise anything, with no edit to blame
         return []
-    texts = zip(beginnings.tolist(), *written, strict=True)
+    try:
+        after = _write(edited, beginnings)
+    except Exception as error:
+        raise ModhifiError(f"the edited model cannot write, and the original can: {first_line(error)}") from error
+    texts = zip(beginnings.tolist(), before, after, strict=True)
     names = ("beginning", "before", "after")
     return [
         {name: original.tokenizer.decode(t, skip_special_tokens=True) for name, t in zip(names, parts, strict=True)}

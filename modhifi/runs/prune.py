@@ -263,8 +263,11 @@ def _measure(
     report["verdicts"] = [measured_verdict(report), *rounding_verdict(report, pruned), *time_verdict(pruned)]
     if table is None:
         report["verdicts"].append({"name": "every bound", "verdict": "not available", "text": incomparable})
-    elif texts := continuations(original, pruned.model, held):
-        report["texts"] = texts
+    else:
+        try:
+            report["texts"] = continuations(original, pruned.model, held)
+        except ModhifiError as error:
+            report["warnings"].append(str(error))
     if original.kind == "image":
         report["contact_sheet"] = data_uri(contact_sheet(calibration, original, n=48, tile=64))
     return table

@@ -7,6 +7,7 @@ import tiny_text
 import torch
 
 from modhifi.data.sources import load_samples
+from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.runs.continuations import BEGINNING, TEXTS, WRITTEN, continuations
 
@@ -37,4 +38,7 @@ def test_both_models_go_on_greedily(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise RuntimeError("no cache")
 
     monkeypatch.setattr(edited, "generate", broken)
+    with pytest.raises(ModhifiError, match="the edited model cannot write, and the original can: no cache"):
+        continuations(loaded, edited, held)
+    monkeypatch.setattr(loaded.model, "generate", broken)
     assert continuations(loaded, edited, held) == []
