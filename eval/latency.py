@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from common import Missing, accuracy, cifar10, data_directory, reference, write_results
 
+from modhifi.cache import default_directory
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
-from modhifi.disk import default_directory
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.budget import Budget
