@@ -68,6 +68,8 @@ class BoundReport:
     warnings: tuple[str, ...]
     # Of the original and the edited model, where classes were forgotten; the other fields then tell of the others.
     forgetting: Mapping[str, Forgetting] | None = None
+    # Whether the outputs are features, of which a largest one means nothing.
+    features: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON-able data: ``verdicts`` for the report's table, everything else under ``bounds``."""
@@ -145,6 +147,7 @@ def verify_model(
         statistical=r3,
         tolerances=tolerances,
         warnings=tuple(warnings),
+        features=original.gives_features,
     )
 
 

@@ -119,6 +119,13 @@ class LoadedModel:
         self._forward(batch, model, **({"logits_to_keep": 1} if few_logits else {}))
 
     @property
+    def gives_features(self) -> bool:
+        """Whether the outputs are features, of which the largest names no class and no token."""
+        if self.framework == "timm":
+            return getattr(self.model, "num_classes", 1) == 0
+        return self.framework == "transformers" and self.kind != "text" and "For" not in type(self.model).__name__
+
+    @property
     def reads_tokens(self) -> bool:
         """Whether the inputs are token ids, of texts that are padded to one length."""
         return self.kind in ("text", "encoder")

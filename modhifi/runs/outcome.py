@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from modhifi.bounds.ladder import BoundReport
@@ -13,6 +14,8 @@ from modhifi.runs.recipe import PruneRecipe
 Tone = Literal["good", "weak", "bad"]
 # The largest shares of changed top-1, and ratios of perplexities, that count as good and as weak.
 FLIPS, RATIOS = (0.05, 0.15), (1.05, 1.2)
+# The same of the change of features, as a share of what they differ from their mean.
+FEATURES = (0.1, 0.3)
 # A smaller gain in time, as a ratio, is lost in the noise of a machine.
 FASTER = 0.97
 # Below this number of calibration images, more of them still help a strong cut.
@@ -53,6 +56,16 @@ def _change(bounds: BoundReport) -> tuple[str, Tone]:
         claim = "Perplexity is at most {} times the original's on such text"
         plain = "Perplexity is {} times the original's"
         measured, upper = f"{interval.measured:.3g}", f"{interval.upper:.3g}"
+    elif bounds.features:
+        interval, limits = statistics.error_quantile, FEATURES
+        interval = replace(
+            interval, measured=interval.measured / bounds.constant_error, upper=interval.upper / bounds.constant_error
+        )
+        bounded = math.isfinite(interval.upper)
+        unit, share = units.removeprefix("held-out "), f"{100 * statistics.quantile:g} %"
+        claim = f"The features of {share} of such {unit} move by at most {{}} of their spread"
+        plain = f"The features of {share} move by at most {{}} of their spread"
+        measured, upper = f"{100 * interval.measured:.3g} %", f"{100 * interval.upper:.3g} %"
     else:
         interval, limits = statistics.flips, FLIPS
         bounded = interval.upper < 1
@@ -80,7 +93,8 @@ def prune_advice(report: Mapping[str, Any], recipe: PruneRecipe, bounds: BoundRe
     advice = []
     _, tone = _change(bounds)
     if tone != "good":
-        advice.append(f"{_loss(report)}: try {' or '.join(_remedies(recipe, kind))}")
+        loss = "the features moved far" if bounds.features else _loss(report)
+        advice.append(f"{loss}: try {' or '.join(_remedies(recipe, kind))}")
     latency, flops = report["latency"]["after"]["ratio"], report["size"]["flops"]
     if latency > FASTER and flops[1] < FASTER * flops[0]:
         text = "one sample runs no faster on this machine than before"

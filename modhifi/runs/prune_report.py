@@ -160,6 +160,7 @@ def measure_run(
     progress("checking", 2, 2)
     return {
         "errors": errors,
+        "features": original.gives_features,
         "size": size,
         "throughput": _throughput(table),
         "latency": {name: vars(value) for name, value in latency.items()},
@@ -213,6 +214,8 @@ def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
     ]
     if "agreement" not in errors:
         return [*(row(f"{name} an item", *counts) for name, counts in report["entries"].items()), *sizes]
+    if report.get("features"):
+        return [row("features, share of their energy kept", 1.0, 1 - errors["relative_error"], "%"), *sizes]
     return [
         quality,
         row(f"{'next-token ' if text else ''}agreement with the original", 1.0, errors["agreement"], "%"),

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import timm
 import torch
 from torch import Tensor, nn
 
+import modhifi
 from modhifi.runs import measure
 
 
@@ -32,3 +34,13 @@ def test_flops_leave_the_model_as_it_was() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     measure.count_flops(model, torch.randn(2, 3, 8, 8))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_features_are_not_judged_by_their_largest() -> None:
+    model = timm.create_model("resnet18", num_classes=0, stem_width=8, channels=(8, 8, 8, 8)).eval()
+    pruned = modhifi.prune(
+        model, torch.randn(24, 3, 32, 32), ratio=0.3, samples=16, evaluation_samples=8, checks={"walked": 0}
+    )
+    names = [row["name"] for row in pruned.report["before_after"]]
+    assert names[0].startswith("features") and not [name for name in names if "top-1" in name or "agreement" in name]
+    assert "top-1" not in pruned.report["outcome"]["text"] and "features" in pruned.report["outcome"]["text"]

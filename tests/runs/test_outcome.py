@@ -52,6 +52,17 @@ def test_a_language_model_is_judged_by_its_perplexity() -> None:
     }
 
 
+def test_features_have_no_top_one() -> None:
+    far = replace(bounds_of(interval(0.9, 1.0)), features=True, constant_error=4.0)
+    far = replace(far, statistical=replace(far.statistical, error_quantile=interval(0.5, 0.8)))
+    assert outcome(far) == {
+        "tone": "weak",
+        "text": "The features of 95 % of such images move by at most 20 % of their spread (95 % confidence, 1,000 "
+        "held-out images; measured 12.5 %).",
+        "advice": [],
+    }
+
+
 def test_nothing_is_claimed_where_nothing_holds_beyond_the_sample() -> None:
     few = bounds_of(interval(0.2, 1.0))
     assert outcome(few)["text"].startswith("20 % change their top-1, measured on 1,000 held-out images: too few")
