@@ -18,7 +18,25 @@ from modhifi.runs.recipe_file import Option, Strict, apply_overrides, read_yaml,
 
 from .common import PANELS
 
-METAVARS = {"integer": "<int>", "number": "<float>"}
+METAVARS = {"integer": "<int>", "number": "<float>", "string": "TEXT", "array": "TEXT"}
+# What stands for the value of an option whose recipe's key says no more than that it is text.
+PLACEHOLDERS = {
+    "--data": "SOURCE",
+    "--evaluate": "SOURCE",
+    "--forget-data": "SOURCE",
+    "--members": "SOURCE",
+    "--flops": "SHARE",
+    "--params": "SHARE",
+    "--kv-cache": "SHARE",
+    "--latency": "SHARE|TIME",
+    "--only": "PATTERN",
+    "--exclude": "PATTERN",
+    "--export": "FORMAT",
+    "--revision": "REVISION",
+    "--gguf-file": "FILE",
+}
+# Longer lists of names stand in the help's text: an 80-column screen would break them in the middle of a word.
+LONGEST_CHOICE = 14
 
 RecipeOption = Annotated[
     str | None,
@@ -79,18 +97,22 @@ class Key:
         """The parameter's type for typer; numbers stay text, which the recipe parses with errors of one line."""
         # The bracket is escaped: typer reads help texts as rich markup.
         text = self.help.replace("[", "\\[")
+        metavar = self.option.metavar or PLACEHOLDERS.get(self.flag) or METAVARS.get(self.schema.get("type", ""))
         if self.is_argument:
             return Annotated[str, typer.Argument(metavar=self.flag, help=text, show_default=False)]
         kind: Any = str
         if self.schema.get("type") == "boolean":
             kind = bool
         elif "enum" in self.schema:
-            kind = Literal[tuple(self.schema["enum"])]
+            names = self.schema["enum"]
+            kind = Literal[tuple(names)]
+            metavar = "|".join(names)
+            if len(metavar) > LONGEST_CHOICE:
+                metavar, text = "NAME", f"{text.removesuffix('.')} ({', '.join(names)})."
         elif self.repeated:
             kind = list[str]
         elif self.default is None:
             kind = str | None
-        metavar = self.option.metavar or METAVARS.get(self.schema.get("type", ""))
         return Annotated[kind, typer.Option(self.flag, metavar=metavar, help=text, rich_help_panel=self.panel)]
 
 

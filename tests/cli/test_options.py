@@ -224,3 +224,14 @@ def test_python_and_the_command_run_one_function() -> None:
         modhifi.verify(modhifi.load_model("demo:resnet").model, "synthetic")
     with pytest.raises(ModhifiError, match="original=MODEL"):
         modhifi.audit(modhifi.load_model("demo:resnet").model, "synthetic")
+
+
+@pytest.mark.parametrize("verb", ["prune", "unlearn", "compare", "score", "bench", "audit", "verify", "check"])
+def test_help_at_80_columns_says_what_a_value_is_and_breaks_no_choice(verb: str) -> None:
+    shown = CliRunner().invoke(main.app, [verb, "--help"], env={"COLUMNS": "80"}).output
+    assert max(map(len, shown.splitlines())) <= 80
+    values = [
+        line.split("<")[1].partition(">")[0] for line in shown.splitlines() if line.startswith("│ --") and "<" in line
+    ]
+    assert {"str", "list[str]"}.isdisjoint(values)
+    assert not any("|" in value for value in values)
