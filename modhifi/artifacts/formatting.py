@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from markupsafe import Markup, escape
 
 NOT_MEASURED = "not measured"
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -52,6 +55,12 @@ def plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return str(value)
+
+
+def unbroken(text: str) -> Markup:
+    """A sentence for a page that breaks no option, such as ``--flops 0.75x``, between its words."""
+    option = re.compile(r"(?<![\w-])--[a-z][\w-]*(?: (?:\d|[A-Z])[\w.]*)?")
+    return Markup(option.sub(r'<code class="option">\g<0></code>', str(escape(text))))
 
 
 def noisy(ratio: float, spread: float) -> bool:

@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from modhifi.artifacts.escape import one_line, printable
-from modhifi.artifacts.formatting import BEHIND, asked, change, number, plain, tone
+from modhifi.artifacts.formatting import BEHIND, asked, change, number, plain, tone, unbroken
 from modhifi.artifacts.pareto import pareto_charts
 from modhifi.artifacts.svg import FAINT, INK, STRONG, inline, style
 
@@ -65,7 +65,7 @@ def render_html(report: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("modhifi.artifacts", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "plain": plain, "tone": tone, "label": label}
+    environment.filters |= {"number": number, "plain": plain, "tone": tone, "label": label, "unbroken": unbroken}
     report = printable(report)
     groups = report.get("groups") or []
     rows = [{**row, "change": change(row)} for row in report.get("before_after") or []]
@@ -83,12 +83,19 @@ def render_html(report: Mapping[str, Any]) -> str:
         rows=rows,
         groups=groups,
         charts=charts,
+        settings=_set(report.get("settings") or {}),
         errors={key: v for key, v in (report.get("errors") or {}).items() if not (rows and key in SHOWN)},
         fronts=pareto_charts(comparison) if comparison else [],
         verdicts=asked(verdicts),
         ladder=_ladder(verdicts),
     )
     return page
+
+
+def _set(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that hold a value."""
+    values = {key: _set(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
+    return {key: value for key, value in values.items() if value is not None and value not in ({}, [])}
 
 
 def _ladder(verdicts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -211,3 +211,16 @@ def test_a_budget_of_time_is_drawn_by_layer() -> None:
     page = render_html({"title": "t", "timed": timed})
     assert "Time by layer" in page and "2 ms to 1 ms" in page and "the rest" in page
     assert "Time by layer" not in render_html({"title": "t", "timed": None})
+
+
+def test_an_option_in_a_sentence_is_not_broken_between_lines() -> None:
+    advice = "fell by 9 <points>: try --flops 0.7x or more samples (--samples 1000), or well--known"
+    page = render_html({**REPORT, "outcome": {"tone": "weak", "text": "so", "advice": [advice]}})
+    assert re.findall(r'<code class="option">(.*?)</code>', page) == ["--flops 0.7x", "--samples 1000"]
+    assert "&lt;points&gt;" in page
+
+
+def test_settings_without_a_value_are_left_out() -> None:
+    page = render_html({**REPORT, "settings": {"out": None, "method": {"only": [], "strict": False, "eta": None}}})
+    assert "method: strict" in page
+    assert "method: only" not in page and "method: eta" not in page and "<dt>out" not in page
