@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,13 +79,17 @@ def show_prediction(console: Console, report: dict[str, Any]) -> None:
 
 
 def show_outcome(console: Console, report: dict[str, Any], *, advice: bool = True) -> None:
-    """Prints what a run means in one sentence, the verdicts on what was asked for, and what to do next."""
+    """Prints what a run means in one sentence, the verdicts on what was asked for, and what to do next.
+
+    Of a verdict the first sentence is printed; the report has the others.
+    """
     outcome = report.get("outcome", {"text": "", "advice": []})
     if outcome["text"]:
         console.print(Text(outcome["text"], style=TONES[outcome["tone"]]))
     for verdict in asked(report["verdicts"]):
         style = TONES[tone(verdict["verdict"])]
-        console.print(Text(verdict["verdict"], style=f"bold {style}"), f"({verdict['name']}): {verdict['text']}")
+        first = re.split(r"(?<=\.) (?=[A-Z])", verdict["text"] or "", maxsplit=1)[0]
+        console.print(Text(verdict["verdict"], style=f"bold {style}"), f"({verdict['name']}): {first}")
     for sentence in outcome["advice"] if advice else ():
         console.print(f"→ {sentence}", highlight=False, markup=False)
 

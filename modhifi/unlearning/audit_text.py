@@ -20,6 +20,8 @@ Rows = Mapping[str, Mapping[str, float | None]]
 def conclude(rows: Rows, names: Sequence[str]) -> tuple[str, str]:
     """A verdict (NOT FORGOTTEN, SUPPRESSED, PARTLY ERASED, ERASED FOR A LINEAR READER) and the reasons, as sentences.
 
+    The first sentence says it all in short.
+
     With a ``reference`` row the features count as erased where the probe finds no more than on the retrained model.
     """
     edited, original = rows["edited"], rows["original"]
@@ -38,9 +40,8 @@ def conclude(rows: Rows, names: Sequence[str]) -> tuple[str, str]:
             f"With BatchNorm re-estimated on retained images alone it is {_percent(edited, 'recall')}{unsettled}."
         )
     parts.append(
-        f"Features: a linear probe still finds {_percent(edited, 'probe')} (original {_percent(original, 'probe')}, "
-        f"head-mask {_percent(rows['head-mask'], 'probe')}), nearest neighbours {_percent(edited, 'neighbours')} "
-        f"(original {_percent(original, 'neighbours')})."
+        f"Features: a linear probe finds {_percent(rows['head-mask'], 'probe')} where the output alone is masked, "
+        f"nearest neighbours {_percent(edited, 'neighbours')} (original {_percent(original, 'neighbours')})."
     )
     reference = rows.get("reference")
     if reference is not None:
@@ -52,16 +53,17 @@ def conclude(rows: Rows, names: Sequence[str]) -> tuple[str, str]:
         left = MOSTLY if erased else _left(edited, original)
     else:
         left = _left(edited, original)
+    probed = f"a linear probe finds {_percent(edited, 'probe')} of it there ({_percent(original, 'probe')} before)"
     if not forgets:
-        verdict, word = "NOT FORGOTTEN", "The class is neither suppressed nor erased."
+        verdict, word = "NOT FORGOTTEN", "neither suppressed at the output nor erased from the features"
     elif left <= MOSTLY and recalled <= OUTPUT:
         verdict = "ERASED FOR A LINEAR READER"
-        word = "The class is suppressed at the output and mostly erased from the features, for a linear reader."
+        word = "suppressed at the output and, for a linear reader, mostly erased from the features"
     elif left <= PARTLY:
-        verdict, word = "PARTLY ERASED", "The class is suppressed at the output and partly erased from the features."
+        verdict, word = "PARTLY ERASED", "suppressed at the output and partly erased from the features"
     else:
-        verdict, word = "SUPPRESSED", "The class is suppressed at the output; the features still hold it."
-    return verdict, " ".join([word, *parts, CAVEAT])
+        verdict, word = "SUPPRESSED", "suppressed at the output and still held by the features"
+    return verdict, " ".join([f"The class is {word}: {probed}.", *parts, CAVEAT])
 
 
 def _left(edited: Mapping[str, float | None], original: Mapping[str, float | None]) -> float:

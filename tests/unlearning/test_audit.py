@@ -29,3 +29,5 @@ def test_the_verdict_follows_the_figures(edited, reference, verdict: str) -> Non
     found, text = conclude(rows, ["cat"])
     assert found == verdict
     assert "no proof of data deletion" in text and "cat" in text
+    first = text.partition(". ")[0]
+    assert f"{100 * edited['probe']:.1f} %" in first and "90.0 % before" in first
