@@ -1,13 +1,16 @@
 """Plans by measured time against plans by FLOPs, and predicted against measured time.
 
-    MODHIFI_DATA=DIR python eval/latency.py [--part curve|predicted] [--model demo|resnet50] [--runtime eager|onnx]
+    MODHIFI_DATA=DIR python eval/latency.py [--part curve|predicted|picture] [--model demo|resnet50]
+                                          [--runtime eager|onnx]
 
-One thread, timed by its own clock, so that other work on the machine counts for little. Without a part both run.
+One thread, timed by its own clock, so that other work on the machine counts for little. Without a part
+all run; the picture is drawn from the curve's results.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,7 +18,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import Missing, accuracy, cifar10, data_directory, reference, write_results
+from common import RESULTS, Missing, accuracy, cifar10, data_directory, reference, write_results
+from matplotlib.figure import Figure
 
 from modhifi.cache import default_directory
 from modhifi.data.samples import Samples
@@ -115,6 +119,27 @@ every plan is corrected by timings (at most three) until it is within 5 % of wha
 plan's own measure.
 Command: `python eval/latency.py --part curve --model {name} --runtime {runtime}`.""",
     )
+    draw_curve(name, runtime)
+
+
+def draw_curve(name: str, runtime: str) -> None:
+    """Draws the rows of the results file: top-1 against measured time, a line a kind of plan."""
+    path = RESULTS / f"latency_{name}_{runtime}.json"
+    rows = json.loads(path.read_text())["rows"]
+    dense, *others = rows
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for kind, colour in zip(
+        dict.fromkeys(row["plan"] for row in others), ("#2f6db5", "#8a5a00", "#7a8594"), strict=False
+    ):
+        line = sorted((row["time"], row["top-1"]) for row in [dense, *others] if row["plan"] in (kind, "dense"))
+        axes.plot(*zip(*line, strict=True), marker="o", markersize=4, color=colour, label=kind)
+    axes.annotate("dense", (dense["time"], dense["top-1"]), xytext=(-4, -14), textcoords="offset points", fontsize=9)
+    axes.set_xlabel(f"measured time over the dense model's ({runtime}, batch {SETTINGS[name][0]}, one CPU thread)")
+    axes.set_ylabel("top-1, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False)
+    figure.savefig(path.with_suffix(".png"), dpi=110)
 
 
 def kept(budget: Budget, sizes: Sizes, plan: Plan) -> float:
@@ -175,7 +200,7 @@ Command: `python eval/latency.py --part predicted --model {name} --runtime {runt
     )
 
 
-PARTS = {"curve": curve, "predicted": predicted}
+PARTS = {"curve": curve, "predicted": predicted, "picture": draw_curve}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
