@@ -6,7 +6,7 @@ import fnmatch
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ from modhifi.structure.operators import columns_of, operator_modules
 from modhifi.structure.plan import Plan
 from modhifi.structure.sizes import sizes_of
 from modhifi.structure.surgery import shrink
+from modhifi.structure.tracing.residual import with_depth
 from modhifi.structure.tracing.tracer import trace
 from modhifi.structure.trial_cut import confirm
 
@@ -81,10 +82,10 @@ class Pruned:
     timed: Timed | None = None
 
 
-def find_structure(loaded: LoadedModel) -> Structure:
+def find_structure(loaded: LoadedModel, depth: bool = False) -> Structure:
     """Trace the model on its example batch, and refuse what its code would not survive.
 
-    Raises ModhifiError where the model fails on its example.
+    With ``depth`` whole blocks and sublayers are among its groups. Raises ModhifiError where the model fails on its example.
     """
 
     def run(model: nn.Module) -> dict[str, Tensor]:
@@ -95,13 +96,16 @@ def find_structure(loaded: LoadedModel) -> Structure:
     except Exception:
         loaded.require_runs()
         raise  # the model is not to blame
+    if depth:
+        structure = with_depth(loaded.model, structure, loaded.example_of_two(), loaded.outputs)
     return confirm(loaded.model, structure, run)
 
 
 def choose_groups(structure: Structure, settings: PruneSettings) -> Structure:
     """Keep the prunable groups that ``only`` and ``exclude`` (shell patterns on names or kinds) and ``coupled`` allow.
 
-    Raises ModhifiError for a pattern that matches nothing and where no group is left.
+    Blocks and sublayers go only where ``only`` asks for them. Raises ModhifiError for a pattern that matches nothing
+    and where no group is left.
     """
 
     def matches(group: Group, patterns: Iterable[str]) -> bool:
@@ -110,6 +114,8 @@ def choose_groups(structure: Structure, settings: PruneSettings) -> Structure:
     for pattern in (*settings.only, *settings.exclude):
         if not any(matches(g, (pattern,)) for g in structure.groups):
             raise ModhifiError(f"the pattern '{pattern}' matches no group and no kind; `modhifi check` lists them")
+    asked = tuple(g for g in structure.groups if not g.parts or matches(g, settings.only))
+    structure = replace(structure, groups=asked)
     chosen = [
         g.name
         for g in structure.prunable
