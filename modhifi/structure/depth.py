@@ -40,6 +40,11 @@ class Span:
     keeper: Branch
     removed: tuple[Branch, ...]
 
+    @property
+    def name(self) -> tuple[str, str]:
+        """The writer before the span and the last one in it, which tell it from every other."""
+        return self.keeper.writer, self.removed[-1].writer
+
 
 def removed_parts(structure: Structure, plan: Plan) -> dict[str, int]:
     """The modules that a plan removes whole; for sublayers the number of values that they return, for blocks 0."""
@@ -74,7 +79,7 @@ def spans(structure: Structure, parts: Iterable[str]) -> list[Span]:
 
 
 def silenced(model: nn.Module, structure: Structure, parts: Iterable[str]) -> list[nn.Parameter]:
-    """The parameters that are zero where the branches in ``parts`` add nothing: their writers', and the norms' behind."""
+    """The parameters that are zero where the branches in ``parts`` add nothing: their writers' and their norms'."""
     parts = tuple(parts)
     names = [
         name
@@ -129,7 +134,8 @@ def name_after(name: str, parts: Mapping[str, int]) -> str | None:
     """What a module or tensor of the whole model is called in the model without ``parts``, None for what is gone."""
     if inside(name, parts):
         return None
-    before, after = [], []
+    before: list[str] = []
+    after: list[str] = []
     for leaf in name.split("."):
         owner, number = ".".join(before), leaf
         if leaf.isdigit():

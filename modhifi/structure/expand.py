@@ -1,6 +1,7 @@
 """A cut model back in the shapes of its original: the same function, zero columns where components went.
 
-Blocks and sublayers that went are there again, and add nothing. Removed channels count once, at their readers: the producers keep the original's rows, which nobody reads any more.
+Blocks and sublayers that went are there again, and add nothing. Removed channels count once, at their readers: the
+producers keep the original's rows, which nobody reads any more.
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ def restate(model: nn.Module, structure: Structure, widths: Mapping[str, int]) -
     family = _family(model)
     if family is None:
         return
-    if family.ratio is not None and not hasattr(model, "config"):
-        ratio = _ratio(model, structure)
+    if not hasattr(model, "config"):
+        ratio = _ratio(model, structure) if family.ratio is not None else None
         if ratio is not None:
             model._model_args = {**model._model_args, family.ratio: ratio}  # type: ignore[dict-item,assignment]
         return
@@ -107,7 +107,9 @@ def restate_depth(model: nn.Module, parts: Mapping[str, int]) -> None:
             owner, _, leaf = name.rpartition(".")
             gone[owner].add(leaf)
     stay = {
-        owner: [number for number, (leaf, _) in enumerate(model.get_submodule(owner).named_children()) if leaf not in leaves]
+        owner: [
+            number for number, (leaf, _) in enumerate(model.get_submodule(owner).named_children()) if leaf not in leaves
+        ]
         for owner, leaves in gone.items()
     }
     if hasattr(model, "_model_args"):

@@ -33,7 +33,8 @@ def removed_positions(structure: Structure, plan: Plan) -> dict[tuple[str, str],
 def mask_readers(model: nn.Module, structure: Structure, plan: Plan, shared: Iterable[Tensor] = ()) -> nn.Module:
     """A copy of the model, all shapes kept, in which no reader sees the removed components (the mask oracle).
 
-    Branches in removed blocks and sublayers add nothing. Of the ``shared`` tensors the copy holds the original's own where no mask is written into them.
+    Branches in removed blocks and sublayers add nothing. Of the ``shared`` tensors the copy holds the original's own
+    where no mask is written into them.
     """
     removed = removed_positions(structure, plan)
     masked = {id(model.get_submodule(name).weight) for name, role in removed if role == "reader"}
@@ -57,8 +58,9 @@ def mask_readers(model: nn.Module, structure: Structure, plan: Plan, shared: Ite
 def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
     """Cut the removed components out of the model, in place, and return it.
 
-    Removed blocks and sublayers go whole, and blocks behind them move up. Weights, biases, norms and counting attributes of every producer, reader and module along the way are sliced; no
-    value changes. The plan must fit (:meth:`Plan.check`).
+    Removed blocks and sublayers go whole, and blocks behind them move up. Weights, biases, norms and counting
+    attributes of every producer, reader and module along the way are sliced; no value changes. The plan must fit
+    (:meth:`Plan.check`).
     """
     plan.check(structure)
     removed = removed_positions(structure, plan)

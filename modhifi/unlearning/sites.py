@@ -108,9 +108,7 @@ def _assemble(model: nn.Module, watcher: BranchWatcher, logits: Tensor) -> Sites
     order = sorted(watcher.operators.items(), key=lambda item: item[1][0])
     tail = [name for name, (time, *_) in order if time > final]
     classes = logits.shape[1]
-    heads = tuple(
-        n for n in tail if watcher.operators[n][2] == outputs_of(model.get_submodule(n)) == classes
-    )
+    heads = tuple(n for n in tail if watcher.operators[n][2] == outputs_of(model.get_submodule(n)) == classes)
     if not heads:
         raise ModhifiError("the classifier of this model was not found: its output comes from no linear operator")
 

@@ -182,7 +182,9 @@ class BranchWatcher(TorchFunctionMode):
             # On the way from the stream to the classifier only positions matter.
             single = sum(b[0] is not None for b in before) == 1
             in_place = kind in ("activation", "elementwise") or name in ("layer_norm", "rms_norm")
-            return [replace(trail, direct=False, normed=trail.normed or kind == "norm")] if single and in_place else none
+            return (
+                [replace(trail, direct=False, normed=trail.normed or kind == "norm")] if single and in_place else none
+            )
         others = [b for b in before if b[1] is not trail]
         if kind == "product" and len(others) == 1 and others[0][0] is None and others[0][2]:
             return [replace(trail, gains=(*trail.gains, others[0][2]))]
@@ -241,6 +243,42 @@ def stream_places(model: nn.Module, watcher: BranchWatcher, module: str, trail: 
     if hasattr(layer, "kernel_size"):
         return place.view(channels, -1).T.contiguous()
     return place.view(-1, channels)
+
+
+class Additions(TorchFunctionMode):
+    """While active, hands the results of additions to callbacks.
+
+    ``wanted`` has them by the module that adds and the number of the addition among those that it makes itself in one
+    run, as :class:`Addition` counts them. A callback must not keep the tensor: what follows may write into it.
+    """
+
+    def __init__(self, model: nn.Module, wanted: Mapping[tuple[str, int], Callable[[Tensor], None]]) -> None:
+        super().__init__()
+        self.model, self.wanted = model, wanted
+        self.running: list[tuple[str, int]] = [("", 0)]
+        self.hooks = ExitStack()
+
+    def __enter__(self) -> Additions:
+        for name, module in self.model.named_modules():
+            self.hooks.enter_context(
+                module.register_forward_pre_hook(lambda *_, name=name: self.running.append((name, 0)))
+            )
+            self.hooks.enter_context(module.register_forward_hook(lambda *_: (self.running.pop(), None)[1]))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self.hooks.close()
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if OPERATIONS.get(operation_name(func)) == "sum" and (first := next(tensors_in(out), None)) is not None:
+            name, number = self.running[-1]
+            self.running[-1] = name, number + 1
+            if (name, number) in self.wanted:
+                self.wanted[name, number](first)
+        return out
 
 
 class Calls(TorchFunctionMode):

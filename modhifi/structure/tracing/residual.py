@@ -1,8 +1,8 @@
 """Find the residual branches of a model, and the blocks and sublayers that can go: the stream runs on without them.
 
-A block is an element of a list of modules (``ModuleList``, ``Sequential``) that adds one branch or several to the stream
-that came in; a sublayer is a module inside whose output is one of several branches. A branch must come before them in
-that list: its writer takes over what they added.
+A block is an element of a list of modules (``ModuleList``, ``Sequential``) that adds one branch or several to the
+stream that came in; a sublayer is a module inside whose output is one of several branches. A branch must come before
+them in that list: its writer takes over what they added.
 """
 
 from __future__ import annotations
