@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,8 +55,8 @@ def removed_parts(structure: Structure, plan: Plan) -> dict[str, int]:
         if group.parts and group.name in plan.kept:
             gone = [part for part, stays in zip(group.parts, plan.mask(group).tolist(), strict=True) if not stays]
             removed |= {part: outputs[part] if group.kind == "sublayers" else 0 for part in gone}
-    blocks = [part for part, count in removed.items() if count == 0]
-    return {part: count for part, count in removed.items() if count == 0 or not inside(part, blocks)}
+    blocks = [part for part, n in removed.items() if n == 0]
+    return {part: n for part, n in removed.items() if n == 0 or not inside(part, blocks)}
 
 
 def inside(name: str, parts: Iterable[str]) -> bool:
@@ -144,3 +145,25 @@ def name_after(name: str, parts: Mapping[str, int]) -> str | None:
         before.append(leaf)
         after.append(number)
     return ".".join(after)
+
+
+def name_before(name: str, parts: Mapping[str, int]) -> str:
+    """The inverse of :func:`name_after`: what a module of the model without ``parts`` is called in the whole one."""
+    before: list[str] = []
+    for leaf in name.split("."):
+        number, owner = leaf, ".".join(before)
+        if leaf.isdigit():
+            here = {
+                p.rpartition(".")[2] for p, outputs in parts.items() if not outputs and p.rpartition(".")[0] == owner
+            }
+            stay = (str(n) for n in count() if str(n) not in here)
+            number = next(islice(stay, int(leaf), None))
+        before.append(number)
+    return ".".join(before)
+
+
+def both_removed(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
+    """What two removals, one after the other, take from the whole model; ``second`` names modules as they are then."""
+    later = {name_before(name, first): outputs for name, outputs in second.items()}
+    blocks = [name for name, outputs in later.items() if not outputs]
+    return {name: outputs for name, outputs in first.items() if not inside(name, blocks)} | later
