@@ -50,7 +50,7 @@ def _show(report: dict[str, Any], verbose: bool) -> None:
     print_line(f"{supported['share']:.0%} of its {total} parameters lie in groups that can be cut")
     if report["prunable"]:
         table = Table("groups", "kind", "number", "components", "parameters", title=report["model"])
-        for row in supported["patterns"]:
+        for row in (*supported["patterns"], *supported["whole"]):
             least, *_, most = row["components"] * 2
             components = f"{least:,}" if least == most else f"{least:,} to {most:,}"
             table.add_row(row["pattern"], row["kind"], str(row["groups"]), components, number(round(row["parameters"])))
@@ -61,6 +61,8 @@ def _show(report: dict[str, Any], verbose: bool) -> None:
             "(an estimate from one small pass)"
         )
         print_line(f"loads afterwards with {report['loads_with']}")
+        if kinds := dict.fromkeys(row["kind"] for row in supported["whole"]):
+            print_line(f"{' and '.join(kinds)} go whole, where --only {' or --only '.join(kinds)} asks for them")
     print_line(f"{len(report['groups'])} groups can be pruned, {len(report['refused'])} cannot")
     for row in report["folded"]:
         names = row["names"][0] + (f" and {len(row['names']) - 1} more" if len(row["names"]) > 1 else "")

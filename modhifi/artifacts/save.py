@@ -23,6 +23,7 @@ from modhifi.models.manifest import MANIFEST, SCHEMA_VERSION, Differences, Manif
 from modhifi.models.skeleton import is_stock, own_config, record
 from modhifi.models.weights import state_hash
 from modhifi.staging import staging
+from modhifi.structure.depth import removed_parts
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
 
@@ -65,7 +66,8 @@ def save_artifact(
 
         # The arguments of the edited model, which may state its widths.
         original = replace(original, info=original.info | {"model_args": from_timm.arguments(edited)})
-    framework, changes = record(original, edited)
+    removed = {} if structure is None or plan is None else removed_parts(structure, plan)
+    framework, changes = record(original, edited, removed)
     recipe, report = jsonable(dict(recipe)), jsonable(dict(report))
     with staging(out) as directory:
         weights = _write_weights(directory, edited)

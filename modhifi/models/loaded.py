@@ -82,7 +82,7 @@ class LoadedModel:
         """
         if self.reads_tokens:
             return ""
-        two = self.example[:2] if len(self.example) > 1 else self.example.repeat(2, *[1] * (self.example.ndim - 1))
+        two = self.example_of_two()
         try:
             output = self._forward(two, None)
         except Exception:
@@ -146,6 +146,11 @@ class LoadedModel:
             return batch.to(parameter.device)
         own = self.kind == "tensor" and any(p.dtype == batch.dtype for p in model.parameters())
         return batch.to(parameter.device, batch.dtype if own else parameter.dtype)
+
+    def example_of_two(self) -> Tensor:
+        """Two items of the example, a batch of its own: what the batch axis is shows in the sizes."""
+        few = len(self.example) < 2
+        return self.example.repeat(2, *[1] * (self.example.ndim - 1)) if few else self.example[:2].clone()
 
     def of_one_batch(self, model: nn.Module) -> nn.Module:
         """The model as a module that takes a batch of the samples, packed or not."""

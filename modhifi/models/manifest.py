@@ -77,10 +77,12 @@ class Differences(TypedDict):
     shapes: dict[str, list[Natural] | None]
     attributes: dict[str, dict[str, Count]]
     dtypes: dict[str, Dtype]
+    # Modules that are gone: sublayers with the number of values that they return, blocks with 0.
+    removed: dict[str, Natural]
 
 
 def _with_every_part(value: Any) -> Any:
-    return {"shapes": {}, "attributes": {}, "dtypes": {}, **value} if isinstance(value, dict) else value
+    return {"shapes": {}, "attributes": {}, "dtypes": {}, "removed": {}, **value} if isinstance(value, dict) else value
 
 
 class Example(TypedDict):

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from modhifi.models.hub import explained
 from modhifi.models.loaded import LoadedModel, frozen
 from modhifi.models.manifest import Count, Differences
 from modhifi.models.trust import PLACES
+from modhifi.structure.clone import clone
+from modhifi.structure.depth import both_removed, drop, name_after
 from modhifi.structure.head_counts import set_count
 
 FIELD = "modhifi"
@@ -111,7 +114,7 @@ def differences(skeleton: nn.Module, model: nn.Module) -> Differences:
     """The changes of ``skeleton`` after which it fits the weights of ``model``, JSON-able.
 
     ``shapes`` maps names of the state dict to their shape, None for a removed tensor; ``attributes`` maps module
-    names to integer attributes; ``dtypes`` maps non-persistent buffers to their dtype.
+    names to integer attributes; ``dtypes`` maps non-persistent buffers to their dtype. Both have the same modules.
     """
     before, after = skeleton.state_dict(), model.state_dict()
     shapes: dict[str, Any] = {
@@ -143,7 +146,7 @@ def differences(skeleton: nn.Module, model: nn.Module) -> Differences:
         for name, buffer in computed_buffers(model).items()
         if name in computed and computed[name].dtype != buffer.dtype
     }
-    return {"shapes": shapes, "attributes": attributes, "dtypes": dtypes}
+    return {"shapes": shapes, "attributes": attributes, "dtypes": dtypes, "removed": {}}
 
 
 def _counts(value: Any) -> bool:
@@ -153,8 +156,9 @@ def _counts(value: Any) -> bool:
 
 
 def reshape(model: nn.Module, changes: Differences) -> nn.Module:
-    """Applies :func:`differences` in place: empty tensors of the recorded shapes, and the recorded counts."""
+    """Applies :func:`differences` in place: modules go, tensors become empty ones of their shapes, counts are set."""
     with explained("the skeleton"):
+        drop(model, changes["removed"])
         for name, shape in changes["shapes"].items():
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
@@ -201,29 +205,44 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
     return value
 
 
-def record(original: LoadedModel, edited: nn.Module) -> tuple[str, Differences]:
+def record(
+    original: LoadedModel, edited: nn.Module, removed: Mapping[str, int] = MappingProxyType({})
+) -> tuple[str, Differences]:
     """The framework that can rebuild ``edited``, and its differences to the dense architecture.
 
-    A model that its library would build with other modules (one changed by hand) is recorded as ``torch``: loading it
-    needs the dense module. Raises ModhifiError where it has other modules than ``original``.
+    ``removed`` are the blocks and sublayers of ``original`` that it lacks, as `structure.depth.removed_parts` gives
+    them. A model that its library would build with other modules (one changed by hand) is recorded as ``torch``:
+    loading it needs the dense module. Raises ModhifiError where it has other modules than ``original`` without those.
     """
-    if original.framework != "torch":
-        try:
-            skeleton = build_skeleton(original.framework, original.info, own_config(edited), values=False)
-            if same_modules(skeleton, edited):
-                return original.framework, differences(skeleton, edited)
-        except ModhifiError:
-            pass  # the library cannot build it alone, remote code for instance
-    if not same_modules(original.model, edited):
-        raise ModhifiError("the edited model has other modules than the one it was made from; it cannot be saved")
-    nothing: Differences = {"shapes": {}, "attributes": {}, "dtypes": {}}
+    nothing: Differences = {"shapes": {}, "attributes": {}, "dtypes": {}, "removed": {}}
     earlier = nothing if original.artifact is None else original.artifact.manifest.model.differences
-    changes = differences(original.model, edited)
+    gone = both_removed(earlier["removed"], removed)
+    if original.framework != "torch":
+        blocks = {name: outputs for name, outputs in gone.items() if not outputs}
+        sublayers = {str(name_after(name, blocks)): outputs for name, outputs in gone.items() if outputs}
+        for unstated in (sublayers, gone):  # where the configuration says which blocks are gone, and where it does not
+            try:
+                skeleton = build_skeleton(original.framework, original.info, own_config(edited), values=False)
+                skeleton = drop(skeleton, unstated)
+            except (ModhifiError, AttributeError):
+                continue  # the library cannot build it alone, remote code for instance, or builds it without these
+            if same_modules(skeleton, edited):
+                return original.framework, {**differences(skeleton, edited), "removed": dict(unstated)}
+    dense = drop(clone(original.model, original.model.parameters()), removed) if removed else original.model
+    if not same_modules(dense, edited):
+        raise ModhifiError("the edited model has other modules than the one it was made from; it cannot be saved")
+    changes = differences(dense, edited)
     return "torch", {
-        "shapes": earlier["shapes"] | changes["shapes"],
-        "attributes": _merge(earlier["attributes"], changes["attributes"]),
-        "dtypes": earlier["dtypes"] | changes["dtypes"],
+        "shapes": _still_there(earlier["shapes"], removed) | changes["shapes"],
+        "attributes": _merge(_still_there(earlier["attributes"], removed), changes["attributes"]),
+        "dtypes": _still_there(earlier["dtypes"], removed) | changes["dtypes"],
+        "removed": dict(gone),
     }
+
+
+def _still_there(entries: Mapping[str, Any], removed: Mapping[str, int]) -> dict[str, Any]:
+    """The entries of modules and tensors that are not removed, by their names afterwards."""
+    return {after: value for name, value in entries.items() if (after := name_after(name, removed)) is not None}
 
 
 def _merge(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -235,7 +254,7 @@ def is_stock(edited: nn.Module, original: LoadedModel, config: Any, changes: Dif
 
     That is so where a model built from it, with the edited weights, is the same function.
     """
-    if changes["shapes"] or changes["dtypes"]:
+    if changes["shapes"] or changes["dtypes"] or changes["removed"]:
         return False
     if not changes["attributes"]:
         return True

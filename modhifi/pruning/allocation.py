@@ -11,7 +11,7 @@ from modhifi.pruning.budget import Budget
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts import LAYOUTS
 from modhifi.pruning.layouts.base import EXACT, Problem, Rounding, least_width
-from modhifi.structure.groups import Group
+from modhifi.structure.groups import Group, Structure
 from modhifi.structure.plan import Plan
 from modhifi.structure.sizes import Sizes
 
@@ -31,9 +31,9 @@ def allocate(
 
     ``floor`` is the least share of a group that stays, ``weights`` by group multiply the curves' costs (1 over the
     readers' output energy without them). A KV cache shrinks by whole KV groups: heads alone give, and the step nearest
-    to the budget is taken, as it is of a time, which falls by stairs. Where ``rounding`` may be less, it is halved
-    until the budget is met. Raises :class:`ModhifiError` for an unknown layout, and where floors and rounding leave the
-    budget out of reach by over 2 %.
+    to the budget is taken, as it is of a time, which falls by stairs, and where whole blocks or sublayers alone go.
+    Where ``rounding`` may be less, it is halved until the budget is met. Raises :class:`ModhifiError` for an unknown
+    layout, and where floors and rounding leave the budget out of reach by over 2 %.
     """
     while True:
         try:
@@ -72,7 +72,8 @@ def _allocated(
         )
     widths = LAYOUTS[layout].widths(problem)
     reached = problem.size(widths) / problem.dense
-    if abs(reached / keep - 1) > 0.02 and budget.measure not in ("cache", "latency"):
+    by_steps = budget.measure in ("cache", "latency") or all(g.parts for g in groups)
+    if abs(reached / keep - 1) > 0.02 and not by_steps:
         raise ModhifiError(
             f"the nearest to {keep:.3g}x of the {measure} that the allowed widths give is {reached:.3g}x; "
             f"ask for that, or round less"
@@ -81,9 +82,21 @@ def _allocated(
 
 
 def plan_for(groups: tuple[Group, ...], curves: Mapping[str, Curve], widths: Mapping[str, int]) -> Plan:
-    """The plan that removes each group's cheapest components down to a width."""
+    """The plan that removes each group's cheapest components down to a width.
+
+    Groups inside blocks and sublayers that go stay as they are.
+    """
     kept, cost = {}, {}
+    parts = [
+        group.parts[component]
+        for group in groups
+        if group.parts
+        for component in curves[group.name].order[: group.n - widths[group.name]].tolist()
+    ]
+    left = {group.name for group in Structure(groups).without(parts).groups}
     for group in groups:
+        if group.name not in left:
+            continue
         removed = group.n - widths[group.name]
         if removed:
             stay = torch.ones(group.n, dtype=torch.bool)

@@ -74,10 +74,13 @@ def prune_in_blocks(
 ) -> Pruned | None:
     """What `modhifi.pruning.prune_model` returns in ``uniform`` layout, with one block's Grams in memory at a time.
 
-    None for models that read no tokens, and where the model has no list of blocks that holds every group.
+    None for models that read no tokens, where whole blocks may go, and where the model has no list of blocks that holds
+    every group.
     """
     if loaded.kind not in ("text", "encoder"):
         return None  # whose samples would be read from disk again for every block
+    if any(g.parts for g in structure.prunable):
+        return None  # what a block adds is read behind the next one
     timeline = Timeline(loaded.model, lambda: loaded.run(loaded.example))
     blocks = find_blocks(timeline)
     holders = {

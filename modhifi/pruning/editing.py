@@ -14,6 +14,7 @@ from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.local_error import local_error
 from modhifi.pruning.readers import applied_second
 from modhifi.pruning.settings import PruneSettings
+from modhifi.structure.depth import inside, removed_parts
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import absorb_mean, kernel_size, weight_matrix, write_weight
 from modhifi.structure.plan import Plan
@@ -40,9 +41,9 @@ def edit_readers(
 
     Shapes stay. Biases, or the running mean of the BatchNorm behind, take the change of the mean.
     """
-    errors = []
+    errors, parts = [], removed_parts(structure, plan)
     for (name, role), positions in removed_positions(structure, plan).items():
-        if role == "reader":
+        if role == "reader" and not inside(name, parts):
             errors.append(edit_reader(model, structure, name, positions, moments[name], settings))
     return tuple(errors)
 

@@ -16,6 +16,7 @@ from modhifi.progress import Progress, silent
 from modhifi.pruning.blockwise import fit_in_memory, prune_in_blocks
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import COMPENSATIONS
+from modhifi.pruning.depth import depth_curves
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts import LAYOUTS
 from modhifi.pruning.layouts.base import EXACT
@@ -43,15 +44,17 @@ from modhifi.structure.plan import Plan
 
 
 def _chosen(loaded: LoadedModel, settings: PruneSettings, plan: Plan | None) -> Structure:
-    structure = choose_groups(find_structure(loaded), settings)
+    structure = choose_groups(find_structure(loaded, depth=bool(settings.only) or plan is not None), settings, plan)
     if plan is None:
         return structure
     plan.check(structure)
     return structure.select(plan.kept)
 
 
-def needs_moments(settings: PruneSettings, plan: Plan | None) -> bool:
-    """Whether anything of a run asks what its readers read: the order, the budget's layout, or the compensation."""
+def needs_moments(structure: Structure, settings: PruneSettings, plan: Plan | None) -> bool:
+    """Whether anything of a run asks what its layers do: the order, the budget's layout, or the compensation."""
+    if plan is None and any(group.parts for group in structure.prunable):
+        return True
     if settings.sequential is not None or COMPENSATIONS[settings.compensate].needs_moments:
         return True
     ordered = not SELECTORS[settings.selector].needs_moments and not LAYOUTS[settings.layout].reads_costs
@@ -62,8 +65,9 @@ def contribute(
     loaded: LoadedModel, samples: Samples, settings: PruneSettings, plan: Plan | None, team: Processes
 ) -> None:
     """Measure this process's share of the moments, for the main process that runs :func:`prune_model`."""
-    if needs_moments(settings, plan):
-        measure_moments(loaded, _chosen(loaded, settings, plan), samples, settings.sampling, team=team)
+    structure = _chosen(loaded, settings, plan)
+    if needs_moments(structure, settings, plan):
+        measure_moments(loaded, structure, samples, settings.sampling, team=team)
 
 
 def prune_model(
@@ -86,7 +90,7 @@ def prune_model(
     structure = _chosen(loaded, settings, plan)
     if budget is not None:
         budget.require(structure)
-    if not needs_moments(settings, plan):
+    if not needs_moments(structure, settings, plan):
         return _prune_unmeasured(loaded, structure, budget, settings, plan)
     if budget is not None and budget.measure == "latency" and timer is not None:
         budget = budget.timed(timer.times(loaded, structure, settings.rounding))
@@ -156,6 +160,8 @@ def solve(
         budget = _given(budget)
         weighting, reads_costs = WEIGHTINGS[settings.weighting], LAYOUTS[settings.layout].reads_costs
         used = curves or removal_curves(loaded.model, structure, moments, settings, progress, trial_share(settings))
+        if any(group.parts for group in structure.prunable):
+            used = {**used, **depth_curves(loaded, structure, samples, settings, weighting.trial is not None, progress)}
         if reads_costs:
             planned = weighting.plan(loaded, structure, used, moments, samples, budget, settings, progress)
         else:
@@ -168,6 +174,8 @@ def solve(
     fidelity = {name: curve.fidelity for name, curve in used.items() if curve.fidelity is not None}
     if not used:
         for g in structure.prunable:
+            if g.parts:
+                continue
             fidelity[g.name] = best_singletons(readers_of(loaded.model, structure, g, moments), g.n)
     pruned = apply_plan(loaded, structure, plan, moments, settings, samples, progress)
     return replace(
@@ -194,10 +202,10 @@ def _timed(
         return make_plan(loaded.model, structure, curves, replace(budget, keep=keep), settings, planned.weights)
 
     def predicted(plan: Plan) -> float:
-        return times.seconds(_widths(plan)) / times.seconds({})
+        return times.of(plan).seconds(_widths(plan)) / times.seconds({})
 
     plan, taken, attempts = meet(plan_at, predicted, lambda plan: timer.ratio(loaded, structure, plan), budget.keep)
-    before, after = times.by_operator({}), times.by_operator(_widths(plan))
+    before, after = times.by_operator({}), times.of(plan).by_operator(_widths(plan))
     operators = {name: (seconds, after[name]) for name, seconds in before.items()}
     timed = Timed(budget.keep, times.seconds({}), attempts, taken, operators, times.fixed)
     return timed, replace(budget, keep=taken.predicted), replace(planned, plan=plan)

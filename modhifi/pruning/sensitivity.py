@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,10 @@ from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.pruning.budget import Budget
+from modhifi.pruning.depth import SpanMoments, branches_restored, moments_of_plans, remove_branches, restored
 from modhifi.pruning.editing import compensated, store, write_compensated
 from modhifi.pruning.elimination import Curve, Trial
+from modhifi.pruning.output_change import output_change, probe_of
 from modhifi.pruning.planned import Planned
 from modhifi.pruning.sequential import written_modules
 from modhifi.pruning.settings import PruneSettings
@@ -29,8 +32,6 @@ from modhifi.structure.surgery import removed_positions
 
 # the share of a group's components whose loss shows its effect on the output
 TRIAL = 0.3
-# fewest and most samples that probe the effect of one group
-PROBES = (3, 32)
 
 
 def probed_plan(
@@ -49,21 +50,15 @@ def probed_plan(
     higher floor and the one of equal widths are tried as well, and the best on the probing samples is taken.
     Raises what `allocate` raises.
     """
-    # in all about half as many forward passes as the calibration itself
-    probes = min(len(samples), max(PROBES[0], min(PROBES[1], len(samples) // (2 * len(structure.prunable)))))
-    probe = next(samples.batches(probes))
+    probe = probe_of(structure, samples)
     weights = amplification(loaded, structure, curves, moments, settings, probe, progress=progress)
+    weights |= {group.name: 1.0 for group in structure.prunable if group.parts}  # whose costs are measured themselves
     plan = make_plan(loaded.model, structure, curves, budget, settings, weights)
     if loaded.kind not in ("text", "encoder"):
         return Planned(plan, weights)
-    best, tried = best_plan(
-        loaded,
-        structure,
-        plans_between(loaded, structure, curves, budget, settings, weights, plan),
-        moments,
-        settings,
-        probe,
-    )
+    plans = plans_between(loaded, structure, curves, budget, settings, weights, plan)
+    added = moments_of_plans(loaded, structure, plans.values(), samples, settings, progress)
+    best, tried = best_plan(loaded, structure, plans, moments, settings, probe, added)
     return Planned(best, weights, tried)
 
 
@@ -76,7 +71,10 @@ def plans_between(
     weights: Mapping[str, float],
     allocated: Plan,
 ) -> dict[str, Plan]:
-    """The allocated plan, the one of equal widths, and one in between, as far as the budget lets them be."""
+    """The allocated plan, the one of equal widths, and one in between, as far as the budget lets them be.
+
+    Where blocks or sublayers may go, the allocation over widths alone as well.
+    """
     shares = [len(allocated.kept.get(g.name, range(g.n))) / g.n for g in structure.prunable]
     middle = (settings.floor + sum(shares) / len(shares)) / 2
     others = {
@@ -84,9 +82,13 @@ def plans_between(
         "uniform": replace(settings, layout="uniform"),
     }
     plans = {f"allocated, floor {settings.floor:.2g}": allocated}
+    structures = dict.fromkeys(others, structure)
+    widths = [g.name for g in structure.prunable if not g.parts]
+    if 0 < len(widths) < len(structure.prunable):
+        others["widths alone"], structures["widths alone"] = settings, structure.select(widths)
     for name, other in others.items():
         try:
-            plans[name] = make_plan(loaded.model, structure, curves, budget, other, weights)
+            plans[name] = make_plan(loaded.model, structures[name], curves, budget, other, weights)
         except ModhifiError:  # widths that are alike, or under such a floor, cannot meet every budget
             continue
     return plans
@@ -100,14 +102,16 @@ def best_plan(
     moments: Mapping[str, Moments],
     settings: PruneSettings,
     probe: Tensor,
+    added: SpanMoments = MappingProxyType({}),
 ) -> tuple[Plan, dict[str, float]]:
     """Of some plans the one whose compensated model diverges least on ``probe``, and every plan's divergence in nats.
 
-    One forward pass a plan and one more; the model is as it was afterwards.
+    ``added`` are the moments of the spans that the plans remove. One forward pass a plan and one more; the model is as
+    it was afterwards.
     """
     dense, divergence = loaded.logits(probe), {}
     for name, plan in plans.items():
-        with _edited(loaded.model, structure, plan, moments, settings):
+        with _edited(loaded.model, structure, plan, moments, settings, added):
             divergence[name] = output_change(dense, loaded.logits(probe))
     return plans[min(divergence, key=lambda name: divergence[name])], divergence
 
@@ -127,15 +131,12 @@ def amplification(
     ``probe`` is one batch of model-ready inputs; the output change is the Kullback-Leibler divergence to the dense
     model. One forward pass of the probe per group, from the group's first reader on.
     """
-    model = loaded.model
+    model, groups = loaded.model, [group for group in structure.prunable if not group.parts]
     timeline = Timeline(model, lambda: loaded.logits(loaded.example))
     cache = PrefixCache(model, loaded.logits, timeline)
-    written = {
-        group.name: written_modules(structure, [piece.module for piece in group.readers])
-        for group in structure.prunable
-    }
+    written = {g.name: written_modules(structure, [piece.module for piece in g.readers]) for g in groups}
     # In order of execution, as the cache only moves on.
-    ordered = sorted(structure.prunable, key=lambda group: timeline.begin(written[group.name]))
+    ordered = sorted(groups, key=lambda group: timeline.begin(written[group.name]))
     with torch.no_grad():
         dense = loaded.logits(probe)
         weights = {}
@@ -152,12 +153,6 @@ def amplification(
             weights[group.name] = output_change(dense, changed) / max(float(curve.cost[trial.removed]), 1e-300)
     progress("probing", len(ordered), len(ordered))
     return weights
-
-
-def output_change(dense: Tensor, changed: Tensor) -> float:
-    """Mean Kullback-Leibler divergence between two sets of logits ``(..., classes)``, in nats."""
-    p, q = dense.float().log_softmax(-1), changed.float().log_softmax(-1)
-    return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))
 
 
 def _trial(
@@ -187,13 +182,20 @@ def _trial(
 
 @contextmanager
 def _edited(
-    model: nn.Module, structure: Structure, plan: Plan, moments: Mapping[str, Moments], settings: PruneSettings
+    model: nn.Module,
+    structure: Structure,
+    plan: Plan,
+    moments: Mapping[str, Moments],
+    settings: PruneSettings,
+    added: SpanMoments,
 ) -> Iterator[None]:
-    """Inside, every reader of the plan's removed components has its compensated weights."""
-    with _restored(model, structure, [g for g in structure.prunable if g.name in plan.kept]):
+    """Inside, the model computes what the plan leaves of it, compensated, in its own shapes."""
+    groups = [g for g in structure.prunable if g.name in plan.kept]
+    with _restored(model, structure, groups), branches_restored(model, structure, plan):
         for (name, role), positions in removed_positions(structure, plan).items():
             if role == "reader":
                 write_compensated(model, structure, name, positions, moments[name], settings)
+        remove_branches(model, structure, plan, added, settings)
         yield
 
 
@@ -201,10 +203,5 @@ def _edited(
 def _restored(model: nn.Module, structure: Structure, groups: Iterable[Group]) -> Iterator[None]:
     """Afterwards, the groups' readers, and the BatchNorms that take their mean, are as they were before."""
     readers = [piece.module for group in groups for piece in group.readers]
-    modules = [model.get_submodule(name) for name in dict.fromkeys(written_modules(structure, readers))]
-    saved = [(tensor, tensor.data.clone()) for m in modules for tensor in (*m.parameters(), *m.buffers())]
-    try:
+    with restored(model, written_modules(structure, readers)):
         yield
-    finally:
-        for tensor, value in saved:
-            tensor.data.copy_(value)

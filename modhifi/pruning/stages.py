@@ -6,7 +6,7 @@ import fnmatch
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from modhifi.progress import Progress, silent
 from modhifi.pruning.allocation import allocate
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import COMPENSATIONS
+from modhifi.pruning.depth import moments_of_plans, remove_branches
 from modhifi.pruning.editing import LayerError, edit_readers
 from modhifi.pruning.elimination import SINGULAR, Curve, Job, eliminate_together, removable
 from modhifi.pruning.readers import readers_of
@@ -34,11 +35,13 @@ from modhifi.pruning.sequential import edit_sequentially
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.timed import Timed
 from modhifi.structure.clone import clone
+from modhifi.structure.depth import removed_parts
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import columns_of, operator_modules
 from modhifi.structure.plan import Plan
 from modhifi.structure.sizes import sizes_of
 from modhifi.structure.surgery import shrink
+from modhifi.structure.tracing.residual import with_depth
 from modhifi.structure.tracing.tracer import trace
 from modhifi.structure.trial_cut import confirm
 
@@ -81,10 +84,11 @@ class Pruned:
     timed: Timed | None = None
 
 
-def find_structure(loaded: LoadedModel) -> Structure:
+def find_structure(loaded: LoadedModel, depth: bool = False) -> Structure:
     """Trace the model on its example batch, and refuse what its code would not survive.
 
-    Raises ModhifiError where the model fails on its example.
+    With ``depth`` whole blocks and sublayers are among its groups. Raises ModhifiError where the model fails on its
+    example.
     """
 
     def run(model: nn.Module) -> dict[str, Tensor]:
@@ -95,13 +99,16 @@ def find_structure(loaded: LoadedModel) -> Structure:
     except Exception:
         loaded.require_runs()
         raise  # the model is not to blame
+    if depth:
+        structure = with_depth(loaded.model, structure, loaded.example_of_two(), loaded.outputs)
     return confirm(loaded.model, structure, run)
 
 
-def choose_groups(structure: Structure, settings: PruneSettings) -> Structure:
+def choose_groups(structure: Structure, settings: PruneSettings, plan: Plan | None = None) -> Structure:
     """Keep the prunable groups that ``only`` and ``exclude`` (shell patterns on names or kinds) and ``coupled`` allow.
 
-    Raises ModhifiError for a pattern that matches nothing and where no group is left.
+    Blocks and sublayers go only where ``only`` or the ``plan`` to replay asks for them. Raises ModhifiError for a
+    pattern that matches nothing and where no group is left.
     """
 
     def matches(group: Group, patterns: Iterable[str]) -> bool:
@@ -110,6 +117,9 @@ def choose_groups(structure: Structure, settings: PruneSettings) -> Structure:
     for pattern in (*settings.only, *settings.exclude):
         if not any(matches(g, (pattern,)) for g in structure.groups):
             raise ModhifiError(f"the pattern '{pattern}' matches no group and no kind; `modhifi check` lists them")
+    named = set() if plan is None else plan.kept.keys()
+    asked = tuple(g for g in structure.groups if not g.parts or matches(g, settings.only) or g.name in named)
+    structure = replace(structure, groups=asked)
     chosen = [
         g.name
         for g in structure.prunable
@@ -135,6 +145,8 @@ def measure_moments(
 
     Each process of a ``team`` runs its share of the batches, without the cache; the moments are those of all shares.
     """
+    if all(group.parts for group in structure.prunable):
+        return {}
     check_room(loaded.model, structure)
     readers = dict(operator_modules(loaded.model, structure.prunable))
     stored = None if cache is None or team.count > 1 else cache.open(loaded, readers, samples, sampling)
@@ -175,16 +187,16 @@ def removal_curves(
     trial: float | None = None,
     widths: Mapping[str, int] | None = None,
 ) -> dict[str, Curve]:
-    """For each prunable group the order of removal and what it costs, with a trial at that share of its components.
+    """For each prunable group of widths the order of removal and its cost, with a trial at that share of components.
 
     Curves end at the floor, or where ``widths`` by group are reached.
 
     Raises :class:`IndefiniteError`, naming all groups that cannot be solved.
     """
-    selector = SELECTORS[settings.selector]
+    selector, wanted = SELECTORS[settings.selector], [group for group in structure.prunable if not group.parts]
     curves: dict[str, Curve | None] = {}
-    progress("scoring", 0, len(structure.prunable))
-    for groups in alike(model, structure.prunable):
+    progress("scoring", 0, len(wanted))
+    for groups in alike(model, wanted):
         jobs: dict[str, Job] = {}
         for group in groups:
             readers = readers_of(model, structure, group, moments, settings.behind_norms)
@@ -198,10 +210,10 @@ def removal_curves(
                 jobs[group.name] = Job(readers, least, order, group.partition, size)
         if jobs:
             curves |= dict(zip(jobs, eliminate_together(list(jobs.values()), settings.ridge), strict=True))
-        progress("scoring", len(curves), len(structure.prunable))
-    if unsolved := [g.name for g in structure.prunable if curves[g.name] is None]:
+        progress("scoring", len(curves), len(wanted))
+    if unsolved := [g.name for g in wanted if curves[g.name] is None]:
         raise IndefiniteError(unsolved)
-    return {g.name: curve for g in structure.prunable if (curve := curves[g.name]) is not None}
+    return {g.name: curve for g in wanted if (curve := curves[g.name]) is not None}
 
 
 def alike(model: nn.Module, groups: Iterable[Group]) -> list[list[Group]]:
@@ -228,6 +240,8 @@ def ordered_curves(model: nn.Module, structure: Structure, settings: PruneSettin
     """For each prunable group the order of removal by a selector that needs no moments; what it costs is not known."""
     curves = {}
     for group in structure.prunable:
+        if group.parts:
+            raise ModhifiError(f"what '{group.name}' costs has to be measured; leave --compensate as it is")
         order = SELECTORS[settings.selector].order(readers_of(model, structure, group, None), settings.seed)
         assert order is not None
         order = removable(order, group.partition, max(group.step, int(settings.floor * group.n)))
@@ -243,12 +257,12 @@ def trial_size(group: Group, share: float) -> int:
 def hifi_plan(model: nn.Module, structure: Structure, moments: Mapping[str, Moments], settings: PruneSettings) -> Plan:
     """Keep in every group the union of its output channels' smallest NAIVE HiFi sets of fidelity ``eta``.
 
-    Groups that lose whole parts at a time (heads, grouped convolutions) stay as they are.
+    Groups that lose whole parts at a time (heads, grouped convolutions) stay as they are, and so do blocks.
     """
     assert settings.eta is not None
     kept = {}
     for group in structure.prunable:
-        if group.partition is not None:
+        if group.partition is not None or group.parts:
             continue
         member = hifi_union(readers_of(model, structure, group, moments), settings.eta)
         if not bool(member.all()):
@@ -265,10 +279,13 @@ def make_plan(
     weights: Mapping[str, float] | None = None,
 ) -> Plan:
     """Allocate the budget over the groups."""
+    order = {g.name: curves[g.name].order.tolist() for g in structure.prunable if g.parts}
+    if budget.times is not None:
+        budget = replace(budget, times=budget.times.ordered(order))
     return allocate(
         structure.prunable,
         curves,
-        sizes_of(model, structure),
+        sizes_of(model, structure).ordered(order),
         budget,
         layout=settings.layout,
         floor=settings.floor,
@@ -288,7 +305,8 @@ def apply_plan(
 ) -> Pruned:
     """Compensate and cut; without moments, cut.
 
-    ``samples`` are needed with ``settings.sequential``, which measures on the pruned prefix of every reader.
+    ``samples`` are needed with ``settings.sequential``, which measures on the pruned prefix of every reader, and where
+    blocks or sublayers go, for what they added to the stream.
     """
     plan.check(structure)
     errors: tuple[LayerError, ...]
@@ -297,6 +315,11 @@ def apply_plan(
     elif settings.sequential is None:
         dense_shape = clone(loaded.model)
         errors = edit_readers(dense_shape, structure, plan, moments, settings)
+        if samples is not None:
+            added = moments_of_plans(loaded, structure, [plan], samples, settings, progress)
+            errors += remove_branches(dense_shape, structure, plan, added, settings)
+    elif removed_parts(structure, plan):
+        raise ModhifiError("--sequential re-collects for widths alone; leave it out, or the blocks")
     else:
         if not COMPENSATIONS[settings.compensate].least_squares or samples is None:
             raise ModhifiError("--sequential goes with --compensate lstsq only")

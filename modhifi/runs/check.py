@@ -24,17 +24,18 @@ ROWS_PER_COLUMN = 2
 def check_model(loaded: LoadedModel) -> dict[str, Any]:
     """The prunable and the refused groups of a model, and the saving of half of each group, as JSON-able data.
 
-    ``supported`` has the parameters that go with all components of the prunable groups, by pattern of names as well;
-    ``folded`` the refusals that say the same; ``prediction`` what :func:`predict` says.
+    ``supported`` has the parameters that go with all components of the prunable groups, by pattern of names as well,
+    and under ``whole`` those of blocks and sublayers, which go on request; ``folded`` the refusals that say the same;
+    ``prediction`` what :func:`predict` says.
     """
-    structure = find_structure(loaded)
+    structure = find_structure(loaded, depth=True)
     sizes = sizes_of(loaded.model, structure)
     dense = {g.name: g.n for g in structure.prunable}
     touching = sizes.touching()
     groups = []
     for g in structure.prunable:
         touched = touching[g.name]
-        halved = {**dense, g.name: max(g.step, g.n // 2 // g.step * g.step)}
+        halved = {**dense, g.name: max(g.least, g.n // 2 // g.step * g.step)}
         groups.append(
             {
                 "name": g.name,
@@ -106,14 +107,11 @@ def _supported(structure: Structure, sizes: Sizes) -> dict[str, Any]:
     def without(groups: Iterable[Group]) -> float:
         return total - sizes.parameters(dense | {g.name: 0 for g in groups})
 
-    alike: dict[tuple[str, str], list[Group]] = {}
-    for g in structure.prunable:
-        alike.setdefault((pattern(g.name), g.label), []).append(g)
-    parameters = without(structure.prunable)
-    return {
-        "parameters": parameters,
-        "share": parameters / total if total else 0.0,
-        "patterns": [
+    def rows(groups: Iterable[Group]) -> list[dict[str, Any]]:
+        alike: dict[tuple[str, str], list[Group]] = {}
+        for g in groups:
+            alike.setdefault((pattern(g.name), g.label), []).append(g)
+        return [
             {
                 "pattern": name if len(members) > 1 else members[0].name,
                 "kind": kind,
@@ -122,7 +120,15 @@ def _supported(structure: Structure, sizes: Sizes) -> dict[str, Any]:
                 "parameters": without(members),
             }
             for (name, kind), members in alike.items()
-        ],
+        ]
+
+    widths = [g for g in structure.prunable if not g.parts]
+    parameters = without(widths)
+    return {
+        "parameters": parameters,
+        "share": parameters / total if total else 0.0,
+        "patterns": rows(widths),
+        "whole": rows(g for g in structure.prunable if g.parts),
     }
 
 
@@ -146,7 +152,7 @@ def _loads_with(loaded: LoadedModel, structure: Structure) -> str:
     """What loads the model after a cut of some kinds of components, in words."""
     if loaded.framework == "torch":
         return "modhifi.load, which is given the module that was pruned"
-    kinds = dict.fromkeys(g.kind for g in structure.prunable)
+    kinds = dict.fromkeys(g.kind for g in structure.prunable if not g.parts)
     stock = [kind for kind in kinds if kind != "channels" and says(loaded.model, kind)]
     rest = [kind for kind in kinds if kind not in stock]
     said = f"stock {loaded.framework} with fewer {' and '.join(stock)}, as many in every block" if stock else ""

@@ -20,6 +20,7 @@ from modhifi.runs import measure
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.runs.timing.turns import Spread, compare_latency, ratio
 from modhifi.structure.clone import clone
+from modhifi.structure.depth import inside
 from modhifi.structure.sizes import sizes_of
 from modhifi.structure.surgery import shrink
 
@@ -49,13 +50,14 @@ def report_of(
 ) -> dict[str, Any]:
     """The report of a pruning run before anything is measured, JSON-able; see :mod:`modhifi.artifacts.report`."""
     structure, plan = pruned.structure, pruned.plan
-    sizes = sizes_of(original.model, structure)
+    sizes = sizes_of(original.model, structure).of(plan)
     widths = {g.name: len(plan.kept.get(g.name, range(g.n))) for g in structure.prunable}
     dense = {g.name: g.n for g in structure.prunable}
     by_reader = {e.reader: e for e in pruned.errors}
     groups = []
     for g in structure.prunable:
         errors = [by_reader[s.module] for s in g.readers if s.module in by_reader] if g.name in plan.kept else []
+        errors += [error for error in pruned.errors if inside(error.reader, g.parts)]
         error, energy = sum(e.error for e in errors), sum(e.energy for e in errors)
         unknown = g.name in plan.kept and not errors
         groups.append(

@@ -108,7 +108,7 @@ def in_dense_shape(edited: nn.Module, original: LoadedModel, manifest: Manifest 
         # After an earlier cut the groups count components of the artefact before.
         if any(edit["task"] == "prune" for edit in manifest.base.edits_before):
             return None
-        return expand(edited, original.model, find_structure(original), manifest.plan())
+        return expand(edited, original.model, find_structure(original, depth=True), manifest.plan())
     return edited if same_shapes(original.model, edited) else None
 
 

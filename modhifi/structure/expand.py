@@ -1,6 +1,7 @@
 """A cut model back in the shapes of its original: the same function, zero columns where components went.
 
-Removed channels count once, at their readers: the producers keep the original's rows, which nobody reads any more.
+Blocks and sublayers that went are there again, and add nothing. Removed channels count once, at their readers: the
+producers keep the original's rows, which nobody reads any more.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
 from modhifi.structure.clone import clone
+from modhifi.structure.depth import inside, name_after, removed_parts, silence
 from modhifi.structure.groups import Structure
 from modhifi.structure.library_layers import is_transposed
 from modhifi.structure.operators import conv_groups, last_wide
@@ -24,7 +26,12 @@ def expand(small: nn.Module, dense: nn.Module, structure: Structure, plan: Plan)
     """
     plan.check(structure)
     model = clone(dense).cpu()
-    ours, theirs = model.state_dict(), {k: v.detach().cpu() for k, v in small.state_dict().items()}
+    parts = removed_parts(structure, plan)
+    silence(model, structure, parts)
+    names = {after: key for key in model.state_dict() if (after := name_after(key, parts)) is not None}
+    state = {k: v.detach().cpu() for k, v in small.state_dict().items()}
+    ours = {key: value for key, value in model.state_dict().items() if not inside(key, parts)}
+    theirs = {names.get(key, key): value for key, value in state.items()}
     if ours.keys() != theirs.keys():
         other = sorted(ours.keys() ^ theirs.keys())[0]
         raise ModhifiError(
@@ -36,6 +43,8 @@ def expand(small: nn.Module, dense: nn.Module, structure: Structure, plan: Plan)
         none = torch.empty(0, dtype=torch.int64)
         inputs, outputs = removed.get((name, "reader"), none), removed.get((name, "producer"), none)
         along = removed.get((name, "along"), none)
+        if inside(name, parts):
+            continue
         owner, _, leaf = name.rpartition(".")
         if isinstance(getattr(model.get_submodule(owner), leaf), nn.Parameter):
             done.add(name)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -23,7 +24,8 @@ class Family:
     """Names of configuration fields: the feed-forward width, the numbers of query and key-value heads, the head's size.
 
     ``heads`` is None where fewer heads cannot be said, because the head's size is always the hidden size over their
-    number. ``ratio`` names a field that holds the feed-forward width over the block's own width.
+    number. ``ratio`` names a field that holds the feed-forward width over the block's own width, ``depth`` the argument
+    of timm's factory that holds the number of blocks, for each of the lists of blocks that follow.
     """
 
     ffn: str | None = "intermediate_size"
@@ -31,12 +33,14 @@ class Family:
     heads: str | None = None
     kv: str | None = None
     head_dim: str | None = None
+    depth: tuple[str, ...] = ()
 
 
 GROUPED = Family(heads="num_attention_heads", kv="num_key_value_heads", head_dim="head_dim")
 VISION = Family(heads="num_attention_heads", head_dim="head_dim")
 FIXED_HEADS = Family()
 RATIO = Family(ffn=None, ratio="mlp_ratio")
+PLAIN = replace(RATIO, depth=("depth", "blocks"))
 FAMILIES: Mapping[str, Family] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"), GROUPED),
     **dict.fromkeys(("phi3", "mixtral", "qwen3_moe"), GROUPED),
@@ -45,7 +49,10 @@ FAMILIES: Mapping[str, Family] = {
     "gpt2": Family(ffn="n_inner"),
     "opt": Family(ffn="ffn_dim"),
     "distilbert": Family(ffn="hidden_dim"),
-    **dict.fromkeys(("swin", "VisionTransformer", "VisionTransformerDistilled", "Beit", "SwinTransformer"), RATIO),
+    **dict.fromkeys(("swin", "SwinTransformer"), RATIO),
+    **dict.fromkeys(("VisionTransformer", "VisionTransformerDistilled", "Beit"), PLAIN),
+    "ResNet": Family(ffn=None, depth=("layers", *(f"layer{n}" for n in range(1, 5)))),
+    "ConvNeXt": Family(ffn=None, depth=("depths", *(f"stages.{n}.blocks" for n in range(4)))),
     "dinov2": Family(ffn=None, heads="num_attention_heads", head_dim="head_dim"),  # its mlp_ratio is an integer
 }
 
@@ -67,8 +74,8 @@ def restate(model: nn.Module, structure: Structure, widths: Mapping[str, int]) -
     family = _family(model)
     if family is None:
         return
-    if family.ratio is not None and not hasattr(model, "config"):
-        ratio = _ratio(model, structure)
+    if not hasattr(model, "config"):
+        ratio = _ratio(model, structure) if family.ratio is not None else None
         if ratio is not None:
             model._model_args = {**model._model_args, family.ratio: ratio}  # type: ignore[dict-item,assignment]
         return
@@ -87,6 +94,48 @@ def restate(model: nn.Module, structure: Structure, widths: Mapping[str, int]) -
         for module in model.modules():
             if getattr(module, "config", None) is old:
                 module.config = new
+
+
+def restate_depth(model: nn.Module, parts: Mapping[str, int]) -> None:
+    """Let the model's configuration say that blocks are to go, as far as it can; in place, while they are there.
+
+    ``parts`` are those of :func:`modhifi.structure.depth.removed_parts`.
+    """
+    gone: dict[str, set[str]] = defaultdict(set)
+    for name, outputs in parts.items():
+        if not outputs:
+            owner, _, leaf = name.rpartition(".")
+            gone[owner].add(leaf)
+    stay = {
+        owner: [
+            number for number, (leaf, _) in enumerate(model.get_submodule(owner).named_children()) if leaf not in leaves
+        ]
+        for owner, leaves in gone.items()
+    }
+    if hasattr(model, "_model_args"):
+        family = _family(model)
+        if family is not None and gone.keys() & set(family.depth[1:]):
+            argument, *lists = family.depth
+            counts = [len(stay[name]) if name in stay else len(model.get_submodule(name)) for name in lists]  # type: ignore[arg-type]
+            model._model_args = {**model._model_args, argument: counts[0] if lists == ["blocks"] else counts}  # type: ignore[dict-item,assignment]
+        return
+    for owner, numbers in stay.items():
+        count = len(numbers) + len(gone[owner])
+        if getattr(getattr(model, "config", None), "num_hidden_layers", None) == count:
+            _state_blocks(model, count, numbers)
+
+
+def _state_blocks(model: nn.Module, count: int, stay: Sequence[int]) -> None:
+    """Let the configuration say which of ``count`` blocks stay: their number, and what is listed for each of them."""
+    old: Any = model.config
+    new = copy.deepcopy(old)
+    new.num_hidden_layers = len(stay)
+    for name, value in list(vars(new).items()):
+        if isinstance(value, list | tuple) and len(value) == count:
+            setattr(new, name, type(value)(value[number] for number in stay))
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = new
 
 
 def _family(model: nn.Module) -> Family | None:

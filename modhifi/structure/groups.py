@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 Role = Literal["producer", "reader", "along"]
-Kind = Literal["channels", "neurons", "heads"]
+Kind = Literal["channels", "neurons", "heads", "blocks", "sublayers"]
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,43 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A residual branch: what one operator, its ``writer``, adds to a stream.
+
+    ``block`` is the element of a list of modules that it lies in, ``part`` the module inside whose output is the
+    branch and nothing else, None where there is none, and ``outputs`` how many values that module returns. The stream
+    behind the branch is the result of the ``number``-th addition that the module ``where`` makes itself. ``norm`` is
+    the BatchNorm and ``gains`` are the parameters (layer scales) between writer and stream. ``place`` is int64
+    ``(positions, out)``, the element of one sample's flattened stream that each output element of the writer ends up
+    in, None where they are in one order.
+    """
+
+    writer: str
+    block: str
+    part: str | None
+    outputs: int
+    where: str
+    number: int
+    norm: str | None = None
+    gains: tuple[str, ...] = ()
+    place: Tensor | None = None
+
+    @property
+    def stream(self) -> str:
+        """The list of modules that the block is an element of."""
+        return self.block.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
 class Group:
     """``n`` components that can be removed one by one, each from every slice at once.
 
     ``partition`` is int64 ``(n,)`` where equally many components must be kept per label (conv groups, chunks).
-    ``refused`` says why nothing of the group may be removed. ``kind`` is ``channels``, ``neurons`` (of linear maps) or
-    ``heads``; ``queries`` the number of query heads in one component, above 1 where they share a key-value head and the
-    component is that whole KV group. ``attributes`` are integers of modules that count components: ``(module,
-    attribute, amount per component)``.
+    ``refused`` says why nothing of the group may be removed. ``kind`` is ``channels``, ``neurons`` (of linear maps),
+    ``heads``, ``blocks`` or ``sublayers``; ``queries`` the number of query heads in one component, above 1 where they
+    share a key-value head and the component is that whole KV group. ``attributes`` are integers of modules that count
+    components: ``(module, attribute, amount per component)``. Blocks and sublayers have no slices: their components are
+    the modules ``parts``, and all of them may go.
     """
 
     name: str
@@ -49,6 +78,7 @@ class Group:
     kind: Kind = "channels"
     queries: int = 1
     attributes: tuple[tuple[str, str, int], ...] = ()
+    parts: tuple[str, ...] = ()
 
     def of(self, role: Role) -> tuple[Slice, ...]:
         """The slices of one role."""
@@ -73,6 +103,11 @@ class Group:
         if self.kind == "heads" and self.queries > 1:
             return f"KV groups of {self.queries} heads"
         return "coupled channels" if self.coupled else self.kind
+
+    @property
+    def least(self) -> int:
+        """The least number of components that must stay."""
+        return 0 if self.parts else self.step
 
     @property
     def step(self) -> int:
@@ -109,7 +144,8 @@ class Structure:
     """Everything known of a model's couplings: groups (refused ones included) and operators by module name.
 
     ``macs`` are the multiply-adds per sample of one forward pass, of which operators and ``work`` have their part.
-    ``uncounted`` names kernels whose work nobody can tell.
+    ``uncounted`` names kernels whose work nobody can tell. ``branches`` are the residual branches in their order, where
+    they were looked for.
     """
 
     groups: tuple[Group, ...]
@@ -117,6 +153,7 @@ class Structure:
     work: tuple[Work, ...] = ()
     macs: int = 0
     uncounted: tuple[str, ...] = ()
+    branches: tuple[Branch, ...] = ()
 
     @property
     def prunable(self) -> tuple[Group, ...]:
@@ -133,6 +170,16 @@ class Structure:
             g if g.refused or g.name in wanted else replace(g, refused="excluded on request") for g in self.groups
         )
         return replace(self, groups=groups)
+
+    def without(self, parts: Iterable[str]) -> Structure:
+        """The same structure without the groups that lie in some modules altogether, whole ones included."""
+        prefixes = tuple(f"{part}." for part in parts)
+
+        def stays(group: Group) -> bool:
+            names = [piece.module for piece in group.slices]
+            return not names or not all(f"{name}.".startswith(prefixes) for name in names)
+
+        return replace(self, groups=tuple(g for g in self.groups if stays(g)))
 
     def leave(self, reasons: Mapping[str, str]) -> Structure:
         """The same structure with some groups refused, each for its reason."""

@@ -34,6 +34,12 @@ def columns_of(module: nn.Module) -> tuple[int, int]:
     return conv_groups(module), weight.shape[0] if is_transposed(module) else weight.numel() // len(weight)
 
 
+def outputs_of(module: nn.Module) -> int:
+    """The number of output channels of an operator."""
+    weight = module.get_parameter("weight")
+    return weight.shape[1] if is_transposed(module) else len(weight)
+
+
 def write_weight(module: nn.Module, matrix: Tensor) -> None:
     """Inverse of :func:`weight_matrix`: store ``(G, out / G, d)`` in the module, in the module's dtype."""
     flat, weight = matrix.reshape(-1, matrix.shape[-1]), module.get_parameter("weight")

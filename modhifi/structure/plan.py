@@ -27,7 +27,7 @@ class Plan:
         if group.name not in self.kept:
             return torch.ones(group.n, dtype=torch.bool)
         mask = torch.zeros(group.n, dtype=torch.bool)
-        mask[list(self.kept[group.name])] = True
+        mask[torch.tensor(self.kept[group.name], dtype=torch.int64)] = True
         return mask
 
     def to_json(self) -> dict[str, Any]:
@@ -48,7 +48,8 @@ class Plan:
             group = groups[name]
             if group.refused is not None:
                 raise ModhifiError(f"'{name}' cannot be pruned: {group.refused}; take it out of the plan")
-            if not kept or max(kept) >= group.n or min(kept) < 0 or len(set(kept)) != len(kept):
+            inside = all(0 <= component < group.n for component in kept)
+            if (not kept and group.least) or not inside or len(set(kept)) != len(kept):
                 raise ModhifiError(f"the plan keeps components of '{name}' that do not exist; is it the same model?")
             if group.partition is not None:
                 counts = torch.bincount(group.partition[list(kept)], minlength=int(group.partition.max()) + 1)

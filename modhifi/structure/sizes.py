@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from modhifi.structure.depth import inside as inside_of
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import last_wide
+from modhifi.structure.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class Term:
 
     ``macs`` and ``weights`` scale with both widths, ``others`` (bias, norm) with the output width. ``inputs`` and
     ``outputs`` map group names to channel positions per component; the totals are the dense widths,
-    ``module`` its name, empty for a product.
+    ``module`` its name, empty for a product. ``parts`` are the blocks and sublayers that it lies in, each as a group
+    and the number of its component.
     """
 
     macs: int
@@ -29,6 +32,36 @@ class Term:
     outputs: Mapping[str, float]
     output_total: int
     module: str = ""
+    parts: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Which blocks and sublayers are there at any widths: ``order`` has for each group its components as they go."""
+
+    order: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def has(self, parts: Iterable[tuple[str, int]], widths: Mapping[str, int]) -> bool:
+        """Whether all of ``parts`` are there."""
+        for name, component in parts:
+            order = self.order[name]
+            if component in order[: len(order) - widths.get(name, len(order))]:
+                return False
+        return True
+
+    def ordered(self, removed: Mapping[str, Sequence[int]]) -> Depth:
+        """With the components of some groups in another order of removal, of which ``removed`` has the first ones."""
+        orders = {
+            name: (*first, *(component for component in self.order[name] if component not in first))
+            for name, first in removed.items()
+            if name in self.order
+        }
+        return Depth({**self.order, **orders})
+
+    def of(self, plan: Plan) -> Depth:
+        """With the components that a plan removes as the first to go."""
+        kept = {name: set(plan.kept[name]) for name in self.order if name in plan.kept}
+        return self.ordered({name: [i for i in self.order[name] if i not in own] for name, own in kept.items()})
 
 
 def width(positions: Mapping[str, float], total: int, full: Mapping[str, int], widths: Mapping[str, int]) -> float:
@@ -42,6 +75,7 @@ class Sizes:
 
     ``cached`` maps groups of heads to the keys and values, in numbers per token, that one component keeps;
     ``fixed_cache`` are those of heads that must stay, ``fixed_macs`` the multiply-adds that no width changes.
+    ``depth`` says which blocks and sublayers go first, ``inside`` in which of them a group lies.
     """
 
     terms: tuple[Term, ...]
@@ -50,18 +84,31 @@ class Sizes:
     cached: Mapping[str, int] = field(default_factory=dict)
     fixed_cache: int = 0
     fixed_macs: int = 0
+    depth: Depth = Depth()
+    inside: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+
+    def ordered(self, removed: Mapping[str, Sequence[int]]) -> Sizes:
+        """With blocks and sublayers that go in this order; see :meth:`Depth.ordered`."""
+        return replace(self, depth=self.depth.ordered(removed))
+
+    def of(self, plan: Plan) -> Sizes:
+        """With the blocks and sublayers that a plan removes as the first to go."""
+        return replace(self, depth=self.depth.of(plan))
 
     def macs(self, widths: Mapping[str, int]) -> float:
         """Multiply-adds per sample."""
         return self.fixed_macs + sum(
             t.macs * self._share(t.inputs, t.input_total, widths) * self._share(t.outputs, t.output_total, widths)
             for t in self.terms
+            if self.depth.has(t.parts, widths)
         )
 
     def parameters(self, widths: Mapping[str, int]) -> float:
         """Number of parameters."""
         total = float(self.fixed_parameters)
         for t in self.terms:
+            if not self.depth.has(t.parts, widths):
+                continue
             out = self._share(t.outputs, t.output_total, widths)
             total += t.weights * self._share(t.inputs, t.input_total, widths) * out + t.others * out
         return total
@@ -72,7 +119,13 @@ class Sizes:
 
     def cache(self, widths: Mapping[str, int]) -> float:
         """Numbers per token in the KV cache of a causal language model."""
-        return self.fixed_cache + float(sum(m * widths.get(name, self.full[name]) for name, m in self.cached.items()))
+        return self.fixed_cache + float(
+            sum(
+                m * widths.get(name, self.full[name])
+                for name, m in self.cached.items()
+                if self.depth.has(self.inside.get(name, ()), widths)
+            )
+        )
 
     def _share(self, positions: Mapping[str, float], total: int, widths: Mapping[str, int]) -> float:
         return width(positions, total, self.full, widths) / total if total else 1.0
@@ -81,9 +134,9 @@ class Sizes:
         """For each group the terms that its width changes: what a greedy step needs to look at."""
         terms: dict[str, list[Term]] = defaultdict(list)
         for term in self.terms:
-            for name in {*term.inputs, *term.outputs}:
+            for name in {*term.inputs, *term.outputs, *(name for name, _ in term.parts)}:
                 terms[name].append(term)
-        return {name: Sizes(tuple(own), self.full, 0) for name, own in terms.items()}
+        return {name: Sizes(tuple(own), self.full, 0, depth=self.depth) for name, own in terms.items()}
 
 
 def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
@@ -96,43 +149,77 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
             places[piece.module] = None
             table = inputs if piece.role == "reader" else outputs
             table[piece.module][group.name] = piece.index.shape[1]
+    whole = [(part, (g.name, number)) for g in structure.prunable for number, part in enumerate(g.parts)]
+    for name, module in model.named_modules() if whole else ():
+        own = [f"{name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)]
+        if own and parts_of(name, whole) and not any(parameter in places for parameter in own):
+            places[name] = None
     terms, counted = [], 0
     for name in places:
         owner, _, leaf = name.rpartition(".")
         place = getattr(model.get_submodule(owner), leaf)
         if isinstance(place, nn.Parameter):
-            terms.append(Term(0, 0, place.numel(), {}, 0, outputs[name], place.shape[last_wide(place)]))
+            total = place.shape[last_wide(place)]
+            terms.append(Term(0, 0, place.numel(), {}, 0, outputs[name], total, parts=parts_of(name, whole)))
             counted += place.numel()
             continue
-        own = {k: p.numel() for k, p in place.named_parameters(recurse=False)}
-        weights = own.get("weight", 0)
+        counts = {k: p.numel() for k, p in place.named_parameters(recurse=False)}
+        weights = counts.get("weight", 0)
         operator = structure.operators.get(name)
         out_total = len(place.bias) if getattr(place, "bias", None) is not None else _width(place, "out")
         along = operator is None or not inputs[name] and _width(place, "in") == 0
-        counted += sum(own.values())
+        counted += sum(counts.values())
         terms.append(
             Term(
                 0 if operator is None else operator.macs,
                 0 if along else weights,
-                sum(own.values()) - (0 if along else weights),
+                sum(counts.values()) - (0 if along else weights),
                 inputs[name],
                 _width(place, "in"),
                 outputs[name],
                 out_total,
                 name,
+                parts_of(name, whole),
             )
         )
     prunable = {g.name for g in structure.prunable}
+    inside = {g.name: _parts_of_group(g, whole) for g in structure.groups}
     for work in structure.work:
         positions = {name: p for name, p in work.positions.items() if name in prunable}
-        terms.append(Term(work.macs, 0, 0, {}, 0, positions, work.total))
+        lies_in = [inside[name] for name in work.positions]
+        parts = lies_in[0] if lies_in and all(own == lies_in[0] for own in lies_in) else ()
+        terms.append(Term(work.macs, 0, 0, {}, 0, positions, work.total, parts=parts))
     fixed_macs = max(0, structure.macs - sum(t.macs for t in terms))
     total = sum(p.numel() for p in model.parameters())
     full = {g.name: g.n for g in structure.prunable}
     # a reader takes the values of every query head, and a key is as wide as a value
     cached = {g.name: 2 * g.readers[0].index.shape[1] // g.queries for g in structure.groups if _attends(g)}
     fixed = sum(g.n * cached[g.name] for g in structure.refused if g.name in cached)
-    return Sizes(tuple(terms), full, total - counted, {n: m for n, m in cached.items() if n in full}, fixed, fixed_macs)
+    return Sizes(
+        tuple(terms),
+        full,
+        total - counted,
+        {n: m for n, m in cached.items() if n in full},
+        fixed,
+        fixed_macs,
+        Depth({g.name: tuple(range(g.n)) for g in structure.prunable if g.parts}),
+        inside,
+    )
+
+
+Whole = Sequence[tuple[str, tuple[str, int]]]
+"""The modules that may go whole, each with its group and its number there."""
+
+
+def parts_of(name: str, whole: Whole) -> tuple[tuple[str, int], ...]:
+    """The blocks and sublayers that a module or parameter lies in."""
+    return tuple(component for part, component in whole if inside_of(name, (part,)))
+
+
+def _parts_of_group(group: Group, whole: Whole) -> tuple[tuple[str, int], ...]:
+    """The blocks and sublayers that a group lies in altogether."""
+    places = [set(parts_of(piece.module, whole)) for piece in group.slices]
+    return tuple(sorted(set.intersection(*places))) if places else ()
 
 
 def _attends(group: Group) -> bool:

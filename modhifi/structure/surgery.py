@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.structure.clone import clone
-from modhifi.structure.families import restate
+from modhifi.structure.depth import drop, removed_parts, silence, silenced
+from modhifi.structure.families import restate, restate_depth
 from modhifi.structure.groups import Structure
 from modhifi.structure.head_counts import set_count
 from modhifi.structure.library_layers import is_transposed
@@ -32,11 +33,15 @@ def removed_positions(structure: Structure, plan: Plan) -> dict[tuple[str, str],
 def mask_readers(model: nn.Module, structure: Structure, plan: Plan, shared: Iterable[Tensor] = ()) -> nn.Module:
     """A copy of the model, all shapes kept, in which no reader sees the removed components (the mask oracle).
 
-    Of the ``shared`` tensors the copy holds the original's own where no mask is written into them.
+    Branches in removed blocks and sublayers add nothing. Of the ``shared`` tensors the copy holds the original's own
+    where no mask is written into them.
     """
     removed = removed_positions(structure, plan)
     masked = {id(model.get_submodule(name).weight) for name, role in removed if role == "reader"}
+    parts = removed_parts(structure, plan)
+    masked |= {id(parameter) for parameter in silenced(model, structure, parts)}
     model = clone(model, (tensor for tensor in shared if id(tensor) not in masked))
+    silence(model, structure, parts)
     for (name, role), positions in removed.items():
         if role != "reader":
             continue
@@ -53,8 +58,9 @@ def mask_readers(model: nn.Module, structure: Structure, plan: Plan, shared: Ite
 def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
     """Cut the removed components out of the model, in place, and return it.
 
-    Weights, biases, norms and counting attributes of every producer, reader and module along the way are sliced; no
-    value changes. The plan must fit (:meth:`Plan.check`).
+    Removed blocks and sublayers go whole, and blocks behind them move up. Weights, biases, norms and counting
+    attributes of every producer, reader and module along the way are sliced; no value changes. The plan must fit
+    (:meth:`Plan.check`).
     """
     plan.check(structure)
     removed = removed_positions(structure, plan)
@@ -75,8 +81,10 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
         if group.name in plan.kept:
             for name, attribute, amount in group.attributes:
                 set_count(model.get_submodule(name), attribute, amount * len(plan.kept[group.name]))
-    restate(model, structure, {name: len(kept) for name, kept in plan.kept.items()})
-    return model
+    parts = removed_parts(structure, plan)
+    restate(model, structure.without(parts), {name: len(kept) for name, kept in plan.kept.items()})
+    restate_depth(model, parts)
+    return drop(model, parts)
 
 
 def staying(total: int, removed: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from itertools import combinations
 
 import numpy as np
 
-from modhifi.structure.sizes import Term, width
+from modhifi.structure.plan import Plan
+from modhifi.structure.sizes import Depth, Term, width
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Times:
     """Seconds of one pass for any widths; ``full`` maps group names to their dense number of components.
 
     ``scale`` multiplies the operators' times, ``per_element`` the numbers that they write; ``fixed`` is what no width
-    changes.
+    changes, of which every operator has the same part. ``depth`` says which blocks and sublayers go first.
     """
 
     operators: tuple[OperatorTime, ...]
@@ -65,19 +66,30 @@ class Times:
     scale: float = 1.0
     per_element: float = 0.0
     fixed: float = 0.0
+    depth: Depth = Depth()
+
+    def ordered(self, removed: Mapping[str, Sequence[int]]) -> Times:
+        """With blocks and sublayers that go in this order; see :meth:`Depth.ordered`."""
+        return replace(self, depth=self.depth.ordered(removed))
+
+    def of(self, plan: Plan) -> Times:
+        """With the blocks and sublayers that a plan removes as the first to go."""
+        return replace(self, depth=self.depth.of(plan))
 
     @property
     def at_once(self) -> int:
         """How many channels the device takes at a time."""
         return max((operator.at_once for operator in self.operators), default=1)
 
-    def parts(self, widths: Mapping[str, int]) -> tuple[float, float]:
-        """The operators' seconds together, as they were measured alone, and the number of elements that they write."""
-        seconds, elements = 0.0, 0.0
+    def parts(self, widths: Mapping[str, int]) -> tuple[float, float, float]:
+        """What the coefficients multiply: seconds of the operators as measured alone, elements that they write, and the
+        share of the operators that is there."""
+        seconds, elements, count = 0.0, 0.0, 0
         for operator in self.operators:
-            own, written = self._of(operator, widths)
-            seconds, elements = seconds + own, elements + written
-        return seconds, elements
+            if self.depth.has(operator.term.parts, widths):
+                own, written = self._of(operator, widths)
+                seconds, elements, count = seconds + own, elements + written, count + 1
+        return seconds, elements, count / max(1, len(self.operators))
 
     def _of(self, operator: OperatorTime, widths: Mapping[str, int]) -> tuple[float, float]:
         term = operator.term
@@ -87,31 +99,37 @@ class Times:
 
     def seconds(self, widths: Mapping[str, int]) -> float:
         """Seconds of one pass."""
-        operators, elements = self.parts(widths)
-        return self.scale * operators + self.per_element * elements + self.fixed
+        operators, elements, share = self.parts(widths)
+        return self.scale * operators + self.per_element * elements + self.fixed * share
 
     def by_operator(self, widths: Mapping[str, int]) -> dict[str, float]:
         """Seconds of every operator, with the elementwise work on what it writes."""
         result = {}
         for operator in self.operators:
-            own, written = self._of(operator, widths)
+            there = self.depth.has(operator.term.parts, widths)
+            own, written = self._of(operator, widths) if there else (0.0, 0.0)
             result[operator.term.module] = self.scale * own + self.per_element * written
         return result
 
     def touching(self) -> dict[str, Times]:
         """For each group the operators that its width changes."""
         operators: dict[str, list[OperatorTime]] = defaultdict(list)
+        whole = {name for operator in self.operators for name, _ in operator.term.parts}
         for operator in self.operators:
-            for name in {*operator.term.inputs, *operator.term.outputs}:
+            for name in {*operator.term.inputs, *operator.term.outputs, *(name for name, _ in operator.term.parts)}:
                 operators[name].append(operator)
-        return {name: replace(self, operators=tuple(own), fixed=0.0) for name, own in operators.items()}
+        shares = {name: len(own) / len(self.operators) if name in whole else 0.0 for name, own in operators.items()}
+        return {
+            name: replace(self, operators=tuple(own), fixed=self.fixed * shares[name])
+            for name, own in operators.items()
+        }
 
     def fitted(self, networks: Sequence[tuple[Mapping[str, int], float]]) -> Times:
         """With the coefficients, none of them negative, that suit whole networks best: widths and seconds of each.
 
         Least squares of relative errors, over every choice of coefficients that may be above zero.
         """
-        rows = np.array([[*self.parts(widths), 1.0] for widths, _ in networks])
+        rows = np.array([self.parts(widths) for widths, _ in networks])
         seconds = np.array([taken for _, taken in networks])
         rows /= seconds[:, None]
         best, least = np.array([1.0, 0.0, 0.0]), np.inf

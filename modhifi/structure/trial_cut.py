@@ -25,6 +25,7 @@ UNEQUAL = (
     "the model's code counts on one width in several blocks: it fails, or computes something else, once one block has "
     "another"
 )
+WHOLE = "the model's code counts on these modules: it fails, or computes something else, once some are gone"
 
 
 def confirm(model: nn.Module, structure: Structure, run: Callable[[nn.Module], Any]) -> Structure:
@@ -33,15 +34,31 @@ def confirm(model: nn.Module, structure: Structure, run: Callable[[nn.Module], A
     ``run(model)`` is one forward pass. All groups at once are cut in a copy, first by one component (of every part),
     then to 40 %; then every second block alone, as plans give blocks unequal widths. Each time every tensor that it
     returns must agree with the masked full-size model's, and only where one does not is every group tried alone. Costs
-    six forward passes, and six copies of the weights that are cut, one at a time, where all is well.
+    six forward passes, and six copies of the weights that are cut, one at a time, where all is well; two passes more
+    for blocks that may go, and for sublayers.
     """
-    for share, chosen, reason in ((1.0, _all, FIXED), (0.6, _all, FIXED), (0.6, _every_second, UNEQUAL)):
+    trials: tuple[tuple[float, Callable[[Sequence[Group]], Sequence[Group]], str], ...] = (
+        (1.0, _widths, FIXED),
+        (0.6, _widths, FIXED),
+        (0.6, _every_second, UNEQUAL),
+        (0.6, _blocks, WHOLE),
+        (0.6, _sublayers, WHOLE),
+    )
+    for share, chosen, reason in trials:
         structure = _confirm(model, structure, chosen(structure.prunable), run, share, reason)
     return structure
 
 
-def _all(groups: Sequence[Group]) -> Sequence[Group]:
-    return groups
+def _widths(groups: Sequence[Group]) -> Sequence[Group]:
+    return [group for group in groups if not group.parts]
+
+
+def _blocks(groups: Sequence[Group]) -> Sequence[Group]:
+    return [group for group in groups if group.kind == "blocks"]
+
+
+def _sublayers(groups: Sequence[Group]) -> Sequence[Group]:
+    return [group for group in groups if group.kind == "sublayers"]
 
 
 def _every_second(groups: Sequence[Group]) -> Sequence[Group]:
@@ -50,7 +67,7 @@ def _every_second(groups: Sequence[Group]) -> Sequence[Group]:
     Of two such names that follow each other, one begins with its first group and the other with its second.
     """
     roles: dict[str, list[Group]] = {}
-    for group in groups:
+    for group in _widths(groups):
         roles.setdefault(re.sub(r"\d+", "", group.name), []).append(group)
     repeated = [members for members in roles.values() if len(members) > 1]
     return [group for number, members in enumerate(repeated) for group in members[number % 2 :: 2]]
@@ -71,7 +88,7 @@ def _confirm(
     together = problem(chosen) if chosen else None
     if together is None:
         return structure
-    groups = structure.prunable
+    groups = chosen if chosen[0].parts else _widths(structure.prunable)
     alone = {g.name: problem((g,)) for g in groups}
     wrong = {name: text for name, text in alone.items() if text is not None}
     right = tuple(g for g in chosen if g.name not in wrong)
@@ -108,10 +125,11 @@ def _agree(small: Tensor, masked: Tensor) -> bool:
 
 
 def _last(group: Group, share: float) -> tuple[int, ...]:
-    """The last ``share`` of a group's components, equally many of every part: all but one at most, and at least one."""
+    """The last ``share`` of a group's components, equally many of every part: all but one at most, and its least."""
     labels = torch.zeros(group.n, dtype=torch.int64) if group.partition is None else group.partition
     components: list[int] = []
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
-        components += members[-max(1, min(len(members) - 1, int(share * len(members)))) :].tolist()
+        stay = max(min(1, group.least), min(len(members) - 1, int(share * len(members))))
+        components += members[len(members) - stay :].tolist()
     return tuple(sorted(components))

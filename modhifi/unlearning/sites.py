@@ -9,15 +9,14 @@ stream, followed element by element through every view, permutation, roll and wi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
-from modhifi.structure.operators import columns_of, conv_groups
-from modhifi.structure.tracing.branches import BranchWatcher, Trail
+from modhifi.structure.operators import columns_of, conv_groups, outputs_of
+from modhifi.structure.tracing.branches import BranchWatcher, Trail, stream_places, watch
 
 # A Gram of more columns than this takes over half a gigabyte.
 MOST_COLUMNS = 8192
@@ -93,20 +92,7 @@ def find_sites(loaded: LoadedModel) -> Sites:
     if loaded.kind == "text":
         raise ModhifiError(f"{loaded.source} is a language model: it has no classes to forget; give a classifier")
     model = loaded.model
-    watcher = BranchWatcher(model)
-    handles = [
-        m.register_forward_pre_hook(lambda *_, name=name: watcher.path.append(name))
-        for name, m in model.named_modules()
-    ] + [m.register_forward_hook(lambda *_: (watcher.path.pop(), None)[1]) for _, m in model.named_modules()]
-    example = _pair(loaded.example)
-    watcher.depth[id(example)] = 0
-    watcher.alive.append(example)
-    try:
-        with torch.no_grad(), watcher:
-            logits = loaded.logits(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    watcher, logits = watch(model, loaded.example_of_two(), loaded.logits)
     if logits.ndim != 2 or logits.shape[1] < 2 or not watcher.operators:
         raise ModhifiError(
             f"{loaded.source} has outputs {tuple(logits.shape[1:])} and no classes to forget; give a classifier of at "
@@ -115,20 +101,14 @@ def find_sites(loaded: LoadedModel) -> Sites:
     return _assemble(model, watcher, logits)
 
 
-def _pair(example: Tensor) -> Tensor:
-    """Two items: what the batch axis is shows in the sizes."""
-    return example[:2].clone() if len(example) > 1 else example.repeat(2, *[1] * (example.ndim - 1))
-
-
 def _assemble(model: nn.Module, watcher: BranchWatcher, logits: Tensor) -> Sites:
     # Two classifiers may be averaged: that addition is no stream.
     additions = [a for a in watcher.additions if a.size > logits.shape[1]]
     final = additions[-1].time if additions else -1
     order = sorted(watcher.operators.items(), key=lambda item: item[1][0])
     tail = [name for name, (time, *_) in order if time > final]
-    heads = tuple(
-        n for n in tail if watcher.operators[n][2] == logits.shape[1] and _outputs(model, n) == logits.shape[1]
-    )
+    classes = logits.shape[1]
+    heads = tuple(n for n in tail if watcher.operators[n][2] == outputs_of(model.get_submodule(n)) == classes)
     if not heads:
         raise ModhifiError("the classifier of this model was not found: its output comes from no linear operator")
 
@@ -136,15 +116,16 @@ def _assemble(model: nn.Module, watcher: BranchWatcher, logits: Tensor) -> Sites
     refused: list[tuple[str, str]] = []
 
     def add(module: str, time: int, trail: Trail, joined: bool, size: int) -> None:
-        if conv_groups(model.get_submodule(module)) > 1:
+        layer = model.get_submodule(module)
+        if conv_groups(layer) > 1:
             refused.append((module, "it is a grouped convolution"))
-        elif _outputs(model, module) > MOST_COLUMNS // 2:
-            refused.append((module, f"its {_outputs(model, module)} outputs are too many"))
+        elif outputs_of(layer) > MOST_COLUMNS // 2:
+            refused.append((module, f"its {outputs_of(layer)} outputs are too many"))
         else:
             site = Site(module, block_of(module), _sink(watcher, module))
-            rows = _rows(model, watcher, module, trail, size)
+            rows = stream_places(model, watcher, module, trail, size)
             origin = time if joined else module
-            wide = columns_of(model.get_submodule(module))[1] + rows.shape[1] > MOST_COLUMNS
+            wide = columns_of(layer)[1] + rows.shape[1] > MOST_COLUMNS
             bent = origin in watcher.bent
             written.append(
                 (time, Writer(site, trail.norm, trail.gains, watcher.read[origin], joined, rows, wide, bent))
@@ -176,25 +157,8 @@ def block_of(module: str) -> str:
     return ".".join(parts[: numbered[-1] + 1]) if numbered else module
 
 
-def _outputs(model: nn.Module, module: str) -> int:
-    layer: Any = model.get_submodule(module)
-    return int(getattr(layer, "out_features", 0) or getattr(layer, "out_channels", 0) or layer.nf)
-
-
 def _sink(watcher: BranchWatcher, module: str) -> str | None:
     return "bias" if watcher.operators[module][1] else watcher.sinks.get(module)
-
-
-def _rows(model: nn.Module, watcher: BranchWatcher, module: str, trail: Trail, size: int) -> Tensor:
-    """See :class:`Writer`: the operator's output as positions by channels, each element's place in the stream."""
-    produced, channels = watcher.operators[module][2], _outputs(model, module)
-    place = torch.full((produced,), -1)
-    first = trail.index.reshape(2, -1)[0]
-    if int(first.max()) < produced:
-        place[first] = torch.arange(size)
-    if hasattr(model.get_submodule(module), "kernel_size"):
-        return place.view(channels, -1).T.contiguous()
-    return place.view(-1, channels)
 
 
 def _focus(behind: list[Trail], written: list[tuple[int, Writer]]) -> Tensor | None:

@@ -18,9 +18,10 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.pruning import allocation
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.elimination import Curve
+from modhifi.pruning.output_change import output_change
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.readers import applied_second
-from modhifi.pruning.sensitivity import amplification, output_change
+from modhifi.pruning.sensitivity import amplification
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import find_structure, removal_curves
 from modhifi.structure.plan import Plan

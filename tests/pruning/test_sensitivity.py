@@ -15,8 +15,9 @@ from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.layouts.base import Rounding
+from modhifi.pruning.output_change import PROBES, output_change
 from modhifi.pruning.prune import prune_model
-from modhifi.pruning.sensitivity import PROBES, amplification, best_plan, output_change, plans_between
+from modhifi.pruning.sensitivity import amplification, best_plan, plans_between
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 

@@ -17,7 +17,7 @@ from modhifi.structure.sizes import Sizes
 class Rounding:
     """Kept widths are multiples of ``to``; where ``less`` is set, of less in groups narrower than twice of it.
 
-    A head is many channels wide already: heads are not rounded.
+    A head is many channels wide already: heads are not rounded, and neither are blocks.
     """
 
     to: int = 1
@@ -25,7 +25,7 @@ class Rounding:
 
     def step(self, group: Group) -> int:
         """The widths of a group are multiples of this: the rounding and one component for every part of it."""
-        to = 1 if group.kind == "heads" else self.to
+        to = self.to if group.kind in ("channels", "neurons") else 1
         while self.less and 2 * to > group.n and to > 1:
             to //= 2
         return math.lcm(to, group.step)
@@ -40,6 +40,8 @@ EXACT = Rounding()
 
 def least_width(group: Group, floor: float, rounding: Rounding) -> int:
     """The fewest components a group may keep: the floor's share, rounded up to what :meth:`Rounding.step` allows."""
+    if group.parts:  # of a list of blocks the first one always stays
+        return int(floor * group.n)
     step = rounding.step(group)
     return min(group.n, max(step, math.ceil(floor * group.n / step) * step))
 

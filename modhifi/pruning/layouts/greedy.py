@@ -64,8 +64,8 @@ def _next_widths(problem: Problem, group: Group, here: int) -> list[int]:
     """The widths that a group's next cut may lead to, none below its least one."""
     step, lowest = problem.step(group), problem.lowest[group.name]
     if problem.budget.times is not None:
-        # a head is many channels wide
-        stair = step if group.kind == "heads" else math.lcm(step, problem.budget.times.at_once)
+        # a head is many channels wide, and a block many layers
+        stair = step if group.kind not in ("channels", "neurons") else math.lcm(step, problem.budget.times.at_once)
         edges = [*range((here - 1) // stair * stair, 0, -stair)[:STAIRS], stair // 2, lowest]
         return [width for width in edges if lowest <= width and (width % step == 0 or width == lowest)]
     least = max(1, math.ceil(group.n / (64 * step))) * step

@@ -12,7 +12,7 @@ def uniform(problem: Problem) -> dict[str, int]:
     """Widths by group: the same share of every group, by bisection.
 
     Heads keep at least that share, as their steps are large. Where the nearest share misses the budget by over 2 %,
-    neurons make up for heads, and then some channel groups give one step more than others.
+    neurons make up for heads and blocks, and then some channel groups give one step more than others.
     """
 
     def at(share: float, fixed: Mapping[str, int]) -> dict[str, int]:
@@ -38,8 +38,8 @@ def uniform(problem: Problem) -> dict[str, int]:
     fewer, widths = around({})
     best = min((fewer, widths), key=miss)
     if miss(best) > 0.02:  # heads are few, and come in large steps: let the others make up for that
-        heads = [g.name for g in problem.groups if g.kind == "heads"]
-        settled = [pair for start in (fewer, widths) for pair in around({name: start[name] for name in heads})]
+        coarse = [g.name for g in problem.groups if g.kind not in ("channels", "neurons")]
+        settled = [pair for start in (fewer, widths) for pair in around({name: start[name] for name in coarse})]
         best = min((best, *settled), key=miss)
     for group in problem.groups if miss(best) > 0.02 else ():
         if group.kind == "channels":  # a transformer's blocks must stay alike: its stock configuration has one width

@@ -47,7 +47,8 @@ class Timer:
         """Operators alone on a grid of widths, then whole networks, which give the coefficients."""
         batch = self._inputs(loaded)
         operators = measure_operators(loaded, structure, batch, self.runtime, self.threads, self.cache, self.progress)
-        times = Times(operators, sizes_of(loaded.model, structure).full)
+        sizes = sizes_of(loaded.model, structure)
+        times = Times(operators, sizes.full, depth=sizes.depth)
         widths: list[dict[str, int]] = [{}]
         for share in SHARES:
             widths.append({g.name: _width(g, share, rounding) for g in structure.prunable})
@@ -77,10 +78,15 @@ class Timer:
 
 
 def plan_of(structure: Structure, widths: Mapping[str, int]) -> Plan:
-    """A plan of given widths, whichever components they are: of each part of a group the first ones."""
+    """A plan of given widths, whichever components they are: of each part of a group the last ones go.
+
+    Blocks and sublayers go from the first on, as they do where nothing else is said of their order.
+    """
     kept = {}
     for group in structure.prunable:
-        if widths.get(group.name, group.n) < group.n:
+        if group.parts and widths.get(group.name, group.n) < group.n:
+            kept[group.name] = tuple(range(group.n - widths[group.name], group.n))
+        elif widths.get(group.name, group.n) < group.n:
             part = torch.zeros(group.n, dtype=torch.int64) if group.partition is None else group.partition
             each = widths[group.name] // group.step
             kept[group.name] = tuple(
@@ -92,4 +98,4 @@ def plan_of(structure: Structure, widths: Mapping[str, int]) -> Plan:
 def _width(group: Group, share: float, rounding: Rounding) -> int:
     """The width nearest to a share of a group that rounding lets be."""
     step = replace(rounding, less=True).step(group)
-    return min(group.n, max(1, round(share * group.n / step)) * step)
+    return min(group.n, max(min(1, group.least), round(share * group.n / step)) * step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from modhifi.structure.operators import outputs_of
 from modhifi.structure.torch_ops import METADATA, MOVEMENTS, OPERATIONS, operation_name, swap, tensors_in
 
 
@@ -23,6 +25,7 @@ class Trail:
     norm: str | None = None
     gains: tuple[str, ...] = ()
     direct: bool = True  # nothing but movements, and for an operator its norm and scales, since the origin
+    normed: bool = False  # a norm stands between the addition and here
 
     @property
     def origin(self) -> str | int | None:
@@ -32,12 +35,17 @@ class Trail:
 
 @dataclass(frozen=True)
 class Addition:
-    """Two paths meet at call number ``time``; ``trail`` is the branch's, ``size`` the elements of one sample."""
+    """Two paths meet at call number ``time``; ``trail`` is the branch's, ``size`` the elements of one sample.
+
+    It is the ``number``-th addition that the module ``where`` makes itself; ``skip`` is the other path's trail.
+    """
 
     time: int
     where: str
     trail: Trail | None
     size: int
+    number: int = 0
+    skip: Trail | None = None
 
 
 @dataclass
@@ -54,6 +62,8 @@ class BranchWatcher(TorchFunctionMode):
     batchnorms: dict[str, int] = field(default_factory=dict)
     additions: list[Addition] = field(default_factory=list)
     path: list[str] = field(default_factory=list)
+    # How many additions each module that is being run has made itself.
+    made: list[int] = field(default_factory=lambda: [0])
     # The call behind which an origin is read: its own, its norm's, its activation's.
     read: dict[str | int | None, int] = field(default_factory=dict)
     ends: dict[str, Trail] = field(default_factory=dict)
@@ -115,15 +125,19 @@ class BranchWatcher(TorchFunctionMode):
 
     def addition(self, before: list[Any], inputs: list[Tensor], out: Tensor) -> Trail | None:
         """Two moving operands join a branch to a stream, which starts a trail of its own."""
+        number, self.made[-1] = self.made[-1], self.made[-1] + 1
         active = [(b, t) for b, t in zip(before, inputs, strict=True) if b[0] is not None]
         if len(active) < 2 or any(t.shape != out.shape for _, t in active):
             # A constant (a position embedding, a bias) changes no position.
             trail = active[0][0][1] if len(active) == 1 and active[0][1].shape == out.shape else None
             return trail if trail is not None and trail.module is None else None
         # The deeper operand is the branch, the other one the skip (which may end in an operator of its own).
-        best = max((b for b, _ in active), key=lambda b: (b[0], b[1] is not None))[1]
+        best = max(range(len(active)), key=lambda i: (active[i][0][0], active[i][0][1] is not None))
+        trails = [b[1] for b, _ in active]
         where = self.path[-1] if self.path else ""
-        self.additions.append(Addition(self.time, where, best, out.numel() // 2))
+        self.additions.append(
+            Addition(self.time, where, trails[best], out.numel() // 2, number, trails[1 - best] if best < 2 else None)
+        )
         self.read[self.time] = self.time
         return Trail(torch.arange(out.numel()).view(out.shape), None, self.time)
 
@@ -168,7 +182,9 @@ class BranchWatcher(TorchFunctionMode):
             # On the way from the stream to the classifier only positions matter.
             single = sum(b[0] is not None for b in before) == 1
             in_place = kind in ("activation", "elementwise") or name in ("layer_norm", "rms_norm")
-            return [replace(trail, direct=False)] if single and in_place else none
+            return (
+                [replace(trail, direct=False, normed=trail.normed or kind == "norm")] if single and in_place else none
+            )
         others = [b for b in before if b[1] is not trail]
         if kind == "product" and len(others) == 1 and others[0][0] is None and others[0][2]:
             return [replace(trail, gains=(*trail.gains, others[0][2]))]
@@ -182,12 +198,87 @@ class BranchWatcher(TorchFunctionMode):
         owner = owners.pop()
         self.batchnorms[owner] = self.time
         if trail is None or trail.module is None or trail.norm or trail.gains:
-            return replace(trail, direct=False) if trail is not None and trail.module is None else None
+            return replace(trail, direct=False, normed=True) if trail is not None and trail.module is None else None
         self.sinks.setdefault(trail.module, owner)
         behind = replace(trail, norm=owner)
         if trail.direct:
             self.read[trail.module], self.ends[trail.module] = self.time, behind
         return behind
+
+
+def watch(model: nn.Module, example: Tensor, run: Callable[[Tensor], Any]) -> tuple[BranchWatcher, Any]:
+    """What a watcher saw of ``run(example)``, a forward pass on two samples, and its output."""
+    watcher = BranchWatcher(model)
+
+    def enter(name: str) -> None:
+        watcher.path.append(name)
+        watcher.made.append(0)
+
+    def leave() -> None:
+        watcher.path.pop()
+        watcher.made.pop()
+
+    watcher.depth[id(example)] = 0
+    watcher.alive.append(example)
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            stack.enter_context(module.register_forward_pre_hook(lambda *_, name=name: enter(name)))
+            stack.enter_context(module.register_forward_hook(lambda *_: leave()))
+        with torch.no_grad(), watcher:
+            output = run(example)
+    return watcher, output
+
+
+def stream_places(model: nn.Module, watcher: BranchWatcher, module: str, trail: Trail, size: int) -> Tensor:
+    """The element of one sample's flattened stream that each output element of an operator ends up in.
+
+    int64 ``(positions, out)``, -1 for positions that are cut away before; the stream has ``size`` elements.
+    """
+    layer: Any = model.get_submodule(module)
+    produced, channels = watcher.operators[module][2], outputs_of(layer)
+    place = torch.full((produced,), -1)
+    first = trail.index.reshape(2, -1)[0]
+    if int(first.max()) < produced:
+        place[first] = torch.arange(size)
+    if hasattr(layer, "kernel_size"):
+        return place.view(channels, -1).T.contiguous()
+    return place.view(-1, channels)
+
+
+class Additions(TorchFunctionMode):
+    """While active, hands the results of additions to callbacks.
+
+    ``wanted`` has them by the module that adds and the number of the addition among those that it makes itself in one
+    run, as :class:`Addition` counts them. A callback must not keep the tensor: what follows may write into it.
+    """
+
+    def __init__(self, model: nn.Module, wanted: Mapping[tuple[str, int], Callable[[Tensor], None]]) -> None:
+        super().__init__()
+        self.model, self.wanted = model, wanted
+        self.running: list[tuple[str, int]] = [("", 0)]
+        self.hooks = ExitStack()
+
+    def __enter__(self) -> Additions:
+        for name, module in self.model.named_modules():
+            self.hooks.enter_context(
+                module.register_forward_pre_hook(lambda *_, name=name: self.running.append((name, 0)))
+            )
+            self.hooks.enter_context(module.register_forward_hook(lambda *_: (self.running.pop(), None)[1]))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self.hooks.close()
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if OPERATIONS.get(operation_name(func)) == "sum" and (first := next(tensors_in(out), None)) is not None:
+            name, number = self.running[-1]
+            self.running[-1] = name, number + 1
+            if (name, number) in self.wanted:
+                self.wanted[name, number](first)
+        return out
 
 
 class Calls(TorchFunctionMode):

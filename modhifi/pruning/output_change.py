@@ -1,0 +1,26 @@
+"""How far two sets of outputs are apart, and the few samples on which that is looked at."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from modhifi.data.samples import Samples
+from modhifi.structure.groups import Structure
+
+# Fewest and most samples that probe the effect of one group.
+PROBES = (3, 32)
+
+
+def probe_of(structure: Structure, samples: Samples) -> Tensor:
+    """One batch of samples that shows what the loss of single components does to the output.
+
+    So many that probing all groups takes about half as many forward passes as the calibration.
+    """
+    count = sum(len(group.parts) or 1 for group in structure.prunable)
+    return next(samples.batches(min(len(samples), max(PROBES[0], min(PROBES[1], len(samples) // (2 * count))))))
+
+
+def output_change(dense: Tensor, changed: Tensor) -> float:
+    """Mean Kullback-Leibler divergence between two sets of logits ``(..., classes)``, in nats."""
+    p, q = dense.float().log_softmax(-1), changed.float().log_softmax(-1)
+    return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))
