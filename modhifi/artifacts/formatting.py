@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from modhifi.artifacts.escape import markdown_text
+
 NOT_MEASURED = "not measured"
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 SMALL = ((1.0, ""), (1e-3, "m"), (1e-6, "µ"))
@@ -54,6 +56,11 @@ def plain(value: Any) -> str:
     return str(value)
 
 
+def columns(report: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of the values in a report's rows before and after an edit, each with the heading of its column."""
+    return dict(report.get("columns") or {"before": "before", "after": "after"})
+
+
 def noisy(ratio: float, spread: float) -> bool:
     """Whether a ratio of two times is no further from 1 than it spreads."""
     return abs(ratio - 1) <= spread
@@ -79,6 +86,17 @@ def change(row: Mapping[str, Any]) -> str:
     else:
         text = f"{100 * (after / before - 1):+.1f} %" if before else ""
     return text.replace("-", "−")
+
+
+def figures_table(report: Mapping[str, Any]) -> list[str]:
+    """The figures before and after an edit as the lines of a Markdown table."""
+    shown = columns(report)
+    lines = ["| | " + " | ".join([*shown.values(), "change"]) + " |", "|---|" + "---|" * (len(shown) + 1)]
+    for row in report["before_after"]:
+        unit = row.get("unit") or ""
+        cells = [row["name"], *(number(row.get(key), unit) for key in shown), change(row)]
+        lines.append("| " + " | ".join(map(markdown_text, cells)) + " |")
+    return lines
 
 
 def tone(verdict: str) -> str:

@@ -16,10 +16,11 @@ from modhifi.errors import ModhifiError
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file ``path`` of the run that ``key`` names: its recipe, models and data."""
+    """A file ``path`` of the run that ``key`` names: its recipe, models and data; ``force`` forgets another run's."""
 
     path: Path
     key: str
+    force: bool = False
 
     def read(self) -> dict[str, Any] | None:
         """The state of the run, None where it has not begun; raises ModhifiError for the state of another run."""
@@ -30,6 +31,8 @@ class Checkpoint:
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
             raise ModhifiError(f"{self.path} is no state of a run, or broken; remove it to begin anew") from None
         if not isinstance(state, dict) or state.get("key") != self.key:
+            if self.force:
+                return None
             raise ModhifiError(
                 f"{self.path} is the state of a run with other models, data or settings; run that one again to go on "
                 "with it, or remove the file, or give --force"

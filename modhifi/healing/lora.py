@@ -1,4 +1,4 @@
-"""Adapters of low rank in place of all weights, by peft (Hu et al. 2022, "LoRA"); merged into the weights at the end."""
+"""Adapters of low rank in place of all weights, by peft (Hu et al. 2022, "LoRA"), merged at the end."""
 
 from __future__ import annotations
 

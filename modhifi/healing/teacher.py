@@ -18,7 +18,7 @@ SHARE = 0.25
 class Teacher:
     """The outputs of ``original`` and of its ``blocks`` on batches of one set of ``count`` samples.
 
-    With ``keep`` those of a sample are computed once, as long as all of them fit into memory; samples of one shape only.
+    With ``keep`` those of a sample are computed once, if all of them fit into memory. All samples have one shape then.
     """
 
     def __init__(self, original: LoadedModel, blocks: tuple[str, ...], count: int, keep: bool) -> None:
