@@ -205,8 +205,8 @@ def heal(
     amounts are as in :func:`prune`; classes that an artefact has forgotten stay out of what is learnt. ``method`` and
     ``checks``: the keys of those parts of a recipe. With ``out`` the artefact is written there, and a run that was
     ended goes on from ``OUT.healing`` when it is called again.
-    Returns the healed ``model``, a JSON-able ``report`` whose ``healing`` has the learning curve, ``bounds`` against the
-    original and the ``path`` written. Raises ModhifiError for bad input, in one line.
+    Returns the healed ``model``, a JSON-able ``report`` whose ``healing`` has the learning curve, the ``path`` written
+    and ``bounds`` of the change against the original. Raises ModhifiError for bad input, in one line.
 
     >>> import modhifi
     >>> small = modhifi.prune("demo:resnet", "demo:calibration", ratio=0.5, samples=32, checks={"walked": 0})

@@ -20,7 +20,7 @@ from modhifi.healing.blocks import Watch, matched_blocks
 from modhifi.healing.checkpoint import Checkpoint
 from modhifi.healing.lora import add_adapters, merge
 from modhifi.healing.losses import agreement, block_loss, output_loss
-from modhifi.healing.schedule import INTERVAL, Schedule, learning_rate
+from modhifi.healing.schedule import Schedule, interval, learning_rate
 from modhifi.healing.settings import HealSettings
 from modhifi.healing.teacher import Teacher
 from modhifi.models.loaded import LoadedModel, frozen
@@ -141,7 +141,7 @@ class Distillation:
                 self._step(share)
                 before, share = share, self._share()
                 self._tell(share)
-                if share < 1 and int(share / INTERVAL) == int(before / INTERVAL):
+                if share < 1 and interval(share) == interval(before):
                     continue
                 if not self._look():
                     broken = self.state.step

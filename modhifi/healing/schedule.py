@@ -6,8 +6,8 @@ import math
 import time
 from dataclasses import dataclass, field
 
-# The share of a run over which the learning rate rises, and the shares after which it is looked at and saved.
-WARM_UP, INTERVAL = 0.05, 0.05
+# The share of a run over which the learning rate rises; the number of intervals after which it is looked at and saved.
+WARM_UP, INTERVALS = 0.05, 20
 
 
 @dataclass
@@ -36,3 +36,8 @@ def learning_rate(share: float) -> float:
     if share < WARM_UP:
         return (share + WARM_UP / 10) / (1.1 * WARM_UP)
     return 0.5 * (1 + math.cos(math.pi * (share - WARM_UP) / (1 - WARM_UP)))
+
+
+def interval(share: float) -> int:
+    """The number of finished intervals."""
+    return math.floor(INTERVALS * share + 1e-9)  # a third of three thirds may be a little less than one

@@ -27,24 +27,22 @@ from modhifi.disk import check_output, home_path
 from modhifi.errors import ModhifiError
 from modhifi.healing.checkpoint import Checkpoint
 from modhifi.healing.distil import Healed, distil
-from modhifi.healing.lora import check_lora
-from modhifi.models.loaded import LoadedModel
-from modhifi.models.manifest import Manifest
+from modhifi.models.skeleton import same_shapes
 from modhifi.models.weights import state_hash
 from modhifi.progress import Clock, Progress, silent
 from modhifi.runs.bound_report import add_bounds
 from modhifi.runs.continuations import continuations
 from modhifi.runs.defaults import complete_heal, settle_batchnorm
+from modhifi.runs.heal_inputs import LearningData, Patient, load_learning_data, load_patient, teacher_of
 from modhifi.runs.heal_recipe import HealRecipe
-from modhifi.runs.heal_report import healing_verdicts, measure_healing, report_of
-from modhifi.runs.inputs import NOTHING, Given, load_data, local_paths, located, original_of
+from modhifi.runs.heal_report import add_audit, healing_verdicts, measure_healing, report_of
+from modhifi.runs.inputs import NOTHING, Given, local_paths, located
 from modhifi.runs.outcome import add_outcome
 from modhifi.runs.prune_report import skipped_warnings
-from modhifi.runs.recipe import ModelSource
-from modhifi.runs.verify import in_dense_shape, load_pair
-
-# The samples that choose the best weights: a share of those to learn from, and no more than this many.
-VALIDATION, MOST_VALIDATION = 0.1, 500
+from modhifi.runs.verify import in_dense_shape
+from modhifi.unlearning.audit import audit
+from modhifi.unlearning.data import load_unlearn_data
+from modhifi.unlearning.sites import find_sites
 
 
 @dataclass(frozen=True)
@@ -61,26 +59,6 @@ class HealResult:
     path: Path | None = None
     bounds: BoundReport | None = None
     broken: bool = False
-
-
-@dataclass(frozen=True)
-class Patient:
-    """What is healed: ``edited`` made from ``original``, its ``manifest`` (None of a module), forgotten classes."""
-
-    original: LoadedModel
-    edited: LoadedModel
-    manifest: Manifest | None
-    closed: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class HealData:
-    """Disjoint samples: to learn from, to choose the best weights on, held out; ``everything`` that was loaded."""
-
-    everything: Samples
-    train: Samples
-    validation: Samples
-    held: Samples
 
 
 def run_heal(
@@ -108,13 +86,13 @@ def run_heal(
     for kind in recipe.export:
         EXPORTS[kind].check()
     with clock.stage("load"):
-        patient = _load(recipe, given)
+        patient = load_patient(recipe, given)
         original = patient.original
-        recipe = complete_heal(recipe, original, device, _teacher(recipe, patient))
+        recipe = complete_heal(recipe, original, device, teacher_of(recipe, patient))
         original.model.to(device)
         patient.edited.model.to(device)
     with clock.stage("data"):
-        data = _split(recipe, patient, given, clock.inner)
+        data = load_learning_data(recipe, patient, given, clock.inner)
         recipe = settle_batchnorm(recipe, original, data.train)
         warnings = [*original.warnings, *warn_degenerate(data.train), *skipped_warnings(data.train)]
     checkpoint = None if out is None else _checkpoint(out, recipe, patient, data, force)
@@ -130,6 +108,9 @@ def run_heal(
     process = None if out is None else FreshProcess(original.framework)
     with clock.stage("bound"):
         bounds = _bound(report, recipe, patient, data.held, healed.model, table, clock.inner)
+    if patient.closed:
+        with clock.stage("audit"):
+            _audit(report, recipe, patient, data, healed.model, clock.inner)
     path = None
     if out is not None:
         path = _save(out, recipe, patient, data, healed, report, clock, force, process)
@@ -139,54 +120,7 @@ def run_heal(
     return HealResult(report, healed.model, path, bounds, healed.broken is not None)
 
 
-def _load(recipe: HealRecipe, given: Given) -> Patient:
-    """Loads the pair; raises ModhifiError for what the recipe asks of a model that has no such thing."""
-    original, edited, manifest = load_pair(recipe.directory, recipe.against, given)
-    if reason := original.incomparable():
-        raise ModhifiError(f"nothing can be learnt from the original: {reason}; wrap it to return one tensor")
-    recipe.checks.tolerances().fit(original.kind)
-    if recipe.export and original.packing is not None:
-        raise ModhifiError("an export has one input, and this model reads several; leave out --export")
-    if recipe.method.lora is not None:
-        if original.framework != "transformers":
-            raise ModhifiError("--lora is for models of transformers; leave it out to train the weights themselves")
-        check_lora()
-    closed = () if manifest is None else tuple(entry.index for entry in manifest.forgotten)
-    return Patient(original, edited, manifest, closed)
-
-
-def _teacher(recipe: HealRecipe, patient: Patient) -> ModelSource:
-    """The recipe entry of the original, for whoever loads it again."""
-    if recipe.against is not None or patient.manifest is None:
-        return recipe.against or ModelSource(name=patient.original.source)
-    return original_of(patient.manifest)
-
-
-def _split(recipe: HealRecipe, patient: Patient, given: Given, progress: Progress) -> HealData:
-    """Loads the samples; raises ModhifiError where too few are left to learn from."""
-    everything, held = load_data(recipe, patient.original, given, progress)
-    samples = everything
-    if patient.closed:
-        samples = _retained(patient, everything, recipe.batch_size or 32)
-    count = min(MOST_VALIDATION, max(1, round(VALIDATION * len(samples))))
-    if len(samples) - count < 2:
-        raise ModhifiError(f"{len(samples)} samples are too few to learn from; give more --samples")
-    train, validation = samples.split(len(samples) - count, count)
-    return HealData(everything, train, validation, held)
-
-
-@torch.no_grad()
-def _retained(patient: Patient, samples: Samples, batch_size: int) -> Samples:
-    """The samples that the original takes for none of the forgotten classes, and that are labelled with none."""
-    top = torch.cat([patient.original.logits(batch).argmax(1).cpu() for batch in samples.batches(batch_size)])
-    closed = torch.tensor(patient.closed)
-    forgotten = torch.isin(top, closed)
-    if samples.labels is not None:
-        forgotten |= torch.isin(samples.labels, closed)
-    return samples.subset(torch.nonzero(~forgotten).flatten())
-
-
-def _checkpoint(out: Path, recipe: HealRecipe, patient: Patient, data: HealData, force: bool) -> Checkpoint:
+def _checkpoint(out: Path, recipe: HealRecipe, patient: Patient, data: LearningData, force: bool) -> Checkpoint:
     content = {
         "recipe": recipe.model_dump(mode="json", exclude={"out", "summary", "export", "checks", "device"}),
         "models": [state_hash(model.model) for model in (patient.original, patient.edited)],
@@ -197,7 +131,12 @@ def _checkpoint(out: Path, recipe: HealRecipe, patient: Patient, data: HealData,
 
 
 def _distil(
-    recipe: HealRecipe, patient: Patient, data: HealData, checkpoint: Checkpoint | None, clock: Clock, team: Processes
+    recipe: HealRecipe,
+    patient: Patient,
+    data: LearningData,
+    checkpoint: Checkpoint | None,
+    clock: Clock,
+    team: Processes,
 ) -> Healed:
     try:
         return distil(
@@ -218,7 +157,7 @@ def _distil(
 
 
 def _measure(
-    report: dict[str, Any], recipe: HealRecipe, patient: Patient, data: HealData, healed: Healed, progress: Progress
+    report: dict[str, Any], recipe: HealRecipe, patient: Patient, data: LearningData, healed: Healed, progress: Progress
 ) -> HeldOut:
     """Adds every measured figure to the report; returns the table of original and healed outputs."""
     original, batch_size = patient.original, recipe.batch_size or 32
@@ -278,11 +217,38 @@ def _bound(
     return bounds
 
 
+@torch.no_grad()
+def _audit(
+    report: dict[str, Any], recipe: HealRecipe, patient: Patient, data: LearningData, model: nn.Module, run: Progress
+) -> None:
+    """Adds the attacks on a model that had forgotten classes before it was healed; a warning where they cannot run."""
+    original, batch_size = patient.original, recipe.batch_size or 32
+    try:
+        if not same_shapes(original.model, model):
+            raise ModhifiError("it is smaller than the original, and the attacks compare layer by layer")
+        samples = load_unlearn_data(
+            original,
+            patient.closed,
+            source=data.everything,
+            samples=len(data.everything),
+            evaluate=data.held,
+            evaluation_samples=len(data.held),
+            seed=recipe.seed,
+            batch_size=batch_size,
+        )
+        sites = find_sites(original)
+        outcome = audit(original, model, sites, samples, patient.closed, batch_size=batch_size, progress=run)
+    except ModhifiError as error:
+        report["warnings"].append(f"the healed model was not attacked: {error}")
+        return
+    add_audit(report, outcome, patient.manifest)
+
+
 def _save(
     out: Path,
     recipe: HealRecipe,
     patient: Patient,
-    data: HealData,
+    data: LearningData,
     healed: Healed,
     report: dict[str, Any],
     clock: Clock,

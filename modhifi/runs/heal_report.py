@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -11,9 +12,12 @@ from modhifi.bounds.held_out import HeldOut
 from modhifi.data.samples import Samples
 from modhifi.healing.distil import Healed
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.manifest import Manifest
 from modhifi.progress import Progress
+from modhifi.runs.audit import report_parts
 from modhifi.runs.heal_recipe import HealRecipe
 from modhifi.runs.prune_report import before_after, measure_run, plain_info
+from modhifi.unlearning.attacks import measures
 
 # What is healed, by the task that made it.
 EDITED = {"prune": "pruned", "unlearn": "edited", "heal": "healed before"}
@@ -128,3 +132,15 @@ def healing_verdicts(healed: Healed) -> list[dict[str, str]]:
         )
         verdicts.append({"name": "finite loss", "verdict": "FAIL", "text": text})
     return verdicts
+
+
+def add_audit(report: dict[str, Any], outcome: Mapping[str, Any], manifest: Manifest | None) -> None:
+    """Adds what attacks on the healed model found, in place, beside what they found before it was healed."""
+    parts = report_parts(outcome)
+    earlier = {} if manifest is None else (manifest.model_extra or {}).get("metrics") or {}
+    keys = {measure.label: measure.key for measure in measures().values()}
+    rows = [{**row, "between": earlier.get(keys.get(row["name"], ""))} for row in parts["before_after"]]
+    report["before_after"] = [*report["before_after"], *rows]
+    report["verdicts"] = [*report["verdicts"], *parts["verdicts"]]
+    report["tables"] = [*report.get("tables", []), *parts["tables"]]
+    report["audit"] = parts["audit"]
