@@ -43,9 +43,9 @@ class HealMethod(Strict):
     """Softens the logits of both models; by default 4 for images, 1 for text."""
     blocks: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the distance between the outputs of blocks of one shape."""
-    augment: bool | None = None
+    augment: Annotated[bool | None, Option("--augment/--no-augment")] = None
     """Flip and shift images at random; by default done."""
-    batch_statistics: bool | None = None
+    batch_statistics: Annotated[bool | None, Option("--batch-statistics/--no-batch-statistics")] = None
     """Let BatchNorm follow the samples; by default on real images only."""
     lora: Count | None = None
     """Train adapters of this rank in place of the weights (pip install 'modhifi[lora]'); they are merged at the end."""
