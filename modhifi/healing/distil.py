@@ -114,7 +114,7 @@ class Distillation:
             for parameter in self.model.parameters():
                 parameter.requires_grad_(parameter.is_floating_point())
         else:
-            self.adapted = add_adapters(self.model, settings.lora)
+            self.adapted = add_adapters(self.model, settings.lora, settings.seed)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)

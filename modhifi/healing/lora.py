@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+import torch
 from torch import nn
 
 from modhifi.errors import ModhifiError
@@ -19,12 +20,14 @@ def check_lora() -> None:
         raise ModhifiError("--lora needs the package peft; pip install 'modhifi[lora]'")
 
 
-def add_adapters(model: nn.Module, rank: int) -> Any:
+def add_adapters(model: nn.Module, rank: int, seed: int) -> Any:
     """Puts an adapter beside every linear map but the head, in place; returns what :func:`merge` takes."""
     check_lora()
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules="all-linear"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules="all-linear"))
 
 
 def merge(adapted: Any) -> nn.Module:

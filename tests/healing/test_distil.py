@@ -219,17 +219,43 @@ def test_minutes_end_a_run(pair: tuple[LoadedModel, nn.Module], images: tuple[Sa
     assert healed.steps > 0 and healed.curve[-1]["seconds"] >= 0.6
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_language_model_in_half_precision_learns_and_stays_in_it(dtype: torch.dtype) -> None:
+@pytest.fixture(scope="module")
+def texts() -> Samples:
+    torch.manual_seed(0)
+    items = [torch.randint(3, tiny_text.VOCABULARY, (length,)) for length in (12, 12, 9, 12, 7, 12, 12, 12)]
+    names = tuple(map(str, range(8)))
+    return Samples(items.__getitem__, names, None, names, "random", False)
+
+
+def disturbed(dtype: torch.dtype) -> tuple[LoadedModel, nn.Module]:
+    """A tiny language model, and itself with its weights disturbed."""
     loaded = load_model(tiny_text.llama().to(dtype))
     torch.manual_seed(0)
     student = clone(loaded.model)
     for parameter in student.parameters():
         parameter.data += (0.2 * parameter.float().std().nan_to_num() * torch.randn(parameter.shape)).to(dtype)
-    texts = [torch.randint(3, tiny_text.VOCABULARY, (length,)) for length in (12, 12, 9, 12, 7, 12, 12, 12)]
-    names = tuple(map(str, range(8)))
-    held = Samples(texts.__getitem__, names, None, names, "random", False)
-    healed = distil(loaded, student, held, held, replace(SETTINGS, learning_rate=3e-3, batch_size=4))
+    return loaded, student
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_language_model_in_half_precision_learns_and_stays_in_it(dtype: torch.dtype, texts: Samples) -> None:
+    healed = distil(*disturbed(dtype), texts, texts, replace(SETTINGS, learning_rate=3e-3, batch_size=4))
     assert healed.curve[-1]["divergence"] < 0.8 * healed.curve[0]["divergence"]
     assert {p.dtype for p in healed.model.parameters()} == {dtype}
     assert healed.blocks == ("model.layers.0", "model.layers.1")
+
+
+def test_adapters_are_merged_into_weights_of_the_same_names(texts: Samples, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    loaded, student = disturbed(torch.float32)
+    settings = replace(SETTINGS, learning_rate=3e-3, lora=2)
+    healed = distil(loaded, student, texts, texts, settings, checkpoint=Checkpoint(tmp_path / "x.healing", "run"))
+    assert healed.curve[-1]["divergence"] < 0.95 * healed.curve[0]["divergence"]
+    before, after = student.state_dict(), healed.model.state_dict()
+    assert list(before) == list(after) and type(healed.model) is type(student)
+    changed = {
+        name.rpartition(".")[0].rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])
+    }
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    weights = torch.load(tmp_path / "x.healing", weights_only=True)["weights"]
+    assert all("lora" in name for name in weights)
