@@ -68,20 +68,30 @@ Report = Callable[[str, int, int], None]
 
 
 class Lines:
-    """Progress for a log: a line where a stage begins, and signs of life between."""
+    """Progress for a log: a line where a stage begins, and signs of life between, with rate and time left."""
 
     def __init__(self) -> None:
-        self.stages: set[str] = set()
+        self.starts: dict[str, tuple[float, int]] = {}
         self.last = -math.inf
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Writes where a stage begins, and inside it every ``PATIENCE`` seconds."""
-        begins = stage not in self.stages and not stage.startswith(" ")
-        self.stages.add(stage)
-        if begins or time.monotonic() - self.last >= PATIENCE:
-            count = "" if begins else f": {done} of {total}"
+        begins = stage not in self.starts and not stage.startswith(" ")
+        now = time.monotonic()
+        start, first = self.starts.setdefault(stage, (now, done))
+        if begins or now - self.last >= PATIENCE:
+            count = "" if begins else f": {done} of {total}{_pace(done - first, total - done, now - start)}"
             print(f"modhifi: {stage.strip()}{count}", file=sys.stderr, flush=True)
             self.last = time.monotonic()
+
+
+def _pace(done: int, left: int, seconds: float) -> str:
+    """The rate and the time left, in words; empty before anything is done."""
+    if done <= 0 or seconds <= 0:
+        return ""
+    rate, minutes = done / seconds, left * seconds / done / 60
+    speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+    return f", {speed}, {minutes:.0f} min left" if minutes >= 1 else f", {speed}, {60 * minutes:.0f} s left"
 
 
 @contextmanager

@@ -38,7 +38,8 @@ def refuse_impossible(verb: str, arguments: Sequence[str]) -> None:
     flags = {key: flag for flag, key in FLAGS.items() if path is None or key in given}
     steps = content.get("steps")
     for part in (content, *(steps.values() if isinstance(steps, dict) else ())):
-        if isinstance(part, dict) and isinstance(part.get("budget"), dict):
+        pruning = isinstance(part, dict) and part.get("task", "prune") == "prune"
+        if pruning and isinstance(part.get("budget"), dict):
             validate(Budgeted, {"budget": part["budget"]}, path or "the options", flags)
 
 

@@ -30,6 +30,8 @@ VERBS = {
     "prune": "Make a model physically smaller, without its training data, labels or gradients.",
     "unlearn": "Make a classifier forget classes with forward passes only, then attack the result. "
     "No proof of data deletion.",
+    "heal": "Distil the original into a pruned or unlearned model, without labels: "
+    "the one verb with gradients to weights.",
     "verify": "Bound how far an edited model's outputs moved: every rung labelled, with a verdict on each tolerance.",
     "audit": "Try to get forgotten classes back: norms re-estimated, probes, neighbours, prototypes; "
     "beside an output mask.",
@@ -101,7 +103,8 @@ def _interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
 
 def _end(interrupt: BaseException) -> typer.Exit:
     """Say what ended the run; the exit that says it too."""
-    _stderr(str(interrupt) if isinstance(interrupt, Ended) else "interrupted")
+    reason = str(interrupt) if isinstance(interrupt, Ended) else "interrupted"
+    _stderr("; ".join([reason, *getattr(interrupt, "__notes__", [])]))
     return typer.Exit(getattr(interrupt, "exit_code", 128 + signal.SIGINT))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from modhifi.artifacts.formatting import asked, change, number, tone
+from modhifi.artifacts.formatting import asked, change, columns, number, tone
 
 from .common import stdout_console
 
@@ -24,6 +24,8 @@ def show_report(report: dict[str, Any], path: Path | None, *, ladder: bool = Fal
     """Prints a report of any task, and the path of the artefact; of a verification also its ``ladder`` of bounds."""
     if report["task"] == "prune":
         show_prune(report, path)
+    elif report["task"] == "heal":
+        show_heal(report, path)
     elif report["task"] == "verify":
         show_verified(report, ladder=ladder)
     else:
@@ -49,11 +51,7 @@ def show_prune(report: dict[str, Any], path: Path | None) -> None:
     if report["data"].get("moments"):
         console.print(report["data"]["moments"], highlight=False)
     if "before_after" in report:
-        table = Table("", "before", "after", "change", title=report["title"])
-        for row in report["before_after"]:
-            values = (number(row["before"], row["unit"]), number(row["after"], row["unit"]))
-            table.add_row(row["name"], *values, change(row))
-        console.print(table)
+        show_figures(console, report)
         show_outcome(console, report)
     else:
         table = Table("group", "kind", "components", "kept", "predicted local error", title=report["title"])
@@ -67,6 +65,26 @@ def show_prune(report: dict[str, Any], path: Path | None) -> None:
     if refused:
         console.print(f"groups that cannot be pruned: {len(refused)}; `modhifi check` says why")
     show_written(console, path)
+
+
+def show_heal(report: dict[str, Any], path: Path | None) -> None:
+    """Prints the report of a healing run."""
+    console = stdout_console()
+    for warning in report["warnings"]:
+        console.print(f"warning: {warning}", style="yellow", highlight=False)
+    show_figures(console, report)
+    console.print(report["summary"], highlight=False)
+    show_outcome(console, report)
+    show_written(console, path)
+
+
+def show_figures(console: Console, report: dict[str, Any]) -> None:
+    """Prints the figures before and after an edit."""
+    shown = columns(report)
+    table = Table("", *shown.values(), "change", title=report["title"])
+    for row in report["before_after"]:
+        table.add_row(row["name"], *(number(row[key], row["unit"]) for key in shown), change(row))
+    console.print(table)
 
 
 def show_prediction(console: Console, report: dict[str, Any]) -> None:

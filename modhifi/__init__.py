@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from modhifi.api import audit as audit
     from modhifi.api import bench as bench
     from modhifi.api import compare as compare
+    from modhifi.api import heal as heal
     from modhifi.api import prune as prune
     from modhifi.api import score as score
     from modhifi.api import unlearn as unlearn
@@ -23,6 +24,7 @@ PUBLIC = {
     "audit": "api",
     "bench": "api",
     "compare": "api",
+    "heal": "api",
     "load": "models.artifact",
     "load_model": "models.load",
     "prune": "api",

@@ -24,6 +24,7 @@ from modhifi.progress import Progress, silent
 from modhifi.runs.bench_recipe import Settings
 from modhifi.runs.compare import Comparison, run_compare
 from modhifi.runs.compare_recipe import CompareRecipe
+from modhifi.runs.heal import HealResult
 from modhifi.runs.inputs import Given
 from modhifi.runs.prune import PruneResult
 from modhifi.runs.recipe_file import validate
@@ -173,6 +174,74 @@ def unlearn(
     given = Given(loaded, data, evaluate)
     (done,) = run_recipe(recipe, Circumstances(device, given, force=force, progress=progress))
     assert isinstance(done.result, UnlearnResult)
+    return done.result
+
+
+def heal(
+    edited: str | Path | nn.Module,
+    data: Data = "synthetic",
+    *,
+    against: Model | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    samples: int | None = None,
+    evaluate: Data | None = None,
+    evaluation_samples: int | None = None,
+    window: int | None = None,
+    method: Mapping[str, Any] | None = None,
+    checks: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    export: Sequence[str] = (),
+    force: bool = False,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> HealResult:
+    """Distils the original into ``edited``, an artefact directory or a module, which stays as it is; no labels.
+
+    This is the one verb whose gradients reach weights. ``against`` is the original, by default the model that an
+    artefact's manifest names. It ends after ``steps`` or ``minutes``, by default after ten minutes. ``data`` and the
+    amounts are as in :func:`prune`; classes that an artefact has forgotten stay out of what is learnt. ``method`` and
+    ``checks``: the keys of those parts of a recipe. With ``out`` the artefact is written there, and a run that was
+    ended goes on from ``OUT.healing`` when it is called again.
+    Returns the healed ``model``, a JSON-able ``report`` whose ``healing`` has the learning curve, the ``path`` written
+    and ``bounds`` of the change against the original. Raises ModhifiError for bad input, in one line.
+
+    >>> import modhifi
+    >>> small = modhifi.prune("demo:resnet", "demo:calibration", ratio=0.5, samples=32, checks={"walked": 0})
+    >>> given = {"samples": 128, "evaluation_samples": 64, "checks": {"walked": 0}, "batch_size": 32}
+    >>> healed = modhifi.heal(small.model, "demo:calibration", against="demo:resnet", steps=8, **given)
+    >>> curve = healed.report["healing"]["curve"]
+    >>> curve[-1]["divergence"] < curve[0]["divergence"]
+    True
+    """
+    module = edited if isinstance(edited, nn.Module) else None
+    if module is not None and against is None:
+        raise ModhifiError("a module does not say what it was made from; give against=MODEL")
+    original = None if against is None else _loaded(against, data)
+    recipe = parse(
+        {
+            "task": "heal",
+            "directory": _directory_or_class(edited),
+            **_given_only(against=None if original is None else {"name": original.source}),
+            "data": _given_only(
+                source=source_name(data),
+                samples=samples,
+                evaluate=_data_name(evaluate),
+                evaluation_samples=evaluation_samples,
+                window=window,
+            ),
+            "budget": _given_only(steps=steps, minutes=minutes),
+            "method": dict(method or {}),
+            "checks": dict(checks or {}),
+            **_given_only(seed=seed, batch_size=batch_size, out=_path_text(out), export=list(export)),
+        },
+        "modhifi.heal",
+    )
+    given = Given(original, data, evaluate, edited=module)
+    (done,) = run_recipe(recipe, Circumstances(device, given, force=force, progress=progress))
+    assert isinstance(done.result, HealResult)
     return done.result
 
 

@@ -75,7 +75,7 @@ def reload_in_process() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("modhifi.artifacts.reload_check.verify_reload", check)
-        for run in ("prune", "unlearn"):
+        for run in ("prune", "unlearn", "heal"):
             patch.setattr(f"modhifi.runs.{run}.FreshProcess", lambda library: None)
         yield
 

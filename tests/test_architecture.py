@@ -21,6 +21,7 @@ FLOORS = (
     "calibration bounds artifacts",
     "pruning",
     "unlearning",
+    "healing",
     "runs",
     "api",
     "cli recipes",

@@ -9,6 +9,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from modhifi.artifacts.escape import markdown_text
+
 NOT_MEASURED = "not measured"
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 SMALL = ((1.0, ""), (1e-3, "m"), (1e-6, "µ"))
@@ -63,6 +65,11 @@ def unbroken(text: str) -> Markup:
     return Markup(option.sub(r'<code class="option">\g<0></code>', str(escape(text))))
 
 
+def columns(report: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of the values in a report's rows before and after an edit, each with the heading of its column."""
+    return dict(report.get("columns") or {"before": "before", "after": "after"})
+
+
 def noisy(ratio: float, spread: float) -> bool:
     """Whether a ratio of two times is no further from 1 than it spreads."""
     return abs(ratio - 1) <= spread
@@ -88,6 +95,17 @@ def change(row: Mapping[str, Any]) -> str:
     else:
         text = f"{100 * (after / before - 1):+.1f} %" if before else ""
     return text.replace("-", "−")
+
+
+def figures_table(report: Mapping[str, Any]) -> list[str]:
+    """The figures before and after an edit as the lines of a Markdown table."""
+    shown = columns(report)
+    lines = ["| | " + " | ".join([*shown.values(), "change"]) + " |", "|---|" + "---|" * (len(shown) + 1)]
+    for row in report["before_after"]:
+        unit = row.get("unit") or ""
+        cells = [row["name"], *(number(row.get(key), unit) for key in shown), change(row)]
+        lines.append("| " + " | ".join(map(markdown_text, cells)) + " |")
+    return lines
 
 
 def tone(verdict: str) -> str:

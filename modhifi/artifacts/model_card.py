@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 
 from modhifi.artifacts.escape import markdown_code, markdown_text, one_line
 from modhifi.artifacts.exports import EXPORTS
-from modhifi.artifacts.formatting import asked, change, number
+from modhifi.artifacts.formatting import asked, figures_table
 from modhifi.models.manifest import Manifest, ModelEntry
 
 PIPELINES = {"image": "image-classification", "text": "text-generation", "encoder": "feature-extraction"}
@@ -27,7 +27,7 @@ METRICS = ("accuracy", "perplexity")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # The directories that a description of data names, up to the last one.
 ON_DISK = re.compile(r":[~/][^,]*/")
-TAGS = {"prune": "pruned", "unlearn": "unlearned"}
+TAGS = {"prune": "pruned", "unlearn": "unlearned", "heal": "healed"}
 
 
 def model_card(name: str, manifest: Manifest, report: Mapping[str, Any], location: str = ".") -> str:
@@ -57,8 +57,8 @@ def model_card(name: str, manifest: Manifest, report: Mapping[str, Any], locatio
     parts = [
         f"---\n{metadata.to_yaml()}\n---\n",
         f"# {markdown_text(name)}\n",
-        f"{markdown_text(model.info.get('architecture'))}, {TAGS.get(task, 'edited')} with modhifi from {source}, "
-        "with forward passes only.\n",
+        f"{markdown_text(model.info.get('architecture'))}, {_edits(manifest)} with modhifi from {source}, "
+        f"{_means(manifest)}.\n",
         f"Licence of the base model: {markdown_text(base.licence or 'not stated')}.\n",
         "## Load\n",
         _snippet(framework, stock, location),
@@ -71,12 +71,24 @@ def model_card(name: str, manifest: Manifest, report: Mapping[str, Any], locatio
         "What the base model is for, on inputs like those that it was measured on: the figures above speak of no "
         "others. The limits and biases of the base model stay.\n",
     ]
-    if task == "unlearn":
+    if task == "unlearn" or manifest.forgotten:
         parts.append("Suppression is not erasure: a class-unlearned model is no proof of data deletion.\n")
     exports = (report.get("settings") or {}).get("export") or []
     files = {f"model{EXPORTS[kind].suffix}": "runs without modhifi" for kind in exports if kind in EXPORTS}
     parts += ["## Files\n", _files(files)]
     return "\n".join(parts)
+
+
+def _edits(manifest: Manifest) -> str:
+    """What was done to the open model, in order: ``pruned, then healed``."""
+    tasks = [*(str(edit.get("task")) for edit in manifest.base.edits_before), manifest.task or "edit"]
+    return ", then ".join(TAGS.get(task, "edited") for task in tasks)
+
+
+def _means(manifest: Manifest) -> str:
+    """By what means, which differ in whether the weights were trained."""
+    healed = "heal" in {manifest.task, *(edit.get("task") for edit in manifest.base.edits_before)}
+    return "by distillation: gradients reached its weights" if healed else "with forward passes only"
 
 
 def _files(exports: Mapping[str, str]) -> str:
@@ -153,14 +165,9 @@ def _not_alone(model: ModelEntry) -> list[str]:
 
 
 def _results(report: Mapping[str, Any]) -> list[str]:
-    rows = report.get("before_after") or []
-    if not rows:
+    if not report.get("before_after"):
         return []
-    lines = ["| | before | after | change |", "|---|---|---|---|"]
-    for row in rows:
-        unit = row.get("unit") or ""
-        cells = [row["name"], number(row.get("before"), unit), number(row.get("after"), unit), change(row)]
-        lines.append("| " + " | ".join(map(markdown_text, cells)) + " |")
+    lines = figures_table(report)
     if report.get("outcome"):
         lines += ["", markdown_text(report["outcome"]["text"])]
     for entry in asked(report.get("verdicts") or []):

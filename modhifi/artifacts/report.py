@@ -8,6 +8,10 @@ The schema, version 1; every part but ``title`` may be missing, which means that
 * ``before_after``: ``{name, before, after, unit, change?, ratio?, spread?}``; with the unit ``%`` values are shares in
   [0, 1], with ``s`` and ``B`` seconds and bytes; ``change`` is text and computed where it is missing, of times from
   the ``ratio`` of both, timed in turns, and the interquartile range of that ratio
+  ``columns``: the keys of these rows that hold values, each with its heading, where there are others than ``before``
+  and ``after``
+* ``healing``: of a distillation, ``{steps, seconds, best, curve, …}``; the entries of ``curve`` are
+  ``{step, seconds, loss, divergence, agreement}``
 * ``groups``: ``{name, kind, n, kept, local_error, relative_error, amplification, share}``; ``kept`` is a number of
   components, ``local_error`` squared, ``relative_error`` its share of the readers' output energy, ``amplification`` the
   change of the network's output over the readers' own errors, ``share`` that change's share of the sum over all layers;
@@ -36,7 +40,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from modhifi.artifacts.escape import one_line, printable
-from modhifi.artifacts.formatting import BEHIND, asked, change, number, plain, tone, unbroken
+from modhifi.artifacts.formatting import BEHIND, asked, change, columns, number, plain, tone, unbroken
+from modhifi.artifacts.learning_curve import learning_curve
 from modhifi.artifacts.pareto import pareto_charts
 from modhifi.artifacts.svg import FAINT, INK, STRONG, inline, style
 
@@ -74,6 +79,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         "fidelities": _fidelities(groups),
         "errors": _errors(groups),
         "times": _times(report.get("timed")),
+        "learning": learning_curve(report.get("healing")),
     }
     comparison = report.get("comparison")
     template = environment.get_template("report.html.j2")
@@ -81,6 +87,7 @@ def render_html(report: Mapping[str, Any]) -> str:
     page: str = template.render(
         report=report,
         rows=rows,
+        columns=columns(report),
         groups=groups,
         charts=charts,
         settings=_set(report.get("settings") or {}),

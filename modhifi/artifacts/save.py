@@ -78,7 +78,7 @@ def save_artifact(
                 **manifest,
                 "base": base,
                 "model": {**_model_entry(original, framework, changes), **ways},
-                "groups": _groups(structure, plan),
+                "groups": manifest.get("groups") or _groups(structure, plan),
                 "weights": weights,
                 "recipe": recipe,
                 "versions": installed_versions(),

@@ -8,7 +8,7 @@ from typing import Any
 from xml.etree import ElementTree as XML
 
 from modhifi.artifacts.escape import markdown_text, printable
-from modhifi.artifacts.formatting import change, number
+from modhifi.artifacts.formatting import figures_table
 from modhifi.disk import check_file
 
 FAILED = ("FAIL", "INCONCLUSIVE", "BUG")
@@ -44,12 +44,7 @@ def markdown(reports: Sequence[tuple[str, Report]]) -> str:
                 lines.append(f"| {mark}{verdict} | {name} | {text} |")
             lines.append("")
         if report.get("before_after"):
-            lines += ["| | before | after | change |", "|---|---|---|---|"]
-            for row in report["before_after"]:
-                unit = row.get("unit") or ""
-                cells = (row["name"], number(row.get("before"), unit), number(row.get("after"), unit), change(row))
-                lines.append("| " + " | ".join(map(markdown_text, cells)) + " |")
-            lines.append("")
+            lines += [*figures_table(report), ""]
         lines += [f"- {markdown_text(text)}" for text in report.get("warnings") or []]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -138,7 +138,7 @@ def run_held_out(
     original_outputs = OriginalOutputs()
     for batch in held.batches(batch_size):
         start = sum(map(len, counts))
-        logits_before, logits_after = _classes_last(before(batch)), _classes_last(after(batch))
+        logits_before, logits_after = classes_last(before(batch)), classes_last(after(batch))
         names = held.names[start : start + len(batch)]
         _check_finite(logits_before, names, ModhifiError, "original", models, partial(original, batch))
         _check_finite(logits_after, names, GateFailed, "modified", models, partial(edited, batch))
@@ -204,7 +204,7 @@ class _Timed:
         return outputs
 
 
-def _classes_last(outputs: Tensor) -> Tensor:
+def classes_last(outputs: Tensor) -> Tensor:
     """Maps ``(b, classes, height, width)``, as losses of torch read them, with their classes behind."""
     return outputs.movedim(1, -1) if outputs.ndim > 3 else outputs
 

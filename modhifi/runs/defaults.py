@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from modhifi.data.samples import Samples
 from modhifi.data.text import window_of
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.layouts.base import Rounding
-from modhifi.runs.recipe import PruneRecipe
+from modhifi.runs.heal_recipe import HealRecipe
+from modhifi.runs.recipe import ModelSource, PruneRecipe
 from modhifi.runs.recipe_tasks import VerifyRecipe
 from modhifi.structure.families import says
 
@@ -27,6 +30,14 @@ class Amounts:
 # What a GPU's tensor cores and a CPU's vectors take at once, in bytes of one channel (NVIDIA, "Matrix Multiplication
 # Background": dimensions that are multiples of 128 bytes; AVX2: 32 bytes, of which wider vectors are multiples).
 GPU_BYTES, CPU_BYTES = 128, 32
+
+# What a healing run learns from: images that were drawn cost time, and inverted ones much of it.
+HEAL_IMAGES, HEAL_DRAWN, HEAL_INVERTED = Amounts(10_000, 256, 128), Amounts(2_000, 256, 128), Amounts(500, 256, 128)
+HEAL_TEXT, HEAL_TEXT_ON_CPU = Amounts(512, 32, 8, 1024), Amounts(128, 16, 4, 512)
+MINUTES = 10.0
+# The largest learning rates by kind of network: with BatchNorm, without it, of tokens; and temperatures.
+RATES = {"batchnorm": 1e-3, "image": 1e-4, "text": 1e-4}
+SOFT, PLAIN = 4.0, 1.0
 
 IMAGES = Amounts(256, 256, 32)
 TEXT = Amounts(128, 32, 4, 1024)
@@ -106,3 +117,62 @@ def complete(recipe: PruneRecipe, loaded: LoadedModel, device: torch.device | st
             ),
         }
     ), remarks
+
+
+def complete_heal(
+    recipe: HealRecipe, loaded: LoadedModel, device: torch.device | str, against: ModelSource
+) -> HealRecipe:
+    """The healing run of a version of ``loaded``, which ``against`` names, with every default but one written out.
+
+    What BatchNorm does is decided when the samples are known: see :func:`settle_batchnorm`. Raises ModhifiError for a
+    window that the model does not take.
+    """
+    data, method, budget, source = recipe.data, recipe.method, recipe.budget, recipe.data.source
+    text = amounts(loaded, device).window is not None
+    if text:
+        usual = HEAL_TEXT_ON_CPU if torch.device(device).type == "cpu" else HEAL_TEXT
+    else:
+        drawn = HEAL_INVERTED if source == "synthetic:invert" else HEAL_DRAWN
+        usual = drawn if source.startswith("synthetic") else HEAL_IMAGES
+    window = data.window
+    if usual.window is not None:
+        window = window_of(loaded, window) if window else min(usual.window, window_of(loaded, None))
+    if budget.steps is None and budget.minutes is None:
+        budget = budget.model_copy(update={"minutes": MINUTES})
+    kind = "text" if text else "batchnorm" if _has_batchnorm(loaded) else "image"
+    return recipe.model_copy(
+        update={
+            "against": against,
+            "budget": budget,
+            "batch_size": recipe.batch_size or usual.batch_size,
+            "data": data.model_copy(
+                update={
+                    "samples": data.samples or usual.samples,
+                    "evaluation_samples": data.evaluation_samples or usual.evaluation_samples,
+                    "window": window,
+                }
+            ),
+            "method": method.model_copy(
+                update={
+                    "learning_rate": method.learning_rate or RATES[kind],
+                    "temperature": method.temperature or (PLAIN if text else SOFT),
+                    "augment": loaded.kind == "image" if method.augment is None else method.augment,
+                }
+            ),
+        }
+    )
+
+
+def settle_batchnorm(recipe: HealRecipe, loaded: LoadedModel, samples: Samples) -> HealRecipe:
+    """The healing run with the default of ``batch_statistics``: BatchNorm follows real images, drawn ones never.
+
+    The statistics of drawn images are not those of the data: what follows them is lost (docs/after-pruning.md).
+    """
+    if recipe.method.batch_statistics is not None:
+        return recipe
+    follow = _has_batchnorm(loaded) and not samples.synthetic
+    return recipe.model_copy(update={"method": recipe.method.model_copy(update={"batch_statistics": follow})})
+
+
+def _has_batchnorm(loaded: LoadedModel) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in loaded.model.modules())

@@ -23,6 +23,7 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import Manifest
 from modhifi.models.offload import let_visit
 from modhifi.progress import Progress, silent
+from modhifi.runs.heal_recipe import HealRecipe
 from modhifi.runs.recipe import ModelSource, PruneRecipe
 
 
@@ -115,9 +116,11 @@ def original_of(manifest: Manifest) -> ModelSource:
 
     Raises ModhifiError where the manifest does not say how to load it.
     """
-    base, source = manifest.base, manifest.recipe.get("model")
+    # A healing run names the artefact that it starts from, and against which model it was healed.
+    healed = manifest.task == "heal"
+    base, source = manifest.base, manifest.recipe.get("against" if healed else "model")
     source = source if isinstance(source, dict) else {}
-    absolute = not base.edits_before and os.path.isabs(str(source.get("name")))
+    absolute = (healed or not base.edits_before) and os.path.isabs(str(source.get("name")))
     if source.get("name") != base.source and not absolute:
         source = {"name": base.source, "revision": base.revision}
     if base.source.startswith("timm:"):  # a directory states its own arguments
@@ -129,7 +132,7 @@ def original_of(manifest: Manifest) -> ModelSource:
 
 
 def load_data(
-    recipe: PruneRecipe, loaded: LoadedModel, given: Given = NOTHING, progress: Progress = silent
+    recipe: PruneRecipe | HealRecipe, loaded: LoadedModel, given: Given = NOTHING, progress: Progress = silent
 ) -> tuple[Samples, Samples]:
     """Loads calibration and held-out samples, disjoint by content, and by document where text is cut from documents.
 

@@ -95,6 +95,7 @@ def prune_advice(report: Mapping[str, Any], recipe: PruneRecipe, bounds: BoundRe
     if tone != "good":
         loss = "the features moved far" if bounds.features else _loss(report)
         advice.append(f"{loss}: try {' or '.join(_remedies(recipe, kind))}")
+        advice.append(f"or train what is left towards the original, without labels: modhifi heal {recipe.out or 'DIR'}")
     latency, flops = report["latency"]["after"]["ratio"], report["size"]["flops"]
     if latency > FASTER and flops[1] < FASTER * flops[0]:
         text = "one sample runs no faster on this machine than before"

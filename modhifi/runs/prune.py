@@ -54,8 +54,10 @@ from modhifi.runs.recipe import PruneRecipe
 from modhifi.runs.timing.bench import check_threads
 from modhifi.runs.timing.networks import Timer
 from modhifi.runs.timing.runtimes import RUNTIMES
+from modhifi.structure.clone import clone
 from modhifi.structure.expand import expand
 from modhifi.structure.plan import Plan
+from modhifi.structure.surgery import shrink
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,10 @@ def _measure(
     table = None if incomparable else tabulate(original, pruned.model, held, batch_size)
     if table is None:
         report["entries"] = count_entries(original, pruned.model, held, batch_size)
-    report |= measure_run(original, pruned, held, table, progress)
+    exact = None
+    if pruned.rounded is not None:
+        exact = shrink(clone(original.model), pruned.structure, pruned.rounded.exact)
+    report |= measure_run(original, pruned.model, held, table, progress, exact=exact)
     report["before_after"] = before_after(report)
     report["summary"] = summary(report)
     report["verdicts"] = [measured_verdict(report), *rounding_verdict(report, pruned), *time_verdict(pruned)]

@@ -19,10 +19,8 @@ from modhifi.pruning.stages import Pruned
 from modhifi.runs import measure
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.runs.timing.turns import Spread, compare_latency, ratio
-from modhifi.structure.clone import clone
 from modhifi.structure.depth import inside
 from modhifi.structure.sizes import sizes_of
-from modhifi.structure.surgery import shrink
 
 # The difference of two shares of the KV cache below which they count as equal.
 STEP = 0.005
@@ -94,7 +92,7 @@ def report_of(
         "schema_version": 1,
         "title": f"modhifi prune {original.source}",
         "task": "prune",
-        "model": {"source": original.source, "framework": original.framework, **_plain(original.info)},
+        "model": {"source": original.source, "framework": original.framework, **plain_info(original.info)},
         "data": {
             "calibration": calibration.description,
             "held_out": held.description,
@@ -121,19 +119,25 @@ def _distribution(fidelity: Tensor | None, kept: Tensor) -> dict[str, list[float
     return {name: values.quantile(points).tolist() for name, values in sides.items() if len(values)}
 
 
-def _plain(info: Mapping[str, Any]) -> dict[str, Any]:
+def plain_info(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a loaded model that a report shows."""
     return {k: info.get(k) for k in ("architecture", "revision", "licence", "notes") if info.get(k)}
 
 
 def measure_run(
-    original: LoadedModel, pruned: Pruned, held: Samples, table: HeldOut | None, progress: Progress = silent
+    original: LoadedModel,
+    edited: nn.Module,
+    held: Samples,
+    table: HeldOut | None,
+    progress: Progress = silent,
+    *,
+    exact: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Measures errors, size, throughput and latency of both models, on the device of the edited one.
 
-    ``table`` holds the outputs of both on ``held``, None where they cannot be compared. Where widths are rounded, the
-    latency of a network of exact widths is measured too.
+    ``table`` holds the outputs of both on ``held``, None where they cannot be compared. The latency of ``exact``, a
+    network whose widths were not rounded, is measured too.
     """
-    edited = pruned.model
     item = original.ready(held.first(1), edited)
 
     def forward(model: nn.Module, batch: Tensor) -> None:
@@ -156,8 +160,8 @@ def measure_run(
     }
     progress("checking", 1, 2)
     models = {"before": original.model, "after": edited}
-    if pruned.rounded is not None:
-        models["exact"] = shrink(clone(original.model), pruned.structure, pruned.rounded.exact)
+    if exact is not None:
+        models["exact"] = exact
     latency = compare_latency(models, item, forward, rounds=9)
     progress("checking", 2, 2)
     return {

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, TypeAdapter, model_validator
 
 from modhifi.errors import ModhifiError
+from modhifi.runs.heal_recipe import HealRecipe
 from modhifi.runs.recipe import Checks, Count, Device, ModelSource, Out, PruneRecipe, ReportOut, Seed, Summary
 from modhifi.runs.recipe_file import Option, Strict, validate
 from modhifi.runs.unlearn_recipe import UnlearnRecipe
@@ -101,11 +102,12 @@ class AuditRecipe(Strict):
     summary: Summary = None
 
 
-Task = PruneRecipe | UnlearnRecipe | VerifyRecipe | AuditRecipe
+Task = PruneRecipe | UnlearnRecipe | HealRecipe | VerifyRecipe | AuditRecipe
 Step = Annotated[Task, Field(discriminator="task")]
-TASKS: dict[str, type[PruneRecipe] | type[UnlearnRecipe] | type[VerifyRecipe] | type[AuditRecipe]] = {
+TASKS: dict[str, type[Task]] = {
     "prune": PruneRecipe,
     "unlearn": UnlearnRecipe,
+    "heal": HealRecipe,
     "verify": VerifyRecipe,
     "audit": AuditRecipe,
 }

@@ -20,6 +20,8 @@ from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
 from modhifi.progress import Progress, live_log, silent
 from modhifi.runs.audit import run_audit
 from modhifi.runs.devices import resolve_device
+from modhifi.runs.heal import HealResult, run_heal
+from modhifi.runs.heal_recipe import HealRecipe
 from modhifi.runs.inputs import NOTHING, Given, local_paths, located
 from modhifi.runs.outcome import add_outcome
 from modhifi.runs.prune import PruneResult, run_prune
@@ -46,7 +48,7 @@ class Done:
     report: dict[str, Any]
     path: Path | None
     failure: GateFailed | SelfTestFailed | None = None
-    result: PruneResult | UnlearnResult | BoundReport | None = None
+    result: PruneResult | UnlearnResult | HealResult | BoundReport | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,11 @@ def _placed(content: Any, out: Path) -> Any:
 
 
 def _run(name: str, recipe: Task, circumstances: Circumstances) -> Done:
-    writes = isinstance(recipe, PruneRecipe | UnlearnRecipe) and not circumstances.dry_run and recipe.out is not None
+    writes = (
+        isinstance(recipe, PruneRecipe | UnlearnRecipe | HealRecipe)
+        and not circumstances.dry_run
+        and recipe.out is not None
+    )
     with live_log(home_path(str(recipe.out)) if writes else None):
         return _run_task(name, recipe, circumstances)
 
@@ -185,6 +191,11 @@ def _run_task(name: str, recipe: Task, circumstances: Circumstances) -> Done:
         )
         failure = _failure(unlearned.bounds) or _nothing_forgotten(unlearned.report)
         return Done(name, unlearned.report, unlearned.path, failure, unlearned)
+    if isinstance(recipe, HealRecipe):
+        healed = run_heal(
+            recipe, device=device, given=given, force=force, reads=reads, progress=progress, command=command
+        )
+        return Done(name, healed.report, healed.path, _failed_check(healed.report) or _failure(healed.bounds), healed)
     out = None if recipe.out is None else home_path(recipe.out)
     check_report(out, force, (*reads, *local_paths(recipe.model_dump())))
     bounds: BoundReport | None = None
@@ -226,7 +237,7 @@ def _nothing_forgotten(report: Mapping[str, Any]) -> GateFailed | None:
 
 
 def _failed_check(report: Mapping[str, Any]) -> GateFailed | None:
-    failed = next((v for v in report["verdicts"] if v["verdict"] == "FAIL"), None)
+    failed = next((v for v in report.get("verdicts", []) if v["verdict"] == "FAIL"), None)
     return None if failed is None else GateFailed(f"{failed['name']}: FAIL: {failed['text']}")
 
 

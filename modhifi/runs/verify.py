@@ -14,13 +14,14 @@ from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.models.artifact import load_artifact
 from modhifi.models.loaded import LoadedModel
-from modhifi.models.manifest import Manifest
+from modhifi.models.manifest import Manifest, read_manifest
 from modhifi.models.skeleton import same_modules, same_shapes
 from modhifi.models.weights import state_hash
 from modhifi.progress import Progress, silent
 from modhifi.pruning.stages import find_structure
 from modhifi.runs.defaults import complete_verify
 from modhifi.runs.inputs import NOTHING, Given, load_source, original_of
+from modhifi.runs.recipe import ModelSource
 from modhifi.runs.recipe_tasks import VerifyRecipe
 from modhifi.structure.expand import expand
 
@@ -37,7 +38,8 @@ def run_verify(
     Raises ModhifiError for bad input, as :func:`load_pair` does, and where held-out samples took part in the
     calibration (unless the recipe allows it).
     """
-    original, edited, manifest = load_pair(recipe, given)
+    original, loaded, manifest = load_pair(recipe.directory, recipe.against, given)
+    edited = loaded.model
     if reason := original.incomparable():
         raise ModhifiError(f"no bound is available: {reason}; wrap the model to return one tensor with a row an item")
     recipe = complete_verify(recipe, original, device)
@@ -72,7 +74,9 @@ def run_verify(
     return replace(bounds, warnings=(*original.warnings, *bounds.warnings, *([remark] if remark else []))), recipe
 
 
-def load_pair(recipe: VerifyRecipe, given: Given) -> tuple[LoadedModel, nn.Module, Manifest | None]:
+def load_pair(
+    directory: str, against: ModelSource | None, given: Given
+) -> tuple[LoadedModel, LoadedModel, Manifest | None]:
     """Loads the original, the edited model and, if that is an artefact, its manifest, None for a module.
 
     Raises ModhifiError where the artefact's weights are not those that were saved, and where the original is another
@@ -80,33 +84,33 @@ def load_pair(recipe: VerifyRecipe, given: Given) -> tuple[LoadedModel, nn.Modul
     """
     if given.edited is not None:
         assert given.model is not None
-        return given.model, given.edited, None
-    edited = load_artifact(recipe.directory)
+        return given.model, replace(given.model, model=given.edited, artifact=None), None
+    own = given.model is not None and read_manifest(directory).model.framework == "torch"
+    edited = load_artifact(directory, given.model.model if own and given.model is not None else None)
     assert edited.artifact is not None
     manifest = edited.artifact.manifest
     if not edited.artifact.intact:
         raise ModhifiError(
-            f"the weights in {recipe.directory} are not those that were saved: their hash differs from the manifest's; "
+            f"the weights in {directory} are not those that were saved: their hash differs from the manifest's; "
             "restore the files or make the artefact again"
         )
-    original = given.model or load_source(recipe.against or original_of(manifest))
+    original = given.model or load_source(against or original_of(manifest))
     if not same_modules(original.model, edited.model):
         raise ModhifiError(
-            f"{original.source} has another architecture than {recipe.directory}; give the model it was made from, "
+            f"{original.source} has another architecture than {directory}; give the model it was made from, "
             f"{manifest.base.source}"
         )
     if manifest.base.sha256 not in (None, state_hash(original.model)):
-        raise ModhifiError(
-            f"{original.source} has other weights than the one {recipe.directory} was made from; give that one"
-        )
-    return original, edited.model, manifest
+        raise ModhifiError(f"{original.source} has other weights than the one {directory} was made from; give that one")
+    return original, edited, manifest
 
 
 def in_dense_shape(edited: nn.Module, original: LoadedModel, manifest: Manifest | None) -> nn.Module | None:
     """The edited model in the original's shapes, None where its manifest does not determine it."""
     if manifest is not None and manifest.groups:
         # After an earlier cut the groups count components of the artefact before.
-        if any(edit["task"] == "prune" for edit in manifest.base.edits_before):
+        edits = [*(edit["task"] for edit in manifest.base.edits_before), manifest.task]
+        if edits.count("prune") > 1:
             return None
         return expand(edited, original.model, find_structure(original, depth=True), manifest.plan())
     return edited if same_shapes(original.model, edited) else None

@@ -161,7 +161,7 @@ def test_a_log_gets_a_line_a_stage_and_signs_of_life(
         step("prune", 0, 1)
         for now[0], done in ((1.0, 1), (29.0, 2), (30.0, 3), (31.0, 4), (60.0, 5)):
             step("  measuring", done, 8)
-    lines = ["load", "prune", "measuring: 3 of 8", "measuring: 5 of 8"]
+    lines = ["load", "prune", "measuring: 3 of 8, 14.5 s each, 1 min left", "measuring: 5 of 8, 14.8 s each, 44 s left"]
     assert capsys.readouterr().err.splitlines() == [f"modhifi: {line}" for line in lines]
     monkeypatch.setenv("RANK", "1")
     with progress(False) as step:

@@ -81,6 +81,10 @@ def test_the_options_that_scripts_use_keep_their_names() -> None:
         "unlearn": f"""{loading} {run_flags} {checks} --forget --data --out --samples --forget-data --evaluate
             --evaluation-samples --method --depth --passes --strength --retain-budget --only --settle --no-settle
             --reference --members --recipe --set --push-to-hub --force""",
+        "heal": f"""{loading} {run_flags} {checks} --max-perplexity-ratio --against --out --data --samples --window
+            --evaluate --evaluation-samples --steps --minutes --learning-rate --temperature --blocks --augment
+            --no-augment --batch-statistics --no-batch-statistics --lora --precision --export --recipe --set
+            --push-to-hub --force""",
         "verify": f"""{loading} {run_flags} {checks} --max-perplexity-ratio --against --data --samples --window
             --allow-overlap --verbose""",
         "audit": f"{run_flags} --data --forget --original --forget-data --reference --members --samples --out",

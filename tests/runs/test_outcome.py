@@ -101,6 +101,9 @@ def test_forgetting_comes_before_what_the_others_lost() -> None:
     )
 
 
+HEAL = "or train what is left towards the original, without labels: modhifi heal DIR"
+
+
 def advice(content: dict[str, Any], flips: float, kind: str = "image", latency: float = 0.5) -> tuple[str, ...]:
     recipe = PruneRecipe.model_validate({"model": {"name": "demo:resnet"}, **content})
     report = {
@@ -118,6 +121,7 @@ def test_advice_names_the_options_that_lose_less() -> None:
     assert advice({"budget": {"flops": "0.5x"}}, 0.1) == (
         "top-1 fell by 8 points: try --flops 0.75x or real images (--data images:DIR) or more samples "
         "(--samples 1000) or --sequential dense",
+        HEAL,
     )
     content = {
         "budget": {"ratio": 0.3},
@@ -126,12 +130,14 @@ def test_advice_names_the_options_that_lose_less() -> None:
     }
     assert advice(content, 0.3, "text") == (
         "perplexity grew 1.3 times: try --ratio 0.15 or text of your own (--data text:FILE)",
+        HEAL,
     )
     settled = {
         "method": {"eta": 0.9, "sequential": "own"},
         "data": {"source": "images:x", "samples": 5000},
     }
-    assert advice(settled, 0.3) == ("top-1 fell by 8 points: try fewer groups (--only, --exclude)",)
+    assert advice(settled, 0.3) == ("top-1 fell by 8 points: try fewer groups (--only, --exclude)", HEAL)
+    assert advice({**settled, "out": "small"}, 0.3)[1].endswith(": modhifi heal small")
 
 
 def test_advice_says_where_no_time_was_gained() -> None:

@@ -137,7 +137,7 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
 
 def test_shipped_recipes_are_valid_and_say_what_for() -> None:
     names = shipped()
-    assert {n.partition("/")[0] for n in names} == {"prune", "unlearn", "ci"}
+    assert {n.partition("/")[0] for n in names} == {"prune", "unlearn", "heal", "ci"}
     for name, path in names.items():
         recipe = parse(read_yaml(path), path)
         assert summary(path).endswith("."), name

@@ -1,0 +1,335 @@
+"""Distil an original into its smaller version: no labels, the original's outputs are all there is to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from modhifi.data.samples import Samples
+from modhifi.errors import ModhifiError
+from modhifi.healing.augment import augmented
+from modhifi.healing.blocks import Watch, matched_blocks
+from modhifi.healing.checkpoint import Checkpoint
+from modhifi.healing.lora import add_adapters, merge
+from modhifi.healing.losses import agreement, block_loss, output_loss
+from modhifi.healing.schedule import Schedule, interval, learning_rate
+from modhifi.healing.settings import HealSettings
+from modhifi.healing.teacher import Teacher
+from modhifi.models.loaded import LoadedModel, frozen
+from modhifi.progress import Progress, silent
+from modhifi.structure.clone import clone
+
+# The largest norm of a gradient; the intervals without a better student after which a run ends.
+CLIP, PATIENCE = 1.0, 10
+
+
+@dataclass(frozen=True)
+class Healed:
+    """The student with its best weights, in eval mode and in the dtypes that it came in.
+
+    ``curve`` has an entry an interval: ``step``, ``seconds``, ``loss`` (mean of the training loss since the entry
+    before), ``divergence`` and ``agreement`` on the validation samples. ``best`` is the step of the weights taken,
+    ``broken`` that of an interval whose loss was not finite, None where all were. ``blocks`` were matched.
+    """
+
+    model: nn.Module
+    curve: tuple[Mapping[str, Any], ...]
+    steps: int
+    seconds: float
+    best: int
+    broken: int | None
+    early: bool
+    blocks: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass
+class _State:
+    """What a checkpoint holds beside the weights."""
+
+    step: int = 0
+    micro: int = 0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def distil(
+    original: LoadedModel,
+    student: nn.Module,
+    train: Samples,
+    validation: Samples,
+    settings: HealSettings,
+    *,
+    closed: Sequence[int] = (),
+    checkpoint: Checkpoint | None = None,
+    progress: Progress = silent,
+    note: Callable[[str], None] = lambda text: None,
+) -> Healed:
+    """Trains a copy of ``student``, a smaller or edited version of ``original``, towards the outputs of the original.
+
+    The given models stay as they are. ``validation`` samples, on which nothing is trained, choose the best weights.
+    ``closed`` classes are taken from the teacher, and no block is matched then: they were erased on purpose. With a
+    ``checkpoint`` a run goes on where it was ended. Raises ModhifiError where the models cannot be run on the samples.
+    """
+    run = Distillation(original, student, train, validation, settings, closed, checkpoint, progress, note)
+    return run.run()
+
+
+class Distillation:
+    """One distillation; see :func:`distil`. Every step is determined by the seed and its number alone."""
+
+    def __init__(
+        self,
+        original: LoadedModel,
+        student: nn.Module,
+        train: Samples,
+        validation: Samples,
+        settings: HealSettings,
+        closed: Sequence[int],
+        checkpoint: Checkpoint | None,
+        progress: Progress,
+        note: Callable[[str], None],
+    ) -> None:
+        self.original, self.settings, self.closed = original, settings, tuple(closed)
+        self.train, self.validation, self.checkpoint = train, validation, checkpoint
+        self.progress, self.note = progress, note
+        self.accelerator = _accelerator(next(original.model.parameters()).device, settings.precision)
+        self.dtypes = {name: p.dtype for name, p in student.named_parameters()}
+        self.model = clone(student)
+        if any(dtype.itemsize < torch.float32.itemsize for dtype in self.dtypes.values()):
+            self.model.float()
+        self.norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        matched = settings.blocks > 0 and not self.closed
+        self.blocks = matched_blocks(original, student) if matched else ()
+        self.adapted = None
+        if settings.lora is None:
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(parameter.is_floating_point())
+        else:
+            self.adapted = add_adapters(self.model, settings.lora, settings.seed)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.size = min(settings.batch_size, len(train))
+        self.state = _State(micro=self.size)
+        self.schedule = Schedule(settings.steps, settings.minutes)
+        self.teacher = Teacher(original, self.blocks, len(train), keep=not settings.augment)
+        self.examiner = Teacher(original, (), len(validation), keep=True)
+        self.best = self._weights()
+        self.losses: list[Tensor] = []
+
+    def run(self) -> Healed:
+        """Trains until the end, early or not."""
+        self._resume()
+        if not self.state.curve:
+            if not self._look():
+                raise ModhifiError("the model to heal has outputs that are not finite; check its weights")
+            self._save()
+        broken, early = None, False
+        with ExitStack() as stack:
+            self.watch = stack.enter_context(Watch(self.model, self.blocks))
+            share = self._share()
+            while share < 1 and broken is None and not early:
+                self._step(share)
+                before, share = share, self._share()
+                self._tell(share)
+                if share < 1 and interval(share) == interval(before):
+                    continue
+                if not self._look():
+                    broken = self.state.step
+                elif self._since_best() >= PATIENCE:
+                    early = True
+                else:
+                    self._save()
+        return self._healed(broken, early)
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+    def _step(self, share: float) -> None:
+        """One step of the optimiser; a batch that does not fit into memory is taken in halves from then on."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * learning_rate(share)
+        indices = self._indices()
+        self._normalise_by_batch(self.settings.batch_statistics)
+        while not self._accumulated(indices):
+            self.state.micro = (self.state.micro + 1) // 2
+            self._remark(f"out of memory: {self.state.micro} items at once from step {self.state.step} on")
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.empty_cache()
+        self._normalise_by_batch(False)
+        self.accelerator.clip_grad_norm_(self.wrapped.parameters(), CLIP)
+        self.optimizer.step()
+        self.state.step += 1
+
+    def _accumulated(self, indices: Sequence[int]) -> bool:
+        """Adds up the gradients of a batch, part by part; whether they fitted into memory."""
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.accelerator.device)
+        parts = [indices[i : i + self.state.micro] for i in range(0, len(indices), self.state.micro)]
+        try:
+            for number, part in enumerate(parts):
+                loss = self._loss(part, number) * (len(part) / len(indices))
+                self.accelerator.backward(loss)
+                total += loss.detach()
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error) or self.state.micro == 1 or self.accelerator.num_processes > 1:
+                raise
+            return False
+        self.losses.append(total)
+        return True
+
+    def _loss(self, indices: Sequence[int], number: int) -> Tensor:
+        settings = self.settings
+        batch = next(self.train.subset(indices).batches(len(indices)))
+        if settings.augment:
+            seed = hash((settings.seed, self.state.step, number, self.accelerator.process_index))
+            batch = augmented(batch, torch.Generator().manual_seed(seed))
+        wanted, wanted_blocks = self.teacher.outputs(batch, indices)
+        real = self._real(batch)
+        with self.accelerator.autocast():
+            output = self.original.logits(batch, self.wrapped)
+        loss = output_loss(
+            wanted,
+            output,
+            real,
+            temperature=settings.temperature,
+            features=self.original.gives_features,
+            closed=self.closed,
+        )
+        if self.blocks:
+            loss = loss + settings.blocks * block_loss(wanted_blocks, self.watch.take(), real)
+        return loss
+
+    def _indices(self) -> list[int]:
+        """The samples of this step: a seeded permutation of all an epoch, dealt out to the processes."""
+        epoch, place = divmod(self.state.step, len(self.train) // self.size)
+        generator = torch.Generator().manual_seed(hash((self.settings.seed, epoch)))
+        order = torch.randperm(len(self.train), generator=generator)
+        batch = order[place * self.size : (place + 1) * self.size]
+        return batch[self.accelerator.process_index :: self.accelerator.num_processes].tolist()
+
+    def _normalise_by_batch(self, active: bool) -> None:
+        for norm in self.norms:
+            norm.training = active
+
+    # -- every interval ------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def _look(self) -> bool:
+        """Adds an entry to the curve and keeps the weights if they are the best; whether all figures are finite."""
+        loss = float(torch.stack(self.losses).mean()) if self.losses else None
+        self.losses = []
+        divergence, agreed, count = 0.0, 0.0, 0
+        for batch in self.validation.batches(self.settings.batch_size):
+            indices = range(count, count + len(batch))
+            wanted, _ = self.examiner.outputs(batch, indices)
+            output, real = self.original.logits(batch, self.model), self._real(batch)
+            features = self.original.gives_features
+            distance = output_loss(wanted, output, real, features=features, closed=self.closed)
+            divergence += len(batch) * float(distance)
+            agreed += len(batch) * (0.0 if features else float(agreement(wanted, output, real, self.closed)))
+            count += len(batch)
+        entry = {
+            "step": self.state.step,
+            "seconds": self.schedule.seconds,
+            "loss": loss,
+            "divergence": divergence / count,
+            "agreement": None if self.original.gives_features else agreed / count,
+        }
+        if not all(value is None or torch.tensor(value).isfinite() for value in entry.values()):
+            return False
+        self.state.curve.append(entry)
+        if self._since_best() == 0:
+            self.best = self._weights()
+        shown = "" if entry["agreement"] is None else f", agreement {100 * entry['agreement']:.2f} %"
+        self.note(f"step {self.state.step}: divergence {entry['divergence']:.4g}{shown}")
+        return True
+
+    def _since_best(self) -> int:
+        """The intervals since the best entry: the highest agreement and, where that is equal, the least divergence."""
+        keys = [(entry["agreement"] or 0.0, -entry["divergence"]) for entry in self.state.curve]
+        return len(keys) - 1 - keys.index(max(keys))
+
+    def _tell(self, share: float) -> None:
+        done = self.state.step
+        self.progress("distilling", done, max(done, round(done / share)) if share else done + 1)
+
+    def _share(self) -> float:
+        share = self.schedule.share(self.state.step)
+        if self.accelerator.num_processes == 1:
+            return share
+        # Clocks differ, and every process has to end at the same step.
+        return float(broadcast(torch.tensor(share, dtype=torch.float64, device=self.accelerator.device)))
+
+    def _real(self, batch: Tensor) -> Tensor | None:
+        real = self.original.real_tokens(batch)
+        return None if real is None else real.to(self.accelerator.device)
+
+    def _remark(self, text: str) -> None:
+        self.state.notes.append(text)
+        self.note(text)
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+    def _weights(self) -> dict[str, Tensor]:
+        """The student's state as it is now, on the CPU; with adapters these alone."""
+        wanted = {n for n, p in self.model.named_parameters() if p.requires_grad}
+        state = self.model.state_dict()
+        kept = state if self.adapted is None else {name: state[name] for name in wanted}
+        return {name: tensor.detach().cpu().clone() for name, tensor in kept.items()}
+
+    def _save(self) -> None:
+        if self.checkpoint is not None and self.accelerator.is_main_process:
+            weights = {"weights": self._weights(), "best": self.best, "optimizer": self.optimizer.state_dict()}
+            self.checkpoint.write({**weights, "seconds": self.schedule.seconds, **vars(self.state)})
+
+    def _resume(self) -> None:
+        state = None if self.checkpoint is None else self.checkpoint.read()
+        if state is None:
+            return
+        self.model.load_state_dict(state["weights"], strict=False)
+        self.best = state["best"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.spent = state["seconds"]
+        self.state = _State(**{name: state[name] for name in vars(self.state)})
+        self.note(f"going on from step {self.state.step}")
+
+    def _healed(self, broken: int | None, early: bool) -> Healed:
+        self.model.load_state_dict(self.best, strict=False)
+        model = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        if self.adapted is not None:
+            model = merge(self.adapted)
+        frozen(model)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(self.dtypes[name])
+        best = len(self.state.curve) - 1 - self._since_best()
+        return Healed(
+            model,
+            tuple(self.state.curve),
+            self.state.step,
+            self.schedule.seconds,
+            self.state.curve[best]["step"],
+            broken,
+            early,
+            self.blocks,
+            tuple(self.state.notes),
+        )
+
+
+def _accelerator(device: torch.device, precision: str) -> Accelerator:
+    """Raises ModhifiError where this process has set up accelerate for something else."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
+    try:
+        return Accelerator(mixed_precision=precision, cpu=device.type == "cpu", device_placement=False)
+    except ValueError as error:
+        raise ModhifiError(f"accelerate is set up otherwise in this process: {error}") from None
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

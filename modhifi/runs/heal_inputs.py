@@ -1,0 +1,88 @@
+"""The inputs of a healing run: the pair of models, and the samples to learn from, to choose by and to hold out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from modhifi.data.samples import Samples
+from modhifi.errors import ModhifiError
+from modhifi.healing.lora import check_lora
+from modhifi.models.loaded import LoadedModel
+from modhifi.models.manifest import Manifest
+from modhifi.progress import Progress
+from modhifi.runs.heal_recipe import HealRecipe
+from modhifi.runs.inputs import Given, load_data, original_of
+from modhifi.runs.recipe import ModelSource
+from modhifi.runs.verify import load_pair
+
+# The samples that choose the best weights: a share of those to learn from, and no more than this many.
+VALIDATION, MOST_VALIDATION = 0.1, 500
+
+
+@dataclass(frozen=True)
+class Patient:
+    """What is healed: ``edited`` made from ``original``, its ``manifest`` (None of a module), forgotten classes."""
+
+    original: LoadedModel
+    edited: LoadedModel
+    manifest: Manifest | None
+    closed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LearningData:
+    """Disjoint samples: to learn from, to choose the best weights on, held out; ``everything`` that was loaded."""
+
+    everything: Samples
+    train: Samples
+    validation: Samples
+    held: Samples
+
+
+def load_patient(recipe: HealRecipe, given: Given) -> Patient:
+    """Loads the pair; raises ModhifiError for what the recipe asks of a model that has no such thing."""
+    original, edited, manifest = load_pair(recipe.directory, recipe.against, given)
+    if reason := original.incomparable():
+        raise ModhifiError(f"nothing can be learnt from the original: {reason}; wrap it to return one tensor")
+    recipe.checks.tolerances().fit(original.kind)
+    if recipe.export and original.packing is not None:
+        raise ModhifiError("an export has one input, and this model reads several; leave out --export")
+    if recipe.method.lora is not None:
+        if original.framework != "transformers":
+            raise ModhifiError("--lora is for models of transformers; leave it out to train the weights themselves")
+        check_lora()
+    closed = () if manifest is None else tuple(entry.index for entry in manifest.forgotten)
+    return Patient(original, edited, manifest, closed)
+
+
+def teacher_of(recipe: HealRecipe, patient: Patient) -> ModelSource:
+    """The recipe entry of the original, for whoever loads it again."""
+    if recipe.against is not None or patient.manifest is None:
+        return recipe.against or ModelSource(name=patient.original.source)
+    return original_of(patient.manifest)
+
+
+def load_learning_data(recipe: HealRecipe, patient: Patient, given: Given, progress: Progress) -> LearningData:
+    """Loads the samples; raises ModhifiError where too few are left to learn from."""
+    everything, held = load_data(recipe, patient.original, given, progress)
+    samples = everything
+    if patient.closed:
+        samples = _retained(patient, everything, recipe.batch_size or 32)
+    count = min(MOST_VALIDATION, max(1, round(VALIDATION * len(samples))))
+    if len(samples) - count < 2:
+        raise ModhifiError(f"{len(samples)} samples are too few to learn from; give more --samples")
+    train, validation = samples.split(len(samples) - count, count)
+    return LearningData(everything, train, validation, held)
+
+
+@torch.no_grad()
+def _retained(patient: Patient, samples: Samples, batch_size: int) -> Samples:
+    """The samples that the original takes for none of the forgotten classes, and that are labelled with none."""
+    top = torch.cat([patient.original.logits(batch).argmax(1).cpu() for batch in samples.batches(batch_size)])
+    closed = torch.tensor(patient.closed)
+    forgotten = torch.isin(top, closed)
+    if samples.labels is not None:
+        forgotten |= torch.isin(samples.labels, closed)
+    return samples.subset(torch.nonzero(~forgotten).flatten())

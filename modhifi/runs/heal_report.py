@@ -1,0 +1,146 @@
+"""The parts of a healing run's report: what was learnt, and the figures of original, edited and healed model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from modhifi.artifacts.formatting import number
+from modhifi.bounds.held_out import HeldOut
+from modhifi.data.samples import Samples
+from modhifi.healing.distil import Healed
+from modhifi.models.loaded import LoadedModel
+from modhifi.models.manifest import Manifest
+from modhifi.progress import Progress
+from modhifi.runs.audit import report_parts
+from modhifi.runs.heal_recipe import HealRecipe
+from modhifi.runs.prune_report import before_after, measure_run, plain_info
+from modhifi.unlearning.attacks import measures
+
+# What is healed, by the task that made it.
+EDITED = {"prune": "pruned", "unlearn": "edited", "heal": "healed before"}
+
+
+def report_of(
+    recipe: HealRecipe,
+    original: LoadedModel,
+    edited: LoadedModel,
+    train: Samples,
+    validation: Samples,
+    held: Samples,
+    healed: Healed,
+    command: str,
+) -> dict[str, Any]:
+    """The report of a healing run before anything is measured, JSON-able; see :mod:`modhifi.artifacts.report`."""
+    task = "prune" if edited.artifact is None else edited.artifact.manifest.task or "prune"
+    warnings = list(healed.notes)
+    if healed.best == 0:
+        warnings.append("no step made the model better on the validation samples: its weights are those it came with")
+    if not healed.blocks and not original.gives_features:
+        warnings.append("no block has the original's shape: the student learnt from the output alone")
+    lineage = [original.source, *_edits(edited), f"healed, {healed.best} steps"]
+    return {
+        "schema_version": 1,
+        "title": f"modhifi heal {recipe.directory}",
+        "task": "heal",
+        "model": {
+            "source": recipe.directory,
+            "original": original.source,
+            "lineage": " → ".join(lineage),
+            "framework": original.framework,
+            **plain_info(original.info),
+        },
+        "data": {
+            "learnt from": train.description,
+            "held_out": held.description,
+            "samples": len(train),
+            "validation_samples": len(validation),
+            "held_out_samples": len(held),
+        },
+        "settings": recipe.model_dump(mode="json"),
+        "columns": {"before": "original", "between": EDITED.get(task, "edited"), "after": "healed"},
+        "healing": {
+            "gradients": "to the weights",
+            "steps": healed.steps,
+            "seconds": healed.seconds,
+            "best": healed.best,
+            "ended early": healed.early,
+            "matched blocks": list(healed.blocks),
+            "curve": [dict(entry) for entry in healed.curve],
+        },
+        "warnings": warnings,
+        "command": command,
+    }
+
+
+def _edits(edited: LoadedModel) -> list[str]:
+    """The edits on the way to an artefact, in words."""
+    if edited.artifact is None:
+        return ["edited"]
+    manifest = edited.artifact.manifest
+    tasks = [*(edit.get("task") for edit in manifest.base.edits_before), manifest.task]
+    return [EDITED.get(str(task), str(task)) if task != "heal" else "healed" for task in tasks]
+
+
+def measure_healing(
+    report: dict[str, Any],
+    original: LoadedModel,
+    model: nn.Module,
+    held: Samples,
+    before: HeldOut,
+    table: HeldOut,
+    progress: Progress,
+) -> None:
+    """Adds every measured figure to a report, in place, each beside that of the model before it was healed.
+
+    ``before`` and ``table`` compare the original with the model before and after.
+    """
+    report |= measure_run(original, model, held, table, progress)
+    earlier = before.summary()
+    if original.kind == "text":
+        earlier["perplexity_before"], earlier["perplexity_after"] = before.perplexities()
+    if held.labels is not None and before.top_before is not None:
+        earlier["accuracy_before"], earlier["accuracy_after"] = before.accuracies(held.labels)
+    report["errors_before_healing"] = earlier
+    rows, earlier_rows = before_after(report), before_after({**report, "errors": earlier})
+    # Its shapes are those of the healed model, and so are its times, which were taken once.
+    report["before_after"] = [{**row, "between": other["after"]} for row, other in zip(rows, earlier_rows, strict=True)]
+    steps, minutes = report["healing"]["best"], report["healing"]["seconds"] / 60
+    report["summary"] = (
+        f"distilled from the original with gradients to the weights: {steps:,} steps were taken over, after "
+        f"{minutes:.3g} minutes"
+    )
+
+
+def healing_verdicts(healed: Healed) -> list[dict[str, str]]:
+    """The verdict that states what the validation samples showed, and the failure of a loss that is not finite."""
+    first, best = healed.curve[0], next(e for e in healed.curve if e["step"] == healed.best)
+    key, unit = ("divergence", "") if first["agreement"] is None else ("agreement", "%")
+    ended = ", where it stopped getting better" if healed.early else ""
+    text = (
+        f"{key} with the original on the validation samples {number(first[key], unit)} before, "
+        f"{number(best[key], unit)} after {healed.best:,} of {healed.steps:,} steps{ended}; "
+        "gradients reached the weights"
+    )
+    verdicts = [{"name": "healing", "verdict": "MEASURED", "text": text}]
+    if healed.broken is not None:
+        text = (
+            f"the loss was not finite before step {healed.broken}; the weights of step {healed.best} were kept: try a "
+            "lower --learning-rate"
+        )
+        verdicts.append({"name": "finite loss", "verdict": "FAIL", "text": text})
+    return verdicts
+
+
+def add_audit(report: dict[str, Any], outcome: Mapping[str, Any], manifest: Manifest | None) -> None:
+    """Adds what attacks on the healed model found, in place, beside what they found before it was healed."""
+    parts = report_parts(outcome)
+    earlier = {} if manifest is None else (manifest.model_extra or {}).get("metrics") or {}
+    keys = {measure.label: measure.key for measure in measures().values()}
+    rows = [{**row, "between": earlier.get(keys.get(row["name"], ""))} for row in parts["before_after"]]
+    report["before_after"] = [*report["before_after"], *rows]
+    report["verdicts"] = [*report["verdicts"], *parts["verdicts"]]
+    report["tables"] = [*report.get("tables", []), *parts["tables"]]
+    report["audit"] = parts["audit"]

@@ -1,0 +1,48 @@
+"""Which blocks of two models are matched."""
+
+from __future__ import annotations
+
+import tiny_text
+import tiny_timm
+import torch
+from torch import nn
+
+from modhifi.healing.blocks import Watch, matched_blocks
+from modhifi.models.load import load_model
+from modhifi.structure.clone import clone
+
+
+def test_blocks_of_residual_networks_and_transformers() -> None:
+    resnet = load_model(tiny_timm.resnet())
+    assert matched_blocks(resnet, resnet.model) == ("layer1.0", "layer2.0", "layer3.0", "layer4.0")
+    vit = load_model(tiny_timm.vit())
+    assert matched_blocks(vit, vit.model) == ("blocks.0", "blocks.1")
+
+
+def test_blocks_of_a_language_model() -> None:
+    llama = load_model(tiny_text.llama())
+    assert matched_blocks(llama, llama.model) == ("model.layers.0", "model.layers.1")
+
+
+def test_a_block_of_another_width_is_left_out() -> None:
+    first, second = (
+        nn.Sequential(nn.Sequential(nn.Linear(3, w), nn.ReLU()), nn.Sequential(nn.Linear(w, 4))) for w in (5, 2)
+    )
+    loaded = load_model(first, example=torch.randn(2, 3))
+    assert matched_blocks(loaded, second) == ("1",)
+
+
+def test_what_is_overwritten_later_is_left_out() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 4)), nn.ReLU(inplace=True), nn.Sequential(nn.Linear(4, 4)))
+    loaded = load_model(model, example=torch.randn(2, 3))
+    assert matched_blocks(loaded, clone(loaded.model)) == ("2",)
+
+
+def test_outputs_come_in_the_order_of_the_names_and_are_taken_once() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    with Watch(model, ("1", "0")) as watch:
+        model(torch.randn(1, 2))
+        assert [tuple(x.shape) for x in watch.take()] == [(1, 4), (1, 3)]
+        assert not watch.outputs
+    model(torch.randn(1, 2))
+    assert not watch.outputs

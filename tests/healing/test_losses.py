@@ -1,0 +1,58 @@
+"""The distances of a student from its teacher, against brute force on small numbers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from modhifi.healing.losses import agreement, block_loss, output_loss
+
+
+def test_the_divergence_is_that_of_the_softened_teacher_from_the_softened_student() -> None:
+    torch.manual_seed(0)
+    teacher, student, heat = torch.randn(3, 4), torch.randn(3, 4), 2.5
+    total = 0.0
+    for row_t, row_s in zip(teacher.tolist(), student.tolist(), strict=True):
+        p, q = ([math.exp(x / heat) for x in row] for row in (row_t, row_s))
+        p, q = ([x / sum(values) for x in values] for values in (p, q))
+        total += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    assert math.isclose(float(output_loss(teacher, student, temperature=heat)), heat**2 * total / 3, rel_tol=1e-5)
+
+
+def test_a_closed_class_gets_no_probability_and_the_student_pays_for_its_own() -> None:
+    teacher, student = torch.tensor([[2.0, 1.0, 5.0]]), torch.tensor([[2.0, 1.0, 5.0]], requires_grad=True)
+    loss = output_loss(teacher, student, closed=(2,))
+    others = torch.tensor([[2.0, 1.0]]).softmax(-1)
+    wanted = (others * (others.log() - student.detach().log_softmax(-1)[:, :2])).sum()
+    assert torch.isclose(loss, wanted)
+    loss.backward()
+    assert student.grad is not None and student.grad[0, 2] > 0  # a step down lowers the closed logit
+    assert float(agreement(teacher, student.detach(), closed=(2,))) == 0.0
+    assert float(agreement(teacher, torch.tensor([[2.0, 1.0, 0.0]]), closed=(2,))) == 1.0
+
+
+def test_padding_counts_for_nothing() -> None:
+    torch.manual_seed(0)
+    teacher, student = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    real = torch.tensor([[True, True, True], [True, False, False]])
+    rows = torch.cat([output_loss(t[None], s[None])[None] for t, s in zip(teacher[real], student[real], strict=True)])
+    assert torch.isclose(output_loss(teacher, student, real), rows.mean())
+    blocks = (teacher - student)[real].square().sum(-1) / teacher[real].square().sum(-1)
+    assert torch.isclose(block_loss([teacher], [student], real), blocks.mean())
+
+
+def test_every_block_counts_the_same_whatever_its_scale() -> None:
+    torch.manual_seed(0)
+    teacher, student = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    loss = block_loss([teacher, 100 * teacher], [student, 100 * student])
+    wanted = (teacher - student).flatten(1).square().sum(1) / teacher.flatten(1).square().sum(1)
+    assert torch.isclose(loss, wanted.mean())
+    assert torch.isclose(output_loss(teacher.flatten(1), student.flatten(1), features=True), wanted.mean())
+
+
+def test_maps_of_classes_count_position_by_position() -> None:
+    torch.manual_seed(0)
+    teacher, student = torch.randn(2, 5, 3, 3), torch.randn(2, 5, 3, 3)
+    rows = [t.movedim(0, -1).reshape(-1, 5) for t in (*teacher, *student)]
+    assert torch.isclose(output_loss(teacher, student), output_loss(torch.cat(rows[:2]), torch.cat(rows[2:])))

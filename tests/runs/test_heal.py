@@ -1,0 +1,275 @@
+"""`modhifi heal` on artefacts: figures beside the original's, the lineage, what is refused, forgotten classes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_text
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+from torch import Tensor
+from typer.testing import CliRunner
+from unlearn_world import NAMES, world
+
+import modhifi
+from modhifi.cli.main import app
+from modhifi.data.labels import label_samples
+from modhifi.errors import ModhifiError
+from modhifi.healing.distil import Distillation
+from modhifi.models.artifact import load_artifact
+from modhifi.models.load import load_model
+from modhifi.models.manifest import read_manifest
+from modhifi.runs.heal_inputs import load_learning_data, load_patient
+from modhifi.runs.inputs import NOTHING, original_of
+from modhifi.runs.recipe_tasks import parse
+
+__all__ = ["world"]
+pytestmark = pytest.mark.usefixtures("reload_in_process")
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def small(model_dir: Path, image_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruned ResNet."""
+    out = tmp_path_factory.mktemp("artefacts") / "small"
+    data = {"samples": 16, "evaluation_samples": 8, "checks": {"walked": 0}}
+    modhifi.prune(model_dir, f"images:{image_dir}", ratio=0.4, out=out, **data)
+    return out
+
+
+def heal(directory: Path, image_dir: Path, *more: object) -> tuple[int, str, str]:
+    amounts = ("--samples", 32, "--evaluation-samples", 12, "--batch-size", 8, "--walked", 2)
+    return run("heal", directory, "--data", f"images:{image_dir}", *amounts, *more)
+
+
+@pytest.fixture(scope="module")
+def healed(small: Path, image_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("artefacts") / "healed"
+    code, _, stderr = heal(small, image_dir, "--steps", 8, "--out", out, "--quiet")
+    assert code == 0, stderr
+    return out
+
+
+def test_the_report_has_original_pruned_and_healed_side_by_side(healed: Path) -> None:
+    report = json.loads((healed / "report.json").read_text())
+    assert list(report["columns"].values()) == ["original", "pruned", "healed"]
+    rows = {row["name"]: row for row in report["before_after"]}
+    parameters = rows["parameters"]
+    assert parameters["before"] > parameters["between"] == parameters["after"]
+    assert rows["agreement with the original"]["between"] is not None
+    curve = report["healing"]["curve"]
+    assert [entry["step"] for entry in curve] == list(range(9))
+    assert any("gradients reached the weights" in verdict["text"] for verdict in report["verdicts"])
+    page = (healed / "report.html").read_text()
+    assert "<th>original</th><th>pruned</th><th>healed</th>" in page and "Learning curve" in page
+    card = (healed / "README.md").read_text()
+    assert "pruned, then healed with modhifi" in card and "gradients reached its weights" in card
+    assert "| | original | pruned | healed | change |" in card and "forward passes only" not in card
+
+
+def test_the_manifest_tells_the_way_from_the_original(healed: Path, small: Path, model_dir: Path) -> None:
+    manifest, before = read_manifest(healed), read_manifest(small)
+    assert manifest.task == "heal" and manifest.model_extra["gradients"] == "weights"
+    assert manifest.base.sha256 == before.base.sha256 and manifest.groups == before.groups
+    assert [edit["task"] for edit in manifest.base.edits_before] == ["prune"]
+    assert set(before.calibration.hashes) < set(manifest.calibration.hashes)
+    assert original_of(manifest).name == str(model_dir)
+
+
+def test_what_was_removed_stays_removed(healed: Path, small: Path) -> None:
+    shapes = [{k: v.shape for k, v in load_artifact(d).model.state_dict().items()} for d in (healed, small)]
+    assert shapes[0] == shapes[1]
+
+
+def test_bounds_of_a_healed_model_are_those_of_its_dense_shape(healed: Path, image_dir: Path) -> None:
+    given = {"samples": 12, "walked": 2, "allow_overlap": True}
+    bounds = modhifi.verify(healed, f"images:{image_dir}", **given)
+    assert {rung.name: rung.value is not None for rung in bounds.rungs}["R1 every input"]
+    with pytest.raises(ModhifiError, match="calibrated this model"):
+        modhifi.verify(healed, f"images:{image_dir}", samples=48)
+
+
+def test_a_healed_model_is_healed_again(healed: Path, image_dir: Path, tmp_path: Path) -> None:
+    code, stdout, stderr = heal(healed, image_dir, "--steps", 1, "--out", tmp_path / "again", "--json")
+    assert code == 0, stderr
+    assert json.loads(stdout)["model"]["lineage"].count("healed") == 2
+    assert [e["task"] for e in read_manifest(tmp_path / "again").base.edits_before] == ["prune", "heal"]
+
+
+def test_the_defaults_are_written_into_the_recipe(healed: Path, model_dir: Path) -> None:
+    content = json.loads((healed / "modhifi.json").read_text())["recipe"]
+    assert content["against"]["name"] == str(model_dir)
+    assert content["method"]["batch_statistics"] and content["method"]["augment"]
+    assert content["method"]["temperature"] == 4.0 and content["batch_size"] == 8
+
+
+def test_batchnorm_never_follows_drawn_images(small: Path) -> None:
+    given = {"samples": 16, "evaluation_samples": 4, "steps": 1, "checks": {"walked": 0}}
+    report = modhifi.heal(small, "synthetic", **given).report
+    assert report["settings"]["method"]["batch_statistics"] is False
+    assert report["settings"]["data"]["source"] == "synthetic"
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+def refused(directory: Path, image_dir: Path, *more: object) -> str:
+    code, _, stderr = heal(directory, image_dir, *more)
+    assert code == 2 and stderr.startswith("modhifi: error:") and stderr.count("\n") == 1, stderr
+    return stderr
+
+
+def test_weights_that_were_edited(small: Path, image_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "edited"
+    shutil.copytree(small, copy)
+    state = load_file(copy / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in state.items()}, copy / "model.safetensors")
+    assert "are not those that were saved" in refused(copy, image_dir, "--steps", 1, "--out", tmp_path / "x")
+
+
+def test_an_original_that_is_gone_or_another_one(small: Path, model_dir: Path, image_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "small"
+    shutil.copytree(small, copy)
+    text = (copy / "modhifi.json").read_text()
+    (copy / "modhifi.json").write_text(text.replace(str(model_dir), str(tmp_path / "gone")))
+    assert "gone" in refused(copy, image_dir, "--steps", 1, "--out", tmp_path / "x")
+    other = load_model(model_dir)
+    next(other.model.parameters()).data += 1
+    save_for_hf(other.model, tmp_path / "other", model_args=other.info["model_args"], safe_serialization=True)
+    message = refused(small, image_dir, "--against", tmp_path / "other", "--steps", 1, "--out", tmp_path / "x")
+    assert "has other weights than the one" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "--steps: input should be greater than or equal to 1"),
+        (["--minutes", "0"], "--minutes: input should be greater than 0"),
+        (["--steps", "1", "--lora", "4"], "--lora is for models of transformers"),
+        (["--steps", "1", "--samples", "2"], "too few to learn from"),
+        (["--steps", "1", "--max-perplexity-ratio", "1.1"], "perplexity"),
+    ],
+)
+def test_options_that_do_not_fit(
+    small: Path, image_dir: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    assert message in refused(small, image_dir, *options, "--out", tmp_path / "x")
+
+
+def test_without_a_place_to_write(small: Path, image_dir: Path) -> None:
+    assert "give --out DIR" in refused(small, image_dir, "--steps", 1)
+
+
+def test_a_loss_that_is_not_finite_is_written_and_fails(
+    small: Path, image_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Distillation._loss
+
+    def loss(run: Distillation, indices: list[int], number: int) -> Tensor:
+        return real(run, indices, number) * (torch.nan if run.state.step == 2 else 1)
+
+    monkeypatch.setattr(Distillation, "_loss", loss)
+    out = tmp_path / "x"
+    code, _, stderr = heal(small, image_dir, "--steps", 4, "--walked", 0, "--out", out, "--quiet")
+    assert code == 1 and "the loss was not finite before step 3" in stderr and "--learning-rate" in stderr
+    assert all(tensor.isfinite().all() for tensor in load_artifact(out).model.state_dict().values())
+
+
+# -- a run that is ended -----------------------------------------------------------------------------------------------
+RUN = """
+import os, signal, sys
+from modhifi.healing.distil import Distillation
+_, at, number, *sys.argv = sys.argv
+real = Distillation._step
+
+def step(run, share):
+    if run.state.step == int(at):
+        os.kill(os.getpid(), int(number))
+    real(run, share)
+
+Distillation._step = step
+from modhifi.cli.main import main
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGKILL, -9, ""), (signal.SIGINT, 130, "interrupted; the same command goes on from")],
+)
+def test_a_run_that_is_killed_goes_on(
+    small: Path, image_dir: Path, tmp_path: Path, number: signal.Signals, code: int, said: str
+) -> None:
+    command = ["heal", small, "--data", f"images:{image_dir}", "--samples", 32, "--evaluation-samples", 8]
+    command += ["--batch-size", 8, "--walked", 0, "--steps", 6, "--out", tmp_path / "out", "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, "4", str(int(number)), "modhifi", *map(str, command)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL) and None if number != signal.SIGKILL else None,
+    )
+    assert done.returncode == code and said in done.stderr, done.stderr
+    assert (tmp_path / "out.healing").is_file() and not (tmp_path / "out").exists()
+    result, _, stderr = run(*command)
+    assert result == 0, stderr
+    assert "going on from step 4" in (tmp_path / "out" / "modhifi.log").read_text()
+    assert not (tmp_path / "out.healing").exists()
+
+
+# -- forgotten classes, language models --------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_a_forgotten_class_is_not_taught_again(world: Path, tmp_path: Path) -> None:
+    images = {"data": f"images:{world / 'train'}", "evaluate": f"images:{world / 'test'}"}
+    forgot = modhifi.unlearn(world / "model", forget=NAMES[2], out=tmp_path / "forgot", checks={"walked": 0}, **images)
+    recipe = parse({"task": "heal", "directory": str(tmp_path / "forgot"), "data": {"source": images["data"]}}, "test")
+    patient = load_patient(recipe, NOTHING)
+    recipe = recipe.model_copy(
+        update={"data": recipe.data.model_copy(update={"samples": 300, "evaluation_samples": 60})}
+    )
+    data = load_learning_data(recipe, patient, NOTHING, lambda *_: None)
+    for part in (data.train, data.validation):
+        assert len(part) and 2 not in set(label_samples(patient.original, part, 64)[0].labels.tolist())
+    healed = modhifi.heal(
+        tmp_path / "forgot",
+        images["data"],
+        evaluate=images["evaluate"],
+        samples=400,
+        evaluation_samples=480,
+        steps=20,
+        batch_size=32,
+        checks={"walked": 0},
+        out=tmp_path / "healed",
+    )
+    rows = healed.report["audit"]["rows"]
+    assert rows["edited"]["forget"] <= forgot.report["audit"]["rows"]["edited"]["forget"] + 0.02
+    assert rows["edited"]["retain"] > rows["original"]["retain"] - 0.05
+    row = next(r for r in healed.report["before_after"] if "forgotten" in r["name"].lower() or "forget" in r["name"])
+    assert row["between"] is not None
+    assert [entry.index for entry in read_manifest(tmp_path / "healed").forgotten] == [2]
+    assert healed.report["healing"]["matched blocks"] == []
+
+
+@pytest.mark.parametrize("layout", ["uniform", pytest.param("global", marks=pytest.mark.slow)])
+def test_a_language_model_is_healed_on_its_own_text(tmp_path: Path, layout: str) -> None:
+    model = tiny_text.save(tmp_path / "model")
+    given: dict[str, Any] = {"samples": 40, "evaluation_samples": 4, "window": 16, "checks": {"walked": 0}}
+    modhifi.prune(model, "self", ratio=0.3, out=tmp_path / "small", method={"layout": layout}, **given)
+    result = modhifi.heal(
+        tmp_path / "small", "self", steps=20, method={"learning_rate": 1e-3}, out=tmp_path / "healed", **given
+    )
+    curve = result.report["healing"]["curve"]
+    assert curve[-1]["divergence"] < curve[0]["divergence"] and "perplexity_after" in result.report["errors"]
+    assert load_artifact(tmp_path / "healed").artifact is not None
