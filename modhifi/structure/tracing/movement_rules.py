@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from modhifi.structure.operators import last_wide
-from modhifi.structure.tracing.operations import rule_for
+from modhifi.structure.tracing.operations import register_operation, rule_for
 from modhifi.structure.tracing.placements import Axis, Grid, Placement, TracedCall
 from modhifi.structure.tracing.watcher import Watcher
 
@@ -64,6 +64,19 @@ def _takes_alike(watcher: Watcher, call: TracedCall, source: Tensor, placements:
             reason = f"'{call.name}' takes these channels from fixed places ({watcher.where})"
             watcher.couplings.take(source, taken, reason)
     return True
+
+
+def pixel_shuffle(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """The channels that become one, spread over its pixels, are one component."""
+    x, axis = call.inputs[0], call.axis(call.inputs[0])
+    if axis is None or axis.dim != x.ndim - 3:
+        return watcher.unknown(call)
+    together = axis.ids.view(call.outputs[0].shape[axis.dim], -1)
+    watcher.couplings.unite(together[:, :1].expand_as(together).flatten(), axis.ids)
+    return [Axis(axis.dim, together[:, 0].clone())]
+
+
+register_operation("pixel_shuffle", pixel_shuffle)
 
 
 @rule_for("pooling")

@@ -20,7 +20,7 @@ from modhifi.structure.torch_ops import METADATA, OPERATIONS, Kind, operation_na
 from modhifi.structure.tracing.placements import Axis, Placement, TracedCall
 
 # Kinds whose operations can make components of an input that carries none.
-MAKERS: frozenset[Kind] = frozenset({"conv", "linear", "own"})
+MAKERS: frozenset[Kind] = frozenset({"conv", "transposed conv", "linear", "own"})
 
 
 class Watcher(TorchFunctionMode):
