@@ -108,6 +108,7 @@ def _spread(module: Any, x: Tensor) -> Tensor:
     geometry = list(zip(module.kernel_size, module.dilation, module.padding, module.output_padding, strict=True))
     sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], module.stride, strict=True)]
     spread = x.new_zeros(*x.shape[:2], *sizes)
-    spread[(..., *(slice(None, None, s) for s in module.stride))] = x
+    places: tuple[Any, ...] = (..., *(slice(None, None, s) for s in module.stride))
+    spread[places] = x
     ends = [(d * (k - 1) - p, d * (k - 1) - p + more) for k, d, p, more in reversed(geometry)]
     return F.pad(spread, [size for pair in ends for size in pair])

@@ -38,7 +38,7 @@ class Group:
     ``refused`` says why nothing of the group may be removed. ``kind`` is ``channels``, ``neurons`` (of linear maps) or
     ``heads``; ``queries`` the number of query heads in one component, above 1 where they share a key-value head and the
     component is that whole KV group. ``attributes`` are integers of modules that count components: ``(module,
-    attribute, amount per component)``.
+    attribute, amount per component)``; ``pieces`` are such that count a piece of some channels, of other groups too.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Group:
     kind: Kind = "channels"
     queries: int = 1
     attributes: tuple[tuple[str, str, int], ...] = ()
+    pieces: tuple[tuple[str, str, int], ...] = ()
 
     def of(self, role: Role) -> tuple[Slice, ...]:
         """The slices of one role."""

@@ -35,7 +35,7 @@ def _swapped(module: nn.Module, weight: Tensor, groups: int) -> Tensor:
     if is_transposed(module):
         return weight.T
     if isinstance(module, _ConvTransposeNd):
-        return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        return weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
     return weight
 
 

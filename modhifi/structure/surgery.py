@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from modhifi.structure.clone import clone
 from modhifi.structure.families import restate
 from modhifi.structure.groups import Structure
-from modhifi.structure.head_counts import set_count
+from modhifi.structure.head_counts import set_count, shorten
 from modhifi.structure.operators import (
     as_stored,
     conv_groups,
@@ -82,6 +82,8 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
         if group.name in plan.kept:
             for name, attribute, amount in group.attributes:
                 set_count(model.get_submodule(name), attribute, amount * len(plan.kept[group.name]))
+            for name, attribute, amount in group.pieces:
+                shorten(model.get_submodule(name), attribute, amount * (group.n - len(plan.kept[group.name])))
     restate(model, structure, {name: len(kept) for name, kept in plan.kept.items()})
     return model
 
@@ -120,7 +122,8 @@ def _shrink_along(module: Any, removed: Tensor) -> None:
     values = {name: value.data for name in names if (value := getattr(module, name, None)) is not None}
     if hasattr(module, "kernel_size"):
         values["weight"] = outputs_first(module, values["weight"])
-    before = len(next(iter(values.values()))) if values else module.num_channels  # a GroupNorm without scales
+    widths = [getattr(module, name) for name in ("num_features", "num_channels") if hasattr(module, name)]
+    before = len(next(iter(values.values()))) if values else widths[0]  # a norm without scales
     stay = staying(before, removed)
     width = int(stay.sum())
     kept = {name: value[stay.to(value.device)] for name, value in values.items()}

@@ -94,7 +94,7 @@ def _shape(module: nn.Module, received: tuple[int, ...], inputs: int, outputs: i
         if _is_depthwise(module):
             inputs = outputs * module.in_channels // module.out_channels
         groups = inputs if _is_depthwise(module) else conv_groups(module)
-        geometry = (module.kernel_size, module.stride, module.padding, module.dilation)
+        geometry: tuple[Any, ...] = (module.kernel_size, module.stride, module.padding, module.dilation)
         kind = "conv"
         if isinstance(module, _ConvTransposeNd):
             kind, geometry = "transposed conv", (*geometry, module.output_padding)
@@ -135,9 +135,9 @@ def _operator(shape: Shape) -> tuple[nn.Module, tuple[int, ...]]:
             return nn.Linear(shape[1], shape[2], bias=shape[4]), shape[3]
         name, inputs, outputs, received, (kernel, stride, padding, dilation, *more), groups, bias = shape
         if name == "transposed conv":
-            transposed = {3: nn.ConvTranspose1d, 4: nn.ConvTranspose2d, 5: nn.ConvTranspose3d}[len(received)]
+            transposed: Any = {3: nn.ConvTranspose1d, 4: nn.ConvTranspose2d, 5: nn.ConvTranspose3d}[len(received)]
             return transposed(inputs, outputs, kernel, stride, padding, *more, groups, bias, dilation), received
-        kind = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(received)]
+        kind: Any = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(received)]
         return kind(inputs, outputs, kernel, stride, padding, dilation, groups, bias), received
 
 

@@ -65,6 +65,14 @@ def addmm(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
 register_operation("addmm", addmm)
 
 
+def multihead(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """torch's own attention, whose weights belong to no layer that could be cut."""
+    return watcher.refuse(call, MULTIHEAD)
+
+
+register_operation("multi_head_attention_forward", multihead)
+
+
 def _linear(
     watcher: Watcher, call: TracedCall, x: Tensor, weight: Tensor, bias: Any, transposed: bool = False
 ) -> list[Placement | None]:
@@ -86,8 +94,6 @@ def _owner(watcher: Watcher, x: Tensor, weight: Tensor) -> tuple[str, str | None
     """The module that owns an operator's weight, and what stands against editing it there, if anything does."""
     name = watcher.names.get(id(weight), "")
     owner = name.rpartition(".")[0]
-    if watcher.path and isinstance(watcher.model.get_submodule(watcher.path[-1][0]), nn.MultiheadAttention):
-        return owner, MULTIHEAD
     if not name.endswith(".weight") or id(weight) not in watcher.parameters:
         return "", "an operator computes its weight"
     module = watcher.model.get_submodule(owner)
@@ -130,8 +136,8 @@ def batch_norm(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     owners = {watcher.names.get(id(t), "").rpartition(".")[0] for t in tensors}
     if axis is None:
         return [None]
-    if axis.dim == 1 and not tensors:
-        return [axis]  # an InstanceNorm without values of its own normalises every channel by itself
+    if axis.dim == 1 and not tensors:  # an InstanceNorm without values of its own
+        owners = {watcher.path[-1][0]}
     if axis.dim != 1 or len(owners) != 1 or watcher.tied & {id(t) for t in tensors}:
         watcher.freeze(axis, "a BatchNorm has no statistics of its own for these channels")
         return [None]
