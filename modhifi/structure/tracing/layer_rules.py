@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from modhifi.structure.library_layers import SAME_PADDED, TRANSPOSED, full_name, is_transposed
 from modhifi.structure.tracing.operations import register_operation, rule_for
 from modhifi.structure.tracing.placements import Axis, Placement, TracedCall
-from modhifi.structure.tracing.watcher import Watcher
+from modhifi.structure.tracing.watcher import FrozenNorm, Watcher
 
 # These prepare their input themselves (padding, a view) before they run their operator.
 PREPARING = {*map(full_name, (nn.Conv1d, nn.Conv2d, nn.Conv3d)), SAME_PADDED, TRANSPOSED}
@@ -147,6 +147,22 @@ def batch_norm(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     if id(x) in watcher.written_by:
         watcher.batchnorms[watcher.written_by[id(x)]].append((owner, id(x)))
     return [axis]
+
+
+def frozen_norm(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """A BatchNorm of buffers: its module answers for the arithmetic inside."""
+    x, owner = call.inputs[0], watcher.path[-1][0]
+    axis = call.axis(x)
+    if axis is None or axis.dim != 1:
+        return watcher.unknown(call)
+    watcher.couplings.along(owner, axis.ids)
+    watcher.calls[owner] += 1
+    if id(x) in watcher.written_by:
+        watcher.batchnorms[watcher.written_by[id(x)]].append((owner, id(x)))
+    return [axis]
+
+
+register_operation(FrozenNorm, frozen_norm)
 
 
 @rule_for("norm", "mixing")
