@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 
 from modhifi.errors import ModhifiError
@@ -50,6 +49,11 @@ class Listener:
     samples: int
     prepare: Callable[[np.ndarray], Tensor]
     extractor: Any | None = None
+
+    @property
+    def pads(self) -> bool:
+        """Whether a shorter sound is filled up by the model's own preparation."""
+        return hasattr(self.extractor, "n_samples") or hasattr(self.extractor, "max_length")
 
     def __call__(self, sound: np.ndarray) -> Tensor:
         return self.prepare(sound)
@@ -109,6 +113,8 @@ def _sound_shape(config: Any, main: str, listener: Listener | None) -> tuple[int
 
 def _samples_of(config: Any) -> int:
     """Samples of raw sound from which an encoder of convolutions makes so many frames."""
+    if getattr(config, "max_length", None) and getattr(config, "num_mel_bins", None):
+        return int(config.max_length) * RATE // 100  # spectra have a frame each 10 milliseconds
     strides = getattr(config, "conv_stride", None)
     return FRAMES * math.prod(strides) + sum(config.conv_kernel) if strides else 2 * RATE
 
@@ -126,6 +132,8 @@ def listener_of(model: Any, directory: Path | None, notes: list[str]) -> Listene
     """
     config = model.config
     if directory is not None and (directory / "preprocessor_config.json").is_file():
+        import transformers  # seconds, which whatever else needs this file does without
+
         with hub.explained(str(directory / "preprocessor_config.json")):
             extractor = transformers.AutoFeatureExtractor.from_pretrained(str(directory))
         rate = int(getattr(extractor, "sampling_rate", RATE))
