@@ -257,7 +257,7 @@ def _measure(
     table = None if incomparable else tabulate(original, pruned.model, held, batch_size)
     if table is None:
         report["entries"] = count_entries(original, pruned.model, held, batch_size)
-    report |= measure_run(original, pruned, held, table, progress)
+    report |= measure_run(original, pruned, held, table, batch_size, progress)
     report["before_after"] = before_after(report)
     report["summary"] = summary(report)
     report["verdicts"] = [measured_verdict(report), *rounding_verdict(report, pruned), *time_verdict(pruned)]

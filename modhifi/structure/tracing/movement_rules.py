@@ -77,7 +77,9 @@ def counts_of(watcher: Watcher, sizes: tuple[int, ...]) -> list[Count | None]:
     for name, _ in reversed(watcher.path):
         module = watcher.model.get_submodule(name)
         for attribute, value in vars(module).items():
-            if isinstance(value, (list, tuple)) and tuple(value) == sizes:
+            if isinstance(value, (list, tuple)) and list(map(type, value)) == [int] * len(sizes):
+                if tuple(value) != sizes:
+                    continue
                 return [(name, f"{attribute}.{at}") for at in range(len(sizes))]
         read = [attribute for attribute in integers_read(module) if getattr(module, attribute) in sizes]
         if read:
