@@ -289,6 +289,86 @@ class Same(Net):
         return self.conv(x).relu()
 
 
+class Upsampled(Net):
+    """A transposed convolution, then what reads it."""
+
+    def __init__(self, inputs: int = 8, outputs: int = 6, **settings: object) -> None:
+        super().__init__(6)
+        self.inner = conv_bn(8, inputs)
+        self.up = nn.ConvTranspose2d(inputs, outputs, 3, **settings)  # type: ignore[arg-type]
+        self.conv = conv(outputs, 6, bias=True)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.conv(torch.relu(self.up(self.inner(x))))
+
+
+class Shuffled(Net):
+    """The channels of one convolution become pixels, and pixels become channels again."""
+
+    def __init__(self) -> None:
+        super().__init__(6)
+        self.up, self.conv, self.down = conv(8, 24, bias=True), conv(6, 5, bias=True), conv(20, 6, bias=True)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = F.pixel_shuffle(self.up(x), 2)
+        return self.down(F.pixel_unshuffle(torch.relu(self.conv(torch.relu(x))), 2))
+
+
+class Sequence(nn.Module):
+    """Convolutions over one axis or three, plain and transposed."""
+
+    def __init__(self, axes: int) -> None:
+        super().__init__()
+        plain, transposed = ((nn.Conv1d, nn.ConvTranspose1d), (nn.Conv3d, nn.ConvTranspose3d))[axes // 2]
+        self.shape = (-1,) if axes == 1 else (4, 6, 6)
+        self.stem, self.up, self.conv = plain(3, 8, 3), transposed(8, 6, 3, stride=2, padding=1), plain(6, 7, 2)
+        self.head = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.up(torch.relu(self.stem(x.unflatten(2, (-1, 1)).reshape(2, 3, *self.shape)))))
+        return self.head(torch.relu(self.conv(x)).flatten(2).mean(2))
+
+
+class Stored(Net):
+    """Splits at sizes that it keeps: ``sizes`` as a list, or one number for equal parts; the parts go separate ways."""
+
+    def __init__(self, sizes: int | list[int], width: int = 8) -> None:
+        super().__init__(width + 4)
+        self.sizes = sizes
+        first, second = (width // 2, width // 2) if isinstance(sizes, int) else sizes
+        self.inner, self.first, self.second = conv_bn(8, width), conv_bn(first, 4), conv_bn(second, second)
+
+    def body(self, x: Tensor) -> Tensor:
+        a, b = self.inner(x).split(self.sizes, 1)
+        return torch.cat([a, b + self.second(b), self.first(a)], 1)
+
+
+class Sliced(Net):
+    """The first channels, as many as an attribute says, are read by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__(9)
+        self.count = 3
+        self.inner, self.conv = conv_bn(8, 8), conv_bn(3, 4)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        return torch.cat([self.conv(x[:, : self.count]), x[:, self.count :]], 1)
+
+
+class Pieces(Net):
+    """Two convolutions joined, and taken apart again where they were joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = conv_bn(8, 6), conv_bn(8, 4), conv_bn(6, 4)
+
+    def body(self, x: Tensor) -> Tensor:
+        one, two = self.one(x), self.two(x)
+        first, second = torch.relu(torch.cat([one, two], 1)).split([one.shape[1], two.shape[1]], 1)
+        return torch.cat([self.three(first), second], 1)
+
+
 PATTERNS: dict[str, Callable[[], nn.Module]] = {
     "plain": Plain,
     "residual": Residual,
@@ -303,7 +383,23 @@ PATTERNS: dict[str, Callable[[], nn.Module]] = {
     "halves": Halves,
     "layer scale": LayerScale,
     "prelu": Prelu,
-    "group norm": lambda: Norm(nn.GroupNorm(2, 8)),
+    "group norm": lambda: Norm(nn.GroupNorm(4, 8)),
+    "group norm without scales": lambda: Norm(nn.GroupNorm(4, 8, affine=False)),
+    "group norm of all": lambda: Norm(nn.GroupNorm(1, 8)),
+    "instance norm without scales": lambda: Norm(nn.InstanceNorm2d(8)),
+    "transposed": lambda: Upsampled(stride=2, output_padding=1, padding=1),
+    "transposed, dilated": lambda: Upsampled(stride=3, dilation=2, bias=False),
+    "transposed, grouped": lambda: Upsampled(12, 6, groups=3, stride=2),
+    "transposed, depthwise": lambda: Upsampled(8, 8, groups=8, stride=2),
+    "transposed, depthwise x2": lambda: Upsampled(8, 16, groups=8, stride=2),
+    "pixel shuffle": Shuffled,
+    "one axis": lambda: Sequence(1),
+    "three axes": lambda: Sequence(3),
+    "stored split": lambda: Stored([3, 5]),
+    "stored equal split": lambda: Stored(4),
+    "stored list of equal parts": lambda: Stored([4, 4]),
+    "stored slice": Sliced,
+    "pieces": Pieces,
     "instance norm": lambda: Norm(nn.InstanceNorm2d(8, affine=True)),
     "group norm of single channels": lambda: Norm(nn.GroupNorm(8, 8)),
     "layer norm": ResidualLayerNorm,

@@ -140,6 +140,8 @@ def _write_ecosystem_files(
     processor = getattr(original.transform, "processor", None)
     if processor is not None:
         processor.save_pretrained(str(directory))
+    if original.listener is not None and original.listener.extractor is not None:
+        original.listener.extractor.save_pretrained(str(directory))
     if framework == "timm":
         return _write_timm_files(directory, edited, original, changes, process)
     if framework == "transformers":

@@ -19,7 +19,7 @@ from modhifi.structure.clone import clone
 from modhifi.structure.torch_ops import names_of, operation_name, tensors_in
 
 # Operations whose results are kept; none of them writes into its input.
-COSTLY = names_of("conv", "linear", "matrix product", "attention", "batch norm", "norm") | {"einsum"}
+COSTLY = names_of("conv", "transposed conv", "linear", "matrix product", "attention", "batch norm", "norm") | {"einsum"}
 
 
 @dataclass(frozen=True)

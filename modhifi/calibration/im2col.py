@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from modhifi.calibration.moments import EXACT_IN_SINGLE
 from modhifi.structure.library_layers import is_same_padded
@@ -55,6 +56,8 @@ def reader_rows(module: nn.Module, x: Tensor, positions_for: Any = None, keep: T
         return rows.reshape(1, -1, x.shape[-1]).mT
     x, kernel, stride, dilation = _padded(module, x)
     corner, offset = _window(x.shape[2:], kernel, stride, dilation, x.device)
+    if isinstance(module, _ConvTransposeNd):
+        offset = offset.flip(0)
     chosen = positions_for(len(corner)) if positions_for else None
     index = offset + (corner if chosen is None else corner[chosen])
     rows = x.reshape(*x.shape[:2], -1).transpose(0, 1)[:, _numbers(len(x), x.device), index]
@@ -87,6 +90,8 @@ def _window(
 
 def _padded(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     kernel, stride, dilation = tuple(module.kernel_size), tuple(module.stride), tuple(module.dilation)
+    if isinstance(module, _ConvTransposeNd):
+        return _spread(module, x), kernel, (1,) * len(stride), dilation
     if is_same_padded(module):
         # Whoever has such a layer has timm in memory; without one, importing it takes seconds.
         from timm.layers import pad_same
@@ -96,3 +101,14 @@ def _padded(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int,
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = F.pad(x, list(pads), mode=mode)
     return x, kernel, stride, dilation
+
+
+def _spread(module: Any, x: Tensor) -> Tensor:
+    """What a plain convolution with the flipped kernel of a transposed one reads: zeros between elements and around."""
+    geometry = list(zip(module.kernel_size, module.dilation, module.padding, module.output_padding, strict=True))
+    sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], module.stride, strict=True)]
+    spread = x.new_zeros(*x.shape[:2], *sizes)
+    places: tuple[Any, ...] = (..., *(slice(None, None, s) for s in module.stride))
+    spread[places] = x
+    ends = [(d * (k - 1) - p, d * (k - 1) - p + more) for k, d, p, more in reversed(geometry)]
+    return F.pad(spread, [size for pair in ends for size in pair])

@@ -23,6 +23,7 @@ from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.parts import vocabulary_of
 
 # Tokens of a window where nothing is said, if the model takes as many.
 WINDOW = 1024
@@ -153,7 +154,7 @@ def window_of(loaded: LoadedModel, window: int | None) -> int:
 
 def vocabulary(loaded: LoadedModel) -> int:
     """How many different tokens the model knows."""
-    return int(loaded.model.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
+    return vocabulary_of(loaded.model.config)
 
 
 def identity(tokens: Tensor) -> str:

@@ -133,6 +133,8 @@ def _loaded_from(model: nn.Module, directory: Path, entry: ModelEntry) -> Loaded
     if entry.example is None or "packing" not in entry.example:
         return loaded
     packing = Packing.from_json(entry.example["packing"])
+    if loaded.packing == packing:
+        return loaded  # the library's own model, which knows its parts
     return replace(loaded, example=packing.example(), packing=packing, kind="tensor", transform=None)
 
 

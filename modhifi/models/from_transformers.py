@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from transformers.utils import logging
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
 from modhifi.models.loaded import LoadedModel, frozen, random_pixels
+from modhifi.models.packing import pack_batch
+from modhifi.models.parts import SHIFTING, Listener, Part, example_of, listener_of, parts_of, reads_both, require_parts
 from modhifi.models.preprocess import Preprocess
 
 HEADS: tuple[tuple[str, Any, str], ...] = (
@@ -46,8 +49,7 @@ def from_directory(
     """Loads the model of a directory as the class that its configuration's ``architectures`` name.
 
     Weights keep the checkpoint's dtype; a GGUF file is dequantised to float32. Raises ModhifiError if transformers
-    cannot load it, if none of its backbone's weights are there, if it has an encoder and a decoder, or if it would have
-    to run code that is not trusted.
+    cannot load it, if none of its backbone's weights are there, or if it would have to run code that is not trusted.
     """
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf_file:
@@ -56,8 +58,6 @@ def from_directory(
     with hub.explained(source), _bars_on_terminals_only(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = transformers.AutoConfig.from_pretrained(str(directory), **common)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ModhifiError(f"{source} has an encoder and a decoder, which is not supported; give a model with one")
         # A GGUF file holds a causal language model and names no architecture of transformers.
         if pretrained:
             builder = getattr(transformers, "AutoModelForCausalLM" if gguf_file else class_name(config))
@@ -138,10 +138,11 @@ def loaded_from(model: Any, source: str, directory: Path | None, **common: Any) 
     """Completes a built transformers model with its preprocessing or tokenizer, an example, labels and a description.
 
     Preprocessing and tokenizer are read from ``directory``; with None, a processor usual for the family and no
-    tokenizer. Raises ModhifiError if the model reads neither pixels nor token ids.
+    tokenizer. Raises ModhifiError if the model reads nothing that is known (:mod:`modhifi.models.parts`).
     """
     config, notes, warnings = model.config, list[str](), list[str]()
-    transform = tokenizer = labels = None
+    transform = tokenizer = labels = listener = packing = None
+    parts: tuple[Part, ...] = ()
     kind = _kind(model, config)
     if kind == "image":
         transform = _image_transform(config, directory, notes, common.get("trust_remote_code", False))
@@ -151,7 +152,12 @@ def loaded_from(model: Any, source: str, directory: Path | None, **common: Any) 
         example = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
         tokenizer = _tokenizer(directory, notes, **{"trust_remote_code": False, **common})
     else:
-        raise ModhifiError(f"{source} reads {model.main_input_name!r}; only pixels and token ids are supported")
+        transform, tokenizer, listener, pixels = _preparations(model, directory, notes, common)
+        parts = parts_of(model, pixels, listener)
+        require_parts(parts, source, model.main_input_name)
+        batch = example_of(model, parts)
+        packing, example = (None, batch[parts[0].name]) if len(parts) == 1 else pack_batch(batch)
+        kind = parts[0].kind if packing is None else "tensor"
     architecture = (config.architectures or [type(model).__name__])[0]
     if architecture != type(model).__name__:
         warnings.append(f"loaded as {type(model).__name__}: the head of {architecture} is left out")
@@ -172,10 +178,46 @@ def loaded_from(model: Any, source: str, directory: Path | None, **common: Any) 
         "warnings": warnings,
     }
     info = json.loads(json.dumps(info, default=str))
-    return LoadedModel(model, source, "transformers", kind, example, transform, tokenizer, labels, info)
+    return LoadedModel(
+        model,
+        source,
+        "transformers",
+        kind,
+        example,
+        transform,
+        tokenizer,
+        labels,
+        info,
+        packing=packing,
+        parts=parts,
+        listener=listener,
+    )
+
+
+def _preparations(
+    model: Any, directory: Path | None, notes: list[str], common: dict[str, Any]
+) -> tuple[Preprocess | None, Any | None, Listener | None, tuple[int, ...] | None]:
+    """What prepares the images, the text and the sound that a model reads, and the shape of a prepared image."""
+    transform = tokenizer = listener = pixels = None
+    takes = inspect.signature(model.forward).parameters
+    if model.main_input_name == "pixel_values" or reads_both(model):
+        transform = _image_transform(model.config, directory, notes, common.get("trust_remote_code", False))
+        pixels = tuple(transform(Image.new("RGB", (320, 320))).shape)
+        if "pixel_attention_mask" in takes and len(pixels) == 3:
+            pixels = (1, *pixels)  # several images an item
+    if {"input_ids", "decoder_input_ids"} & set(takes):
+        tokenizer = _tokenizer(directory, notes, **{"trust_remote_code": False, **common})
+    if model.main_input_name in ("input_features", "input_values"):
+        listener = listener_of(model, directory, notes)
+    return transform, tokenizer, listener, pixels
 
 
 def _kind(model: Any, config: Any) -> str | None:
+    """``image``, ``text`` or ``encoder`` for a model that reads pixels or token ids alone."""
+    takes = inspect.signature(model.forward).parameters
+    shifting = type(model).__name__.endswith(SHIFTING)
+    if reads_both(model) or (config.is_encoder_decoder and "decoder_input_ids" in takes and not shifting):
+        return None
     if model.main_input_name == "pixel_values":
         return "image"
     if model.main_input_name != "input_ids":

@@ -19,8 +19,12 @@ from modhifi.structure.outputs import named_tensors
 if TYPE_CHECKING:
     from PIL import Image
 
+    from modhifi.models.parts import Listener, Part
+
 # The token id at the positions of a batch behind the end of a shorter text; in any other integers -1 is a value.
 PADDING = -1
+# What models of two towers make of each item.
+EMBEDDINGS = ("image_embeds", "text_embeds")
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,12 @@ class LoadedModel:
     ``model`` is in eval mode, on the CPU when loaded, and none of its parameters requires a gradient. ``source`` is the
     string it was loaded from (``timm:NAME``, ``hf:ORG/NAME``, a directory, ``module:CLASS``), ``framework`` timm,
     transformers or torch. ``kind`` is image (classifier or backbone), text (causal language model), encoder (other
-    token models) or tensor (any module with a given example). ``example`` is a seeded batch of 2 model-ready inputs:
-    normalised pixels ``(2, C, H, W)`` or token ids ``(2, 16)``. ``transform`` is the model's own evaluation
-    preprocessing, PIL image to float32 ``(C, H, W)``. ``info`` is JSON-able: architecture, arguments, resolved commit,
-    licence, versions, notes. ``artifact`` holds the manifest of the artefact that the model was loaded from, None for
-    another source. ``packing`` is the form of the items of a model that reads several inputs, whose batches are packed;
-    None for one input.
+    token models), audio, series (of numbers) or tensor (any module with a given example). ``example`` is a seeded batch
+    of 2 model-ready inputs: normalised pixels ``(2, C, H, W)`` or token ids ``(2, 16)``. ``transform`` is the model's
+    own evaluation preprocessing, PIL image to float32 ``(C, H, W)``. ``info`` is JSON-able: architecture, arguments,
+    resolved commit, licence, versions, notes. ``artifact`` holds the manifest of the artefact that the model was loaded
+    from, None for another source. ``packing`` is the form of the items of a model that reads several inputs, whose
+    batches are packed; None for one input.
     """
 
     model: nn.Module
@@ -49,6 +53,9 @@ class LoadedModel:
     info: dict[str, Any]
     artifact: Artifact | None = None
     packing: Packing | None = None
+    # Of models of transformers that read sounds, series or several inputs: what each holds, and how sound is prepared.
+    parts: tuple[Part, ...] = ()
+    listener: Listener | None = None
 
     @property
     def warnings(self) -> list[str]:
@@ -132,6 +139,9 @@ class LoadedModel:
 
     def real_tokens(self, batch: Tensor) -> Tensor | None:
         """The mask of what is no padding, bool of the batch's shape; None without any and for models without tokens."""
+        if self.packing is not None and "attention_mask" in self.packing.names and self.parts:
+            mask: Tensor = self.packing.nest(batch)["attention_mask"].bool()
+            return None if bool(mask.all()) else mask
         return real_tokens(batch) if self.reads_tokens else None
 
     def ready(self, batch: Tensor, model: nn.Module) -> Tensor:
@@ -156,6 +166,10 @@ class LoadedModel:
         """The model as a module that takes a batch of the samples, packed or not."""
         return model if self.packing is None else Unpacked(model, self.packing)
 
+    def of_one_part(self, kind: str, example: Tensor) -> LoadedModel:
+        """The model as one that reads an ``example`` of one kind alone, for whatever has samples of that kind."""
+        return replace(self, kind=kind, example=example, packing=None, parts=())
+
     def with_example(self, example: Any) -> LoadedModel:
         """The model with another example: a batch, or a nest of tensors for the several inputs that it reads.
 
@@ -164,7 +178,7 @@ class LoadedModel:
         if isinstance(example, Tensor):
             return replace(self, example=example)
         packing, batch = pack_batch(example)
-        return replace(self, example=batch, packing=packing, kind="tensor", transform=None)
+        return replace(self, example=batch, packing=packing, kind="tensor", transform=None, parts=())
 
     def _forward(self, batch: Tensor, model: nn.Module | None, **options: Any) -> Any:
         model = self.model if model is None else model
@@ -191,6 +205,8 @@ def main_output(out: Any) -> Tensor:
     logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
     if isinstance(logits, Tensor):
         return logits
+    if isinstance(out, Mapping) and all(isinstance(out.get(name), Tensor) for name in EMBEDDINGS):
+        return torch.cat([out[name] for name in EMBEDDINGS], -1)  # similarities depend on what else is in the batch
     first = next((tensor for _, tensor in named_tensors(out)), None)
     if first is None:
         raise ModhifiError(f"the model returns {type(out).__name__}, not a tensor; wrap it to return one")

@@ -99,7 +99,7 @@ class ModelEntry(Part):
     framework: Literal["timm", "transformers", "torch"]
     info: Info
     differences: Annotated[Differences, BeforeValidator(_with_every_part)]
-    kind: Literal["image", "text", "encoder", "tensor"] = "tensor"
+    kind: Literal["image", "text", "encoder", "audio", "series", "tensor"] = "tensor"
     labels: list[str] | None = None
     example: Example | None = None
     # The function or class of the model's own library that loads it: alone, and with the code beside it; why it fails.

@@ -150,7 +150,7 @@ def differences(skeleton: nn.Module, model: nn.Module) -> Differences:
 
 
 def _counts(value: Any) -> bool:
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         return bool(value) and all(_counts(v) for v in value)
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -20,6 +20,8 @@ ADVICE = {
     "image": "give images of the size that it takes",
     "text": "give another --window or other text",
     "encoder": "give another --window or other text",
+    "audio": "give sounds of another length",
+    "series": "give series of another length",
     "tensor": "give items of the shape and type that its forward takes",
 }
 

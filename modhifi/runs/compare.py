@@ -113,7 +113,7 @@ def _measure_cell(
     try:
         pruned = prune_measured(measured, curves, budget, settings)
         table = tabulate(original, pruned.model, held, settings.batch_size)
-        figures = measure_run(original, pruned.model, held, table)
+        figures = measure_run(original, pruned.model, held, table, settings.batch_size)
     except ModhifiError as error:
         return {"error": str(error)}
     errors, size, latency = figures["errors"], figures["size"], figures["latency"]

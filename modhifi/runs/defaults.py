@@ -42,10 +42,14 @@ SOFT, PLAIN = 4.0, 1.0
 IMAGES = Amounts(256, 256, 32)
 TEXT = Amounts(128, 32, 4, 1024)
 TEXT_ON_CPU = Amounts(64, 16, 4, 512)
+# Sounds, series, and what is read with text: their items are sequences of a length that the model sets.
+SEQUENCES = Amounts(128, 64, 8)
 
 
 def amounts(loaded: LoadedModel, device: torch.device | str) -> Amounts:
     """The default amounts for a model on a device."""
+    if loaded.parts:
+        return SEQUENCES
     if loaded.kind not in ("text", "encoder"):
         return IMAGES
     return TEXT_ON_CPU if torch.device(device).type == "cpu" else TEXT

@@ -163,7 +163,7 @@ def _measure(
     original, batch_size = patient.original, recipe.batch_size or 32
     before = tabulate(original, patient.edited.model, data.held, batch_size)
     table = tabulate(original, healed.model, data.held, batch_size)
-    measure_healing(report, original, healed.model, data.held, before, table, progress)
+    measure_healing(report, original, healed.model, data.held, before, table, batch_size, progress)
     report["verdicts"] = healing_verdicts(healed)
     try:
         report["texts"] = continuations(original, healed.model, data.held)

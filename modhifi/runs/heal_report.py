@@ -91,13 +91,14 @@ def measure_healing(
     held: Samples,
     before: HeldOut,
     table: HeldOut,
+    batch_size: int,
     progress: Progress,
 ) -> None:
     """Adds every measured figure to a report, in place, each beside that of the model before it was healed.
 
     ``before`` and ``table`` compare the original with the model before and after.
     """
-    report |= measure_run(original, model, held, table, progress)
+    report |= measure_run(original, model, held, table, batch_size, progress)
     earlier = before.summary()
     if original.kind == "text":
         earlier["perplexity_before"], earlier["perplexity_after"] = before.perplexities()

@@ -262,7 +262,7 @@ def _measure(
     exact = None
     if pruned.rounded is not None:
         exact = shrink(clone(original.model), pruned.structure, pruned.rounded.exact)
-    report |= measure_run(original, pruned.model, held, table, progress, exact=exact)
+    report |= measure_run(original, pruned.model, held, table, batch_size, progress, exact=exact)
     report["before_after"] = before_after(report)
     report["summary"] = summary(report)
     report["verdicts"] = [measured_verdict(report), *rounding_verdict(report, pruned), *time_verdict(pruned)]

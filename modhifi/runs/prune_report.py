@@ -17,6 +17,7 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.pruning.stages import Pruned
 from modhifi.runs import measure
+from modhifi.runs.agreements import agreements
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.runs.timing.turns import Spread, compare_latency, ratio
 from modhifi.structure.depth import inside
@@ -129,6 +130,7 @@ def measure_run(
     edited: nn.Module,
     held: Samples,
     table: HeldOut | None,
+    batch_size: int,
     progress: Progress = silent,
     *,
     exact: nn.Module | None = None,
@@ -149,6 +151,7 @@ def measure_run(
 
     progress("checking", 0, 2)
     errors: dict[str, Any] = {"n": len(held)} if table is None else table.summary()
+    errors["agreements"] = agreements(original, edited, held, batch_size)
     if table is not None and original.kind == "text":
         errors["perplexity_before"], errors["perplexity_after"] = table.perplexities()
     if held.labels is not None and table is not None and table.top_before is not None:
@@ -218,13 +221,15 @@ def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
         ),
         row("weights on disk", size["bytes"][0], size["bytes"][1], "B"),
     ]
+    more = [row(name, 1.0, share, "%") for name, share in errors.get("agreements", {}).items()]
     if "agreement" not in errors:
-        return [*(row(f"{name} an item", *counts) for name, counts in report["entries"].items()), *sizes]
+        return [*more, *(row(f"{name} an item", *counts) for name, counts in report["entries"].items()), *sizes]
     if report.get("features"):
-        return [row("features, share of their energy kept", 1.0, 1 - errors["relative_error"], "%"), *sizes]
+        return [row("features, share of their energy kept", 1.0, 1 - errors["relative_error"], "%"), *more, *sizes]
     return [
         quality,
         row(f"{'next-token ' if text else ''}agreement with the original", 1.0, errors["agreement"], "%"),
+        *more,
         *sizes,
     ]
 

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from modhifi.structure.groups import Group, Role, Slice, Work
+from modhifi.structure.splits import Count, Split, fate_of
 
 
 @dataclass(frozen=True)
 class Event:
     """Channel numbers met at one place, a module or a parameter.
 
-    ``parts`` asks for equal counts in every part. ``taken`` (one bool per number) marks those that an operation takes
-    from fixed places, which must be as many of every component, else ``reason`` refuses them. ``mark`` is ``"sum"``
-    where channels are added to others and ``"heads"`` where they are batch axes of a product of tensors.
+    ``parts`` asks for equal counts in every part; ``reason`` refuses them. ``mark`` is ``"sum"`` where channels are
+    added to others and ``"heads"`` where they are batch axes of a product of tensors. ``count`` is the integer of a
+    module that says how many they are.
     """
 
     place: str
@@ -25,8 +26,8 @@ class Event:
     ids: Tensor
     parts: int = 1
     reason: str | None = None
-    taken: Tensor | None = None
     mark: str | None = None
+    count: Count | None = None
 
 
 class Couplings:
@@ -39,6 +40,7 @@ class Couplings:
         self.made: dict[str, Tensor] = {}
         self.loose: set[int] = set()
         self.work: list[tuple[int, Tensor]] = []
+        self.splits: list[Split] = []
         # The components of each group, by their labels, once groups are made.
         self.members: dict[str, np.ndarray] = {}
 
@@ -88,9 +90,24 @@ class Couplings:
         """As many of these channels must stay in every one of ``parts`` equal chunks."""
         self.events.append(Event("chunk", None, ids, parts))
 
-    def take(self, ids: Tensor, taken: Tensor, reason: str) -> None:
-        """An operation takes those ``taken`` (bool) from fixed places; see :class:`Event`."""
-        self.events.append(Event("a split", None, ids, reason=reason, taken=taken))
+    def part(self, ids: Tensor, count: Count | None) -> None:
+        """These channels are apart from all others; ``count`` says how many they are."""
+        self.events.append(Event("a part", None, ids, count=count))
+
+    def settle_splits(self) -> None:
+        """Decide, now that everything has been seen, what becomes of every split, in the order of the pass."""
+        for split in self.splits:
+            label = self.components()
+            fate = fate_of(split, label, lambda label=label: self._family_of_each(label))  # type: ignore[misc]
+            for first, other in fate.unite:
+                self.unite(first, other)
+            for piece, count in fate.apart:
+                self.part(piece, count)
+            if fate.parts is not None:
+                self.chunk(fate.parts, len(split.pieces))
+            if fate.freeze:
+                self.freeze(split.ids[split.ids >= 0], split.reason)
+        self.splits.clear()
 
     def mark(self, ids: Tensor, mark: str) -> None:
         """Note what these channels are used for; see :class:`Event`."""
@@ -137,7 +154,28 @@ class Couplings:
 
     def groups(self) -> tuple[Group, ...]:
         """Components with the same producers, readers and fate, as groups in order of first production."""
+        self.settle_splits()
         label = self.components()
+        groups: dict[str, Group] = {}
+        for key, members in self._families(label).items():
+            signature = np.frombuffer(key, dtype=np.int64).reshape(-1, 2).tolist()
+            group = self._group(signature, np.array(members), label)
+            if group is not None:
+                same = sum(name.partition("#")[0] == group.name for name in groups)
+                name = f"{group.name}#{same + 1}" if same else group.name
+                groups[name] = replace(group, name=name)
+                self.members[name] = np.array(members)
+        return tuple(groups.values())
+
+    def _family_of_each(self, label: np.ndarray) -> np.ndarray:
+        """The number of the family that each component is in, by its label; families as :meth:`_families` has them."""
+        number = np.zeros(self.count, dtype=np.int64)
+        for at, members in enumerate(self._families(label).values()):
+            number[members] = at
+        return number
+
+    def _families(self, label: np.ndarray) -> dict[bytes, list[int]]:
+        """The components that meet the same events as often, by these events and counts."""
         # Rows of component, event and count, those of a component together.
         met = [np.empty((3, 0), dtype=np.int64)]
         for number, event in enumerate(self.events):
@@ -151,16 +189,7 @@ class Couplings:
         families: dict[bytes, list[int]] = {}
         for component, start, end in zip(components.tolist(), starts.tolist(), ends.tolist(), strict=True):
             families.setdefault(places[start:end].tobytes(), []).append(component)
-        groups: dict[str, Group] = {}
-        for key, members in families.items():
-            signature = np.frombuffer(key, dtype=np.int64).reshape(-1, 2).tolist()
-            group = self._group(signature, np.array(members), label)
-            if group is not None:
-                same = sum(name.partition("#")[0] == group.name for name in groups)
-                name = f"{group.name}#{same + 1}" if same else group.name
-                groups[name] = replace(group, name=name)
-                self.members[name] = np.array(members)
-        return tuple(groups.values())
+        return families
 
     def shared_work(self, samples: int) -> tuple[Work, ...]:
         """The work that was spent, by the groups that it scales with, per sample of ``samples``."""
@@ -176,9 +205,10 @@ class Couplings:
         reasons: list[str] = []
         marks: dict[str, int] = {}
         partition: np.ndarray | None = None
+        pieces: list[tuple[str, str, int]] = []
         for number, count in signature:
             event = self.events[number]
-            if event.reason is not None and event.taken is None:
+            if event.reason is not None:
                 reasons.append(event.reason)
                 continue
             if event.mark is not None:
@@ -188,10 +218,8 @@ class Couplings:
             positions = np.flatnonzero(np.isin(owner, members))
             order = np.argsort(owner[positions], kind="stable")
             index = positions[order].reshape(len(members), count)
-            if event.taken is not None and event.reason is not None:
-                everyone = np.unique(owner, return_inverse=True)[1]
-                shares = {*zip(np.bincount(everyone), np.bincount(everyone, event.taken.numpy()), strict=True)}
-                reasons += [event.reason] if len(shares) > 1 else []
+            if event.count is not None:
+                pieces.append((*event.count, count))
             if event.role is not None:
                 slices.append(Slice(event.place, event.role, torch.from_numpy(index)))
             if event.parts > 1:
@@ -213,6 +241,7 @@ class Couplings:
             refused="; ".join(dict.fromkeys(reasons)) or None,
             kind="heads" if "heads" in marks else "channels" if "sum" in marks else "neurons",
             queries=marks.get("heads", 1),
+            pieces=tuple(dict.fromkeys(pieces)),
         )
 
 

@@ -13,8 +13,7 @@ from modhifi.errors import ModhifiError
 from modhifi.structure.clone import clone
 from modhifi.structure.depth import inside, name_after, removed_parts, silence
 from modhifi.structure.groups import Structure
-from modhifi.structure.library_layers import is_transposed
-from modhifi.structure.operators import conv_groups, last_wide
+from modhifi.structure.operators import as_stored, conv_groups, last_wide, outputs_first
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import removed_positions, staying
 
@@ -78,20 +77,19 @@ def _fill(target: Tensor, value: Tensor, removed: Tensor, name: str) -> None:
 
 def _operator(module: nn.Module, target: Tensor, value: Tensor, inputs: Tensor, outputs: Tensor, name: str) -> None:
     """Writes the kept block; removed input columns become zero, removed output rows stay the original's."""
-    if is_transposed(module):
-        target, value, groups = target.T, value.T, 1
-    else:
-        groups = conv_groups(module)
-    rows = staying(target.shape[0], outputs).view(groups, -1)
-    columns = staying(target.shape[1] * groups, inputs).view(groups, -1)
+    groups, stored = conv_groups(module), target
     if len(value) % groups:
         raise ModhifiError(f"'{name}' has other widths than the original under this plan; is it the same model?")
+    target, value = outputs_first(module, target), outputs_first(module, value)
+    rows = staying(target.shape[0], outputs).view(groups, -1)
+    columns = staying(target.shape[1] * groups, inputs).view(groups, -1)
     for part, small, row, column in zip(target.chunk(groups), value.chunk(groups), rows, columns, strict=True):
         part[:, ~column] = 0
         block = part[row]
         _same_shape(block[:, column], small, name)
         block[:, column] = small.to(part.dtype)
         part[row] = block
+    stored.copy_(as_stored(module, target).clone())
 
 
 def _same_shape(ours: Tensor, theirs: Tensor, name: str) -> None:

@@ -66,8 +66,9 @@ class Group:
     ``refused`` says why nothing of the group may be removed. ``kind`` is ``channels``, ``neurons`` (of linear maps),
     ``heads``, ``blocks`` or ``sublayers``; ``queries`` the number of query heads in one component, above 1 where they
     share a key-value head and the component is that whole KV group. ``attributes`` are integers of modules that count
-    components: ``(module, attribute, amount per component)``. Blocks and sublayers have no slices: their components are
-    the modules ``parts``, and all of them may go.
+    components: ``(module, attribute, amount per component)``; ``pieces`` are such that count a piece of some channels,
+    of other groups too. Blocks and sublayers have no slices: their components are the modules ``parts``, and all of
+    them may go.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Group:
     kind: Kind = "channels"
     queries: int = 1
     attributes: tuple[tuple[str, str, int], ...] = ()
+    pieces: tuple[tuple[str, str, int], ...] = ()
     parts: tuple[str, ...] = ()
 
     def of(self, role: Role) -> tuple[Slice, ...]:

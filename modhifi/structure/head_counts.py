@@ -61,6 +61,18 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
     yield from ((name, value) for name, value in values.items() if type(value) is int)
 
 
+def shorten(module: nn.Module, attribute: str, removed: int) -> None:
+    """Take channels off an integer that counts a piece of them; ``sizes.0`` is the first entry of a list or tuple."""
+    name, _, at = attribute.partition(".")
+    value = getattr(module, name)
+    if at:
+        entries = list(value)
+        entries[int(at)] -= removed
+        setattr(module, name, type(value)(entries))
+    else:
+        setattr(module, name, value - removed)
+
+
 def set_count(module: nn.Module, attribute: str, value: int) -> None:
     """Set a counting attribute; one of a configuration on a copy of it, as other layers share the configuration."""
     name, _, field = attribute.rpartition(".")

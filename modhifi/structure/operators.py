@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from modhifi.structure.groups import Group
 from modhifi.structure.library_layers import is_transposed
@@ -19,19 +20,39 @@ def kernel_size(module: nn.Module) -> int:
     return size
 
 
+def outputs_first(module: nn.Module, weight: Tensor) -> Tensor:
+    """A stored weight with its outputs on axis 0, ``(out, in / G, ...)``: a view but for several transposed groups."""
+    return _swapped(module, weight, conv_groups(module))
+
+
+def as_stored(module: nn.Module, weight: Tensor, groups: int | None = None) -> Tensor:
+    """Inverse of :func:`outputs_first`; ``groups`` are those of the weight where the module's own are others."""
+    return _swapped(module, weight, conv_groups(module) if groups is None else groups)
+
+
+def _swapped(module: nn.Module, weight: Tensor, groups: int) -> Tensor:
+    """The weight of a layer that stores its inputs first with both axes swapped, of any other as it is."""
+    if is_transposed(module):
+        return weight.T
+    if isinstance(module, _ConvTransposeNd):
+        return weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+    return weight
+
+
 def weight_matrix(module: nn.Module) -> Tensor:
     """A copy of an operator's weight as float64 ``(G, out / G, d)``, columns in im2col order."""
-    weight: Tensor = module.get_parameter("weight").detach().to(torch.float64, copy=True)
-    if is_transposed(module):
-        return weight.T[None]
-    groups = conv_groups(module)
+    stored: Tensor = module.get_parameter("weight").detach().to(torch.float64, copy=True)
+    weight, groups = outputs_first(module, stored), conv_groups(module)
     return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 
 def columns_of(module: nn.Module) -> tuple[int, int]:
     """The number of conv groups of an operator and of columns in each: the shape of its Gram, without making it."""
     weight = module.get_parameter("weight")
-    return conv_groups(module), weight.shape[0] if is_transposed(module) else weight.numel() // len(weight)
+    if is_transposed(module):
+        return 1, weight.shape[0]
+    outputs = int(module.out_channels) if isinstance(module, _ConvTransposeNd) else len(weight)
+    return conv_groups(module), weight.numel() // outputs
 
 
 def outputs_of(module: nn.Module) -> int:
@@ -42,8 +63,9 @@ def outputs_of(module: nn.Module) -> int:
 
 def write_weight(module: nn.Module, matrix: Tensor) -> None:
     """Inverse of :func:`weight_matrix`: store ``(G, out / G, d)`` in the module, in the module's dtype."""
-    flat, weight = matrix.reshape(-1, matrix.shape[-1]), module.get_parameter("weight")
-    weight.data.copy_(flat.T if is_transposed(module) else flat.reshape(weight.shape))
+    weight = module.get_parameter("weight")
+    shape = outputs_first(module, weight).shape
+    weight.data.copy_(as_stored(module, matrix.reshape(shape)))
 
 
 def absorb_mean(model: nn.Module, reader: str, sink: str, shift: Tensor) -> None:

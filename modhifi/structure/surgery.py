@@ -13,9 +13,16 @@ from modhifi.structure.clone import clone
 from modhifi.structure.depth import drop, removed_parts, silence, silenced
 from modhifi.structure.families import restate, restate_depth
 from modhifi.structure.groups import Structure
-from modhifi.structure.head_counts import set_count
-from modhifi.structure.library_layers import is_transposed
-from modhifi.structure.operators import conv_groups, kernel_size, last_wide, weight_matrix, write_weight
+from modhifi.structure.head_counts import set_count, shorten
+from modhifi.structure.operators import (
+    as_stored,
+    conv_groups,
+    kernel_size,
+    last_wide,
+    outputs_first,
+    weight_matrix,
+    write_weight,
+)
 from modhifi.structure.plan import Plan
 
 
@@ -81,6 +88,8 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
         if group.name in plan.kept:
             for name, attribute, amount in group.attributes:
                 set_count(model.get_submodule(name), attribute, amount * len(plan.kept[group.name]))
+            for name, attribute, amount in group.pieces:
+                shorten(model.get_submodule(name), attribute, amount * (group.n - len(plan.kept[group.name])))
     parts = removed_parts(structure, plan)
     restate(model, structure.without(parts), {name: len(kept) for name, kept in plan.kept.items()})
     restate_depth(model, parts)
@@ -117,20 +126,25 @@ def _set(module: nn.Module, attribute: str, value: int) -> None:
 
 def _shrink_along(module: Any, removed: Tensor) -> None:
     """A norm, or a depthwise conv (whose positions are those of its output)."""
-    reference = module.weight if getattr(module, "weight", None) is not None else module.running_mean
-    stay = staying(len(reference), removed).to(reference.device)
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        value = getattr(module, name, None)
-        if value is not None:
-            _replace(module, name, value.data[stay])
+    names = ("weight", "bias", "running_mean", "running_var")
+    values = {name: value.data for name in names if (value := getattr(module, name, None)) is not None}
+    if hasattr(module, "kernel_size"):
+        values["weight"] = outputs_first(module, values["weight"])
+    widths = [getattr(module, name) for name in ("num_features", "num_channels") if hasattr(module, name)]
+    before = len(next(iter(values.values()))) if values else widths[0]  # a norm without scales
+    stay = staying(before, removed)
     width = int(stay.sum())
+    kept = {name: value[stay.to(value.device)] for name, value in values.items()}
     if hasattr(module, "kernel_size"):
         inputs = width * module.in_channels // module.out_channels
+        kept["weight"] = as_stored(module, kept["weight"], groups=inputs)
         module.in_channels, module.out_channels, module.groups = inputs, width, inputs
+    for name, value in kept.items():
+        _replace(module, name, value)
     for attribute in ("num_features", "num_channels"):
         _set(module, attribute, width)
     if isinstance(module, nn.GroupNorm):
-        module.num_groups = width
+        module.num_groups = module.num_groups * width // before
 
 
 def _part(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -142,20 +156,14 @@ def _part(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _shrink_operator(module: Any, inputs: Tensor, outputs: Tensor) -> None:
-    if is_transposed(module):
-        stay_in, stay_out = staying(module.nx, inputs), staying(module.nf, outputs)
-        _replace(module, "weight", module.weight.data[stay_in][:, stay_out])
-        _replace(module, "bias", module.bias.data[stay_out])
-        module.nx, module.nf = int(stay_in.sum()), int(stay_out.sum())
-        return
-    weight, groups = module.weight.data, conv_groups(module)
+    weight, groups = outputs_first(module, module.weight.data), conv_groups(module)
     stay_out = staying(weight.shape[0], outputs).to(weight.device)
     stay_in = staying(weight.shape[1] * groups, inputs).to(weight.device)
     rows, columns = stay_out.view(groups, -1), stay_in.view(groups, -1)
     parts = [_part(part, r, c) for part, r, c in zip(weight.chunk(groups), rows, columns, strict=True)]
-    _replace(module, "weight", torch.cat(parts) if groups > 1 else parts[0])
+    _replace(module, "weight", as_stored(module, torch.cat(parts) if groups > 1 else parts[0]))
     if getattr(module, "bias", None) is not None:
         _replace(module, "bias", module.bias.data[stay_out])
-    for kind in ("channels", "features"):
-        _set(module, f"in_{kind}", int(stay_in.sum()))
-        _set(module, f"out_{kind}", int(stay_out.sum()))
+    for inputs_name, outputs_name in (("in_channels", "out_channels"), ("in_features", "out_features"), ("nx", "nf")):
+        _set(module, inputs_name, int(stay_in.sum()))
+        _set(module, outputs_name, int(stay_out.sum()))

@@ -31,6 +31,7 @@ Kind = Literal[
     "matrix product",
     "attention",
     "conv",
+    "transposed conv",
     "linear",
     "batch norm",
     "norm",
@@ -74,6 +75,7 @@ _TABLE: dict[Kind, str] = {
     "matrix product": "matmul __rmatmul__ bmm",
     "attention": "scaled_dot_product_attention",
     "conv": "conv1d conv2d conv3d",
+    "transposed conv": "conv_transpose1d conv_transpose2d conv_transpose3d",
     "linear": "linear addmm",
     "batch norm": "batch_norm instance_norm",
     # norms of each sample, which read the channel axis or a part of it as a whole

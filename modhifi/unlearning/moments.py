@@ -182,7 +182,7 @@ def _input_rows(layer: Any, x: Tensor, count: int, choose: Callable[[int, int], 
         rows = x.reshape(count, -1, x.shape[-1])
         at = choose(rows.shape[1], x.shape[-1]).to(x.device)
         return rows.gather(1, at[:, :, None].expand(-1, -1, x.shape[-1])).permute(2, 0, 1).float()[None]
-    columns = layer.weight[0].numel()
+    columns = columns_of(layer)[1]
     chosen: list[Tensor] = []
 
     def positions(total: int) -> Tensor:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
+import torchvision
 from tiny import conv_bn
+from tiny_yolo import Boxes, Yolo
 from torch import Tensor, nn
 
 import modhifi
 from modhifi.errors import ModhifiError
+from modhifi.structure.plan import Plan
+from modhifi.structure.surgery import mask_readers, shrink
 from modhifi.structure.tracing.tracer import trace
 
 PIXELS = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -121,3 +127,66 @@ class Squeezed(nn.Module):
 def test_outputs_with_a_row_an_item_can_be_compared() -> None:
     assert modhifi.load_model(Squeezed().eval(), example=PIXELS[:2]).incomparable() == ""
     assert modhifi.load_model(Detector("dicts").eval(), example=PIXELS[:1]).incomparable() != ""
+
+
+def lively(net: nn.Module) -> nn.Module:
+    """Statistics, scales and shifts that make nothing trivially zero."""
+    return tiny.randomise(net)
+
+
+@pytest.mark.parametrize("up", ["nearest", "transposed", "shuffle"])
+@torch.no_grad()
+def test_every_part_of_a_yolo_of_plain_modules_can_be_cut(up: str) -> None:
+    torch.manual_seed(0)
+    net, x = lively(Yolo(up)).double(), PIXELS.double()[:2].repeat(1, 1, 4, 4)
+    structure = trace(net, lambda m: m(x))
+    assert {g.name for g in structure.refused} == {"heads.0.1", "heads.1.1"}  # what it returns
+    plan = Plan({g.name: tuple(range(0, g.n, 2)) for g in structure.prunable})
+    masked, small = mask_readers(net, structure, plan)(x), shrink(copy.deepcopy(net), structure, plan)
+    assert (masked - net(x)).norm() > 1e-3 * masked.norm()
+    assert (small(x) - masked).norm() <= 1e-9 * masked.norm()
+    assert small.fine.c == 4 and small.one[1].cv1.conv.out_channels == 8
+
+
+def test_a_yolo_is_pruned_its_boxes_compared_and_exported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = PIXELS.repeat(1, 1, 4, 4)
+    more: dict[str, Any] = dict(samples=16, evaluation_samples=8, batch_size=8, checks={"walked": 0})
+    boxes = modhifi.prune(lively(Boxes("transposed")), x, ratio=0.3, **more)
+    (row,) = [r for r in boxes.report["before_after"] if "box overlap" in r["name"]]
+    assert 0 < row["after"] < 1
+    small = modhifi.prune(lively(Yolo("shuffle")), x, ratio=0.3, out=tmp_path / "small", export=["onnx"], **more)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(tmp_path / "small" / "model.onnx", providers=["CPUExecutionProvider"])
+    (ours,) = session.run(None, {session.get_inputs()[0].name: x[:2].numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(ours), small.model(x[:2]), rtol=1e-3, atol=1e-4)
+    again = modhifi.load(tmp_path / "small", skeleton=Yolo("shuffle"))
+    with torch.no_grad():
+        assert torch.equal(again(x), small.model(x))
+
+
+TORCHVISION: dict[str, tuple[str, int]] = {
+    "fasterrcnn_mobilenet_v3_large_320_fpn": ("roi_heads.box_head.fc6", 30),
+    "ssdlite320_mobilenet_v3_large": ("backbone.features.0.1.0", 30),
+    "retinanet_resnet50_fpn": ("backbone.body.layer1.0.conv1", 40),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_detectors_of_torchvision_are_pruned_and_their_boxes_compared(name: str) -> None:
+    torch.manual_seed(0)
+    group, count = TORCHVISION[name]
+    size: dict[str, Any] = {} if name.startswith("ssd") else dict(min_size=64, max_size=64)
+    build = getattr(torchvision.models.detection, name)
+    net = build(weights=None, weights_backbone=None, num_classes=5, **size).eval()
+    x = torch.rand(12, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    more: dict[str, Any] = dict(samples=8, evaluation_samples=4, batch_size=4)
+    small = modhifi.prune(net, x, ratio=0.3, **more)
+    names = {g["name"] for g in small.report["groups"]}
+    assert group in names and len(names) >= count
+    rows = {r["name"]: r for r in small.report["before_after"]}
+    assert rows["parameters"]["after"] < 0.8 * rows["parameters"]["before"]
+    assert 0 <= rows["box overlap (IoU) with the original"]["after"] <= 1

@@ -137,7 +137,7 @@ def test_a_layer_called_twice_ties_its_input_to_its_output():
 @pytest.mark.parametrize(
     "name, refused, reason",
     [
-        ("group norm", "stem.0", "a GroupNorm normalises across these channels (norm)"),
+        ("group norm of all", "stem.0", "a GroupNorm normalises across these channels (norm)"),
         ("layer norm", "stem", "a LayerNorm normalises across these channels (norm)"),
         ("shuffle", "first.0", "a single component, or one in each part, cannot be removed"),
         ("unknown", "inner.0", "the operation 'cumsum' is not understood"),
@@ -220,8 +220,38 @@ def test_refusals_of_real_architectures_name_the_operation(name: str):
     model, x = tiny.architecture(name)
     structure = trace(model, lambda model: model(x))
     reasons = " ".join(str(g.refused) for g in structure.refused)
-    assert {"mixnet_s": "'split' takes", "convnext_atto": "a LayerNorm normalises"}[name] in reasons
-    assert len(structure.prunable) >= 12
+    assert {"mixnet_s": "these channels are the model's output", "convnext_atto": "a LayerNorm normalises"}[
+        name
+    ] in reasons
+    assert len(structure.prunable) >= {"mixnet_s": 50, "convnext_atto": 12}[name]
+
+
+def test_pieces_of_a_split_are_groups_of_their_own():
+    structure = structure_of("stored split")
+    first, second = group(structure, "inner.0"), group(structure, "inner.0#2")
+    assert (first.n, second.n) == (3, 5)
+    assert first.pieces == (("", "sizes.0", 1),) and second.pieces == (("", "sizes.1", 1),)
+
+
+def test_equal_pieces_of_different_fates_lose_the_same_channels():
+    both = group(structure_of("stored equal split"), "inner.0")
+    assert both.n == 4 and both.pieces == (("", "sizes", 1),)
+    assert torch.equal(both.producers[0].index, torch.tensor([[i, 4 + i] for i in range(4)]))
+
+
+@pytest.mark.parametrize(("name", "components"), [("group norm", 4), ("group norm without scales", 4)])
+def test_channels_that_are_normalised_together_are_one_component(name: str, components: int):
+    assert group(structure_of(name), "stem.0").n == components
+
+
+def test_the_heads_of_multihead_attention_stay_and_say_why():
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+    model = nn.Sequential(layer, nn.Linear(16, 5)).eval()
+    x = torch.randn(2, 6, 16)
+    with torch.no_grad():
+        structure = trace(model, lambda model: model(x))
+    assert [g.name for g in structure.prunable] == ["0.linear1"]
+    assert "its heads stay" in str(group(structure, "0.self_attn.out_proj").refused)
 
 
 class Through(tiny.Net):
@@ -276,7 +306,7 @@ def test_operations_that_are_followed(operation: Callable[[Tensor], Tensor], fac
     [
         (lambda x: x.unsqueeze_(0).squeeze(0), "the operation 'unsqueeze_' is not understood"),
         (lambda x: x.cumsum_(1), "the operation 'cumsum_' is not understood"),
-        (lambda x: F.pixel_shuffle(x, 2).repeat(1, 4, 1, 1), "'pixel_shuffle' folds these channels"),
+        (lambda x: F.pixel_shuffle(x.movedim(1, 2), 2)[:, :1].repeat(1, 8, 1, 1), "'pixel_shuffle' is not"),
         (lambda x: torch.index_select(x, 1, torch.arange(8).flip(0)), "the operation 'index_select' is not understood"),
         (lambda x: x.unfold(1, 8, 1)[..., 0].repeat(1, 8, 1, 1), "'__getitem__' folds these channels"),
         (lambda x: F.unfold(x, 1).view(x.shape), "the operation 'unfold' is not understood"),

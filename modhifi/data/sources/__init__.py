@@ -45,7 +45,7 @@ def load_samples(
         raise ModhifiError(f"{n} samples asked for; ask for at least 1")
     if not isinstance(spec, str):
         return samples_from(spec, loaded, n=n, seed=seed)
-    if loaded.packing is not None:
+    if loaded.packing is not None and not loaded.parts:
         raise ModhifiError(
             f"no source has samples for a model of several inputs ({', '.join(loaded.packing.names)}); "
             "from Python, give items that hold all of them"
@@ -54,4 +54,8 @@ def load_samples(
     name, _, argument = (spec, "", "") if spec in SOURCES else spec.partition(":")
     if name not in SOURCES or not SOURCES[name].takes(argument):
         raise ModhifiError(f"unknown data source '{spec}'; use {metavars(loaded.kind)}")
+    if loaded.parts:
+        from modhifi.data.joined import load
+
+        return load(name, argument, loaded, Request(n, seed, balanced, window, progress))
     return SOURCES[name].load(argument, loaded, Request(n, seed, balanced, window, progress))

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # Kinds of model (see :class:`modhifi.models.loaded.LoadedModel`) by what they take.
 IMAGE_KINDS = ("image", "tensor")
 TEXT_KINDS = ("text", "encoder")
+# Of these every model has parts (see :mod:`modhifi.models.parts`), and of those that read several inputs some.
+PART_KINDS = ("audio", "series", "tensor")
 
 
 @dataclass(frozen=True)

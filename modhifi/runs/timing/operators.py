@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from modhifi.disk import read_json
 from modhifi.errors import ModhifiError
@@ -94,8 +94,11 @@ def _shape(module: nn.Module, received: tuple[int, ...], inputs: int, outputs: i
         if _is_depthwise(module):
             inputs = outputs * module.in_channels // module.out_channels
         groups = inputs if _is_depthwise(module) else conv_groups(module)
-        geometry = (module.kernel_size, module.stride, module.padding, module.dilation)
-        return ("conv", inputs, outputs, (received[0], inputs, *received[2:]), geometry, groups, bias)
+        geometry: tuple[Any, ...] = (module.kernel_size, module.stride, module.padding, module.dilation)
+        kind = "conv"
+        if isinstance(module, _ConvTransposeNd):
+            kind, geometry = "transposed conv", (*geometry, module.output_padding)
+        return (kind, inputs, outputs, (received[0], inputs, *received[2:]), geometry, groups, bias)
     return ("linear", inputs, outputs, (*received[:-1], inputs), bias)
 
 
@@ -130,8 +133,11 @@ def _operator(shape: Shape) -> tuple[nn.Module, tuple[int, ...]]:
     with torch.device("meta"):
         if shape[0] == "linear":
             return nn.Linear(shape[1], shape[2], bias=shape[4]), shape[3]
-        _, inputs, outputs, received, (kernel, stride, padding, dilation), groups, bias = shape
-        kind = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(received)]
+        name, inputs, outputs, received, (kernel, stride, padding, dilation, *more), groups, bias = shape
+        if name == "transposed conv":
+            transposed: Any = {3: nn.ConvTranspose1d, 4: nn.ConvTranspose2d, 5: nn.ConvTranspose3d}[len(received)]
+            return transposed(inputs, outputs, kernel, stride, padding, *more, groups, bias, dilation), received
+        kind: Any = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(received)]
         return kind(inputs, outputs, kernel, stride, padding, dilation, groups, bias), received
 
 

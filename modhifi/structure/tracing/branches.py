@@ -92,7 +92,7 @@ class BranchWatcher(TorchFunctionMode):
         kind = OPERATIONS.get(name)
         with torch._C.DisableTorchFunction():
             trails: list[Trail | None]
-            if kind in ("conv", "linear"):
+            if kind in ("conv", "transposed conv", "linear"):
                 deepest = (deepest or 0) + 1
                 trails = [self.operator(name, args, kwargs, before, inputs, outputs[0], deepest)]
             elif kind == "sum":

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from modhifi.structure.library_layers import SAME_PADDED, TRANSPOSED, full_name, is_transposed
 from modhifi.structure.tracing.operations import register_operation, rule_for
 from modhifi.structure.tracing.placements import Axis, Placement, TracedCall
-from modhifi.structure.tracing.watcher import Watcher
+from modhifi.structure.tracing.watcher import FrozenNorm, Watcher
 
 # These prepare their input themselves (padding, a view) before they run their operator.
 PREPARING = {*map(full_name, (nn.Conv1d, nn.Conv2d, nn.Conv3d)), SAME_PADDED, TRANSPOSED}
@@ -23,9 +23,11 @@ ACROSS = {
     "normalize": "a normalisation runs across these channels",
 }
 
+MULTIHEAD = "nn.MultiheadAttention holds its projections as one matrix that no layer runs: its heads stay"
+
 
 # -- operators ---------------------------------------------------------------------------------------------------------
-@rule_for("conv")
+@rule_for("conv", "transposed conv")
 def conv(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     """A convolution reads axis 1 and writes it anew; a depthwise one passes its channels along."""
     x, weight = call.argument(0, "input"), call.argument(1, "weight")
@@ -40,7 +42,7 @@ def conv(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     out = call.outputs[0]
     watcher.claim(module, call)
     if axis is not None and groups > 1 and groups == x.shape[1]:
-        ids = axis.ids.repeat_interleave(weight.shape[0] // groups)
+        ids = axis.ids.repeat_interleave(out.shape[1] // groups)
         watcher.couplings.along(module, ids)
         return [Axis(1, ids)]
     return _product(watcher, module, axis, out, 1, groups, call.argument(2, "bias"))
@@ -61,6 +63,14 @@ def addmm(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
 
 
 register_operation("addmm", addmm)
+
+
+def multihead(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """torch's own attention, whose weights belong to no layer that could be cut."""
+    return watcher.refuse(call, MULTIHEAD)
+
+
+register_operation("multi_head_attention_forward", multihead)
 
 
 def _linear(
@@ -126,6 +136,8 @@ def batch_norm(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     owners = {watcher.names.get(id(t), "").rpartition(".")[0] for t in tensors}
     if axis is None:
         return [None]
+    if axis.dim == 1 and not tensors:  # an InstanceNorm without values of its own
+        owners = {watcher.path[-1][0]}
     if axis.dim != 1 or len(owners) != 1 or watcher.tied & {id(t) for t in tensors}:
         watcher.freeze(axis, "a BatchNorm has no statistics of its own for these channels")
         return [None]
@@ -135,6 +147,22 @@ def batch_norm(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     if id(x) in watcher.written_by:
         watcher.batchnorms[watcher.written_by[id(x)]].append((owner, id(x)))
     return [axis]
+
+
+def frozen_norm(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """A BatchNorm of buffers: its module answers for the arithmetic inside."""
+    x, owner = call.inputs[0], watcher.path[-1][0]
+    axis = call.axis(x)
+    if axis is None or axis.dim != 1:
+        return watcher.unknown(call)
+    watcher.couplings.along(owner, axis.ids)
+    watcher.calls[owner] += 1
+    if id(x) in watcher.written_by:
+        watcher.batchnorms[watcher.written_by[id(x)]].append((owner, id(x)))
+    return [axis]
+
+
+register_operation(FrozenNorm, frozen_norm)
 
 
 @rule_for("norm", "mixing")
@@ -147,17 +175,25 @@ def across(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     if name in ("layer_norm", "rms_norm"):
         mixed = axis.dim >= x.ndim - len(call.argument(1, "normalized_shape"))
     elif name == "group_norm":
-        weight = call.argument(2, "weight")
-        owner = watcher.names.get(id(weight), "").rpartition(".")[0]
-        mixed = axis.dim != 1 or call.argument(1, "num_groups") != x.shape[1] or not owner
-        if not mixed:
-            watcher.couplings.along(owner, axis.ids)
+        mixed = not _group_norm(watcher, call, axis)
     else:
         dim = call.argument(2, "dim", 1) if name == "normalize" else call.argument(1, "dim")
         mixed = not isinstance(dim, int) or dim % x.ndim == axis.dim
     if mixed:
         watcher.freeze(axis, ACROSS.get(name, f"'{name}' runs across these channels"))
     return [axis]
+
+
+def _group_norm(watcher: Watcher, call: TracedCall, axis: Axis) -> bool:
+    """Let the channels that are normalised together live as one component; False where that is all of them."""
+    count, weight = int(call.argument(1, "num_groups")), call.argument(2, "weight")
+    owner = watcher.path[-1][0] if weight is None else watcher.names.get(id(weight), "").rpartition(".")[0]
+    if axis.dim != 1 or count == 1 or not isinstance(watcher.model.get_submodule(owner), nn.GroupNorm):
+        return False
+    together = axis.ids.view(count, -1)
+    watcher.couplings.unite(together[:, :1].expand_as(together).flatten(), axis.ids)
+    watcher.couplings.along(owner, axis.ids)
+    return True
 
 
 def prelu(watcher: Watcher, call: TracedCall) -> list[Placement | None]:

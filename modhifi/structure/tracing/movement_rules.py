@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modhifi.structure.operators import last_wide
-from modhifi.structure.tracing.operations import rule_for
+from modhifi.structure.splits import Count, Split
+from modhifi.structure.tracing.operations import register_operation, rule_for
 from modhifi.structure.tracing.placements import Axis, Grid, Placement, TracedCall
 from modhifi.structure.tracing.watcher import Watcher
 
@@ -48,22 +49,63 @@ def _collapse(watcher: Watcher, grid: Grid) -> Placement:
 
 
 def _takes_alike(watcher: Watcher, call: TracedCall, source: Tensor, placements: list[Placement]) -> bool:
-    """Whether an operation that names places takes equal chunks, or as many of every component: it may go on then."""
+    """Whether an operation that names places takes pieces in order; what becomes of them is settled in the end."""
     if all(torch.equal(p.ids.flatten(), source) for p in placements):
         return True
-    pieces = [p.ids.flatten() for p in placements]
-    if call.name == "chunk" and not call.grids and torch.equal(torch.cat(pieces), source):
-        if len({len(piece) for piece in pieces}) == 1:
-            watcher.couplings.chunk(source, len(pieces))
-            return True
-    for piece in pieces:
-        taken = torch.isin(source, piece)
-        if not torch.equal(source[taken], piece):
-            return False
-        if not bool(taken.all()):
-            reason = f"'{call.name}' takes these channels from fixed places ({watcher.where})"
-            watcher.couplings.take(source, taken, reason)
+    reason = f"'{call.name}' takes these channels from fixed places ({watcher.where})"
+    taken = [torch.isin(source, p.ids) for p in placements]
+    if not all(torch.equal(source[t], p.ids.flatten()) for t, p in zip(taken, placements, strict=True)):
+        return False
+    complete = len(taken) > 1 and bool((torch.stack(taken).sum(0) == 1).all()) and not call.grids
+    for masks in [taken] if complete else [[t, ~t] for t in taken if not bool(t.all())]:
+        pieces = tuple(torch.nonzero(mask).flatten() for mask in masks)
+        counts = counts_of(watcher, tuple(map(len, pieces))) if complete or _at_an_end(masks[0]) else [None, None]
+        watcher.couplings.splits.append(Split(source, pieces, tuple(counts), complete, reason))
     return True
+
+
+def _at_an_end(taken: Tensor) -> bool:
+    """Whether what is taken is one stretch at the beginning or at the end: a single size then says where."""
+    return int((taken[1:] != taken[:-1]).sum()) == 1
+
+
+def counts_of(watcher: Watcher, sizes: tuple[int, ...]) -> list[Count | None]:
+    """What says the size of each piece: an attribute of the innermost module being run that has one.
+
+    A list of just these sizes goes before integers, of which the code of the module's class has to read each.
+    """
+    for name, _ in reversed(watcher.path):
+        module = watcher.model.get_submodule(name)
+        for attribute, value in vars(module).items():
+            if isinstance(value, (list, tuple)) and list(map(type, value)) == [int] * len(sizes):
+                if tuple(value) != sizes:
+                    continue
+                return [(name, f"{attribute}.{at}") for at in range(len(sizes))]
+        read = [attribute for attribute in integers_read(module) if getattr(module, attribute) in sizes]
+        if read:
+            by_size = {getattr(module, attribute): (name, attribute) for attribute in read}
+            return [by_size.get(size) for size in sizes]
+    return [None] * len(sizes)
+
+
+def integers_read(module: nn.Module) -> list[str]:
+    """The integer attributes of a module that the code of its class reads after construction."""
+    code = [f.__code__ for name, f in vars(type(module)).items() if name != "__init__" and hasattr(f, "__code__")]
+    names = {name for part in code for name in part.co_names}
+    return [name for name, value in vars(module).items() if type(value) is int and name in names]
+
+
+def pixel_shuffle(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """The channels that become one, spread over its pixels, are one component."""
+    x, axis = call.inputs[0], call.axis(call.inputs[0])
+    if axis is None or axis.dim != x.ndim - 3:
+        return watcher.unknown(call)
+    together = axis.ids.view(call.outputs[0].shape[axis.dim], -1)
+    watcher.couplings.unite(together[:, :1].expand_as(together).flatten(), axis.ids)
+    return [Axis(axis.dim, together[:, 0].clone())]
+
+
+register_operation("pixel_shuffle", pixel_shuffle)
 
 
 @rule_for("pooling")

@@ -22,6 +22,7 @@ from modhifi.structure.torch_ops import MOVEMENTS, Kind
 
 # The files of rules are imported for what they register.
 from modhifi.structure.tracing import elementwise_rules, layer_rules, movement_rules  # noqa: F401
+from modhifi.structure.tracing.layer_rules import MULTIHEAD
 from modhifi.structure.tracing.operations import OWN_RULES, RULES
 from modhifi.structure.tracing.placements import Placement, TracedCall
 from modhifi.structure.tracing.watcher import Watcher
@@ -68,6 +69,8 @@ def _unseen(model: nn.Module, seen: set[str], obstacles: dict[str, str]) -> Iter
     for name, module in model.named_modules():
         if isinstance(module, (_ConvNd, nn.Linear)) and name not in seen:
             reason = obstacles.get(name, "the model does not run this layer, or not as a layer of its own")
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+                reason = MULTIHEAD
             yield Group(name, len(module.weight), (), refused=reason)
 
 

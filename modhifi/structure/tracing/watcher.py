@@ -15,12 +15,17 @@ from torch.overrides import TorchFunctionMode
 from modhifi.errors import ModhifiError
 from modhifi.structure.couplings import Couplings
 from modhifi.structure.flops import WorkCounter, counting
+from modhifi.structure.library_layers import is_frozen_norm
 from modhifi.structure.operators import last_wide
 from modhifi.structure.torch_ops import METADATA, OPERATIONS, Kind, operation_name, tensors_in
 from modhifi.structure.tracing.placements import Axis, Placement, TracedCall
 
 # Kinds whose operations can make components of an input that carries none.
-MAKERS: frozenset[Kind] = frozenset({"conv", "linear", "own"})
+MAKERS: frozenset[Kind] = frozenset({"conv", "transposed conv", "linear", "own"})
+
+
+class FrozenNorm(nn.Module):
+    """Stands in the table for every library's BatchNorm of buffers; see :func:`is_frozen_norm`."""
 
 
 class Watcher(TorchFunctionMode):
@@ -172,7 +177,8 @@ class Watcher(TorchFunctionMode):
             self.closed = 0
 
     def _hooks(self, name: str, module: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
-        key, registered = type(module), type(module) in OPERATIONS
+        key: type[nn.Module] = FrozenNorm if is_frozen_norm(module) else type(module)
+        registered = key in OPERATIONS
         begun: list[int] = []
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -70,11 +70,11 @@ def operator(layer: Any, batch: Tensor, threads: int) -> Run:
             "dilations": layer.dilation,
             "group": layer.groups,
         }
-        nodes = [
-            helper.make_node(
-                "Conv", ["input", "weight", *(["bias"] if bias is not None else [])], ["output"], **geometry
-            )
-        ]
+        kind = "Conv"
+        if hasattr(layer, "output_padding") and layer.transposed:
+            kind, geometry["output_padding"] = "ConvTranspose", layer.output_padding
+        inputs = ["input", "weight", *(["bias"] if bias is not None else [])]
+        nodes = [helper.make_node(kind, inputs, ["output"], **geometry)]
     else:
         weight = weight.T.contiguous()
         nodes = [helper.make_node("MatMul", ["input", "weight"], ["output" if bias is None else "product"])]

@@ -1,0 +1,263 @@
+"""The inputs of models of transformers that read more than pixels or token ids alone: sounds, series, several at once.
+
+Each is a part: an argument of the forward pass, what it holds, and the shape of one item's. A decoder's tokens are a
+part as well, since the model itself can go on from what its encoder reads.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modhifi.errors import ModhifiError
+from modhifi.models import hub
+
+# Tokens that an encoder and a decoder read where the model takes as many; frames of sound where it takes any number.
+TEXT, WRITTEN, FRAMES = 128, 64, 100
+RATE = 16_000
+# Heads that make their decoder's tokens themselves.
+SHIFTING = ("Classification", "QuestionAnswering")
+PartKind = Literal["text", "mask", "image", "audio", "series", "decoder"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One input: the ``name`` of the argument, what it holds, and the ``shape`` of one item's, without a batch axis."""
+
+    name: str
+    kind: PartKind
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A model's own preparation of sound: mono samples at ``rate`` a second, float32 ``(n,)``, to what it reads.
+
+    ``samples`` is how many of them one item holds; ``extractor`` is transformers' own object, where there is one.
+    """
+
+    rate: int
+    samples: int
+    prepare: Callable[[np.ndarray], Tensor]
+    extractor: Any | None = None
+
+    @property
+    def pads(self) -> bool:
+        """Whether a shorter sound is filled up by the model's own preparation."""
+        return hasattr(self.extractor, "n_samples") or hasattr(self.extractor, "max_length")
+
+    def __call__(self, sound: np.ndarray) -> Tensor:
+        return self.prepare(sound)
+
+
+def reads_both(model: Any) -> bool:
+    """Whether a model reads images and text together, in two towers or in one stream."""
+    takes = inspect.signature(model.forward).parameters
+    towers = hasattr(model.config, "vision_config") and hasattr(model.config, "text_config")
+    return towers and "input_ids" in takes and "pixel_values" in takes
+
+
+def parts_of(model: Any, pixels: tuple[int, ...] | None, listener: Listener | None) -> tuple[Part, ...]:
+    """The parts of a model; none for one that reads pixels alone, or token ids alone, or nothing that is known.
+
+    ``pixels`` is the shape of a prepared image.
+    """
+    config, main = model.config, model.main_input_name
+    takes = inspect.signature(model.forward).parameters
+    both = reads_both(model)
+    parts = []
+    if main == "input_ids" or both:
+        length = _positions(text_config(config), ("max_position_embeddings", "n_positions"), TEXT)
+        if image_token(config) is not None and pixels is not None:
+            length += image_tokens(model, torch.randn(1, *pixels))
+        parts.append(Part("input_ids", "text", (length,)))
+        if "attention_mask" in takes:
+            parts.append(Part("attention_mask", "mask", (length,)))
+    if (main == "pixel_values" or both) and pixels is not None:
+        parts.append(Part("pixel_values", "image", pixels))
+    if main in ("input_features", "input_values"):
+        parts.append(Part(main, "audio", _sound_shape(config, main, listener)))
+    if main == "past_values":
+        parts.append(Part(main, "series", _series_shape(config)))
+    if "decoder_input_ids" in takes and config.is_encoder_decoder and not type(model).__name__.endswith(SHIFTING):
+        names = ("max_target_positions", "max_position_embeddings")
+        length = _positions(text_config(config, decoder=True), names, WRITTEN)
+        parts.append(Part("decoder_input_ids", "decoder", (length,)))
+    alone = {part.kind for part in parts} <= {"text", "mask"} or [part.kind for part in parts] == ["image"]
+    return () if alone else tuple(parts)
+
+
+def _positions(config: Any, names: tuple[str, ...], most: int) -> int:
+    return min([int(value) for name in names if isinstance(value := getattr(config, name, None), int)] + [most])
+
+
+def _sound_shape(config: Any, main: str, listener: Listener | None) -> tuple[int, ...]:
+    if listener is not None:
+        return tuple(listener(np.zeros(listener.samples, dtype=np.float32)).shape)
+    bands = getattr(config, "num_mel_bins", None) or getattr(config, "feature_projection_input_dim", None)
+    if main == "input_values":
+        return (_samples_of(config),) if bands is None else (int(config.max_length), int(bands))
+    if hasattr(config, "max_source_positions") and not hasattr(config, "input_feat_per_channel"):
+        return (int(bands or 80), 2 * int(config.max_source_positions))  # Whisper halves its frames
+    return (FRAMES, int(getattr(config, "input_feat_per_channel", 0) or bands or 80))
+
+
+def _samples_of(config: Any) -> int:
+    """Samples of raw sound from which an encoder of convolutions makes so many frames."""
+    if getattr(config, "max_length", None) and getattr(config, "num_mel_bins", None):
+        return int(config.max_length) * RATE // 100  # spectra have a frame each 10 milliseconds
+    strides = getattr(config, "conv_stride", None)
+    return FRAMES * math.prod(strides) + sum(config.conv_kernel) if strides else 2 * RATE
+
+
+def _series_shape(config: Any) -> tuple[int, ...]:
+    channels = getattr(config, "num_input_channels", None)
+    length = int(getattr(config, "context_length", 128))
+    return (length,) if channels is None else (length, int(channels))
+
+
+def listener_of(model: Any, directory: Path | None, notes: list[str]) -> Listener | None:
+    """How a model prepares sound: by the extractor of its directory, else raw samples of mean 0 and variance 1.
+
+    None without such a file where it reads spectra.
+    """
+    config = model.config
+    if directory is not None and (directory / "preprocessor_config.json").is_file():
+        import transformers  # seconds, which whatever else needs this file does without
+
+        with hub.explained(str(directory / "preprocessor_config.json")):
+            extractor = transformers.AutoFeatureExtractor.from_pretrained(str(directory))
+        rate = int(getattr(extractor, "sampling_rate", RATE))
+        samples = int(getattr(extractor, "n_samples", 0)) or _samples_of(config)
+        return Listener(rate, samples, partial(_extract, extractor, rate), extractor)
+    if model.main_input_name == "input_values" and getattr(config, "num_mel_bins", None) is None:
+        notes.append("no preprocessor_config.json: sounds are brought to mean 0 and variance 1, at 16,000 a second")
+        return Listener(RATE, _samples_of(config), _standardised)
+    notes.append("no preprocessor_config.json: only drawn spectra are available, no sounds")
+    return None
+
+
+def _extract(extractor: Any, rate: int, sound: np.ndarray) -> Tensor:
+    output = extractor(sound, sampling_rate=rate, return_tensors="pt")
+    values: Tensor = next(output[name] for name in ("input_features", "input_values") if name in output)[0]
+    return values.float()
+
+
+def _standardised(sound: np.ndarray) -> Tensor:
+    return torch.from_numpy((sound - sound.mean()) / np.sqrt(sound.var() + 1e-7)).float()
+
+
+def image_token(config: Any) -> int | None:
+    """The token id in whose place a model of images and text puts what it has seen; None for two towers."""
+    for name in ("image_token_id", "image_token_index"):
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    return None
+
+
+@torch.no_grad()
+def image_tokens(model: Any, pixels: Tensor) -> int:
+    """How many tokens of its text one image takes, ``pixels`` a batch of one."""
+    owner = model if hasattr(model, "get_image_features") else model.model
+    features = owner.get_image_features(pixel_values=pixels.to(next(model.parameters()).dtype))
+    features = getattr(features, "pooler_output", features)
+    pieces = [features] if isinstance(features, Tensor) else list(features)
+    return sum(piece.shape[:-1].numel() for piece in pieces)
+
+
+def text_config(config: Any, decoder: bool = False) -> Any:
+    """The configuration of the part of a model that reads text, or of its decoder."""
+    return getattr(config, "text_config", None) or config.get_text_config(decoder=decoder)
+
+
+def special_tokens(config: Any) -> set[int]:
+    """The token ids that stand for no text: padding, beginnings, ends, images."""
+    configs = (config, text_config(config), text_config(config, decoder=True))
+    names = ("pad", "bos", "eos", "sep", "cls", "mask", "image", "decoder_start", "video", "audio", "boi", "eoi")
+    values = [getattr(c, f"{name}_token_id", None) for c in configs for name in names] + [image_token(config)]
+    return {token for value in values for token in (value if isinstance(value, list) else [value]) if token is not None}
+
+
+def vocabulary_of(config: Any, decoder: bool = False) -> int:
+    """How many different tokens the encoder, or the decoder, of a model knows."""
+    text = text_config(config, decoder)
+    return int(getattr(text, "vocab_size", None) or text.src_vocab_size)
+
+
+def drawn_tokens(config: Any, length: int, chance: torch.Generator, decoder: bool = False) -> Tensor:
+    """Seeded tokens of text, int64 ``(length,)``, none of them special."""
+    special = special_tokens(config)
+    ordinary = torch.tensor([i for i in range(vocabulary_of(config, decoder)) if i not in special])
+    return ordinary[torch.randint(len(ordinary), (length,), generator=chance)]
+
+
+def framed(model: Any, text: Tensor, images: int, length: int) -> dict[str, Tensor]:
+    """The text parts of one item: ``images`` image tokens, then ``text``, an end, and padding up to ``length``."""
+    config, kind = model.config, torch.int64
+    token, inner = image_token(config), text_config(config)
+    front = torch.full((images,), token, dtype=kind) if token is not None else torch.zeros(0, dtype=kind)
+    end = inner.eos_token_id if isinstance(getattr(inner, "eos_token_id", None), int) else None
+    room = length - len(front)
+    text = text[:room]
+    if token is None and end is not None and len(text) and int(text[-1]) != end:
+        text = torch.cat([text[: room - 1], torch.tensor([end])])
+    ids = torch.cat([front, text])
+    pad = inner.pad_token_id if isinstance(getattr(inner, "pad_token_id", None), int) else 0
+    padded = torch.cat([ids, torch.full((length - len(ids),), pad, dtype=kind)])
+    return {"input_ids": padded, "attention_mask": (torch.arange(length) < len(ids)).long()}
+
+
+def first_token(model: Any) -> int:
+    """The token from which a decoder starts."""
+    owners = (model.config, text_config(model.config, decoder=True), getattr(model, "generation_config", None))
+    for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+        for owner in owners:
+            if isinstance(value := getattr(owner, name, None), int):
+                return value
+    return 0
+
+
+def example_of(model: Any, parts: tuple[Part, ...]) -> dict[str, Tensor]:
+    """A seeded batch of 2 items of every part: noise, and tokens that mean nothing."""
+    chance, batch = torch.Generator().manual_seed(0), dict[str, Tensor]()
+    for part in parts:
+        if part.kind == "text":
+            pixels = next((p.shape for p in parts if p.kind == "image"), None)
+            images = 0 if image_token(model.config) is None or pixels is None else _image_room(model, pixels)
+            texts = [drawn_tokens(model.config, part.shape[0], chance) for _ in range(2)]
+            items = [framed(model, text, images, part.shape[0]) for text in texts]
+            batch |= {name: torch.stack([item[name] for item in items]) for name in items[0]}
+        elif part.kind == "decoder":
+            start = torch.full((2, 1), first_token(model))
+            more = [drawn_tokens(model.config, part.shape[0] - 1, chance, decoder=True) for _ in range(2)]
+            batch[part.name] = torch.cat([start, torch.stack(more)], 1)
+        elif part.kind != "mask":
+            batch[part.name] = torch.randn(2, *part.shape, generator=chance)
+    return {part.name: batch[part.name] for part in parts}
+
+
+def _image_room(model: Any, pixels: tuple[int, ...]) -> int:
+    return image_tokens(model, torch.randn(1, *pixels))
+
+
+def require_parts(parts: tuple[Part, ...], source: str, main: str) -> None:
+    """Raise ModhifiError for a model that reads nothing that is known."""
+    if not parts:
+        raise ModhifiError(
+            f"{source} reads {main!r}; only pixels, token ids, sounds, series and their usual combinations are "
+            "supported: from Python, give items that hold its inputs"
+        )
+
+
+def by_kind(parts: tuple[Part, ...]) -> Mapping[str, Part]:
+    """The parts by what they hold."""
+    return {part.kind: part for part in parts}
