@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Role = Literal["producer", "reader", "along"]
+Role = Literal["producer", "reader", "along", "biases"]
 Kind = Literal["channels", "neurons", "heads"]
 
 
@@ -22,7 +22,7 @@ class Slice:
 
     ``index`` is int64 ``(n, m)``: the ``m`` channel positions of each of the ``n`` components, on the output axis of a
     producer, on the input axis of a reader, on the only channel axis of a module (or parameter) that the components
-    pass along (a norm, a depthwise conv, a layer scale).
+    pass along (a norm, a depthwise conv, a layer scale), in the flattened ``biases`` ``(E, width)`` of stacked matrices.
     """
 
     module: str
@@ -37,8 +37,8 @@ class Group:
     ``partition`` is int64 ``(n,)`` where equally many components must be kept per label (conv groups, chunks).
     ``refused`` says why nothing of the group may be removed. ``kind`` is ``channels``, ``neurons`` (of linear maps) or
     ``heads``; ``queries`` the number of query heads in one component, above 1 where they share a key-value head and the
-    component is that whole KV group. ``attributes`` are integers of modules that count components: ``(module,
-    attribute, amount per component)``.
+    component is that whole KV group; ``experts`` the number of experts of a mixture that have as many neurons each. What
+    stays of every part is a ``multiple`` of that. ``attributes`` are integers of modules that count components: ``(module, attribute, amount per component)``.
     """
 
     name: str
@@ -48,6 +48,8 @@ class Group:
     refused: str | None = None
     kind: Kind = "channels"
     queries: int = 1
+    experts: int = 1
+    multiple: int = 1
     attributes: tuple[tuple[str, str, int], ...] = ()
 
     def of(self, role: Role) -> tuple[Slice, ...]:
@@ -72,12 +74,14 @@ class Group:
         """The kind in words."""
         if self.kind == "heads" and self.queries > 1:
             return f"KV groups of {self.queries} heads"
+        if self.experts > 1:
+            return f"neurons of {self.experts} experts"
         return "coupled channels" if self.coupled else self.kind
 
     @property
     def step(self) -> int:
-        """The least number of components that can be removed at once: one per label of the partition."""
-        return 1 if self.partition is None else int(self.partition.unique().numel())
+        """The least number of components that can be removed at once: ``multiple`` per label of the partition."""
+        return self.multiple * (1 if self.partition is None else int(self.partition.unique().numel()))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from modhifi.structure.groups import Group
 from modhifi.structure.library_layers import is_transposed
+from modhifi.structure.stacked import Stacked, operator_at
 
 
 def kernel_size(module: nn.Module) -> int:
@@ -21,6 +22,8 @@ def kernel_size(module: nn.Module) -> int:
 
 def weight_matrix(module: nn.Module) -> Tensor:
     """A copy of an operator's weight as float64 ``(G, out / G, d)``, columns in im2col order."""
+    if isinstance(module, Stacked):
+        return module.matrices.detach().to(torch.float64, copy=True)
     weight: Tensor = module.get_parameter("weight").detach().to(torch.float64, copy=True)
     if is_transposed(module):
         return weight.T[None]
@@ -31,11 +34,16 @@ def weight_matrix(module: nn.Module) -> Tensor:
 def columns_of(module: nn.Module) -> tuple[int, int]:
     """The number of conv groups of an operator and of columns in each: the shape of its Gram, without making it."""
     weight = module.get_parameter("weight")
+    if isinstance(module, Stacked):
+        return module.experts, module.matrices.shape[2]
     return conv_groups(module), weight.shape[0] if is_transposed(module) else weight.numel() // len(weight)
 
 
 def write_weight(module: nn.Module, matrix: Tensor) -> None:
     """Inverse of :func:`weight_matrix`: store ``(G, out / G, d)`` in the module, in the module's dtype."""
+    if isinstance(module, Stacked):
+        module.matrices.data.copy_(matrix)
+        return
     flat, weight = matrix.reshape(-1, matrix.shape[-1]), module.get_parameter("weight")
     weight.data.copy_(flat.T if is_transposed(module) else flat.reshape(weight.shape))
 
@@ -69,7 +77,7 @@ def operator_modules(model: nn.Module, groups: Iterable[Group]) -> Iterator[tupl
         for piece in group.readers:
             if piece.module not in seen:
                 seen.add(piece.module)
-                yield piece.module, model.get_submodule(piece.module)
+                yield piece.module, operator_at(model, piece.module)
 
 
 def last_wide(tensor: Tensor) -> int:
@@ -78,7 +86,9 @@ def last_wide(tensor: Tensor) -> int:
 
 
 def conv_groups(module: nn.Module) -> int:
-    """Number of conv groups of an operator: 1 for everything but a grouped conv."""
+    """Number of conv groups of an operator: 1 for everything but a grouped conv and experts' matrices."""
+    if isinstance(module, Stacked):
+        return module.experts
     return int(getattr(module, "groups", 1) or 1) if hasattr(module, "kernel_size") else 1
 
 
@@ -92,7 +102,8 @@ def reader_columns(module: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
     for size in getattr(module, "kernel_size", ()):
         kernel *= int(size)
     groups = conv_groups(module)
-    total = int(getattr(module, "in_channels", 0)) or int(index.max()) + 1
+    total = module.in_features if isinstance(module, Stacked) else int(getattr(module, "in_channels", 0))
+    total = total or int(index.max()) + 1
     width = total // groups if groups > 1 else total
     if groups > 1:
         owner = index[:, 0] // width

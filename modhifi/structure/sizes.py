@@ -10,6 +10,7 @@ from torch import nn
 
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import last_wide
+from modhifi.structure.stacked import holder, operator_at
 
 
 @dataclass(frozen=True)
@@ -90,20 +91,23 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
     """Read the shapes of every module that a prunable group touches, and of every operator."""
     inputs: dict[str, dict[str, int]] = defaultdict(dict)
     outputs: dict[str, dict[str, int]] = defaultdict(dict)
-    places = dict.fromkeys(structure.operators)
+    places, tables = dict.fromkeys(structure.operators), dict[str, str]()
     for group in structure.prunable:
         for piece in group.slices:
             places[piece.module] = None
+            if piece.role in ("along", "biases"):
+                tables[piece.module] = piece.role
             table = inputs if piece.role == "reader" else outputs
             table[piece.module][group.name] = piece.index.shape[1]
     terms, counted = [], 0
     for name in places:
-        owner, _, leaf = name.rpartition(".")
-        place = getattr(model.get_submodule(owner), leaf)
-        if isinstance(place, nn.Parameter):
-            terms.append(Term(0, 0, place.numel(), {}, 0, outputs[name], place.shape[last_wide(place)]))
+        place = getattr(*holder(model, name))
+        if isinstance(place, nn.Parameter) and (name in tables or place.ndim < 3):
+            total = place.numel() if tables.get(name) == "biases" else place.shape[last_wide(place)]
+            terms.append(Term(0, 0, place.numel(), {}, 0, outputs[name], total))
             counted += place.numel()
             continue
+        place = operator_at(model, name)
         own = {k: p.numel() for k, p in place.named_parameters(recurse=False)}
         weights = own.get("weight", 0)
         operator = structure.operators.get(name)

@@ -32,6 +32,7 @@ Kind = Literal[
     "attention",
     "conv",
     "linear",
+    "grouped product",
     "batch norm",
     "norm",
     "mixing",
@@ -75,6 +76,8 @@ _TABLE: dict[Kind, str] = {
     "attention": "scaled_dot_product_attention",
     "conv": "conv1d conv2d conv3d",
     "linear": "linear addmm",
+    # rows of several experts with the matrix of each
+    "grouped product": "grouped_mm _grouped_mm transformers::grouped_mm_fallback",
     "batch norm": "batch_norm instance_norm",
     # norms of each sample, which read the channel axis or a part of it as a whole
     "norm": "layer_norm rms_norm group_norm",

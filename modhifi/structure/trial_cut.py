@@ -108,10 +108,11 @@ def _agree(small: Tensor, masked: Tensor) -> bool:
 
 
 def _last(group: Group, share: float) -> tuple[int, ...]:
-    """The last ``share`` of a group's components, equally many of every part: all but one at most, and at least one."""
+    """The last ``share`` of a group's components, equally many of every part: all but one step at most, and at least one."""
     labels = torch.zeros(group.n, dtype=torch.int64) if group.partition is None else group.partition
     components: list[int] = []
     for label in labels.unique():
-        members = (labels == label).nonzero().flatten()
-        components += members[-max(1, min(len(members) - 1, int(share * len(members)))) :].tolist()
+        members, step = (labels == label).nonzero().flatten(), group.multiple
+        wanted = int(share * len(members)) // step * step
+        components += members[-max(step, min(len(members) - step, wanted)) :].tolist()
     return tuple(sorted(components))
