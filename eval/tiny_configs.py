@@ -204,7 +204,8 @@ def class_name(model_type: str) -> str | None:
         names = table.get(model_type, ())
         for name in [names] if isinstance(names, str) else names:
             builder = getattr(transformers, name, None)
-            if builder is not None and getattr(builder, "config_class", None) is _config_class(model_type):
+            built = isinstance(builder, type) and issubclass(builder, transformers.PreTrainedModel)
+            if built and builder.config_class is _config_class(model_type):
                 return str(name)
     return None
 
