@@ -30,7 +30,9 @@ class MomentCollector:
         self.first = 0
         self.keep: Tensor | None = None
         self.sums = {name: Accumulator() for name, module in readers.items() if not isinstance(module, Stacked)}
-        self.routed = {name: RoutedSums() for name, module in readers.items() if isinstance(module, Stacked)}
+        self.routed = {
+            name: RoutedSums(module.experts) for name, module in readers.items() if isinstance(module, Stacked)
+        }
         self._hooks = ExitStack()
 
     def start(self, first: int, keep: Tensor | None = None) -> None:
@@ -39,7 +41,8 @@ class MomentCollector:
 
     def __enter__(self) -> MomentCollector:
         hooks = [on_input(self.readers[name], partial(self._add, name)) for name in self.sums]
-        routed = (hook for name, sums in self.routed.items() for hook in watched(self.readers[name], sums))
+        stacks = {name: module for name, module in self.readers.items() if isinstance(module, Stacked)}
+        routed = (h for name, s in self.routed.items() for h in watched(stacks[name], s.add, s.begin))
         self._hooks.enter_context(attached([*hooks, *routed]))
         return self
 

@@ -108,6 +108,8 @@ def in_dense_shape(edited: nn.Module, original: LoadedModel, manifest: Manifest 
         # After an earlier cut the groups count components of the artefact before.
         if any(edit["task"] == "prune" for edit in manifest.base.edits_before):
             return None
+        if any(group.kind == "experts" for group in manifest.groups):
+            return None
         return expand(edited, original.model, find_structure(original), manifest.plan())
     return edited if same_shapes(original.model, edited) else None
 

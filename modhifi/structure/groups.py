@@ -12,8 +12,8 @@ from typing import Literal
 
 from torch import Tensor
 
-Role = Literal["producer", "reader", "along", "biases"]
-Kind = Literal["channels", "neurons", "heads"]
+Role = Literal["producer", "reader", "along", "biases", "matrices"]
+Kind = Literal["channels", "neurons", "heads", "experts"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Slice:
 
     ``index`` is int64 ``(n, m)``: the ``m`` channel positions of each of the ``n`` components, on the output axis of a
     producer, on the input axis of a reader, on the only channel axis of a module (or parameter) that the components
-    pass along (a norm, a depthwise conv, a layer scale), in the flattened ``biases`` ``(E, width)`` of stacked matrices.
+    pass along (a norm, a depthwise conv, a layer scale), in the flattened ``biases`` ``(E, width)`` of stacked
+    matrices, on the first axis of a tensor with something for each expert (``matrices``).
     """
 
     module: str
@@ -35,8 +36,8 @@ class Group:
     """``n`` components that can be removed one by one, each from every slice at once.
 
     ``partition`` is int64 ``(n,)`` where equally many components must be kept per label (conv groups, chunks).
-    ``refused`` says why nothing of the group may be removed. ``kind`` is ``channels``, ``neurons`` (of linear maps) or
-    ``heads``; ``queries`` the number of query heads in one component, above 1 where they share a key-value head and the
+    ``refused`` says why nothing of the group may be removed. ``kind`` is ``channels``, ``neurons`` (of linear maps),
+    ``heads`` or ``experts``; ``queries`` the number of query heads in one component, above 1 where they share a key-value head and the
     component is that whole KV group; ``experts`` the number of experts of a mixture that have as many neurons each. What
     stays of every part is a ``multiple`` of that. ``attributes`` are integers of modules that count components: ``(module, attribute, amount per component)``.
     """

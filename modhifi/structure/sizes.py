@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import last_wide
@@ -95,15 +95,18 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
     for group in structure.prunable:
         for piece in group.slices:
             places[piece.module] = None
-            if piece.role in ("along", "biases"):
+            if piece.role in ("along", "biases", "matrices"):
                 tables[piece.module] = piece.role
             table = inputs if piece.role == "reader" else outputs
             table[piece.module][group.name] = piece.index.shape[1]
     terms, counted = [], 0
     for name in places:
         place = getattr(*holder(model, name))
-        if isinstance(place, nn.Parameter) and (name in tables or place.ndim < 3):
-            total = place.numel() if tables.get(name) == "biases" else place.shape[last_wide(place)]
+        if isinstance(place, Tensor) and (name in tables or place.ndim < 3):
+            role = tables.get(name)
+            total = {"biases": place.numel(), "matrices": len(place)}.get(str(role), place.shape[last_wide(place)])
+            if not isinstance(place, nn.Parameter):
+                continue
             terms.append(Term(0, 0, place.numel(), {}, 0, outputs[name], total))
             counted += place.numel()
             continue

@@ -66,7 +66,10 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
         along = removed.get((name, "along"), none)
         parent, leaf = holder(model, name)
         place = getattr(parent, leaf)
-        if (name, "biases") in removed:
+        if (name, "matrices") in removed:
+            stay = staying(len(place), removed[name, "matrices"]).to(place.device)
+            _replace(parent, leaf, place.data[stay])
+        elif (name, "biases") in removed:
             stay = staying(place.numel(), removed[name, "biases"]).view(place.shape).to(place.device)
             _replace(parent, leaf, place.data[stay].view(len(place), -1))
         elif isinstance(place, Tensor) and len(along):
