@@ -101,7 +101,9 @@ def cut(group: Group) -> tuple[int, ...]:
     kept: list[int] = []
     for label in labels.unique():
         mine = torch.nonzero(labels == label).flatten()
-        kept += mine[torch.randperm(len(mine))[: max(1, min(len(mine) - 1, int(CUT * len(mine))))]].tolist()
+        step = group.multiple
+        count = max(step, min(len(mine) - step, int(CUT * len(mine)) // step * step))
+        kept += mine[torch.randperm(len(mine))[:count]].tolist()
     return tuple(sorted(kept))
 
 

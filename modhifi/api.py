@@ -48,6 +48,7 @@ def prune(
     flops: str | None = None,
     kv_cache: str | None = None,
     latency: str | None = None,
+    experts: str | None = None,
     samples: int | None = None,
     evaluate: Data | None = None,
     evaluation_samples: int | None = None,
@@ -68,7 +69,7 @@ def prune(
     """Prunes a model to physically smaller layers with forward passes only; the given one stays as it is.
 
     Exactly one budget is given: ``ratio`` of the components removed, or a share of ``params``, ``flops``,
-    ``kv_cache`` or ``latency`` kept (``"0.5x"``); a latency may be a time (``"12ms"``).
+    ``kv_cache``, ``latency`` or ``experts`` of every mixture kept (``"0.5x"``); a latency may be a time (``"12ms"``).
     ``data``: a source string, samples, or items that you hold: a tensor ``(n, C, H, W)`` of model-ready inputs, a list
     of tensors or PIL images, a map-style Dataset. ``evaluate`` holds out other data; by default it is a disjoint part
     of ``data``. ``window`` is tokens in an item of text; amounts that are not given are those of
@@ -102,7 +103,9 @@ def prune(
                 evaluation_samples=evaluation_samples,
                 window=window,
             ),
-            "budget": _given_only(ratio=ratio, params=params, flops=flops, kv_cache=kv_cache, latency=latency),
+            "budget": _given_only(
+                ratio=ratio, params=params, flops=flops, kv_cache=kv_cache, latency=latency, experts=experts
+            ),
             "method": dict(method or {}),
             "timing": dict(timing or {}),
             "checks": dict(checks or {}),

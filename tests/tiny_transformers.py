@@ -15,6 +15,7 @@ TEXT = dict(**SMALL, vocab_size=50, max_position_embeddings=64, pad_token_id=0, 
 GROUPED = dict(**TEXT, num_key_value_heads=2, head_dim=6)
 IMAGE = dict(**SMALL, image_size=32, patch_size=8, num_labels=5)
 EXPERTS = dict(num_local_experts=3, num_experts_per_tok=2)
+MIXTURE = GROUPED | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 
 # name of the model class, of its configuration, and the configuration's fields
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -59,6 +60,35 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", GROUPED | EXPERTS),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", GROUPED | EXPERTS | dict(moe_intermediate_size=12)),
 }
+# Other mixtures of experts: shared experts, biases, matrices stored transposed, a correction of the router's choice.
+MIXTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", GROUPED | EXPERTS | dict(num_local_experts=4)),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", MIXTURE | dict(shared_expert_intermediate_size=24)),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", GROUPED | EXPERTS | dict(num_local_experts=4, sliding_window=8)),
+    "llama4": (
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        GROUPED | dict(num_local_experts=4, num_experts_per_tok=1, moe_layers=[1], intermediate_size_mlp=40),
+    ),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        MIXTURE
+        | dict(
+            num_key_value_heads=4,
+            head_dim=8,
+            n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+        ),
+    ),
+}
 VIT = dict(embed_dim=32, depth=2, num_heads=4, mlp_ratio=2, img_size=32, patch_size=8)
 TIMM: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": VIT,
@@ -72,12 +102,12 @@ TIMM: dict[str, dict[str, Any]] = {
 
 
 def family(name: str) -> tuple[nn.Module, Tensor, Callable[[nn.Module], Tensor]]:
-    """A model in float64 (with experts float32) and eval mode, a batch of 2, one forward pass on that batch."""
+    """A model in float64 and eval mode, a batch of 2, one forward pass on that batch."""
     torch.manual_seed(0)
     if name in TIMM:
         model: nn.Module = timm.create_model(name, pretrained=False, num_classes=5, **TIMM[name])
     else:
-        kind, config, fields = FAMILIES[name]
+        kind, config, fields = (FAMILIES | MIXTURES)[name]
         model = getattr(transformers, kind)(getattr(transformers, config)(**fields))
     pixels = name in TIMM or getattr(model, "main_input_name", "") == "pixel_values"
     batch = torch.randn(2, 3, 32, 32, dtype=torch.float64) if pixels else torch.randint(3, 50, (2, 12))
@@ -86,7 +116,9 @@ def family(name: str) -> tuple[nn.Module, Tensor, Callable[[nn.Module], Tensor]]
         return model(batch) if name in TIMM else model(batch).logits
 
     model = livelier(model.eval().requires_grad_(False))
-    return model if "experts" in str(model) else model.double(), batch, run  # torch has no grouped product in float64
+    if "experts" in str(model):
+        model.config._experts_implementation = "eager"  # torch has no grouped product in float64
+    return model.double(), batch, run
 
 
 def livelier(model: nn.Module) -> nn.Module:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from modhifi.calibration.cache import StoredSums
 from modhifi.calibration.moments import Accumulator, Moments
+from modhifi.calibration.routed import RoutedSums, watched
 from modhifi.calibration.sampling import Sampling
 from modhifi.models.hooks import attached, batch_statistics, on_input
+from modhifi.structure.stacked import Stacked
 
 
 class MomentCollector:
@@ -27,7 +29,10 @@ class MomentCollector:
         self.readers, self.sampling, self.samples = readers, sampling, samples
         self.first = 0
         self.keep: Tensor | None = None
-        self.sums = {name: Accumulator() for name in readers}
+        self.sums = {name: Accumulator() for name, module in readers.items() if not isinstance(module, Stacked)}
+        self.routed = {
+            name: RoutedSums(module.experts) for name, module in readers.items() if isinstance(module, Stacked)
+        }
         self._hooks = ExitStack()
 
     def start(self, first: int, keep: Tensor | None = None) -> None:
@@ -35,8 +40,10 @@ class MomentCollector:
         self.first, self.keep = first, keep
 
     def __enter__(self) -> MomentCollector:
-        hooks = [on_input(module, partial(self._add, name)) for name, module in self.readers.items()]
-        self._hooks.enter_context(attached(hooks))
+        hooks = [on_input(self.readers[name], partial(self._add, name)) for name in self.sums]
+        stacks = {name: module for name, module in self.readers.items() if isinstance(module, Stacked)}
+        routed = (h for name, s in self.routed.items() for h in watched(stacks[name], s.add, s.begin))
+        self._hooks.enter_context(attached([*hooks, *routed]))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -48,7 +55,7 @@ class MomentCollector:
 
     def moments(self) -> dict[str, Moments]:
         """The moments of every reader that has run; spends the sums."""
-        return {name: sums.finish() for name, sums in self.sums.items() if sums.n}
+        return {name: sums.finish() for name, sums in (self.sums | self.routed).items() if sums.n}
 
 
 @torch.no_grad()

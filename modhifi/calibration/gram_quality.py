@@ -18,21 +18,27 @@ class GramQuality:
 
     The rank is the participation ratio ``(tr C)² / ‖C‖²`` of the correlations C of those columns that vary: their
     number for independent ones, 1 where all move together. Correlations, as a few channels of a language model can be
-    so large that they alone would decide.
+    so large that they alone would decide. ``few`` are the experts that saw too few rows (`Moments.few`).
     """
 
     reader: str
     rows: int
     width: int
     rank: float
+    few: tuple[int, ...] = ()
 
 
 def gram_quality(moments: Mapping[str, Moments]) -> tuple[GramQuality, ...]:
     """The quality of every reader's Gram; of a grouped conv's, the lowest."""
     return tuple(
-        GramQuality(name, m.n, m.cov.shape[-1], min(_participation(cov) for cov in m.cov))
+        GramQuality(name, m.n, m.cov.shape[-1], _least_participation(m), tuple(m.few.nonzero().flatten().tolist()))
         for name, m in moments.items()
     )
+
+
+def _least_participation(moments: Moments) -> float:
+    enough = moments.cov[~moments.few]
+    return min((_participation(cov) for cov in enough), default=float(moments.cov.shape[-1]))
 
 
 def _participation(cov: Tensor) -> float:
@@ -62,5 +68,10 @@ def gram_warnings(grams: tuple[GramQuality, ...], samples: int) -> list[str]:
         warnings.append(
             f"the inputs of {len(still)} of {len(grams)} readers vary along one direction only (first: {still[0]}); "
             "use more varied calibration data"
+        )
+    for reader, few in ((q.reader, q.few) for q in grams if q.few):
+        warnings.append(
+            f"{len(few)} experts of {reader} saw too few tokens for a Gram ({', '.join(map(str, few))}): their neurons "
+            "went by the norm of their weights, without compensation; use more calibration data"
         )
     return warnings

@@ -14,12 +14,27 @@ class Moments:
     """First and second moment of a reader's input rows (tokens, or im2col patches), per conv group.
 
     ``n`` rows; ``mean`` float64 ``(G, d)``; ``cov`` float64 ``(G, d, d)``, the covariance around that mean. Columns are
-    in im2col order: channel, then kernel position. Padding counts as the zeros it is.
+    in im2col order: channel, then kernel position. Padding counts as the zeros it is. Of the experts of a mixture, one a
+    group, ``seen`` int64 ``(E,)`` has how many of the n tokens were routed to each; mean and covariance are those of all
+    tokens, with zeros for the others.
     """
 
     n: int
     mean: Tensor
     cov: Tensor
+    seen: Tensor | None = None
+
+    @property
+    def rows(self) -> int | Tensor:
+        """The rows that went in, of each group where they differ."""
+        return self.n if self.seen is None else self.seen
+
+    @property
+    def few(self) -> Tensor:
+        """Which groups saw too few rows for a Gram, bool ``(G,)``: fewer than a share ``FEW`` of their columns."""
+        if self.seen is None:
+            return torch.zeros(len(self.cov), dtype=torch.bool, device=self.cov.device)
+        return self.seen < FEW * self.cov.shape[-1]
 
     @property
     def gram(self) -> Tensor:
@@ -28,7 +43,12 @@ class Moments:
 
     def to(self, device: torch.device) -> Moments:
         """The same moments on another device."""
-        return Moments(self.n, self.mean.to(device), self.cov.to(device))
+        seen = None if self.seen is None else self.seen.to(device)
+        return Moments(self.n, self.mean.to(device), self.cov.to(device), seen)
+
+
+# An expert that sees fewer rows than this share of its columns is judged by its weights alone.
+FEW = 1 / 4
 
 
 # A product of two numbers of these types is exact in single precision, in which it is added up.

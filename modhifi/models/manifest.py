@@ -116,9 +116,10 @@ class Weights(Part):
 
 
 class GroupEntry(Part):
-    """The kept components of a group of n."""
+    """The kept components of a group of n; ``kind`` is empty in artefacts of earlier versions."""
 
     name: str
+    kind: str = ""
     n: Size
     kept: tuple[Natural, ...]
 

@@ -20,7 +20,7 @@ UNITS = {"ms": 1e-3, "s": 1.0}
 
 @dataclass(frozen=True)
 class Budget:
-    """``measure`` is ``components``, ``parameters``, ``macs``, ``cache`` or ``latency``.
+    """``measure`` is ``components``, ``parameters``, ``macs``, ``cache``, ``experts`` or ``latency``.
 
     ``keep`` is the share of the dense model's. A latency may be asked for in ``seconds`` instead; it needs ``times``,
     which :meth:`timed` adds.
@@ -39,6 +39,7 @@ class Budget:
         flops: str | None = None,
         kv_cache: str | None = None,
         latency: str | None = None,
+        experts: str | None = None,
     ) -> Budget:
         """From the options of the command line; exactly one must be given.
 
@@ -46,10 +47,11 @@ class Budget:
         latency may be a time, ``"12ms"``. Raises ModhifiError for none, for several, and for a share outside (0, 1).
         """
         given = [("ratio", ratio), ("params", params), ("flops", flops), ("kv-cache", kv_cache), ("latency", latency)]
+        given.append(("experts", experts))
         chosen = [(name, value) for name, value in given if value is not None]
         if len(chosen) != 1:
             raise ModhifiError(
-                "give exactly one of --ratio, --params, --flops, --kv-cache and --latency, such as --flops 0.5x"
+                "give exactly one of --ratio, --params, --flops, --kv-cache, --latency and --experts, such as --flops 0.5x"
             )
         name, value = chosen[0]
         if name == "ratio":
@@ -64,7 +66,7 @@ class Budget:
         if not match or not 0 < float(match.group(1)) < 1:
             raise ModhifiError(f"--{name} is the share of the model kept, above 0x and below 1x, not {value!r}")
         return cls(
-            {"params": "parameters", "flops": "macs", "kv-cache": "cache", "latency": "latency"}[name],
+            {"params": "parameters", "flops": "macs", "kv-cache": "cache"}.get(name, name),
             float(match.group(1)),
         )
 

@@ -14,6 +14,7 @@ from modhifi.errors import ModhifiError
 from modhifi.models.hooks import attached, batch_statistics, on_input
 from modhifi.models.loaded import LoadedModel
 from modhifi.structure.groups import Structure
+from modhifi.structure.stacked import Stacked, operator_at
 
 UNSOLVED = "the Gram matrix of what reads it has no factorisation, even with strong damping"
 
@@ -73,7 +74,9 @@ def _refuse_broken(loaded: LoadedModel, structure: Structure, samples: Samples, 
                 at[module] = bad.nonzero().flatten().tolist()
 
     names = dict.fromkeys(piece.module for group in structure.prunable for piece in group.readers)
-    handles = [on_input(loaded.model.get_submodule(name), partial(look, name)) for name in names]
+    layers = {name: operator_at(loaded.model, name) for name in names}
+    plain = {name: layer for name, layer in layers.items() if not isinstance(layer, Stacked)}
+    handles = [on_input(layer, partial(look, name)) for name, layer in plain.items()]
     with attached(handles), batch_statistics(loaded.model, samples.adapted):
         for start in range(0, len(samples), batch_size):
             size = min(batch_size, len(samples) - start)

@@ -14,6 +14,10 @@ from modhifi.pruning.fidelity import singleton_fidelity
 from modhifi.pruning.linalg import mean_diagonal, shrinkage, shrunk
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import norm_scale, reader_columns, weight_matrix
+from modhifi.structure.stacked import operator_at
+
+# The least power of an expert's inputs, as a share of the mean over all experts: one that is never chosen has none.
+UNSEEN = 1e-3
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,15 @@ def applied_second(moments: Moments, sink: str | None) -> Tensor:
 
     A Gram of fewer rows than columns knows nothing of most directions, and removing them would look free. So S is
     shrunk towards a multiple of the identity by the share that Oracle Approximating Shrinkage (Chen, Wiesel, Eldar,
-    Hero, IEEE Transactions on Signal Processing 2010) derives from the number of rows; it vanishes as rows grow.
+    Hero, IEEE Transactions on Signal Processing 2010) derives from the number of rows; it vanishes as rows grow. An
+    expert that saw too few gets the identity: its neurons go by the norm of their weights.
     """
     second = moments.cov if sink is not None else moments.gram
-    return shrunk(second, shrinkage(second, moments.n), mean_diagonal(second))
+    share, scale = shrinkage(second, moments.rows), mean_diagonal(second)
+    if bool(moments.few.any()):
+        share = torch.where(moments.few, 1.0, share)
+        scale = torch.where(moments.few, scale.clamp_min(UNSEEN * float(scale.mean())), scale)
+    return shrunk(second, share, scale)
 
 
 def reader_of(
@@ -90,7 +99,7 @@ def reader_of(
 
     It has a scale with ``behind_norms``, where a BatchNorm stands behind it.
     """
-    layer = model.get_submodule(module)
+    layer = operator_at(model, module)
     piece = next(s for s in group.readers if s.module == module)
     owner, columns = reader_columns(layer, piece.index)
     weight, sink = weight_matrix(layer), structure.operators[module].sink

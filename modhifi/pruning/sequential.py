@@ -13,7 +13,7 @@ from modhifi.calibration.prefix_cache import MOST_BYTES, PrefixCache
 from modhifi.calibration.sampling import Sampling
 from modhifi.calibration.timeline import Timeline
 from modhifi.data.samples import Samples
-from modhifi.errors import IndefiniteError
+from modhifi.errors import IndefiniteError, ModhifiError
 from modhifi.models.hooks import batch_statistics, stop_before
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
@@ -100,6 +100,10 @@ def edit_sequentially(
     model's output (docs/method.md, sequential).
     """
     edited = clone(loaded.model)
+    if any(g.experts > 1 for g in structure.prunable if g.name in plan.kept):
+        raise ModhifiError(
+            "--sequential does not reach the matrices of experts; leave it out, or --exclude '*experts*'"
+        )
     removed = {name: at for (name, role), at in removed_positions(structure, plan).items() if role == "reader"}
     readers = [name for name in structure.operators if name in removed]
     passes = PairedPasses(loaded, edited, samples, settings.sampling)

@@ -40,6 +40,7 @@ from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import columns_of, operator_modules
 from modhifi.structure.plan import Plan
 from modhifi.structure.sizes import sizes_of
+from modhifi.structure.stacked import Stacked, operator_at
 from modhifi.structure.surgery import shrink
 from modhifi.structure.tracing.residual import with_depth
 from modhifi.structure.tracing.tracer import trace
@@ -149,7 +150,8 @@ def measure_moments(
         return {}
     check_room(loaded.model, structure)
     readers = dict(operator_modules(loaded.model, structure.prunable))
-    stored = None if cache is None or team.count > 1 else cache.open(loaded, readers, samples, sampling)
+    routed = any(isinstance(module, Stacked) for module in readers.values())
+    stored = None if cache is None or team.count > 1 or routed else cache.open(loaded, readers, samples, sampling)
     size = sampling.batch_size
     numbers = range(0 if stored is None else stored.done, len(samples), size)[team.index :: team.count]
     if team.count > 1 and len(range(0, len(samples), size)) < team.count:
@@ -223,14 +225,14 @@ def alike(model: nn.Module, groups: Iterable[Group]) -> list[list[Group]]:
     """
     shapes: dict[tuple[object, ...], list[Group]] = defaultdict(list)
     for group in groups:
-        layers = [model.get_submodule(piece.module) for piece in group.readers]
+        layers = [operator_at(model, piece.module) for piece in group.readers]
         pieces = zip(group.readers, layers, strict=True)
         shape = tuple((*columns_of(m), m.get_parameter("weight").shape, *piece.index.shape) for piece, m in pieces)
         labels = () if group.partition is None else tuple(group.partition.tolist())
         shapes[group.n, labels, shape].append(group)
     together = []
     for same in shapes.values():
-        size = sum(gram_bytes(model.get_submodule(piece.module)) for piece in same[0].readers)
+        size = sum(gram_bytes(operator_at(model, piece.module)) for piece in same[0].readers)
         count = max(1, TOGETHER // size)
         together += [same[start : start + count] for start in range(0, len(same), count)]
     return together

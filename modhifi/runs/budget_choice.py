@@ -12,7 +12,7 @@ from modhifi.runs.recipe_file import Option, Strict
 
 
 class BudgetChoice(Strict):
-    """The budget: exactly one share, of components removed or of parameters, FLOPs, KV cache or time kept."""
+    """The budget: exactly one share, of components removed or of parameters, FLOPs, KV cache, time or experts kept."""
 
     panel: ClassVar[str] = "Budget"
 
@@ -27,7 +27,10 @@ class BudgetChoice(Strict):
     latency: str | None = None
     """Share of the measured time of a pass that stays, such as 0.5x, or a time, such as 12ms."""
 
-    @field_validator("ratio", "params", "flops", "kv_cache", "latency")
+    experts: str | None = None
+    """Share of the experts of every mixture kept, such as 0.75x; their neurons are those of the other budgets."""
+
+    @field_validator("ratio", "params", "flops", "kv_cache", "latency", "experts")
     @classmethod
     def _possible(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None:
@@ -39,4 +42,4 @@ class BudgetChoice(Strict):
 
     def parse(self) -> Budget:
         """The budget; raises ModhifiError unless exactly one share is given."""
-        return Budget.parse(self.ratio, self.params, self.flops, self.kv_cache, self.latency)
+        return Budget.parse(self.ratio, self.params, self.flops, self.kv_cache, self.latency, self.experts)

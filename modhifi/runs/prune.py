@@ -30,6 +30,7 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.models.trial import unrepeatable
 from modhifi.progress import Clock, Progress, silent
 from modhifi.pruning.budget import Budget
+from modhifi.pruning.expert_removal import prune_experts
 from modhifi.pruning.prune import contribute, prune_model
 from modhifi.pruning.stages import Pruned
 from modhifi.runs.bound_report import add_bounds, add_groups
@@ -130,9 +131,20 @@ def run_prune(
         if not team.main:
             contribute(original, calibration, settings, plan, team)
             return PruneResult({}, plan or Plan({}))
-        pruned = prune_model(
-            original, calibration, budget, settings, plan=plan, progress=progress, cache=cache, team=team, timer=timer
-        )
+        if budget is not None and budget.measure == "experts":
+            pruned = prune_experts(original, calibration, budget.keep, settings, progress)
+        else:
+            pruned = prune_model(
+                original,
+                calibration,
+                budget,
+                settings,
+                plan=plan,
+                progress=progress,
+                cache=cache,
+                team=team,
+                timer=timer,
+            )
         if recipe.method.reestimate_batchnorm:
             reestimate_batchnorm(pruned.model, original, calibration, settings.batch_size)
         warnings += [f"the group '{name}' stays as it is: {reason}" for name, reason in pruned.left.items()]
@@ -186,7 +198,9 @@ def _bound(
     progress: Progress,
 ) -> BoundReport:
     """Adds bounds, what they say of each group, and the outcome to the report; returns the bounds."""
-    dense_shape = expand(pruned.model, original.model, pruned.structure, pruned.plan)
+    # A mixture of fewer experts is no edit of layers in the original's shapes: its router chooses otherwise.
+    whole = any(group.kind == "experts" for group in pruned.structure.groups)
+    dense_shape = None if whole else expand(pruned.model, original.model, pruned.structure, pruned.plan)
     checks = recipe.checks
     bounds = verify_model(
         original,

@@ -55,7 +55,8 @@ def report_of(
     by_reader = {e.reader: e for e in pruned.errors}
     groups = []
     for g in structure.prunable:
-        errors = [by_reader[s.module] for s in g.readers if s.module in by_reader] if g.name in plan.kept else []
+        names = [g.name] if g.kind == "experts" else [s.module for s in g.readers]
+        errors = [by_reader[name] for name in names if name in by_reader] if g.name in plan.kept else []
         errors += [error for error in pruned.errors if inside(error.reader, g.parts)]
         error, energy = sum(e.error for e in errors), sum(e.energy for e in errors)
         unknown = g.name in plan.kept and not errors

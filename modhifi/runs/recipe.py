@@ -11,6 +11,7 @@ from modhifi.bounds.verdicts import Tolerances
 from modhifi.disk import home_path, read_json
 from modhifi.errors import ModhifiError
 from modhifi.pruning.compensations import COMPENSATIONS
+from modhifi.pruning.experts import EXPERT_SELECTORS
 from modhifi.pruning.layouts import LAYOUTS
 from modhifi.pruning.layouts.base import EXACT, Rounding
 from modhifi.pruning.selectors import SELECTORS
@@ -136,6 +137,8 @@ class Method(Strict):
     """How components are chosen."""
     compensate: one_of(COMPENSATIONS) = "lstsq"  # type: ignore[valid-type]
     """What makes up for the removed ones."""
+    experts: Annotated[one_of(EXPERT_SELECTORS), Option("--expert-selector")] = "removal"  # type: ignore[valid-type]
+    """How whole experts are chosen, for --experts."""
     allocate: one_of(WEIGHTINGS) = "amplification"  # type: ignore[valid-type]
     """Weight of each group's error: its own energy, or its measured effect."""
     layout: one_of(LAYOUTS) | None = None  # type: ignore[valid-type]
@@ -224,6 +227,7 @@ class PruneRecipe(Strict):
         return PruneSettings(
             selector=method.selector,
             compensate=method.compensate,
+            experts=method.experts,
             layout=method.layout,
             weighting=method.allocate,
             sequential=method.sequential,

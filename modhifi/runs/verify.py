@@ -112,6 +112,8 @@ def in_dense_shape(edited: nn.Module, original: LoadedModel, manifest: Manifest 
         edits = [*(edit["task"] for edit in manifest.base.edits_before), manifest.task]
         if edits.count("prune") > 1:
             return None
+        if any(group.kind == "experts" for group in manifest.groups):
+            return None
         return expand(edited, original.model, find_structure(original, depth=True), manifest.plan())
     return edited if same_shapes(original.model, edited) else None
 

@@ -15,6 +15,7 @@ from modhifi.structure.depth import inside, name_after, removed_parts, silence
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import as_stored, conv_groups, last_wide, outputs_first
 from modhifi.structure.plan import Plan
+from modhifi.structure.stacked import TURNED, Stacked, holder
 from modhifi.structure.surgery import removed_positions, staying
 
 
@@ -44,11 +45,17 @@ def expand(small: nn.Module, dense: nn.Module, structure: Structure, plan: Plan)
         along = removed.get((name, "along"), none)
         if inside(name, parts):
             continue
-        owner, _, leaf = name.rpartition(".")
-        if isinstance(getattr(model.get_submodule(owner), leaf), nn.Parameter):
-            done.add(name)
-            dim = last_wide(ours[name])
-            _fill(ours[name].movedim(dim, 0), theirs[name].movedim(dim, 0), along, name)
+        parent, leaf = holder(model, name)
+        if isinstance(getattr(parent, leaf), nn.Parameter):
+            key = name.removesuffix(TURNED)
+            done.add(key)
+            if (name, "biases") in removed:
+                _fill(ours[key].view(-1), theirs[key].reshape(-1), removed[name, "biases"], name)
+            elif len(along):
+                dim = last_wide(ours[key])
+                _fill(ours[key].movedim(dim, 0), theirs[key].movedim(dim, 0), along, name)
+            else:
+                _stack(Stacked(parent, leaf, name.endswith(TURNED)), theirs[key], inputs, outputs, name)
             continue
         module = model.get_submodule(name)
         for leaf in ("weight", "bias", "running_mean", "running_var"):
@@ -73,6 +80,13 @@ def _fill(target: Tensor, value: Tensor, removed: Tensor, name: str) -> None:
     stay = staying(len(target), removed)
     _same_shape(target[stay], value, name)
     target[stay] = value.to(target.dtype)
+
+
+def _stack(stack: Stacked, value: Tensor, inputs: Tensor, outputs: Tensor, name: str) -> None:
+    """:func:`_operator` for the matrices of experts, in place."""
+    matrices = stack.matrices.data.flatten(0, 1).clone()
+    _operator(stack, matrices, (value.mT if stack.turned else value).flatten(0, 1), inputs, outputs, name)
+    stack.matrices.data.copy_(matrices.view(stack.matrices.shape))
 
 
 def _operator(module: nn.Module, target: Tensor, value: Tensor, inputs: Tensor, outputs: Tensor, name: str) -> None:

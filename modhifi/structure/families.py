@@ -71,6 +71,7 @@ def restate(model: nn.Module, structure: Structure, widths: Mapping[str, int]) -
     A kind is said where all its groups agree. Whether that is the whole truth is for whoever saves the model to check:
     what the configuration does not describe is recorded shape by shape.
     """
+    _state_experts(model, structure, widths)
     family = _family(model)
     if family is None:
         return
@@ -133,6 +134,24 @@ def _state_blocks(model: nn.Module, count: int, stay: Sequence[int]) -> None:
     for name, value in list(vars(new).items()):
         if isinstance(value, list | tuple) and len(value) == count:
             setattr(new, name, type(value)(value[number] for number in stay))
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = new
+
+
+def _state_experts(model: nn.Module, structure: Structure, widths: Mapping[str, int]) -> None:
+    """Let every field that counts the experts say their new number, where all mixtures have as many; in place."""
+    groups = [g for g in structure.groups if g.kind == "experts"]
+    pairs = {(g.n, widths.get(g.name, g.n)) for g in groups}
+    old: Any = getattr(model, "config", None)
+    if len(pairs) != 1 or not hasattr(old, "to_dict"):
+        return
+    before, after = pairs.pop()
+    new = copy.deepcopy(old)
+    for part in (new, new.get_text_config()):
+        for name, value in list(vars(part).items()):
+            if type(value) is int and value == before and name.endswith("experts"):
+                setattr(part, name, after)
     for module in model.modules():
         if getattr(module, "config", None) is old:
             module.config = new

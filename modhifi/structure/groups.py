@@ -12,8 +12,8 @@ from typing import Literal
 
 from torch import Tensor
 
-Role = Literal["producer", "reader", "along"]
-Kind = Literal["channels", "neurons", "heads", "blocks", "sublayers"]
+Role = Literal["producer", "reader", "along", "biases", "matrices"]
+Kind = Literal["channels", "neurons", "heads", "experts", "blocks", "sublayers"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Slice:
 
     ``index`` is int64 ``(n, m)``: the ``m`` channel positions of each of the ``n`` components, on the output axis of a
     producer, on the input axis of a reader, on the only channel axis of a module (or parameter) that the components
-    pass along (a norm, a depthwise conv, a layer scale).
+    pass along (a norm, a depthwise conv, a layer scale), in the flattened ``biases`` ``(E, width)`` of stacked
+    matrices, on the first axis of a tensor with something for each expert (``matrices``).
     """
 
     module: str
@@ -64,11 +65,12 @@ class Group:
 
     ``partition`` is int64 ``(n,)`` where equally many components must be kept per label (conv groups, chunks).
     ``refused`` says why nothing of the group may be removed. ``kind`` is ``channels``, ``neurons`` (of linear maps),
-    ``heads``, ``blocks`` or ``sublayers``; ``queries`` the number of query heads in one component, above 1 where they
-    share a key-value head and the component is that whole KV group. ``attributes`` are integers of modules that count
-    components: ``(module, attribute, amount per component)``; ``pieces`` are such that count a piece of some channels,
-    of other groups too. Blocks and sublayers have no slices: their components are the modules ``parts``, and all of
-    them may go.
+    ``heads``, ``experts``, ``blocks`` or ``sublayers``; ``queries`` the number of query heads in one component, above 1
+    where they share a key-value head and the component is that whole KV group; ``experts`` the number of experts of a
+    mixture that have as many neurons each. What stays of every part is a ``multiple`` of that. ``attributes`` are
+    integers of modules that count components: ``(module, attribute, amount per component)``; ``pieces`` are such that
+    count a piece of some channels, of other groups too. Blocks and sublayers have no slices: their components are the
+    modules ``parts``, and all of them may go.
     """
 
     name: str
@@ -78,6 +80,8 @@ class Group:
     refused: str | None = None
     kind: Kind = "channels"
     queries: int = 1
+    experts: int = 1
+    multiple: int = 1
     attributes: tuple[tuple[str, str, int], ...] = ()
     pieces: tuple[tuple[str, str, int], ...] = ()
     parts: tuple[str, ...] = ()
@@ -104,6 +108,8 @@ class Group:
         """The kind in words."""
         if self.kind == "heads" and self.queries > 1:
             return f"KV groups of {self.queries} heads"
+        if self.experts > 1:
+            return f"neurons of {self.experts} experts"
         return "coupled channels" if self.coupled else self.kind
 
     @property
@@ -113,8 +119,8 @@ class Group:
 
     @property
     def step(self) -> int:
-        """The least number of components that can be removed at once: one per label of the partition."""
-        return 1 if self.partition is None else int(self.partition.unique().numel())
+        """The least number of components that can be removed at once: ``multiple`` per label of the partition."""
+        return self.multiple * (1 if self.partition is None else int(self.partition.unique().numel()))
 
 
 @dataclass(frozen=True)

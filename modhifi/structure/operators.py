@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from modhifi.structure.groups import Group
 from modhifi.structure.library_layers import is_transposed
+from modhifi.structure.stacked import Stacked, operator_at
 
 
 def kernel_size(module: nn.Module) -> int:
@@ -41,6 +42,8 @@ def _swapped(module: nn.Module, weight: Tensor, groups: int) -> Tensor:
 
 def weight_matrix(module: nn.Module) -> Tensor:
     """A copy of an operator's weight as float64 ``(G, out / G, d)``, columns in im2col order."""
+    if isinstance(module, Stacked):
+        return module.matrices.detach().to(torch.float64, copy=True)
     stored: Tensor = module.get_parameter("weight").detach().to(torch.float64, copy=True)
     weight, groups = outputs_first(module, stored), conv_groups(module)
     return weight.reshape(groups, weight.shape[0] // groups, -1)
@@ -49,6 +52,8 @@ def weight_matrix(module: nn.Module) -> Tensor:
 def columns_of(module: nn.Module) -> tuple[int, int]:
     """The number of conv groups of an operator and of columns in each: the shape of its Gram, without making it."""
     weight = module.get_parameter("weight")
+    if isinstance(module, Stacked):
+        return module.experts, module.matrices.shape[2]
     if is_transposed(module):
         return 1, weight.shape[0]
     outputs = int(module.out_channels) if isinstance(module, _ConvTransposeNd) else len(weight)
@@ -63,6 +68,9 @@ def outputs_of(module: nn.Module) -> int:
 
 def write_weight(module: nn.Module, matrix: Tensor) -> None:
     """Inverse of :func:`weight_matrix`: store ``(G, out / G, d)`` in the module, in the module's dtype."""
+    if isinstance(module, Stacked):
+        module.matrices.data.copy_(matrix)
+        return
     weight = module.get_parameter("weight")
     shape = outputs_first(module, weight).shape
     weight.data.copy_(as_stored(module, matrix.reshape(shape)))
@@ -97,7 +105,7 @@ def operator_modules(model: nn.Module, groups: Iterable[Group]) -> Iterator[tupl
         for piece in group.readers:
             if piece.module not in seen:
                 seen.add(piece.module)
-                yield piece.module, model.get_submodule(piece.module)
+                yield piece.module, operator_at(model, piece.module)
 
 
 def last_wide(tensor: Tensor) -> int:
@@ -106,7 +114,9 @@ def last_wide(tensor: Tensor) -> int:
 
 
 def conv_groups(module: nn.Module) -> int:
-    """Number of conv groups of an operator: 1 for everything but a grouped conv."""
+    """Number of conv groups of an operator: 1 for everything but a grouped conv and experts' matrices."""
+    if isinstance(module, Stacked):
+        return module.experts
     return int(getattr(module, "groups", 1) or 1) if hasattr(module, "kernel_size") else 1
 
 
@@ -120,7 +130,8 @@ def reader_columns(module: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
     for size in getattr(module, "kernel_size", ()):
         kernel *= int(size)
     groups = conv_groups(module)
-    total = int(getattr(module, "in_channels", 0)) or int(index.max()) + 1
+    total = module.in_features if isinstance(module, Stacked) else int(getattr(module, "in_channels", 0))
+    total = total or int(index.max()) + 1
     width = total // groups if groups > 1 else total
     if groups > 1:
         owner = index[:, 0] // width

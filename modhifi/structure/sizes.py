@@ -6,12 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from modhifi.structure.depth import inside as inside_of
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import last_wide
 from modhifi.structure.plan import Plan
+from modhifi.structure.stacked import holder, operator_at
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,12 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
     """Read the shapes of every module that a prunable group touches, and of every operator."""
     inputs: dict[str, dict[str, int]] = defaultdict(dict)
     outputs: dict[str, dict[str, int]] = defaultdict(dict)
-    places = dict.fromkeys(structure.operators)
+    places, tables = dict.fromkeys(structure.operators), dict[str, str]()
     for group in structure.prunable:
         for piece in group.slices:
             places[piece.module] = None
+            if piece.role in ("along", "biases", "matrices"):
+                tables[piece.module] = piece.role
             table = inputs if piece.role == "reader" else outputs
             table[piece.module][group.name] = piece.index.shape[1]
     whole = [(part, (g.name, number)) for g in structure.prunable for number, part in enumerate(g.parts)]
@@ -156,13 +159,16 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
             places[name] = None
     terms, counted = [], 0
     for name in places:
-        owner, _, leaf = name.rpartition(".")
-        place = getattr(model.get_submodule(owner), leaf)
-        if isinstance(place, nn.Parameter):
-            total = place.shape[last_wide(place)]
+        place = getattr(*holder(model, name))
+        if isinstance(place, Tensor) and (name in tables or place.ndim < 3):
+            role = tables.get(name)
+            total = {"biases": place.numel(), "matrices": len(place)}.get(str(role), place.shape[last_wide(place)])
+            if not isinstance(place, nn.Parameter):
+                continue
             terms.append(Term(0, 0, place.numel(), {}, 0, outputs[name], total, parts=parts_of(name, whole)))
             counted += place.numel()
             continue
+        place = operator_at(model, name)
         counts = {k: p.numel() for k, p in place.named_parameters(recurse=False)}
         weights = counts.get("weight", 0)
         operator = structure.operators.get(name)

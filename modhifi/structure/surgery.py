@@ -24,6 +24,7 @@ from modhifi.structure.operators import (
     write_weight,
 )
 from modhifi.structure.plan import Plan
+from modhifi.structure.stacked import TURNED, Stacked, holder, operator_at
 
 
 def removed_positions(structure: Structure, plan: Plan) -> dict[tuple[str, str], Tensor]:
@@ -44,7 +45,7 @@ def mask_readers(model: nn.Module, structure: Structure, plan: Plan, shared: Ite
     where no mask is written into them.
     """
     removed = removed_positions(structure, plan)
-    masked = {id(model.get_submodule(name).weight) for name, role in removed if role == "reader"}
+    masked = {id(operator_at(model, name).weight) for name, role in removed if role == "reader"}
     parts = removed_parts(structure, plan)
     masked |= {id(parameter) for parameter in silenced(model, structure, parts)}
     model = clone(model, (tensor for tensor in shared if id(tensor) not in masked))
@@ -52,7 +53,7 @@ def mask_readers(model: nn.Module, structure: Structure, plan: Plan, shared: Ite
     for (name, role), positions in removed.items():
         if role != "reader":
             continue
-        module = model.get_submodule(name)
+        module = operator_at(model, name)
         matrix = weight_matrix(module)
         channels = matrix.shape[0] * matrix.shape[2] // kernel_size(module)
         matrix = matrix.reshape(matrix.shape[0], matrix.shape[1], channels // matrix.shape[0], -1)
@@ -76,14 +77,23 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
         outputs = removed.get((name, "producer"), none)
         inputs = removed.get((name, "reader"), none)
         along = removed.get((name, "along"), none)
-        owner, _, leaf = name.rpartition(".")
-        parent = model.get_submodule(owner)
-        if isinstance(getattr(parent, leaf), Tensor):
+        parent, leaf = holder(model, name)
+        place = getattr(parent, leaf)
+        if (name, "matrices") in removed:
+            stay = staying(len(place), removed[name, "matrices"]).to(place.device)
+            _replace(parent, leaf, place.data[stay])
+        elif (name, "biases") in removed:
+            stay = staying(place.numel(), removed[name, "biases"]).view(place.shape).to(place.device)
+            _replace(parent, leaf, place.data[stay].view(len(place), -1))
+        elif isinstance(place, Tensor) and len(along):
             _shrink_parameter(parent, leaf, along)
+        elif isinstance(place, Tensor):
+            stack = Stacked(parent, leaf, name.endswith(TURNED))
+            stack.cut(staying(stack.in_features, inputs), staying(stack.out_features, outputs))
         elif len(along):
-            _shrink_along(model.get_submodule(name), along)
+            _shrink_along(place, along)
         else:
-            _shrink_operator(model.get_submodule(name), inputs, outputs)
+            _shrink_operator(place, inputs, outputs)
     for group in structure.groups:
         if group.name in plan.kept:
             for name, attribute, amount in group.attributes:

@@ -33,6 +33,7 @@ Kind = Literal[
     "conv",
     "transposed conv",
     "linear",
+    "grouped product",
     "batch norm",
     "norm",
     "mixing",
@@ -77,6 +78,8 @@ _TABLE: dict[Kind, str] = {
     "conv": "conv1d conv2d conv3d",
     "transposed conv": "conv_transpose1d conv_transpose2d conv_transpose3d",
     "linear": "linear addmm",
+    # rows of several experts with the matrix of each
+    "grouped product": "grouped_mm _grouped_mm transformers::grouped_mm_fallback",
     "batch norm": "batch_norm instance_norm",
     # norms of each sample, which read the channel axis or a part of it as a whole
     "norm": "layer_norm rms_norm group_norm",

@@ -125,11 +125,12 @@ def _agree(small: Tensor, masked: Tensor) -> bool:
 
 
 def _last(group: Group, share: float) -> tuple[int, ...]:
-    """The last ``share`` of a group's components, equally many of every part: all but one at most, and its least."""
+    """The last ``share`` of a group's components, equally many of every part: all but one step at most."""
     labels = torch.zeros(group.n, dtype=torch.int64) if group.partition is None else group.partition
     components: list[int] = []
     for label in labels.unique():
-        members = (labels == label).nonzero().flatten()
-        stay = max(min(1, group.least), min(len(members) - 1, int(share * len(members))))
+        members, step = (labels == label).nonzero().flatten(), group.multiple
+        wanted = min(len(members) - step, int(share * len(members)) // step * step)
+        stay = max(min(step, group.least), wanted)
         components += members[len(members) - stay :].tolist()
     return tuple(sorted(components))

@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from modhifi.structure.library_layers import SAME_PADDED, TRANSPOSED, full_name, is_transposed
 from modhifi.structure.tracing.operations import register_operation, rule_for
 from modhifi.structure.tracing.placements import Axis, Placement, TracedCall
+from modhifi.structure.tracing.stacks import StackView
 from modhifi.structure.tracing.watcher import FrozenNorm, Watcher
 
 # These prepare their input themselves (padding, a view) before they run their operator.
@@ -46,6 +47,26 @@ def conv(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
         watcher.couplings.along(module, ids)
         return [Axis(1, ids)]
     return _product(watcher, module, axis, out, 1, groups, call.argument(2, "bias"))
+
+
+@rule_for("grouped product")
+def grouped_product(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """Rows of several experts meet the matrix of each: see :func:`of_experts`."""
+    return watcher.unknown(call)
+
+
+def of_experts(watcher: Watcher, call: TracedCall, x: Tensor, view: StackView) -> list[Placement | None]:
+    """Matrices of experts read the last axis and write it anew, each with channels of its own.
+
+    They are traced as one matrix, which all experts share: `modhifi.structure.stacked.by_expert` tells them apart.
+    """
+    axis, out = call.axis(x), call.outputs[0]
+    if axis is not None and axis.dim != x.ndim - 1:
+        watcher.freeze(axis, "a linear map runs across another axis")
+        axis = None
+    name = watcher.stacks.operator(call.name, view)
+    watcher.claim(name, call)
+    return _product(watcher, name, axis, out, out.ndim - 1, 1, None)
 
 
 @rule_for("linear")

@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from modhifi.structure.groups import Group, Operator, Structure
 from modhifi.structure.head_counts import with_head_counts
 from modhifi.structure.outputs import named_tensors
+from modhifi.structure.stacked import TURNED, by_expert, may_be_stacked
 from modhifi.structure.torch_ops import MOVEMENTS, Kind
 
 # The files of rules are imported for what they register.
@@ -36,6 +37,8 @@ class ChannelTracer(Watcher):
 
     def rule(self, call: TracedCall) -> Sequence[Placement | None]:
         """The rule of the operation itself goes before that of its kind; without either it is unknown."""
+        if (product := self.stacks.product(call.name, call.args, call.kwargs, call.inputs)) is not None:
+            return layer_rules.of_experts(self, call, *product)
         own = OWN_RULES.get(call.key)
         if call.kind is None:
             return self.unknown(call)
@@ -56,12 +59,13 @@ def _operators(tracer: ChannelTracer) -> Iterable[Operator]:
         yield Operator(module, macs // max(1, tracer.samples), sink)
 
 
-def _stacked(model: nn.Module) -> Iterator[Group]:
+def _stacked(model: nn.Module, seen: set[str]) -> Iterator[Group]:
     """Refused groups for matrices stacked in one parameter, as a mixture of experts has them."""
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
-        if parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(owner, _ConvNd):
-            yield Group(name, parameter.shape[1], (), refused="matrices stacked in one tensor (experts) cannot be cut")
+        if may_be_stacked(owner, parameter) and name not in seen and name + TURNED not in seen:
+            reason = "matrices stacked in one tensor, and no operation that modhifi knows multiplies with them"
+            yield Group(name, parameter.shape[1], (), refused=reason)
 
 
 def _unseen(model: nn.Module, seen: set[str], obstacles: dict[str, str]) -> Iterator[Group]:
@@ -87,12 +91,12 @@ def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Structure:
         placement = tracer.placements.get(id(tensor))
         if placement is not None:
             tracer.couplings.freeze(placement.ids.flatten(), "these channels are the model's output")
-    groups = tuple(with_head_counts(model, group) for group in tracer.couplings.groups())
+    groups = tuple(with_head_counts(model, by_expert(model, group)) for group in tracer.couplings.groups())
     operators = {o.module: o for o in _operators(tracer)}
     seen = {s.module for g in groups for s in g.slices} | set(operators)
     samples, counter = max(1, tracer.samples), tracer.counter
     return Structure(
-        (*groups, *_stacked(model), *_unseen(model, seen, tracer.obstacles)),
+        (*groups, *_stacked(model, seen), *_unseen(model, seen, tracer.obstacles)),
         operators,
         tracer.couplings.shared_work(samples),
         counter.total // 2 // samples,

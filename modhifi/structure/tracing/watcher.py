@@ -17,8 +17,10 @@ from modhifi.structure.couplings import Couplings
 from modhifi.structure.flops import WorkCounter, counting
 from modhifi.structure.library_layers import is_frozen_norm
 from modhifi.structure.operators import last_wide
+from modhifi.structure.stacked import may_be_stacked
 from modhifi.structure.torch_ops import METADATA, OPERATIONS, Kind, operation_name, tensors_in
 from modhifi.structure.tracing.placements import Axis, Placement, TracedCall
+from modhifi.structure.tracing.stacks import StackViews
 
 # Kinds whose operations can make components of an input that carries none.
 MAKERS: frozenset[Kind] = frozenset({"conv", "transposed conv", "linear", "own"})
@@ -65,6 +67,13 @@ class Watcher(TorchFunctionMode):
         for name, tensor in model.named_parameters(remove_duplicate=False):
             holders[id(tensor)].add(id(model.get_submodule(name.rpartition(".")[0])))
         self.tied = {key for key, modules in holders.items() if len(modules) > 1}
+        self.stacks = StackViews(
+            {
+                id(tensor): name
+                for name, tensor in model.named_parameters()
+                if may_be_stacked(model.get_submodule(name.rpartition(".")[0]), tensor)
+            }
+        )
 
     # -- placements ------------------------------------------------------------------------------------------------
     def remember(self, tensor: Tensor, placement: Placement | None) -> None:
@@ -134,7 +143,11 @@ class Watcher(TorchFunctionMode):
         """Set what the outputs of a call carry."""
         self.uses.update({id(t) for t in call.inputs})
         placements: Sequence[Placement | None] = [None] * len(call.outputs)
-        if call.carriers or call.kind in MAKERS:
+        with torch._C.DisableTorchFunction():
+            of_experts = self.stacks.product(call.name, call.args, call.kwargs, call.inputs) is not None
+            if not of_experts and self.stacks.note(call.name, call.args, call.inputs, call.outputs[0]):
+                self.alive.append(call.outputs[0])
+        if of_experts or call.carriers or call.kind in MAKERS:
             claimed = self.claimed
             # Component numbers are moved about in there: nothing of it is the model's work, or to be counted.
             with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
