@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,37 @@ class Moments:
         return Moments(self.n, self.mean.to(device), self.cov.to(device))
 
 
+@dataclass(frozen=True)
+class PairedMoments:
+    """Moments of input rows x and of target rows y that belong to them, per conv group.
+
+    ``n`` rows; ``mean`` float64 ``(G, k)`` and ``cov`` float64 ``(G, k, k)`` of x; ``target`` float64 ``(G, o)`` the
+    mean of y, ``energy`` float64 ``(G, o)`` its variances, ``cross`` float64 ``(G, o, k)`` the covariance of y and x.
+    """
+
+    n: int
+    mean: Tensor
+    cov: Tensor
+    target: Tensor
+    energy: Tensor
+    cross: Tensor
+
+    @property
+    def uncentred(self) -> PairedMoments:
+        """The same with second moments in place of the (co)variances."""
+        return replace(
+            self,
+            cov=self.cov + self.mean[:, :, None] * self.mean[:, None],
+            energy=self.energy + self.target.square(),
+            cross=self.cross + self.target[:, :, None] * self.mean[:, None],
+        )
+
+    def to(self, device: torch.device) -> PairedMoments:
+        """The same moments on another device."""
+        tensors = (self.mean, self.cov, self.target, self.energy, self.cross)
+        return PairedMoments(self.n, *(tensor.to(device) for tensor in tensors))
+
+
 # A product of two numbers of these types is exact in single precision, in which it is added up.
 EXACT_IN_SINGLE = (torch.bfloat16, torch.float16)
 # Rows are held until they have so many elements, and are at least so many, before their products are summed: adding to
@@ -43,10 +74,11 @@ class Accumulator:
 
     Products of float32 rows are float32 and sums over them float64: a mean that is large beside the deviations costs
     no digits. Rows of half precision have digits for no such mean; their products are made without a shift.
+    Of the last ``targets`` columns only the squares, and the products with those before, are summed.
     """
 
-    def __init__(self) -> None:
-        self.n = 0
+    def __init__(self, targets: int = 0) -> None:
+        self.n, self.targets = 0, targets
         self.shift: Tensor | None = None
         self.held: list[Tensor] = []
 
@@ -78,30 +110,48 @@ class Accumulator:
         wide = torch.float64 if rows.device.type != "mps" else torch.float32
         exact = rows.dtype in EXACT_IN_SINGLE
         groups, width = rows.shape[:2]
+        inputs = width - self.targets
         if self.shift is None:
             self.shift = rows.new_zeros((groups, width), dtype=torch.float32) if exact else rows.mean(2)
             self.first = torch.zeros((groups, width), dtype=wide, device=rows.device)
-            self.second = torch.zeros((groups, width, width), dtype=wide, device=rows.device)
+            self.second = torch.zeros((groups, inputs, width), dtype=wide, device=rows.device)
+            self.squares = torch.zeros((groups, self.targets), dtype=wide, device=rows.device)
         if not exact:
             rows = rows - self.shift[:, :, None]
         self.first += rows.sum(2, dtype=wide)
+        if self.targets:
+            self.squares += rows[:, inputs:].float().square().sum(2, dtype=wide)
         turned = rows.transpose(1, 2)
         # only the upper triangle, strip by strip: the product is symmetric
-        for strip in _strips(width):
+        for strip in _strips(inputs):
             self.second[:, strip, strip.start :] += _product(rows[:, strip], turned[:, :, strip.start :])
 
     def finish(self) -> Moments:
         """The moments of everything added. Spends the sums, which become the result in place: Grams are large."""
+        mean, second = self._finished()
+        return Moments(self.n, mean, second)
+
+    def finish_paired(self) -> PairedMoments:
+        """The moments of everything added, targets apart; spends the sums as :meth:`finish` does."""
+        mean, second = self._finished()
+        inputs = second.shape[1]
+        energy = self.squares.double() / self.n - (self.first.double() / self.n)[:, inputs:].square()
+        cov, cross = second[:, :, :inputs], second[:, :, inputs:].mT
+        return PairedMoments(self.n, mean[:, :inputs], cov, mean[:, inputs:], energy, cross)
+
+    def _finished(self) -> tuple[Tensor, Tensor]:
+        """The mean of all columns ``(G, d)``, and their covariance with the inputs among them ``(G, inputs, d)``."""
         if self.held:
             self._sum()
         assert self.shift is not None
         first, second = self.first.double() / self.n, self.second.double()
         del self.second
-        second.baddbmm_(first[:, :, None], first[:, None, :], beta=1 / self.n, alpha=-1)
-        for strip in _strips(second.shape[1]):
-            if strip.stop < second.shape[1]:
-                second[:, strip.stop :, strip] = second[:, strip, strip.stop :].transpose(1, 2)
-        return Moments(self.n, first + self.shift.double(), second)
+        inputs = second.shape[1]
+        second.baddbmm_(first[:, :inputs, None], first[:, None, :], beta=1 / self.n, alpha=-1)
+        for strip in _strips(inputs):
+            if strip.stop < inputs:
+                second[:, strip.stop : inputs, strip] = second[:, strip, strip.stop : inputs].transpose(1, 2)
+        return first + self.shift.double(), second
 
 
 def _strips(width: int) -> list[slice]:

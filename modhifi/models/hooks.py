@@ -52,14 +52,16 @@ def stop_before(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def stop_behind(module: nn.Module) -> Iterator[None]:
-    """Ends a forward pass where the module ends."""
+def stop_behind(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Ends a forward pass where the module ends; the list that this yields then holds the module's output."""
+    outputs: list[Tensor] = []
 
-    def stop(*_: object) -> None:
+    def stop(_: nn.Module, args: object, output: Tensor) -> None:
+        outputs.append(output)
         raise StopForward
 
     with module.register_forward_hook(stop), suppress(StopForward):
-        yield
+        yield outputs
 
 
 @contextmanager

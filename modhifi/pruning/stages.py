@@ -300,5 +300,5 @@ def apply_plan(
     else:
         if not COMPENSATIONS[settings.compensate].least_squares or samples is None:
             raise ModhifiError("--sequential goes with --compensate lstsq only")
-        dense_shape, errors = edit_sequentially(loaded, structure, plan, samples, settings, progress)
+        dense_shape, errors = edit_sequentially(loaded, structure, plan, samples, moments, settings, progress)
     return Pruned(shrink(dense_shape, structure, plan), structure, plan, {}, errors)

@@ -24,12 +24,20 @@ def least_squares_towards(weight: Tensor, cross: Tensor, second: Tensor, kept: T
     ``cross`` float64 ``(d, d)`` is ``C = E[x_d x_pᵀ]``, ``second`` is ``S`` of ``x_p``, both centred or both not; the
     rest and the error as in :func:`least_squares`.
     """
-    unit = damping_unit(second)
-    factor, used = factorise(second[kept][:, kept], ridge, unit)
-    target = weight @ cross[:, kept] + used * unit * weight[:, kept]
+    target = weight @ cross[:, kept]
     result = torch.zeros_like(weight)
-    result[:, kept] = torch.cholesky_solve(target.T, factor).T
+    result[:, kept] = regression(weight[:, kept], target, second[kept][:, kept], damping_unit(second), ridge)
     return result
+
+
+def regression(weight: Tensor, target: Tensor, second: Tensor, unit: float, ridge: float) -> Tensor:
+    """``(T + λW)(S + λI)⁻¹`` float64 ``(o, k)``: weights ``W`` moved to where their outputs' products with x are T.
+
+    ``weight`` and ``target`` ``E[y xᵀ]`` are float64 ``(o, k)``, ``second`` is ``E[x xᵀ]``, and λ is the ridge times
+    ``unit``. Raises :class:`modhifi.errors.IndefiniteError`.
+    """
+    factor, used = factorise(second, ridge, unit)
+    return torch.cholesky_solve((target + used * unit * weight).T, factor).T
 
 
 def edit(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor, ridge: float) -> Tensor:
