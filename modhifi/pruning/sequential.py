@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -14,7 +15,7 @@ from modhifi.calibration.sampling import Sampling
 from modhifi.calibration.timeline import Timeline
 from modhifi.data.samples import Samples
 from modhifi.errors import IndefiniteError
-from modhifi.models.hooks import batch_statistics, on_input, stop_before, stop_behind
+from modhifi.models.hooks import Statistics, batch_statistics, on_input, shared_statistics, stop_before, stop_behind
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.pruning.compensations.lstsq import regression
@@ -42,7 +43,8 @@ class PairedPasses:
 
     Both stop at one reader after the other: what comes before is remembered, in ``most_bytes`` for both, and batches
     for which that is too little run again from the last point that is. Without ``dense`` the target of a reader is what
-    it puts out itself on the edited prefix, and the edited copy runs alone.
+    it puts out itself on the edited prefix, and the edited copy runs alone. On synthetic samples both normalise by the
+    batch statistics of the dense model (:func:`modhifi.models.hooks.shared_statistics`).
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class PairedPasses:
             run = partial(loaded.run, model=model)
             return PrefixCache(model, run, timeline, most_bytes=most_bytes / (1 + dense))
 
+        self.seen: Statistics = {}
         self.edited, self.dense = cache(edited), cache(loaded.model) if dense else None
 
     def advance(self, written: Iterable[str], later: Iterable[str]) -> None:
@@ -78,14 +81,20 @@ class PairedPasses:
         """
         module = self.model.get_submodule(reader)
         sums = Accumulator(targets=len(weight_matrix(module)[0]))
-        first, adapted = 0, self.samples.adapted
-        with batch_statistics(self.loaded.model, adapted), batch_statistics(self.model, adapted):
-            for batch in self.samples.batches(self.sampling.batch_size):
+        first = 0
+        for batch in self.samples.batches(self.sampling.batch_size):
+            with self._statistics(first):
                 rows, targets = self._pair(reader, first, batch)
                 groups = torch.arange(len(rows), device=rows.device)[:, None]
                 sums.add(torch.cat([rows[groups, columns.to(rows.device)], targets], 1))
                 first += len(batch)
         return sums.finish_paired().to(next(module.parameters()).device)
+
+    def _statistics(self, first: int) -> AbstractContextManager[None]:
+        """Where BatchNorm normalises by the batch from sample ``first`` on: both models do so by the dense one's."""
+        if self.dense is None or not self.samples.adapted:
+            return batch_statistics(self.model, self.samples.adapted)
+        return shared_statistics(self.loaded.model, self.model, self.seen, first)
 
     def _pair(self, reader: str, first: int, batch: Tensor) -> tuple[Tensor, Tensor]:
         """A batch's rows of a reader in the edited model, ``(G, d, r)``, and their targets, ``(G, out / G, r)``."""
