@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from modhifi.calibration.low_rank import LowRank, Second, add_outer
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -31,6 +33,33 @@ class Moments:
         return Moments(self.n, self.mean.to(device), self.cov.to(device))
 
 
+class Spanned(Moments):
+    """Moments of fewer rows than columns, held as those ``rows`` float32 ``(G, d, n)``.
+
+    Grams, ``cov`` and ``gram``, are only made where they are asked for.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        object.__setattr__(self, "n", rows.shape[2])
+        object.__setattr__(self, "mean", rows.double().mean(2))
+        object.__setattr__(self, "rows", rows.float())
+
+    rows: Tensor
+
+    @property
+    def centred(self) -> Tensor:
+        """The rows around their mean, float64."""
+        return self.rows.double() - self.mean[:, :, None]
+
+    @property
+    def cov(self) -> Tensor:
+        rows = self.centred
+        return rows @ rows.mT / self.n
+
+    def to(self, device: torch.device) -> Moments:
+        return Spanned(self.rows.to(device))
+
+
 @dataclass(frozen=True)
 class PairedMoments:
     """Moments of input rows x and of target rows y that belong to them, per conv group.
@@ -41,25 +70,34 @@ class PairedMoments:
 
     n: int
     mean: Tensor
-    cov: Tensor
+    cov: Second
     target: Tensor
     energy: Tensor
     cross: Tensor
+
+    @classmethod
+    def of_rows(cls, rows: Tensor, targets: Tensor) -> PairedMoments:
+        """The moments of rows ``(G, k, n)`` and targets ``(G, o, n)``, with the covariance in the span of the rows."""
+        n = rows.shape[2]
+        mean, middle = rows.mean(2), targets.mean(2)
+        x, y = rows - mean[:, :, None], targets - middle[:, :, None]
+        cov = LowRank(x / n**0.5, rows.new_zeros(len(rows)))
+        return cls(n, mean, cov, middle, y.square().mean(2), y @ x.mT / n)
 
     @property
     def uncentred(self) -> PairedMoments:
         """The same with second moments in place of the (co)variances."""
         return replace(
             self,
-            cov=self.cov + self.mean[:, :, None] * self.mean[:, None],
+            cov=add_outer(self.cov, self.mean),
             energy=self.energy + self.target.square(),
             cross=self.cross + self.target[:, :, None] * self.mean[:, None],
         )
 
     def to(self, device: torch.device) -> PairedMoments:
         """The same moments on another device."""
-        tensors = (self.mean, self.cov, self.target, self.energy, self.cross)
-        return PairedMoments(self.n, *(tensor.to(device) for tensor in tensors))
+        mean, target, energy, cross = (t.to(device) for t in (self.mean, self.target, self.energy, self.cross))
+        return PairedMoments(self.n, mean, self.cov.to(device), target, energy, cross)
 
 
 # A product of two numbers of these types is exact in single precision, in which it is added up.
@@ -67,6 +105,8 @@ EXACT_IN_SINGLE = (torch.bfloat16, torch.float16)
 # Rows are held until they have so many elements, and are at least so many, before their products are summed: adding to
 # a wide Gram costs more than the product of few rows.
 HELD_ELEMENTS, HELD_ROWS = 2**20, 1024
+# Of a Gram of so many bytes, rows are held as long as they are at most half as many as its columns.
+LARGE = 2**30
 
 
 class Accumulator:
@@ -86,7 +126,11 @@ class Accumulator:
         """Add r new rows, which are the columns of ``rows`` ``(G, d, r)``."""
         self.n += rows.shape[2]
         held = rows.shape[2] + sum(piece.shape[2] for piece in self.held)
-        if held >= max(HELD_ROWS, HELD_ELEMENTS // (rows.shape[0] * rows.shape[1])):
+        groups, width = rows.shape[:2]
+        most = max(HELD_ROWS, HELD_ELEMENTS // (groups * width)) - 1
+        if self.shift is None and few_rows_pay(groups, width):
+            most = width // 2
+        if held > most:
             self.held.append(rows)
             self._sum()
         else:
@@ -128,6 +172,8 @@ class Accumulator:
 
     def finish(self) -> Moments:
         """The moments of everything added. Spends the sums, which become the result in place: Grams are large."""
+        if self.shift is None and few_rows_pay(*self.held[0].shape[:2]):
+            return Spanned(torch.cat(self.held, 2))
         mean, second = self._finished()
         return Moments(self.n, mean, second)
 
@@ -152,6 +198,11 @@ class Accumulator:
             if strip.stop < inputs:
                 second[:, strip.stop : inputs, strip] = second[:, strip, strip.stop : inputs].transpose(1, 2)
         return first + self.shift.double(), second
+
+
+def few_rows_pay(groups: int, width: int) -> bool:
+    """Whether a Gram is so large that few rows are kept in its place."""
+    return groups * width**2 * 8 >= LARGE
 
 
 def _strips(width: int) -> list[slice]:

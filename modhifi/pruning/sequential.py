@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from modhifi.calibration.moments import Accumulator, Moments, PairedMoments
+from modhifi.calibration.moments import Accumulator, Moments, PairedMoments, Spanned
 from modhifi.calibration.prefix_cache import MOST_BYTES, PrefixCache
 from modhifi.calibration.sampling import Sampling
 from modhifi.calibration.timeline import Timeline
@@ -21,6 +21,7 @@ from modhifi.progress import Progress, silent
 from modhifi.pruning.compensations.lstsq import regression
 from modhifi.pruning.editing import LayerError
 from modhifi.pruning.linalg import mean_diagonal, shrinkage, shrunk
+from modhifi.pruning.readers import second_of
 from modhifi.pruning.settings import PruneSettings
 from modhifi.structure.clone import clone
 from modhifi.structure.groups import Structure
@@ -74,21 +75,32 @@ class PairedPasses:
             self.dense.advance(later)  # as far as the next reader: its output is seen on the way
 
     @torch.no_grad()
-    def moments(self, reader: str, columns: Tensor) -> PairedMoments:
+    def moments(self, reader: str, columns: Tensor, few_rows: bool = False) -> PairedMoments:
         """Moments of some ``columns`` int64 ``(G, k)`` of a reader's input in the edited model, and of its target.
 
-        They lie where the reader's weights lie.
+        They lie where the reader's weights lie; with ``few_rows`` the covariance stands in the span of the rows.
         """
         module = self.model.get_submodule(reader)
-        sums = Accumulator(targets=len(weight_matrix(module)[0]))
+        pairs = self._rows(reader, columns)
+        if few_rows:
+            rows, targets = (torch.cat(parts, 2) for parts in zip(*pairs, strict=True))
+            paired = PairedMoments.of_rows(rows.double(), targets.double())
+        else:
+            sums = Accumulator(targets=len(weight_matrix(module)[0]))
+            for rows, targets in pairs:
+                sums.add(torch.cat([rows, targets], 1))
+            paired = sums.finish_paired()
+        return paired.to(next(module.parameters()).device)
+
+    def _rows(self, reader: str, columns: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batch by batch the rows that the moments are of, ``(G, k, r)``, and their targets ``(G, out / G, r)``."""
         first = 0
         for batch in self.samples.batches(self.sampling.batch_size):
             with self._statistics(first):
                 rows, targets = self._pair(reader, first, batch)
-                groups = torch.arange(len(rows), device=rows.device)[:, None]
-                sums.add(torch.cat([rows[groups, columns.to(rows.device)], targets], 1))
-                first += len(batch)
-        return sums.finish_paired().to(next(module.parameters()).device)
+            groups = torch.arange(len(rows), device=rows.device)[:, None]
+            yield rows[groups, columns.to(rows.device)], targets
+            first += len(batch)
 
     def _statistics(self, first: int) -> AbstractContextManager[None]:
         """Where BatchNorm normalises by the batch from sample ``first`` on: both models do so by the dense one's."""
@@ -166,15 +178,20 @@ def compensate(
     """
     module, sink = passes.model.get_submodule(reader), structure.operators[reader].sink
     columns = _kept_columns(module, removed)
-    paired = passes.moments(reader, columns)
-    solved, second = (paired.uncentred, dense.gram) if sink is None else (paired, dense.cov)
+    second = second_of(dense, sink)
     share, scale = shrinkage(second, dense.n), mean_diagonal(second)
     whole = weight_matrix(module)
     places = columns[:, None].expand(-1, whole.shape[1], -1)
     weight = whole.gather(2, places)
+    paired = passes.moments(reader, columns, isinstance(dense, Spanned))
+    solved = paired.uncentred if sink is None else paired
     target = solved.cross * (1 - share[:, None, None]) + weight * (share * scale)[:, None, None]
-    parts = zip(weight, target, shrunk(solved.cov, share, scale), scale.tolist(), strict=True)
-    result = torch.stack([regression(*part[:3], part[3] or 1.0, settings.ridge) for part in parts])
+    damped = shrunk(solved.cov, share, scale)
+    parts = [
+        regression(weight[g], target[g], damped[g], unit or 1.0, settings.ridge)
+        for g, unit in enumerate(scale.tolist())
+    ]
+    result = torch.stack(parts)
     write_weight(module, torch.zeros_like(whole).scatter_(2, places, result))
     if sink is not None:
         shift = (paired.target - (result @ paired.mean[:, :, None])[:, :, 0]).reshape(-1)

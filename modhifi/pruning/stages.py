@@ -18,7 +18,7 @@ from modhifi.calibration.gram_quality import GramQuality
 from modhifi.calibration.memory import check_room, gram_bytes
 from modhifi.calibration.moments import Moments
 from modhifi.calibration.sampling import Sampling
-from modhifi.data.samples import Samples
+from modhifi.data.samples import Samples, examples_in
 from modhifi.errors import IndefiniteError, ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
@@ -135,7 +135,7 @@ def measure_moments(
 
     Each process of a ``team`` runs its share of the batches, without the cache; the moments are those of all shares.
     """
-    check_room(loaded.model, structure)
+    check_room(loaded.model, structure, examples_in(samples, loaded), sampling)
     readers = dict(operator_modules(loaded.model, structure.prunable))
     stored = None if cache is None or team.count > 1 else cache.open(loaded, readers, samples, sampling)
     size = sampling.batch_size
