@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modhifi.calibration.moments import Moments
+from modhifi.calibration.moments import Moments, Spanned
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,21 @@ class GramQuality:
 def gram_quality(moments: Mapping[str, Moments]) -> tuple[GramQuality, ...]:
     """The quality of every reader's Gram; of a grouped conv's, the lowest."""
     return tuple(
-        GramQuality(name, m.n, m.cov.shape[-1], _least_participation(m), tuple(m.few.nonzero().flatten().tolist()))
+        GramQuality(name, m.n, m.mean.shape[-1], _rank(m), tuple(m.few.nonzero().flatten().tolist()))
         for name, m in moments.items()
     )
+
+
+def _rank(moments: Moments) -> float:
+    """The participation ratio of a reader's inputs, the lowest over its groups."""
+    if not isinstance(moments, Spanned):
+        return _least_participation(moments)
+    rows = moments.centred
+    # rows and columns of the standardised matrix have the same products' norm
+    rows = rows / rows.square().sum(2, keepdim=True).sqrt().clamp_min(1e-300)
+    live = (rows.square().sum(2) > 0).sum(1)
+    squares = (rows.mT @ rows).square().sum((1, 2))
+    return float((live**2 / squares.clamp_min(1e-300)).min())
 
 
 def _least_participation(moments: Moments) -> float:

@@ -46,14 +46,7 @@ def reader_rows(module: nn.Module, x: Tensor, positions_for: Any = None, keep: T
     if x.dtype not in EXACT_IN_SINGLE:
         x = x.float()
     if not hasattr(module, "kernel_size"):
-        rows = x if x.ndim == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
-        if keep is not None and keep.numel() == rows.shape[0] * rows.shape[1]:
-            real = torch.nonzero(keep.reshape(-1))[:, 0].to(x.device)
-            return rows.reshape(-1, x.shape[-1]).index_select(0, real).T[None]
-        chosen = positions_for(rows.shape[1]) if positions_for else None
-        if chosen is not None:
-            rows = rows[_numbers(len(rows), x.device), chosen]
-        return rows.reshape(1, -1, x.shape[-1]).mT
+        return _token_rows(x, positions_for, keep)
     x, kernel, stride, dilation = _padded(module, x)
     corner, offset = _window(x.shape[2:], kernel, stride, dilation, x.device)
     if isinstance(module, _ConvTransposeNd):
@@ -63,6 +56,31 @@ def reader_rows(module: nn.Module, x: Tensor, positions_for: Any = None, keep: T
     rows = x.reshape(*x.shape[:2], -1).transpose(0, 1)[:, _numbers(len(x), x.device), index]
     groups = conv_groups(module)
     return rows.reshape(groups, x.shape[1] * len(offset) // groups, -1)
+
+
+def output_rows(module: nn.Module, y: Tensor, positions_for: Any = None, keep: Tensor | None = None) -> Tensor:
+    """What an operator puts out for the rows of :func:`reader_rows`, ``(G, out / G, rows)``; ``y`` is its output."""
+    if y.dtype not in EXACT_IN_SINGLE:
+        y = y.float()
+    if not hasattr(module, "kernel_size"):
+        return _token_rows(y, positions_for, keep)
+    places = y.flatten(2).transpose(0, 1)
+    chosen = positions_for(places.shape[2]) if positions_for else None
+    if chosen is not None:
+        places = places[:, _numbers(len(y), y.device), chosen]
+    groups = conv_groups(module)
+    return places.reshape(groups, y.shape[1] // groups, -1)
+
+
+def _token_rows(x: Tensor, positions_for: Any, keep: Tensor | None) -> Tensor:
+    rows = x if x.ndim == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
+    if keep is not None and keep.numel() == rows.shape[0] * rows.shape[1]:
+        real = torch.nonzero(keep.reshape(-1))[:, 0].to(x.device)
+        return rows.reshape(-1, x.shape[-1]).index_select(0, real).T[None]
+    chosen = positions_for(rows.shape[1]) if positions_for else None
+    if chosen is not None:
+        rows = rows[_numbers(len(rows), x.device), chosen]
+    return rows.reshape(1, -1, x.shape[-1]).mT
 
 
 @lru_cache(maxsize=64)

@@ -6,6 +6,8 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from torch import nn
 
+from modhifi.calibration.moments import few_rows_pay
+from modhifi.calibration.sampling import LEAST_ROWS, Sampling
 from modhifi.errors import ModhifiError
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import columns_of, operator_modules
@@ -20,6 +22,24 @@ def gram_bytes(module: nn.Module) -> int:
     return groups * columns**2 * 8
 
 
+def rows_seen(module: nn.Module, macs: int, samples: float, sampling: Sampling) -> float:
+    """How many rows a reader's moments are of; ``macs`` are its multiply-adds per sample.
+
+    ``samples`` counts samples of the size of the example that the multiply-adds were counted on.
+    """
+    positions = samples * macs / module.get_parameter("weight").numel()
+    if sampling.rows_per_column is None:
+        return positions
+    return min(positions, max(sampling.rows_per_column * columns_of(module)[1], LEAST_ROWS))
+
+
+def moment_bytes(module: nn.Module, rows: float) -> int:
+    """What the moments of a reader take: a Gram, or that many rows where they stand for it."""
+    groups, columns = columns_of(module)
+    spanned = few_rows_pay(groups, columns) and rows <= columns // 2
+    return int(4 * groups * columns * rows) if spanned else gram_bytes(module)
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that new tensors on ``device`` can have, in bytes."""
     if device.type == "cuda":
@@ -27,13 +47,14 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def check_room(model: nn.Module, structure: Structure) -> None:
-    """Raise ModhifiError if one reader's Gram, and what is made of it, is more than what is free.
+def check_room(model: nn.Module, structure: Structure, samples: float, sampling: Sampling) -> None:
+    """Raise ModhifiError if one reader's moments, and what is made of them, are more than what is free.
 
-    The message names the group to leave out.
+    ``samples`` as in :func:`rows_seen`. The message names the group to leave out.
     """
     for name, module in operator_modules(model, structure.prunable):
-        needed, free = gram_bytes(module), free_bytes(next(module.parameters()).device)
+        rows = rows_seen(module, structure.operators[name].macs, samples, sampling)
+        needed, free = moment_bytes(module, rows), free_bytes(next(module.parameters()).device)
         if COPIES * needed > free:
             group = next(g.name for g in structure.prunable if name in {s.module for s in g.readers})
             raise ModhifiError(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from modhifi.calibration.low_rank import LowRank, Second, add_outer
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Moments:
     seen: Tensor | None = None
 
     @property
-    def rows(self) -> int | Tensor:
+    def counts(self) -> int | Tensor:
         """The rows that went in, of each group where they differ."""
         return self.n if self.seen is None else self.seen
 
@@ -33,8 +35,8 @@ class Moments:
     def few(self) -> Tensor:
         """Which groups saw too few rows for a Gram, bool ``(G,)``: fewer than a share ``FEW`` of their columns."""
         if self.seen is None:
-            return torch.zeros(len(self.cov), dtype=torch.bool, device=self.cov.device)
-        return self.seen < FEW * self.cov.shape[-1]
+            return torch.zeros(len(self.mean), dtype=torch.bool, device=self.mean.device)
+        return self.seen < FEW * self.mean.shape[-1]
 
     @property
     def gram(self) -> Tensor:
@@ -51,11 +53,80 @@ class Moments:
 FEW = 1 / 4
 
 
+class Spanned(Moments):
+    """Moments of fewer rows than columns, held as those ``rows`` float32 ``(G, d, n)``.
+
+    Grams, ``cov`` and ``gram``, are only made where they are asked for.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        object.__setattr__(self, "n", rows.shape[2])
+        object.__setattr__(self, "mean", rows.double().mean(2))
+        object.__setattr__(self, "rows", rows.float())
+
+    rows: Tensor
+
+    @property
+    def centred(self) -> Tensor:
+        """The rows around their mean, float64."""
+        return self.rows.double() - self.mean[:, :, None]
+
+    @property
+    def cov(self) -> Tensor:
+        rows = self.centred
+        return rows @ rows.mT / self.n
+
+    def to(self, device: torch.device) -> Moments:
+        return Spanned(self.rows.to(device))
+
+
+@dataclass(frozen=True)
+class PairedMoments:
+    """Moments of input rows x and of target rows y that belong to them, per conv group.
+
+    ``n`` rows; ``mean`` float64 ``(G, k)`` and ``cov`` float64 ``(G, k, k)`` of x; ``target`` float64 ``(G, o)`` the
+    mean of y, ``energy`` float64 ``(G, o)`` its variances, ``cross`` float64 ``(G, o, k)`` the covariance of y and x.
+    """
+
+    n: int
+    mean: Tensor
+    cov: Second
+    target: Tensor
+    energy: Tensor
+    cross: Tensor
+
+    @classmethod
+    def of_rows(cls, rows: Tensor, targets: Tensor) -> PairedMoments:
+        """The moments of rows ``(G, k, n)`` and targets ``(G, o, n)``, with the covariance in the span of the rows."""
+        n = rows.shape[2]
+        mean, middle = rows.mean(2), targets.mean(2)
+        x, y = rows - mean[:, :, None], targets - middle[:, :, None]
+        cov = LowRank(x / n**0.5, rows.new_zeros(len(rows)))
+        return cls(n, mean, cov, middle, y.square().mean(2), y @ x.mT / n)
+
+    @property
+    def uncentred(self) -> PairedMoments:
+        """The same with second moments in place of the (co)variances."""
+        return replace(
+            self,
+            cov=add_outer(self.cov, self.mean),
+            energy=self.energy + self.target.square(),
+            cross=self.cross + self.target[:, :, None] * self.mean[:, None],
+        )
+
+    def to(self, device: torch.device) -> PairedMoments:
+        """The same moments on another device."""
+        mean, target, energy, cross = (t.to(device) for t in (self.mean, self.target, self.energy, self.cross))
+        return PairedMoments(self.n, mean, self.cov.to(device), target, energy, cross)
+
+
 # A product of two numbers of these types is exact in single precision, in which it is added up.
 EXACT_IN_SINGLE = (torch.bfloat16, torch.float16)
 # Rows are held until they have so many elements, and are at least so many, before their products are summed: adding to
 # a wide Gram costs more than the product of few rows.
 HELD_ELEMENTS, HELD_ROWS = 2**20, 1024
+# Of a Gram of so many bytes, rows are held as long as they are at most half as many as its columns.
+LARGE = 2**30
 
 
 class Accumulator:
@@ -63,10 +134,11 @@ class Accumulator:
 
     Products of float32 rows are float32 and sums over them float64: a mean that is large beside the deviations costs
     no digits. Rows of half precision have digits for no such mean; their products are made without a shift.
+    Of the last ``targets`` columns only the squares, and the products with those before, are summed.
     """
 
-    def __init__(self) -> None:
-        self.n = 0
+    def __init__(self, targets: int = 0) -> None:
+        self.n, self.targets = 0, targets
         self.shift: Tensor | None = None
         self.held: list[Tensor] = []
 
@@ -74,7 +146,11 @@ class Accumulator:
         """Add r new rows, which are the columns of ``rows`` ``(G, d, r)``."""
         self.n += rows.shape[2]
         held = rows.shape[2] + sum(piece.shape[2] for piece in self.held)
-        if held >= max(HELD_ROWS, HELD_ELEMENTS // (rows.shape[0] * rows.shape[1])):
+        groups, width = rows.shape[:2]
+        most = max(HELD_ROWS, HELD_ELEMENTS // (groups * width)) - 1
+        if self.shift is None and few_rows_pay(groups, width):
+            most = width // 2
+        if held > most:
             self.held.append(rows)
             self._sum()
         else:
@@ -98,30 +174,55 @@ class Accumulator:
         wide = torch.float64 if rows.device.type != "mps" else torch.float32
         exact = rows.dtype in EXACT_IN_SINGLE
         groups, width = rows.shape[:2]
+        inputs = width - self.targets
         if self.shift is None:
             self.shift = rows.new_zeros((groups, width), dtype=torch.float32) if exact else rows.mean(2)
             self.first = torch.zeros((groups, width), dtype=wide, device=rows.device)
-            self.second = torch.zeros((groups, width, width), dtype=wide, device=rows.device)
+            self.second = torch.zeros((groups, inputs, width), dtype=wide, device=rows.device)
+            self.squares = torch.zeros((groups, self.targets), dtype=wide, device=rows.device)
         if not exact:
             rows = rows - self.shift[:, :, None]
         self.first += rows.sum(2, dtype=wide)
+        if self.targets:
+            self.squares += rows[:, inputs:].float().square().sum(2, dtype=wide)
         turned = rows.transpose(1, 2)
         # only the upper triangle, strip by strip: the product is symmetric
-        for strip in _strips(width):
+        for strip in _strips(inputs):
             self.second[:, strip, strip.start :] += _product(rows[:, strip], turned[:, :, strip.start :])
 
     def finish(self) -> Moments:
         """The moments of everything added. Spends the sums, which become the result in place: Grams are large."""
+        if self.shift is None and few_rows_pay(*self.held[0].shape[:2]):
+            return Spanned(torch.cat(self.held, 2))
+        mean, second = self._finished()
+        return Moments(self.n, mean, second)
+
+    def finish_paired(self) -> PairedMoments:
+        """The moments of everything added, targets apart; spends the sums as :meth:`finish` does."""
+        mean, second = self._finished()
+        inputs = second.shape[1]
+        energy = self.squares.double() / self.n - (self.first.double() / self.n)[:, inputs:].square()
+        cov, cross = second[:, :, :inputs], second[:, :, inputs:].mT
+        return PairedMoments(self.n, mean[:, :inputs], cov, mean[:, inputs:], energy, cross)
+
+    def _finished(self) -> tuple[Tensor, Tensor]:
+        """The mean of all columns ``(G, d)``, and their covariance with the inputs among them ``(G, inputs, d)``."""
         if self.held:
             self._sum()
         assert self.shift is not None
         first, second = self.first.double() / self.n, self.second.double()
         del self.second
-        second.baddbmm_(first[:, :, None], first[:, None, :], beta=1 / self.n, alpha=-1)
-        for strip in _strips(second.shape[1]):
-            if strip.stop < second.shape[1]:
-                second[:, strip.stop :, strip] = second[:, strip, strip.stop :].transpose(1, 2)
-        return Moments(self.n, first + self.shift.double(), second)
+        inputs = second.shape[1]
+        second.baddbmm_(first[:, :inputs, None], first[:, None, :], beta=1 / self.n, alpha=-1)
+        for strip in _strips(inputs):
+            if strip.stop < inputs:
+                second[:, strip.stop : inputs, strip] = second[:, strip, strip.stop : inputs].transpose(1, 2)
+        return first + self.shift.double(), second
+
+
+def few_rows_pay(groups: int, width: int) -> bool:
+    """Whether a Gram is so large that few rows are kept in its place."""
+    return groups * width**2 * 8 >= LARGE
 
 
 def _strips(width: int) -> list[slice]:

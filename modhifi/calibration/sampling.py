@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from modhifi.calibration.im2col import reader_rows, spread_positions
+from modhifi.calibration.im2col import output_rows, reader_rows, spread_positions
 from modhifi.structure.operators import columns_of
 
 # Narrow readers see at least this many rows in all: pixels are far from Gaussian, and a few hundred of them overfit.
@@ -35,13 +35,18 @@ class Sampling:
         x = x.detach() if x.requires_grad else x
         return reader_rows(module, x, lambda total: self.positions(module, x, total, first, samples), keep)
 
+    def output_rows(self, module: nn.Module, y: Tensor, first: int, samples: int, keep: Tensor | None = None) -> Tensor:
+        """What a reader puts out for the rows that :meth:`rows` takes, ``(G, out / G, r)``; ``y`` is its output."""
+        y = y.detach() if y.requires_grad else y
+        return output_rows(module, y, lambda total: self.positions(module, y, total, first, samples), keep)
+
     def positions(self, module: nn.Module, x: Tensor, total: int, first: int, samples: int) -> Tensor | None:
         """Which of the ``total`` rows of each sample to look at, int64 ``(batch, p)``; None for all.
 
-        ``x`` is the input of a reader ``module`` for the batch from sample number ``first`` on, of ``samples`` in all.
+        ``x`` is the input, or the output, of a reader ``module`` for the batch from sample number ``first`` on, of
+        ``samples`` in all.
         """
         if self.rows_per_column is None:
             return None
-        columns = columns_of(module)[1] if hasattr(module, "kernel_size") else x.shape[-1]
-        wanted = math.ceil(max(self.rows_per_column * columns, LEAST_ROWS) / samples)
+        wanted = math.ceil(max(self.rows_per_column * columns_of(module)[1], LEAST_ROWS) / samples)
         return None if wanted >= total else spread_positions(total, wanted, first, len(x), self.seed, x.device)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modhifi.models.loaded import PADDING
+from modhifi.models.loaded import PADDING, LoadedModel
 
 
 def describe_data(samples: Samples) -> dict[str, Any]:
@@ -104,6 +104,11 @@ class Samples:
     def fingerprint(self) -> str:
         """Hash of the whole set, its order included: 16 hex digits."""
         return hashlib.sha256("\n".join(self.hashes).encode()).hexdigest()[:16]
+
+
+def examples_in(samples: Samples, loaded: LoadedModel) -> float:
+    """The number of samples, in units of the size of the model's example: a long text counts as several."""
+    return len(samples) * samples.load(0).numel() / loaded.example[0].numel()
 
 
 def warn_degenerate(samples: Samples, look_at: int = 64) -> list[str]:

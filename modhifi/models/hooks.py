@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -52,14 +54,16 @@ def stop_before(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def stop_behind(module: nn.Module) -> Iterator[None]:
-    """Ends a forward pass where the module ends."""
+def stop_behind(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Ends a forward pass where the module ends; the list that this yields then holds the module's output."""
+    outputs: list[Tensor] = []
 
-    def stop(*_: object) -> None:
+    def stop(_: nn.Module, args: object, output: Tensor) -> None:
+        outputs.append(output)
         raise StopForward
 
     with module.register_forward_hook(stop), suppress(StopForward):
-        yield
+        yield outputs
 
 
 @contextmanager
@@ -69,11 +73,7 @@ def batch_statistics(model: nn.Module, active: bool = True) -> Iterator[None]:
     The outputs of each BatchNorm then have the channel means and variances that the stored affine parameters
     prescribe, whatever the input (docs/method.md, synthetic data).
     """
-    norms = [
-        m
-        for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None and active
-    ]
+    norms = list(_norms(model).values()) if active else []
     settings = [
         (m.momentum, m.num_batches_tracked.clone() if m.num_batches_tracked is not None else None) for m in norms
     ]
@@ -86,6 +86,45 @@ def batch_statistics(model: nn.Module, active: bool = True) -> Iterator[None]:
             norm.training, norm.momentum = False, momentum
             if count is not None and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.copy_(count)
+
+
+def _norms(model: nn.Module) -> dict[str, Any]:
+    """The BatchNorms that remember statistics, by name."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return {name: m for name, m in model.named_modules() if isinstance(m, kind) and m.running_mean is not None}
+
+
+# The variance and the mean of a BatchNorm's input, each (channels,), by its name and the number of the batch.
+Statistics = dict[tuple[str, int], tuple[Tensor, Tensor]]
+
+
+@contextmanager
+def shared_statistics(original: nn.Module, edited: nn.Module, seen: Statistics, number: int) -> Iterator[None]:
+    """Makes the BatchNorms of a model normalise by the batch with that ``number``, and those of its edited copy by
+    what the original's have ``seen`` of it.
+
+    So both normalise alike, as by the statistics that they remember: of what an edit does to means and variances,
+    nothing is undone. What was taken from a running mean of the copy is taken here as well.
+    """
+    own, copied = _norms(original), _norms(edited)
+
+    def observe(name: str, forward: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
+        seen[name, number] = torch.var_mean(x.float(), [0, *range(2, x.ndim)], correction=0)
+        return forward(x, *args)
+
+    def reuse(name: str, forward: Callable[..., Tensor], *args: Any) -> Tensor:
+        norm, (variance, mean) = copied[name], seen[name, number]
+        kept = norm.running_mean, norm.running_var
+        norm.running_mean, norm.running_var = mean + kept[0] - own[name].running_mean, variance
+        try:
+            return forward(*args)
+        finally:
+            norm.running_mean, norm.running_var = kept
+
+    forwards = {norm: partial(observe, name, norm.forward) for name, norm in own.items()}
+    forwards |= {norm: partial(reuse, name, norm.forward) for name, norm in copied.items()}
+    with batch_statistics(original), standing_in(forwards):
+        yield
 
 
 @contextmanager

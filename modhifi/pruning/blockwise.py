@@ -11,7 +11,7 @@ from modhifi.calibration.block_stream import Stream, find_blocks, moments_by_blo
 from modhifi.calibration.memory import check_room, gram_bytes
 from modhifi.calibration.moments import Moments
 from modhifi.calibration.timeline import Timeline
-from modhifi.data.samples import Samples
+from modhifi.data.samples import Samples, examples_in
 from modhifi.errors import IndefiniteError
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.offload import staying
@@ -89,7 +89,7 @@ def prune_in_blocks(
     }
     if not all(len(names) == 1 for names in holders.values()):
         return None
-    check_room(loaded.model, structure)
+    check_room(loaded.model, structure, examples_in(samples, loaded), settings.sampling)
     widths = uniform_widths(loaded, structure, budget, settings)
     dense_shape = clone(loaded.model)
     curves: dict[str, Curve] = {}

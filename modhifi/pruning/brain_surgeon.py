@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from modhifi.calibration.low_rank import LowRank, as_tensor
 from modhifi.pruning.linalg import damped_inverse
 from modhifi.pruning.readers import Reader, ReaderPart
+from modhifi.pruning.span_surgeon import SpanStack
 
 # Readers of more columns lose their components in single precision, which costs half. Their inverse is still made in
 # double: badly conditioned Grams have none in single.
@@ -52,7 +54,8 @@ class Stack:
     def __init__(self, slots: Sequence[Slot], groups: int, n: int, ridge: float, wide: torch.dtype) -> None:
         self.slots, self.groups, self.n = slots, groups, n
         parts = [slot.part for slot in slots]
-        second, weight = torch.stack([p.second for p in parts]), pad_sequence([p.weight for p in parts], True)
+        second = torch.stack([as_tensor(p.second) for p in parts])
+        weight = pad_sequence([p.weight for p in parts], batch_first=True)
         device, d = second.device, second.shape[-1]
         self.m = parts[0].columns.shape[1]
         self.components = torch.stack([p.components for p in parts]).to(device)
@@ -261,12 +264,13 @@ class Elimination:
                 for group, readers in enumerate(groups):
                     same, part = readers[number], readers[number].parts()[at]
                     scale = None if same.scale is None else same.scale[part.group]
-                    key = (len(part.second), *part.columns.shape, scale is None, names and len(names))
+                    rows = part.second.factor.shape[1] if isinstance(part.second, LowRank) and len(parts) == 1 else 0
+                    key = (rows, len(part.second), *part.columns.shape, scale is None, names and len(names))
                     place = (number, at) if names is None else ()
                     stacks[*key, *place].append(Slot(group, number, part, scale, names))
         self.stacks = [
-            Stack(some, len(groups), self.n, ridge, wide)
-            for slots in stacks.values()
+            SpanStack(some, len(groups), self.n, ridge) if rows else Stack(some, len(groups), self.n, ridge, wide)
+            for (rows, *_), slots in stacks.items()
             for some in _filling(slots, len(groups))
         ]
         self.gone = torch.zeros(len(groups), self.n, dtype=torch.bool, device=groups[0][0].weight.device)

@@ -12,7 +12,7 @@ from modhifi.calibration.moments import Moments
 from modhifi.errors import IndefiniteError
 from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.local_error import local_error
-from modhifi.pruning.readers import applied_second
+from modhifi.pruning.readers import applied_second, second_of
 from modhifi.pruning.settings import PruneSettings
 from modhifi.structure.depth import inside, removed_parts
 from modhifi.structure.groups import Structure
@@ -55,8 +55,9 @@ def edit_reader(
     """Compensate one reader for the loss of some input channels (``positions``), in place."""
     weight = write_compensated(model, structure, name, positions, moments, settings)
     edited = weight_matrix(operator_at(model, name))  # rounded to the model's type
-    measured = moments.cov if structure.operators[name].sink is not None else moments.gram
-    errors, energies = zip(*map(local_error, weight, edited, measured), strict=True)
+    measured = second_of(moments, structure.operators[name].sink)
+    pairs = [local_error(weight[g], edited[g], measured[g]) for g in range(len(weight))]
+    errors, energies = zip(*pairs, strict=True)
     return LayerError(name, sum(errors), sum(energies))
 
 
@@ -94,7 +95,7 @@ def compensated(
     blocks = torch.arange(columns, device=weight.device).view(-1, kernel)
     edit = COMPENSATIONS[settings.compensate].edit
     try:
-        parts = [edit(w, s, blocks, k, settings.ridge) for w, s, k in zip(weight, second, kept, strict=True)]
+        parts = [edit(weight[g], second[g], blocks, kept[g], settings.ridge) for g in range(groups)]
     except IndefiniteError:
         raise IndefiniteError(structure.read_by(name)) from None
     return torch.stack(parts)

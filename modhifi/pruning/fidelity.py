@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from modhifi.calibration.low_rank import LowRank, Second, as_tensor
 from modhifi.pruning.linalg import factorise
 
 # The damping of a similarity matrix of unit diagonal: far above rounding, and far below any fidelity that is printed.
@@ -19,20 +20,30 @@ JITTER = 1e-10
 NUMBERS = 2**25
 
 
-def _ordered(weight: Tensor, second: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+def _ordered(weight: Tensor, second: Second, blocks: Tensor) -> tuple[Tensor, Second]:
     """The columns of the blocks alone, block after block: weight ``(out, n m)`` and second moment ``(n m, n m)``."""
     columns = blocks.reshape(-1)
     if len(columns) == len(second) and bool((columns == torch.arange(len(columns), device=columns.device)).all()):
         return weight, second
-    return weight[:, columns], second[columns][:, columns]
+    inside = second.restricted(columns) if isinstance(second, LowRank) else second[columns][:, columns]
+    return weight[:, columns], inside
+
+
+def _made(weight: Tensor, second: Second, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`_ordered` returns, with all entries of the second moment."""
+    weight, ordered = _ordered(weight, second, blocks)
+    return weight, as_tensor(ordered)
 
 
 def _energies(
-    weight: Tensor, second: Tensor, blocks: Tensor, product: Tensor | None = None
+    weight: Tensor, second: Second, blocks: Tensor, product: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``⟨Y_c, A_ci⟩`` and ``E‖A_ci‖²``, both ``(out, n)``, and ``E‖Y_c‖²``, ``(out,)``."""
     n, m = blocks.shape
-    inside = second[blocks[:, :, None], blocks[:, None, :]]
+    if isinstance(second, LowRank):
+        inside = second.blocks(blocks)
+    else:
+        inside = second[blocks[:, :, None], blocks[:, None, :]]
     weight, ordered = _ordered(weight, second, blocks)
     if product is None or ordered is not second:
         product = weight @ ordered
@@ -46,7 +57,7 @@ def _ratio(numerator: Tensor, denominator: Tensor, scale: Tensor) -> Tensor:
     return torch.where(denominator > scale.abs() * 1e-14, numerator / denominator, 0.0)
 
 
-def singleton_fidelity(weight: Tensor, second: Tensor, blocks: Tensor, product: Tensor | None = None) -> Tensor:
+def singleton_fidelity(weight: Tensor, second: Second, blocks: Tensor, product: Tensor | None = None) -> Tensor:
     """Fidelity of each component alone, ``s_ci = ⟨Y_c,A_ci⟩² / (E‖A_ci‖² E‖Y_c‖²)``, ``(out, n)`` in [0, 1].
 
     0 where a contribution or the whole channel has no energy. ``product`` is ``weight @ second`` where it is known.
@@ -65,14 +76,14 @@ def similarity(row: Tensor, second: Tensor, n: int) -> Tensor:
     return (half * row[:, None]).view(n, -1, n).sum(1)
 
 
-def subset_fidelity(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor) -> Tensor:
+def subset_fidelity(weight: Tensor, second: Second, blocks: Tensor, kept: Tensor) -> Tensor:
     """Share of each output channel's energy that the kept components explain with the best scalars, ``(out,)``.
 
     ``FS_c(C) = max_δ 1 − E‖Y_c − Σ_{i∈C} δ_i A_ci‖² / E‖Y_c‖²``; 1 for a channel without energy. Computed with a
     pseudo-inverse: a ridge would break monotonicity. ``kept`` int64 ``(k,)``.
     """
     result = torch.ones(len(weight), dtype=weight.dtype, device=weight.device)
-    weight, second = _ordered(weight, second, blocks)
+    weight, second = _made(weight, second, blocks)
     for channel, row in enumerate(weight):
         q = similarity(row, second, len(blocks))
         energy = q.sum()
@@ -84,7 +95,7 @@ def subset_fidelity(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor
     return result
 
 
-def prefix_fidelity(weight: Tensor, second: Tensor, blocks: Tensor, order: Tensor) -> Tensor:
+def prefix_fidelity(weight: Tensor, second: Second, blocks: Tensor, order: Tensor) -> Tensor:
     """Subset Fidelity of the first k components of an order, for every k and output channel, ``(out, n + 1)``.
 
     ``order`` int64 ``(out, n)``, or ``(n,)`` for all channels. With ``Q_c = LLᵀ`` in that order and ``y = L⁻¹ Q_c 1``,
@@ -92,7 +103,7 @@ def prefix_fidelity(weight: Tensor, second: Tensor, blocks: Tensor, order: Tenso
     """
     n, device = len(blocks), weight.device
     result = torch.ones(len(weight), n + 1, dtype=weight.dtype, device=device)
-    weight, second = _ordered(weight, second, blocks)
+    weight, second = _made(weight, second, blocks)
     orders = order.to(device).expand(len(weight), n)
     every = torch.vmap(lambda row: similarity(row, second, n))
     for channels in torch.arange(len(weight), device=device).split(max(1, NUMBERS // second.numel())):
@@ -113,19 +124,19 @@ def prefix_fidelity(weight: Tensor, second: Tensor, blocks: Tensor, order: Tenso
     return result
 
 
-def channel_energy(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
+def channel_energy(weight: Tensor, second: Second, blocks: Tensor) -> Tensor:
     """``E‖Y_c‖²`` of every output channel, ``(out,)``."""
     return _energies(weight, second, blocks)[2]
 
 
-def summed_similarity(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
+def summed_similarity(weight: Tensor, second: Second, blocks: Tensor) -> Tensor:
     """The similarity matrices of all output channels added up, ``Σ_c Q_c``, ``(n, n)``."""
     n, m = blocks.shape
-    weight, second = _ordered(weight, second, blocks)
+    weight, second = _made(weight, second, blocks)
     return ((weight.T @ weight) * second).view(n, m, n, m).sum((1, 3))
 
 
-def optimal_scalars(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor, ridge: float = 1e-4) -> Tensor:
+def optimal_scalars(weight: Tensor, second: Second, blocks: Tensor, kept: Tensor, ridge: float = 1e-4) -> Tensor:
     """The paper's scalars ``δ*_C = 1 + Q_CC⁻¹ Q_CC̄ 1`` of the kept components, ``(out, k)``.
 
     ``ridge`` is in units of the mean diagonal of ``Q_CC``; 0 uses the pseudo-inverse. Raises
@@ -134,7 +145,7 @@ def optimal_scalars(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor
     rest = torch.ones(len(blocks), dtype=torch.bool, device=weight.device)
     rest[kept] = False
     scales = torch.ones(len(weight), len(kept), dtype=weight.dtype, device=weight.device)
-    weight, second = _ordered(weight, second, blocks)
+    weight, second = _made(weight, second, blocks)
     for channel, row in enumerate(weight):
         q = similarity(row, second, len(blocks))
         own, gap = q[kept][:, kept], q[kept][:, rest].sum(1)
@@ -145,13 +156,13 @@ def optimal_scalars(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor
     return scales
 
 
-def energy_score(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
+def energy_score(weight: Tensor, second: Second, blocks: Tensor) -> Tensor:
     """How much of the reader's output energy each component explains alone, ``Σ_c E‖Y_c‖² s_ci``, ``(n,)``."""
     _, _, energy = _energies(weight, second, blocks)
     return (singleton_fidelity(weight, second, blocks) * energy[:, None]).sum(0)
 
 
-def wanda_score(weight: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
+def wanda_score(weight: Tensor, second: Second, blocks: Tensor) -> Tensor:
     """Energy of each contribution summed over channels, ``Σ_c E‖A_ci‖²``, ``(n,)``.
 
     For one column per component this is weight norm² times activation norm² (structured Wanda), and the squared row
@@ -168,7 +179,7 @@ def top_hifi(singletons: Tensor, k: int) -> Tensor:
     return member
 
 
-def hifi_size(weight: Tensor, second: Tensor, blocks: Tensor, eta: float) -> Tensor:
+def hifi_size(weight: Tensor, second: Second, blocks: Tensor, eta: float) -> Tensor:
     """Size of the smallest NAIVE set of fidelity at least ``eta`` per output channel, int64 ``(out,)``.
 
     Components are taken in order of singleton fidelity; the set's fidelity is exact (bisection, as it is monotone).

@@ -13,6 +13,8 @@ from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.hooks import attached, batch_statistics, on_input
 from modhifi.models.loaded import LoadedModel
+from modhifi.pruning.linalg import diagonals
+from modhifi.pruning.readers import second_of
 from modhifi.structure.groups import Structure
 from modhifi.structure.stacked import Stacked, operator_at
 
@@ -57,7 +59,7 @@ def unmeasured(
 
 def _finite(moments: Mapping[str, Moments]) -> dict[str, bool]:
     """Which moments are finite; by the Cauchy-Schwarz inequality the diagonal tells."""
-    peaks = [m.cov.diagonal(dim1=1, dim2=2).amax() + m.mean.abs().amax() for m in moments.values()]
+    peaks = [diagonals(second_of(m, "bias")).amax() + m.mean.abs().amax() for m in moments.values()]
     finite = torch.stack([peak.to(peaks[0].device) for peak in peaks]).isfinite().tolist() if peaks else []
     return dict(zip(moments, finite, strict=True))
 

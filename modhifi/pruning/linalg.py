@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import overload
 
 import torch
 from torch import Tensor
 
+from modhifi.calibration.low_rank import LowRank, Second
 from modhifi.errors import IndefiniteError
 
 # How often a ridge grows tenfold, where rounding has made a matrix indefinite, before that is an error.
@@ -16,26 +18,40 @@ GROWTHS = 4
 LEAF, LEAF_ON_GPU = 256, 1024
 
 
-def mean_diagonal(second: Tensor) -> Tensor:
+def diagonals(second: Second) -> Tensor:
+    """The diagonal of each matrix of ``(G, d, d)``, ``(G, d)``."""
+    return second.diagonals() if isinstance(second, LowRank) else second.diagonal(dim1=1, dim2=2)
+
+
+def mean_diagonal(second: Second) -> Tensor:
     """``tr S / d`` of each matrix of ``(G, d, d)``, ``(G,)``."""
-    return second.diagonal(dim1=1, dim2=2).mean(1)
+    return diagonals(second).mean(1)
 
 
-def shrinkage(second: Tensor, rows: int | Tensor) -> Tensor:
+def shrinkage(second: Second, rows: int | Tensor) -> Tensor:
     """The share of the identity that Oracle Approximating Shrinkage derives from the rows, float64 ``(G,)`` in [0, 1].
 
     ``second`` float64 ``(G, d, d)`` is of ``rows`` rows, one number or int64 ``(G,)``. Source: Chen, Wiesel, Eldar, Hero, IEEE Transactions on Signal
     Processing 2010.
     """
     d = second.shape[-1]
-    traces = second.diagonal(dim1=1, dim2=2).sum(1).square()
-    squares = torch.linalg.vector_norm(second, dim=(1, 2)).square()
+    traces = diagonals(second).sum(1).square()
+    if isinstance(second, LowRank):
+        squares = second.squares()
+    else:
+        squares = torch.linalg.vector_norm(second, dim=(1, 2)).square()
     gap = (rows + 1 - 2 / d) * (squares - traces / d)
     return torch.where(gap > 0, ((1 - 2 / d) * squares + traces) / gap, 1.0).clamp(0.0, 1.0)
 
 
-def shrunk(second: Tensor, share: Tensor, scale: Tensor) -> Tensor:
+@overload
+def shrunk(second: Tensor, share: Tensor, scale: Tensor) -> Tensor: ...
+@overload
+def shrunk(second: LowRank, share: Tensor, scale: Tensor) -> LowRank: ...
+def shrunk(second: Second, share: Tensor, scale: Tensor) -> Second:
     """``(1 − share) S + share · scale · I``; ``second`` ``(G, d, d)``, ``share`` and ``scale`` ``(G,)``."""
+    if isinstance(second, LowRank):
+        return second.shrunk(share, scale)
     result = second * (1 - share[:, None, None])
     result.diagonal(dim1=1, dim2=2).add_((share * scale)[:, None])
     return result

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from modhifi.calibration.low_rank import LowRank, Second
 
-def local_error(weight: Tensor, edited: Tensor, second: Tensor) -> tuple[float, float]:
+
+def local_error(weight: Tensor, edited: Tensor, second: Second) -> tuple[float, float]:
     """The expected squared change of a reader's output, and the output's energy, per row.
 
     ``tr[(W−Ŵ) S (W−Ŵ)ᵀ]`` and ``tr[W S Wᵀ]``: ``weight`` and ``edited`` float64 ``(o, d)``, ``second`` float64
@@ -13,6 +15,8 @@ def local_error(weight: Tensor, edited: Tensor, second: Tensor) -> tuple[float, 
     """
     gap = weight - edited
     through = gap @ second
+    if isinstance(second, LowRank):
+        return max(0.0, float((through * gap).sum())), max(0.0, float(((weight @ second) * weight).sum()))
     error, used = max(0.0, float((through * gap).sum())), edited.any(0)
     own = edited[:, used]
     # W = gap + edited: only the columns in use have to meet S once more

@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from modhifi.calibration.moments import Moments
+from modhifi.calibration.low_rank import LowRank, Second
+from modhifi.calibration.moments import Moments, Spanned
 from modhifi.pruning.fidelity import singleton_fidelity
 from modhifi.pruning.linalg import mean_diagonal, shrinkage, shrunk
 from modhifi.structure.groups import Group, Structure
@@ -30,7 +31,7 @@ class ReaderPart:
 
     group: int
     weight: Tensor
-    second: Tensor
+    second: Second
     components: Tensor
     columns: Tensor
 
@@ -46,7 +47,7 @@ class Reader:
     """
 
     weight: Tensor
-    second: Tensor
+    second: Second
     owner: Tensor
     columns: Tensor
     scale: Tensor | None = None
@@ -71,7 +72,15 @@ class Reader:
         ]
 
 
-def applied_second(moments: Moments, sink: str | None) -> Tensor:
+def second_of(moments: Moments, sink: str | None) -> Second:
+    """The covariance where a sink takes the mean, else the Gram, ``(G, d, d)``; of few rows as what they span."""
+    if isinstance(moments, Spanned):
+        rows = moments.rows.double() if sink is None else moments.centred
+        return LowRank(rows / moments.n**0.5, rows.new_zeros(len(rows)))
+    return moments.cov if sink is not None else moments.gram
+
+
+def applied_second(moments: Moments, sink: str | None) -> Second:
     """The matrix S to solve with, float64 ``(G, d, d)``: covariance where a sink takes the mean, else the Gram.
 
     A Gram of fewer rows than columns knows nothing of most directions, and removing them would look free. So S is
@@ -79,8 +88,8 @@ def applied_second(moments: Moments, sink: str | None) -> Tensor:
     Hero, IEEE Transactions on Signal Processing 2010) derives from the number of rows; it vanishes as rows grow. An
     expert that saw too few gets the identity: its neurons go by the norm of their weights.
     """
-    second = moments.cov if sink is not None else moments.gram
-    share, scale = shrinkage(second, moments.rows), mean_diagonal(second)
+    second = second_of(moments, sink)
+    share, scale = shrinkage(second, moments.counts), mean_diagonal(second)
     if bool(moments.few.any()):
         share = torch.where(moments.few, 1.0, share)
         scale = torch.where(moments.few, scale.clamp_min(UNSEEN * float(scale.mean())), scale)
@@ -108,7 +117,7 @@ def reader_of(
         if not behind_norms or sink in (None, "bias")
         else norm_scale(model.get_submodule(str(sink))).view(weight.shape[:2])
     )
-    second = weight.new_zeros(len(weight), 0, 0) if moments is None else applied_second(moments, sink)
+    second: Second = weight.new_zeros(len(weight), 0, 0) if moments is None else applied_second(moments, sink)
     return Reader(weight, second, owner, columns, scale)
 
 

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from modhifi.calibration.moments import Accumulator, Moments
+from modhifi.calibration.moments import Accumulator, Moments, PairedMoments, Spanned
 from modhifi.calibration.prefix_cache import MOST_BYTES, PrefixCache
 from modhifi.calibration.sampling import Sampling
 from modhifi.calibration.timeline import Timeline
 from modhifi.data.samples import Samples
 from modhifi.errors import IndefiniteError, ModhifiError
-from modhifi.models.hooks import batch_statistics, stop_before
+from modhifi.models.hooks import Statistics, batch_statistics, on_input, shared_statistics, stop_before, stop_behind
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
-from modhifi.pruning.compensations.lstsq import least_squares_towards
+from modhifi.pruning.compensations.lstsq import regression
 from modhifi.pruning.editing import LayerError
 from modhifi.pruning.linalg import mean_diagonal, shrinkage, shrunk
+from modhifi.pruning.readers import second_of
 from modhifi.pruning.settings import PruneSettings
 from modhifi.structure.clone import clone
 from modhifi.structure.groups import Structure
-from modhifi.structure.operators import absorb_mean, kernel_size, weight_matrix, write_weight
+from modhifi.structure.operators import absorb_mean, columns_of, kernel_size, weight_matrix, write_weight
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import removed_positions
 
@@ -38,9 +40,12 @@ def written_modules(structure: Structure, readers: Iterable[str]) -> list[str]:
 
 
 class PairedPasses:
-    """The dense model and its ``edited`` copy run on the same batches, from the first reader on that is still to edit.
+    """The dense model and its ``edited`` copy run on the same batches side by side, each module once in each.
 
-    What comes before is remembered for each of them, in ``most_bytes`` for both; :meth:`advance` moves on.
+    Both stop at one reader after the other: what comes before is remembered, in ``most_bytes`` for both, and batches
+    for which that is too little run again from the last point that is. Without ``dense`` the target of a reader is what
+    it puts out itself on the edited prefix, and the edited copy runs alone. On synthetic samples both normalise by the
+    batch statistics of the dense model (:func:`modhifi.models.hooks.shared_statistics`).
     """
 
     def __init__(
@@ -49,41 +54,83 @@ class PairedPasses:
         edited: nn.Module,
         samples: Samples,
         sampling: Sampling,
+        dense: bool = True,
         most_bytes: float = MOST_BYTES,
     ) -> None:
-        self.loaded, self.dense, self.edited = loaded, loaded.model, edited
+        self.loaded, self.model = loaded, edited
         self.samples, self.sampling = samples, sampling
         timeline = Timeline(loaded.model, lambda: loaded.logits(loaded.example))
-        self.caches = [
-            PrefixCache(model, partial(loaded.logits, model=model), timeline, most_bytes=most_bytes / 2)
-            for model in (self.dense, edited)
-        ]
 
-    def advance(self, written: Iterable[str]) -> None:
-        """Say that only the modules ``written`` are still to be edited."""
-        written = list(written)
-        for cache in self.caches:
-            cache.advance(written)
+        def cache(model: nn.Module) -> PrefixCache:
+            run = partial(loaded.run, model=model)
+            return PrefixCache(model, run, timeline, most_bytes=most_bytes / (1 + dense))
+
+        self.seen: Statistics = {}
+        self.edited, self.dense = cache(edited), cache(loaded.model) if dense else None
+
+    def advance(self, written: Iterable[str], later: Iterable[str]) -> None:
+        """Say that the modules ``written`` are still to be edited, and ``later`` all but those of the next reader."""
+        self.edited.advance(written)
+        if self.dense is not None and (later := list(later)):
+            self.dense.advance(later)  # as far as the next reader: its output is seen on the way
 
     @torch.no_grad()
-    def moments(self, reader: str) -> Moments:
-        """Moments of a reader's inputs in both models side by side: columns ``[x_dense, x_edited]``, ``(G, 2d, 2d)``.
+    def moments(self, reader: str, columns: Tensor, few_rows: bool = False) -> PairedMoments:
+        """Moments of some ``columns`` int64 ``(G, k)`` of a reader's input in the edited model, and of its target.
 
-        They lie where the reader's weights lie.
+        They lie where the reader's weights lie; with ``few_rows`` the covariance stands in the span of the rows.
         """
-        sums, first, adapted = Accumulator(), 0, self.samples.adapted
-        with batch_statistics(self.dense, adapted), batch_statistics(self.edited, adapted):
-            for batch in self.samples.batches(self.sampling.batch_size):
-                rows = [self._rows(cache, reader, first, batch) for cache in self.caches]
-                sums.add(torch.cat(rows, 1))
-                first += len(batch)
-        return sums.finish().to(next(self.edited.get_submodule(reader).parameters()).device)
+        module = self.model.get_submodule(reader)
+        pairs = self._rows(reader, columns)
+        if few_rows:
+            rows, targets = (torch.cat(parts, 2) for parts in zip(*pairs, strict=True))
+            paired = PairedMoments.of_rows(rows.double(), targets.double())
+        else:
+            sums = Accumulator(targets=len(weight_matrix(module)[0]))
+            for rows, targets in pairs:
+                sums.add(torch.cat([rows, targets], 1))
+            paired = sums.finish_paired()
+        return paired.to(next(module.parameters()).device)
 
-    def _rows(self, cache: PrefixCache, reader: str, first: int, batch: Tensor) -> Tensor:
-        module = cache.model.get_submodule(reader)
-        with stop_before(module) as inputs:
-            cache.run(first, batch)
-        return self.sampling.rows(module, inputs[0], first, len(self.samples), self.loaded.real_tokens(batch))
+    def _rows(self, reader: str, columns: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batch by batch the rows that the moments are of, ``(G, k, r)``, and their targets ``(G, out / G, r)``."""
+        first = 0
+        for batch in self.samples.batches(self.sampling.batch_size):
+            with self._statistics(first):
+                rows, targets = self._pair(reader, first, batch)
+            groups = torch.arange(len(rows), device=rows.device)[:, None]
+            yield rows[groups, columns.to(rows.device)], targets
+            first += len(batch)
+
+    def _statistics(self, first: int) -> AbstractContextManager[None]:
+        """Where BatchNorm normalises by the batch from sample ``first`` on: both models do so by the dense one's."""
+        if self.dense is None or not self.samples.adapted:
+            return batch_statistics(self.model, self.samples.adapted)
+        return shared_statistics(self.loaded.model, self.model, self.seen, first)
+
+    def _pair(self, reader: str, first: int, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch's rows of a reader in the edited model, ``(G, d, r)``, and their targets, ``(G, out / G, r)``."""
+        module, total, real = self.model.get_submodule(reader), len(self.samples), self.loaded.real_tokens(batch)
+        rows: list[Tensor] = []
+        targets: list[Tensor] = []
+
+        def read(x: Tensor) -> None:
+            rows.append(self.sampling.rows(module, x, first, total, real))
+
+        def put_out(_: nn.Module, args: object, y: Tensor) -> None:
+            targets.append(self.sampling.output_rows(module, y, first, total, real))
+
+        source = self.edited if self.dense is None else self.dense
+        goal = source.model.get_submodule(reader)
+        with on_input(module, read), goal.register_forward_hook(put_out):
+            source.fill(first, batch)
+            if not targets:  # it is not part of what comes before the next one
+                with stop_behind(goal):
+                    source.run(first, batch)
+            if not rows:
+                with stop_before(module):
+                    self.edited.run(first, batch)
+        return rows[0], targets[0]
 
 
 def edit_sequentially(
@@ -91,13 +138,14 @@ def edit_sequentially(
     structure: Structure,
     plan: Plan,
     samples: Samples,
+    moments: Mapping[str, Moments],
     settings: PruneSettings,
     progress: Progress = silent,
 ) -> tuple[nn.Module, tuple[LayerError, ...]]:
     """A copy of the model in its own shapes with every touched reader compensated in order of execution.
 
-    ``settings.sequential`` is ``own``: the layer's dense weights applied to the pruned prefix; or ``dense``: the dense
-    model's output (docs/method.md, sequential).
+    ``moments`` are those of the dense model. ``settings.sequential`` is ``own``: the layer's dense weights applied to
+    the pruned prefix; or ``dense``: the dense model's output (docs/method.md, sequential).
     """
     edited = clone(loaded.model)
     if any(g.experts > 1 for g in structure.prunable if g.name in plan.kept):
@@ -106,46 +154,65 @@ def edit_sequentially(
         )
     removed = {name: at for (name, role), at in removed_positions(structure, plan).items() if role == "reader"}
     readers = [name for name in structure.operators if name in removed]
-    passes = PairedPasses(loaded, edited, samples, settings.sampling)
+    passes = PairedPasses(loaded, edited, samples, settings.sampling, dense=settings.sequential == "dense")
     errors = []
     for number, reader in enumerate(readers):
         progress("compensating", number, len(readers))
-        passes.advance(written_modules(structure, readers[number:]))
-        both = passes.moments(reader)
+        passes.advance(*(written_modules(structure, readers[at:]) for at in (number, number + 1)))
         try:
-            errors.append(_compensate(edited, structure, reader, removed[reader], both, settings))
+            errors.append(compensate(passes, structure, reader, removed[reader], moments[reader], settings))
         except IndefiniteError:
             raise IndefiniteError(structure.read_by(reader)) from None
     progress("compensating", len(readers), len(readers))
     return edited, tuple(errors)
 
 
-def _compensate(
-    edited: nn.Module, structure: Structure, reader: str, removed: Tensor, both: Moments, settings: PruneSettings
+def compensate(
+    passes: PairedPasses,
+    structure: Structure,
+    reader: str,
+    removed: Tensor,
+    dense: Moments,
+    settings: PruneSettings,
 ) -> LayerError:
-    """Write a reader's new weights for the loss of the input channels ``removed``, from the moments of both models."""
-    module, sink = edited.get_submodule(reader), structure.operators[reader].sink
-    weight = weight_matrix(module)
-    groups, _, d = weight.shape
-    kernel = kernel_size(module)
-    channels = torch.ones(groups * d // kernel, dtype=torch.bool)
-    channels[removed] = False
-    kept = channels.view(groups, -1).repeat_interleave(kernel, 1).to(weight.device)
-    joint = both.cov if sink is not None else both.gram
-    # which input the layer should answer to: the dense model's, or the pruned prefix's own
-    want, own = slice(0, d) if settings.sequential == "dense" else slice(d, 2 * d), slice(d, 2 * d)
-    share, scale = shrinkage(joint[:, own, own], both.n), mean_diagonal(joint[:, own, own])
-    solved_cross, solved_own = shrunk(joint[:, want, own], share, scale), shrunk(joint[:, own, own], share, scale)
-    parts = zip(weight, solved_cross, solved_own, kept, strict=True)
-    result = torch.stack([least_squares_towards(*part, settings.ridge) for part in parts])
-    write_weight(module, result)
-    stored, error, energy = weight_matrix(module), 0.0, 0.0  # rounded to the model's type
-    for g in range(groups):
-        cross, second, goal = joint[g, want, own], joint[g, own, own], joint[g, want, want]
-        gain = float(((weight[g] @ goal) * weight[g]).sum())
-        error += gain + float(((stored[g] @ second - 2 * weight[g] @ cross) * stored[g]).sum())
-        energy += gain
+    """Write a reader's new weights for the loss of the input channels ``removed`` into the edited model.
+
+    The moments of its input in the ``dense`` model, of as many rows, say how much the solved matrix is shrunk and in
+    what units it is damped.
+    """
+    module, sink = passes.model.get_submodule(reader), structure.operators[reader].sink
+    columns = _kept_columns(module, removed)
+    second = second_of(dense, sink)
+    share, scale = shrinkage(second, dense.n), mean_diagonal(second)
+    whole = weight_matrix(module)
+    places = columns[:, None].expand(-1, whole.shape[1], -1)
+    weight = whole.gather(2, places)
+    paired = passes.moments(reader, columns, isinstance(dense, Spanned))
+    solved = paired.uncentred if sink is None else paired
+    target = solved.cross * (1 - share[:, None, None]) + weight * (share * scale)[:, None, None]
+    damped = shrunk(solved.cov, share, scale)
+    parts = [
+        regression(weight[g], target[g], damped[g], unit or 1.0, settings.ridge)
+        for g, unit in enumerate(scale.tolist())
+    ]
+    result = torch.stack(parts)
+    write_weight(module, torch.zeros_like(whole).scatter_(2, places, result))
     if sink is not None:
-        shift = (weight @ both.mean[:, want, None] - result @ both.mean[:, own, None]).reshape(-1)
-        absorb_mean(edited, reader, sink, shift)
+        shift = (paired.target - (result @ paired.mean[:, :, None])[:, :, 0]).reshape(-1)
+        if getattr(module, "bias", None) is not None:
+            shift -= module.get_parameter("bias")
+        absorb_mean(passes.model, reader, sink, shift)
+    stored = weight_matrix(module).gather(2, places)  # rounded to the model's type
+    energy = float(solved.energy.sum())
+    error = energy + float(((stored @ solved.cov - 2 * solved.cross) * stored).sum())
     return LayerError(reader, max(0.0, error), energy)
+
+
+def _kept_columns(module: nn.Module, removed: Tensor) -> Tensor:
+    """The columns of a reader's matrix that stay without the input channels ``removed``, int64 ``(G, k)``."""
+    groups, width = columns_of(module)
+    kernel = kernel_size(module)
+    stays = torch.ones(groups * width // kernel, dtype=torch.bool)
+    stays[removed] = False
+    columns = stays.view(groups, -1).repeat_interleave(kernel, 1).nonzero()[:, 1].view(groups, -1)
+    return columns.to(module.get_parameter("weight").device)

@@ -18,7 +18,7 @@ from modhifi.calibration.gram_quality import GramQuality
 from modhifi.calibration.memory import check_room, gram_bytes
 from modhifi.calibration.moments import Moments
 from modhifi.calibration.sampling import Sampling
-from modhifi.data.samples import Samples
+from modhifi.data.samples import Samples, examples_in
 from modhifi.errors import IndefiniteError, ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
@@ -148,7 +148,7 @@ def measure_moments(
     """
     if all(group.parts for group in structure.prunable):
         return {}
-    check_room(loaded.model, structure)
+    check_room(loaded.model, structure, examples_in(samples, loaded), sampling)
     readers = dict(operator_modules(loaded.model, structure.prunable))
     routed = any(isinstance(module, Stacked) for module in readers.values())
     stored = None if cache is None or team.count > 1 or routed else cache.open(loaded, readers, samples, sampling)
@@ -325,5 +325,5 @@ def apply_plan(
     else:
         if not COMPENSATIONS[settings.compensate].least_squares or samples is None:
             raise ModhifiError("--sequential goes with --compensate lstsq only")
-        dense_shape, errors = edit_sequentially(loaded, structure, plan, samples, settings, progress)
+        dense_shape, errors = edit_sequentially(loaded, structure, plan, samples, moments, settings, progress)
     return Pruned(shrink(dense_shape, structure, plan), structure, plan, {}, errors)

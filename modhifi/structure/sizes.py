@@ -162,7 +162,7 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
         place = getattr(*holder(model, name))
         if isinstance(place, Tensor) and (name in tables or place.ndim < 3):
             role = tables.get(name)
-            total = {"biases": place.numel(), "matrices": len(place)}.get(str(role), place.shape[last_wide(place)])
+            total = {"biases": place.numel(), "matrices": place.shape[0]}.get(str(role), place.shape[last_wide(place)])
             if not isinstance(place, nn.Parameter):
                 continue
             terms.append(Term(0, 0, place.numel(), {}, 0, outputs[name], total, parts=parts_of(name, whole)))

@@ -167,7 +167,8 @@ def test_sequential_errors_are_those_of_the_stored_weights(kind: str) -> None:
     # Nothing in front of the one reader is edited: both of its prefixes are the dense one.
     second = measure_moments(loaded, pruned.structure, samples, settings.sampling)[error.reader].cov
     gap = weight_matrix(dense_shape.head) - weight_matrix(loaded.model.head)
-    assert error.error == pytest.approx(float(((gap @ second) * gap).sum()), rel=1e-6)
+    # The target is what the layer puts out, which is rounded as well.
+    assert error.error == pytest.approx(float(((gap @ second) * gap).sum()), rel=5e-3)
 
 
 class NormFirst(nn.Module):

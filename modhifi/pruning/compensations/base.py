@@ -8,19 +8,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from modhifi.calibration.low_rank import Second
 from modhifi.registry import Registry
 
 
 class Edit(Protocol):
     """New weights of a reader, float64 ``(o, d)``, zero in the columns of the components that go.
 
-    ``weight`` float64 ``(o, d)``; ``second`` float64 ``(d, d)``, the matrix S that applies; ``blocks`` int64
-    ``(n, m)``, the m columns of each of n components; ``kept`` bool ``(n,)``; ``ridge`` in units of the mean diagonal
-    of what is solved with. Columns outside every block belong to nothing that goes. Raises
+    ``weight`` float64 ``(o, d)``; ``second`` float64 ``(d, d)``, the matrix S that applies, or what stands for it;
+    ``blocks`` int64 ``(n, m)``, the m columns of each of n components; ``kept`` bool ``(n,)``; ``ridge`` in units of
+    the mean diagonal of what is solved with. Columns outside every block belong to nothing that goes. Raises
     :class:`modhifi.errors.IndefiniteError` where no damping makes a solution.
     """
 
-    def __call__(self, weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor, ridge: float) -> Tensor: ...
+    def __call__(self, weight: Tensor, second: Second, blocks: Tensor, kept: Tensor, ridge: float) -> Tensor: ...
 
 
 @dataclass(frozen=True)

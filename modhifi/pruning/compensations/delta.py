@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from modhifi.calibration.low_rank import Second
 from modhifi.pruning.compensations.base import COMPENSATIONS, Compensation, kept_columns
 from modhifi.pruning.compensations.lstsq import least_squares
 from modhifi.pruning.fidelity import optimal_scalars
 
 
-def edit(weight: Tensor, second: Tensor, blocks: Tensor, kept: Tensor, ridge: float) -> Tensor:
+def edit(weight: Tensor, second: Second, blocks: Tensor, kept: Tensor, ridge: float) -> Tensor:
     """Each kept block of each output channel times its scalar δ*; columns outside every block stay as they are.
 
     With one column for each component and none outside, a scalar for every weight is as free as the weight: that is

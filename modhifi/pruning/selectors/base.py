@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modhifi.calibration.low_rank import Second
 from modhifi.pruning.readers import Reader
 from modhifi.registry import Registry
 
@@ -58,7 +59,7 @@ def register_selector(name: str, order: Order, summary: str = "", source: str = 
     SELECTORS.register(Selector(name, summary, source, order))
 
 
-Score = Callable[[Tensor, Tensor, Tensor], Tensor]
+Score = Callable[[Tensor, Second, Tensor], Tensor]
 """From weight ``(o, d)``, second moment ``(d, d)`` and columns ``(n, m)`` to one figure a component, ``(n,)``."""
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from modhifi.calibration.low_rank import Second
 from modhifi.pruning.selectors.base import SELECTORS, Selector, lowest_first
 
 
-def squared_norm(weight: Tensor, second: Tensor, columns: Tensor) -> Tensor:
+def squared_norm(weight: Tensor, second: Second, columns: Tensor) -> Tensor:
     """``‖W_i‖²``, the squared Frobenius norm of each component's columns ``(n, m)`` of ``weight`` ``(o, d)``, ``(n,)``.
 
     ``second`` is not read.
