@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,31 @@ class Moments:
     def to(self, device: torch.device) -> Moments:
         """The same moments on another device."""
         return Moments(self.n, self.mean.to(device), self.cov.to(device))
+
+
+def combined(parts: Sequence[tuple[float, Mapping[str, Moments]]]) -> dict[str, Moments]:
+    """Moments of a mixture from those of its sources, each behind its share of the total mass, reader by reader.
+
+    They are those of all rows together where a row of a source weighs its share over the source's rows. ``n`` is Kish's
+    effective number of rows, ``1 / Σ share² / n`` (Kish, Survey Sampling, 1965), which is what an estimate from rows of
+    unequal weight is worth. A reader that does not run on some source is left to the others.
+    """
+    if len(parts) == 1:
+        return dict(parts[0][1])
+    names = dict.fromkeys(name for _, moments in parts for name in moments)
+    return {name: _combined([(share, m[name]) for share, m in parts if name in m]) for name in names}
+
+
+def _combined(parts: Sequence[tuple[float, Moments]]) -> Moments:
+    total = sum(share for share, _ in parts)
+    weighed = [(share / total, moments) for share, moments in parts]
+    rows = 1 / sum(weight**2 / moments.n for weight, moments in weighed)
+    mean = torch.stack([weight * moments.mean for weight, moments in weighed]).sum(0)
+    cov = torch.zeros_like(weighed[0][1].cov)
+    for weight, moments in weighed:
+        gap = moments.mean - mean
+        cov.add_(moments.cov, alpha=weight).baddbmm_(gap[:, :, None], gap[:, None, :], alpha=weight)
+    return Moments(round(rows), mean, cov)
 
 
 # A product of two numbers of these types is exact in single precision, in which it is added up.

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from modhifi.calibration.moments import Accumulator, Moments
+from modhifi.calibration.moments import Accumulator, Moments, combined
 from modhifi.calibration.prefix_cache import MOST_BYTES, PrefixCache
 from modhifi.calibration.sampling import Sampling
 from modhifi.calibration.timeline import Timeline
@@ -71,19 +71,27 @@ class PairedPasses:
 
         They lie where the reader's weights lie.
         """
-        sums, first, adapted = Accumulator(), 0, self.samples.adapted
+        parts, before = list[tuple[float, dict[str, Moments]]](), 0
+        for share, source in self.samples.by_source():
+            parts.append((share, {reader: self._moments(reader, source, before)}))
+            before += len(source)
+        return combined(parts)[reader].to(next(self.edited.get_submodule(reader).parameters()).device)
+
+    def _moments(self, reader: str, samples: Samples, before: int) -> Moments:
+        """Those over the samples of one source, in front of which others have ``before`` samples."""
+        sums, first, adapted = Accumulator(), 0, samples.adapted
         with batch_statistics(self.dense, adapted), batch_statistics(self.edited, adapted):
-            for batch in self.samples.batches(self.sampling.batch_size):
-                rows = [self._rows(cache, reader, first, batch) for cache in self.caches]
+            for batch in samples.batches(self.sampling.batch_size):
+                rows = []
+                for cache in self.caches:
+                    module = cache.model.get_submodule(reader)
+                    with stop_before(module) as inputs:
+                        cache.run(before + first, batch)
+                    real = self.loaded.real_tokens(batch)
+                    rows.append(self.sampling.rows(module, inputs[0], first, len(samples), real))
                 sums.add(torch.cat(rows, 1))
                 first += len(batch)
-        return sums.finish().to(next(self.edited.get_submodule(reader).parameters()).device)
-
-    def _rows(self, cache: PrefixCache, reader: str, first: int, batch: Tensor) -> Tensor:
-        module = cache.model.get_submodule(reader)
-        with stop_before(module) as inputs:
-            cache.run(first, batch)
-        return self.sampling.rows(module, inputs[0], first, len(self.samples), self.loaded.real_tokens(batch))
+        return sums.finish()
 
 
 def edit_sequentially(
