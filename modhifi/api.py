@@ -14,7 +14,7 @@ from torch import nn
 
 from modhifi.bounds.ladder import BoundReport
 from modhifi.calibration.cache import MomentCache
-from modhifi.data.in_memory import Data, first_items, several_inputs, source_name
+from modhifi.data.in_memory import Data, first_items, held_items, several_inputs, source_name
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
@@ -71,9 +71,9 @@ def prune(
     Exactly one budget is given: ``ratio`` of the components removed, or a share of ``params``, ``flops``,
     ``kv_cache``, ``latency`` or ``experts`` of every mixture kept (``"0.5x"``); a latency may be a time (``"12ms"``).
     ``data``: a source string, samples, or items that you hold: a tensor ``(n, C, H, W)`` of model-ready inputs, a list
-    of tensors or PIL images, a map-style Dataset. ``evaluate`` holds out other data; by default it is a disjoint part
-    of ``data``. ``window`` is tokens in an item of text; amounts that are not given are those of
-    `modhifi.runs.defaults`.
+    of tensors or PIL images, a map-style Dataset; or several of them, as ``"self,text:FILE@0.2"``, a list of such
+    texts or a `modhifi.Mixture`. ``evaluate`` holds out other data; by default it is a disjoint part of ``data``.
+    ``window`` is tokens in an item of text; amounts that are not given are those of `modhifi.runs.defaults`.
     ``method``, ``timing`` and ``checks``: the keys of those parts of a recipe; ``bounds`` of the result answer the
     checks. With ``out`` the artefact is written there; ``export`` adds a file ``onnx`` or ``pt2``. ``cache`` is a
     directory where moments are kept: a second budget then needs no second pass over the data. ``offload``: weights stay
@@ -502,7 +502,7 @@ def _path_text(path: str | Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _data_name(data: Data | None) -> str | None:
+def _data_name(data: Data | None) -> str | list[str] | None:
     return None if data is None else source_name(data)
 
 
@@ -524,6 +524,7 @@ def _loaded(model: Model, data: Data) -> LoadedModel:
     inner, _ = unwrapped(model)
     if isinstance(getattr(inner, "pretrained_cfg", None), dict) or hasattr(inner, "main_input_name"):
         return load_model(model)
+    data = held_items(data)
     if isinstance(data, str):
         raise ModhifiError("a module of your own needs tensors as data, or modhifi.load_model(module, example=BATCH)")
     example = next(data.batches(2)) if isinstance(data, Samples) else first_items(data)

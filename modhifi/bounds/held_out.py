@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -54,6 +54,15 @@ class HeldOut:
 
     def __len__(self) -> int:
         return len(self.agreement)
+
+    def subset(self, units: Sequence[int]) -> HeldOut:
+        """The table of some units, by their numbers; what is said of all of them together stays."""
+        columns: dict[str, Any] = {
+            field.name: column[list(units)]
+            for field in fields(self)
+            if isinstance(column := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **columns)
 
     @property
     def sequences(self) -> bool:

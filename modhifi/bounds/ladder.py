@@ -131,7 +131,10 @@ def verify_model(
         judged = tuple(unsettled(verdict, unsteady) for verdict in judged)
     verdicts = (self_test(violations, count), *judged)
     warnings = [] if unsteady is None else [unsteady]
-    if held.synthetic:
+    if held.sources:
+        shares = ", ".join(f"{source.name} {source.share:.3g}" for source in held.sources)
+        warnings.append(f"the held-out data is a mixture ({shares}): the statistical bounds speak of that mixture only")
+    elif held.synthetic:
         warnings.append("the held-out data is synthetic: the statistical bounds speak of synthetic data only")
     if held.units is not None and (documents := len(set(held.units))) < len(held):
         warnings.append(
@@ -188,6 +191,8 @@ def verify_unlearned(
 
 def _population(table: HeldOut, held: Samples) -> str:
     kind = "sequences" if table.sequences else "images"
+    if held.sources:
+        return f"held-out {kind} of a mixture (it speaks of that mixture only)"
     return f"synthetic {kind} (it speaks of synthetic {kind} only)" if held.synthetic else f"held-out {kind}"
 
 

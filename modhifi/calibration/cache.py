@@ -30,11 +30,16 @@ PARTS = ("shift", "first", "second", "held")
 
 
 class MomentCache:
-    """The stored moments of one run; ``remark`` says what came from them, empty if nothing did."""
+    """The stored moments of one run; ``remarks`` say what came from them, pass by pass, and what was not kept."""
 
     def __init__(self, directory: Path) -> None:
         self.entries = Cache(directory)
-        self.remark = ""
+        self.remarks: list[str] = []
+
+    @property
+    def remark(self) -> str:
+        """The remarks in one line, empty if there is none."""
+        return "; ".join(self.remarks)
 
     def open(
         self, loaded: LoadedModel, readers: Mapping[str, nn.Module], samples: Samples, sampling: Sampling
@@ -64,7 +69,7 @@ class StoredSums:
             own = {part: tensor for part in PARTS if (tensor := self._tensors.pop(f"{name}.{part}", None)) is not None}
             sums[name].restore(count, {part: tensor.to(device) for part, tensor in own.items()})
         whole = self.done == self.total
-        self.cache.remark = (
+        self.cache.remarks.append(
             f"moments of {self.done} of {self.total} samples were taken from the cache"
             + (", the rest measured" if not whole else "")
             + f"; {self.seconds:.1f} s saved"
@@ -83,7 +88,7 @@ class StoredSums:
         }
         if not self.cache.entries.write(self.name, tensors, facts) and done == self.total:
             size = sum(tensor.nbytes for tensor in tensors.values())
-            self.cache.remark = (
+            self.cache.remarks.append(
                 f"moments of {size / 1e9:.3g} GB were not kept: the cache's limit or its disk is too small"
             )
         self._written = time.perf_counter()

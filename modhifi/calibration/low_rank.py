@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -95,3 +96,15 @@ def add_outer(second: Second, vector: Tensor) -> Second:
     if isinstance(second, LowRank):
         return replace(second, factor=torch.cat([second.factor, vector[..., None]], -1))
     return second + vector[..., None] * vector[..., None, :]
+
+
+def mixed(parts: Sequence[tuple[float, Second]]) -> Second:
+    """The weighted sum of second moments, in the span of all their rows where each stands in that of its own."""
+    spanned = [(weight, second) for weight, second in parts if isinstance(second, LowRank)]
+    if len(spanned) == len(parts):
+        factor = torch.cat([weight**0.5 * second.factor for weight, second in spanned], -1)
+        return LowRank(factor, torch.stack([weight * second.constant for weight, second in spanned]).sum(0))
+    total = torch.zeros_like(as_tensor(parts[0][1]))
+    for weight, second in parts:
+        total.add_(as_tensor(second), alpha=weight)
+    return total

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from modhifi.calibration.low_rank import LowRank, Second, add_outer
+from modhifi.calibration.low_rank import LowRank, Second, add_outer, as_tensor, mixed
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,58 @@ class PairedMoments:
         """The same moments on another device."""
         mean, target, energy, cross = (t.to(device) for t in (self.mean, self.target, self.energy, self.cross))
         return PairedMoments(self.n, mean, self.cov.to(device), target, energy, cross)
+
+
+def combined(parts: Sequence[tuple[float, Mapping[str, Moments]]]) -> dict[str, Moments]:
+    """Moments of a mixture from those of its sources, each behind its share of the total mass, reader by reader.
+
+    They are those of all rows together where a row of a source weighs its share over the source's rows. ``n`` is Kish's
+    effective number of rows, ``1 / Σ share² / n`` (Kish, Survey Sampling, 1965), which is what an estimate from rows of
+    unequal weight is worth. A reader that does not run on some source is left to the others.
+    """
+    if len(parts) == 1:
+        return dict(parts[0][1])
+    names = dict.fromkeys(name for _, moments in parts for name in moments)
+    return {name: _combined([(share, m[name]) for share, m in parts if name in m]) for name in names}
+
+
+def _combined(parts: Sequence[tuple[float, Moments]]) -> Moments:
+    weights, n = _weighed([(share, moments.n) for share, moments in parts])
+    mean, cov = _mixed(weights, [(moments.mean, moments.cov) for _, moments in parts])
+    seen = [moments.seen for _, moments in parts]
+    known = [counts for counts in seen if counts is not None]
+    return Moments(n, mean, as_tensor(cov), torch.stack(known).sum(0) if known else None)
+
+
+def combined_pairs(parts: Sequence[tuple[float, PairedMoments]]) -> PairedMoments:
+    """What :func:`combined` is for one reader's inputs, for inputs with their targets."""
+    if len(parts) == 1:
+        return parts[0][1]
+    weights, n = _weighed([(share, moments.n) for share, moments in parts])
+    mean, cov = _mixed(weights, [(moments.mean, moments.cov) for _, moments in parts])
+    weighed = [(weight, moments) for weight, (_, moments) in zip(weights, parts, strict=True)]
+    target = torch.stack([weight * moments.target for weight, moments in weighed]).sum(0)
+    energy, cross = torch.zeros_like(target), torch.zeros_like(parts[0][1].cross)
+    for weight, moments in weighed:
+        gap = moments.target - target
+        energy += weight * (moments.energy + gap.square())
+        cross += weight * (moments.cross + gap[:, :, None] * (moments.mean - mean)[:, None])
+    return PairedMoments(n, mean, cov, target, energy, cross)
+
+
+def _weighed(parts: Sequence[tuple[float, int]]) -> tuple[list[float], int]:
+    """The shares, which add up to 1, and Kish's effective number of rows."""
+    total = sum(share for share, _ in parts)
+    weights = [share / total for share, _ in parts]
+    return weights, round(1 / sum(weight**2 / n for weight, (_, n) in zip(weights, parts, strict=True)))
+
+
+def _mixed(weights: Sequence[float], parts: Sequence[tuple[Tensor, Second]]) -> tuple[Tensor, Second]:
+    """Mean and covariance of a mixture, from those of its parts."""
+    mean = torch.stack([weight * own for weight, (own, _) in zip(weights, parts, strict=True)]).sum(0)
+    return mean, mixed(
+        [(weight, add_outer(cov, own - mean)) for weight, (own, cov) in zip(weights, parts, strict=True)]
+    )
 
 
 # A product of two numbers of these types is exact in single precision, in which it is added up.

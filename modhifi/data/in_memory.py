@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from modhifi.data.mixture import Mixture, is_named
 from modhifi.data.samples import Samples, digest
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
@@ -23,8 +24,8 @@ class Indexed(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-Data = str | Samples | Indexed
-"""A source string (see :func:`modhifi.data.load_samples`), samples, or items that a program holds."""
+Data = str | Samples | Indexed | Mixture
+"""Source strings (see :func:`modhifi.data.sources.load_samples`), samples, items that a program holds, or several."""
 
 
 def from_items(
@@ -114,6 +115,7 @@ def _is_labelled(item: Any) -> bool:
 
 def several_inputs(data: Data) -> Any:
     """An example batch of two items that have several inputs each; None for data of another kind."""
+    data = held_items(data)
     if isinstance(data, str | Samples | Tensor | Mapping) or not isinstance(data, Indexed) or not len(data):
         return None
     items = [data[i] for i in (0, min(1, len(data) - 1))]
@@ -130,10 +132,20 @@ def first_items(items: Indexed, count: int = 2) -> Tensor:
     return next(samples.batches(count))
 
 
-def source_name(data: Data) -> str:
-    """What a recipe calls data: the source string, or ``python:TYPE`` for what a program holds."""
+def held_items(data: Data) -> str | Samples | Indexed:
+    """The first source of a mixture that is no string, else its first; other data is what it is."""
+    sources: tuple[str | Samples | Indexed, ...] = Mixture.of(data).sources
+    return next((source for source in sources if not isinstance(source, str)), sources[0])
+
+
+def source_name(data: Data) -> str | list[str]:
+    """What a recipe calls data: the source string, ``python:TYPE`` for what a program holds, a list of both."""
     if isinstance(data, str):
         return data
+    if isinstance(data, Mixture):
+        return [f"{source_name(source)}@{share:.9g}" for source, share in data]
+    if is_named(data):
+        return [str(source) for source in data]  # type: ignore[union-attr]
     return f"python:{'Samples' if isinstance(data, Samples) else type(data).__name__}"
 
 

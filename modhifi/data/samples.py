@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,23 @@ def describe_data(samples: Samples) -> dict[str, Any]:
         "fingerprint": samples.fingerprint(),
         "hashes": list(samples.hashes),
         "synthetic": samples.synthetic,
+        **({"shares": {source.name: source.share for source in samples.sources}} if samples.sources else {}),
         "skipped": [list(item) for item in samples.skipped],
     }
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of several sources of a set of samples: its ``name`` and its ``share`` of the total mass, in (0, 1).
+
+    The other fields are what :class:`Samples` says of its own samples.
+    """
+
+    name: str
+    share: float
+    synthetic: bool
+    matched: bool
+    description: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +49,8 @@ class Samples:
     ``(n,)`` or None. ``synthetic`` inputs were drawn; ``matched`` ones among them have the moments that BatchNorm
     stores as nearly as real inputs, and are treated as such (see ``adapted``). ``skipped`` names the items that could
     not be read, each with the reason. ``units`` numbers the document that each item was cut from, where several come
-    from one: such items are not independent.
+    from one: such items are not independent. Of several ``sources``, ``origin`` has the number of every item's own;
+    their shares are of the total mass, whatever the numbers of their items are (see :meth:`by_source`).
     """
 
     load: Callable[[int], Tensor]
@@ -46,6 +62,8 @@ class Samples:
     skipped: tuple[tuple[str, str], ...] = ()
     units: tuple[int, ...] | None = None
     matched: bool = False
+    sources: tuple[Source, ...] = ()
+    origin: tuple[int, ...] = ()
 
     @property
     def adapted(self) -> bool:
@@ -99,6 +117,34 @@ class Samples:
             skipped=self.skipped,
             units=None if self.units is None else tuple(self.units[i] for i in chosen),
             matched=self.matched,
+            sources=self.sources,
+            origin=tuple(self.origin[i] for i in chosen) if self.sources else (),
+        )
+
+    def by_source(self) -> list[tuple[float, Samples]]:
+        """The items of each source, in order, behind its share of the total mass; all of it for a single source.
+
+        Sources without an item are left out, and the shares of the others add up to 1.
+        """
+        if not self.sources:
+            return [(1.0, self)]
+        places: dict[int, list[int]] = {}
+        for i, number in enumerate(self.origin):
+            places.setdefault(number, []).append(i)
+        total = sum(self.sources[number].share for number in places)
+        return [
+            (self.sources[number].share / total, self._of(self.sources[number], places[number]))
+            for number in sorted(places)
+        ]
+
+    def _of(self, source: Source, places: list[int]) -> Samples:
+        return replace(
+            self.subset(places),
+            description=source.description,
+            synthetic=source.synthetic,
+            matched=source.matched,
+            sources=(),
+            origin=(),
         )
 
     def fingerprint(self) -> str:

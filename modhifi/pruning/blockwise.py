@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modhifi.calibration.block_stream import Stream, find_blocks, moments_by_block
 from modhifi.calibration.memory import check_room, gram_bytes
-from modhifi.calibration.moments import Moments
+from modhifi.calibration.moments import Moments, combined
 from modhifi.calibration.timeline import Timeline
 from modhifi.data.samples import Samples, examples_in
 from modhifi.errors import IndefiniteError
@@ -98,19 +99,23 @@ def prune_in_blocks(
     errors: list[LayerError] = []
     left: dict[str, str] = {}
 
-    def batches() -> Iterable[Tensor]:
-        return samples.batches(settings.batch_size)
-
-    passes = moments_by_block(
-        Stream(loaded.model, blocks, loaded.run, timeline),
-        batches,
-        dict(operator_modules(loaded.model, structure.prunable)),
-        settings.sampling,
-        samples=len(samples),
-    )
+    readers = dict(operator_modules(loaded.model, structure.prunable))
+    passes = [
+        (
+            share,
+            moments_by_block(
+                Stream(loaded.model, blocks, loaded.run, timeline),
+                partial(source.batches, settings.batch_size),
+                readers,
+                settings.sampling,
+                samples=len(source),
+            ),
+        )
+        for share, source in samples.by_source()
+    ]
     for number, block in enumerate(blocks):
         progress("pruning blocks", number, len(blocks))
-        moments = next(passes)
+        moments = combined([(share, next(source)) for share, source in passes])
         inside = structure.select([g.name for g in structure.prunable if block in holders[g.name]])
         if not inside.prunable:
             continue

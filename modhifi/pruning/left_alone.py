@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
@@ -79,21 +79,28 @@ def _refuse_broken(loaded: LoadedModel, structure: Structure, samples: Samples, 
     layers = {name: operator_at(loaded.model, name) for name in names}
     plain = {name: layer for name, layer in layers.items() if not isinstance(layer, Stacked)}
     handles = [on_input(layer, partial(look, name)) for name, layer in plain.items()]
-    with attached(handles), batch_statistics(loaded.model, samples.adapted):
-        for start in range(0, len(samples), batch_size):
-            size = min(batch_size, len(samples) - start)
-            batch = next(samples.subset(range(start, start + size)).batches(size))
-            refuse_broken_items(batch, samples.names[start : start + size])
-            loaded.run(batch)
+    with attached(handles):
+        for few in _few_at_a_time(samples, batch_size):
+            batch = next(few.batches(batch_size))
+            refuse_broken_items(batch, few.names)
+            with batch_statistics(loaded.model, few.adapted):
+                loaded.run(batch)
             for module, rows in at.items():
                 group = next(g.name for g in structure.prunable if any(p.module == module for p in g.readers))
-                where = samples.names[start + rows[0]] if rows[0] < size else samples.names[start]
+                where = few.names[rows[0] if rows[0] < len(few) else 0]
                 half = next(loaded.model.parameters()).dtype == torch.float16
                 advice = "give the model in bfloat16 or float32" if half else "check the weights in front of it"
                 raise ModhifiError(
                     f"what the layer '{module}' of the group '{group}' reads is not finite on sample '{where}'; "
                     f"{advice}"
                 )
+
+
+def _few_at_a_time(samples: Samples, size: int) -> Iterator[Samples]:
+    """The samples of every source in order, at most ``size`` in one piece."""
+    for _, source in samples.by_source():
+        for start in range(0, len(source), size):
+            yield source.subset(range(start, min(start + size, len(source))))
 
 
 def refuse_broken_items(batch: Tensor, names: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from modhifi.calibration.moments import Accumulator, Moments, PairedMoments, Spanned
+from modhifi.calibration.moments import Accumulator, Moments, PairedMoments, Spanned, combined_pairs
 from modhifi.calibration.prefix_cache import MOST_BYTES, PrefixCache
 from modhifi.calibration.sampling import Sampling
 from modhifi.calibration.timeline import Timeline
@@ -81,36 +81,43 @@ class PairedPasses:
         They lie where the reader's weights lie; with ``few_rows`` the covariance stands in the span of the rows.
         """
         module = self.model.get_submodule(reader)
-        pairs = self._rows(reader, columns)
-        if few_rows:
-            rows, targets = (torch.cat(parts, 2) for parts in zip(*pairs, strict=True))
-            paired = PairedMoments.of_rows(rows.double(), targets.double())
-        else:
-            sums = Accumulator(targets=len(weight_matrix(module)[0]))
-            for rows, targets in pairs:
-                sums.add(torch.cat([rows, targets], 1))
-            paired = sums.finish_paired()
-        return paired.to(next(module.parameters()).device)
+        parts, first = list[tuple[float, PairedMoments]](), 0
+        for share, source in self.samples.by_source():
+            pairs = self._rows(reader, columns, source, first)
+            first += len(source)
+            if few_rows:
+                rows, targets = (torch.cat(pieces, 2) for pieces in zip(*pairs, strict=True))
+                paired = PairedMoments.of_rows(rows.double(), targets.double())
+            else:
+                sums = Accumulator(targets=len(weight_matrix(module)[0]))
+                for rows, targets in pairs:
+                    sums.add(torch.cat([rows, targets], 1))
+                paired = sums.finish_paired()
+            parts.append((share, paired))
+        return combined_pairs(parts).to(next(module.parameters()).device)
 
-    def _rows(self, reader: str, columns: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batch by batch the rows that the moments are of, ``(G, k, r)``, and their targets ``(G, out / G, r)``."""
+    def _rows(self, reader: str, columns: Tensor, samples: Samples, before: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batch by batch the rows that the moments are of, ``(G, k, r)``, and their targets, ``(G, out / G, r)``.
+
+        They are those of one source, in front of which others have ``before`` samples.
+        """
         first = 0
-        for batch in self.samples.batches(self.sampling.batch_size):
-            with self._statistics(first):
-                rows, targets = self._pair(reader, first, batch)
+        for batch in samples.batches(self.sampling.batch_size):
+            with self._statistics(samples.adapted, before + first):
+                rows, targets = self._pair(reader, samples, first, before, batch)
             groups = torch.arange(len(rows), device=rows.device)[:, None]
             yield rows[groups, columns.to(rows.device)], targets
             first += len(batch)
 
-    def _statistics(self, first: int) -> AbstractContextManager[None]:
+    def _statistics(self, adapted: bool, first: int) -> AbstractContextManager[None]:
         """Where BatchNorm normalises by the batch from sample ``first`` on: both models do so by the dense one's."""
-        if self.dense is None or not self.samples.adapted:
-            return batch_statistics(self.model, self.samples.adapted)
+        if self.dense is None or not adapted:
+            return batch_statistics(self.model, adapted)
         return shared_statistics(self.loaded.model, self.model, self.seen, first)
 
-    def _pair(self, reader: str, first: int, batch: Tensor) -> tuple[Tensor, Tensor]:
+    def _pair(self, reader: str, samples: Samples, first: int, before: int, batch: Tensor) -> tuple[Tensor, Tensor]:
         """A batch's rows of a reader in the edited model, ``(G, d, r)``, and their targets, ``(G, out / G, r)``."""
-        module, total, real = self.model.get_submodule(reader), len(self.samples), self.loaded.real_tokens(batch)
+        module, total, real = self.model.get_submodule(reader), len(samples), self.loaded.real_tokens(batch)
         rows: list[Tensor] = []
         targets: list[Tensor] = []
 
@@ -123,13 +130,13 @@ class PairedPasses:
         source = self.edited if self.dense is None else self.dense
         goal = source.model.get_submodule(reader)
         with on_input(module, read), goal.register_forward_hook(put_out):
-            source.fill(first, batch)
+            source.fill(before + first, batch)
             if not targets:  # it is not part of what comes before the next one
                 with stop_behind(goal):
-                    source.run(first, batch)
+                    source.run(before + first, batch)
             if not rows:
                 with stop_before(module):
-                    self.edited.run(first, batch)
+                    self.edited.run(before + first, batch)
         return rows[0], targets[0]
 
 

@@ -16,7 +16,7 @@ from modhifi.calibration.collect import collect
 from modhifi.calibration.distributed import ALONE, Processes, merged
 from modhifi.calibration.gram_quality import GramQuality
 from modhifi.calibration.memory import check_room, gram_bytes
-from modhifi.calibration.moments import Moments
+from modhifi.calibration.moments import Moments, combined
 from modhifi.calibration.sampling import Sampling
 from modhifi.data.samples import Samples, examples_in
 from modhifi.errors import IndefiniteError, ModhifiError
@@ -144,12 +144,31 @@ def measure_moments(
 ) -> dict[str, Moments]:
     """Moments of every reader of a prunable group that runs, in one pass per sample that ``cache`` does not know.
 
-    Each process of a ``team`` runs its share of the batches, without the cache; the moments are those of all shares.
+    Those of several sources are measured, and kept in the cache, source by source. Each process of a ``team`` runs its
+    share of the batches, without the cache; the moments are those of all shares.
     """
     if all(group.parts for group in structure.prunable):
         return {}
     check_room(loaded.model, structure, examples_in(samples, loaded), sampling)
     readers = dict(operator_modules(loaded.model, structure.prunable))
+    parts = [
+        (share, _measured(loaded, readers, source, sampling, progress, cache, team))
+        for share, source in samples.by_source()
+    ]
+    # Offloaded weights run elsewhere than they lie; the maths goes on where they lie.
+    return {name: m.to(next(readers[name].parameters()).device) for name, m in combined(parts).items()}
+
+
+def _measured(
+    loaded: LoadedModel,
+    readers: Mapping[str, nn.Module],
+    samples: Samples,
+    sampling: Sampling,
+    progress: Progress,
+    cache: MomentCache | None,
+    team: Processes,
+) -> dict[str, Moments]:
+    """Moments of the readers over the samples of one source."""
     routed = any(isinstance(module, Stacked) for module in readers.values())
     stored = None if cache is None or team.count > 1 or routed else cache.open(loaded, readers, samples, sampling)
     size = sampling.batch_size
@@ -175,9 +194,7 @@ def measure_moments(
         use_batch_statistics=samples.adapted,
         stored=stored,
     )
-    moments = merged(share, team)
-    # Offloaded weights run elsewhere than they lie; the maths goes on where they lie.
-    return {name: m.to(next(readers[name].parameters()).device) for name, m in moments.items()}
+    return merged(share, team)
 
 
 def removal_curves(

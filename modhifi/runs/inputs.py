@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from torch import nn
 
 from modhifi.calibration.block_stream import find_blocks
 from modhifi.calibration.timeline import Timeline
-from modhifi.data.in_memory import Data
+from modhifi.data.in_memory import Data, source_name
+from modhifi.data.mixture import Mixture, mixed
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
@@ -68,7 +69,8 @@ def local_paths(content: Any) -> Iterator[Path]:
             yield from local_paths(value)
     elif isinstance(content, str):
         behind = content.partition(":")[2]
-        for text in dict.fromkeys((content, behind, behind.rpartition(":")[0])):
+        # A share may stand behind a source in a mixture.
+        for text in dict.fromkeys((content, behind, behind.rpartition(":")[0], behind.rpartition("@")[0])):
             path = Path(os.path.expanduser(text))
             if text and os.path.exists(path):
                 yield path
@@ -92,7 +94,8 @@ def located(content: Any, keys: tuple[str, ...] = ()) -> Any:
         start = 0
     else:
         return content
-    for text in (content[start:], content[start:].rpartition(":")[0] if start else ""):
+    behind = content[start:]
+    for text in (behind, *((behind.rpartition(":")[0], behind.rpartition("@")[0]) if start else ())):
         if text and os.path.exists(os.path.expanduser(text)):
             return content[:start] + str(Path(os.path.expanduser(text)).absolute()) + content[start + len(text) :]
     return content
@@ -136,33 +139,60 @@ def load_data(
 ) -> tuple[Samples, Samples]:
     """Loads calibration and held-out samples, disjoint by content, and by document where text is cut from documents.
 
-    Raises ModhifiError where too few samples are left for either.
+    Of a mixture every source has as many calibration samples as are asked for, whose moments its share then weighs, and
+    its share of the held-out ones. Raises ModhifiError where too few samples are left for either.
     """
     data, seed = recipe.data, recipe.seed
-    source = data.source if given.data is None else given.data
+    source = Mixture.of(data.source if given.data is None else given.data)
     evaluate = data.evaluate if given.evaluate is None else given.evaluate
+    held_out = source if evaluate is None else Mixture.of(evaluate)
     assert data.samples is not None and data.evaluation_samples is not None
 
     def load(spec: Data, n: int) -> Samples:
         return load_samples(spec, loaded, n=n, seed=seed, window=data.window, progress=progress)
 
-    # Samples of one source are separated by document, which hashes of windows cannot do.
-    one_source = isinstance(evaluate, str) and isinstance(source, str) and evaluate == source
-    if evaluate is not None and not one_source:
-        calibration = load(source, data.samples)
-        seen = set(calibration.hashes)
-        held = load(evaluate, data.evaluation_samples + len(seen))
-        unseen = [i for i, h in enumerate(held.hashes) if h not in seen][: data.evaluation_samples]
-        if not unseen:
-            raise ModhifiError("every evaluation sample is also a calibration sample; give other data to --evaluate")
-        return calibration, held if len(unseen) == len(held) else held.subset(unseen)
-    samples = load(source, data.samples + data.evaluation_samples)
-    if len(samples) < 4:
-        raise ModhifiError(
-            f"{samples.description}: {len(samples)} different usable samples are too few to calibrate and to check; "
-            "give at least 4"
-        )
-    return samples.split(data.samples, data.evaluation_samples)
+    counts = held_out.counts(data.evaluation_samples)
+    parts: list[tuple[str, float, Samples]] = []
+    held: dict[int, Samples] = {}
+    for spec, share in source:
+        name = str(source_name(spec))
+        # Samples of one source are separated by document, which hashes of windows cannot do.
+        number = _number(spec, held_out, by_identity=evaluate is None)
+        if number is None:
+            parts.append((name, share, load(spec, data.samples)))
+            continue
+        samples = load(spec, data.samples + counts[number])
+        if len(samples) < 4:
+            raise ModhifiError(
+                f"{samples.description}: {len(samples)} different usable samples are too few to calibrate and to "
+                "check; give at least 4"
+            )
+        own, held[number] = samples.split(data.samples, counts[number])
+        parts.append((name, share, own))
+    calibration = mixed(parts)
+    seen = set(calibration.hashes)
+    for number, (spec, _) in enumerate(held_out):
+        samples = held[number] if number in held else load(spec, counts[number] + len(seen))
+        held[number] = _unseen(samples, seen, counts[number])
+    return calibration, mixed(
+        [(str(source_name(spec)), share, held[number]) for number, (spec, share) in enumerate(held_out)]
+    )
+
+
+def _number(spec: Data, mixture: Mixture, by_identity: bool) -> int | None:
+    """The number of a source in a mixture, None if it is not in there; what a program holds is known by identity."""
+    for number, (other, _) in enumerate(mixture):
+        if (isinstance(spec, str) and isinstance(other, str) and spec == other) or (by_identity and spec is other):
+            return number
+    return None
+
+
+def _unseen(held: Samples, seen: Collection[str], n: int) -> Samples:
+    """The first ``n`` samples that are not in ``seen``; raises ModhifiError where there is none."""
+    unseen = [i for i, h in enumerate(held.hashes) if h not in seen][:n]
+    if not unseen:
+        raise ModhifiError("every evaluation sample is also a calibration sample; give other data to --evaluate")
+    return held if len(unseen) == len(held) else held.subset(unseen)
 
 
 def place(loaded: LoadedModel, device: torch.device | str, offload: bool) -> None:

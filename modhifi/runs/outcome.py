@@ -118,10 +118,11 @@ def _remedies(recipe: PruneRecipe, kind: str) -> list[str]:
     budget = _halfway(recipe.budget)
     if budget:
         remedies.append(budget)
-    source = recipe.data.source
-    if source.startswith(("synthetic", "self")) and kind == "text":
+    given = recipe.data.source
+    sources = [given] if isinstance(given, str) else given
+    if all(source.startswith(("synthetic", "self")) for source in sources) and kind == "text":
         remedies.append("text of your own (--data text:FILE)")
-    elif source.startswith("synthetic") and kind == "image":
+    elif all(source.startswith("synthetic") for source in sources) and kind == "image":
         remedies.append("real images (--data images:DIR)")
     if kind == "image" and (recipe.data.samples or 0) < MANY:
         remedies.append(f"more samples (--samples {MANY})")

@@ -151,12 +151,14 @@ def measure_run(
             original.logits(batch, model)
 
     progress("checking", 0, 2)
-    errors: dict[str, Any] = {"n": len(held)} if table is None else table.summary()
+    errors: dict[str, Any] = {"n": len(held)} if table is None else _errors(original, held, table)
     errors["agreements"] = agreements(original, edited, held, batch_size)
-    if table is not None and original.kind == "text":
-        errors["perplexity_before"], errors["perplexity_after"] = table.perplexities()
-    if held.labels is not None and table is not None and table.top_before is not None:
-        errors["accuracy_before"], errors["accuracy_after"] = table.accuracies(held.labels)
+    if table is not None and held.sources:
+        errors["sources"] = [
+            {"source": source.name, "share": source.share, **_errors(original, held.subset(units), table.subset(units))}
+            for number, source in enumerate(held.sources)
+            if (units := [i for i, own in enumerate(held.origin) if own == number])
+        ]
     size = {
         "parameters": [measure.count_parameters(original.model), measure.count_parameters(edited)],
         "flops": [measure.count_flops(model, item, forward) for model in (original.model, edited)],
@@ -175,6 +177,16 @@ def measure_run(
         "throughput": _throughput(table),
         "latency": {name: vars(value) for name, value in latency.items()},
     }
+
+
+def _errors(original: LoadedModel, held: Samples, table: HeldOut) -> dict[str, Any]:
+    """What the table of the outputs on ``held`` says of the edit."""
+    errors = table.summary()
+    if original.kind == "text":
+        errors["perplexity_before"], errors["perplexity_after"] = table.perplexities()
+    if held.labels is not None and table.top_before is not None:
+        errors["accuracy_before"], errors["accuracy_after"] = table.accuracies(held.labels)
+    return errors
 
 
 def _throughput(table: HeldOut | None) -> dict[str, float] | None:
@@ -198,10 +210,16 @@ def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
         return {"name": name, "before": before, "after": after, "unit": unit, **more}
 
     errors, size, latency, throughput = report["errors"], report["size"], report["latency"], report["throughput"] or {}
-    text = "perplexity_before" in errors
-    quality = row("top-1 accuracy", errors.get("accuracy_before"), errors.get("accuracy_after"), "%")
-    if text:
-        quality = row("perplexity", errors["perplexity_before"], errors["perplexity_after"])
+
+    def quality(errors: dict[str, Any], where: str = "") -> list[dict[str, Any]]:
+        """Those of one set of samples: the model's quality, where it is known, and the agreement."""
+        if "perplexity_before" in errors:
+            first = row(f"perplexity{where}", errors["perplexity_before"], errors["perplexity_after"])
+        else:
+            first = row(f"top-1 accuracy{where}", errors.get("accuracy_before"), errors.get("accuracy_after"), "%")
+        agreement = f"{'next-token ' if 'perplexity_before' in errors else ''}agreement with the original{where}"
+        return [first, row(agreement, 1.0, errors["agreement"], "%")]
+
     sizes = [
         row("FLOPs per sample", *size["flops"]),
         row("parameters", *size["parameters"]),
@@ -227,12 +245,8 @@ def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
         return [*more, *(row(f"{name} an item", *counts) for name, counts in report["entries"].items()), *sizes]
     if report.get("features"):
         return [row("features, share of their energy kept", 1.0, 1 - errors["relative_error"], "%"), *more, *sizes]
-    return [
-        quality,
-        row(f"{'next-token ' if text else ''}agreement with the original", 1.0, errors["agreement"], "%"),
-        *more,
-        *sizes,
-    ]
+    by_source = [line for own in errors.get("sources", []) for line in quality(own, f", {own['source']}")]
+    return [*quality(errors), *by_source, *more, *sizes]
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from modhifi.bounds.verdicts import Tolerances
+from modhifi.data.mixture import Mixture, separated
 from modhifi.disk import home_path, read_json
 from modhifi.errors import ModhifiError
 from modhifi.pruning.compensations import COMPENSATIONS
@@ -26,6 +27,17 @@ from modhifi.structure.plan import Plan
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Kept = Annotated[dict[str, list[int]], Field(min_length=1)]
+
+
+def _sources(given: str | list[str]) -> str | list[str]:
+    """One source as it is, several as a list; raises ModhifiError for shares that cannot be."""
+    Mixture.of(given)
+    several = separated(given) if isinstance(given, str) else given
+    return several[0] if len(several) == 1 else several
+
+
+# A source of data, or several, each with its share.
+Sources = Annotated[str | Annotated[list[str], Field(min_length=1)], AfterValidator(_sources)]
 
 # Keys of every task.
 Seed = Annotated[int, Field(ge=0, description="The seed of everything random.")]
@@ -94,13 +106,19 @@ class CalibrationData(Strict):
 
     panel: ClassVar[str] = "Data"
 
-    source: Annotated[str, Option("--data", panel="Most used")] = "synthetic"
+    source: Annotated[Sources, Option("--data", panel="Most used")] = "synthetic"
     """Calibration data: images:DIR, text:PATH, hf:DATASET[:SPLIT], synthetic[:KIND], or self, text that the language
-    model writes, which is what synthetic means there."""
+    model writes, which is what synthetic means there. Several with commas, each with its share: self,text:FILE@0.2."""
     samples: Annotated[Count | None, Option(panel="Most used")] = None
-    """Calibration samples; by default 256 images, 128 windows (64 on a CPU)."""
+    """Calibration samples of each source; by default 256 images, 128 windows (64 on a CPU)."""
     window: Annotated[int, Field(ge=2)] | None = None
     """Tokens in a window of text; by default 1024 (512 on a CPU)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _source_alone(cls, content: Any) -> Any:
+        """Reads ``data: self`` and ``data: [A, B@0.2]`` as the source."""
+        return {"source": content} if isinstance(content, str | list) else content
 
 
 class DataSource(CalibrationData):
@@ -109,7 +127,7 @@ class DataSource(CalibrationData):
     Without ``evaluate`` the held-out ones are other samples of ``source``.
     """
 
-    evaluate: str | None = None
+    evaluate: Sources | None = None
     """Held-out data; by default a disjoint part of --data."""
     evaluation_samples: Count | None = None
     """Held-out samples; by default 256 images, 32 windows (16 on a CPU)."""

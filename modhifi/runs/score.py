@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modhifi.data.in_memory import Data
+from modhifi.data.in_memory import Data, source_name
+from modhifi.data.mixture import Mixture, mixed
 from modhifi.data.sources import load_samples
 from modhifi.errors import IndefiniteError, ModhifiError
 from modhifi.models.loaded import LoadedModel
@@ -131,7 +132,7 @@ def score_model(
     layers: Sequence[str] = (),
     picture: bool = False,
 ) -> Scores:
-    """Scores every prunable group of a model on one data source, in one forward pass a sample.
+    """Scores every prunable group of a model on data, in one forward pass a sample.
 
     ``selector`` finds the order of removal; the groups that a pattern of ``layers`` matches are looked into, output
     channel by output channel; a ``picture`` needs the similarities of one group, where none is looked into. Groups
@@ -142,7 +143,17 @@ def score_model(
     settings = PruneSettings(selector=selector, seed=seed, floor=1e-9, batch_size=usual.batch_size)
     structure = choose_groups(find_structure(loaded), settings)
     looked_into = matching(structure, layers)
-    calibration = load_samples(data, loaded, n=samples or usual.samples, seed=seed, window=window, progress=progress)
+    n = samples or usual.samples
+    calibration = mixed(
+        [
+            (
+                str(source_name(source)),
+                share,
+                load_samples(source, loaded, n=n, seed=seed, window=window, progress=progress),
+            )
+            for source, share in Mixture.of(data)
+        ]
+    )
     try_pass(loaded, calibration.first())
     moments = measure_moments(loaded, structure, calibration, settings.sampling, progress)
     result = Scores()

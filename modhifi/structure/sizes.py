@@ -172,7 +172,8 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
         counts = {k: p.numel() for k, p in place.named_parameters(recurse=False)}
         weights = counts.get("weight", 0)
         operator = structure.operators.get(name)
-        out_total = len(place.bias) if getattr(place, "bias", None) is not None else _width(place, "out")
+        bias = getattr(place, "bias", None)
+        out_total = len(bias) if isinstance(bias, Tensor) else _width(place, "out")
         along = operator is None or not inputs[name] and _width(place, "in") == 0
         counted += sum(counts.values())
         terms.append(

@@ -40,11 +40,15 @@ def load_samples(
     Raises ModhifiError for a source that is unknown, missing or has nothing readable, and for a model of another kind.
     """
     from modhifi.data.in_memory import samples_from
+    from modhifi.data.mixture import Mixture
 
     if n < 1:
         raise ModhifiError(f"{n} samples asked for; ask for at least 1")
+    sources = Mixture.of(spec).sources
+    if len(sources) > 1:
+        raise ModhifiError("several sources are mixed to calibrate (prune, compare, score) only; give one")
     if not isinstance(spec, str):
-        return samples_from(spec, loaded, n=n, seed=seed)
+        return samples_from(sources[0], loaded, n=n, seed=seed)
     if loaded.packing is not None and not loaded.parts:
         raise ModhifiError(
             f"no source has samples for a model of several inputs ({', '.join(loaded.packing.names)}); "
