@@ -53,7 +53,7 @@ def test_each_experts_gram_is_that_of_its_tokens_weighted_by_their_gates(name: s
                 hidden = experts.act_fn(gate) * value
             weighted = (hidden * gates[rows, places, None]).double()
             torch.testing.assert_close(moments.gram[expert], weighted.T @ weighted / len(tokens), rtol=1e-4, atol=1e-6)
-            assert int(moments.rows[expert]) == len(rows)
+            assert int(moments.counts[expert]) == len(rows)
 
 
 def test_experts_that_saw_few_tokens_have_the_identity_for_a_gram():

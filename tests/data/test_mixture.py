@@ -17,6 +17,7 @@ from modhifi.bounds.held_out import tabulate
 from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.collect import collect
 from modhifi.calibration.im2col import reader_rows
+from modhifi.calibration.low_rank import as_tensor
 from modhifi.calibration.sampling import Sampling
 from modhifi.cli.main import app
 from modhifi.data.in_memory import from_items, source_name
@@ -35,6 +36,7 @@ from modhifi.pruning.stages import find_structure, measure_moments
 from modhifi.runs.inputs import Given, load_data, local_paths, located
 from modhifi.runs.prune_report import before_after
 from modhifi.runs.recipe_tasks import parse
+from modhifi.structure.operators import weight_matrix
 
 # Files that are there, whose names look like several sources or like a share.
 PRESENT = ("plain.txt", "a,b.txt", "at@2x.txt", "half@0.5", "one,self", "x,text:y@0.1")
@@ -198,19 +200,32 @@ def test_moments_are_those_of_all_rows_weighed(sources: list[Samples], reader: s
     torch.testing.assert_close(solved, by_rows, rtol=1e-3, atol=1e-3)
 
 
-def test_paired_moments_are_those_of_all_rows_weighed(sources: list[Samples]) -> None:
+@pytest.mark.parametrize("few_rows", [False, True])
+def test_paired_moments_are_those_of_all_rows_weighed(sources: list[Samples], few_rows: bool) -> None:
     loaded = modhifi.load_model(net(), example=torch.zeros(2, 3, 6, 6))
+    sources = [replace(own, synthetic=False) for own in sources]
     samples = mixed([(name, share, own) for name, share, own in zip("ab", SHARES, sources, strict=True)])
     edited = net()
     with torch.no_grad():
         edited[0].weight.mul_(0.5)
     passes = PairedPasses(loaded, edited, samples, Sampling(None, batch_size=4))
-    passes.advance(written_modules(find_structure(loaded), ["3", "8"]))
-    gram = torch.zeros(90, 90, dtype=torch.float64)
+    passes.advance(written_modules(find_structure(loaded), ["3", "8"]), ["8"])
+    paired = passes.moments("3", torch.arange(45)[None], few_rows)
+    layer = loaded.model.get_submodule("3")
+    mean, target, second, cross = (torch.zeros(size, dtype=torch.float64) for size in (45, 6, (45, 45), (6, 45)))
     for share, own in zip(SHARES, sources, strict=True):
-        x = torch.cat([rows_of(model, "3", own, 4) for model in (loaded.model, edited)])
-        gram += share * (x @ x.T) / x.shape[1]
-    torch.testing.assert_close(passes.moments("3").gram[0], gram, rtol=1e-4, atol=1e-5)
+        x = rows_of(edited, "3", own, 4)
+        y = weight_matrix(layer)[0] @ rows_of(loaded.model, "3", own, 4)
+        count = x.shape[1]
+        mean, target = mean + share * x.mean(1), target + share * y.mean(1)
+        second, cross = second + share * (x @ x.T) / count, cross + share * (y @ x.T) / count
+    for got, wanted in (
+        (paired.mean[0], mean),
+        (paired.target[0], target),
+        (as_tensor(paired.cov)[0], second - torch.outer(mean, mean)),
+        (paired.cross[0], cross - torch.outer(target, mean)),
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_other_shares_and_a_further_source_need_no_second_pass(
