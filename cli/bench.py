@@ -54,7 +54,7 @@ def _show(result: Any) -> None:
 
     console = stdout_console()
     for note in result.notes:
-        console.print(f"[yellow]note:[/] {note}", highlight=False)
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
     columns = ("runtime", "batch", "threads", "model", "one batch", "items a second", "against its original", "memory")
     table = Table(*columns, title=result.device)
     for row in result.rows:

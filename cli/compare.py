@@ -110,4 +110,4 @@ def _show(report: dict[str, Any]) -> None:
         )
     console.print(table)
     for warning in report["warnings"]:
-        console.print(f"[yellow]note:[/] {warning}", highlight=False)
+        console.print(f"note: {warning}", style="yellow", markup=False, highlight=False)

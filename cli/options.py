@@ -14,7 +14,7 @@ from typer.models import ArgumentInfo, ParameterInfo
 
 from modhifi.runs.bundled_recipes import find
 from modhifi.runs.recipe import ModelSource
-from modhifi.runs.recipe_file import Option, Strict, apply_overrides, read_yaml, set_out, set_value, validate
+from modhifi.runs.recipe_file import Option, Strict, apply_overrides, read_yaml, set_flags, set_out, set_value, validate
 
 from .common import PANELS
 
@@ -220,7 +220,7 @@ def compose(
         else:
             set_value(content, key.path, value)
     flags = {key.path: key.flag.partition("/")[0] for key in (keys if path is None else [key for key, _ in given])}
-    return validate(kind, apply_overrides(content, changes), path or "the options", flags)
+    return validate(kind, apply_overrides(content, changes), path or "the options", flags | set_flags(changes))
 
 
 def _is_given(ctx: typer.Context, parameter: str) -> bool:

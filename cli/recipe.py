@@ -113,7 +113,7 @@ def run(
 def read(recipe: str, set_values: list[str] | None, out: Path | None = None, summary: Path | None = None) -> Recipe:
     """Reads the recipe of a name or a file, applies the changes and validates it."""
     from modhifi.runs.bundled_recipes import find
-    from modhifi.runs.recipe_file import apply_overrides, read_yaml, set_out
+    from modhifi.runs.recipe_file import apply_overrides, read_yaml, set_flags, set_out
     from modhifi.runs.recipe_tasks import parse
 
     path = find(recipe)
@@ -122,4 +122,4 @@ def read(recipe: str, set_values: list[str] | None, out: Path | None = None, sum
         set_out(content, str(out))
     if summary is not None:
         content["summary"] = str(summary)
-    return parse(content, path)
+    return parse(content, path, set_flags(set_values or []))

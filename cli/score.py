@@ -65,21 +65,18 @@ def score(
 ) -> None:
     """Measure every component and HiFi set: singleton and Subset Fidelity, energy, removal cost and order.
 
-    "max" and "mean" are over the components of a layer, of the fidelity of each alone.
+    "max" and "mean" are over the components of a layer; the fidelity of one component is the largest over the output
+    channels of its readers.
 
-    That is the maximum over the output channels of its readers, never a mean.
-
-    "η = 0.8" is the share of a layer's components in its HiFi set.
-
-    That set is as few of those that go last under --selector as reach Subset Fidelity 0.8.
+    "η = 0.8" is the share of a layer's components in its HiFi set: as few as reach Subset Fidelity 0.8, of those that
+    go last under --selector.
 
     "k = 25 %" is the Subset Fidelity of the quarter that goes last, after least squares.
 
     "free" counts components whose joint removal costs at most a millionth of the output energy.
 
-    --layer adds the energy, fidelities and HiFi set size of each output channel to screen, .json and .safetensors.
-
-    It also picks the layer whose similarity matrix is drawn.
+    --layer adds the energy, fidelities and HiFi set size of each output channel to screen, .json and .safetensors, and
+    picks the layer whose similarity matrix is drawn.
     """
     check_file(out, "--out", json="all", csv="a table", safetensors="tensors")
     check_file(plot, "--plot", html="a page", png="an image")

@@ -112,7 +112,9 @@ def _data(manifest: Manifest) -> list[str]:
     parts = [f"{what} {markdown_text(ON_DISK.sub(':', data.description))}" for what, data in named if data.description]
     if not parts:
         return []
-    return ["## Data\n", f"{'; '.join(parts)}. Its licence is not recorded here: ask whoever published it.\n"]
+    own = manifest.calibration.description.startswith(("self", "synthetic"))
+    licence = "" if own else " Its licence is not recorded here: ask whoever published it."
+    return ["## Data\n", f"{'; '.join(parts)}.{licence}\n"]
 
 
 def _pipeline(model: ModelEntry) -> str | None:

@@ -4,7 +4,7 @@ The schema, version 1; every part but ``title`` may be missing, which means that
 
 * ``schema_version``, ``title``, ``task``, ``command`` (text; the command that repeats the run)
 * ``model``, ``data``, ``settings``, ``errors``: names and values, one level of nesting allowed;
-  ``summary``: a sentence
+  ``summary``: a sentence; ``conditions``: what was timed on what, as a sentence
 * ``before_after``: ``{name, before, after, unit, change?, ratio?, spread?}``; with the unit ``%`` values are shares in
   [0, 1], with ``s`` and ``B`` seconds and bytes; ``change`` is text and computed where it is missing, of times from
   the ``ratio`` of both, timed in turns, and the interquartile range of that ratio
@@ -90,6 +90,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         columns=columns(report),
         groups=groups,
         charts=charts,
+        spent=any(group.get("amplification") is not None for group in groups),
         settings=_set(report.get("settings") or {}),
         errors={key: v for key, v in (report.get("errors") or {}).items() if not (rows and key in SHOWN)},
         fronts=pareto_charts(comparison) if comparison else [],

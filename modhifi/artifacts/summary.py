@@ -36,9 +36,11 @@ def markdown(reports: Sequence[tuple[str, Report]]) -> str:
     lines: list[str] = []
     for title, report in reports:
         lines += [f"### {markdown_text(title)}: {markdown_text(report.get('title', ''))}", ""]
+        if (outcome := report.get("outcome") or {}).get("text"):
+            lines += [f"**{markdown_text(outcome['text'])}**", ""]
         if report.get("verdicts"):
-            lines += ["| verdict | | |", "|---|---|---|"]
-            for v in report["verdicts"]:
+            lines += ["| verdict | on | |", "|---|---|---|"]
+            for v in sorted(report["verdicts"], key=lambda v: v["verdict"] not in FAILED):
                 mark = "❌ " if v["verdict"] in FAILED else "✅ " if str(v["verdict"]).startswith("PASS") else ""
                 verdict, name, text = map(markdown_text, (v["verdict"], v["name"], v.get("text") or ""))
                 lines.append(f"| {mark}{verdict} | {name} | {text} |")
@@ -68,7 +70,8 @@ def junit(reports: Sequence[tuple[str, Report]]) -> str:
         )
         for verdict, kind in zip(verdicts, kinds, strict=True):
             case = XML.SubElement(suite, "testcase", classname=f"modhifi.{name}", name=str(verdict["name"]))
-            text = f"{verdict['verdict']}: {verdict.get('text') or ''}"
+            word, text = str(verdict["verdict"]), str(verdict.get("text") or "")
+            text = text if text.startswith(word) else f"{word}: {text}"
             if kind is not None:
                 XML.SubElement(case, kind, message=text)
             else:

@@ -72,13 +72,13 @@ def gram_warnings(grams: tuple[GramQuality, ...], samples: int) -> list[str]:
         worst = max(short, key=lambda q: q.width / q.rows)
         enough = math.ceil(samples * worst.width / worst.rows)
         warnings.append(
-            f"{len(short)} of {len(grams)} readers saw fewer rows than they have columns (worst: {worst.reader}, "
-            f"{worst.rows} of {worst.width}); {enough} samples would do"
+            f"{len(short)} of {len(grams)} layers saw fewer rows than they have columns, so their new weights are damped "
+            f"(worst: {worst.reader}, {worst.rows} rows for {worst.width} columns); with --samples {enough} none would"
         )
     still = [q.reader for q in grams if q.rank < 1.5 and q.width > 8]
     if still:
         warnings.append(
-            f"the inputs of {len(still)} of {len(grams)} readers vary along one direction only (first: {still[0]}); "
+            f"the inputs of {len(still)} of {len(grams)} layers vary along one direction only (first: {still[0]}); "
             "use more varied calibration data"
         )
     for reader, few in ((q.reader, q.few) for q in grams if q.few):

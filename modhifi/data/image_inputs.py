@@ -51,5 +51,6 @@ def image_shape(loaded: LoadedModel) -> tuple[int, int, int]:
     """Channels, height and width of the model's input. Raises ModhifiError if it takes no images."""
     shape = tuple(loaded.example.shape)
     if loaded.kind not in ("image", "tensor") or len(shape) != 4 or shape[1] not in (1, 3):
-        raise ModhifiError(f"{loaded.source} takes no images (kind {loaded.kind}, input {shape}); use another source")
+        hint = "give text, as text:PATH" if loaded.reads_tokens else "use another source"
+        raise ModhifiError(f"{loaded.source} takes no images; {hint}")
     return shape[1], shape[2], shape[3]

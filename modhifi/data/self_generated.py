@@ -127,7 +127,7 @@ def _starts(loaded: LoadedModel) -> tuple[Tensor, int, Tensor, str]:
     for owner in (loaded.tokenizer, getattr(loaded.model, "generation_config", None), loaded.model.config):
         begin = getattr(owner, "bos_token_id", None)
         if isinstance(begin, int) and 0 <= begin < vocabulary(loaded):
-            return torch.tensor([[begin]]), 1, nothing, f"the token of the beginning ({begin}), left out"
+            return torch.tensor([[begin]]), 1, nothing, f"the token of the beginning ({begin}), which is not kept"
     words = ordinary_words(loaded)
     return torch.tensor(words)[:, None], 0, nothing, f"one of {len(words)} ordinary words"
 

@@ -71,6 +71,12 @@ def from_directory(
         model = _without_quantiser(model)
     loaded = loaded_from(frozen(model), source, directory, **common)
     loaded.info["licence"] = hub.card_licence(directory / "README.md")
+    if gguf_file and pretrained:
+        megabytes = (directory / gguf_file).stat().st_size / 1e6
+        loaded.info["warnings"].append(
+            f"{gguf_file} ({megabytes:,.4g} MB) is dequantised to float32: what is written is larger than that file until "
+            "it is converted and quantised again"
+        )
     if missing := sorted(loading_info.get("missing_keys", ())):
         _refuse_foreign(model, set(missing), source)
         loaded.info["notes"].append(f"not in the checkpoint, newly initialised: {', '.join(missing)}")

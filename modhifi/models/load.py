@@ -80,6 +80,7 @@ def load_model(
         if directory.suffix == ".gguf" and directory.is_file():
             directory, gguf_file = directory.parent, directory.name
         _require_directory(directory)
+        gguf_file = _gguf_in(directory, gguf_file)
         loaded = _from_directory(directory, name, pretrained, args, trust_remote_code, gguf_file)
     check_weights(loaded.model, loaded.source)
     return loaded if example is None else loaded.with_example(example)
@@ -118,11 +119,23 @@ def _from_directory(
     )
 
 
+def _gguf_in(directory: Path, gguf_file: str | None) -> str | None:
+    """The GGUF file to read from a directory, if one is meant; raises ModhifiError where the named one is not there."""
+    present = sorted(path.name for path in directory.glob("*.gguf"))
+    if gguf_file is not None and not (directory / gguf_file).is_file():
+        found = f"it has {', '.join(present)}" if present else "it has none"
+        raise ModhifiError(f"there is no GGUF file {gguf_file} in {directory}; {found}")
+    if gguf_file is None and present and not any((directory / name).is_file() for name in DESCRIPTIONS):
+        raise ModhifiError(f"{directory} holds a model as GGUF; give the file, {directory / present[0]}")
+    return gguf_file
+
+
 def _require_directory(directory: Path) -> None:
     if directory.is_dir():
         return
     if directory.is_file():
-        raise ModhifiError(f"{directory} is a file and does not say its architecture; give timm:NAME with weights=FILE")
+        hint = "give its directory" if (directory.parent / "config.json").is_file() else "give timm:NAME with --weights"
+        raise ModhifiError(f"{directory} is a file and does not say its architecture; {hint}")
     import timm
 
     hint = "give timm:NAME, hf:ORG/NAME or a directory"

@@ -180,7 +180,9 @@ def read_manifest(directory: str | Path) -> Manifest:
         if version in READABLE:
             return Manifest.model_validate(content)
     except OSError as error:
-        raise ModhifiError(f"{directory} is no modhifi artefact: it has no readable {MANIFEST}") from error
+        inside = sorted(path.parent.glob(f"*/{MANIFEST}"))
+        hint = f"; is {inside[0].parent} meant?" if inside else ""
+        raise ModhifiError(f"{directory} is no modhifi artefact: it has no readable {MANIFEST}{hint}") from error
     except (ValueError, TypeError, KeyError) as error:
         raise ModhifiError(f"{path} is broken; restore the file") from error
     if version > SCHEMA_VERSION:

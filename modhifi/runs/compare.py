@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,9 @@ from modhifi.runs.defaults import complete, rounding_for
 from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, place
 from modhifi.runs.prune_report import measure_run, skipped_warnings
 from modhifi.staging import staging
+
+# Half the width of a 95 % interval, in standard errors of a share.
+NORMAL = 1.96
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,11 @@ def _add_conclusions(report: dict[str, Any], budgets: Sequence[str]) -> None:
     ]
     start = f"Best {comparison['quality']} (original {100 * comparison['original_quality']:.1f} %)"
     text = f"{start}: {', '.join(winners)}." if winners else "Every cell is empty; the reasons are below."
+    if winners:
+        best_share = max(cell["quality"] for cell in best.values())
+        n = report["data"]["held_out_samples"]
+        error = NORMAL * math.sqrt(best_share * (1 - best_share) / n)
+        text += f" On {n:,} held-out samples, differences of less than {100 * error:.1f} points may be chance."
     report["outcome"] = {"tone": "good" if winners else "bad", "text": text, "advice": []}
     report["warnings"] = [
         *report["warnings"],

@@ -134,6 +134,17 @@ def original_of(manifest: Manifest) -> ModelSource:
         raise ModhifiError(f"the manifest does not say how to load {base.source}; give the original") from error
 
 
+def shortage(recipe: PruneRecipe, calibration: Samples, held: Samples) -> list[str]:
+    """A sentence where there are fewer samples than were asked for: how many calibrate, and how many are held out."""
+    asked, checked = recipe.data.samples or 0, recipe.data.evaluation_samples or 0
+    if len(calibration) >= asked and len(held) >= min(checked, asked):
+        return []
+    return [
+        f"{len(calibration):,} samples calibrate and {len(held):,} are held out, where {asked:,} and {checked:,} were "
+        "asked for: there are no more"
+    ]
+
+
 def load_data(
     recipe: PruneRecipe | HealRecipe, loaded: LoadedModel, given: Given = NOTHING, progress: Progress = silent
 ) -> tuple[Samples, Samples]:

@@ -20,6 +20,8 @@ FEATURES = (0.1, 0.3)
 FASTER = 0.97
 # Below this number of calibration images, more of them still help a strong cut.
 MANY = 1000
+# The same of windows of text.
+MANY_WINDOWS = 64
 
 
 def add_outcome(report: dict[str, Any], bounds: BoundReport, advice: tuple[str, ...] = ()) -> None:
@@ -124,8 +126,9 @@ def _remedies(recipe: PruneRecipe, kind: str) -> list[str]:
         remedies.append("text of your own (--data text:FILE)")
     elif all(source.startswith("synthetic") for source in sources) and kind == "image":
         remedies.append("real images (--data images:DIR)")
-    if kind == "image" and (recipe.data.samples or 0) < MANY:
-        remedies.append(f"more samples (--samples {MANY})")
+    few = (recipe.data.samples or 0) < (MANY if kind == "image" else MANY_WINDOWS)
+    if kind in ("image", "text") and few:
+        remedies.append(f"more samples (--samples {MANY if kind == 'image' else MANY_WINDOWS})")
     if recipe.method.sequential is None:
         remedies.append("--sequential dense")
     return remedies or ["fewer groups (--only, --exclude)"]

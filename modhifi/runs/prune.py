@@ -38,7 +38,7 @@ from modhifi.runs.budget_choice import BudgetChoice
 from modhifi.runs.continuations import continuations
 from modhifi.runs.defaults import complete, rounding_for
 from modhifi.runs.entries import count_entries
-from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, located, place
+from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, located, place, shortage
 from modhifi.runs.outcome import add_outcome, prune_advice, without_bounds
 from modhifi.runs.prune_report import (
     before_after,
@@ -121,7 +121,8 @@ def run_prune(
         timer = _timer(recipe, cache, progress) if budget is not None and budget.measure == "latency" else None
     with clock.stage("data"):
         calibration, held = load_data(recipe, original, given, progress)
-        warnings = [*original.warnings, *remarks, *warn_degenerate(calibration), *skipped_warnings(calibration)]
+        warnings = [*original.warnings, *remarks, *shortage(recipe, calibration, held)]
+        warnings += [*warn_degenerate(calibration), *skipped_warnings(calibration)]
         if (unsteady := unrepeatable(original, calibration.first())) is not None:
             clock.note(f"warning: {unsteady}")  # before groups are refused for it
     with clock.stage("prune"):

@@ -19,10 +19,13 @@ from modhifi.pruning.stages import Pruned
 from modhifi.runs import measure
 from modhifi.runs.agreements import agreements
 from modhifi.runs.recipe import PruneRecipe
-from modhifi.runs.timing.turns import Spread, compare_latency, ratio
+from modhifi.runs.timing.machine import device_name
+from modhifi.runs.timing.turns import Latency, Spread, compare_latency, ratio
 from modhifi.structure.depth import inside
 from modhifi.structure.sizes import sizes_of
 
+# Full batches of held-out samples below which a spread of throughputs means nothing.
+FEWEST_BATCHES = 3
 # The difference of two shares of the KV cache below which they count as equal.
 STEP = 0.005
 # The quantiles of the components' fidelities that the report shows for each group.
@@ -176,7 +179,16 @@ def measure_run(
         "size": size,
         "throughput": _throughput(table),
         "latency": {name: vars(value) for name, value in latency.items()},
+        "conditions": _conditions(original, held, latency["after"]),
     }
+
+
+def _conditions(original: LoadedModel, held: Samples, latency: Latency) -> str:
+    """What was timed on what, as a sentence."""
+    what = f"a window of {len(held.load(0))} tokens" if original.reads_tokens else "one input"
+    threads = f"{latency.threads} thread{'s' if latency.threads > 1 else ''}"
+    where = f", {threads}" if latency.device == "cpu" else ""
+    return f"A sample is {what}; times are those of eager PyTorch on {device_name(latency.device)}{where}."
 
 
 def _errors(original: LoadedModel, held: Samples, table: HeldOut) -> dict[str, Any]:
@@ -190,8 +202,8 @@ def _errors(original: LoadedModel, held: Samples, table: HeldOut) -> dict[str, A
 
 
 def _throughput(table: HeldOut | None) -> dict[str, float] | None:
-    """Items a second of both models in their pass over the held-out samples; None where that was one batch."""
-    if table is None or not table.seconds:
+    """Items a second of both models in their pass over the held-out samples; None where too few batches tell noise."""
+    if table is None or len(table.seconds) < FEWEST_BATCHES:
         return None
     before, after = ([1 / pair[side] for pair in table.seconds] for side in (0, 1))
     relative = ratio(after, before)

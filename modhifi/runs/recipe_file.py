@@ -65,14 +65,17 @@ def validate(kind: type[R], content: Any, where: str | Path, flags: Mapping[str,
         # Where one of several kinds is meant, pydantic puts the name of the kind into the path.
         keys = _real_keys(content, problem["loc"])
         path = ".".join(map(str, keys)) or "recipe"
-        position = f"{where}{_line(where, keys)}"
+        flag = (flags or {}).get(path)
+        changed = flag is not None and flag.startswith("--set")
+        position = str(flag) if changed else f"{where}{_line(where, keys)}"
         if problem["type"] == "extra_forbidden":
             known = _keys_at(kind, keys[:-1], content) or _all_keys(kind)
             nearest = difflib.get_close_matches(str(keys[-1]), known, n=1)
             nearest = nearest or difflib.get_close_matches(str(keys[-1]), _all_keys(kind), n=1)
             hint = f"; did you mean '{nearest[0]}'?" if nearest else f"; known here: {', '.join(known)}"
+            if path == "steps":
+                hint = f", of a recipe of several runs; run it with `modhifi recipe run {where}`"
             raise ModhifiError(f"{position}: unknown key '{path}'{hint}") from None
-        flag = (flags or {}).get(path)
         if problem["type"] == "missing":
             if flag is not None:
                 raise ModhifiError(f"{flag} is missing; give it, or a recipe that says it") from None
@@ -135,6 +138,12 @@ def apply_overrides(content: dict[str, Any], changes: Sequence[str]) -> dict[str
             raise ModhifiError(f"--set takes a.b=value, not {change!r}")
         set_value(result, path, parse_yaml(value, f"--set {change}"))
     return result
+
+
+def set_flags(changes: Sequence[str]) -> dict[str, str]:
+    """The keys that ``--set`` changes, each with what an error then names in place of the file's line."""
+    keys = [change.partition("=")[0] for change in changes]
+    return {key: f"--set {key}" for key in keys}
 
 
 def set_value(content: dict[str, Any], path: str, value: Any) -> None:

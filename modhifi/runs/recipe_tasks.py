@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -145,14 +145,14 @@ class StepsRecipe(Strict):
 Recipe = Task | StepsRecipe
 
 
-def parse(content: dict[str, Any], where: str | Path = "the recipe") -> Recipe:
+def parse(content: dict[str, Any], where: str | Path = "the recipe", flags: Mapping[str, str] | None = None) -> Recipe:
     """Validates a recipe of any task; raises ModhifiError that names the key (see `recipe_file.validate`)."""
     if "steps" in content:
-        return validate(StepsRecipe, content, where)
+        return validate(StepsRecipe, content, where, flags)
     task = content.get("task", "prune")
     if not isinstance(task, str) or task not in TASKS:
         raise ModhifiError(f"{where}: there is no task {task!r}; it is one of {', '.join(TASKS)}, or the key is steps")
-    return validate(TASKS[task], content, where)
+    return validate(TASKS[task], content, where, flags)
 
 
 def references(content: Any) -> Iterator[str]:

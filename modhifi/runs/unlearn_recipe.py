@@ -18,7 +18,7 @@ class UnlearnData(Strict):
 
     panel: ClassVar[str] = "Data"
 
-    source: Annotated[str, Option("--data")]
+    source: Annotated[str, Option("--data", panel="Most used")]
     """Images with the forgotten and other classes: images:DIR or hf:DATASET."""
     samples: Count = 2000
     """Number of images the edit sees."""
@@ -27,7 +27,7 @@ class UnlearnData(Strict):
     evaluate: str | None = None
     """Images for attacks and test; by default a part of --data."""
     evaluation_samples: Count = 2000
-    """Number of images for attacks and test."""
+    """Number of images for attacks and test, as far as there are as many."""
     members: str | None = None
     """Training images of the forgotten classes, for the membership attack."""
 
@@ -64,8 +64,8 @@ class UnlearnRecipe(Strict):
 
     task: Literal["unlearn"] = "unlearn"
     model: ModelSource
-    forget: Annotated[list[str], Field(min_length=1), Option(panel="Data", metavar="CLASS")]
-    """Index or name; several with commas, or repeated."""
+    forget: Annotated[list[str], Field(min_length=1), Option(panel="Most used", metavar="CLASS")]
+    """The class to forget, by index or name; several with commas, or repeated."""
     data: UnlearnData
     method: UnlearnMethod = UnlearnMethod()
     checks: Checks = Checks()

@@ -99,7 +99,8 @@ def load_unlearn_data(
     """Load, label and split.
 
     ``forget_source`` holds samples of the forgotten classes alone; those in ``source`` are then dropped with a note.
-    Without ``evaluate`` half of ``source`` (and of ``forget_source``) is set aside for the attacks and the test.
+    Without ``evaluate`` a part of ``source`` (and of ``forget_source``) is set aside for the attacks and the test, in
+    the ratio of both numbers of samples.
     ``earlier`` classes, forgotten in rounds before, are in no population. Raises ModhifiError where a forgotten class
     has fewer than ``FEWEST`` samples in a set, or the others together have.
     """
@@ -114,17 +115,16 @@ def load_unlearn_data(
         notes.extend([remark] if remark else [])
         return loaded_samples
 
-    both = load(source, samples if evaluate is not None else 2 * samples)
+    both = load(source, samples if evaluate is not None else samples + evaluation_samples)
     if forget_source is not None:
         forgotten = _forget_set(loaded, forget_source, classes, samples, seed, batch_size)
         both = _with_forget(both, forgotten, classes, notes)
     if evaluate is not None:
         edit, rest = both, _fresh(load(evaluate, evaluation_samples), both)
     else:
-        # Every second item of each class: either part holds every class in the same share.
-        first = _alternate(both)
+        first = _every(both, samples, samples + evaluation_samples)
         edit, rest = both.subset(torch.nonzero(first).flatten()), both.subset(torch.nonzero(~first).flatten())
-    half = _alternate(rest)
+    half = _every(rest, 1, 2)
     fit, test = rest.subset(torch.nonzero(half).flatten()), rest.subset(torch.nonzero(~half).flatten())
     if earlier:
         notes.append(f"classes {', '.join(map(str, earlier))} were forgotten before and count as neither")
@@ -140,7 +140,8 @@ def _require(name: str, groups: Tensor, classes: Sequence[int], loaded: LoadedMo
         if have < FEWEST:
             raise ModhifiError(
                 f"{have} samples of the class {class_name(loaded, index)} are left for the {name} part, and at least "
-                f"{FEWEST} are needed in each of edit, attacks and test; raise --samples or give --forget-data"
+                f"{FEWEST} are needed in each of edit, attacks and test; there are {len(groups)} images in that part: give "
+                "more of them, raise --samples and --evaluation-samples, or give --forget-data"
             )
     if int((groups == 0).sum()) < FEWEST:
         raise ModhifiError(f"fewer than {FEWEST} samples of retained classes for the {name} part; give more --data")
@@ -181,10 +182,15 @@ def _fresh(samples: Samples, seen: Samples) -> Samples:
     return samples.subset(i for i, h in enumerate(samples.hashes) if h not in used)
 
 
-def _alternate(samples: Samples) -> Tensor:
-    """True for every second item of each class, bool ``(n,)``."""
+def _every(samples: Samples, part: int, whole: int) -> Tensor:
+    """True for ``part`` of every ``whole`` items of each class, spread over them and the first one among them.
+
+    So either side holds every class in the same share; bool ``(n,)``.
+    """
     assert samples.labels is not None
     result = torch.zeros(len(samples), dtype=torch.bool)
     for label in samples.labels.unique():
-        result[torch.nonzero(samples.labels == label).flatten()[::2]] = True
+        places = torch.nonzero(samples.labels == label).flatten()
+        steps = -(-torch.arange(len(places) + 1) * part // whole)
+        result[places[steps[1:] > steps[:-1]]] = True
     return result

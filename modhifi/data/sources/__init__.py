@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from modhifi.data.sources.base import SOURCES, Request, SampleSource, metavars
@@ -57,9 +58,16 @@ def load_samples(
     # A name may hold a colon itself: synthetic:invert.
     name, _, argument = (spec, "", "") if spec in SOURCES else spec.partition(":")
     if name not in SOURCES or not SOURCES[name].takes(argument):
-        raise ModhifiError(f"unknown data source '{spec}'; use {metavars(loaded.kind)}")
+        hint = f"is {_meant(spec)} meant?" if os.path.exists(spec) else f"use {metavars(loaded.kind)}"
+        raise ModhifiError(f"unknown data source '{spec}'; {hint}")
     if loaded.parts:
         from modhifi.data.joined import load
 
         return load(name, argument, loaded, Request(n, seed, balanced, window, progress))
     return SOURCES[name].load(argument, loaded, Request(n, seed, balanced, window, progress))
+
+
+def _meant(path: str) -> str:
+    """The source that somebody who gave a bare path had in mind: a folder of text files is text, any other images."""
+    files = os.listdir(path) if os.path.isdir(path) else [path]
+    return f"text:{path}" if any(name.endswith((".txt", ".md")) for name in files) else f"images:{path}"

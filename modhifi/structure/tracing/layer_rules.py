@@ -119,7 +119,7 @@ def _owner(watcher: Watcher, x: Tensor, weight: Tensor) -> tuple[str, str | None
         return "", "an operator computes its weight"
     module = watcher.model.get_submodule(owner)
     if not isinstance(module, (_ConvNd, nn.Linear)) and not is_transposed(module):
-        return "", f"a {type(module).__name__} is no layer that modhifi can edit"
+        return "", f"its layer, of the class {type(module).__name__}, is none that modhifi can edit"
     if id(weight) in watcher.tied:
         return owner, "the weight is shared with another layer"
     if not watcher.path or watcher.path[-1][0] != owner:
