@@ -51,7 +51,9 @@ def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytes
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.S)
     assert blocks
     monkeypatch.chdir(tmp_path)
-    if any('load("small")' in block and 'out="small"' not in "".join(blocks) for block in blocks):  # what the commands above it wrote
+    if any(
+        'load("small")' in block and 'out="small"' not in "".join(blocks) for block in blocks
+    ):  # what the commands above it wrote
         small = {"samples": 16, "evaluation_samples": 16, "checks": {"walked": 0}, "out": "small"}
         modhifi.prune("demo:resnet", "demo:calibration", ratio=0.2, **small)
     names: dict[str, object] = {}

@@ -26,7 +26,8 @@ from modhifi.data.samples import Samples, describe_data, warn_degenerate
 from modhifi.disk import check_output, home_path
 from modhifi.errors import ModhifiError
 from modhifi.healing.checkpoint import Checkpoint
-from modhifi.healing.distil import Healed, distil
+from modhifi.healing.distil import distil
+from modhifi.healing.healed import Healed
 from modhifi.models.skeleton import same_shapes
 from modhifi.models.weights import state_hash
 from modhifi.progress import Clock, Progress, silent

@@ -10,7 +10,7 @@ from torch import nn
 from modhifi.artifacts.formatting import number
 from modhifi.bounds.held_out import HeldOut
 from modhifi.data.samples import Samples
-from modhifi.healing.distil import Healed
+from modhifi.healing.healed import Healed
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import Manifest
 from modhifi.progress import Progress

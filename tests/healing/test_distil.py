@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.healing.checkpoint import Checkpoint
-from modhifi.healing.distil import Distillation, Healed, distil
+from modhifi.healing.distil import Distillation, distil
+from modhifi.healing.healed import Healed
 from modhifi.healing.settings import HealSettings
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel

@@ -229,6 +229,26 @@ def test_a_run_that_is_killed_goes_on(
     assert not (tmp_path / "out.healing").exists()
 
 
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(small: Path, image_dir: Path, tmp_path: Path) -> None:
+    command = ["heal", small, "--data", f"images:{image_dir}", "--samples", 32, "--evaluation-samples", 8, "--steps", 4]
+    command += ["--batch-size", 8, "--walked", 0, "--no-augment", "--no-batch-statistics", "--device", "cpu", "--json"]
+    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "modhifi"]
+    together = subprocess.run(
+        [sys.executable, "-m", *launcher, *map(str, command), "--out", str(tmp_path / "two")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert together.returncode == 0, together.stderr
+    code, alone, stderr = run(*command, "--out", tmp_path / "one")
+    assert code == 0, stderr
+    curves = [json.loads(report)["healing"]["curve"] for report in (together.stdout, alone)]
+    for ours, theirs in zip(*curves, strict=True):
+        assert ours["divergence"] == pytest.approx(theirs["divergence"], rel=1e-3)
+        assert ours["loss"] is None or ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
 # -- forgotten classes, language models --------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_a_forgotten_class_is_not_taught_again(world: Path, tmp_path: Path) -> None:
