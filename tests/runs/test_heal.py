@@ -254,11 +254,9 @@ def test_two_processes_learn_what_one_learns(small: Path, image_dir: Path, tmp_p
 def test_a_forgotten_class_is_not_taught_again(world: Path, tmp_path: Path) -> None:
     images = {"data": f"images:{world / 'train'}", "evaluate": f"images:{world / 'test'}"}
     forgot = modhifi.unlearn(world / "model", forget=NAMES[2], out=tmp_path / "forgot", checks={"walked": 0}, **images)
-    recipe = parse({"task": "heal", "directory": str(tmp_path / "forgot"), "data": {"source": images["data"]}}, "test")
+    source = {"source": images["data"], "samples": 300, "evaluation_samples": 60}
+    recipe = parse({"task": "heal", "directory": str(tmp_path / "forgot"), "data": source, "batch_size": 64}, "test")
     patient = load_patient(recipe, NOTHING)
-    recipe = recipe.model_copy(
-        update={"data": recipe.data.model_copy(update={"samples": 300, "evaluation_samples": 60})}
-    )
     data = load_learning_data(recipe, patient, NOTHING, lambda *_: None)
     for part in (data.train, data.validation):
         assert len(part) and 2 not in set(label_samples(patient.original, part, 64)[0].labels.tolist())
