@@ -61,7 +61,14 @@ def same(first: nn.Module, second: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"augment": True}, {"batch_statistics": True}, {"blocks": 0.0, "temperature": 4.0}]
+    "more",
+    [
+        {},
+        {"optimizer": "sgd", "learning_rate": 0.02},
+        {"augment": True},
+        {"batch_statistics": True},
+        {"blocks": 0.0, "temperature": 4.0},
+    ],
 )
 def test_the_student_comes_nearer_and_the_given_models_stay(
     pair: tuple[LoadedModel, nn.Module], images: tuple[Samples, Samples], more: dict[str, Any]

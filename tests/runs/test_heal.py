@@ -123,6 +123,28 @@ def test_batchnorm_never_follows_drawn_images(small: Path) -> None:
     assert report["settings"]["data"]["source"] == "synthetic"
 
 
+@pytest.mark.slow
+def test_a_recipe_prunes_heals_and_verifies_with_the_first_budget_that_passes(
+    model_dir: Path, image_dir: Path, tmp_path: Path
+) -> None:
+    data = {"source": f"images:{image_dir}", "samples": 30, "evaluation_samples": 10}
+    steps = {
+        "prune": {"task": "prune", "model": {"name": str(model_dir)}, "data": data, "budget": {"ratio": 0.3}},
+        "heal": {"task": "heal", "directory": "step:prune", "data": data, "batch_size": 8},
+        "verify": {"task": "verify", "directory": "step:heal", "data": {**data, "allow_overlap": True}},
+    }
+    del steps["verify"]["data"]["evaluation_samples"]
+    steps["verify"]["checks"] = {"max_flip": 0.99}
+    content = {"steps": steps, "sweep": {"steps.heal.budget.steps": [2, 4]}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(content))
+    code, stdout, stderr = run("recipe", "run", tmp_path / "recipe.yaml", "--out", tmp_path / "out", "--json")
+    assert code == 0, stderr
+    assert [report["step"] for report in json.loads(stdout)] == [
+        f"{name} (heal.budget.steps=2)" for name in ("prune", "heal", "verify")
+    ]
+    assert json.loads((tmp_path / "out" / "heal" / "report.json").read_text())["healing"]["steps"] == 2
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 def refused(directory: Path, image_dir: Path, *more: object) -> str:
     code, _, stderr = heal(directory, image_dir, *more)
