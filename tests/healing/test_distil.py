@@ -253,6 +253,14 @@ def test_a_language_model_in_half_precision_learns_and_stays_in_it(dtype: torch.
     assert healed.blocks == ("model.layers.0", "model.layers.1")
 
 
+def test_a_teacher_in_another_type_is_learnt_from(texts: Samples) -> None:
+    loaded, student = disturbed(torch.float32)
+    half = replace(loaded, model=clone(loaded.model).to(torch.bfloat16))
+    healed = distil(half, student, texts, texts, replace(SETTINGS, learning_rate=3e-3))
+    assert healed.curve[-1]["divergence"] < 0.8 * healed.curve[0]["divergence"]
+    assert {p.dtype for p in healed.model.parameters()} == {torch.float32}
+
+
 def test_adapters_are_merged_into_weights_of_the_same_names(texts: Samples, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     loaded, student = disturbed(torch.float32)
