@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,8 +15,11 @@ from modhifi.errors import ModhifiError
 from modhifi.healing.augment import augmented
 from modhifi.healing.blocks import Watch, matched_blocks
 from modhifi.healing.checkpoint import Checkpoint
+from modhifi.healing.devices import accelerator_for, out_of_memory
+from modhifi.healing.healed import Healed, State, best_entry
 from modhifi.healing.lora import add_adapters, merge
 from modhifi.healing.losses import agreement, block_loss, output_loss
+from modhifi.healing.optimizers import optimizer_of
 from modhifi.healing.schedule import Schedule, interval, learning_rate
 from modhifi.healing.settings import HealSettings
 from modhifi.healing.teacher import Teacher
@@ -29,36 +29,6 @@ from modhifi.structure.clone import clone
 
 # The largest norm of a gradient; the intervals without a better student after which a run ends.
 CLIP, PATIENCE = 1.0, 10
-
-
-@dataclass(frozen=True)
-class Healed:
-    """The student with its best weights, in eval mode and in the dtypes that it came in.
-
-    ``curve`` has an entry an interval: ``step``, ``seconds``, ``loss`` (mean of the training loss since the entry
-    before), ``divergence`` and ``agreement`` on the validation samples. ``best`` is the step of the weights taken,
-    ``broken`` that of an interval whose loss was not finite, None where all were. ``blocks`` were matched.
-    """
-
-    model: nn.Module
-    curve: tuple[Mapping[str, Any], ...]
-    steps: int
-    seconds: float
-    best: int
-    broken: int | None
-    early: bool
-    blocks: tuple[str, ...]
-    notes: tuple[str, ...]
-
-
-@dataclass
-class _State:
-    """What a checkpoint holds beside the weights."""
-
-    step: int = 0
-    micro: int = 0
-    curve: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 def distil(
@@ -101,7 +71,7 @@ class Distillation:
         self.original, self.settings, self.closed = original, settings, tuple(closed)
         self.train, self.validation, self.checkpoint = train, validation, checkpoint
         self.progress, self.note = progress, note
-        self.accelerator = _accelerator(next(original.model.parameters()).device, settings.precision)
+        self.accelerator = accelerator_for(next(original.model.parameters()).device, settings.precision)
         self.dtypes = {name: p.dtype for name, p in student.named_parameters()}
         self.model = clone(student)
         if any(dtype.itemsize < torch.float32.itemsize for dtype in self.dtypes.values()):
@@ -116,10 +86,10 @@ class Distillation:
         else:
             self.adapted = add_adapters(self.model, settings.lora, settings.seed)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
+        optimizer = optimizer_of(settings.optimizer, trained, settings.learning_rate)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.size = min(settings.batch_size, len(train))
-        self.state = _State(micro=self.size)
+        self.state = State(micro=self.size)
         self.schedule = Schedule(settings.steps, settings.minutes)
         self.teacher = Teacher(original, self.blocks, len(train), keep=not settings.augment)
         self.examiner = Teacher(original, (), len(validation), keep=True)
@@ -145,7 +115,7 @@ class Distillation:
                     continue
                 if not self._look():
                     broken = self.state.step
-                elif self._since_best() >= PATIENCE:
+                elif len(self.state.curve) - 1 - best_entry(self.state.curve) >= PATIENCE:
                     early = True
                 else:
                     self._save()
@@ -179,7 +149,7 @@ class Distillation:
                 self.accelerator.backward(loss)
                 total += loss.detach()
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error) or self.state.micro == 1 or self.accelerator.num_processes > 1:
+            if not out_of_memory(error) or self.state.micro == 1 or self.accelerator.num_processes > 1:
                 raise
             return False
         self.losses.append(total)
@@ -223,7 +193,9 @@ class Distillation:
     @torch.no_grad()
     def _look(self) -> bool:
         """Adds an entry to the curve and keeps the weights if they are the best; whether all figures are finite."""
-        loss = float(torch.stack(self.losses).mean()) if self.losses else None
+        loss = None
+        if self.losses:
+            loss = float(self.accelerator.reduce(torch.stack(self.losses).mean(), "mean"))
         self.losses = []
         divergence, agreed, count = 0.0, 0.0, 0
         for batch in self.validation.batches(self.settings.batch_size):
@@ -245,16 +217,11 @@ class Distillation:
         if not all(value is None or torch.tensor(value).isfinite() for value in entry.values()):
             return False
         self.state.curve.append(entry)
-        if self._since_best() == 0:
+        if best_entry(self.state.curve) == len(self.state.curve) - 1:
             self.best = self._weights()
         shown = "" if entry["agreement"] is None else f", agreement {100 * entry['agreement']:.2f} %"
         self.note(f"step {self.state.step}: divergence {entry['divergence']:.4g}{shown}")
         return True
-
-    def _since_best(self) -> int:
-        """The intervals since the best entry: the highest agreement and, where that is equal, the least divergence."""
-        keys = [(entry["agreement"] or 0.0, -entry["divergence"]) for entry in self.state.curve]
-        return len(keys) - 1 - keys.index(max(keys))
 
     def _tell(self, share: float) -> None:
         done = self.state.step
@@ -296,7 +263,7 @@ class Distillation:
         self.best = state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.spent = state["seconds"]
-        self.state = _State(**{name: state[name] for name in vars(self.state)})
+        self.state = State(**{name: state[name] for name in vars(self.state)})
         self.note(f"going on from step {self.state.step}")
 
     def _healed(self, broken: int | None, early: bool) -> Healed:
@@ -307,29 +274,14 @@ class Distillation:
         frozen(model)
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(self.dtypes[name])
-        best = len(self.state.curve) - 1 - self._since_best()
         return Healed(
             model,
             tuple(self.state.curve),
             self.state.step,
             self.schedule.seconds,
-            self.state.curve[best]["step"],
+            self.state.curve[best_entry(self.state.curve)]["step"],
             broken,
             early,
             self.blocks,
             tuple(self.state.notes),
         )
-
-
-def _accelerator(device: torch.device, precision: str) -> Accelerator:
-    """Raises ModhifiError where this process has set up accelerate for something else."""
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
-    try:
-        return Accelerator(mixed_precision=precision, cpu=device.type == "cpu", device_placement=False)
-    except ValueError as error:
-        raise ModhifiError(f"accelerate is set up otherwise in this process: {error}") from None
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -10,14 +10,16 @@ class HealSettings:
     """How to distil.
 
     ``steps`` or ``minutes``, whichever is used up first, end it; the learning rate rises over the first ``WARM_UP`` of
-    that and falls as a cosine. ``temperature`` softens the logits of both models; ``blocks`` weighs the distance of the
-    blocks' outputs against that of the model's. With ``augment`` images are flipped and shifted; with
-    ``batch_statistics`` BatchNorm normalises by the batch and follows it, else its statistics stay. ``lora`` is the
-    rank of the adapters that are trained in place of the weights, None for the weights.
+    that and falls as a cosine. ``optimizer`` is a name of :func:`modhifi.healing.optimizers.optimizer_of`.
+    ``temperature`` softens the logits of both models; ``blocks`` weighs the distance of the blocks' outputs against
+    that of the model's. With ``augment`` images are flipped and shifted; with ``batch_statistics`` BatchNorm normalises
+    by the batch and follows it, else its statistics stay. ``lora`` is the rank of the adapters that are trained in
+    place of the weights, None for the weights.
     """
 
     learning_rate: float
     batch_size: int
+    optimizer: str = "adamw"
     steps: int | None = None
     minutes: float | None = None
     temperature: float = 1.0

@@ -35,8 +35,8 @@ GPU_BYTES, CPU_BYTES = 128, 32
 HEAL_IMAGES, HEAL_DRAWN, HEAL_INVERTED = Amounts(10_000, 256, 128), Amounts(2_000, 256, 128), Amounts(500, 256, 128)
 HEAL_TEXT, HEAL_TEXT_ON_CPU = Amounts(512, 32, 8, 1024), Amounts(128, 16, 4, 512)
 MINUTES = 10.0
-# The largest learning rates by kind of network: with BatchNorm, without it, of tokens; and temperatures.
-RATES = {"batchnorm": 1e-3, "image": 1e-4, "text": 1e-4}
+# The largest learning rates, and temperatures of images and of text.
+RATES = {"sgd": 0.02, "adamw": 1e-4}
 SOFT, PLAIN = 4.0, 1.0
 
 IMAGES = Amounts(256, 256, 32)
@@ -143,7 +143,7 @@ def complete_heal(
         window = window_of(loaded, window) if window else min(usual.window, window_of(loaded, None))
     if budget.steps is None and budget.minutes is None:
         budget = budget.model_copy(update={"minutes": MINUTES})
-    kind = "text" if text else "batchnorm" if _has_batchnorm(loaded) else "image"
+    optimizer = method.optimizer or ("sgd" if _has_batchnorm(loaded) else "adamw")
     return recipe.model_copy(
         update={
             "against": against,
@@ -158,7 +158,8 @@ def complete_heal(
             ),
             "method": method.model_copy(
                 update={
-                    "learning_rate": method.learning_rate or RATES[kind],
+                    "optimizer": optimizer,
+                    "learning_rate": method.learning_rate or RATES[optimizer],
                     "temperature": method.temperature or (PLAIN if text else SOFT),
                     "augment": loaded.kind == "image" if method.augment is None else method.augment,
                 }

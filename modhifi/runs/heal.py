@@ -19,14 +19,15 @@ from modhifi.artifacts.report import data_uri
 from modhifi.artifacts.save import save_artifact
 from modhifi.bounds.held_out import HeldOut, tabulate
 from modhifi.bounds.ladder import BoundReport, verify_model, verify_unlearned
-from modhifi.calibration.distributed import Processes, processes
+from modhifi.calibration.distributed import processes
 from modhifi.data.contact_sheet import contact_sheet
-from modhifi.data.labels import label_samples
+from modhifi.data.labels import label_samples, populations
 from modhifi.data.samples import Samples, describe_data, warn_degenerate
 from modhifi.disk import check_output, home_path
 from modhifi.errors import ModhifiError
 from modhifi.healing.checkpoint import Checkpoint
-from modhifi.healing.distil import Healed, distil
+from modhifi.healing.distil import distil
+from modhifi.healing.healed import Healed
 from modhifi.models.skeleton import same_shapes
 from modhifi.models.weights import state_hash
 from modhifi.progress import Clock, Progress, silent
@@ -97,7 +98,7 @@ def run_heal(
         warnings = [*original.warnings, *warn_degenerate(data.train), *skipped_warnings(data.train)]
     checkpoint = None if out is None else _checkpoint(out, recipe, patient, data, force)
     with clock.stage("heal"):
-        healed = _distil(recipe, patient, data, checkpoint, clock, team)
+        healed = _distil(recipe, patient, data, checkpoint, clock)
     if not team.main:
         return HealResult({})
     report = report_of(recipe, original, patient.edited, data.train, data.validation, data.held, healed, command)
@@ -136,7 +137,6 @@ def _distil(
     data: LearningData,
     checkpoint: Checkpoint | None,
     clock: Clock,
-    team: Processes,
 ) -> Healed:
     try:
         return distil(
@@ -160,7 +160,7 @@ def _measure(
     report: dict[str, Any], recipe: HealRecipe, patient: Patient, data: LearningData, healed: Healed, progress: Progress
 ) -> HeldOut:
     """Adds every measured figure to the report; returns the table of original and healed outputs."""
-    original, batch_size = patient.original, recipe.batch_size or 32
+    original, batch_size = patient.original, recipe.settings().batch_size
     before = tabulate(original, patient.edited.model, data.held, batch_size)
     table = tabulate(original, healed.model, data.held, batch_size)
     measure_healing(report, original, healed.model, data.held, before, table, batch_size, progress)
@@ -186,9 +186,10 @@ def _bound(
     """Adds bounds against the original and the outcome to the report; returns the bounds."""
     original, checks = patient.original, recipe.checks
     dense_shape = in_dense_shape(model, original, patient.manifest)
-    tolerances, batch_size = checks.tolerances(), recipe.batch_size or 32
-    if patient.closed:
-        labelled, _ = label_samples(original, held, batch_size)
+    tolerances, batch_size = checks.tolerances(), recipe.settings().batch_size
+    labelled = label_samples(original, held, batch_size)[0] if patient.closed else held
+    counts = populations(labelled, patient.closed).clamp(max=1).bincount(minlength=2) if patient.closed else None
+    if counts is not None and bool(counts.all()):
         bounds = verify_unlearned(
             original,
             model,
@@ -201,6 +202,8 @@ def _bound(
             progress=progress,
         )
     else:
+        if patient.closed:
+            report["warnings"].append("no held-out image of both kinds of classes: forgetting was not measured again")
         bounds = verify_model(
             original,
             model,
@@ -222,7 +225,7 @@ def _audit(
     report: dict[str, Any], recipe: HealRecipe, patient: Patient, data: LearningData, model: nn.Module, run: Progress
 ) -> None:
     """Adds the attacks on a model that had forgotten classes before it was healed; a warning where they cannot run."""
-    original, batch_size = patient.original, recipe.batch_size or 32
+    original, batch_size = patient.original, recipe.settings().batch_size
     try:
         if not same_shapes(original.model, model):
             raise ModhifiError("it is smaller than the original, and the attacks compare layer by layer")

@@ -67,9 +67,8 @@ def teacher_of(recipe: HealRecipe, patient: Patient) -> ModelSource:
 def load_learning_data(recipe: HealRecipe, patient: Patient, given: Given, progress: Progress) -> LearningData:
     """Loads the samples; raises ModhifiError where too few are left to learn from."""
     everything, held = load_data(recipe, patient.original, given, progress)
-    samples = everything
-    if patient.closed:
-        samples = _retained(patient, everything, recipe.batch_size or 32)
+    assert recipe.batch_size is not None
+    samples = _retained(patient, everything, recipe.batch_size) if patient.closed else everything
     count = min(MOST_VALIDATION, max(1, round(VALIDATION * len(samples))))
     if len(samples) - count < 2:
         raise ModhifiError(f"{len(samples)} samples are too few to learn from; give more --samples")

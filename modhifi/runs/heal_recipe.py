@@ -37,8 +37,10 @@ class HealMethod(Strict):
 
     panel: ClassVar[str] = "Method"
 
+    optimizer: Literal["adamw", "sgd"] | None = None
+    """The optimiser; by default sgd for networks with BatchNorm, adamw for others."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Largest learning rate of AdamW; by default by the kind of network."""
+    """Largest learning rate; by default 0.02 of sgd, 0.0001 of adamw."""
     temperature: Annotated[float, Field(gt=0)] | None = None
     """Softens the logits of both models; by default 4 for images, 1 for text."""
     blocks: Annotated[float, Field(ge=0)] = 1.0
@@ -80,10 +82,12 @@ class HealRecipe(Strict):
     def settings(self) -> HealSettings:
         """The settings of the distillation, of a recipe that `modhifi.runs.defaults.complete_heal` has completed."""
         method = self.method
-        assert method.learning_rate is not None and method.temperature is not None and self.batch_size is not None
+        assert method.optimizer is not None and method.learning_rate is not None
+        assert method.temperature is not None and self.batch_size is not None
         return HealSettings(
             learning_rate=method.learning_rate,
             batch_size=self.batch_size,
+            optimizer=method.optimizer,
             steps=self.budget.steps,
             minutes=self.budget.minutes,
             temperature=method.temperature,

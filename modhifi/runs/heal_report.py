@@ -10,7 +10,7 @@ from torch import nn
 from modhifi.artifacts.formatting import number
 from modhifi.bounds.held_out import HeldOut
 from modhifi.data.samples import Samples
-from modhifi.healing.distil import Healed
+from modhifi.healing.healed import Healed
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import Manifest
 from modhifi.progress import Progress
@@ -20,7 +20,7 @@ from modhifi.runs.prune_report import before_after, measure_run, plain_info
 from modhifi.unlearning.attacks import measures
 
 # What is healed, by the task that made it.
-EDITED = {"prune": "pruned", "unlearn": "edited", "heal": "healed before"}
+EDITED = {"prune": "pruned", "unlearn": "unlearned", "heal": "healed before"}
 
 
 def report_of(
@@ -38,7 +38,8 @@ def report_of(
     warnings = list(healed.notes)
     if healed.best == 0:
         warnings.append("no step made the model better on the validation samples: its weights are those it came with")
-    if not healed.blocks and not original.gives_features:
+    forgot = edited.artifact is not None and edited.artifact.manifest.forgotten
+    if recipe.method.blocks > 0 and not healed.blocks and not forgot:
         warnings.append("no block has the original's shape: the student learnt from the output alone")
     lineage = [original.source, *_edits(edited), f"healed, {healed.best} steps"]
     return {

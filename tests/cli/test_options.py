@@ -82,8 +82,8 @@ def test_the_options_that_scripts_use_keep_their_names() -> None:
             --evaluation-samples --method --depth --passes --strength --retain-budget --only --settle --no-settle
             --reference --members --recipe --set --push-to-hub --force""",
         "heal": f"""{loading} {run_flags} {checks} --max-perplexity-ratio --against --out --data --samples --window
-            --evaluate --evaluation-samples --steps --minutes --learning-rate --temperature --blocks --augment
-            --no-augment --batch-statistics --no-batch-statistics --lora --precision --export --recipe --set
+            --evaluate --evaluation-samples --steps --minutes --optimizer --learning-rate --temperature --blocks
+            --augment --no-augment --batch-statistics --no-batch-statistics --lora --precision --export --recipe --set
             --push-to-hub --force""",
         "verify": f"""{loading} {run_flags} {checks} --max-perplexity-ratio --against --data --samples --window
             --allow-overlap --verbose""",

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.healing.checkpoint import Checkpoint
-from modhifi.healing.distil import Distillation, Healed, distil
+from modhifi.healing.distil import Distillation, distil
+from modhifi.healing.healed import Healed
 from modhifi.healing.settings import HealSettings
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
@@ -60,7 +61,14 @@ def same(first: nn.Module, second: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"augment": True}, {"batch_statistics": True}, {"blocks": 0.0, "temperature": 4.0}]
+    "more",
+    [
+        {},
+        {"optimizer": "sgd", "learning_rate": 0.02},
+        {"augment": True},
+        {"batch_statistics": True},
+        {"blocks": 0.0, "temperature": 4.0},
+    ],
 )
 def test_the_student_comes_nearer_and_the_given_models_stay(
     pair: tuple[LoadedModel, nn.Module], images: tuple[Samples, Samples], more: dict[str, Any]
@@ -243,6 +251,14 @@ def test_a_language_model_in_half_precision_learns_and_stays_in_it(dtype: torch.
     assert healed.curve[-1]["divergence"] < 0.8 * healed.curve[0]["divergence"]
     assert {p.dtype for p in healed.model.parameters()} == {dtype}
     assert healed.blocks == ("model.layers.0", "model.layers.1")
+
+
+def test_a_teacher_in_another_type_is_learnt_from(texts: Samples) -> None:
+    loaded, student = disturbed(torch.float32)
+    half = replace(loaded, model=clone(loaded.model).to(torch.bfloat16))
+    healed = distil(half, student, texts, texts, replace(SETTINGS, learning_rate=3e-3))
+    assert healed.curve[-1]["divergence"] < 0.8 * healed.curve[0]["divergence"]
+    assert {p.dtype for p in healed.model.parameters()} == {torch.float32}
 
 
 def test_adapters_are_merged_into_weights_of_the_same_names(texts: Samples, tmp_path: Path) -> None:

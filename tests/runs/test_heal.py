@@ -123,6 +123,28 @@ def test_batchnorm_never_follows_drawn_images(small: Path) -> None:
     assert report["settings"]["data"]["source"] == "synthetic"
 
 
+@pytest.mark.slow
+def test_a_recipe_prunes_heals_and_verifies_with_the_first_budget_that_passes(
+    model_dir: Path, image_dir: Path, tmp_path: Path
+) -> None:
+    data = {"source": f"images:{image_dir}", "samples": 30, "evaluation_samples": 10}
+    steps = {
+        "prune": {"task": "prune", "model": {"name": str(model_dir)}, "data": data, "budget": {"ratio": 0.3}},
+        "heal": {"task": "heal", "directory": "step:prune", "data": data, "batch_size": 8},
+        "verify": {"task": "verify", "directory": "step:heal", "data": {**data, "allow_overlap": True}},
+    }
+    del steps["verify"]["data"]["evaluation_samples"]
+    steps["verify"]["checks"] = {"max_flip": 0.99}
+    content = {"steps": steps, "sweep": {"steps.heal.budget.steps": [2, 4]}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(content))
+    code, stdout, stderr = run("recipe", "run", tmp_path / "recipe.yaml", "--out", tmp_path / "out", "--json")
+    assert code == 0, stderr
+    assert [report["step"] for report in json.loads(stdout)] == [
+        f"{name} (heal.budget.steps=2)" for name in ("prune", "heal", "verify")
+    ]
+    assert json.loads((tmp_path / "out" / "heal" / "report.json").read_text())["healing"]["steps"] == 2
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 def refused(directory: Path, image_dir: Path, *more: object) -> str:
     code, _, stderr = heal(directory, image_dir, *more)
@@ -229,16 +251,34 @@ def test_a_run_that_is_killed_goes_on(
     assert not (tmp_path / "out.healing").exists()
 
 
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(small: Path, image_dir: Path, tmp_path: Path) -> None:
+    command = ["heal", small, "--data", f"images:{image_dir}", "--samples", 32, "--evaluation-samples", 8, "--steps", 4]
+    command += ["--batch-size", 8, "--walked", 0, "--no-augment", "--no-batch-statistics", "--device", "cpu", "--json"]
+    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "modhifi"]
+    together = subprocess.run(
+        [sys.executable, "-m", *launcher, *map(str, command), "--out", str(tmp_path / "two")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert together.returncode == 0, together.stderr
+    code, alone, stderr = run(*command, "--out", tmp_path / "one")
+    assert code == 0, stderr
+    curves = [json.loads(report)["healing"]["curve"] for report in (together.stdout, alone)]
+    for ours, theirs in zip(*curves, strict=True):
+        assert ours["divergence"] == pytest.approx(theirs["divergence"], rel=1e-3)
+        assert ours["loss"] is None or ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
 # -- forgotten classes, language models --------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_a_forgotten_class_is_not_taught_again(world: Path, tmp_path: Path) -> None:
     images = {"data": f"images:{world / 'train'}", "evaluate": f"images:{world / 'test'}"}
     forgot = modhifi.unlearn(world / "model", forget=NAMES[2], out=tmp_path / "forgot", checks={"walked": 0}, **images)
-    recipe = parse({"task": "heal", "directory": str(tmp_path / "forgot"), "data": {"source": images["data"]}}, "test")
+    source = {"source": images["data"], "samples": 300, "evaluation_samples": 60}
+    recipe = parse({"task": "heal", "directory": str(tmp_path / "forgot"), "data": source, "batch_size": 64}, "test")
     patient = load_patient(recipe, NOTHING)
-    recipe = recipe.model_copy(
-        update={"data": recipe.data.model_copy(update={"samples": 300, "evaluation_samples": 60})}
-    )
     data = load_learning_data(recipe, patient, NOTHING, lambda *_: None)
     for part in (data.train, data.validation):
         assert len(part) and 2 not in set(label_samples(patient.original, part, 64)[0].labels.tolist())

@@ -1,0 +1,45 @@
+"""What a distillation keeps: its learning curve, its place, and the student that comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Healed:
+    """The student with its best weights, in eval mode and in the dtypes that it came in.
+
+    ``curve`` has an entry an interval: ``step``, ``seconds``, ``loss`` (mean of the training loss since the entry
+    before), ``divergence`` and ``agreement`` on the validation samples. ``best`` is the step of the weights taken,
+    ``broken`` that of an interval whose loss was not finite, None where all were. ``blocks`` were matched.
+    """
+
+    model: nn.Module
+    curve: tuple[Mapping[str, Any], ...]
+    steps: int
+    seconds: float
+    best: int
+    broken: int | None
+    early: bool
+    blocks: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass
+class State:
+    """What a checkpoint holds beside the weights."""
+
+    step: int = 0
+    micro: int = 0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def best_entry(curve: Sequence[Mapping[str, Any]]) -> int:
+    """The place in a curve of the highest agreement and, where that is equal, of the least divergence."""
+    keys = [(entry["agreement"] or 0.0, -entry["divergence"]) for entry in curve]
+    return keys.index(max(keys))
