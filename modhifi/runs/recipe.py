@@ -153,8 +153,8 @@ class Method(Strict):
     rows_per_column: Annotated[int | None, Field(ge=0), Option(panel="Advanced")] = None
     """Rows a Gram looks at per column; 0 takes all."""
     only: list[str] = []
-    """Prune only groups of this name pattern or kind (channels, neurons, heads; blocks and sublayers, which go whole and
-    on request alone); repeat it."""
+    """Prune only groups of this name pattern or kind (channels, neurons, heads; on request alone whole blocks and
+    sublayers); repeat it."""
     exclude: list[str] = []
     """Leave groups of this pattern or kind alone; repeat it."""
     coupled: Annotated[bool, Option("--coupled/--inner-only")] = True
