@@ -91,13 +91,14 @@ class Work:
 
     @cached_property
     def order(self) -> list[int]:
-        """Our order: by what the loss of each block alone does to the output once it is made up for."""
+        """Our order: one after the other, by what the loss of all together does once it is made up for."""
 
         def measure() -> list[int]:
-            curves = depth_curves(self.loaded, self.structure, self.calibration, BLOCKS, measured=True)
+            budget = self.worth(max(COUNTS))
+            curves = depth_curves(self.loaded, self.structure, self.calibration, budget, BLOCKS, measured=True)
             return [self.first + component for component in curves[self.group.name].order.tolist()]
 
-        return self.kept("order", measure)  # type: ignore[no-any-return]
+        return self.kept("greedy", measure)  # type: ignore[no-any-return]
 
     def ours(self, count: int) -> tuple[int, ...]:
         return tuple(sorted(self.order[:count]))
@@ -133,13 +134,16 @@ class Work:
         write_weight(module, (weight + linear @ weight)[None])
         return shrink(model, self.structure, plan)
 
-    def pruned(self, count: int, only: tuple[str, ...]) -> nn.Module:
-        """The model without as many parameters as so many blocks have, of some kinds of components."""
+    def worth(self, count: int) -> Budget:
+        """The budget that leaves out as many parameters as so many blocks have."""
         total = sum(p.numel() for p in self.loaded.model.parameters())
         block = sum(p.numel() for p in self.loaded.model.get_submodule(self.group.parts[0]).parameters())
+        return Budget("parameters", 1 - count * block / total)
+
+    def pruned(self, count: int, only: tuple[str, ...]) -> nn.Module:
+        """The model without as many parameters as so many blocks have, of some kinds of components."""
         settings = replace(SETTINGS, layout="global", only=only)
-        budget = Budget("parameters", 1 - count * block / total)
-        pruned = prune_model(self.loaded, self.calibration, budget, settings)
+        pruned = prune_model(self.loaded, self.calibration, self.worth(count), settings)
         print(
             only, count, "divergence of the plans tried", pruned.tried, {n: len(k) for n, k in pruned.plan.kept.items()}
         )
@@ -165,7 +169,7 @@ Command: `python eval/depth.py --part smollm2 --windows {windows}`.""",
         return work.without(chosen, work.moments)
 
     blocks: dict[str, tuple[Callable[[int], tuple[int, ...]], Callable[[tuple[int, ...]], nn.Module]]] = {
-        "ours: order by divergence, folded": (work.ours, folded),
+        "ours: one after the other by divergence, folded": (work.ours, folded),
         "order by angle (ShortGPT), no repair": (work.short_gpt, partial(work.without, moments={})),
         "order by angle, folded": (work.short_gpt, folded),
         "one run, linear map of the FFN's output (ReplaceMe)": (work.straightest, work.replace_me),

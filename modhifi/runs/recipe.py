@@ -125,6 +125,8 @@ class Timing(Strict):
     """Items in the batch that is timed for --latency."""
     threads: Count | None = None
     """Threads while it is timed for --latency; by default as many as torch takes."""
+    phase: Literal["prefill", "decode"] = "prefill"
+    """What of a language model is timed for --latency: a window of tokens, or one token behind a window."""
 
 
 class Method(Strict):

@@ -132,22 +132,26 @@ def world() -> tuple[LoadedModel, Structure, Samples]:
     return loaded, of_kind(structure, "blocks"), samples_of(loaded, 12)
 
 
-def test_the_cost_of_each_block_is_its_measured_divergence(world: tuple[LoadedModel, Structure, Samples]) -> None:
+def test_one_block_goes_after_the_other_by_what_all_together_do(world: tuple[LoadedModel, Structure, Samples]) -> None:
     loaded, structure, samples = world
-    settings = replace(SETTINGS, ridge=1e-4)
-    (curve,) = depth_curves(loaded, structure, samples, settings, measured=True).values()
+    settings, budget = replace(SETTINGS, ridge=1e-4), Budget("parameters", 0.5)
+    (curve,) = depth_curves(loaded, structure, samples, budget, settings, measured=True).values()
     (group,) = structure.prunable
-    probe, alone = next(samples.batches(3)), []  # what three blocks are probed on
-    for number in range(group.n):
-        plan = Plan({group.name: tuple(n for n in range(group.n) if n != number)})
-        edited = clone(loaded.model)
-        remove_branches(
-            edited, structure, plan, moments_of_plans(loaded, structure, [plan], samples, settings), settings
-        )
-        alone.append(output_change(loaded.logits(probe), loaded.logits(probe, edited)))
-    costs = torch.tensor(alone, dtype=torch.float64)
-    assert curve.order.tolist() == costs.argsort().tolist()
-    torch.testing.assert_close(curve.cost[1:], costs.sort().values.cumsum(0), rtol=1e-4, atol=1e-9)
+    probe = next(samples.batches(3))  # what three blocks are probed on
+
+    def divergence(gone: tuple[int, ...]) -> float:
+        plan = Plan({group.name: tuple(n for n in range(group.n) if n not in gone)})
+        edited, moments = clone(loaded.model), moments_of_plans(loaded, structure, [plan], samples, settings)
+        remove_branches(edited, structure, plan, moments, settings)
+        return output_change(loaded.logits(probe), loaded.logits(probe, edited))
+
+    gone: tuple[int, ...] = ()
+    for number, cost in zip(curve.order.tolist(), curve.cost[1:].tolist(), strict=True):
+        others = {n: divergence((*gone, n)) for n in range(group.n) if n not in gone}
+        assert number == min(others, key=lambda n: others[n])
+        assert cost == pytest.approx(max(others[number], float(curve.cost[len(gone)])), rel=1e-4)
+        gone = (*gone, number)
+    assert len(gone) == 3  # half of the parameters lie in more than two of the blocks
 
 
 def test_the_budget_decides_how_many_blocks_go(world: tuple[LoadedModel, Structure, Samples]) -> None:
