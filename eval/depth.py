@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from modhifi.structure.plan import Plan
 from modhifi.structure.sizes import sizes_of
 from modhifi.structure.surgery import shrink
 
-COUNTS = (3, 1, 6)
+COUNTS = (3, 6, 1)
 IMAGES = 500, 2000
 BLOCKS = replace(SETTINGS, only=("blocks",))
 
@@ -90,13 +91,14 @@ class Work:
 
     @cached_property
     def order(self) -> list[int]:
-        """Our order: by what the loss of each block alone does to the output once it is made up for."""
+        """Our order: one after the other, by what the loss of all together does once it is made up for."""
 
         def measure() -> list[int]:
-            curves = depth_curves(self.loaded, self.structure, self.calibration, BLOCKS, measured=True)
+            budget = self.worth(max(COUNTS))
+            curves = depth_curves(self.loaded, self.structure, self.calibration, budget, BLOCKS, measured=True)
             return [self.first + component for component in curves[self.group.name].order.tolist()]
 
-        return self.kept("order", measure)  # type: ignore[no-any-return]
+        return self.kept("greedy", measure)  # type: ignore[no-any-return]
 
     def ours(self, count: int) -> tuple[int, ...]:
         return tuple(sorted(self.order[:count]))
@@ -132,19 +134,16 @@ class Work:
         write_weight(module, (weight + linear @ weight)[None])
         return shrink(model, self.structure, plan)
 
-    def widths(self, count: int) -> nn.Module:
-        """Neurons alone, in as many parameters as so many blocks have."""
-        return self.pruned(count, ("neurons",))
-
-    def both(self, count: int) -> nn.Module:
-        return self.pruned(count, ("neurons", "blocks"))
-
-    def pruned(self, count: int, only: tuple[str, ...]) -> nn.Module:
+    def worth(self, count: int) -> Budget:
+        """The budget that leaves out as many parameters as so many blocks have."""
         total = sum(p.numel() for p in self.loaded.model.parameters())
         block = sum(p.numel() for p in self.loaded.model.get_submodule(self.group.parts[0]).parameters())
+        return Budget("parameters", 1 - count * block / total)
+
+    def pruned(self, count: int, only: tuple[str, ...]) -> nn.Module:
+        """The model without as many parameters as so many blocks have, of some kinds of components."""
         settings = replace(SETTINGS, layout="global", only=only)
-        budget = Budget("parameters", 1 - count * block / total)
-        pruned = prune_model(self.loaded, self.calibration, budget, settings)
+        pruned = prune_model(self.loaded, self.calibration, self.worth(count), settings)
         print(
             only, count, "divergence of the plans tried", pruned.tried, {n: len(k) for n, k in pruned.plan.kept.items()}
         )
@@ -165,21 +164,25 @@ WikiText-2's validation text in windows of {WINDOW} tokens: {windows} calibrate,
 out. `blocks` is how many of 30 go, or their worth in parameters; `which` are their numbers.
 Command: `python eval/depth.py --part smollm2 --windows {windows}`.""",
     )
-    for count in COUNTS:
-        methods: dict[str, tuple[Callable[[int], tuple[int, ...]] | None, Callable[..., nn.Module]]] = {
-            "ours: order by divergence, folded": (work.ours, lambda blocks: work.without(blocks, work.moments)),
-            "order by angle (ShortGPT), no repair": (work.short_gpt, lambda blocks: work.without(blocks, {})),
-            "order by angle, folded": (work.short_gpt, lambda blocks: work.without(blocks, work.moments)),
-            "one run, linear map of the FFN's output (ReplaceMe)": (work.straightest, work.replace_me),
-            "one run, folded": (work.straightest, lambda blocks: work.without(blocks, work.moments)),
-            "neurons alone": (None, work.widths),
-            "neurons and blocks in one allocation": (None, work.both),
-        }
-        for method, (choose, edit) in methods.items():
-            if only in method:
-                which = "" if choose is None else " ".join(map(str, choose(count)))
-                arguments = count if choose is None else choose(count)
-                result.add(partial(edit, arguments), blocks=count, method=method, which=which)
+
+    def folded(chosen: tuple[int, ...]) -> nn.Module:
+        return work.without(chosen, work.moments)
+
+    blocks: dict[str, tuple[Callable[[int], tuple[int, ...]], Callable[[tuple[int, ...]], nn.Module]]] = {
+        "ours: one after the other by divergence, folded": (work.ours, folded),
+        "order by angle (ShortGPT), no repair": (work.short_gpt, partial(work.without, moments={})),
+        "order by angle, folded": (work.short_gpt, folded),
+        "one run, linear map of the FFN's output (ReplaceMe)": (work.straightest, work.replace_me),
+        "one run, folded": (work.straightest, folded),
+    }
+    for count, (method, (choose, edit)) in product(COUNTS, blocks.items()):
+        if only in method:
+            chosen = choose(count)
+            result.add(partial(edit, chosen), blocks=count, method=method, which=" ".join(map(str, chosen)))
+    widths = {"neurons alone": ("neurons",), "neurons and blocks in one allocation": ("neurons", "blocks")}
+    for count, (method, kinds) in product(COUNTS, widths.items()):
+        if only in method:
+            result.add(partial(work.pruned, count, kinds), blocks=count, method=method, which="")
 
 
 def images(only: str) -> None:

@@ -43,15 +43,18 @@ class Tolerances:
 
     def require(self, incomparable: str) -> None:
         """Raises ModhifiError where a tolerance is given and outputs are ``incomparable``, for that reason."""
-        given = (self.max_flip, self.max_error, self.max_perplexity_ratio)
-        if incomparable and any(tolerance is not None for tolerance in given):
+        if incomparable and self.given:
             raise ModhifiError(f"no tolerance can be checked: {incomparable}; leave out --max-flip and --max-error")
 
     @property
     def alpha(self) -> float:
         """The error probability of one bound: all tolerances together hold at the confidence asked for."""
-        given = sum(t is not None for t in (self.max_flip, self.max_error, self.max_perplexity_ratio))
-        return divided_alpha(self.confidence, max(1, given))
+        return divided_alpha(self.confidence, max(1, self.given))
+
+    @property
+    def given(self) -> int:
+        """How many tolerances there are."""
+        return sum(t is not None for t in (self.max_flip, self.max_error, self.max_perplexity_ratio))
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,21 @@ from modhifi.errors import IndefiniteError
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.offload import staying
 from modhifi.progress import Progress
-from modhifi.pruning.allocation import allocate, plan_for
+from modhifi.pruning.allocation import plan_for
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.editing import LayerError, edit_readers
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts.base import EXACT, least_width
 from modhifi.pruning.left_alone import UNSOLVED, leave, unmeasured
+from modhifi.pruning.planned import Planned
 from modhifi.pruning.settings import PruneSettings
-from modhifi.pruning.stages import Pruned, removal_curves
+from modhifi.pruning.stages import Pruned, make_plan, removal_curves
+from modhifi.pruning.time_budget import timed_plan
+from modhifi.pruning.timed import NetworkTimer
 from modhifi.structure.clone import clone
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import operator_modules
 from modhifi.structure.plan import Plan
-from modhifi.structure.sizes import sizes_of
 from modhifi.structure.surgery import shrink
 
 # Grams of a whole model up to this size may be kept, which lets another run reuse them; larger ones never are.
@@ -41,28 +43,13 @@ def fit_in_memory(model: nn.Module, structure: Structure) -> bool:
     return sum(gram_bytes(module) for _, module in operator_modules(model, structure.prunable)) <= MOST_BYTES
 
 
-def uniform_widths(
-    loaded: LoadedModel, structure: Structure, budget: Budget, settings: PruneSettings
-) -> dict[str, int]:
-    """Every group's width in a layout that depends on sizes alone. Raises what `allocate` raises."""
-    curves = {
-        g.name: Curve(
-            torch.arange(g.n - least_width(g, settings.floor, EXACT)),
-            torch.zeros(g.n - least_width(g, settings.floor, EXACT) + 1, dtype=torch.float64),
-            1.0,
-        )
-        for g in structure.prunable
-    }
-    plan = allocate(
-        structure.prunable,
-        curves,
-        sizes_of(loaded.model, structure),
-        budget,
-        layout=settings.layout,
-        floor=settings.floor,
-        rounding=settings.rounding,
-    )
-    return {g.name: len(plan.kept.get(g.name, range(g.n))) for g in structure.prunable}
+def level_curves(structure: Structure, settings: PruneSettings) -> dict[str, Curve]:
+    """Curves on which every component costs nothing, for a layout that depends on sizes alone."""
+    curves = {}
+    for group in structure.prunable:
+        removable = group.n - least_width(group, settings.floor, EXACT)
+        curves[group.name] = Curve(torch.arange(removable), torch.zeros(removable + 1, dtype=torch.float64), 1.0)
+    return curves
 
 
 def prune_in_blocks(
@@ -72,6 +59,7 @@ def prune_in_blocks(
     budget: Budget,
     settings: PruneSettings,
     progress: Progress,
+    timer: NetworkTimer | None = None,
 ) -> Pruned | None:
     """What `modhifi.pruning.prune_model` returns in ``uniform`` layout, with one block's Grams in memory at a time.
 
@@ -91,7 +79,11 @@ def prune_in_blocks(
     if not all(len(names) == 1 for names in holders.values()):
         return None
     check_room(loaded.model, structure, examples_in(samples, loaded), settings.sampling)
-    widths = uniform_widths(loaded, structure, budget, settings)
+    level = level_curves(structure, settings)
+    planned, timed = Planned(make_plan(loaded.model, structure, level, budget, settings)), None
+    if timer is not None:  # which asks for widths alone
+        timed, _, planned = timed_plan(loaded, structure, level, budget, settings, planned, timer)
+    widths = {g.name: len(planned.plan.kept.get(g.name, range(g.n))) for g in structure.prunable}
     dense_shape = clone(loaded.model)
     curves: dict[str, Curve] = {}
     kept: dict[str, tuple[int, ...]] = {}
@@ -133,7 +125,9 @@ def prune_in_blocks(
         del moments  # before the next block's are collected
     progress("pruning blocks", len(blocks), len(blocks))
     whole, structure = Plan(kept, cost), leave(structure, left, settings.strict)
-    return Pruned(shrink(dense_shape, structure, whole), structure, whole, curves, tuple(errors), left=left)
+    return Pruned(
+        shrink(dense_shape, structure, whole), structure, whole, curves, tuple(errors), left=left, timed=timed
+    )
 
 
 def _curves(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -94,6 +94,10 @@ class Budget:
                 "ask for less"
             )
         return replace(self, keep=self.seconds / dense, times=times)
+
+    def ordered(self, removed: Mapping[str, Sequence[int]]) -> Budget:
+        """The budget for blocks and sublayers that go in this order; see `structure.sizes.Depth.ordered`."""
+        return self if self.times is None else replace(self, times=self.times.ordered(removed))
 
     @property
     def label(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,7 @@ from modhifi.calibration.timeline import Timeline
 from modhifi.data.samples import Samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
+from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.editing import LayerError
 from modhifi.pruning.elimination import Curve
@@ -23,11 +24,14 @@ from modhifi.pruning.output_change import output_change, probe_of
 from modhifi.pruning.sequential import written_modules
 from modhifi.pruning.settings import PruneSettings
 from modhifi.structure.depth import Span, removed_parts, silence, spans
-from modhifi.structure.groups import Branch, Structure
+from modhifi.structure.groups import Branch, Group, Structure
 from modhifi.structure.operators import absorb_mean, columns_of, kernel_size, weight_matrix, write_weight
 from modhifi.structure.plan import Plan
+from modhifi.structure.sizes import sizes_of
 from modhifi.structure.surgery import removed_positions
 
+# How many of the blocks that cost least alone are tried next to what is gone, beside its neighbours.
+CANDIDATES = 2
 SpanMoments = Mapping[tuple[str, str], Moments]
 """The moments of :func:`modhifi.calibration.streams.span_moments`."""
 
@@ -117,11 +121,16 @@ def moments_of_plans(
     samples: Samples,
     settings: PruneSettings,
     progress: Progress = silent,
+    known: Container[tuple[str, str]] = (),
 ) -> dict[tuple[str, str], Moments]:
-    """The moments of every span that one of the plans removes; none where nothing is to make up for them."""
+    """The moments of every span, but for those ``known``, that one of the plans removes.
+
+    None where nothing is to make up for them.
+    """
     if not COMPENSATIONS[settings.compensate].needs_moments:
         return {}
     wanted = [span for plan in plans for span in spans(structure, removed_parts(structure, plan))]
+    wanted = [span for span in wanted if span.name not in known]
     return span_moments(loaded, wanted, samples, settings.sampling, progress)
 
 
@@ -158,62 +167,87 @@ def depth_curves(
     loaded: LoadedModel,
     structure: Structure,
     samples: Samples,
+    budget: Budget,
     settings: PruneSettings,
     measured: bool,
     progress: Progress = silent,
 ) -> dict[str, Curve]:
     """For each group of blocks or sublayers the order in which they go, and what that costs.
 
-    Each is removed alone, the writer before it makes up for it, and what costs least goes first. Its cost is the
-    divergence of the output on a few samples, in nats, or, where that is not ``measured``, the share of what it added
-    that nothing makes up for. Costs are added up.
+    One goes after the other: each time that one of the candidates, neighbours of what is gone and the best of those
+    that have been tried alone, with which the removal of all together costs least, made up for by the writers that
+    stay. The cost is the divergence of the output on a few samples, in nats, or, where that is not ``measured``, the
+    share of what the branches added that nothing makes up for. A curve ends at the floor, or where the group meets the
+    budget by itself.
     """
-    groups = [group for group in structure.prunable if group.parts]
-    alone = {
-        part: Plan({group.name: tuple(i for i in range(group.n) if i != number)})
-        for group in groups
-        for number, part in enumerate(group.parts)
-    }
-    moments = moments_of_plans(loaded, structure, alone.values(), samples, settings, progress)
-    probe = probe_of(structure, samples) if measured else None
-    costs = _costs_alone(loaded, structure, alone, moments, probe, settings, progress)
+    trials = Trials(loaded, structure, samples, probe_of(structure, samples) if measured else None, settings, progress)
+    sizes = sizes_of(loaded.model, structure)
+    target = budget.keep * budget.size(sizes, {})
     curves = {}
-    for group in groups:
-        own = torch.tensor([costs[part] for part in group.parts], dtype=torch.float64)
-        order = own.argsort(stable=True)[: group.n - int(settings.floor * group.n)]
-        curves[group.name] = Curve(order, torch.cat([own.new_zeros(1), own[order].cumsum(0)]), 1.0)
+    for group in structure.prunable:
+        if not group.parts:
+            continue
+        alone = trials.costs(group, [(number,) for number in range(group.n)])
+        best = sorted(alone, key=lambda gone: alone[gone])
+        gone, costs = best[0], [0.0, alone[best[0]]]
+        while len(gone) < group.n - int(settings.floor * group.n):
+            left = budget.ordered({group.name: gone}).size(
+                sizes.ordered({group.name: gone}), {group.name: group.n - len(gone)}
+            )
+            if left <= target:
+                break
+            beside = {number + step for number in gone for step in (-1, 1)} & set(range(group.n))
+            tried = [number for (number,) in best if number not in gone]
+            candidates = dict.fromkeys([*sorted(beside - set(gone)), *tried[:CANDIDATES]])
+            together = trials.costs(group, [(*gone, number) for number in candidates])
+            gone = min(together, key=lambda numbers: together[numbers])
+            costs.append(max(costs[-1], together[gone]))
+        curves[group.name] = Curve(torch.tensor(gone), torch.tensor(costs, dtype=torch.float64), 1.0)
     return curves
 
 
-def _costs_alone(
-    loaded: LoadedModel,
-    structure: Structure,
-    plans: Mapping[str, Plan],
-    moments: SpanMoments,
-    probe: Tensor | None,
-    settings: PruneSettings,
-    progress: Progress,
-) -> dict[str, float]:
-    """What each of some plans does: the divergence of the output on ``probe``; without it, to the stream.
+class Trials:
+    """Tries out the removal of blocks and sublayers, on ``probe`` or, without it, on the moments alone.
 
-    The model is as it was afterwards.
+    Moments that were measured once serve later trials; the model is afterwards as it was.
     """
-    model, costs = loaded.model, {}
-    written = {name: written_without(structure, removed_parts(structure, plan)) for name, plan in plans.items()}
-    timeline = Timeline(model, lambda: loaded.logits(loaded.example))
-    cache = PrefixCache(model, loaded.logits, timeline)
-    dense = None if probe is None else loaded.logits(probe)
-    # In order of execution, as the cache only moves on.
-    for number, name in enumerate(sorted(plans, key=lambda name: timeline.begin(written[name]))):
-        progress("probing depth", number, len(plans))
-        if probe is not None:
-            cache.advance(written[name])
-            cache.fill(0, probe)
-        with branches_restored(model, structure, plans[name]):
-            errors = remove_branches(model, structure, plans[name], moments, settings)
-            if probe is not None and dense is not None:
-                costs[name] = output_change(dense, cache.run(0, probe))
-            else:
-                costs[name] = sum(error.relative for error in errors) if errors else 1.0
-    progress("probing depth", len(plans), len(plans))
-    return costs
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        structure: Structure,
+        samples: Samples,
+        probe: Tensor | None,
+        settings: PruneSettings,
+        progress: Progress,
+    ) -> None:
+        self.loaded, self.structure, self.samples, self.probe = loaded, structure, samples, probe
+        self.settings, self.progress = settings, progress
+        self.moments: dict[tuple[str, str], Moments] = {}
+        self.timeline = Timeline(loaded.model, lambda: loaded.logits(loaded.example))
+        self.dense = None if probe is None else loaded.logits(probe)
+
+    def costs(self, group: Group, removals: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+        """What the removal of some components of a group together does, for each of several such sets."""
+        plans = {gone: Plan({group.name: tuple(n for n in range(group.n) if n not in gone)}) for gone in removals}
+        self.moments |= moments_of_plans(
+            self.loaded, self.structure, plans.values(), self.samples, self.settings, self.progress, self.moments
+        )
+        model, costs = self.loaded.model, {}
+        written = {gone: written_without(self.structure, removed_parts(self.structure, p)) for gone, p in plans.items()}
+        cache = PrefixCache(model, self.loaded.logits, self.timeline)
+        # In order of execution, as the cache only moves on.
+        ordered = sorted(plans, key=lambda gone: self.timeline.begin(written[gone]))
+        for number, gone in enumerate(ordered):
+            self.progress("probing depth", number, len(ordered))
+            if self.probe is not None:
+                cache.advance(written[gone])
+                cache.fill(0, self.probe)
+            with branches_restored(model, self.structure, plans[gone]):
+                errors = remove_branches(model, self.structure, plans[gone], self.moments, self.settings)
+                if self.probe is not None and self.dense is not None:
+                    costs[gone] = output_change(self.dense, cache.run(0, self.probe))
+                else:
+                    costs[gone] = sum(error.relative for error in errors) if errors else float(len(gone))
+        self.progress("probing depth", len(ordered), len(ordered))
+        return costs

@@ -37,7 +37,8 @@ from modhifi.pruning.stages import (
     ordered_curves,
     removal_curves,
 )
-from modhifi.pruning.timed import NetworkTimer, Timed, meet
+from modhifi.pruning.time_budget import timed_plan
+from modhifi.pruning.timed import NetworkTimer, Timed
 from modhifi.pruning.weightings import WEIGHTINGS
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
@@ -95,16 +96,10 @@ def prune_model(
     if budget is not None and budget.measure == "latency" and timer is not None:
         budget = budget.timed(timer.times(loaded, structure, settings.rounding))
     # Blocks are measured one after the other: that pass is not shared among processes.
-    if (
-        plan is None
-        and budget is not None
-        and not LAYOUTS[settings.layout].reads_costs
-        and team.count == 1
-        and timer is None
-    ):
+    if plan is None and budget is not None and not LAYOUTS[settings.layout].reads_costs and team.count == 1:
         if settings.eta is None and settings.sequential is None:
             if cache is None or not fit_in_memory(loaded.model, structure):
-                pruned = prune_in_blocks(loaded, structure, samples, budget, settings, progress)
+                pruned = prune_in_blocks(loaded, structure, samples, budget, settings, progress, timer)
                 if pruned is not None:
                     return pruned
     moments = measure_moments(loaded, structure, samples, settings.sampling, progress, cache, team)
@@ -161,13 +156,14 @@ def solve(
         weighting, reads_costs = WEIGHTINGS[settings.weighting], LAYOUTS[settings.layout].reads_costs
         used = curves or removal_curves(loaded.model, structure, moments, settings, progress, trial_share(settings))
         if any(group.parts for group in structure.prunable):
-            used = {**used, **depth_curves(loaded, structure, samples, settings, weighting.trial is not None, progress)}
+            measured = weighting.trial is not None
+            used = {**used, **depth_curves(loaded, structure, samples, budget, settings, measured, progress)}
         if reads_costs:
             planned = weighting.plan(loaded, structure, used, moments, samples, budget, settings, progress)
         else:
             planned = Planned(make_plan(loaded.model, structure, used, budget, settings))
         if timer is not None:
-            timed, budget, planned = _timed(loaded, structure, used, budget, settings, planned, timer)
+            timed, budget, planned = timed_plan(loaded, structure, used, budget, settings, planned, timer)
         if reads_costs:
             rounded = _rounded(loaded, structure, used, budget, settings, planned)
         plan, tried = planned.plan, planned.tried
@@ -181,38 +177,6 @@ def solve(
     return replace(
         pruned, curves=used, fidelity=fidelity, grams=gram_quality(moments), tried=tried, rounded=rounded, timed=timed
     )
-
-
-def _timed(
-    loaded: LoadedModel,
-    structure: Structure,
-    curves: Mapping[str, Curve],
-    budget: Budget,
-    settings: PruneSettings,
-    planned: Planned,
-    timer: NetworkTimer,
-) -> tuple[Timed, Budget, Planned]:
-    """What timing came to, the budget that the plan taken last was made for, and that plan."""
-    times = budget.times
-    assert times is not None
-
-    def plan_at(keep: float) -> Plan:
-        if keep == budget.keep:
-            return planned.plan
-        return make_plan(loaded.model, structure, curves, replace(budget, keep=keep), settings, planned.weights)
-
-    def predicted(plan: Plan) -> float:
-        return times.of(plan).seconds(_widths(plan)) / times.seconds({})
-
-    plan, taken, attempts = meet(plan_at, predicted, lambda plan: timer.ratio(loaded, structure, plan), budget.keep)
-    before, after = times.by_operator({}), times.of(plan).by_operator(_widths(plan))
-    operators = {name: (seconds, after[name]) for name, seconds in before.items()}
-    timed = Timed(budget.keep, times.seconds({}), attempts, taken, operators, times.fixed)
-    return timed, replace(budget, keep=taken.predicted), replace(planned, plan=plan)
-
-
-def _widths(plan: Plan) -> dict[str, int]:
-    return {name: len(kept) for name, kept in plan.kept.items()}
 
 
 def _rounded(

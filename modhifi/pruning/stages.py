@@ -299,13 +299,11 @@ def make_plan(
 ) -> Plan:
     """Allocate the budget over the groups."""
     order = {g.name: curves[g.name].order.tolist() for g in structure.prunable if g.parts}
-    if budget.times is not None:
-        budget = replace(budget, times=budget.times.ordered(order))
     return allocate(
         structure.prunable,
         curves,
         sizes_of(model, structure).ordered(order),
-        budget,
+        budget.ordered(order),
         layout=settings.layout,
         floor=settings.floor,
         rounding=settings.rounding,

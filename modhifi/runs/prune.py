@@ -118,7 +118,9 @@ def run_prune(
         if incomparable:
             recipe, more = _by_local_errors(recipe, incomparable)
             remarks = [*remarks, *more]
-        timer = _timer(recipe, cache, progress) if budget is not None and budget.measure == "latency" else None
+        timer = (
+            _timer(recipe, original, cache, progress) if budget is not None and budget.measure == "latency" else None
+        )
     with clock.stage("data"):
         calibration, held = load_data(recipe, original, given, progress)
         warnings = [*original.warnings, *remarks, *shortage(recipe, calibration, held)]
@@ -227,7 +229,7 @@ def _by_local_errors(recipe: PruneRecipe, incomparable: str) -> tuple[PruneRecip
     return recipe.model_copy(update={"method": method}), [f"groups are weighted by their own energy: {incomparable}"]
 
 
-def _timer(recipe: PruneRecipe, cache: MomentCache | None, progress: Progress) -> Timer:
+def _timer(recipe: PruneRecipe, original: LoadedModel, cache: MomentCache | None, progress: Progress) -> Timer:
     """What times networks for a budget of latency; raises ModhifiError for what cannot be timed."""
     timing = recipe.timing
     threads = timing.threads or torch.get_num_threads()
@@ -235,8 +237,15 @@ def _timer(recipe: PruneRecipe, cache: MomentCache | None, progress: Progress) -
     RUNTIMES[timing.runtime].check()
     if recipe.offload:
         raise ModhifiError("weights that visit the device say nothing of its time; give another budget or no --offload")
+    if timing.phase == "decode":
+        if original.kind != "text":
+            raise ModhifiError("only a causal language model decodes; leave out --phase decode")
+        if timing.runtime != "eager":
+            raise ModhifiError("a token behind a window is timed in eager mode; leave out --runtime, or --phase decode")
     place = None if cache is None else cache.entries.directory / "latency"
-    return Timer(timing.runtime, timing.latency_batch, threads, recipe.data.window, place, progress)
+    return Timer(
+        timing.runtime, timing.latency_batch, threads, recipe.data.window, timing.phase == "decode", place, progress
+    )
 
 
 def _note(

@@ -323,11 +323,16 @@ def time_warnings(pruned: Pruned) -> list[str]:
             f"{len(timed.attempts)} plans that were timed"
         )
     if noisy(timed.taken.measured, timed.taken.spread):
-        warnings.append(
-            f"the machine is too busy to say whether the model got faster: {timed.taken.measured:.2f} ± "
-            f"{timed.taken.spread:.2f}x; time it again on a quiet one, with `modhifi bench`"
-        )
+        warnings.append(too_busy(timed.taken.measured, timed.taken.spread))
     return warnings
+
+
+def too_busy(measured: float, spread: float) -> str:
+    """The sentence on a ratio of times within its spread of 1."""
+    return (
+        f"the machine is too busy to say whether the model got faster: {measured:.2f} ± {spread:.2f}x; "
+        "time it again on a quiet one, with `modhifi bench`"
+    )
 
 
 def time_verdict(pruned: Pruned) -> list[dict[str, str]]:

@@ -144,6 +144,8 @@ class Timing(Strict):
     """Items in the batch that is timed for --latency."""
     threads: Count | None = None
     """Threads while it is timed for --latency; by default as many as torch takes."""
+    phase: Literal["prefill", "decode"] = "prefill"
+    """What of a language model is timed for --latency: a window of tokens, or one token behind a window."""
 
 
 class Method(Strict):
@@ -174,8 +176,8 @@ class Method(Strict):
     rows_per_column: Annotated[int | None, Field(ge=0), Option(panel="Advanced")] = None
     """Rows a Gram looks at per column; 0 takes all."""
     only: list[str] = []
-    """Prune only groups of this name pattern or kind (channels, neurons, heads; blocks and sublayers, which go whole
-    and on request alone); repeat it."""
+    """Prune only groups of this name pattern or kind (channels, neurons, heads; on request alone whole blocks and
+    sublayers); repeat it."""
     exclude: list[str] = []
     """Leave groups of this pattern or kind alone; repeat it."""
     coupled: Annotated[bool, Option("--coupled/--inner-only")] = True

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from modhifi.artifacts.formatting import noisy
 from modhifi.artifacts.report import render_html
 from modhifi.artifacts.summary import check_summary, write_summary
 from modhifi.bounds.ladder import BoundReport
@@ -25,6 +26,7 @@ from modhifi.runs.heal_recipe import HealRecipe
 from modhifi.runs.inputs import NOTHING, Given, local_paths, located
 from modhifi.runs.outcome import add_outcome
 from modhifi.runs.prune import PruneResult, run_prune
+from modhifi.runs.prune_report import too_busy
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.runs.recipe_file import set_value, to_yaml
 from modhifi.runs.recipe_tasks import STEP, Recipe, StepsRecipe, Task, VerifyRecipe, parse
@@ -184,7 +186,10 @@ def _run_task(name: str, recipe: Task, circumstances: Circumstances) -> Done:
             progress=progress,
             command=command,
         )
-        return Done(name, pruned.report, pruned.path, _failure(pruned.bounds), pruned)
+        failure = _failure(pruned.bounds) or (
+            _uncertain_time(pruned.report) if recipe.checks.tolerances().given else None
+        )
+        return Done(name, pruned.report, pruned.path, failure, pruned)
     if isinstance(recipe, UnlearnRecipe):
         unlearned = run_unlearn(
             recipe, device=device, given=given, force=force, reads=reads, progress=progress, command=command
@@ -228,6 +233,14 @@ def _failure(bounds: BoundReport | None) -> GateFailed | SelfTestFailed | None:
     except (GateFailed, SelfTestFailed) as failure:
         return failure
     return None
+
+
+def _uncertain_time(report: Mapping[str, Any]) -> GateFailed | None:
+    """The error of a budget of time whose measurement cannot tell the model from the original."""
+    timed = report.get("timed")
+    if timed is None or not noisy(timed["taken"]["measured"], timed["taken"]["spread"]):
+        return None
+    return GateFailed(too_busy(timed["taken"]["measured"], timed["taken"]["spread"]))
 
 
 def _nothing_forgotten(report: Mapping[str, Any]) -> GateFailed | None:

@@ -72,7 +72,7 @@ def test_the_options_that_scripts_use_keep_their_names() -> None:
     checks = "--max-flip --max-error --confidence --not-a-sample --walked --summary"
     expected = {
         "prune": f"""{loading} {run_flags} {checks} --max-perplexity-ratio --out --ratio --params --flops --kv-cache
-            --latency
+            --latency --phase
             --runtime --latency-batch --threads --data --samples --window --evaluate --evaluation-samples --selector
             --compensate --allocate --layout
             --sequential --eta --floor --round-to --ridge --rows-per-column --only --exclude --coupled --inner-only

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_transformers
 import torch
 from torch import nn
 
@@ -17,12 +18,19 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.layouts.base import EXACT
 from modhifi.pruning.stages import find_structure
 from modhifi.pruning.timed import Attempt, Timed
+from modhifi.runs.inputs import Given
 from modhifi.runs.prune_report import time_verdict, time_warnings
+from modhifi.runs.recipe import PruneRecipe
+from modhifi.runs.run_recipe import Circumstances, run_recipe
 from modhifi.runs.timing import operators, turns
+from modhifi.runs.timing.decoding import decoding
 from modhifi.runs.timing.networks import Timer, plan_of
 from modhifi.runs.timing.operators import measure_operators
 from modhifi.runs.timing.runtimes import RUNTIMES
+from modhifi.structure.groups import Structure
+from modhifi.structure.sizes import sizes_of
 from modhifi.structure.surgery import shrink
+from modhifi.structure.times import OperatorTime, Times
 
 LAYERS = [
     nn.Conv2d(6, 4, 3, 2, 1, groups=2),
@@ -150,3 +158,45 @@ def test_a_time_that_is_missed_or_uncertain_is_a_warning(measured: float, spread
     assert len(warnings) == len(expected) and all(e in w for e, w in zip(expected, warnings, strict=True))
     (verdict,) = time_verdict(pruned)
     assert f"{measured:.3f} ± {spread:.3f}x measured" in verdict["text"]
+
+
+def test_a_step_reads_the_cache_of_all_before_it_each_time_anew() -> None:
+    model = tiny_transformers.family("llama")[0].float()
+    batch = torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(0))
+    run = decoding(model, batch)
+    with torch.no_grad():
+        expected = model(batch).logits[:, -1:]
+    for _ in range(2):
+        torch.testing.assert_close(run(), expected)
+
+
+@pytest.mark.parametrize(
+    ("timing", "message"), [({"phase": "decode"}, "causal language model"), ({"runtime": "onnx"}, "eager mode")]
+)
+def test_a_phase_that_cannot_be_timed_is_refused(timing: dict[str, Any], message: str, net: LoadedModel) -> None:
+    model: Any = net if "phase" in timing else tiny_transformers.family("llama")[0].float()
+    data = torch.randn(16, 3, 8, 8) if "phase" in timing else torch.randint(3, 50, (16, 12))
+    with pytest.raises(ModhifiError, match=message):
+        modhifi.prune(model, data, latency="0.5x", timing={"phase": "decode", **timing})
+
+
+def prices(loaded: LoadedModel, structure: Structure) -> Times:
+    """A second for every component that is left."""
+    sizes = sizes_of(loaded.model, structure)
+    terms = [t for t in sizes.terms if t.module in structure.operators]
+    operators = [OperatorTime(t, (1, t.input_total), (1, t.output_total), ((0, 0), (1, 9)), 0) for t in terms]
+    return Times(tuple(operators), sizes.full)
+
+
+@pytest.mark.parametrize(("tolerance", "fails"), [({}, False), ({"max_flip": 1.0}, True)])
+@pytest.mark.parametrize("spread", [0.01, 0.5])
+def test_a_time_that_cannot_be_told_fails_a_run_with_a_tolerance(
+    tolerance: dict[str, float], fails: bool, spread: float, net: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Timer, "ratio", lambda *_: (0.8, spread))
+    monkeypatch.setattr(Timer, "times", lambda _, loaded, structure, rounding: prices(loaded, structure))
+    content = {"model": {"name": "module"}, "budget": {"latency": "0.8x"}, "checks": {"walked": 0, **tolerance}}
+    given = Given(model=net, data=torch.randn(16, 3, 8, 8))
+    (done,) = run_recipe(PruneRecipe.model_validate(content), Circumstances("cpu", given))
+    assert (done.failure is not None) == (fails and spread > 0.2)
+    assert done.failure is None or "too busy" in str(done.failure)

@@ -13,6 +13,7 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.pruning.layouts.base import Rounding
 from modhifi.runs.measure import device_of
+from modhifi.runs.timing.decoding import decoding
 from modhifi.runs.timing.operators import measure_operators
 from modhifi.runs.timing.runtimes import RUNTIMES
 from modhifi.runs.timing.subjects import Subject
@@ -33,20 +34,25 @@ SHARES = (0.75, 0.5, 0.25)
 class Timer:
     """Times networks in one runtime, at one batch size and number of threads; operators' times are kept in ``cache``.
 
-    ``window`` is the tokens of an input of text. See :class:`modhifi.pruning.timed.NetworkTimer`.
+    ``window`` is the tokens of an input of text, of which ``decode`` times the last one alone. See
+    :class:`modhifi.pruning.timed.NetworkTimer`.
     """
 
     runtime: str
     batch: int
     threads: int
     window: int | None = None
+    decode: bool = False
     cache: Path | None = None
     progress: Progress = silent
 
     def times(self, loaded: LoadedModel, structure: Structure, rounding: Rounding) -> Times:
         """Operators alone on a grid of widths, then whole networks, which give the coefficients."""
         batch = self._inputs(loaded)
-        operators = measure_operators(loaded, structure, batch, self.runtime, self.threads, self.cache, self.progress)
+        one_pass = batch[:, -1:] if self.decode else batch
+        operators = measure_operators(
+            loaded, structure, one_pass, self.runtime, self.threads, self.cache, self.progress
+        )
         sizes = sizes_of(loaded.model, structure)
         times = Times(operators, sizes.full, depth=sizes.depth)
         widths: list[dict[str, int]] = [{}]
@@ -71,7 +77,11 @@ class Timer:
         for number, (name, plan) in enumerate(plans.items()):
             self.progress("timing networks", number, len(plans))
             model = shrink(clone(loaded.model), structure, plan) if plan.kept else loaded.model
-            runs[name] = RUNTIMES[self.runtime].load(model, batch)(batch, self.threads)
+            runs[name] = (
+                decoding(model, batch)
+                if self.decode
+                else RUNTIMES[self.runtime].load(model, batch)(batch, self.threads)
+            )
         turns = time_in_turns(runs, self.threads, device_of(loaded.model).type != "cpu", rounds=ROUNDS)
         self.progress("timing networks", len(plans), len(plans))
         return turns
