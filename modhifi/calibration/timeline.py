@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from modhifi.models.hooks import attached
+from modhifi.structure.recurrent import operator_at
 from modhifi.structure.torch_ops import METADATA, operation_name, tensors_in
 from modhifi.structure.tracing.branches import Calls
 
@@ -80,7 +81,7 @@ class Timeline:
         """
         begins = [math.inf]
         for name in changed:
-            module = self.model.get_submodule(name)
+            module = operator_at(self.model, name)
             begins.append(self._begin(self._names.get(module, name)))
             begins += [self._begins[id(tensor)] for tensor in _tensors(module)]
         return min(begins)

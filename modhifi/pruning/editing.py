@@ -17,6 +17,7 @@ from modhifi.pruning.settings import PruneSettings
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import absorb_mean, kernel_size, weight_matrix, write_weight
 from modhifi.structure.plan import Plan
+from modhifi.structure.recurrent import operator_at
 from modhifi.structure.surgery import removed_positions
 
 
@@ -52,7 +53,7 @@ def edit_reader(
 ) -> LayerError:
     """Compensate one reader for the loss of some input channels (``positions``), in place."""
     weight = write_compensated(model, structure, name, positions, moments, settings)
-    edited = weight_matrix(model.get_submodule(name))  # rounded to the model's type
+    edited = weight_matrix(operator_at(model, name))  # rounded to the model's type
     measured = moments.cov if structure.operators[name].sink is not None else moments.gram
     errors, energies = zip(*map(local_error, weight, edited, measured), strict=True)
     return LayerError(name, sum(errors), sum(energies))
@@ -70,8 +71,8 @@ def store(
     model: nn.Module, structure: Structure, name: str, edited: Tensor, moments: Moments, settings: PruneSettings
 ) -> Tensor:
     """Write a reader's new weights ``(G, o, d)`` and, compensating, give its mean back; returns the old ones."""
-    weight, sink = weight_matrix(model.get_submodule(name)), structure.operators[name].sink
-    write_weight(model.get_submodule(name), edited)
+    weight, sink = weight_matrix(operator_at(model, name)), structure.operators[name].sink
+    write_weight(operator_at(model, name), edited)
     if COMPENSATIONS[settings.compensate].restores_mean and sink is not None:
         absorb_mean(model, name, sink, ((weight - edited) @ moments.mean[:, :, None]).reshape(-1))
     return weight
@@ -81,7 +82,7 @@ def compensated(
     model: nn.Module, structure: Structure, name: str, positions: Tensor, moments: Moments, settings: PruneSettings
 ) -> Tensor:
     """A reader's weights after the loss of some input channels, float64 ``(G, o, d)``; nothing is written."""
-    module = model.get_submodule(name)
+    module = operator_at(model, name)
     weight = weight_matrix(module)
     groups, _, columns = weight.shape
     kernel = kernel_size(module)

@@ -14,6 +14,7 @@ from modhifi.errors import ModhifiError
 from modhifi.models.hooks import attached, batch_statistics, on_input
 from modhifi.models.loaded import LoadedModel
 from modhifi.structure.groups import Structure
+from modhifi.structure.recurrent import operator_at
 
 UNSOLVED = "the Gram matrix of what reads it has no factorisation, even with strong damping"
 
@@ -73,7 +74,7 @@ def _refuse_broken(loaded: LoadedModel, structure: Structure, samples: Samples, 
                 at[module] = bad.nonzero().flatten().tolist()
 
     names = dict.fromkeys(piece.module for group in structure.prunable for piece in group.readers)
-    handles = [on_input(loaded.model.get_submodule(name), partial(look, name)) for name in names]
+    handles = [on_input(operator_at(loaded.model, name), partial(look, name)) for name in names]
     with attached(handles), batch_statistics(loaded.model, samples.adapted):
         for start in range(0, len(samples), batch_size):
             size = min(batch_size, len(samples) - start)

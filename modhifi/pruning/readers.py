@@ -14,6 +14,7 @@ from modhifi.pruning.fidelity import singleton_fidelity
 from modhifi.pruning.linalg import mean_diagonal, shrinkage, shrunk
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import norm_scale, reader_columns, weight_matrix
+from modhifi.structure.recurrent import operator_at
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def reader_of(
 
     It has a scale with ``behind_norms``, where a BatchNorm stands behind it.
     """
-    layer = model.get_submodule(module)
+    layer = operator_at(model, module)
     piece = next(s for s in group.readers if s.module == module)
     owner, columns = reader_columns(layer, piece.index)
     weight, sink = weight_matrix(layer), structure.operators[module].sink

@@ -25,6 +25,7 @@ from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import make_plan, trial_size
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.plan import Plan
+from modhifi.structure.recurrent import operator_at
 from modhifi.structure.surgery import removed_positions
 
 # the share of a group's components whose loss shows its effect on the output
@@ -201,7 +202,7 @@ def _edited(
 def _restored(model: nn.Module, structure: Structure, groups: Iterable[Group]) -> Iterator[None]:
     """Afterwards, the groups' readers, and the BatchNorms that take their mean, are as they were before."""
     readers = [piece.module for group in groups for piece in group.readers]
-    modules = [model.get_submodule(name) for name in dict.fromkeys(written_modules(structure, readers))]
+    modules = [operator_at(model, name) for name in dict.fromkeys(written_modules(structure, readers))]
     saved = [(tensor, tensor.data.clone()) for m in modules for tensor in (*m.parameters(), *m.buffers())]
     try:
         yield

@@ -25,6 +25,7 @@ from modhifi.structure.clone import clone
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import absorb_mean, kernel_size, weight_matrix, write_weight
 from modhifi.structure.plan import Plan
+from modhifi.structure.recurrent import operator_at
 from modhifi.structure.surgery import removed_positions
 
 
@@ -77,10 +78,10 @@ class PairedPasses:
                 rows = [self._rows(cache, reader, first, batch) for cache in self.caches]
                 sums.add(torch.cat(rows, 1))
                 first += len(batch)
-        return sums.finish().to(next(self.edited.get_submodule(reader).parameters()).device)
+        return sums.finish().to(next(operator_at(self.edited, reader).parameters()).device)
 
     def _rows(self, cache: PrefixCache, reader: str, first: int, batch: Tensor) -> Tensor:
-        module = cache.model.get_submodule(reader)
+        module = operator_at(cache.model, reader)
         with stop_before(module) as inputs:
             cache.run(first, batch)
         return self.sampling.rows(module, inputs[0], first, len(self.samples), self.loaded.real_tokens(batch))
@@ -120,7 +121,7 @@ def _compensate(
     edited: nn.Module, structure: Structure, reader: str, removed: Tensor, both: Moments, settings: PruneSettings
 ) -> LayerError:
     """Write a reader's new weights for the loss of the input channels ``removed``, from the moments of both models."""
-    module, sink = edited.get_submodule(reader), structure.operators[reader].sink
+    module, sink = operator_at(edited, reader), structure.operators[reader].sink
     weight = weight_matrix(module)
     groups, _, d = weight.shape
     kernel = kernel_size(module)

@@ -37,6 +37,7 @@ from modhifi.structure.clone import clone
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import columns_of, operator_modules
 from modhifi.structure.plan import Plan
+from modhifi.structure.recurrent import operator_at
 from modhifi.structure.sizes import sizes_of
 from modhifi.structure.surgery import shrink
 from modhifi.structure.tracing.tracer import trace
@@ -211,14 +212,14 @@ def alike(model: nn.Module, groups: Iterable[Group]) -> list[list[Group]]:
     """
     shapes: dict[tuple[object, ...], list[Group]] = defaultdict(list)
     for group in groups:
-        layers = [model.get_submodule(piece.module) for piece in group.readers]
+        layers = [operator_at(model, piece.module) for piece in group.readers]
         pieces = zip(group.readers, layers, strict=True)
         shape = tuple((*columns_of(m), m.get_parameter("weight").shape, *piece.index.shape) for piece, m in pieces)
         labels = () if group.partition is None else tuple(group.partition.tolist())
         shapes[group.n, labels, shape].append(group)
     together = []
     for same in shapes.values():
-        size = sum(gram_bytes(model.get_submodule(piece.module)) for piece in same[0].readers)
+        size = sum(gram_bytes(operator_at(model, piece.module)) for piece in same[0].readers)
         count = max(1, TOGETHER // size)
         together += [same[start : start + count] for start in range(0, len(same), count)]
     return together

@@ -13,6 +13,7 @@ from modhifi.structure.clone import clone
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import as_stored, conv_groups, last_wide, outputs_first
 from modhifi.structure.plan import Plan
+from modhifi.structure.recurrent import holder, operator_at
 from modhifi.structure.surgery import removed_positions, staying
 
 
@@ -35,8 +36,12 @@ def expand(small: nn.Module, dense: nn.Module, structure: Structure, plan: Plan)
         none = torch.empty(0, dtype=torch.int64)
         inputs, outputs = removed.get((name, "reader"), none), removed.get((name, "producer"), none)
         along = removed.get((name, "along"), none)
-        owner, _, leaf = name.rpartition(".")
-        if isinstance(getattr(model.get_submodule(owner), leaf), nn.Parameter):
+        owner, leaf = holder(model, name)
+        if isinstance(owner, nn.RNNBase) and not len(along):
+            done.add(name)
+            _operator(operator_at(model, name), ours[name], theirs[name], inputs, outputs, name)
+            continue
+        if isinstance(getattr(owner, leaf), nn.Parameter):
             done.add(name)
             dim = last_wide(ours[name])
             _fill(ours[name].movedim(dim, 0), theirs[name].movedim(dim, 0), along, name)

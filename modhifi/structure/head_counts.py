@@ -12,6 +12,7 @@ from torch import nn
 
 from modhifi.structure.groups import Group
 from modhifi.structure.library_layers import is_transposed
+from modhifi.structure.recurrent import Gates, operator_at
 
 HEADS = re.compile(r"(^|_|\.)heads?$")  # num_heads, n_head, num_key_value_heads
 WIDTHS = re.compile(r"(^|_)(dim|size)(_out_(qk|v))?$")  # attn_dim, split_size, all_head_size, dim_out_qk
@@ -27,7 +28,7 @@ def with_head_counts(model: nn.Module, group: Group) -> Group:
     still computes the same (:func:`modhifi.structure.trial_cut.confirm`).
     """
     if group.kind == "neurons":
-        linear = all(_is_linear(model.get_submodule(s.module)) for s in group.producers)
+        linear = all(_is_linear(operator_at(model, s.module)) for s in group.producers)
         return group if linear else replace(group, kind="channels")
     if group.kind == "channels":
         return group
@@ -46,7 +47,7 @@ def with_head_counts(model: nn.Module, group: Group) -> Group:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_transposed(module)
+    return isinstance(module, (nn.Linear, Gates)) or is_transposed(module)
 
 
 def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:

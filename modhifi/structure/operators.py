@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from modhifi.structure.groups import Group
 from modhifi.structure.library_layers import is_transposed
+from modhifi.structure.recurrent import operator_at
 
 
 def kernel_size(module: nn.Module) -> int:
@@ -69,7 +70,7 @@ def absorb_mean(model: nn.Module, reader: str, sink: str, shift: Tensor) -> None
     taken from its running mean).
     """
     if sink == "bias":
-        bias: Tensor = model.get_submodule(reader).bias.data  # type: ignore[assignment]
+        bias: Tensor = operator_at(model, reader).bias.data  # type: ignore[assignment]
         bias.add_(shift.to(bias.dtype))
     else:
         mean: Tensor = model.get_submodule(sink).running_mean.data  # type: ignore[assignment]
@@ -91,7 +92,7 @@ def operator_modules(model: nn.Module, groups: Iterable[Group]) -> Iterator[tupl
         for piece in group.readers:
             if piece.module not in seen:
                 seen.add(piece.module)
-                yield piece.module, model.get_submodule(piece.module)
+                yield piece.module, operator_at(model, piece.module)
 
 
 def last_wide(tensor: Tensor) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import last_wide
+from modhifi.structure.recurrent import holder
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,13 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
             table[piece.module][group.name] = piece.index.shape[1]
     terms, counted = [], 0
     for name in places:
-        owner, _, leaf = name.rpartition(".")
-        place = getattr(model.get_submodule(owner), leaf)
+        place = getattr(*holder(model, name))
+        if isinstance(place, nn.Parameter) and name in structure.operators:
+            rows, columns = place.shape
+            macs = structure.operators[name].macs
+            terms.append(Term(macs, place.numel(), 0, inputs[name], columns, outputs[name], rows, name))
+            counted += place.numel()
+            continue
         if isinstance(place, nn.Parameter):
             terms.append(Term(0, 0, place.numel(), {}, 0, outputs[name], place.shape[last_wide(place)]))
             counted += place.numel()

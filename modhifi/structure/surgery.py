@@ -23,6 +23,7 @@ from modhifi.structure.operators import (
     write_weight,
 )
 from modhifi.structure.plan import Plan
+from modhifi.structure.recurrent import Gates, holder, operator_at
 
 
 def removed_positions(structure: Structure, plan: Plan) -> dict[tuple[str, str], Tensor]:
@@ -42,12 +43,12 @@ def mask_readers(model: nn.Module, structure: Structure, plan: Plan, shared: Ite
     Of the ``shared`` tensors the copy holds the original's own where no mask is written into them.
     """
     removed = removed_positions(structure, plan)
-    masked = {id(model.get_submodule(name).weight) for name, role in removed if role == "reader"}
+    masked = {id(operator_at(model, name).weight) for name, role in removed if role == "reader"}
     model = clone(model, (tensor for tensor in shared if id(tensor) not in masked))
     for (name, role), positions in removed.items():
         if role != "reader":
             continue
-        module = model.get_submodule(name)
+        module = operator_at(model, name)
         matrix = weight_matrix(module)
         channels = matrix.shape[0] * matrix.shape[2] // kernel_size(module)
         matrix = matrix.reshape(matrix.shape[0], matrix.shape[1], channels // matrix.shape[0], -1)
@@ -70,10 +71,13 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
         outputs = removed.get((name, "producer"), none)
         inputs = removed.get((name, "reader"), none)
         along = removed.get((name, "along"), none)
-        owner, _, leaf = name.rpartition(".")
-        parent = model.get_submodule(owner)
-        if isinstance(getattr(parent, leaf), Tensor):
+        parent, leaf = holder(model, name)
+        place = getattr(parent, leaf)
+        if isinstance(place, Tensor) and len(along):
             _shrink_parameter(parent, leaf, along)
+        elif isinstance(parent, nn.RNNBase):
+            matrix = Gates(parent, leaf)
+            matrix.cut(staying(matrix.in_features, inputs), staying(matrix.out_features, outputs))
         elif len(along):
             _shrink_along(model.get_submodule(name), along)
         else:

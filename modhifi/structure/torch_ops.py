@@ -33,6 +33,7 @@ Kind = Literal[
     "conv",
     "transposed conv",
     "linear",
+    "recurrent",
     "batch norm",
     "norm",
     "mixing",
@@ -77,6 +78,7 @@ _TABLE: dict[Kind, str] = {
     "conv": "conv1d conv2d conv3d",
     "transposed conv": "conv_transpose1d conv_transpose2d conv_transpose3d",
     "linear": "linear addmm",
+    "recurrent": "lstm gru rnn_tanh rnn_relu",
     "batch norm": "batch_norm instance_norm",
     # norms of each sample, which read the channel axis or a part of it as a whole
     "norm": "layer_norm rms_norm group_norm",
