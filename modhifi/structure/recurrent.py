@@ -132,7 +132,7 @@ def order_of(owner: nn.RNNBase, own: Direction) -> Tensor:
 
     Every direction of every layer must have as many units, so those of equal rank go together.
     """
-    read = getattr(owner, f"weight_hh{own.suffix}").detach().double().square().sum(0)
+    read: Tensor = getattr(owner, f"weight_hh{own.suffix}").detach().double().square().sum(0)
     for other in directions(owner):
         if other.layer == own.layer + 1:
             columns = getattr(owner, f"weight_ih{other.suffix}").detach().double().square().sum(0)
@@ -150,7 +150,7 @@ def operator_at(model: nn.Module, name: str) -> nn.Module:
     """The layer of that name, or the matrix of a recurrent layer that the parameter of that name is."""
     owner, leaf = holder(model, name)
     place: Any = getattr(owner, leaf) if leaf else owner
-    layer: nn.Module = (
-        Gates(owner, leaf) if isinstance(owner, nn.RNNBase) and isinstance(place, nn.Parameter) else place
-    )
+    if isinstance(owner, nn.RNNBase) and isinstance(place, nn.Parameter):
+        return Gates(owner, leaf)
+    layer: nn.Module = place
     return layer

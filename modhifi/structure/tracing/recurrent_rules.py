@@ -32,8 +32,9 @@ def recurrent(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     units, hidden = _units(watcher, name, owner)
     _read(watcher, name, owner, call.axis(x), x, hidden)
     states = call.args[1] if isinstance(call.args[1], (list, tuple)) else [call.args[1]]
-    for state, ids in zip(states, (hidden, units), strict=False):
-        _begin(watcher, call, state, torch.stack(ids))
+    begun = [_begin(watcher, call, s, torch.stack(ids)) for s, ids in zip(states, (hidden, units), strict=False)]
+    if not all(begun):
+        _rank_together(watcher, owner, units, hidden)
     last = [ids for d, ids in zip(directions(owner), hidden, strict=True) if d.layer == owner.num_layers - 1]
     ends = [_all_layers(torch.stack(ids)) for ids in (hidden, units)]
     return [Axis(2, torch.cat(last)), *ends[: len(call.outputs) - 1]]
@@ -62,7 +63,6 @@ def _units(watcher: Watcher, name: str, owner: nn.RNNBase) -> tuple[list[Tensor]
     couplings.part(units[0], (name, "hidden_size"))
     if owner.proj_size:
         couplings.part(hidden[0], (name, "proj_size"))
-    _rank_together(watcher, owner, units, hidden)
     return units, hidden
 
 
@@ -93,16 +93,22 @@ def _read(watcher: Watcher, name: str, owner: nn.RNNBase, axis: Axis | None, x: 
         watcher.couplings.part(axis.ids[axis.ids >= 0], (name, "input_size"))
 
 
-def _begin(watcher: Watcher, call: TracedCall, state: Tensor, ids: Tensor) -> None:
-    """An initial state ``(directions, batch, width)``: another layer's components meet these, zeros do nothing."""
+def _begin(watcher: Watcher, call: TracedCall, state: Tensor, ids: Tensor) -> bool:
+    """An initial state ``(directions, batch, width)``: another layer's components meet these, zeros do nothing.
+
+    Whether it has said which units of all directions go together.
+    """
     placement = call.placements.get(id(state))
     if isinstance(placement, Axis) and placement.dim == 2:
         watcher.couplings.unite(placement.ids.repeat(len(ids)), ids.flatten())
-    elif isinstance(placement, Grid) and placement.ids.shape[::2] == ids.shape:
+        return True
+    if isinstance(placement, Grid) and placement.ids.shape[::2] == ids.shape:
         watcher.couplings.unite(placement.ids.flatten(), ids.flatten())
-    elif placement is not None or not is_constant(state, 2):
+        return True
+    if placement is not None or not is_constant(state, 2):
         watcher.freeze(placement, "a recurrent layer begins with these channels")
         watcher.couplings.freeze(ids.flatten(), f"a fixed or unknown state begins this layer ({watcher.where})")
+    return False
 
 
 def _all_layers(ids: Tensor) -> Placement:
