@@ -168,5 +168,6 @@ if __name__ == "__main__":
 
 Trained for {options.minutes:g} minutes on one thread on topics of Python's reference; {CALIBRATION} windows of {WINDOW}
 characters of other topics calibrate, {count} of further ones are measured. Random: mean and deviation of {len(SEEDS)}
-seeds. Command: `python eval/lstm.py --layers {options.layers} --width {options.width} --minutes {options.minutes:g}`.""",
+seeds. Command:
+`python eval/lstm.py --layers {options.layers} --width {options.width} --minutes {options.minutes:g}`.""",
     )
