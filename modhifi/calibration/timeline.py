@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from modhifi.models.hooks import attached
-from modhifi.structure.stacked import operator_at
+from modhifi.structure.places import operator_at
 from modhifi.structure.torch_ops import METADATA, operation_name, tensors_in
 from modhifi.structure.tracing.branches import Calls
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from modhifi.structure.recurrent import Gates
+
 
 class StopForward(Exception):
     """The exception that ends a forward pass whose rest is not needed."""
@@ -28,7 +30,19 @@ def on_input(module: nn.Module, callback: Callable[[Tensor], None]) -> Removable
     def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         callback(only_input(args, named))
 
+    if isinstance(module, Gates):
+        return _on_steps(module, callback)
     return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _on_steps(matrix: Gates, callback: Callable[[Tensor], None]) -> RemovableHandle:
+    """The same for a matrix of a recurrent layer, which reads the states of every step."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        state = args[1] if len(args) > 1 else named.get("hx")
+        callback(matrix.rows(only_input(args, named), state))
+
+    return matrix.place[0].register_forward_pre_hook(hook, with_kwargs=True)
 
 
 @contextmanager

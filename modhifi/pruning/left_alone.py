@@ -16,7 +16,8 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.linalg import diagonals
 from modhifi.pruning.readers import second_of
 from modhifi.structure.groups import Structure
-from modhifi.structure.stacked import Stacked, operator_at
+from modhifi.structure.places import operator_at
+from modhifi.structure.stacked import Stacked
 
 UNSOLVED = "the Gram matrix of what reads it has no factorisation, even with strong damping"
 

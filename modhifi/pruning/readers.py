@@ -15,7 +15,7 @@ from modhifi.pruning.fidelity import singleton_fidelity
 from modhifi.pruning.linalg import mean_diagonal, shrinkage, shrunk
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import norm_scale, reader_columns, weight_matrix
-from modhifi.structure.stacked import operator_at
+from modhifi.structure.places import operator_at
 
 # The least power of an expert's inputs, as a share of the mean over all experts: one that is never chosen has none.
 UNSEEN = 1e-3

@@ -39,6 +39,7 @@ from modhifi.structure.depth import removed_parts
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import columns_of, operator_modules
 from modhifi.structure.plan import Plan
+from modhifi.structure.recurrent import operator_at
 from modhifi.structure.sizes import sizes_of
 from modhifi.structure.stacked import Stacked, operator_at
 from modhifi.structure.surgery import shrink

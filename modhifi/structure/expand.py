@@ -15,7 +15,8 @@ from modhifi.structure.depth import inside, name_after, removed_parts, silence
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import as_stored, conv_groups, last_wide, outputs_first
 from modhifi.structure.plan import Plan
-from modhifi.structure.stacked import TURNED, Stacked, holder
+from modhifi.structure.places import holder, operator_at
+from modhifi.structure.stacked import TURNED, Stacked
 from modhifi.structure.surgery import removed_positions, staying
 
 
@@ -54,8 +55,10 @@ def expand(small: nn.Module, dense: nn.Module, structure: Structure, plan: Plan)
             elif len(along):
                 dim = last_wide(ours[key])
                 _fill(ours[key].movedim(dim, 0), theirs[key].movedim(dim, 0), along, name)
+            elif isinstance(operator := operator_at(model, name), Stacked):
+                _stack(operator, theirs[key], inputs, outputs, name)
             else:
-                _stack(Stacked(parent, leaf, name.endswith(TURNED)), theirs[key], inputs, outputs, name)
+                _operator(operator, ours[key], theirs[key], inputs, outputs, name)
             continue
         module = model.get_submodule(name)
         for leaf in ("weight", "bias", "running_mean", "running_var"):

@@ -12,7 +12,9 @@ from torch import nn
 
 from modhifi.structure.groups import Group
 from modhifi.structure.library_layers import is_transposed
-from modhifi.structure.stacked import Stacked, operator_at
+from modhifi.structure.places import operator_at
+from modhifi.structure.recurrent import Gates
+from modhifi.structure.stacked import Stacked
 
 HEADS = re.compile(r"(^|_|\.)heads?$")  # num_heads, n_head, num_key_value_heads
 WIDTHS = re.compile(r"(^|_)(dim|size)(_out_(qk|v))?$")  # attn_dim, split_size, all_head_size, dim_out_qk
@@ -47,7 +49,7 @@ def with_head_counts(model: nn.Module, group: Group) -> Group:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Stacked) or is_transposed(module)
+    return isinstance(module, nn.Linear | Stacked | Gates) or is_transposed(module)
 
 
 def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:

@@ -10,7 +10,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from modhifi.structure.groups import Group
 from modhifi.structure.library_layers import is_transposed
-from modhifi.structure.stacked import Stacked, operator_at
+from modhifi.structure.places import operator_at
+from modhifi.structure.stacked import Stacked
 
 
 def kernel_size(module: nn.Module) -> int:
@@ -83,7 +84,7 @@ def absorb_mean(model: nn.Module, reader: str, sink: str, shift: Tensor) -> None
     taken from its running mean).
     """
     if sink == "bias":
-        bias: Tensor = model.get_submodule(reader).bias.data  # type: ignore[assignment]
+        bias: Tensor = operator_at(model, reader).bias.data  # type: ignore[assignment]
         bias.add_(shift.to(bias.dtype))
     else:
         mean: Tensor = model.get_submodule(sink).running_mean.data  # type: ignore[assignment]

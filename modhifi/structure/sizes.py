@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from modhifi.structure.depth import inside as inside_of
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import last_wide
+from modhifi.structure.places import holder, operator_at
 from modhifi.structure.plan import Plan
-from modhifi.structure.stacked import holder, operator_at
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,14 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
     terms, counted = [], 0
     for name in places:
         place = getattr(*holder(model, name))
+        if isinstance(place, nn.Parameter) and name in structure.operators and place.ndim == 2:
+            rows, columns = place.shape
+            macs = structure.operators[name].macs
+            terms.append(
+                Term(macs, place.numel(), 0, inputs[name], columns, outputs[name], rows, name, parts_of(name, whole))
+            )
+            counted += place.numel()
+            continue
         if isinstance(place, Tensor) and (name in tables or place.ndim < 3):
             role = tables.get(name)
             total = {"biases": place.numel(), "matrices": place.shape[0]}.get(str(role), place.shape[last_wide(place)])

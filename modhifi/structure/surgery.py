@@ -24,7 +24,9 @@ from modhifi.structure.operators import (
     write_weight,
 )
 from modhifi.structure.plan import Plan
-from modhifi.structure.stacked import TURNED, Stacked, holder, operator_at
+from modhifi.structure.places import holder, operator_at
+from modhifi.structure.recurrent import Gates
+from modhifi.structure.stacked import TURNED, Stacked
 
 
 def removed_positions(structure: Structure, plan: Plan) -> dict[tuple[str, str], Tensor]:
@@ -87,9 +89,8 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
             _replace(parent, leaf, place.data[stay].view(len(place), -1))
         elif isinstance(place, Tensor) and len(along):
             _shrink_parameter(parent, leaf, along)
-        elif isinstance(place, Tensor):
-            stack = Stacked(parent, leaf, name.endswith(TURNED))
-            stack.cut(staying(stack.in_features, inputs), staying(stack.out_features, outputs))
+        elif isinstance(operator := operator_at(model, name), Stacked | Gates):
+            operator.cut(staying(operator.in_features, inputs), staying(operator.out_features, outputs))
         elif len(along):
             _shrink_along(place, along)
         else:

@@ -34,6 +34,7 @@ Kind = Literal[
     "transposed conv",
     "linear",
     "grouped product",
+    "recurrent",
     "batch norm",
     "norm",
     "mixing",
@@ -80,6 +81,7 @@ _TABLE: dict[Kind, str] = {
     "linear": "linear addmm",
     # rows of several experts with the matrix of each
     "grouped product": "grouped_mm _grouped_mm transformers::grouped_mm_fallback",
+    "recurrent": "lstm gru rnn_tanh rnn_relu",
     "batch norm": "batch_norm instance_norm",
     # norms of each sample, which read the channel axis or a part of it as a whole
     "norm": "layer_norm rms_norm group_norm",

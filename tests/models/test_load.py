@@ -488,10 +488,12 @@ def test_broken_directories(tmp_path: Path) -> None:
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "cannot load" in refusal(tmp_path / "cut")
-    t5 = transformers.T5Config(vocab_size=50, d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8)
-    t5.architectures = ["T5ForConditionalGeneration"]
-    t5.save_pretrained(tmp_path / "t5")
-    assert "encoder and a decoder" in refusal(tmp_path / "t5")
+
+
+def test_models_whose_input_is_not_known_say_so(tmp_path: Path) -> None:
+    sizes = dict(hidden_size=16, n_layer=1, n_head=2, state_dim=3, act_dim=2)
+    transformers.DecisionTransformerModel(transformers.DecisionTransformerConfig(**sizes)).save_pretrained(tmp_path)
+    assert "reads 'states'; only pixels, token ids, sounds, series" in refusal(tmp_path)
 
 
 def test_remote_code_runs_only_when_trusted(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_a_yolo_is_pruned_its_boxes_compared_and_exported(tmp_path: Path) -> Non
 
 TORCHVISION: dict[str, tuple[str, int]] = {
     "fasterrcnn_mobilenet_v3_large_320_fpn": ("roi_heads.box_head.fc6", 30),
-    "ssdlite320_mobilenet_v3_large": ("backbone.features.0.1.0", 30),
+    "ssdlite320_mobilenet_v3_large": ("backbone.features.0.0.0", 30),
     "retinanet_resnet50_fpn": ("backbone.body.layer1.0.conv1", 40),
 }
 

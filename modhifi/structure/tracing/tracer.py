@@ -22,14 +22,22 @@ from modhifi.structure.stacked import TURNED, by_expert, may_be_stacked
 from modhifi.structure.torch_ops import MOVEMENTS, Kind
 
 # The files of rules are imported for what they register.
-from modhifi.structure.tracing import elementwise_rules, layer_rules, movement_rules  # noqa: F401
+from modhifi.structure.tracing import elementwise_rules, layer_rules, movement_rules, recurrent_rules  # noqa: F401
 from modhifi.structure.tracing.layer_rules import MULTIHEAD
 from modhifi.structure.tracing.operations import OWN_RULES, RULES
 from modhifi.structure.tracing.placements import Placement, TracedCall
 from modhifi.structure.tracing.watcher import Watcher
 
 # Kinds whose rules know of components along several axes.
-GRID_KINDS: frozenset[Kind] = MOVEMENTS | {"activation", "elementwise", "unchanged", "cast", "creation", "own"}
+GRID_KINDS: frozenset[Kind] = MOVEMENTS | {
+    "activation",
+    "elementwise",
+    "unchanged",
+    "cast",
+    "creation",
+    "recurrent",
+    "own",
+}
 
 
 class ChannelTracer(Watcher):

@@ -23,7 +23,7 @@ from modhifi.structure.tracing.placements import Axis, Placement, TracedCall
 from modhifi.structure.tracing.stacks import StackViews
 
 # Kinds whose operations can make components of an input that carries none.
-MAKERS: frozenset[Kind] = frozenset({"conv", "transposed conv", "linear", "own"})
+MAKERS: frozenset[Kind] = frozenset({"conv", "transposed conv", "linear", "recurrent", "own"})
 
 
 class FrozenNorm(nn.Module):
@@ -94,6 +94,9 @@ class Watcher(TorchFunctionMode):
         placement = self.placements[id(tensor)]
         if placement is None and id(tensor) in self.parameters and id(tensor) not in self.tied:
             wide, name = sum(size > 1 for size in tensor.shape), self.names[id(tensor)]
+            owner = self.model.get_submodule(name.rpartition(".")[0])
+            if isinstance(owner, nn.RNNBase) and wide > 1:
+                return placement  # the matrices are operators of their own
             if wide == 1 or (wide == 2 and tensor.ndim == 2 and name.rpartition(".")[2] != "weight"):
                 dim = last_wide(tensor)
                 placement = Axis(dim, self.couplings.parameter(name, tensor.shape[dim]))
