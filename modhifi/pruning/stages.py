@@ -21,6 +21,7 @@ from modhifi.calibration.sampling import Sampling
 from modhifi.data.samples import Samples
 from modhifi.errors import IndefiniteError, ModhifiError
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.stock import stating
 from modhifi.progress import Progress, silent
 from modhifi.pruning.allocation import allocate
 from modhifi.pruning.budget import Budget
@@ -303,4 +304,4 @@ def apply_plan(
         if not COMPENSATIONS[settings.compensate].least_squares or samples is None:
             raise ModhifiError("--sequential goes with --compensate lstsq only")
         dense_shape, errors = edit_sequentially(loaded, structure, plan, samples, settings, progress)
-    return Pruned(shrink(dense_shape, structure, plan), structure, plan, {}, errors)
+    return Pruned(stating(shrink(dense_shape, structure, plan), loaded), structure, plan, {}, errors)

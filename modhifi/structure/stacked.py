@@ -38,11 +38,16 @@ class Stacked(nn.Module):
     def cut(self, inputs: Tensor, outputs: Tensor) -> None:
         """Keep the input and output channels that stay, bool each, as many of every expert, in place."""
         columns, rows = (stay.view(self.experts, -1) for stay in (inputs, outputs))
-        parts = zip(self.matrices.data, rows.to(self.weight.device), columns.to(self.weight.device), strict=True)
-        matrices = torch.stack([matrix[row][:, column] for matrix, row, column in parts])
+        parts = zip(self.matrices.data, rows, columns, strict=True)
+        matrices = torch.stack([select(select(matrix, 0, row), 1, column) for matrix, row, column in parts])
         value = matrices.mT if self.turned else matrices
         owner, leaf = self.place
         setattr(owner, leaf, nn.Parameter(value.contiguous(), requires_grad=self.weight.requires_grad))
+
+
+def select(value: Tensor, dim: int, stay: Tensor) -> Tensor:
+    """What stays of a tensor along one axis, ``stay`` bool on the CPU; the tensor itself where all of it does."""
+    return value if bool(stay.all()) else value.index_select(dim, stay.nonzero().flatten().to(value.device))
 
 
 def may_be_stacked(owner: nn.Module, parameter: Tensor) -> bool:

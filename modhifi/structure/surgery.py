@@ -16,7 +16,7 @@ from modhifi.structure.head_counts import set_count
 from modhifi.structure.library_layers import is_transposed
 from modhifi.structure.operators import conv_groups, kernel_size, last_wide, weight_matrix, write_weight
 from modhifi.structure.plan import Plan
-from modhifi.structure.stacked import TURNED, Stacked, holder, operator_at
+from modhifi.structure.stacked import TURNED, Stacked, holder, operator_at, select
 
 
 def removed_positions(structure: Structure, plan: Plan) -> dict[tuple[str, str], Tensor]:
@@ -67,11 +67,10 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
         parent, leaf = holder(model, name)
         place = getattr(parent, leaf)
         if (name, "matrices") in removed:
-            stay = staying(len(place), removed[name, "matrices"]).to(place.device)
-            _replace(parent, leaf, place.data[stay])
+            _replace(parent, leaf, select(place.data, 0, staying(len(place), removed[name, "matrices"])))
         elif (name, "biases") in removed:
-            stay = staying(place.numel(), removed[name, "biases"]).view(place.shape).to(place.device)
-            _replace(parent, leaf, place.data[stay].view(len(place), -1))
+            stay = staying(place.numel(), removed[name, "biases"])
+            _replace(parent, leaf, select(place.data.flatten(), 0, stay).view(len(place), -1))
         elif isinstance(place, Tensor) and len(along):
             _shrink_parameter(parent, leaf, along)
         elif isinstance(place, Tensor):
@@ -85,7 +84,7 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
         if group.name in plan.kept:
             for name, attribute, amount in group.attributes:
                 set_count(model.get_submodule(name), attribute, amount * len(plan.kept[group.name]))
-    restate(model, structure, {name: len(kept) for name, kept in plan.kept.items()})
+    restate(model, structure)
     return model
 
 
@@ -107,9 +106,9 @@ def _replace(module: nn.Module, name: str, value: Tensor) -> None:
 def _shrink_parameter(parent: nn.Module, leaf: str, removed: Tensor) -> None:
     value = getattr(parent, leaf).data
     dim = last_wide(value)
-    stay = torch.nonzero(staying(value.shape[dim], removed)).flatten()
-    _replace(parent, leaf, value.index_select(dim, stay.to(value.device)))
-    _set(parent, "num_parameters", len(stay))
+    stay = staying(value.shape[dim], removed)
+    _replace(parent, leaf, select(value, dim, stay))
+    _set(parent, "num_parameters", int(stay.sum()))
 
 
 def _set(module: nn.Module, attribute: str, value: int) -> None:
@@ -120,11 +119,11 @@ def _set(module: nn.Module, attribute: str, value: int) -> None:
 def _shrink_along(module: Any, removed: Tensor) -> None:
     """A norm, or a depthwise conv (whose positions are those of its output)."""
     reference = module.weight if getattr(module, "weight", None) is not None else module.running_mean
-    stay = staying(len(reference), removed).to(reference.device)
+    stay = staying(len(reference), removed)
     for name in ("weight", "bias", "running_mean", "running_var"):
         value = getattr(module, name, None)
         if value is not None:
-            _replace(module, name, value.data[stay])
+            _replace(module, name, select(value.data, 0, stay))
     width = int(stay.sum())
     if hasattr(module, "kernel_size"):
         inputs = width * module.in_channels // module.out_channels
@@ -137,27 +136,24 @@ def _shrink_along(module: Any, removed: Tensor) -> None:
 
 def _part(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The rows and columns of a weight that stay, bool each; an axis that stays whole is not copied."""
-    for dim, stay in enumerate((rows, columns)):
-        if not bool(stay.all()):
-            weight = weight.index_select(dim, stay.nonzero().flatten())
-    return weight
+    return select(select(weight, 0, rows), 1, columns)
 
 
 def _shrink_operator(module: Any, inputs: Tensor, outputs: Tensor) -> None:
     if is_transposed(module):
         stay_in, stay_out = staying(module.nx, inputs), staying(module.nf, outputs)
-        _replace(module, "weight", module.weight.data[stay_in][:, stay_out])
-        _replace(module, "bias", module.bias.data[stay_out])
+        _replace(module, "weight", _part(module.weight.data, stay_in, stay_out))
+        _replace(module, "bias", select(module.bias.data, 0, stay_out))
         module.nx, module.nf = int(stay_in.sum()), int(stay_out.sum())
         return
     weight, groups = module.weight.data, conv_groups(module)
-    stay_out = staying(weight.shape[0], outputs).to(weight.device)
-    stay_in = staying(weight.shape[1] * groups, inputs).to(weight.device)
+    stay_out = staying(weight.shape[0], outputs)
+    stay_in = staying(weight.shape[1] * groups, inputs)
     rows, columns = stay_out.view(groups, -1), stay_in.view(groups, -1)
     parts = [_part(part, r, c) for part, r, c in zip(weight.chunk(groups), rows, columns, strict=True)]
     _replace(module, "weight", torch.cat(parts) if groups > 1 else parts[0])
     if getattr(module, "bias", None) is not None:
-        _replace(module, "bias", module.bias.data[stay_out])
+        _replace(module, "bias", select(module.bias.data, 0, stay_out))
     for kind in ("channels", "features"):
         _set(module, f"in_{kind}", int(stay_in.sum()))
         _set(module, f"out_{kind}", int(stay_out.sum()))
