@@ -108,7 +108,8 @@ def _shrink_parameter(parent: nn.Module, leaf: str, removed: Tensor) -> None:
     dim = last_wide(value)
     stay = staying(value.shape[dim], removed)
     _replace(parent, leaf, select(value, dim, stay))
-    _set(parent, "num_parameters", int(stay.sum()))
+    for attribute in ("num_parameters", "embedding_dim"):
+        _set(parent, attribute, int(stay.sum()))
 
 
 def _set(module: nn.Module, attribute: str, value: int) -> None:

@@ -37,7 +37,7 @@ class ChannelTracer(Watcher):
     def rule(self, call: TracedCall) -> Sequence[Placement | None]:
         """The rule of the operation itself goes before that of its kind; without either it is unknown."""
         if (product := self.stacks.product(call.name, call.args, call.kwargs, call.inputs)) is not None:
-            return layer_rules.of_experts(self, call, *product)
+            return layer_rules.product_with_view(self, call, *product)
         own = OWN_RULES.get(call.key)
         if call.kind is None:
             return self.unknown(call)
