@@ -42,11 +42,12 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import read_manifest
 from modhifi.pruning.stages import find_structure
 from modhifi.structure.groups import Group, Structure
+from modhifi.structure.mixtures import mixtures
 from modhifi.structure.outputs import difference
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import mask_readers, shrink
 
-RESULTS = Path(__file__).parent / "results"
+RECORD = Path(__file__).parent / "results" / "support_transformers.json"
 SECONDS = 120
 KINDS = ("neurons", "heads", "experts", "channels")
 YES, NO = "yes", "no"
@@ -139,6 +140,8 @@ def examine(model_type: str) -> Row:
         row.loads = said(error)
         return row
     row.prunable = dict(Counter(g.kind for g in structure.prunable))
+    if count := len(mixtures(loaded.model, structure)):
+        row.prunable["experts"] = count
     row.refused, row.reasons = len(structure.refused), reasons_of(structure)
     if structure.prunable:
         _try_out(row, loaded, structure)
@@ -158,7 +161,7 @@ def _try_out(row: Row, loaded: LoadedModel, structure: Structure) -> None:
             Path(folder) / "unequal", loaded.example, loaded.outputs(loaded.example, narrow)
         )
         row.load, row.remote = problem or YES, YES if entry.remote or entry.stock else str(entry.not_alone or NO)
-        for kind in row.prunable:
+        for kind in dict.fromkeys(group.kind for group in structure.prunable):
             uniform = first_half(structure, lambda group, kind=kind: group.kind == kind)
             if saved(loaded, structure, uniform, Path(folder) / kind)[1].stock:
                 row.stock.append(kind)
@@ -262,20 +265,23 @@ def main() -> None:
     torch.set_num_threads(1)
     part, parts = map(int, arguments.part.split("/"))
     chosen = arguments.names or model_types()[part - 1 :: parts]
-    rows = []
+    rows: dict[str, Row] = {}
+    if parts > 1 and RECORD.is_file():
+        rows = {entry["type"]: Row(**entry) for entry in json.loads(RECORD.read_text())["rows"]}
     for name in chosen:
-        rows.append(apart(name))
-        print(line(rows[-1]), file=sys.stderr, flush=True)
+        rows[name] = apart(name)
+        print(line(rows[name]), file=sys.stderr, flush=True)
+        if not arguments.names:
+            write([rows[name] for name in sorted(rows)])
     if arguments.names:
-        print(table(rows))
-        return
-    results = RESULTS / "support_transformers.json"
-    earlier = json.loads(results.read_text())["rows"] if results.is_file() and parts > 1 else []
-    merged = {entry["type"]: Row(**entry) for entry in earlier} | {row.type: row for row in rows}
-    rows = [merged[name] for name in sorted(merged)]
-    (RESULTS / "support_transformers.md").write_text(table(rows), encoding="utf-8")
+        print(table(list(rows.values())))
+
+
+def write(rows: list[Row]) -> None:
+    """Write what is known so far: the whole takes half an hour."""
     record = {"transformers": transformers.__version__, "torch": torch.__version__, "rows": [asdict(r) for r in rows]}
-    results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    RECORD.with_suffix(".md").write_text(table(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

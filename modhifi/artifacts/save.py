@@ -21,6 +21,7 @@ from modhifi.models.artifact import WEIGHTS, file_hash, installed_versions
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import MANIFEST, SCHEMA_VERSION, Differences, Manifest
 from modhifi.models.skeleton import is_stock, own_config, record
+from modhifi.models.stock import stating
 from modhifi.models.weights import state_hash
 from modhifi.staging import staging
 from modhifi.structure.depth import removed_parts
@@ -67,7 +68,7 @@ def save_artifact(
         # The arguments of the edited model, which may state its widths.
         original = replace(original, info=original.info | {"model_args": from_timm.arguments(edited)})
     removed = {} if structure is None or plan is None else removed_parts(structure, plan)
-    framework, changes = record(original, edited, removed)
+    framework, changes = record(original, stating(edited, original), removed)
     recipe, report = jsonable(dict(recipe)), jsonable(dict(report))
     with staging(out) as directory:
         weights = _write_weights(directory, edited)

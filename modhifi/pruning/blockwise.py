@@ -16,6 +16,7 @@ from modhifi.data.samples import Samples, examples_in
 from modhifi.errors import IndefiniteError
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.offload import staying
+from modhifi.models.stock import stating
 from modhifi.progress import Progress
 from modhifi.pruning.allocation import plan_for
 from modhifi.pruning.budget import Budget
@@ -125,9 +126,8 @@ def prune_in_blocks(
         del moments  # before the next block's are collected
     progress("pruning blocks", len(blocks), len(blocks))
     whole, structure = Plan(kept, cost), leave(structure, left, settings.strict)
-    return Pruned(
-        shrink(dense_shape, structure, whole), structure, whole, curves, tuple(errors), left=left, timed=timed
-    )
+    small = stating(shrink(dense_shape, structure, whole), loaded)
+    return Pruned(small, structure, whole, curves, tuple(errors), left=left, timed=timed)
 
 
 def _curves(

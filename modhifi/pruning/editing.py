@@ -17,8 +17,8 @@ from modhifi.pruning.settings import PruneSettings
 from modhifi.structure.depth import inside, removed_parts
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import absorb_mean, kernel_size, weight_matrix, write_weight
-from modhifi.structure.plan import Plan
 from modhifi.structure.places import operator_at
+from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import removed_positions
 
 

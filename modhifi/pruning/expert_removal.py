@@ -12,6 +12,7 @@ from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models.hooks import attached, on_input
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.stock import stating
 from modhifi.progress import Progress, silent
 from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.editing import LayerError
@@ -75,7 +76,7 @@ def prune_experts(
         errors.append(LayerError(name, costs[name], float(block.y.double().square().sum(1).mean())))
     progress("removing experts", len(chosen), len(chosen))
     plan = Plan(kept, costs)
-    return Pruned(shrink(edited, structure, plan), structure, plan, {}, tuple(errors))
+    return Pruned(stating(shrink(edited, structure, plan), loaded), structure, plan, {}, tuple(errors))
 
 
 def surviving(block: Block, keep: float, settings: PruneSettings) -> Tensor:

@@ -28,7 +28,6 @@ from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import make_plan, trial_size
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.plan import Plan
-from modhifi.structure.recurrent import operator_at
 from modhifi.structure.surgery import removed_positions
 
 # the share of a group's components whose loss shows its effect on the output

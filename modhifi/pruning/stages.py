@@ -21,6 +21,7 @@ from modhifi.calibration.sampling import Sampling
 from modhifi.data.samples import Samples, examples_in
 from modhifi.errors import IndefiniteError, ModhifiError
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.stock import stating
 from modhifi.progress import Progress, silent
 from modhifi.pruning.allocation import allocate
 from modhifi.pruning.budget import Budget
@@ -38,10 +39,10 @@ from modhifi.structure.clone import clone
 from modhifi.structure.depth import removed_parts
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import columns_of, operator_modules
+from modhifi.structure.places import operator_at
 from modhifi.structure.plan import Plan
-from modhifi.structure.recurrent import operator_at
 from modhifi.structure.sizes import sizes_of
-from modhifi.structure.stacked import Stacked, operator_at
+from modhifi.structure.stacked import Stacked
 from modhifi.structure.surgery import shrink
 from modhifi.structure.tracing.residual import with_depth
 from modhifi.structure.tracing.tracer import trace
@@ -342,4 +343,4 @@ def apply_plan(
         if not COMPENSATIONS[settings.compensate].least_squares or samples is None:
             raise ModhifiError("--sequential goes with --compensate lstsq only")
         dense_shape, errors = edit_sequentially(loaded, structure, plan, samples, moments, settings, progress)
-    return Pruned(shrink(dense_shape, structure, plan), structure, plan, {}, errors)
+    return Pruned(stating(shrink(dense_shape, structure, plan), loaded), structure, plan, {}, errors)

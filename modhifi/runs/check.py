@@ -10,9 +10,9 @@ from typing import Any
 from modhifi.calibration.memory import COPIES, gram_bytes
 from modhifi.calibration.sampling import LEAST_ROWS
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.stock import can_say
 from modhifi.pruning.stages import find_structure
 from modhifi.runs.defaults import amounts
-from modhifi.structure.families import says
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import columns_of, operator_modules
 from modhifi.structure.sizes import Sizes, sizes_of
@@ -31,6 +31,8 @@ def check_model(loaded: LoadedModel) -> dict[str, Any]:
     structure = find_structure(loaded, depth=True)
     sizes = sizes_of(loaded.model, structure)
     dense = {g.name: g.n for g in structure.prunable}
+    kinds = dict.fromkeys(g.kind for g in structure.prunable if g.kind != "channels" and not g.parts)
+    stock = {kind: can_say(loaded, structure, kind) for kind in kinds}
     touching = sizes.touching()
     groups = []
     for g in structure.prunable:
@@ -59,12 +61,8 @@ def check_model(loaded: LoadedModel) -> dict[str, Any]:
         "folded": _folded(structure.refused, getattr(getattr(loaded.model, "config", None), "hidden_size", None)),
         "prunable": bool(groups),
         "warnings": loaded.warnings,
-        "not_stock": [
-            kind
-            for kind in ("neurons", "heads")
-            if any(g.kind == kind for g in structure.prunable) and not says(loaded.model, kind)
-        ],
-        "loads_with": _loads_with(loaded, structure),
+        "not_stock": [kind for kind, said in stock.items() if not said],
+        "loads_with": _loads_with(loaded, structure, sizes, stock),
         "prediction": predict(loaded, structure) if groups else None,
     }
 
@@ -148,13 +146,17 @@ def _folded(refused: Iterable[Group], hidden: int | None) -> list[Mapping[str, A
     return sorted(folded, key=lambda entry: -entry["groups"])
 
 
-def _loads_with(loaded: LoadedModel, structure: Structure) -> str:
+def _loads_with(loaded: LoadedModel, structure: Structure, sizes: Sizes, said_by_stock: Mapping[str, bool]) -> str:
     """What loads the model after a cut of some kinds of components, in words."""
     if loaded.framework == "torch":
         return "modhifi.load, which is given the module that was pruned"
     kinds = dict.fromkeys(g.kind for g in structure.prunable if not g.parts)
-    stock = [kind for kind in kinds if kind != "channels" and says(loaded.model, kind)]
+    stock = [kind for kind in kinds if said_by_stock.get(kind)]
     rest = [kind for kind in kinds if kind not in stock]
-    said = f"stock {loaded.framework} with fewer {' and '.join(stock)}, as many in every block" if stock else ""
+    dense = {g.name: g.n for g in structure.prunable}
+    gone = [dense | {g.name: 0 for g in structure.prunable if g.kind in among} for among in (stock, list(kinds))]
+    reach, all_of_it = (1 - sizes.parameters(widths) / sizes.parameters(dense) for widths in gone)
+    cost = f" (there lie {100 * reach:.0f} % of the parameters, of {100 * all_of_it:.0f} % that can go)" if rest else ""
+    said = f"stock {loaded.framework} with fewer {' and '.join(stock)}, as many in every block{cost}" if stock else ""
     own = f"modhifi.load alone with fewer {' and '.join(rest)}" if rest else ""
     return "; ".join(filter(None, (said, own)))

@@ -14,8 +14,8 @@ from modhifi.structure.clone import clone
 from modhifi.structure.depth import inside, name_after, removed_parts, silence
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import as_stored, conv_groups, last_wide, outputs_first
-from modhifi.structure.plan import Plan
 from modhifi.structure.places import holder, operator_at
+from modhifi.structure.plan import Plan
 from modhifi.structure.stacked import TURNED, Stacked
 from modhifi.structure.surgery import removed_positions, staying
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.structure.groups import Group, Slice, Structure
-from modhifi.structure.stacked import TURNED, holder
+from modhifi.structure.places import holder
+from modhifi.structure.stacked import TURNED
 
 # Integers that count experts: num_experts, num_local_experts, n_routed_experts, and a linear router's width.
 COUNTS = re.compile(r"(experts|^out_features)$")

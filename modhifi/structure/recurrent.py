@@ -138,19 +138,3 @@ def order_of(owner: nn.RNNBase, own: Direction) -> Tensor:
             columns = getattr(owner, f"weight_ih{other.suffix}").detach().double().square().sum(0)
             read = read + columns.chunk(2 if owner.bidirectional else 1)[int(own.reverse)]
     return read.argsort(descending=True, stable=True)
-
-
-def holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that has the layer or parameter of that name, and as which of its attributes."""
-    owner, _, leaf = name.rpartition(".")
-    return model.get_submodule(owner), leaf
-
-
-def operator_at(model: nn.Module, name: str) -> nn.Module:
-    """The layer of that name, or the matrix of a recurrent layer that the parameter of that name is."""
-    owner, leaf = holder(model, name)
-    place: Any = getattr(owner, leaf) if leaf else owner
-    if isinstance(owner, nn.RNNBase) and isinstance(place, nn.Parameter):
-        return Gates(owner, leaf)
-    layer: nn.Module = place
-    return layer

@@ -23,10 +23,10 @@ from modhifi.structure.operators import (
     weight_matrix,
     write_weight,
 )
-from modhifi.structure.plan import Plan
 from modhifi.structure.places import holder, operator_at
+from modhifi.structure.plan import Plan
 from modhifi.structure.recurrent import Gates
-from modhifi.structure.stacked import TURNED, Stacked
+from modhifi.structure.stacked import Stacked, select
 
 
 def removed_positions(structure: Structure, plan: Plan) -> dict[tuple[str, str], Tensor]:
@@ -82,11 +82,10 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
         parent, leaf = holder(model, name)
         place = getattr(parent, leaf)
         if (name, "matrices") in removed:
-            stay = staying(len(place), removed[name, "matrices"]).to(place.device)
-            _replace(parent, leaf, place.data[stay])
+            _replace(parent, leaf, select(place.data, 0, staying(len(place), removed[name, "matrices"])))
         elif (name, "biases") in removed:
-            stay = staying(place.numel(), removed[name, "biases"]).view(place.shape).to(place.device)
-            _replace(parent, leaf, place.data[stay].view(len(place), -1))
+            stay = staying(place.numel(), removed[name, "biases"])
+            _replace(parent, leaf, select(place.data.flatten(), 0, stay).view(len(place), -1))
         elif isinstance(place, Tensor) and len(along):
             _shrink_parameter(parent, leaf, along)
         elif isinstance(operator := operator_at(model, name), Stacked | Gates):
@@ -102,7 +101,7 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
             for name, attribute, amount in group.pieces:
                 shorten(model.get_submodule(name), attribute, amount * (group.n - len(plan.kept[group.name])))
     parts = removed_parts(structure, plan)
-    restate(model, structure.without(parts), {name: len(kept) for name, kept in plan.kept.items()})
+    restate(model, structure.without(parts))
     restate_depth(model, parts)
     return drop(model, parts)
 
@@ -125,9 +124,10 @@ def _replace(module: nn.Module, name: str, value: Tensor) -> None:
 def _shrink_parameter(parent: nn.Module, leaf: str, removed: Tensor) -> None:
     value = getattr(parent, leaf).data
     dim = last_wide(value)
-    stay = torch.nonzero(staying(value.shape[dim], removed)).flatten()
-    _replace(parent, leaf, value.index_select(dim, stay.to(value.device)))
-    _set(parent, "num_parameters", len(stay))
+    stay = staying(value.shape[dim], removed)
+    _replace(parent, leaf, select(value, dim, stay))
+    for attribute in ("num_parameters", "embedding_dim"):
+        _set(parent, attribute, int(stay.sum()))
 
 
 def _set(module: nn.Module, attribute: str, value: int) -> None:
@@ -145,7 +145,7 @@ def _shrink_along(module: Any, removed: Tensor) -> None:
     before = len(next(iter(values.values()))) if values else widths[0]  # a norm without scales
     stay = staying(before, removed)
     width = int(stay.sum())
-    kept = {name: value[stay.to(value.device)] for name, value in values.items()}
+    kept = {name: select(value, 0, stay) for name, value in values.items()}
     if hasattr(module, "kernel_size"):
         inputs = width * module.in_channels // module.out_channels
         kept["weight"] = as_stored(module, kept["weight"], groups=inputs)
@@ -160,21 +160,18 @@ def _shrink_along(module: Any, removed: Tensor) -> None:
 
 def _part(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The rows and columns of a weight that stay, bool each; an axis that stays whole is not copied."""
-    for dim, stay in enumerate((rows, columns)):
-        if not bool(stay.all()):
-            weight = weight.index_select(dim, stay.nonzero().flatten())
-    return weight
+    return select(select(weight, 0, rows), 1, columns)
 
 
 def _shrink_operator(module: Any, inputs: Tensor, outputs: Tensor) -> None:
     weight, groups = outputs_first(module, module.weight.data), conv_groups(module)
-    stay_out = staying(weight.shape[0], outputs).to(weight.device)
-    stay_in = staying(weight.shape[1] * groups, inputs).to(weight.device)
+    stay_out = staying(weight.shape[0], outputs)
+    stay_in = staying(weight.shape[1] * groups, inputs)
     rows, columns = stay_out.view(groups, -1), stay_in.view(groups, -1)
     parts = [_part(part, r, c) for part, r, c in zip(weight.chunk(groups), rows, columns, strict=True)]
     _replace(module, "weight", as_stored(module, torch.cat(parts) if groups > 1 else parts[0]))
     if getattr(module, "bias", None) is not None:
-        _replace(module, "bias", module.bias.data[stay_out])
+        _replace(module, "bias", select(module.bias.data, 0, stay_out))
     for inputs_name, outputs_name in (("in_channels", "out_channels"), ("in_features", "out_features"), ("nx", "nf")):
         _set(module, inputs_name, int(stay_in.sum()))
         _set(module, outputs_name, int(stay_out.sum()))

@@ -19,7 +19,8 @@ from modhifi.pruning.compensations.lstsq import least_squares
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.readers import applied_second
 from modhifi.pruning.settings import PruneSettings
-from modhifi.structure.recurrent import directions, operator_at
+from modhifi.structure.places import operator_at
+from modhifi.structure.recurrent import directions
 
 
 def by_steps(rnn: nn.RNNBase, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:

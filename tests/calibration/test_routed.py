@@ -9,7 +9,7 @@ from modhifi.calibration.moments import FEW, Moments
 from modhifi.calibration.sampling import Sampling
 from modhifi.pruning.readers import applied_second
 from modhifi.structure.operators import operator_modules
-from modhifi.structure.stacked import operator_at
+from modhifi.structure.places import operator_at
 from modhifi.structure.tracing.tracer import trace
 
 

@@ -13,8 +13,9 @@ from modhifi.models.hooks import attached
 from modhifi.pruning.linalg import factorise, mean_diagonal, shrinkage, shrunk
 from modhifi.structure.clone import clone
 from modhifi.structure.mixtures import Mixture
+from modhifi.structure.places import operator_at
 from modhifi.structure.plan import Plan
-from modhifi.structure.stacked import Stacked, operator_at
+from modhifi.structure.stacked import Stacked
 from modhifi.structure.surgery import shrink
 from modhifi.structure.torch_ops import tensors_in
 

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from modhifi.structure.library_layers import SAME_PADDED, TRANSPOSED, full_name, is_transposed
 from modhifi.structure.tracing.operations import register_operation, rule_for
 from modhifi.structure.tracing.placements import Axis, Placement, TracedCall
-from modhifi.structure.tracing.stacks import StackView
+from modhifi.structure.tracing.stacks import LINEAR, StackView
 from modhifi.structure.tracing.watcher import FrozenNorm, Watcher
 
 # These prepare their input themselves (padding, a view) before they run their operator.
@@ -53,6 +53,14 @@ def conv(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
 def grouped_product(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     """Rows of several experts meet the matrix of each: see :func:`of_experts`."""
     return watcher.unknown(call)
+
+
+def product_with_view(watcher: Watcher, call: TracedCall, x: Tensor, view: StackView) -> list[Placement | None]:
+    """A product with experts' matrices, or with the weight of a linear layer as ``x @ weight.T``."""
+    if not view.name.endswith(".weight"):
+        return of_experts(watcher, call, x, view)
+    weight = watcher.model.get_parameter(view.name)
+    return _linear(watcher, call, x, weight, None, transposed=call.name not in LINEAR and not view.turned)
 
 
 def of_experts(watcher: Watcher, call: TracedCall, x: Tensor, view: StackView) -> list[Placement | None]:
@@ -145,6 +153,22 @@ def _product(
     watcher.biased[module] = bias is not None
     watcher.written_by[id(out)] = module
     return [Axis(dim, watcher.couplings.produce(module, out.shape[dim], groups))]
+
+
+def embedding(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """A table of relative positions has a column for each head, read at every pair of positions; others stay as they are.
+
+    Such a table may serve several layers, whose heads then go together.
+    """
+    index, weight = call.argument(0, "input"), call.argument(1, "weight")
+    of_pairs = index.ndim == 2 and index.shape[0] == index.shape[1]
+    if not of_pairs or id(weight) not in watcher.parameters or id(weight) in watcher.tied:
+        return [None]
+    ids = watcher.couplings.parameter(watcher.names[id(weight)], weight.shape[1])
+    return [Axis(call.outputs[0].ndim - 1, ids)]
+
+
+register_operation("embedding", embedding)
 
 
 # -- norms and slopes --------------------------------------------------------------------------------------------------

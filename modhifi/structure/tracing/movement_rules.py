@@ -8,13 +8,15 @@ from torch import Tensor, nn
 from modhifi.structure.operators import last_wide
 from modhifi.structure.splits import Count, Split
 from modhifi.structure.tracing.operations import register_operation, rule_for
-from modhifi.structure.tracing.placements import Axis, Grid, Placement, TracedCall
+from modhifi.structure.tracing.placements import Axis, Grid, Placement, TracedCall, is_constant
 from modhifi.structure.tracing.watcher import Watcher
 
 
 @rule_for("reshape", "movement", "placed", "join")
 def move(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     """The operation is run on component numbers: where they come out, the components stand."""
+    if call.kind == "join" and (beside := _beside(watcher, call)) is not None:
+        return [beside]
     without = [t for t in call.inputs if t.ndim > 0 and _carries_nothing(call, t)]
     if without and call.kind != "join":
         return watcher.unknown(call)
@@ -29,6 +31,57 @@ def move(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     if call.kind == "placed" and not _takes_alike(watcher, call, call.carriers[0][1].ids.flatten(), placements):
         return watcher.refuse(call, f"'{call.name}' takes these channels from fixed places")
     return [_collapse(watcher, p) if split and isinstance(p, Grid) else p for p in moved]
+
+
+def _beside(watcher: Watcher, call: TracedCall) -> Placement | None:
+    """Components of several tensors along one axis that are joined along another, as scores and sinks of heads are."""
+    axes = [call.axis(tensor) for tensor in call.inputs]
+    first = axes[0]
+    ndim, dim = call.outputs[0].ndim, call.argument(1, "dim", 0)
+    if first is None or first.dim == dim % ndim:
+        return None
+    alike = all(a is not None and a.dim == first.dim and len(a.ids) == len(first.ids) for a in axes)
+    if not alike or all(a is not None and torch.equal(a.ids, first.ids) for a in axes):
+        return None
+    for axis in axes[1:]:
+        assert axis is not None
+        watcher.couplings.unite(first.ids, axis.ids)
+    return first
+
+
+def complex_pairs(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """Pairs along the last axis become complex numbers, or the other way round: other axes stay."""
+    axis = call.axis(call.inputs[0])
+    if axis is None or (call.name == "view_as_complex" and axis.dim == call.inputs[0].ndim - 1):
+        return watcher.unknown(call)
+    return [axis]
+
+
+for _name in ("view_as_complex", "view_as_real"):
+    register_operation(_name, complex_pairs)
+
+
+def copy_into(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """Values written into a part of a new tensor, which then carries their components along the axes written as a whole.
+
+    A part that was written before may meet values that are the same for all components.
+    """
+    target, source = call.inputs
+    axis, base = call.axis(source), target._base
+    known = None if base is None else watcher.placements.get(id(base))
+    if isinstance(known, Axis) and (axis is None or axis.dim != known.dim) and is_constant(source, known.dim):
+        watcher.freeze(axis, "these channels are written into a part of another tensor")
+        return [call.axis(target)]
+    whole = base is not None and base.ndim == target.ndim and source.shape == target.shape
+    if axis is None or base is None or not whole or base.shape[axis.dim] != target.shape[axis.dim]:
+        return watcher.unknown(call)
+    if isinstance(known, Axis):
+        watcher.couplings.unite(known.ids, axis.ids)
+    watcher.remember(base, axis)
+    return [axis]
+
+
+register_operation("copy_", copy_into)
 
 
 def _carries_nothing(call: TracedCall, tensor: Tensor) -> bool:
@@ -140,3 +193,7 @@ def reduce(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
         return [None] * len(call.outputs)
     before = 0 if call.argument(place + 1, "keepdim", False) else sum(d < axis.dim for d in reduced)
     return [Axis(axis.dim - before, axis.ids)] * len(call.outputs)
+
+
+for _name in ("max", "min"):
+    register_operation(_name, reduce)

@@ -1,4 +1,4 @@
-"""Which tensors of a pass are matrices of a mixture's experts, and what multiplies them."""
+"""Which tensors of a pass are matrices of a mixture's experts, or a layer's weight turned, and what multiplies them."""
 
 from __future__ import annotations
 

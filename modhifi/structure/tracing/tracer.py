@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from modhifi.structure.expert_neurons import by_expert
 from modhifi.structure.groups import Group, Operator, Structure
 from modhifi.structure.head_counts import with_head_counts
 from modhifi.structure.outputs import named_tensors
-from modhifi.structure.stacked import TURNED, by_expert, may_be_stacked
+from modhifi.structure.stacked import TURNED, may_be_stacked
 from modhifi.structure.torch_ops import MOVEMENTS, Kind
 
 # The files of rules are imported for what they register.
@@ -46,7 +47,7 @@ class ChannelTracer(Watcher):
     def rule(self, call: TracedCall) -> Sequence[Placement | None]:
         """The rule of the operation itself goes before that of its kind; without either it is unknown."""
         if (product := self.stacks.product(call.name, call.args, call.kwargs, call.inputs)) is not None:
-            return layer_rules.of_experts(self, call, *product)
+            return layer_rules.product_with_view(self, call, *product)
         own = OWN_RULES.get(call.key)
         if call.kind is None:
             return self.unknown(call)

@@ -71,7 +71,7 @@ class Watcher(TorchFunctionMode):
             {
                 id(tensor): name
                 for name, tensor in model.named_parameters()
-                if may_be_stacked(model.get_submodule(name.rpartition(".")[0]), tensor)
+                if may_be_stacked(model.get_submodule(name.rpartition(".")[0]), tensor) or _of_linear(model, name)
             }
         )
 
@@ -97,6 +97,9 @@ class Watcher(TorchFunctionMode):
             owner = self.model.get_submodule(name.rpartition(".")[0])
             if isinstance(owner, nn.RNNBase) and wide > 1:
                 return placement  # the matrices are operators of their own
+            produced = self.couplings.made.get(name.removesuffix(".bias")) if name.endswith(".bias") else None
+            if produced is not None and len(produced) == tensor.numel():
+                return Axis(tensor.ndim - 1, produced)  # the layer's own, which goes with its rows
             if wide == 1 or (wide == 2 and tensor.ndim == 2 and name.rpartition(".")[2] != "weight"):
                 dim = last_wide(tensor)
                 placement = Axis(dim, self.couplings.parameter(name, tensor.shape[dim]))
@@ -216,3 +219,9 @@ class Watcher(TorchFunctionMode):
             self.path.pop()
 
         return enter, leave
+
+
+def _of_linear(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is the weight of a linear layer."""
+    owner, _, leaf = name.rpartition(".")
+    return leaf == "weight" and isinstance(model.get_submodule(owner), nn.Linear)

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny_transformers
+import torch
+import transformers
+from torch import nn
+
+from modhifi.models.load import load_model
+from modhifi.models.stock import can_say, on_meta, shapes_of, stating
+from modhifi.structure.plan import Plan
+from modhifi.structure.surgery import shrink
+from modhifi.structure.tracing.tracer import trace
+
+# The kinds that the configuration of each can say.
+BOTH, NEURONS = {"heads", "neurons"}, {"neurons"}
+SAID = {
+    **dict.fromkeys(
+        ("llama", "qwen2", "qwen3", "smollm3", "gemma3", "phi3", "vit", "dinov2", "mixtral", "qwen3_moe"), BOTH
+    ),
+    **dict.fromkeys(("gpt2", "opt", "bert", "distilbert", "gpt_neox", "swin"), NEURONS),
+}
+
+
+def traced(name: str) -> tuple[object, object]:
+    model, _, _ = tiny_transformers.family(name)
+    loaded = load_model(model.float())
+    return loaded, trace(loaded.model, lambda m: loaded.outputs(loaded.example, m))
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_a_configuration_can_say_is_found_by_trying(name: str):
+    loaded, structure = traced(name)
+    kinds = {g.kind for g in structure.prunable} - {"channels"}
+    assert {kind for kind in kinds if can_say(loaded, structure, kind)} == SAID[name]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "dinov2"])
+def test_a_stated_configuration_builds_the_cut_model(name: str):
+    loaded, structure = traced(name)
+    plan = Plan({g.name: tuple(range(g.n // 2)) for g in structure.prunable if g.kind in SAID[name]})
+    small = stating(shrink(copy.deepcopy(loaded.model), structure, plan), loaded)
+    stock = getattr(transformers, type(small).__name__)(small.config).eval()
+    stock.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        assert torch.equal(loaded.logits(loaded.example, stock), loaded.logits(loaded.example, small))
+
+
+def test_layers_of_unequal_width_are_nothing_a_configuration_says():
+    loaded, structure = traced("llama")
+    first = next(g for g in structure.prunable if g.kind == "neurons")
+    small = shrink(copy.deepcopy(loaded.model), structure, Plan({first.name: tuple(range(3))}))
+    before = small.config
+    assert stating(small, loaded).config is before
+
+
+def test_a_copy_without_values_has_the_same_shapes():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    empty = on_meta(model)
+    assert shapes_of(empty) == shapes_of(model) and all(p.is_meta for p in empty.parameters())
+    assert not any(p.is_meta for p in model.parameters())
