@@ -30,13 +30,15 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.models.trial import unrepeatable
 from modhifi.progress import Clock, Progress, silent
 from modhifi.pruning.budget import Budget
-from modhifi.pruning.prune import contribute, prune_model
+from modhifi.pruning.prune import block_by_block, contribute, prune_model
+from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import Pruned
 from modhifi.runs.bound_report import add_bounds, add_groups
 from modhifi.runs.budget_choice import BudgetChoice
 from modhifi.runs.continuations import continuations
-from modhifi.runs.defaults import complete, rounding_for
+from modhifi.runs.defaults import Amounts, complete, rounding_for
 from modhifi.runs.entries import count_entries
+from modhifi.runs.forecast import forecast
 from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, located, place
 from modhifi.runs.outcome import add_outcome, prune_advice, without_bounds
 from modhifi.runs.prune_report import (
@@ -139,6 +141,7 @@ def run_prune(
     report = report_of(recipe, original, calibration, held, pruned, warnings, command)
     _note(report, warnings, clock, team, cache)
     if dry_run:
+        report["forecast"] = _forecast(recipe, original, pruned, settings, cache)
         report["timing"] = clock.seconds
         return PruneResult(report, pruned.plan)
     with clock.stage("measure"):
@@ -200,6 +203,18 @@ def _bound(
     add_groups(report, bounds, pruned.structure)
     add_outcome(report, bounds, prune_advice(report, recipe, bounds, original.kind))
     return bounds
+
+
+def _forecast(
+    recipe: PruneRecipe, original: LoadedModel, pruned: Pruned, settings: PruneSettings, cache: MomentCache | None
+) -> dict[str, float]:
+    """What the run itself takes, of a recipe that is complete."""
+    data = recipe.data
+    assert data.samples is not None and data.evaluation_samples is not None
+    usual = Amounts(data.samples, data.evaluation_samples, settings.batch_size, data.window)
+    blocks = block_by_block(original, pruned.structure, settings, cache is not None)
+    figures = forecast(original, pruned.structure, usual, settings.sampling, settings.sequential, blocks)
+    return figures | ({} if cache is not None else {"disk": 0.0})
 
 
 def _by_local_errors(recipe: PruneRecipe, incomparable: str) -> tuple[PruneRecipe, list[str]]:
