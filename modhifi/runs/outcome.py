@@ -124,7 +124,7 @@ def _remedies(recipe: PruneRecipe, kind: str) -> list[str]:
         remedies.append("real images (--data images:DIR)")
     if kind == "image" and (recipe.data.samples or 0) < MANY:
         remedies.append(f"more samples (--samples {MANY})")
-    if recipe.method.sequential is None:
+    if kind == "image" and recipe.method.sequential is None:
         remedies.append("--sequential dense")
     return remedies or ["fewer groups (--only, --exclude)"]
 

@@ -17,7 +17,6 @@ from modhifi.artifacts.report import data_uri
 from modhifi.artifacts.save import save_artifact
 from modhifi.bounds.held_out import HeldOut, tabulate
 from modhifi.bounds.ladder import BoundReport, verify_model
-from modhifi.calibration.batchnorm import reestimate_batchnorm
 from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.distributed import Processes, processes
 from modhifi.calibration.gram_quality import gram_warnings
@@ -52,6 +51,7 @@ from modhifi.runs.prune_report import (
     time_verdict,
     time_warnings,
 )
+from modhifi.runs.recalibrate import reestimate_if_closer
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.runs.timing.bench import check_threads
 from modhifi.runs.timing.networks import Timer
@@ -134,7 +134,7 @@ def run_prune(
             original, calibration, budget, settings, plan=plan, progress=progress, cache=cache, team=team, timer=timer
         )
         if recipe.method.reestimate_batchnorm:
-            reestimate_batchnorm(pruned.model, original, calibration, settings.batch_size)
+            warnings.append(reestimate_if_closer(pruned.model, original, calibration, settings.batch_size))
         warnings += [f"the group '{name}' stays as it is: {reason}" for name, reason in pruned.left.items()]
         warnings += time_warnings(pruned)
         warnings += gram_warnings(pruned.grams, len(calibration))
