@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Annotated, Any
 
@@ -16,6 +15,7 @@ from modhifi.runs.inputs import load_source
 
 from .common import JsonOption, imported_for_good, print_json, print_warnings, stdout_console
 from .options import Loading, takes
+from .screens import demand
 
 
 @takes(Loading, files=False)
@@ -55,11 +55,7 @@ def _show(report: dict[str, Any], verbose: bool) -> None:
             components = f"{least:,}" if least == most else f"{least:,} to {most:,}"
             table.add_row(row["pattern"], row["kind"], str(row["groups"]), components, number(round(row["parameters"])))
         console.print(table)
-        print_line(
-            f"a prune with default settings takes about {_duration(prediction['seconds'])} and "
-            f"{number(float(prediction['bytes']), 'B')} of memory beside activations "
-            "(an estimate from one small pass)"
-        )
+        print_line(f"a prune with default settings takes {demand(prediction)}")
         print_line(f"loads afterwards with {report['loads_with']}")
         if kinds := dict.fromkeys(row["kind"] for row in supported["whole"]):
             print_line(f"{' and '.join(kinds)} go whole, where --only {' or --only '.join(kinds)} asks for them")
@@ -71,11 +67,6 @@ def _show(report: dict[str, Any], verbose: bool) -> None:
         _show_groups(report)
     else:
         print_line("each group by name: modhifi check -v")
-
-
-def _duration(seconds: float) -> str:
-    minutes = math.ceil(seconds / 60)
-    return f"{minutes} minute{'s' * (minutes > 1)}" if minutes < 120 else f"{minutes / 60:.0f} hours"
 
 
 def _show_groups(report: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,16 @@ def show_prediction(console: Console, report: dict[str, Any]) -> None:
         f"predicted: {reached['macs']:.3f}x of the FLOPs, {reached['parameters']:.3f}x of the parameters, "
         f"{reached['components']:.3f}x of the components; nothing was written"
     )
+    if "forecast" in report:
+        console.print(f"the run itself takes {demand(report['forecast'])}", highlight=False)
+
+
+def demand(forecast: dict[str, float]) -> str:
+    """Minutes, memory and disk that a run takes, in words."""
+    minutes = math.ceil(forecast["seconds"] / 60)
+    duration = f"{minutes} minute{'s' * (minutes > 1)}" if minutes < 120 else f"{minutes / 60:.0f} hours"
+    memory, disk = number(float(forecast["bytes"]), "B"), number(float(forecast["disk"]), "B")
+    return f"about {duration}, {memory} of memory and {disk} of disk for its cache (an estimate from one small pass)"
 
 
 def show_outcome(console: Console, report: dict[str, Any], *, advice: bool = True) -> None:

@@ -1,6 +1,6 @@
 """Sequential compensation against one shot, and BatchNorm re-estimation: which wins on which model and data.
 
-    MODHIFI_DATA=DIR python eval/sequential.py [--part NAME] [--only METHOD]
+    MODHIFI_DATA=DIR python eval/sequential.py [--part NAME] [--only METHODS] [--data KIND]
 
 DIR holds cifar10.tar.gz, wikitext2-valid.txt and, for the part resnet50, resnet50_cifar10 (a directory of timm). Rows
 that eval/results/sequential.json has are not measured again; without a part all of them run.
@@ -13,7 +13,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from modhifi.pruning.weightings import WEIGHTINGS
 from modhifi.structure.operators import weight_matrix
 
 HELD = 1000
+METHODS = ("one shot", "own", "dense", "mean")
 KEYS = ["model", "data", "samples", "kept", "method"]
 COLUMNS = [*KEYS, "top-1", "agreement", "BatchNorm re-estimated: top-1", "agreement then", "perplexity over dense"]
 INTRO = """# Sequential compensation against one shot
@@ -54,6 +55,14 @@ The same plan compensated in one shot, and reader after reader on the inputs of 
 layer's own weights make of them (own), the dense model's output (dense), or the mean of both. `kept` is the share of
 the FLOPs, for the language model of the FFN's neurons. Held out are 1000 CIFAR-10 test images, or 16 windows of
 WikiText-2; agreement is with the dense model's top-1. No training. Command: `python eval/sequential.py`."""
+
+
+@dataclass(frozen=True)
+class Only:
+    """The methods to measure, and the kind of images, empty for both."""
+
+    methods: tuple[str, ...]
+    data: str
 
 
 class MeanPasses(PairedPasses):
@@ -96,21 +105,25 @@ def versions(
         else:
             weighting = WEIGHTINGS[settings.weighting]
             plan = weighting.plan(loaded, structure, curves, moments, samples, budget, settings, lambda *_: None).plan
-        for method in (None, "own", "dense", "mean"):
-            target = "dense" if method == "mean" else method
+        for method in METHODS:
+            target = {"one shot": None, "mean": "dense"}.get(method, method)
 
             def make(plan: Any = plan, target: str | None = target, mean: bool = method == "mean") -> nn.Module:
                 with patch.object(sequential, "PairedPasses", MeanPasses if mean else PairedPasses):
                     own = replace(settings, sequential=target)
                     return apply_plan(loaded, structure, plan, moments, own, samples).model
 
-            yield budget.keep, method or "one shot", make
+            yield budget.keep, method, make
 
 
-def images(name: str, loaded: LoadedModel, counts: dict[str, int], keeps: list[float], only: str, layout: str) -> None:
-    root, table = cifar10(), Table()
+def images(
+    name: str, make: Callable[[], LoadedModel], counts: dict[str, int], keeps: list[float], only: Only, layout: str
+) -> None:
+    root, table, loaded = cifar10(), Table(), make()
     held = load_samples(f"images:{root / 'test'}", loaded, n=HELD)
     for data, count in counts.items():
+        if only.data not in ("", data):
+            continue
         source = f"images:{root / 'train'}" if data == "real" else data
         samples = load_samples(source, loaded, n=count)
 
@@ -127,7 +140,7 @@ def images(name: str, loaded: LoadedModel, counts: dict[str, int], keeps: list[f
 
         budgets = [Budget("macs", keep) for keep in keeps]
         for keep, method, make in versions(loaded, samples, budgets, PruneSettings(layout=layout)):
-            if method in only.split(","):
+            if method in only.methods:
                 table.add(partial(figures, make), model=name, data=data, samples=count, kept=keep, method=method)
 
 
@@ -136,12 +149,12 @@ def of_images(loaded: LoadedModel, model: nn.Module, held: Samples) -> dict[str,
     return {"top-1": top, "agreement": 100 * float(tabulate(loaded, model, held, 100).agreement.mean())}
 
 
-def text(only: str, windows: int = 32, ratio: float = 0.2) -> None:
+def text(only: Only, windows: int = 32, ratio: float = 0.2) -> None:
     loaded, table = smollm2(), Table()
     samples, held = wikitext(loaded, windows)
     dense = perplexity(loaded.logits, held)
     for keep, method, make in versions(loaded, samples, [Budget("components", 1 - ratio)], TEXT):
-        if method in only.split(","):
+        if method in only.methods:
 
             def figures(make: Callable[[], nn.Module] = make) -> dict[str, float]:
                 return {"perplexity over dense": perplexity(partial(loaded.logits, model=make()), held) / dense}
@@ -158,24 +171,26 @@ def resnet50() -> LoadedModel:
 
 BOTH = {"real": 256, "synthetic": 256}
 HALF, QUARTER = 0.5, 0.25
-PARTS: dict[str, Callable[[str], None]] = {
-    "demo": lambda only: images("demo's ResNet", reference("demo"), BOTH, [HALF, QUARTER], only, "global"),
-    "resnet": lambda only: images("ResNet", reference("resnet"), BOTH, [HALF, QUARTER], only, "global"),
-    "vgg": lambda only: images("VGG", reference("vgg"), BOTH, [HALF, QUARTER], only, "global"),
-    "swin": lambda only: images("Swin", reference("swin"), BOTH, [HALF], only, "uniform"),
-    "resnet50": lambda only: images("ResNet-50", resnet50(), {"real": 1000}, [1 / 4.07], only, "global"),
-    "resnet50 synthetic": lambda only: images("ResNet-50", resnet50(), {"synthetic": 1000}, [1 / 4.07], only, "global"),
+PARTS: dict[str, Callable[[Only], None]] = {
+    "demo": lambda only: images("demo's ResNet", lambda: reference("demo"), BOTH, [HALF, QUARTER], only, "global"),
+    "resnet": lambda only: images("ResNet", lambda: reference("resnet"), BOTH, [HALF, QUARTER], only, "global"),
+    "vgg": lambda only: images("VGG", lambda: reference("vgg"), BOTH, [HALF, QUARTER], only, "global"),
+    "swin": lambda only: images("Swin", lambda: reference("swin"), BOTH, [HALF], only, "uniform"),
+    "resnet50": lambda only: images(
+        "ResNet-50", resnet50, {"real": 1000, "synthetic": 1000}, [1 / 4.07], only, "global"
+    ),
     "smollm2": text,
 }
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS)
-    parser.add_argument("--only", default="one shot,own,dense,mean", help="methods, with commas between")
+    parser.add_argument("--only", default=",".join(METHODS), help="methods, with commas between")
+    parser.add_argument("--data", default="", choices=["", "real", "synthetic"], help="only this kind of images")
     options = parser.parse_args()
     torch.manual_seed(0)
     for part in [options.part] if options.part else PARTS:
         try:
-            PARTS[part](options.only)
+            PARTS[part](Only(tuple(options.only.split(",")), options.data))
         except Missing as missing:
             print(f"{part}: not run: {missing}")

@@ -10,10 +10,15 @@ from torch import Tensor
 
 from modhifi.models.loaded import PADDING
 
-# Rows of logits that are processed at once, times classes: bounds the float64 copies to some 100 MB.
+# Rows of logits that are processed at once, times classes: bounds the copies of them to some 100 MB.
 CHUNK_ELEMENTS = 4_000_000
 # Sequences that are kept: enough to estimate the error of one constant output.
 CONSTANT_SEQUENCES = 16
+
+
+def single(logits: Tensor) -> Tensor:
+    """Logits in their own precision, or in single where that is less."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def rows_at_once(classes: int) -> int:
@@ -45,7 +50,7 @@ class OriginalOutputs:
     """The outputs of the original that determine the best constant predictor: all of images, few of sequences."""
 
     def __init__(self) -> None:
-        # Rows (positions, classes) in float32, the token that follows each, and how many rows each unit has.
+        # Rows (positions, classes) as they are, the token that follows each, and how many rows each unit has.
         self.rows: list[Tensor] = []
         self.targets: list[Tensor] = []
         self.counts: list[int] = []
@@ -59,8 +64,8 @@ class OriginalOutputs:
         few = len(outputs) if outputs.ndim == 2 else CONSTANT_SEQUENCES - len(self.counts)
         if few > 0:
             real = real[:few]
-            self.rows.append(outputs[:few].reshape(*real.shape, -1)[real].float().cpu())
-            self.targets.append(targets[:few][real].cpu())
+            self.rows.append(outputs[:few].reshape(*real.shape, -1)[real])
+            self.targets.append(targets[:few][real])
             self.counts += real.sum(1).tolist()
 
     def constant(self, nll: Tensor) -> Constant:
@@ -69,10 +74,12 @@ class OriginalOutputs:
         chunks = [chunk for rows in self.rows for chunk in rows.split(rows_at_once(classes))]
         count = sum(self.counts)
         top = torch.cat([chunk.argmax(-1) for chunk in chunks])
-        mean = torch.stack([chunk.double().softmax(-1).sum(0) for chunk in chunks]).sum(0) / count
-        centre = torch.stack([chunk.sum(0, dtype=torch.float64) for chunk in chunks]).sum(0) / count
-        variation = torch.cat([(c.double().softmax(-1) - mean).abs().sum(-1) / 2 for c in chunks]).clamp(0, 1)
-        squared = torch.cat([(chunk - centre).square().sum(-1) for chunk in chunks])
+        wide = torch.float64
+        mean = torch.stack([single(c).softmax(-1).sum(0, dtype=wide) for c in chunks]).sum(0) / count
+        centre = torch.stack([c.sum(0, dtype=wide) for c in chunks]).sum(0) / count
+        gaps = [(single(c).softmax(-1) - mean.to(single(c).dtype)).abs().sum(-1, dtype=wide) for c in chunks]
+        variation = (torch.cat(gaps) / 2).clamp(0, 1)
+        squared = torch.cat([(single(c) - centre.to(single(c).dtype)).square().sum(-1, dtype=wide) for c in chunks])
         targets = torch.cat(self.targets)
         has_next = targets != PADDING
         losses = torch.where(has_next, -mean.log()[targets.clamp(min=0)], 0.0)
@@ -86,4 +93,4 @@ class OriginalOutputs:
 
     def _by_unit(self, values: Tensor) -> Tensor:
         units = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
-        return torch.zeros(len(self.counts), dtype=torch.float64).index_add(0, units, values)
+        return torch.zeros(len(self.counts), dtype=torch.float64).index_add(0, units, values.cpu())

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi.bounds.constant_predictor import Constant, OriginalOutputs, rows_at_once
+from modhifi.bounds.constant_predictor import Constant, OriginalOutputs, rows_at_once, single
 from modhifi.data.samples import Samples
 from modhifi.errors import GateFailed, ModhifiError
 from modhifi.models.loaded import PADDING, LoadedModel, real_tokens
@@ -248,16 +248,20 @@ def _columns(original: Tensor, edited: Tensor, real: Tensor, targets: Tensor) ->
 
 
 def _compare(original: Tensor, edited: Tensor, targets: Tensor) -> Tensor:
-    """The seven columns position by position, float64 (rows, 7), from logits (rows, classes)."""
+    """The seven columns position by position, float64 (rows, 7), from logits (rows, classes).
+
+    Logits are compared in their own precision, single at least, and summed in double.
+    """
     agree = original.argmax(-1) == edited.argmax(-1)
-    original, edited = original.double(), edited.double()
+    original, edited = single(original), single(edited)
     log_p, log_q = original.log_softmax(-1), edited.log_softmax(-1)
     p = log_p.exp()
-    kl = (p * (log_p - log_q)).sum(-1).clamp_min(0)
-    variation = ((p - log_q.exp()).abs().sum(-1) / 2).clamp(0, 1)
+    total = partial(torch.sum, dim=-1, dtype=torch.float64)
+    kl = total(p * (log_p - log_q)).clamp_min(0)
+    variation = (total((p - log_q.exp()).abs()) / 2).clamp(0, 1)
     next_token = targets.clamp(min=0)[:, None]
-    losses = [-log.gather(-1, next_token)[:, 0] for log in (log_p, log_q)]
-    squares = ((original - edited).square().sum(-1), original.square().sum(-1))
+    losses = [-log.gather(-1, next_token)[:, 0].double() for log in (log_p, log_q)]
+    squares = (total((original - edited).square()), total(original.square()))
     return torch.stack([agree.double(), *squares, kl, variation, *losses], -1)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import psutil  # type: ignore[import-untyped]
 import torch
 from torch import nn
@@ -14,6 +16,8 @@ from modhifi.structure.operators import columns_of, operator_modules
 
 # The Gram that is worked on stands beside its damped copy, that one's factor and its inverse.
 COPIES = 4
+# What two streams of activations remember takes at most this share of what is free.
+REMEMBERED = 1 / 4
 
 
 def gram_bytes(module: nn.Module) -> int:
@@ -47,18 +51,43 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def check_room(model: nn.Module, structure: Structure, samples: float, sampling: Sampling) -> None:
-    """Raise ModhifiError if one reader's moments, and what is made of them, are more than what is free.
+def place_to_remember(device: torch.device, needed: float) -> tuple[torch.device | None, float]:
+    """Where activations are remembered, None for where they are, and how many bytes of them at most.
 
-    ``samples`` as in :func:`rows_seen`. The message names the group to leave out.
+    That is the device that computes, as long as ``needed`` bytes fit into their share of its memory, else main memory.
     """
+    own = REMEMBERED * free_bytes(device)
+    if device.type == "cpu" or needed <= own:
+        return None, own
+    return torch.device("cpu"), REMEMBERED * free_bytes(torch.device("cpu"))
+
+
+def check_room(
+    model: nn.Module, structure: Structure, samples: float, sampling: Sampling, together: bool = True
+) -> None:
+    """Raise ModhifiError if the moments of all readers, and what is made of one's, are more than what is free.
+
+    ``samples`` as in :func:`rows_seen`. Not ``together``, one reader's moments are in memory at a time. The message
+    names the group to leave out, if one alone is too large.
+    """
+    sizes: dict[torch.device, list[int]] = defaultdict(list)
     for name, module in operator_modules(model, structure.prunable):
         rows = rows_seen(module, structure.operators[name].macs, samples, sampling)
-        needed, free = moment_bytes(module, rows), free_bytes(next(module.parameters()).device)
+        device = next(module.parameters()).device
+        needed, free = moment_bytes(module, rows), free_bytes(device)
+        sizes[device].append(needed)
         if COPIES * needed > free:
             group = next(g.name for g in structure.prunable if name in {s.module for s in g.readers})
             raise ModhifiError(
                 f"the Gram matrix of {name} ({columns_of(module)[1]:,} input columns) takes {needed / 1e9:.1f} GB, "
                 f"four times that to work with, and {free / 1e9:.1f} GB are free; leave its group out with "
                 f"--exclude {group}"
+            )
+    for device, needs in sizes.items() if together else ():
+        needed, free = sum(needs) + (COPIES - 1) * max(needs), free_bytes(device)
+        if needed > free:
+            raise ModhifiError(
+                f"the Gram matrices of all {len(needs)} readers together take {needed / 1e9:.1f} GB with what is made "
+                f"of them, and {free / 1e9:.1f} GB are free; prune in parts with --only, or leave groups out with "
+                "--exclude"
             )

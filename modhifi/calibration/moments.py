@@ -178,7 +178,7 @@ EXACT_IN_SINGLE = (torch.bfloat16, torch.float16)
 # a wide Gram costs more than the product of few rows.
 HELD_ELEMENTS, HELD_ROWS = 2**20, 1024
 # Of a Gram of so many bytes, rows are held as long as they are at most half as many as its columns.
-LARGE = 2**30
+LARGE = 2**27
 
 
 class Accumulator:

@@ -56,6 +56,8 @@ class Timeline:
     def __init__(self, model: nn.Module, run: Callable[[], object]) -> None:
         self.model = model
         self.spans: dict[str, Span] = {}
+        # Bytes of what each module puts out, for the batch of this pass.
+        self.nbytes: dict[str, int] = {}
         self._events = 0
         self._names = {module: name for name, module in model.named_modules()}
         # Of each module the memory of its outputs, and of those inputs that it returns or changes in place.
@@ -107,6 +109,10 @@ class Timeline:
         read = {name for name in largest if self._read_elsewhere(self._outputs[name], name, largest)}
         return Prefix({name: self.spans[name].calls for name in largest}, frozenset(read))
 
+    def most_before(self, changed: Iterable[str]) -> int:
+        """The bytes that the outputs read behind a prefix take, at that of the ``changed`` modules where it is most."""
+        return max((sum(map(self.nbytes.__getitem__, self.before([name]).read)) for name in changed), default=0)
+
     def _largest(self, names: Collection[str]) -> list[str]:
         """Those of the modules that do not run inside another of them, in order."""
         largest: list[str] = []
@@ -155,6 +161,7 @@ class Timeline:
                 span.calls += calls.time
             given = inputs.pop(name)
             self._alive += [given, output]
+            self.nbytes[name] = sum(map(_nbytes, tensors_in(output)))
             self._outputs[name] = {_key(tensor) for tensor in tensors_in(output)}
             changed = {_key(tensor) for tensor, version in given if _version(tensor) != version}
             self._passed[name] = changed | self._outputs[name] & {_key(tensor) for tensor, _ in given}
@@ -183,6 +190,11 @@ def _key(tensor: Tensor) -> int:
     """The same for all views of one memory, as long as that lives."""
     with torch._C.DisableTorchFunction():
         return int(tensor.untyped_storage()._cdata)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    with torch._C.DisableTorchFunction():
+        return int(tensor.nbytes)
 
 
 def _version(tensor: Tensor) -> int:

@@ -102,6 +102,11 @@ def batch_statistics(model: nn.Module, active: bool = True) -> Iterator[None]:
                 norm.num_batches_tracked.copy_(count)
 
 
+def normalises_by_batch(model: nn.Module) -> bool:
+    """Whether a model has a BatchNorm that remembers statistics."""
+    return bool(_norms(model))
+
+
 def _norms(model: nn.Module) -> dict[str, Any]:
     """The BatchNorms that remember statistics, by name."""
     kind = nn.modules.batchnorm._BatchNorm

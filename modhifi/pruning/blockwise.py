@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from modhifi.calibration.block_stream import Stream, find_blocks, moments_by_block
-from modhifi.calibration.memory import check_room, gram_bytes
+from modhifi.calibration.memory import check_room, free_bytes, gram_bytes
 from modhifi.calibration.moments import Moments, combined
 from modhifi.calibration.timeline import Timeline
 from modhifi.data.samples import Samples, examples_in
@@ -40,8 +40,10 @@ MOST_BYTES = 4 * 2**30
 
 
 def fit_in_memory(model: nn.Module, structure: Structure) -> bool:
-    """Whether the Grams of all readers together stay under ``MOST_BYTES``."""
-    return sum(gram_bytes(module) for _, module in operator_modules(model, structure.prunable)) <= MOST_BYTES
+    """Whether the Grams of all readers together stay under ``MOST_BYTES``, and under half of what is free."""
+    readers = [module for _, module in operator_modules(model, structure.prunable)]
+    most = min([MOST_BYTES, *(free_bytes(device) / 2 for device in {next(m.parameters()).device for m in readers})])
+    return sum(map(gram_bytes, readers)) <= most
 
 
 def level_curves(structure: Structure, settings: PruneSettings) -> dict[str, Curve]:
@@ -79,7 +81,7 @@ def prune_in_blocks(
     }
     if not all(len(names) == 1 for names in holders.values()):
         return None
-    check_room(loaded.model, structure, examples_in(samples, loaded), settings.sampling)
+    check_room(loaded.model, structure, examples_in(samples, loaded), settings.sampling, together=False)
     level = level_curves(structure, settings)
     planned, timed = Planned(make_plan(loaded.model, structure, level, budget, settings)), None
     if timer is not None:  # which asks for widths alone

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from modhifi.calibration.low_rank import LowRank, as_tensor
 from modhifi.pruning.linalg import damped_inverse
-from modhifi.pruning.readers import Reader, ReaderPart
+from modhifi.pruning.readers import Reader, ReaderPart, Slot
 from modhifi.pruning.span_surgeon import SpanStack
 
 # Readers of more columns lose their components in single precision, which costs half. Their inverse is still made in
@@ -25,20 +24,6 @@ STALE = 1 / 4
 # Readers of fewer output channels are filled up with channels of zeros, to go with others, up to so many elements in
 # all.
 FILLED = 2**24
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One part of one reader of one group: numbers of the group and of the reader in it, the part, its scale ``(o,)``.
-
-    ``labels`` are those of the partition that its components have, None where they share some with other parts.
-    """
-
-    group: int
-    reader: int
-    part: ReaderPart
-    scale: Tensor | None
-    labels: tuple[int, ...] | None
 
 
 class Stack:

@@ -96,12 +96,11 @@ def prune_model(
     if budget is not None and budget.measure == "latency" and timer is not None:
         budget = budget.timed(timer.times(loaded, structure, settings.rounding))
     # Blocks are measured one after the other: that pass is not shared among processes.
-    if plan is None and budget is not None and not LAYOUTS[settings.layout].reads_costs and team.count == 1:
-        if settings.eta is None and settings.sequential is None:
-            if cache is None or not fit_in_memory(loaded.model, structure):
-                pruned = prune_in_blocks(loaded, structure, samples, budget, settings, progress, timer)
-                if pruned is not None:
-                    return pruned
+    if plan is None and budget is not None and team.count == 1:
+        if block_by_block(loaded, structure, settings, cache is not None):
+            pruned = prune_in_blocks(loaded, structure, samples, budget, settings, progress, timer)
+            if pruned is not None:
+                return pruned
     moments = measure_moments(loaded, structure, samples, settings.sampling, progress, cache, team)
     left = unmeasured(loaded, structure, moments, samples, settings.batch_size)
     while True:
@@ -118,6 +117,16 @@ def prune_model(
                 raise
             name, reason = next(iter(left.items()))
             raise ModhifiError(f"{error} (the group '{name}' has to stay as it is: {reason})") from None
+
+
+def block_by_block(loaded: LoadedModel, structure: Structure, settings: PruneSettings, cached: bool) -> bool:
+    """Whether a run that meets a budget measures one block after the other, if the model is made of blocks.
+
+    So it does where the layout asks for no costs, and where the Grams of all blocks cannot be ``cached`` or do not fit.
+    """
+    if LAYOUTS[settings.layout].reads_costs or settings.eta is not None or settings.sequential is not None:
+        return False
+    return loaded.reads_tokens and not (cached and fit_in_memory(loaded.model, structure))
 
 
 def trial_share(settings: PruneSettings) -> float | None:

@@ -72,6 +72,20 @@ class Reader:
         ]
 
 
+@dataclass(frozen=True)
+class Slot:
+    """One part of one reader of one group: numbers of the group and of the reader in it, the part, its scale ``(o,)``.
+
+    ``labels`` are those of the partition that its components have, None where they share some with other parts.
+    """
+
+    group: int
+    reader: int
+    part: ReaderPart
+    scale: Tensor | None
+    labels: tuple[int, ...] | None
+
+
 def second_of(moments: Moments, sink: str | None) -> Second:
     """The covariance where a sink takes the mean, else the Gram, ``(G, d, d)``; of few rows as what they span."""
     if isinstance(moments, Spanned):

@@ -9,24 +9,28 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from modhifi.calibration.memory import place_to_remember
 from modhifi.calibration.moments import Accumulator, Moments, PairedMoments, Spanned, combined_pairs
-from modhifi.calibration.prefix_cache import MOST_BYTES, PrefixCache
+from modhifi.calibration.prefix_cache import PrefixCache
 from modhifi.calibration.sampling import Sampling
 from modhifi.calibration.timeline import Timeline
-from modhifi.data.samples import Samples
-from modhifi.errors import IndefiniteError, ModhifiError
+from modhifi.data.samples import Samples, examples_in
+from modhifi.errors import IndefiniteError
 from modhifi.models.hooks import Statistics, batch_statistics, on_input, shared_statistics, stop_before, stop_behind
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.pruning.compensations.lstsq import regression
-from modhifi.pruning.editing import LayerError
+from modhifi.pruning.editing import LayerError, edit_reader
 from modhifi.pruning.linalg import mean_diagonal, shrinkage, shrunk
 from modhifi.pruning.readers import second_of
 from modhifi.pruning.settings import PruneSettings
 from modhifi.structure.clone import clone
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import absorb_mean, columns_of, kernel_size, weight_matrix, write_weight
+from modhifi.structure.places import operator_at
 from modhifi.structure.plan import Plan
+from modhifi.structure.recurrent import Gates
+from modhifi.structure.stacked import Stacked
 from modhifi.structure.surgery import removed_positions
 
 
@@ -42,28 +46,36 @@ def written_modules(structure: Structure, readers: Iterable[str]) -> list[str]:
 class PairedPasses:
     """The dense model and its ``edited`` copy run on the same batches side by side, each module once in each.
 
-    Both stop at one reader after the other: what comes before is remembered, in ``most_bytes`` for both, and batches
-    for which that is too little run again from the last point that is. Without ``dense`` the target of a reader is what
-    it puts out itself on the edited prefix, and the edited copy runs alone. On synthetic samples both normalise by the
-    batch statistics of the dense model (:func:`modhifi.models.hooks.shared_statistics`).
+    Both stop at one of the ``readers`` after the other. What comes before is remembered, in ``most_bytes`` for both (a
+    share of what is free); batches for which that is too little run again from the last point that is. Without
+    ``dense`` the target of a reader is what it puts out itself on the edited prefix, and the edited copy runs alone. On
+    synthetic samples both normalise by the batch statistics of the dense model
+    (:func:`modhifi.models.hooks.shared_statistics`).
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
         edited: nn.Module,
+        readers: Iterable[str],
         samples: Samples,
         sampling: Sampling,
         dense: bool = True,
-        most_bytes: float = MOST_BYTES,
+        most_bytes: float | None = None,
     ) -> None:
         self.loaded, self.model = loaded, edited
         self.samples, self.sampling = samples, sampling
-        timeline = Timeline(loaded.model, lambda: loaded.logits(loaded.example))
+        timeline = Timeline(loaded.model, lambda: loaded.run(loaded.example))
+        device = next(loaded.model.parameters()).device
+        streams = 1 + dense
+        needed = streams * timeline.most_before(readers) * examples_in(samples, loaded) / len(loaded.example)
+        home, room = place_to_remember(device, needed)
 
         def cache(model: nn.Module) -> PrefixCache:
             run = partial(loaded.run, model=model)
-            return PrefixCache(model, run, timeline, most_bytes=most_bytes / (1 + dense))
+            return PrefixCache(
+                model, run, timeline, home=home, most_bytes=(room if most_bytes is None else most_bytes) / streams
+            )
 
         self.seen: Statistics = {}
         self.edited, self.dense = cache(edited), cache(loaded.model) if dense else None
@@ -152,21 +164,21 @@ def edit_sequentially(
     """A copy of the model in its own shapes with every touched reader compensated in order of execution.
 
     ``moments`` are those of the dense model. ``settings.sequential`` is ``own``: the layer's dense weights applied to
-    the pruned prefix; or ``dense``: the dense model's output (docs/method.md, sequential).
+    the pruned prefix; or ``dense``: the dense model's output (docs/method.md, sequential). The matrices of experts and
+    of recurrent layers are compensated on what they read in the dense model.
     """
     edited = clone(loaded.model)
-    if any(g.experts > 1 for g in structure.prunable if g.name in plan.kept):
-        raise ModhifiError(
-            "--sequential does not reach the matrices of experts; leave it out, or --exclude '*experts*'"
-        )
     removed = {name: at for (name, role), at in removed_positions(structure, plan).items() if role == "reader"}
     readers = [name for name in structure.operators if name in removed]
-    passes = PairedPasses(loaded, edited, samples, settings.sampling, dense=settings.sequential == "dense")
+    passes = PairedPasses(loaded, edited, readers, samples, settings.sampling, dense=settings.sequential == "dense")
     errors = []
     for number, reader in enumerate(readers):
         progress("compensating", number, len(readers))
         passes.advance(*(written_modules(structure, readers[at:]) for at in (number, number + 1)))
         try:
+            if isinstance(operator_at(edited, reader), Stacked | Gates):  # whose outputs no hook sees
+                errors.append(edit_reader(edited, structure, reader, removed[reader], moments[reader], settings))
+                continue
             errors.append(compensate(passes, structure, reader, removed[reader], moments[reader], settings))
         except IndefiniteError:
             raise IndefiniteError(structure.read_by(reader)) from None

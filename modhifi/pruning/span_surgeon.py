@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from modhifi.calibration.low_rank import LowRank
-
-if TYPE_CHECKING:
-    from modhifi.pruning.brain_surgeon import Slot
+from modhifi.pruning.readers import Slot
 
 
 class SpanStack:

@@ -49,7 +49,7 @@ from modhifi.structure.tracing.tracer import trace
 from modhifi.structure.trial_cut import confirm
 
 # Groups of equal shape are solved together as far as their readers' matrices take at most this many bytes.
-TOGETHER = 2**29
+TOGETHER = 2**28
 
 
 @dataclass(frozen=True)

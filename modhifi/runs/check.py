@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from modhifi.calibration.memory import COPIES, gram_bytes
-from modhifi.calibration.sampling import LEAST_ROWS
+from modhifi.calibration.sampling import Sampling
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.stock import can_say
 from modhifi.pruning.stages import find_structure
 from modhifi.runs.defaults import amounts
+from modhifi.runs.forecast import forecast
 from modhifi.structure.groups import Group, Structure
-from modhifi.structure.operators import columns_of, operator_modules
 from modhifi.structure.sizes import Sizes, sizes_of
 
 # Rows of a convolution's Gram for each of its columns, which is the default of images.
@@ -68,29 +66,9 @@ def check_model(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def predict(loaded: LoadedModel, structure: Structure) -> dict[str, float]:
-    """An estimate of what a pruning run with default settings takes: ``seconds``, and ``bytes`` at its peak.
-
-    One pass on the example is timed. A run makes one for every calibration sample and two for every held-out one, a
-    Gram of every reader, and about four matrix products of each Gram's size in float64, at half of that pass's speed.
-    In memory are the model, its edited copy, all Grams, and what is worked on; activations are left out.
-    """
-    start = time.perf_counter()
-    loaded.outputs(loaded.example)
-    items = len(loaded.example)
-    pace = (time.perf_counter() - start) / items
+    """What :func:`modhifi.runs.forecast.forecast` says of a pruning run with default settings."""
     usual = amounts(loaded, next(loaded.model.parameters()).device)
-    tokens = 1 if usual.window is None else usual.window
-    length = 1 if usual.window is None else loaded.example.shape[1]
-    readers = [module for _, module in operator_modules(loaded.model, structure.prunable)]
-    products = 0
-    for groups, columns in map(columns_of, readers):
-        rows = max(ROWS_PER_COLUMN * columns, LEAST_ROWS) if usual.window is None else usual.samples * tokens
-        products += groups * columns**2 * (rows + 2 * COPIES * columns)
-    seconds = pace * tokens / length * (usual.samples + 2 * usual.evaluation_samples)
-    seconds += pace * products / max(1, structure.macs)
-    grams = [gram_bytes(module) for module in readers]
-    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
-    return {"seconds": seconds, "bytes": 2 * weights + sum(grams) + (COPIES - 1) * max(grams, default=0)}
+    return forecast(loaded, structure, usual, Sampling(None if usual.window else ROWS_PER_COLUMN, usual.batch_size))
 
 
 def pattern(name: str) -> str:

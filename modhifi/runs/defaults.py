@@ -9,7 +9,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from modhifi.data.samples import Samples
 from modhifi.data.text import window_of
+from modhifi.models.hooks import normalises_by_batch
 from modhifi.models.loaded import LoadedModel
+from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.layouts.base import Rounding
 from modhifi.runs.heal_recipe import HealRecipe
 from modhifi.runs.recipe import ModelSource, PruneRecipe
@@ -89,7 +91,8 @@ def complete(recipe: PruneRecipe, loaded: LoadedModel, device: torch.device | st
     """The pruning run with every default written out, so that it can be repeated as recorded, and remarks on them.
 
     Models of transformers, and timm's vision transformers, get one width for all blocks, which their own configuration
-    can express; a Gram of tokens uses all of them, because neighbouring pixels repeat each other and tokens do not.
+    can express; networks with BatchNorm are compensated sequentially (docs/method.md); a Gram of tokens uses all of
+    them, because neighbouring pixels repeat each other and tokens do not.
     Raises ModhifiError for a window that the model does not take.
     """
     usual, data, method, remarks = amounts(loaded, device), recipe.data, recipe.method, []
@@ -101,6 +104,10 @@ def complete(recipe: PruneRecipe, loaded: LoadedModel, device: torch.device | st
             f"on a CPU {data.samples or usual.samples} windows of {window} tokens calibrate, where a GPU would take "
             f"{TEXT.samples} of {TEXT.window}; --samples and --window change that"
         )
+    sequential = method.sequential
+    if sequential == "auto":
+        wins = COMPENSATIONS[method.compensate].least_squares and normalises_by_batch(loaded.model)
+        sequential = "dense" if wins else None
     rows = method.rows_per_column
     one_width = loaded.framework == "transformers" or says(loaded.model, "neurons")
     return recipe.model_copy(
@@ -115,6 +122,7 @@ def complete(recipe: PruneRecipe, loaded: LoadedModel, device: torch.device | st
             ),
             "method": method.model_copy(
                 update={
+                    "sequential": None if sequential == "none" else sequential,
                     "layout": method.layout or ("uniform" if one_width else "global"),
                     "rows_per_column": rows if rows is not None else 2 if usual is IMAGES else 0,
                 }

@@ -129,7 +129,7 @@ def _remedies(recipe: PruneRecipe, kind: str) -> list[str]:
     few = (recipe.data.samples or 0) < (MANY if kind == "image" else MANY_WINDOWS)
     if kind in ("image", "text") and few:
         remedies.append(f"more samples (--samples {MANY if kind == 'image' else MANY_WINDOWS})")
-    if recipe.method.sequential is None:
+    if kind == "image" and recipe.method.sequential is None:
         remedies.append("--sequential dense")
     return remedies or ["fewer groups (--only, --exclude)"]
 

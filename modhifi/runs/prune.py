@@ -17,7 +17,6 @@ from modhifi.artifacts.report import data_uri
 from modhifi.artifacts.save import save_artifact
 from modhifi.bounds.held_out import HeldOut, tabulate
 from modhifi.bounds.ladder import BoundReport, verify_model
-from modhifi.calibration.batchnorm import reestimate_batchnorm
 from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.distributed import Processes, processes
 from modhifi.calibration.gram_quality import gram_warnings
@@ -31,13 +30,15 @@ from modhifi.models.trial import unrepeatable
 from modhifi.progress import Clock, Progress, silent
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.expert_removal import prune_experts
-from modhifi.pruning.prune import contribute, prune_model
+from modhifi.pruning.prune import block_by_block, contribute, prune_model
+from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import Pruned
 from modhifi.runs.bound_report import add_bounds, add_groups
 from modhifi.runs.budget_choice import BudgetChoice
 from modhifi.runs.continuations import continuations
-from modhifi.runs.defaults import complete, rounding_for
+from modhifi.runs.defaults import Amounts, complete, rounding_for
 from modhifi.runs.entries import count_entries
+from modhifi.runs.forecast import forecast
 from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, located, place, shortage
 from modhifi.runs.outcome import add_outcome, prune_advice, without_bounds
 from modhifi.runs.prune_report import (
@@ -51,6 +52,7 @@ from modhifi.runs.prune_report import (
     time_verdict,
     time_warnings,
 )
+from modhifi.runs.recalibrate import reestimate_if_closer
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.runs.timing.bench import check_threads
 from modhifi.runs.timing.networks import Timer
@@ -149,13 +151,14 @@ def run_prune(
                 timer=timer,
             )
         if recipe.method.reestimate_batchnorm:
-            reestimate_batchnorm(pruned.model, original, calibration, settings.batch_size)
+            warnings.append(reestimate_if_closer(pruned.model, original, calibration, settings.batch_size))
         warnings += [f"the group '{name}' stays as it is: {reason}" for name, reason in pruned.left.items()]
         warnings += time_warnings(pruned)
         warnings += gram_warnings(pruned.grams, len(calibration))
     report = report_of(recipe, original, calibration, held, pruned, warnings, command)
     _note(report, warnings, clock, team, cache)
     if dry_run:
+        report["forecast"] = _forecast(recipe, original, pruned, settings, cache)
         report["timing"] = clock.seconds
         return PruneResult(report, pruned.plan)
     with clock.stage("measure"):
@@ -219,6 +222,18 @@ def _bound(
     add_groups(report, bounds, pruned.structure)
     add_outcome(report, bounds, prune_advice(report, recipe, bounds, original.kind))
     return bounds
+
+
+def _forecast(
+    recipe: PruneRecipe, original: LoadedModel, pruned: Pruned, settings: PruneSettings, cache: MomentCache | None
+) -> dict[str, float]:
+    """What the run itself takes, of a recipe that is complete."""
+    data = recipe.data
+    assert data.samples is not None and data.evaluation_samples is not None
+    usual = Amounts(data.samples, data.evaluation_samples, settings.batch_size, data.window)
+    blocks = block_by_block(original, pruned.structure, settings, cache is not None)
+    figures = forecast(original, pruned.structure, usual, settings.sampling, settings.sequential, blocks)
+    return figures | ({} if cache is not None else {"disk": 0.0})
 
 
 def _by_local_errors(recipe: PruneRecipe, incomparable: str) -> tuple[PruneRecipe, list[str]]:

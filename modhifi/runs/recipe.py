@@ -163,8 +163,9 @@ class Method(Strict):
     """Weight of each group's error: its own energy, or its measured effect."""
     layout: one_of(LAYOUTS) | None = None  # type: ignore[valid-type]
     """Allocate over all groups, or the same share each (default of transformers)."""
-    sequential: Literal["own", "dense"] | None = None
-    """Re-collect on the pruned prefix, towards the layer's own or dense output."""
+    sequential: Literal["auto", "none", "own", "dense"] | None = "auto"
+    """Compensate reader after reader on the pruned prefix, towards the layer's own or the dense model's output; auto:
+    dense for networks with BatchNorm, none for others."""
     eta: Annotated[float | None, Field(gt=0, le=1), Option(panel="Budget")] = None
     """Instead of a budget: keep HiFi sets of this fidelity."""
     floor: Share = 0.1
@@ -183,7 +184,7 @@ class Method(Strict):
     coupled: Annotated[bool, Option("--coupled/--inner-only")] = True
     """Also prune channels coupled by residual additions."""
     reestimate_batchnorm: Annotated[bool, Option("--reestimate-bn")] = False
-    """Re-estimate BatchNorm on the calibration data (real data only)."""
+    """Try BatchNorm statistics of the calibration data, and keep them where they agree better with the original."""
     strict: bool = False
     """Let a group that cannot be measured or solved be an error; by default it stays as it is."""
 
@@ -250,7 +251,7 @@ class PruneRecipe(Strict):
             experts=method.experts,
             layout=method.layout,
             weighting=method.allocate,
-            sequential=method.sequential,
+            sequential=None if method.sequential in ("auto", "none") else method.sequential,
             floor=method.floor,
             rounding=EXACT if method.round_to == "auto" else Rounding(method.round_to),
             ridge=method.ridge,

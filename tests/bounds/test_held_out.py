@@ -79,7 +79,7 @@ def test_columns_of_images_equal_their_definitions(device: str, monkeypatch: pyt
 def test_the_constant_of_images_equals_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constant_predictor, "CHUNK_ELEMENTS", 8)
     dense, x = linear(0), items(40)
-    rows = dense(x).float().double()
+    rows = dense(x)
     p = rows.softmax(-1)
     constant = run_held_out(dense, linear(1), samples_of(x), 7).constant
     assert constant.flips == pytest.approx(1 - int(rows.argmax(-1).bincount().max()) / 40)
@@ -123,13 +123,13 @@ def test_sequences_are_units_and_padding_counts_for_nothing(
     count = sum(len(t) - 1 for t in tokens)
     assert table.perplexities() == pytest.approx([math.exp(loss / count) for loss in losses], rel=1e-9)
     # The constant predictor is known from the first four sequences.
-    rows = torch.cat(ours[:4]).float().double()
+    rows = torch.cat(ours[:4])
     mean = rows.softmax(-1).mean(0)
-    variations = [((o.float().double().softmax(-1) - mean).abs().sum(-1) / 2).mean() for o in ours[:4]]
+    variations = [((o.softmax(-1) - mean).abs().sum(-1) / 2).mean() for o in ours[:4]]
     assert table.constant.total_variation == pytest.approx(float(torch.stack(variations).mean()), rel=1e-9)
     missed = [float(-mean.log()[t[1:]].mean() - n) for t, n in zip(tokens[:4], table.nll_before, strict=False)]
     assert table.constant.nll == pytest.approx(sum(m for m in missed if not math.isnan(m)) / 3, rel=1e-9)
-    errors = torch.stack([(o.float().double() - rows.mean(0)).norm() for o in ours[:4]])
+    errors = torch.stack([(o - rows.mean(0)).norm() for o in ours[:4]])
     torch.testing.assert_close(table.constant.errors, errors, **EXACT)
 
 

@@ -208,7 +208,7 @@ def test_paired_moments_are_those_of_all_rows_weighed(sources: list[Samples], fe
     edited = net()
     with torch.no_grad():
         edited[0].weight.mul_(0.5)
-    passes = PairedPasses(loaded, edited, samples, Sampling(None, batch_size=4))
+    passes = PairedPasses(loaded, edited, ["3", "8"], samples, Sampling(None, batch_size=4))
     passes.advance(written_modules(find_structure(loaded), ["3", "8"]), ["8"])
     paired = passes.moments("3", torch.arange(45)[None], few_rows)
     layer = loaded.model.get_submodule("3")

@@ -123,7 +123,9 @@ def test_paired_moments_are_those_of_whole_passes(
     samples = replace(samples, synthetic=synthetic)
     structure, edited = find_structure(loaded), copy.deepcopy(loaded.model)
     readers = [name for name in structure.operators if "layer" in name][::3]
-    passes = PairedPasses(loaded, edited, samples, Sampling(None, batch_size=20), dense, most_bytes * (1 + dense))
+    passes = PairedPasses(
+        loaded, edited, readers, samples, Sampling(None, batch_size=20), dense, most_bytes * (1 + dense)
+    )
     for number, reader in enumerate(readers):
         passes.advance(*(written_modules(structure, readers[at:]) for at in (number, number + 1)))
         module = edited.get_submodule(reader)

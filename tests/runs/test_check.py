@@ -56,6 +56,8 @@ def test_the_predicted_memory_holds_two_models_and_every_gram() -> None:
     weights = sum(p.numel() * 4 for p in model.parameters())
     widths = (24, 40)  # what an o_proj reads (4 heads of 6) and a down_proj
     grams = [2 * 8 * width**2 for width in widths]
-    report = check_model(load_model(model))
-    assert report["prediction"]["bytes"] == 2 * weights + sum(grams) + 3 * 8 * max(widths) ** 2
-    assert report["prediction"]["seconds"] > 0
+    prediction = check_model(load_model(model))["prediction"]
+    without = prediction["bytes"] - prediction["activations"]
+    assert without == 2 * weights + sum(grams) + 3 * 8 * max(widths) ** 2
+    assert prediction["disk"] == sum(grams)
+    assert prediction["seconds"] > 0 and prediction["activations"] > 0

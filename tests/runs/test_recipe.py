@@ -164,3 +164,23 @@ def test_a_sweep_goes_over_one_key() -> None:
     assert recipe.sweep == {"steps.small.budget.ratio": [0.5, 0.3]}
     with pytest.raises(ModhifiError, match="one key"):
         validate(StepsRecipe, {**content, "sweep": {"a": [1], "b": [2]}}, "here")
+
+
+@pytest.mark.parametrize(
+    "norm, method, expected",
+    [
+        (nn.BatchNorm2d, {}, "dense"),
+        (nn.BatchNorm2d, {"compensate": "delta"}, None),
+        (nn.BatchNorm2d, {"sequential": "none"}, None),
+        (nn.BatchNorm2d, {"sequential": None}, None),
+        (nn.InstanceNorm2d, {}, None),
+        (nn.InstanceNorm2d, {"sequential": "own"}, "own"),
+    ],
+)
+def test_networks_with_batchnorm_are_compensated_sequentially(
+    norm: type[nn.Module], method: dict[str, str | None], expected: str | None
+) -> None:
+    loaded = load_model(nn.Sequential(nn.Conv2d(3, 4, 3), norm(4)), example=torch.zeros(2, 3, 8, 8))
+    recipe = PruneRecipe.model_validate({"model": {"name": "x"}, "budget": {"flops": "0.5x"}, "method": method})
+    completed = complete(recipe, loaded, "cpu")[0]
+    assert completed.method.sequential == expected == completed.settings().sequential
