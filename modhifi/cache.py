@@ -31,7 +31,7 @@ SHARE = 0.1
 LIMIT = "MODHIFI_CACHE_LIMIT"
 DAY = 86400.0
 # Entries, and files that become one when they are whole, which carry the number of the process that writes them.
-NAMES = re.compile(r"(?:moments/[0-9a-f]{32}|inverted-[0-9a-f]{16})(?:\.safetensors|\.(?P<pid>\d+)\.part)")
+NAMES = re.compile(r"(?:moments/[0-9a-f]{32}|(?:inverted|written)-[0-9a-f]{16})(?:\.safetensors|\.(?P<pid>\d+)\.part)")
 
 
 def default_directory() -> Path:

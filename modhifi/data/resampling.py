@@ -19,6 +19,8 @@ from modhifi.models.trial import failure_told
 
 # The share of a window that is masked at once, as these models are trained, and how often each place is drawn.
 MASKED, SWEEPS = 0.15, 3
+# Windows resampled side by side: few, as there are logits at every place.
+BATCH = 4
 
 
 class Resampler:
@@ -27,7 +29,7 @@ class Resampler:
     Raises ModhifiError for models without a masked-LM head or a mask token.
     """
 
-    how, pieces = "sampled at temperature 1", 1
+    name, how, pieces, batch = "resampled", "sampled at temperature 1", 1, BATCH
 
     def __init__(self, loaded: LoadedModel, length: int) -> None:
         name = type(loaded.model).__name__

@@ -1,25 +1,31 @@
 """Calibration text that a language model writes itself: no data needed, forward passes only.
 
-A masked language model resamples masked tokens (`resampling`). A causal one writes on from what its tokenizer
-puts before every text; where that is nothing, from the model's own token for a beginning; where there is no such token
-either, from a random ordinary word. A token of the beginning draws attention from everywhere, so it stands where it
-does in real text: the tokenizer's at the front of a window, the model's nowhere. Texts are short and go on past the
-model's token for an end; as many as fit are packed into a window, so it is full and nothing is padded.
+A masked language model resamples masked tokens (`resampling`). A causal one writes on from several kinds of beginnings
+(`beginnings`), each of which gives as many windows as the others. A token of the beginning draws attention from
+everywhere, so it stands where it does in real text: the tokenizer's at the front of a window, the model's nowhere.
+Texts are short and go on past the model's token for an end; as many as fit are packed into a window, so it is full and
+nothing is padded.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 from collections.abc import Callable
+from itertools import zip_longest
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from modhifi.cache import Cache
+from modhifi.data.beginnings import CHAT, TEXT, Beginning, beginnings
 from modhifi.data.resampling import Resampler
 from modhifi.data.samples import Samples
-from modhifi.data.text import cutter_of, identity, vocabulary, window_of
+from modhifi.data.text import identity, window_of
 from modhifi.errors import ModhifiError
+from modhifi.models.fingerprint import fingerprint
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.trial import failure_told
 
@@ -27,25 +33,28 @@ from modhifi.models.trial import failure_told
 NUCLEUS = 0.95
 # A text is a loop if less than this share of its runs of so many tokens are different ones.
 RUN, LEAST_DIFFERENT = 4, 0.5
-# Tokens of a text, roughly. A small model soon loses its thread; many beginnings show it more than a few long texts.
-TEXT = 128
-# Windows written side by side (of a masked model few, which gives logits at every place), and how many times the number
+# Windows written side by side, and how many times the number
 # wanted may be written before giving up.
-BATCH, BATCH_MASKED, ATTEMPTS = 32, 4, 3
+BATCH, ATTEMPTS = 32, 3
+# Raised whenever the same settings would write other windows.
+VERSION = 2
+Told = Callable[[str, int, int], None]
 
 
-@torch.inference_mode()
 def write(
     loaded: LoadedModel,
     n: int,
     seed: int = 0,
     window: int | None = None,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Told = lambda stage, done, total: None,
+    cache: Path | None = None,
 ) -> Samples:
     """`n` windows of `window` tokens written by ``loaded.model``, of different texts, none of them a loop.
 
-    They depend on the model, the arguments and the settings above alone (and, to rounding, on the device). Raises
-    ModhifiError for models that cannot write, and for one that writes nothing but loops.
+    They depend on the model, the arguments and the settings above alone (and, to rounding, on the device), and are kept
+    in ``cache`` under a hash of these, if given. The kinds of beginnings take turns; one that gives nothing but loops
+    leaves its turns to the others. Raises ModhifiError for models that cannot write, and for one that writes nothing
+    but loops.
     """
     if loaded.kind not in ("text", "encoder"):
         raise ModhifiError(
@@ -53,41 +62,102 @@ def write(
             "--data images:DIR or synthetic"
         )
     length = window_of(loaded, window)
-    chance = torch.Generator().manual_seed(seed)
-    writer = Resampler(loaded, length) if loaded.kind == "encoder" else Continuer(loaded, length)
-    size = BATCH_MASKED if loaded.kind == "encoder" else BATCH
-    by_hash: dict[str, Tensor] = {}
-    loops = written = 0
-    wanted = n * writer.pieces
-    while len(by_hash) < wanted and written < ATTEMPTS * wanted + BATCH:
-        progress("writing", len(by_hash) // writer.pieces, n)
-        for tokens in writer.write(min(size * writer.pieces, wanted - len(by_hash)), chance):
-            written += 1
-            if is_loop(tokens):
-                loops += 1
-            else:
-                by_hash.setdefault(identity(tokens), tokens)
-    progress("writing", n, n)
-    if len(by_hash) < wanted:
-        raise ModhifiError(
-            f"{loaded.source} writes loops: {loops} of {written} texts repeat themselves; give text "
-            "with --data text:FILE"
-        )
-    texts = list(by_hash.values())
-    windows = [writer.window(texts[i : i + writer.pieces]) for i in range(0, wanted, writer.pieces)]
-    remarks = [f"self, {n} windows of {length} tokens written from {writer.what}"]
-    remarks += [f"{writer.pieces} texts in each"] * (writer.pieces > 1)
-    remarks += [f"{writer.how}, seed {seed}"]
-    remarks += [f"{loops} loops rejected"] * bool(loops)
-    remarks += [f"{written - loops - wanted} duplicates dropped"] * (written - loops > wanted)
+    name, store, kept = "", None if cache is None else Cache(cache), None
+    if store is not None:
+        settings = (VERSION, n, seed, length, NUCLEUS, RUN, LEAST_DIFFERENT, TEXT, CHAT, BATCH, ATTEMPTS)
+        key = f"{fingerprint(loaded, {})} {settings} {getattr(loaded.tokenizer, 'chat_template', None)}"
+        name = f"written-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        kept = store.read(name)
+    if kept is None:
+        windows, facts = _written(loaded, n, seed, length, progress)
+        if store is not None:
+            store.write(name, {"windows": windows}, facts)
+    else:
+        windows, facts = kept[0]["windows"], kept[1]
     return Samples(
         load=lambda i: windows[i],
         hashes=tuple(identity(tokens) for tokens in windows),
         labels=None,
-        names=tuple(f"self {i}" for i in range(n)),
-        description=", ".join(remarks),
+        names=tuple(f"self {i}, {kind}" for i, kind in enumerate(facts["kinds"].split(","))),
+        description=facts["description"],
         synthetic=True,
     )
+
+
+@torch.inference_mode()
+def _written(loaded: LoadedModel, n: int, seed: int, length: int, progress: Told) -> tuple[Tensor, dict[str, str]]:
+    """Windows, int64 ``(n, length)``, and as texts the kind of each and what they are in words."""
+    writers: list[Resampler | Continuer] = (
+        [Resampler(loaded, length)]
+        if loaded.kind == "encoder"
+        else [Continuer(loaded, length, beginning) for beginning in beginnings(loaded)]
+    )
+    scripts = [Script(writer, seed, number) for number, writer in enumerate(writers)]
+    able = scripts
+    while True:
+        shares = [n // len(able) + (number < n % len(able)) for number in range(len(able))]
+        filled = [script.fill(share, progress) for script, share in zip(able, shares, strict=True)]
+        if all(filled):
+            break
+        able = [script for script, full in zip(able, filled, strict=True) if full]
+        if not able:
+            loops, written = (sum(getattr(script, name) for script in scripts) for name in ("loops", "written"))
+            raise ModhifiError(
+                f"{loaded.source} writes loops: {loops} of {written} texts repeat themselves; give text "
+                "with --data text:FILE"
+            )
+    rounds = zip_longest(*(script.windows(share) for script, share in zip(able, shares, strict=True)))
+    turns = [
+        (window, script.writer.name)
+        for one in rounds
+        for window, script in zip(one, able, strict=True)
+        if window is not None
+    ]
+    remarks = [
+        f"self, {n} windows of {length} tokens",
+        *(script.what(share) for script, share in zip(able, shares, strict=True)),
+    ]
+    remarks += [f"{able[0].writer.how}, seed {seed}"]
+    remarks += [f"nothing but loops from {script.writer.what}" for script in scripts if script not in able]
+    kinds = ",".join(kind for _, kind in turns)
+    return torch.stack([window for window, _ in turns]), {"kinds": kinds, "description": ", ".join(remarks)}
+
+
+class Script:
+    """What one kind of beginning has given so far; kind ``number`` draws by a seed of its own."""
+
+    def __init__(self, writer: Resampler | Continuer, seed: int, number: int) -> None:
+        self.writer, self.chance = writer, torch.Generator().manual_seed(seed + (number << 32))
+        self.texts: dict[str, Tensor] = {}
+        self.loops = self.written = 0
+
+    def fill(self, windows: int, progress: Told) -> bool:
+        """Write until there are so many windows; whether that came to be."""
+        pieces, wanted = self.writer.pieces, windows * self.writer.pieces
+        while len(self.texts) < wanted and self.written < ATTEMPTS * wanted + BATCH:
+            progress(f"writing, {self.writer.name}", len(self.texts) // pieces, windows)
+            for tokens in self.writer.write(min(self.writer.batch * pieces, wanted - len(self.texts)), self.chance):
+                self.written += 1
+                if is_loop(tokens):
+                    self.loops += 1
+                else:
+                    self.texts.setdefault(identity(tokens), tokens)
+        progress(f"writing, {self.writer.name}", windows, windows)
+        return len(self.texts) >= wanted
+
+    def windows(self, count: int) -> list[Tensor]:
+        """The first ``count`` windows."""
+        texts, pieces = list(self.texts.values()), self.writer.pieces
+        return [self.writer.window(texts[i : i + pieces]) for i in range(0, count * pieces, pieces)]
+
+    def what(self, count: int) -> str:
+        """The first ``count`` windows in words."""
+        remarks = [f"{count} written from {self.writer.what}"]
+        remarks += [f"{self.writer.pieces} texts in each"] * (self.writer.pieces > 1)
+        remarks += [f"{self.loops} loops rejected"] * bool(self.loops)
+        dropped = self.written - self.loops - len(self.texts)
+        remarks += [f"{dropped} duplicates dropped"] * (dropped > 0)
+        return remarks[0] + (f" ({', '.join(remarks[1:])})" if remarks[1:] else "")
 
 
 def is_loop(tokens: Tensor) -> bool:
@@ -97,69 +167,29 @@ def is_loop(tokens: Tensor) -> bool:
 
 
 class Continuer:
-    """Writes texts on from the model's own beginnings, of which ``pieces`` fill a window of ``length`` tokens."""
+    """Writes texts on from one kind of beginning, of which ``pieces`` fill a window of ``length`` tokens."""
 
-    how = f"sampled at temperature 1 from the likeliest {NUCLEUS:.0%}"
+    how, batch = f"sampled at temperature 1 from the likeliest {NUCLEUS:.0%}", BATCH
 
-    def __init__(self, loaded: LoadedModel, length: int) -> None:
-        self.loaded, self.length = loaded, length
-        self.starts, self.hidden, self.front, self.what = _starts(loaded)
-        own = max(1, length - len(self.front))
-        self.pieces = max(1, round(own / TEXT))
+    def __init__(self, loaded: LoadedModel, length: int, beginning: Beginning) -> None:
+        self.loaded, self.length, self.beginning = loaded, length, beginning
+        self.name, self.what = beginning.name, beginning.what
+        own = max(1, length - len(beginning.front))
+        self.pieces = max(1, round(own / beginning.length))
         self.text = math.ceil(own / self.pieces)
 
     def write(self, count: int, chance: torch.Generator) -> Tensor:
         """Texts, int64 ``(count, text)``; the draws are made on the CPU."""
-        begin = self.starts[torch.randint(len(self.starts), (count,), generator=chance)]
-        return _continue(self.loaded, begin, self.text + self.hidden, chance)[:, self.hidden :]
+        starts, hidden = self.beginning.starts, self.beginning.hidden
+        begin = starts[torch.randint(len(starts), (count,), generator=chance)][:, : self.text + hidden]
+        return continued(self.loaded, begin, self.text + hidden, chance)[:, hidden:]
 
     def window(self, texts: list[Tensor]) -> Tensor:
         """A window, int64 ``(length,)``, of ``pieces`` texts."""
-        return torch.cat([self.front, *texts])[: self.length]
+        return torch.cat([self.beginning.front, *texts])[: self.length]
 
 
-def _starts(loaded: LoadedModel) -> tuple[Tensor, int, Tensor, str]:
-    """What a text may start from, int64 ``(choices, k)``, how many of its tokens it leaves out, what stands at the
-    front of a window instead, int64 ``(k,)``, and all this in words."""
-    nothing = torch.zeros(0, dtype=torch.long)
-    if loaded.tokenizer is not None and (frame := cutter_of(loaded, None).frame[0]):
-        return torch.tensor([frame]), len(frame), torch.tensor(frame), f"the tokenizer's own beginning {frame}"
-    for owner in (loaded.tokenizer, getattr(loaded.model, "generation_config", None), loaded.model.config):
-        begin = getattr(owner, "bos_token_id", None)
-        if isinstance(begin, int) and 0 <= begin < vocabulary(loaded):
-            return torch.tensor([[begin]]), 1, nothing, f"the token of the beginning ({begin}), which is not kept"
-    words = ordinary_words(loaded)
-    return torch.tensor(words)[:, None], 0, nothing, f"one of {len(words)} ordinary words"
-
-
-def ordinary_words(loaded: LoadedModel) -> list[int]:
-    """Token ids that stand for the beginning of a word of two letters or more.
-
-    Raises ModhifiError without a tokenizer, or if its vocabulary has none.
-    """
-    tokenizer = cutter_of(loaded, None).tokenizer
-    ids = range(min(len(tokenizer), vocabulary(loaded)))
-    pieces = tokenizer.convert_ids_to_tokens(list(ids))
-    # Byte-level and sentence-piece vocabularies mark the beginning of a word, WordPiece marks what is none.
-    marks = ("Ġ", "▁")
-    marked = any(str(piece).startswith(marks) for piece in pieces)
-    special = set(tokenizer.all_special_ids)
-    words = []
-    for i, piece in zip(ids, pieces, strict=True):
-        piece = str(piece)
-        begins = piece.startswith(marks) if marked else not piece.startswith("##")
-        bare = piece.lstrip("".join(marks))
-        if begins and i not in special and len(bare) > 1 and bare.isascii() and bare.isalpha():
-            words.append(i)
-    if not words:
-        raise ModhifiError(
-            f"the vocabulary of {loaded.source} has neither a token of the beginning nor ordinary words "
-            "to start from; give --data text:FILE"
-        )
-    return words
-
-
-def _continue(loaded: LoadedModel, tokens: Tensor, length: int, chance: torch.Generator) -> Tensor:
+def continued(loaded: LoadedModel, tokens: Tensor, length: int, chance: torch.Generator) -> Tensor:
     """Texts, int64 ``(n, length)``, that start with ``tokens`` ``(n, k)``; the draws are made on the CPU."""
     device = next(loaded.model.parameters()).device
     # transformers has renamed what a model takes and returns as its key-value cache

@@ -12,46 +12,87 @@ import torch
 import transformers
 
 from modhifi.data import self_generated
+from modhifi.data.beginnings import beginnings
 from modhifi.data.resampling import Resampler
+from modhifi.data.samples import Samples
+from modhifi.data.self_generated import Continuer, Script
 from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 
+CHAT = "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s>{% endfor %}"
 
-def test_windows_are_full_seeded_and_different(tmp_path: Path) -> None:
+
+def of_kind(samples: Samples, kind: str) -> torch.Tensor:
+    """The windows of one kind, in order."""
+    return torch.stack([samples.load(i) for i, name in enumerate(samples.names) if name.endswith(f", {kind}")])
+
+
+def test_windows_are_full_seeded_and_of_every_kind(tmp_path: Path) -> None:
     loaded = load_model(tiny_text.save(tmp_path))
+    loaded.tokenizer.chat_template = CHAT
     samples = load_samples("self", loaded, n=40, window=12)
     windows = torch.stack([samples.load(i) for i in range(40)])
-    assert windows.shape == (40, 12) and (windows[:, 0] == 1).all() and len(set(samples.hashes)) == 40
-    assert samples.synthetic
-    assert "beginning [1], sampled at temperature 1 from the likeliest 95%, seed 0" in samples.description
+    assert windows.shape == (40, 12) and len(set(samples.hashes)) == 40 and samples.synthetic
+    assert [name.partition(", ")[2] for name in samples.names[:4]] == ["beginning", "chat", "openings", "beginning"]
+    own, chat, openings = (of_kind(samples, kind) for kind in ("beginning", "chat", "openings"))
+    assert [len(own), len(chat), len(openings)] == [14, 13, 13]
+    assert (own[:, 0] == 1).all() and (own[:, 1] != own[0, 1]).any()
+    assert (chat[:, :2] == torch.tensor([1, 0])).all()  # "<s> user", of which the second word is not known
+    special = torch.tensor(loaded.tokenizer.all_special_ids)
+    assert not torch.isin(openings[:, 0], special).any() and len(openings[:, 0].unique()) > 6
+    assert samples.description.startswith(
+        "self, 40 windows of 12 tokens, 14 written from the tokenizer's own beginning [1], 13 written from the user's "
+        "turn of the chat template, 13 written from one of 49 tokens at random, sampled at temperature 1 from the "
+    )
     assert load_samples("synthetic", loaded, n=40, window=12).hashes == samples.hashes
     assert load_samples("self", loaded, n=40, window=12, seed=1).hashes != samples.hashes
+    assert len(of_kind(load_samples("self", loaded, n=1, window=12), "beginning")) == 1
+
+
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('no user') }}", "{% for m in messages %}{% endfor %}x"])
+def test_a_template_that_takes_no_user_gives_no_chats(tmp_path: Path, template: str | None) -> None:
+    loaded = load_model(tiny_text.save(tmp_path))
+    loaded.tokenizer.chat_template = template
+    assert [beginning.name for beginning in beginnings(loaded)] == ["beginning", "openings"]
+
+
+def test_written_windows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model(tiny_text.save(tmp_path / "model"))
+    first = self_generated.write(loaded, 6, window=12, cache=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(self_generated, "_written", None)
+        again = self_generated.write(loaded, 6, window=12, cache=tmp_path)
+    assert again.hashes == first.hashes and (again.names, again.description) == (first.names, first.description)
+    with torch.no_grad():
+        loaded.model.lm_head.weight.mul_(-1)
+    assert self_generated.write(loaded, 6, window=12, cache=tmp_path).hashes != first.hashes
 
 
 def test_a_beginning_that_texts_do_not_have_is_left_out(tmp_path: Path) -> None:
     loaded = load_model(tiny_text.save(tmp_path))
-    whole = load_samples("self", loaded, n=8, window=13)
+    whole = of_kind(load_samples("self", loaded, n=8, window=13), "beginning")
     bare = replace(loaded, tokenizer=tiny_text.tokenizer(begin=False))
     without = load_samples("self", bare, n=8, window=12)
     assert "the token of the beginning (1), left out" in without.description
-    assert all(torch.equal(without.load(i), whole.load(i)[1:]) for i in range(8))
+    assert torch.equal(of_kind(without, "beginning"), whole[:, 1:])
 
 
 @pytest.mark.parametrize(("begin", "front"), [(True, 1), (False, 0)])
-def test_windows_are_packed_with_short_texts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: bool, front: int
-) -> None:
-    monkeypatch.setattr(self_generated, "TEXT", 5)
+def test_windows_are_packed_with_short_texts(tmp_path: Path, begin: bool, front: int) -> None:
     loaded = load_model(tiny_text.save(tmp_path))
     loaded = replace(loaded, tokenizer=tiny_text.tokenizer(begin=begin))
-    samples = load_samples("self", loaded, n=10, window=14 + front)  # three texts of five tokens, the last one cut
-    windows = torch.stack([samples.load(i) for i in range(10)])
-    assert windows.shape == (10, 14 + front) and "3 texts in each" in samples.description
-    assert (windows[:, :front] == 1).all()
-    texts = load_samples("self", loaded, n=30, window=5 + front)
-    one_by_one = [torch.cat([texts.load(3 * i + k)[front:] for k in range(3)])[:14] for i in range(10)]
+    (own, *_) = beginnings(loaded)
+    own = replace(own, length=5)
+    packed = Script(Continuer(loaded, 14 + front, own), 0, 0)  # three texts of five tokens, the last one cut
+    assert packed.fill(10, lambda *told: None) and "3 texts in each" in packed.what(10)
+    windows = torch.stack(packed.windows(10))
+    assert windows.shape == (10, 14 + front) and (windows[:, :front] == 1).all()
+    alone = Script(Continuer(loaded, 5 + front, own), 0, 0)
+    assert alone.fill(30, lambda *told: None)
+    texts = alone.windows(30)
+    one_by_one = [torch.cat([texts[3 * i + k][front:] for k in range(3)])[:14] for i in range(10)]
     assert torch.equal(windows[:, front:], torch.stack(one_by_one))
 
 
@@ -59,12 +100,12 @@ def test_the_cache_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     loaded = load_model(tiny_text.save(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # deprecated names of the cache, say
-        cached = load_samples("self", loaded, n=4, window=10)
+        cached = self_generated.write(loaded, 4, window=10)
     lengths: list[int] = []
     handle = loaded.model.register_forward_pre_hook(
         lambda m, a, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
     )
-    load_samples("self", loaded, n=4, window=10)
+    self_generated.write(loaded, 4, window=10)
     handle.remove()
     assert set(lengths) == {1}  # the cache is used
     whole = loaded.model.forward
@@ -73,7 +114,7 @@ def test_the_cache_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return transformers.utils.ModelOutput(logits=whole(input_ids=input_ids, use_cache=False).logits)
 
     monkeypatch.setattr(loaded.model, "forward", without_cache)
-    assert load_samples("self", loaded, n=4, window=10).hashes == cached.hashes
+    assert self_generated.write(loaded, 4, window=10).hashes == cached.hashes
 
 
 def test_draws_follow_the_models_distribution_in_its_nucleus() -> None:
@@ -88,8 +129,8 @@ def test_draws_follow_the_models_distribution_in_its_nucleus() -> None:
 def test_without_a_beginning_ordinary_words_start(tmp_path: Path) -> None:
     loaded = load_model(tiny_text.save(tmp_path, begin=False))
     samples = load_samples("self", loaded, n=8, window=12)
-    starts = {int(samples.load(i)[0]) for i in range(8)}
-    assert starts <= set(range(len(tiny_text.SPECIAL), tiny_text.VOCABULARY)) and len(starts) > 3
+    starts = set(of_kind(samples, "beginning")[:, 0].tolist())
+    assert starts <= set(range(len(tiny_text.SPECIAL), tiny_text.VOCABULARY)) and len(starts) > 1
     assert f"one of {len(tiny_text.WORDS)} ordinary words" in samples.description
     bare = load_model(tiny_text.save(tmp_path / "bare", begin=False, with_tokenizer=False))
     with pytest.raises(ModhifiError, match="without a tokenizer"):
@@ -102,7 +143,7 @@ def test_loops_are_rejected(tmp_path: Path) -> None:
     torch.nn.init.zeros_(loaded.model.lm_head.weight)
     loaded.model.lm_head.weight.data[5] = 1e4 * loaded.model.model.norm.weight
     loaded.model.model.embed_tokens.weight.data[:] = 1.0
-    with pytest.raises(ModhifiError, match="writes loops: 44 of 44 texts repeat themselves; give text"):
+    with pytest.raises(ModhifiError, match="writes loops: 76 of 76 texts repeat themselves; give text"):
         load_samples("self", loaded, n=4, window=16)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from modhifi.cache import default_directory
 from modhifi.data.sources.base import SOURCES, TEXT_KINDS, Request, SampleSource
 
 if TYPE_CHECKING:
@@ -12,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def load(_: str, loaded: LoadedModel, request: Request) -> Samples:
-    """See :func:`modhifi.data.self_generated.write`."""
+    """See :func:`modhifi.data.self_generated.write`; the windows are kept in the cache."""
     from modhifi.data.self_generated import write
 
-    return write(loaded, request.n, request.seed, request.window, request.progress)
+    return write(loaded, request.n, request.seed, request.window, request.progress, default_directory())
 
 
 SOURCES.register(
@@ -25,6 +26,6 @@ SOURCES.register(
         "text that the language model writes itself",
         TEXT_KINDS,
         load,
-        "Wang and Cho 2019 for masked language models",
+        "Xu et al. 2025 for chats; Wang and Cho 2019 for masked language models",
     )
 )
