@@ -19,7 +19,7 @@ from modhifi.healing.devices import accelerator_for, out_of_memory
 from modhifi.healing.healed import Healed, State, best_entry
 from modhifi.healing.lora import add_adapters, merge
 from modhifi.healing.losses import agreement, block_loss, output_loss
-from modhifi.healing.optimizers import optimizer_of
+from modhifi.healing.optimizers import OPTIMIZERS
 from modhifi.healing.schedule import Schedule, interval, learning_rate
 from modhifi.healing.settings import HealSettings
 from modhifi.healing.teacher import Teacher
@@ -87,7 +87,7 @@ class Distillation:
         else:
             self.adapted = add_adapters(self.model, settings.lora, settings.seed)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = optimizer_of(settings.optimizer, trained, settings.learning_rate)
+        optimizer = OPTIMIZERS[settings.optimizer].make(trained, settings.learning_rate)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.size = min(settings.batch_size, len(train))
         self.state = State(micro=self.size)
