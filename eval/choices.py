@@ -10,6 +10,7 @@ from typing import Any
 
 from modhifi.artifacts.exports import EXPORTS
 from modhifi.data.sources import SOURCES
+from modhifi.healing.optimizers import OPTIMIZERS
 from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.layouts import LAYOUTS
 from modhifi.pruning.selectors import SELECTORS
@@ -34,6 +35,7 @@ TABLES: tuple[tuple[str, str, Registry[Any]], ...] = (
     ("Layouts", "`--layout`: how a budget is shared out over the groups.", LAYOUTS),
     ("Unlearning methods", "`modhifi unlearn --method`: how a classifier forgets.", METHODS),
     ("Attacks", "Every audit runs all of them on an edited model.", ATTACKS),
+    ("Optimisers", "`modhifi heal --optimizer`: how gradients become steps.", OPTIMIZERS),
     ("Exports", "`--export`: files that hold the model and run without modhifi.", EXPORTS),
     ("Runtimes", "`modhifi bench --runtime`: what runs the model while it is timed.", RUNTIMES),
 )

@@ -19,7 +19,7 @@ from modhifi.healing.devices import accelerator_for, out_of_memory
 from modhifi.healing.healed import Healed, State, best_entry
 from modhifi.healing.lora import add_adapters, merge
 from modhifi.healing.losses import agreement, block_loss, output_loss
-from modhifi.healing.optimizers import optimizer_of
+from modhifi.healing.optimizers import OPTIMIZERS
 from modhifi.healing.schedule import Schedule, interval, learning_rate
 from modhifi.healing.settings import HealSettings
 from modhifi.healing.teacher import Teacher
@@ -71,7 +71,8 @@ class Distillation:
         self.original, self.settings, self.closed = original, settings, tuple(closed)
         self.train, self.validation, self.checkpoint = train, validation, checkpoint
         self.progress, self.note = progress, note
-        self.accelerator = accelerator_for(next(original.model.parameters()).device, settings.precision)
+        self.device = next(original.model.parameters()).device
+        self.accelerator = accelerator_for(self.device, settings.precision)
         self.dtypes = {name: p.dtype for name, p in student.named_parameters()}
         self.model = clone(student)
         if any(dtype.itemsize < torch.float32.itemsize for dtype in self.dtypes.values()):
@@ -86,7 +87,7 @@ class Distillation:
         else:
             self.adapted = add_adapters(self.model, settings.lora, settings.seed)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = optimizer_of(settings.optimizer, trained, settings.learning_rate)
+        optimizer = OPTIMIZERS[settings.optimizer].make(trained, settings.learning_rate)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.size = min(settings.batch_size, len(train))
         self.state = State(micro=self.size)
@@ -131,7 +132,7 @@ class Distillation:
         while not self._accumulated(indices):
             self.state.micro = (self.state.micro + 1) // 2
             self._remark(f"out of memory: {self.state.micro} items at once from step {self.state.step} on")
-            if self.accelerator.device.type == "cuda":
+            if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         self._normalise_by_batch(False)
         self.accelerator.clip_grad_norm_(self.wrapped.parameters(), CLIP)
@@ -141,7 +142,7 @@ class Distillation:
     def _accumulated(self, indices: Sequence[int]) -> bool:
         """Adds up the gradients of a batch, part by part; whether they fitted into memory."""
         self.optimizer.zero_grad()
-        total = torch.zeros((), device=self.accelerator.device)
+        total = torch.zeros((), device=self.device)
         parts = [indices[i : i + self.state.micro] for i in range(0, len(indices), self.state.micro)]
         try:
             for number, part in enumerate(parts):
@@ -232,11 +233,11 @@ class Distillation:
         if self.accelerator.num_processes == 1:
             return share
         # Clocks differ, and every process has to end at the same step.
-        return float(broadcast(torch.tensor(share, dtype=torch.float64, device=self.accelerator.device)))
+        return float(broadcast(torch.tensor(share, dtype=torch.float64, device=self.device)))
 
     def _real(self, batch: Tensor) -> Tensor | None:
         real = self.original.real_tokens(batch)
-        return None if real is None else real.to(self.accelerator.device)
+        return None if real is None else real.to(self.device)
 
     def _remark(self, text: str) -> None:
         self.state.notes.append(text)

@@ -18,7 +18,7 @@ SHARE = 0.25
 class Teacher:
     """The outputs of ``original`` and of its ``blocks`` on batches of one set of ``count`` samples.
 
-    With ``keep`` those of a sample are computed once, if all of them fit into memory. All samples have one shape then.
+    With ``keep`` those of a sample are computed once, if all of them fit into memory and have one shape.
     """
 
     def __init__(self, original: LoadedModel, blocks: tuple[str, ...], count: int, keep: bool) -> None:
@@ -40,6 +40,9 @@ class Teacher:
             outputs = (output, *watch.take())
         if self.keep and not self.kept:
             self._make_room(outputs)
+        padded = self.original.real_tokens(batch) is not None
+        if padded or (self.kept and self.kept[0].shape[1:] != outputs[0].shape[1:]):
+            self.keep, self.kept = False, []  # texts of several lengths
         if self.kept:
             for kept, tensor in zip(self.kept, outputs, strict=True):
                 kept[chosen] = tensor.to(kept.device)

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from modhifi.data.samples import Samples
 from modhifi.data.text import window_of
+from modhifi.healing.optimizers import OPTIMIZERS
 from modhifi.models.hooks import normalises_by_batch
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.compensations import COMPENSATIONS
@@ -37,8 +38,7 @@ GPU_BYTES, CPU_BYTES = 128, 32
 HEAL_IMAGES, HEAL_DRAWN, HEAL_INVERTED = Amounts(10_000, 256, 128), Amounts(2_000, 256, 128), Amounts(500, 256, 128)
 HEAL_TEXT, HEAL_TEXT_ON_CPU = Amounts(512, 32, 8, 1024), Amounts(128, 16, 4, 512)
 MINUTES = 10.0
-# The largest learning rates, and temperatures of images and of text.
-RATES = {"sgd": 0.02, "adamw": 1e-4}
+# Temperatures of images and of text.
 SOFT, PLAIN = 4.0, 1.0
 
 IMAGES = Amounts(256, 256, 32)
@@ -167,7 +167,7 @@ def complete_heal(
             "method": method.model_copy(
                 update={
                     "optimizer": optimizer,
-                    "learning_rate": method.learning_rate or RATES[optimizer],
+                    "learning_rate": method.learning_rate or OPTIMIZERS[optimizer].rate,
                     "temperature": method.temperature or (PLAIN if text else SOFT),
                     "augment": loaded.kind == "image" if method.augment is None else method.augment,
                 }

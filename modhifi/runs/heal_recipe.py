@@ -6,7 +6,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from modhifi.healing.optimizers import OPTIMIZERS
 from modhifi.healing.settings import HealSettings
+from modhifi.registry import one_of
 from modhifi.runs.recipe import Checks, Count, DataSource, Device, ModelSource, Out, Seed, Summary
 from modhifi.runs.recipe_file import Option, Strict
 
@@ -37,7 +39,7 @@ class HealMethod(Strict):
 
     panel: ClassVar[str] = "Method"
 
-    optimizer: Literal["adamw", "sgd"] | None = None
+    optimizer: one_of(OPTIMIZERS) | None = None  # type: ignore[valid-type]
     """The optimiser; by default sgd for networks with BatchNorm, adamw for others."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Largest learning rate; by default 0.02 of sgd, 0.0001 of adamw."""

@@ -17,6 +17,7 @@ from modhifi.errors import ModhifiError
 from modhifi.healing.checkpoint import Checkpoint
 from modhifi.healing.distil import Distillation, distil
 from modhifi.healing.healed import Healed
+from modhifi.healing.optimizers import OPTIMIZERS
 from modhifi.healing.settings import HealSettings
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
@@ -63,8 +64,7 @@ def same(first: nn.Module, second: nn.Module) -> bool:
 @pytest.mark.parametrize(
     "more",
     [
-        {},
-        {"optimizer": "sgd", "learning_rate": 0.02},
+        *({"optimizer": name, "learning_rate": max(kind.rate, 1e-3)} for name, kind in OPTIMIZERS.items()),
         {"augment": True},
         {"batch_statistics": True},
         {"blocks": 0.0, "temperature": 4.0},
@@ -230,7 +230,7 @@ def test_minutes_end_a_run(pair: tuple[LoadedModel, nn.Module], images: tuple[Sa
 @pytest.fixture(scope="module")
 def texts() -> Samples:
     torch.manual_seed(0)
-    items = [torch.randint(3, tiny_text.VOCABULARY, (length,)) for length in (12, 12, 9, 12, 7, 12, 12, 12)]
+    items = [torch.randint(3, tiny_text.VOCABULARY, (length,)) for length in (12, 12, 9, 12, 7, 8, 9, 9)]
     names = tuple(map(str, range(8)))
     return Samples(items.__getitem__, names, None, names, "random", False)
 
