@@ -55,6 +55,17 @@ class Mixture:
         return [max(1, round(share * total)) for share in self.shares]
 
 
+def beside_self(data: str | Sequence[str]) -> list[str]:
+    """The sources of data, and the model's own text where they are files of text whose shares leave it something.
+
+    It comes last: files that are not there are found before the model writes.
+    """
+    sources = separated(data) if isinstance(data, str) else list(data)
+    shares = [split_share(source)[1] for source in sources]
+    said = all(share is not None for share in shares) and sum(share or 0 for share in shares) > 1 - ROUNDING
+    return sources if said or not all(source.startswith("text:") for source in sources) else [*sources, "self"]
+
+
 def is_named(data: object) -> bool:
     """Whether data is a list of source strings."""
     return isinstance(data, list | tuple) and len(data) > 0 and all(isinstance(part, str) for part in data)

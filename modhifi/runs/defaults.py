@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from modhifi.data.mixture import Mixture, beside_self
 from modhifi.data.samples import Samples
 from modhifi.data.text import window_of
 from modhifi.healing.optimizers import OPTIMIZERS
@@ -87,6 +88,18 @@ def complete_verify(recipe: VerifyRecipe, loaded: LoadedModel, device: torch.dev
     )
 
 
+def calibrating(source: str | list[str], loaded: LoadedModel, alone: bool) -> tuple[str | list[str], list[str]]:
+    """What calibrates a model, and remarks: files of text beside its own writing, unless they are to be ``alone``.
+
+    A cut by one kind of text alone ruins the model for every other one (docs/language-models.md).
+    """
+    together = beside_self(source)
+    if alone or loaded.kind != "text" or together == ([source] if isinstance(source, str) else source):
+        return source, []
+    share = Mixture.of(together).shares[-1]
+    return together, [f"{share:.3g} of the mass is text that the model writes itself; --only-this-data leaves it out"]
+
+
 def complete(recipe: PruneRecipe, loaded: LoadedModel, device: torch.device | str) -> tuple[PruneRecipe, list[str]]:
     """The pruning run with every default written out, so that it can be repeated as recorded, and remarks on them.
 
@@ -95,8 +108,9 @@ def complete(recipe: PruneRecipe, loaded: LoadedModel, device: torch.device | st
     them, because neighbouring pixels repeat each other and tokens do not.
     Raises ModhifiError for a window that the model does not take.
     """
-    usual, data, method, remarks = amounts(loaded, device), recipe.data, recipe.method, []
-    window = data.window
+    usual, data, method, window = amounts(loaded, device), recipe.data, recipe.method, recipe.data.window
+    source, mixed = calibrating(data.source, loaded, data.only_this_data)
+    remarks = []
     if usual.window is not None:
         window = window_of(loaded, window) if window else min(usual.window, window_of(loaded, None))
     if usual is TEXT_ON_CPU and (data.samples is None or data.window is None):
@@ -104,6 +118,7 @@ def complete(recipe: PruneRecipe, loaded: LoadedModel, device: torch.device | st
             f"on a CPU {data.samples or usual.samples} windows of {window} tokens calibrate, where a GPU would take "
             f"{TEXT.samples} of {TEXT.window}; --samples and --window change that"
         )
+    remarks += mixed
     sequential = method.sequential
     if sequential == "auto":
         wins = COMPENSATIONS[method.compensate].least_squares and normalises_by_batch(loaded.model)
@@ -115,6 +130,7 @@ def complete(recipe: PruneRecipe, loaded: LoadedModel, device: torch.device | st
             "batch_size": recipe.batch_size or usual.batch_size,
             "data": data.model_copy(
                 update={
+                    "source": source,
                     "samples": data.samples or usual.samples,
                     "evaluation_samples": data.evaluation_samples or usual.evaluation_samples,
                     "window": window,

@@ -15,7 +15,7 @@ from torch import nn
 from modhifi.calibration.block_stream import find_blocks
 from modhifi.calibration.timeline import Timeline
 from modhifi.data.in_memory import Data, source_name
-from modhifi.data.mixture import Mixture, mixed
+from modhifi.data.mixture import Mixture, is_named, mixed
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
@@ -154,7 +154,9 @@ def load_data(
     its share of the held-out ones. Raises ModhifiError where too few samples are left for either.
     """
     data, seed = recipe.data, recipe.seed
-    source = Mixture.of(data.source if given.data is None else given.data)
+    # What strings name is in the recipe, completed.
+    named = given.data is None or isinstance(given.data, str) or is_named(given.data)
+    source = Mixture.of(data.source if named else given.data)
     evaluate = data.evaluate if given.evaluate is None else given.evaluate
     held_out = source if evaluate is None else Mixture.of(evaluate)
     assert data.samples is not None and data.evaluation_samples is not None

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from modhifi.bounds.verdicts import Tolerances
-from modhifi.data.mixture import Mixture, separated
+from modhifi.data.mixture import Mixture, beside_self, separated
 from modhifi.disk import home_path, read_json
 from modhifi.errors import ModhifiError
 from modhifi.pruning.compensations import COMPENSATIONS
@@ -31,7 +31,8 @@ Kept = Annotated[dict[str, list[int]], Field(min_length=1)]
 
 def _sources(given: str | list[str]) -> str | list[str]:
     """One source as it is, several as a list; raises ModhifiError for shares that cannot be."""
-    Mixture.of(given)
+    # Where shares of text leave something, a language model's own text has it.
+    Mixture.of(beside_self(given))
     several = separated(given) if isinstance(given, str) else given
     return several[0] if len(several) == 1 else several
 
@@ -113,6 +114,8 @@ class CalibrationData(Strict):
     """Calibration samples of each source; by default 256 images, 128 windows (64 on a CPU)."""
     window: Annotated[int, Field(ge=2)] | None = None
     """Tokens in a window of text; by default 1024 (512 on a CPU)."""
+    only_this_data: bool = False
+    """Take text:PATH alone; by default text that a causal model writes itself is mixed with it, one more source."""
 
     @model_validator(mode="before")
     @classmethod

@@ -48,6 +48,8 @@ def test_text_in_uniform_layout_then_again(model: Path, text: str, tmp_path: Pat
     assert rows["perplexity"]["after"] > 1 and rows["perplexity"]["before"] > 1
     assert rows["next-token agreement with the original"]["after"] < 1
     assert "on a CPU 64 windows of 32 tokens calibrate" in report["warnings"][0]
+    assert "0.5 of the mass is text that the model writes itself; --only-this-data leaves it out" in report["warnings"]
+    assert report["settings"]["data"]["source"] == [text, "self"] and len(report["errors"]["sources"]) == 2
     assert report["settings"]["method"]["layout"] == "uniform" and report["settings"]["data"]["samples"] == 64
     small = modhifi.load(tmp_path / "one")
     assert small.model.layers[1].mlp.up_proj.weight.shape == (18, 16) and small.dtype == torch.bfloat16
@@ -76,7 +78,9 @@ def test_nothing_but_the_model(model: Path) -> None:
     arguments = ("--layout", "global", "--ratio", 0.25, "--only", "neurons", "--samples", 12, "--window", 32)
     code, stdout, stderr = run("prune", model, *arguments, "--dry-run", "--json")
     report = json.loads(stdout)
-    assert code == 0 and report["data"]["calibration"].startswith("12 of: self, 28 windows of 32 tokens written from")
+    assert code == 0 and report["data"]["calibration"].startswith(
+        "12 of: self, 28 windows of 32 tokens, 14 written from"
+    )
     assert sum(g["kept"] for g in report["groups"]) == pytest.approx(36, abs=1)
     code, stdout, stderr = run("score", model, "--samples", 8, "--window", 16, "--data", "self", "--json")
     assert code == 0 and len(json.loads(stdout)) == 4, stderr

@@ -33,6 +33,7 @@ from modhifi.pruning.prune import prune_model
 from modhifi.pruning.sequential import PairedPasses, written_modules
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import find_structure, measure_moments
+from modhifi.runs.defaults import calibrating, complete
 from modhifi.runs.inputs import Given, load_data, local_paths, located
 from modhifi.runs.prune_report import before_after
 from modhifi.runs.recipe_tasks import parse
@@ -111,6 +112,32 @@ def test_a_bad_source_among_several_is_told(folder: Path, text: str, message: st
 def test_a_bad_share_ends_a_command_with_one_line() -> None:
     result = CliRunner().invoke(app, ["prune", "demo:resnet", "--data", "synthetic@2,demo:test", "--ratio", "0.2"])
     assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "the share in 'synthetic@2'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "together"),
+    [
+        ("text:a", ["text:a", "self"]),
+        ("text:a@0.2", ["text:a@0.2", "self"]),
+        (["text:a", "text:b@0.1"], ["text:a", "text:b@0.1", "self"]),
+        ("text:a@1", "text:a@1"),
+        (["text:a@0.3", "text:b@0.7"], ["text:a@0.3", "text:b@0.7"]),
+        (["self", "text:a"], ["self", "text:a"]),
+        ("hf:a", "hf:a"),
+        ("self", "self"),
+    ],
+)
+def test_files_of_text_are_mixed_with_what_a_causal_model_writes(
+    source: str | list[str], together: str | list[str]
+) -> None:
+    loaded = load_model(tiny_text.llama())
+    found, remarks = calibrating(source, loaded, alone=False)
+    assert found == together and len(remarks) == (found != source)
+    assert calibrating(source, loaded, alone=True) == (source, [])
+    assert calibrating(source, replace(loaded, kind="encoder"), alone=False) == (source, [])
+    given = parse({"task": "prune", "model": {"name": "x"}, "budget": {"ratio": 0.5}, "data": source})
+    completed, _ = complete(given, loaded, "cpu")
+    assert completed.data.source == together
 
 
 def test_shares_and_sources_go_together() -> None:
