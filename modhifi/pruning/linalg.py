@@ -24,8 +24,8 @@ def mean_diagonal(second: Tensor) -> Tensor:
 def shrinkage(second: Tensor, rows: int | Tensor) -> Tensor:
     """The share of the identity that Oracle Approximating Shrinkage derives from the rows, float64 ``(G,)`` in [0, 1].
 
-    ``second`` float64 ``(G, d, d)`` is of ``rows`` rows, one number or int64 ``(G,)``. Source: Chen, Wiesel, Eldar, Hero, IEEE Transactions on Signal
-    Processing 2010.
+    ``second`` float64 ``(G, d, d)`` is of ``rows`` rows, one number or int64 ``(G,)``. Source: Chen, Wiesel, Eldar,
+    Hero, IEEE Transactions on Signal Processing 2010.
     """
     d = second.shape[-1]
     traces = second.diagonal(dim1=1, dim2=2).sum(1).square()

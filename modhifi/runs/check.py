@@ -31,7 +31,7 @@ def check_model(loaded: LoadedModel) -> dict[str, Any]:
     sizes = sizes_of(loaded.model, structure)
     dense = {g.name: g.n for g in structure.prunable}
     kinds = dict.fromkeys(g.kind for g in structure.prunable if g.kind != "channels")
-    stock = {kind: can_say(loaded, structure, kind) for kind in kinds}
+    stock: dict[str, bool] = {kind: can_say(loaded, structure, kind) for kind in kinds}
     touching = sizes.touching()
     groups = []
     for g in structure.prunable:

@@ -37,9 +37,10 @@ class Group:
 
     ``partition`` is int64 ``(n,)`` where equally many components must be kept per label (conv groups, chunks).
     ``refused`` says why nothing of the group may be removed. ``kind`` is ``channels``, ``neurons`` (of linear maps),
-    ``heads`` or ``experts``; ``queries`` the number of query heads in one component, above 1 where they share a key-value head and the
-    component is that whole KV group; ``experts`` the number of experts of a mixture that have as many neurons each. What
-    stays of every part is a ``multiple`` of that. ``attributes`` are integers of modules that count components: ``(module, attribute, amount per component)``.
+    ``heads`` or ``experts``; ``queries`` the number of query heads in one component, above 1 where they share a
+    key-value head and the component is that whole KV group; ``experts`` the number of experts of a mixture that have as
+    many neurons each. What stays of every part is a ``multiple`` of that. ``attributes`` are integers of modules that
+    count components: ``(module, attribute, amount per component)``.
     """
 
     name: str

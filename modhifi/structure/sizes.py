@@ -104,7 +104,7 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
         place = getattr(*holder(model, name))
         if isinstance(place, Tensor) and (name in tables or place.ndim < 3):
             role = tables.get(name)
-            total = {"biases": place.numel(), "matrices": len(place)}.get(str(role), place.shape[last_wide(place)])
+            total = {"biases": place.numel(), "matrices": place.shape[0]}.get(str(role), place.shape[last_wide(place)])
             if not isinstance(place, nn.Parameter):
                 continue
             terms.append(Term(0, 0, place.numel(), {}, 0, outputs[name], total))
@@ -114,7 +114,7 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
         own = {k: p.numel() for k, p in place.named_parameters(recurse=False)}
         weights = own.get("weight", 0)
         operator = structure.operators.get(name)
-        out_total = len(place.bias) if getattr(place, "bias", None) is not None else _width(place, "out")
+        out_total = len(bias) if isinstance(bias := getattr(place, "bias", None), Tensor) else _width(place, "out")
         along = operator is None or not inputs[name] and _width(place, "in") == 0
         counted += sum(own.values())
         terms.append(
