@@ -12,6 +12,7 @@ from modhifi.artifacts.exports import EXPORTS
 from modhifi.data.sources import SOURCES
 from modhifi.healing.optimizers import OPTIMIZERS
 from modhifi.pruning.compensations import COMPENSATIONS
+from modhifi.pruning.experts import EXPERT_SELECTORS
 from modhifi.pruning.layouts import LAYOUTS
 from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.weightings import WEIGHTINGS
@@ -31,6 +32,11 @@ TABLES: tuple[tuple[str, str, Registry[Any]], ...] = (
     ("Data", "`--data`, `--evaluate`: where samples come from.", SOURCES),
     ("Selectors", "`--selector`: which components go first.", SELECTORS),
     ("Compensations", "`--compensate`: what makes up for those that go.", COMPENSATIONS),
+    (
+        "Selectors of experts",
+        "`--experts` with `--expert-selector`: which experts of a mixture go first.",
+        EXPERT_SELECTORS,
+    ),
     ("Weightings", "`--allocate`: how the errors of different groups compare.", WEIGHTINGS),
     ("Layouts", "`--layout`: how a budget is shared out over the groups.", LAYOUTS),
     ("Unlearning methods", "`modhifi unlearn --method`: how a classifier forgets.", METHODS),

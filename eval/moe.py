@@ -141,10 +141,10 @@ def main() -> None:
         ["experts", "selector", "compensation", "bits a byte", "more than dense", "seconds"],
         f"""# Removing experts: REAP, frequency, chance and ours
 
-Written by `python eval/moe.py`. A Mixtral of {parameters / 1e6:.1f} million parameters, 4 layers of 8 experts, trained for
-{minutes:g} minutes of CPU time on the bytes of Python's standard library; {CALIBRATION} windows of {WINDOW} bytes calibrate,
-{HELD_OUT} windows of modules that it never saw measure. Random: the mean of {SEEDS} seeds. `lstsq` fits the matrices that
-stay to what the mixture computed before.""",
+Written by `python eval/moe.py`. A Mixtral of {parameters / 1e6:.1f} million parameters, 4 layers of 8 experts, trained
+for {minutes:g} minutes of CPU time on the bytes of Python's standard library; {CALIBRATION} windows of {WINDOW} bytes
+calibrate, {HELD_OUT} windows of modules that it never saw measure. Random: the mean of {SEEDS} seeds. `lstsq` fits the
+matrices that stay to what the mixture computed before.""",
     )
 
 

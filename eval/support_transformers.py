@@ -40,6 +40,7 @@ from modhifi.models.artifact import load_artifact
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import read_manifest
+from modhifi.models.stock import can_say
 from modhifi.pruning.stages import find_structure
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.mixtures import mixtures
@@ -161,10 +162,11 @@ def _try_out(row: Row, loaded: LoadedModel, structure: Structure) -> None:
             Path(folder) / "unequal", loaded.example, loaded.outputs(loaded.example, narrow)
         )
         row.load, row.remote = problem or YES, YES if entry.remote or entry.stock else str(entry.not_alone or NO)
-        for kind in dict.fromkeys(group.kind for group in structure.prunable):
-            uniform = first_half(structure, lambda group, kind=kind: group.kind == kind)
-            if saved(loaded, structure, uniform, Path(folder) / kind)[1].stock:
-                row.stock.append(kind)
+        kinds = dict.fromkeys(group.kind for group in structure.prunable)
+        stock = [kind for kind in kinds if can_say(loaded, structure, kind)]
+        uniform = first_half(structure, lambda group: group.kind in stock)
+        if stock and saved(loaded, structure, uniform, Path(folder) / "even")[1].stock:
+            row.stock = stock
     row.generation = generation(narrow, loaded)
 
 
@@ -229,7 +231,7 @@ def table(rows: list[Row]) -> str:
             "# Supported model types of transformers",
             "",
             f"Written by `python eval/support_transformers.py` (transformers {transformers.__version__}, torch "
-            f"{torch.__version__}). {len(rows)} model types have a class that can be built, {len(built)} are built tiny, "
+            f"{torch.__version__}). {len(rows)} model types have a class to build, {len(built)} are built tiny, "
             f"{len(found)} have prunable groups, {len(right)} of those pass the oracle, {len(stock)} load with stock "
             f"transformers once cut evenly, {len(crashed)} crash or take too long.",
             "",
@@ -242,8 +244,8 @@ def table(rows: list[Row]) -> str:
             "* **cache**: greedy generation with and without a cache gives the same tokens.",
             "* **refused because**: reasons other than being the model's output, with the number of groups.",
             "",
-            "| type | loads | neurons | heads | experts | channels | oracle | `modhifi.load` | stock | remote code | cache "
-            "| refused because |",
+            "| type | loads | neurons | heads | experts | channels | oracle | `modhifi.load` | stock | remote code "
+            "| cache | refused because |",
             "|---|---|---:|---:|---:|---:|---:|---|---|---|---|---|",
             *map(line, (r for r in rows if not r.failure.startswith("not built"))),
             "",

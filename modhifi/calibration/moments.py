@@ -16,9 +16,9 @@ class Moments:
     """First and second moment of a reader's input rows (tokens, or im2col patches), per conv group.
 
     ``n`` rows; ``mean`` float64 ``(G, d)``; ``cov`` float64 ``(G, d, d)``, the covariance around that mean. Columns are
-    in im2col order: channel, then kernel position. Padding counts as the zeros it is. Of the experts of a mixture, one a
-    group, ``seen`` int64 ``(E,)`` has how many of the n tokens were routed to each; mean and covariance are those of all
-    tokens, with zeros for the others.
+    in im2col order: channel, then kernel position. Padding counts as the zeros it is. Of the experts of a mixture, one
+    a group, ``seen`` int64 ``(E,)`` has how many of the n tokens were routed to each; mean and covariance are those of
+    all tokens, with zeros for the others.
     """
 
     n: int

@@ -113,8 +113,9 @@ class Routed(TorchFunctionMode):
                 self.waiting[id(out)] = replace(rows, products=out)
                 self.alive.append(out)
             else:
-                one_each = gate is not None and gate.numel() == len(rows.rows)
-                self.receive(replace(rows, gates=gate.reshape(-1, 1).to(rows.rows.dtype)) if one_each else rows)
+                if gate is not None and gate.numel() == len(rows.rows):
+                    rows = replace(rows, gates=gate.reshape(-1, 1).to(rows.rows.dtype))
+                self.receive(rows)
 
     def _follow(self, name: str, args: Any, inputs: list[Tensor], out: Any) -> None:
         """Which token each row of an operation's outputs belongs to, where its input's rows are known."""
@@ -169,7 +170,7 @@ def watched(stack: Stacked, receive: Callable[[Rows], None], begin: Callable[[in
         routed.__enter__()  # type: ignore[no-untyped-call]
 
     def leave(*_: Any) -> None:
-        routed.__exit__(None, None, None)
+        routed.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         routed.finish()
 
     yield owner.register_forward_pre_hook(enter, with_kwargs=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,8 +20,10 @@ from modhifi.structure.surgery import shrink
 Shapes = Mapping[str, torch.Size]
 # A field of the configuration, or of one inside it, with the value that it is given.
 Change = tuple[tuple[str, ...], Any]
+# Names of fields that a cut usually changes: they are tried first.
+LIKELY = re.compile(r"intermediate|inner|ffn|d_ff|hidden_dim|mlp|experts$|heads?$")
 # At most so many models are built for one answer.
-BUILDS = 24
+BUILDS = 32
 
 
 def stating(edited: nn.Module, original: LoadedModel) -> nn.Module:
@@ -34,12 +37,12 @@ def stating(edited: nn.Module, original: LoadedModel) -> nn.Module:
         config = stock_config(original, own_config(edited), shapes_of(edited))
         for module in edited.modules() if config is not None else ():
             if getattr(module, "config", None) is old:
-                module.config = config
+                module.config = config  # type: ignore[assignment]
     return edited
 
 
 def can_say(loaded: LoadedModel, structure: Structure, kind: str) -> bool:
-    """Whether the stock configuration of a transformers model can say half of the components of one kind, everywhere."""
+    """Whether a stock configuration can say half of all components of one kind."""
     kept = {}
     for group in structure.prunable:
         if group.kind == kind:
@@ -89,8 +92,10 @@ def stock_config(loaded: LoadedModel, config: Any, wanted: Shapes) -> Any | None
             return None
 
     shapes = build(config)
+    if shapes is not None and _uneven(shapes, wanted):
+        return None
     while shapes is not None and shapes != wanted and builds < BUILDS:
-        best = (_agreeing(shapes, wanted), None, None)
+        best: tuple[int, Any, Shapes | None] = (_agreeing(shapes, wanted), None, None)
         for changes in dict.fromkeys(_candidates(config, shapes, wanted)):
             candidate = _changed(config, changes)
             found = None if candidate is None or builds >= BUILDS else build(candidate)
@@ -105,6 +110,13 @@ def stock_config(loaded: LoadedModel, config: Any, wanted: Shapes) -> Any | None
     return config if shapes == wanted else None
 
 
+def _uneven(shapes: Shapes, wanted: Shapes) -> bool:
+    """Whether layers that were alike, those whose names differ in numbers alone, have different widths now."""
+    seen: dict[tuple[str, torch.Size | None], torch.Size] = {}
+    alike = ((re.sub(r"\d+", "*", name), shapes.get(name), shape) for name, shape in wanted.items())
+    return any(seen.setdefault((name, dense), shape) != shape for name, dense, shape in alike)
+
+
 def _agreeing(shapes: Shapes, wanted: Shapes) -> int:
     return sum(shapes.get(name) == shape for name, shape in wanted.items()) if shapes.keys() == wanted.keys() else -1
 
@@ -116,7 +128,7 @@ def _candidates(config: Any, shapes: Shapes, wanted: Shapes) -> Iterator[tuple[C
         for before, after in zip(shapes.get(name, shape), shape, strict=False):
             if before != after:
                 pairs[before, after] = pairs.get((before, after), 0) + 1
-    fields = list(_fields(config))
+    fields = sorted(_fields(config), key=lambda field: not LIKELY.search(field[0][-1]))
     for (before, after), _ in sorted(pairs.items(), key=lambda item: -item[1]):
         share = after / before
         exact = [((path, after),) for path, value in fields if value == before and type(value) is int]
@@ -153,9 +165,9 @@ def _heads(fields: list[tuple[tuple[str, ...], Any]], before: int, after: int) -
         ]
         # Classes read it where it is there, whether their configurations have such a field or not.
         size = ((*owner, "head_dim"), before // heads)
+        yield tuple(counts)
         yield (*counts, size)
         yield ((path, heads * after // before), size)
-        yield tuple(counts)
 
 
 def _scales(value: Any, before: int, after: int) -> bool:

@@ -51,7 +51,8 @@ class Budget:
         chosen = [(name, value) for name, value in given if value is not None]
         if len(chosen) != 1:
             raise ModhifiError(
-                "give exactly one of --ratio, --params, --flops, --kv-cache, --latency and --experts, such as --flops 0.5x"
+                "give exactly one of --ratio, --params, --flops, --kv-cache, --latency and --experts, such as --flops "
+                "0.5x"
             )
         name, value = chosen[0]
         if name == "ratio":

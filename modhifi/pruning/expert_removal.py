@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -39,19 +41,20 @@ def expert_structure(loaded: LoadedModel) -> tuple[Structure, tuple[Mixture, ...
     found = mixtures(loaded.model, traced)
     if not found:
         raise ModhifiError(
-            "this model has no mixture of experts whose router and matrices modhifi finds; `modhifi check` lists what it has"
+            "this model has no mixture of experts whose router and matrices modhifi finds; `modhifi check` lists what "
+            "it has"
         )
-    return Structure(tuple(m.group for m in found), traced.operators, traced.work, traced.macs, traced.uncounted), found
+    return replace(traced, groups=tuple(m.group for m in found)), found
 
 
 def prune_experts(
     loaded: LoadedModel, samples: Samples, keep: float, settings: PruneSettings, progress: Progress = silent
 ) -> Pruned:
-    """The model without a share of the experts of every mixture, equally many of each; ``keep`` is the share that stays.
+    """The model with only a share, ``keep``, of the experts of every mixture.
 
     ``settings.experts`` names the selector; ``settings.compensate`` fits what stays to what the mixture computed before
-    (``lstsq``), or leaves it (``none``). No mixture keeps fewer experts than it chooses for a token. Raises ModhifiError
-    for another compensation and where :func:`expert_structure` does.
+    (``lstsq``), or leaves it (``none``). No mixture keeps fewer experts than it chooses for a token. Raises
+    ModhifiError for another compensation and where :func:`expert_structure` does.
     """
     if not (COMPENSATIONS[settings.compensate].least_squares or settings.compensate == "none"):
         raise ModhifiError("experts go with --compensate lstsq or none")
@@ -111,7 +114,7 @@ def _inputs(
         read[name].append(tokens[:, places].reshape(-1, x.shape[-1]).clone())
 
     modules: dict[str, nn.Module] = {name: loaded.model.get_submodule(name) for name in read}
-    handles = [on_input(module, lambda x, name=name: look(name, x)) for name, module in modules.items()]
+    handles = [on_input(module, partial(look, name)) for name, module in modules.items()]
     with torch.no_grad(), attached(handles):
         for batch in samples.batches(batch_size):
             loaded.run(batch)

@@ -31,8 +31,8 @@ def mean_diagonal(second: Second) -> Tensor:
 def shrinkage(second: Second, rows: int | Tensor) -> Tensor:
     """The share of the identity that Oracle Approximating Shrinkage derives from the rows, float64 ``(G,)`` in [0, 1].
 
-    ``second`` float64 ``(G, d, d)`` is of ``rows`` rows, one number or int64 ``(G,)``. Source: Chen, Wiesel, Eldar, Hero, IEEE Transactions on Signal
-    Processing 2010.
+    ``second`` float64 ``(G, d, d)`` is of ``rows`` rows, one number or int64 ``(G,)``. Source: Chen, Wiesel, Eldar,
+    Hero, IEEE Transactions on Signal Processing 2010.
     """
     d = second.shape[-1]
     traces = diagonals(second).sum(1).square()

@@ -12,10 +12,11 @@ from modhifi.pruning.layouts.base import EXACT, Rounding
 class PruneSettings:
     """How to prune.
 
-    ``experts`` orders whole experts where these go. ``ridge`` is in units of a Gram's mean diagonal; ``rows_per_column`` bounds the rows a Gram looks at (None: every
-    position); ``floor`` is the least share of a group that stays, ``rounding`` what widths are multiples of; with
-    ``behind_norms``, ``obs`` orders removals by errors as they leave the BatchNorm behind a reader: better where a
-    large share goes everywhere, not elsewhere; ``strict`` makes a group that cannot be measured or solved an error.
+    ``experts`` orders whole experts where these go. ``ridge`` is in units of a Gram's mean diagonal;
+    ``rows_per_column`` bounds the rows a Gram looks at (None: every position); ``floor`` is the least share of a group
+    that stays, ``rounding`` what widths are multiples of; with ``behind_norms``, ``obs`` orders removals by errors as
+    they leave the BatchNorm behind a reader: better where a large share goes everywhere, not elsewhere; ``strict``
+    makes a group that cannot be measured or solved an error.
     """
 
     selector: str = "obs"

@@ -125,7 +125,7 @@ def _agree(small: Tensor, masked: Tensor) -> bool:
 
 
 def _last(group: Group, share: float) -> tuple[int, ...]:
-    """The last ``share`` of a group's components, equally many of every part: all but one step at most."""
+    """The last ``share`` of a group's components, equally many of every part: one step at least, and not the last."""
     labels = torch.zeros(group.n, dtype=torch.int64) if group.partition is None else group.partition
     components: list[int] = []
     for label in labels.unique():

@@ -41,8 +41,8 @@ def test_equal_refusals_are_one() -> None:
         ("llama", "stock transformers with fewer heads and neurons, as many in every block"),
         (
             "gpt2",
-            "stock transformers with fewer neurons, as many in every block (there lie 57 % of the parameters, of 86 % that "
-            "can go); modhifi.load alone with fewer heads",
+            "stock transformers with fewer neurons, as many in every block (there lie 57 % of the parameters, of 86 % "
+            "that can go); modhifi.load alone with fewer heads",
         ),
         ("convnext_atto", "modhifi.load alone with fewer channels"),
     ],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modhifi.structure.groups import Group, Structure
+from modhifi.structure.plan import Plan
+from modhifi.structure.surgery import mask_readers, shrink
 from modhifi.structure.tracing.tracer import trace
 from modhifi.structure.trial_cut import confirm
 
@@ -316,3 +319,85 @@ def test_operations_that_are_refused(operation: Callable[[Tensor], Tensor], reas
     torch.manual_seed(0)
     model, x = tiny.randomise(Through(operation)), torch.randn(2, 3, 12, 12)
     assert reason in str(group(trace(model, lambda model: model(x)), "inner").refused)
+
+
+class Sinks(nn.Module):
+    """Scores of heads, joined along the keys with a sink for each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(6, 3 * 12), nn.Linear(12, 3)
+        self.sinks, self.heads = nn.Parameter(torch.randn(3)), 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        scores = torch.cat([q @ k.mT, self.sinks.view(1, -1, 1, 1).expand(len(x), -1, x.shape[1], 1)], -1)
+        scores = scores - scores.max(-1, keepdim=True).values
+        weights = scores.softmax(-1)[..., :-1]
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+class Rotated(nn.Module):
+    """Queries and keys turned as complex numbers, and keys written into a new tensor in two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.shared, self.v = (nn.Linear(6, n) for n in (12, 6, 2, 12))
+        self.out, self.heads = nn.Linear(12, 3), 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length = x.shape[:2]
+        q, v = (layer(x).view(batch, length, self.heads, -1).transpose(1, 2) for layer in (self.q, self.v))
+        pairs = torch.view_as_complex(q.reshape(*q.shape[:-1], -1, 2).contiguous())
+        q = torch.view_as_real(pairs * torch.tensor(1j)).flatten(3)
+        own = self.k(x).view(batch, length, self.heads, -1).transpose(1, 2)
+        k = own.new_empty(*own.shape[:-1], 4)
+        k[..., :2].copy_(own)
+        k[..., 2:].copy_(self.shared(x)[:, None].expand(-1, own.shape[1], -1, -1))
+        return self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class ByHand(nn.Linear):
+    """A linear layer that multiplies with its transposed weight, as Falcon's does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.T + self.bias
+
+
+class Positions(nn.Module):
+    """Two layers of attention that share a table of relative positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 3)
+        self.layers = nn.ModuleList(nn.ModuleDict({"qkv": nn.Linear(6, 36), "out": nn.Linear(12, 6)}) for _ in range(2))
+        self.last, self.heads = nn.Linear(6, 2), 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = torch.arange(x.shape[1])
+        bias = self.table((at[:, None] - at).clamp(0, 7)).permute(2, 0, 1)[None]
+        for layer in self.layers:
+            q, k, v = layer["qkv"](x).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            x = x + layer["out"](((q @ k.mT + bias).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return self.last(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "groups"),
+    [
+        (Sinks(), ["qkv"]),
+        (Rotated(), ["q"]),
+        (nn.Sequential(ByHand(6, 16), nn.ReLU(), ByHand(16, 3)), ["0"]),
+        (Positions(), ["layers.0.qkv"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_heads_of_other_forms_pass_the_mask_oracle(model: nn.Module, groups: list[str]) -> None:
+    torch.manual_seed(1)
+    model, x = model.eval().requires_grad_(False), torch.randn(2, 5, 6)
+    structure = confirm(model, trace(model, lambda m: m(x)), lambda m: m(x))
+    assert [g.name for g in structure.prunable] == groups
+    plan = Plan({name: (0, 2) for name in groups})
+    small = shrink(copy.deepcopy(model), structure, plan)
+    torch.testing.assert_close(small(x), mask_readers(model, structure, plan)(x), rtol=1e-5, atol=1e-6)
+    assert float((small(x) - model(x)).abs().max()) > 1e-4

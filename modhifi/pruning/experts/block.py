@@ -90,7 +90,7 @@ class Block:
 
     @torch.no_grad()
     def fit(self, module: nn.Module) -> None:
-        """Fit the matrices of all experts, in place, so that the mixture gives ``y`` again, by least squares with a ridge.
+        """Fit the matrices of all experts, in place, by least squares with a ridge, so that the mixture gives ``y``.
 
         Block Gauss-Seidel: each expert's matrix in turn takes what all others leave of its tokens. An expert of few
         tokens moves less: its Gram is shrunk as `modhifi.pruning.readers.applied_second` does it.

@@ -59,6 +59,8 @@ def product_with_view(watcher: Watcher, call: TracedCall, x: Tensor, view: Stack
     """A product with experts' matrices, or with the weight of a linear layer as ``x @ weight.T``."""
     if not view.name.endswith(".weight"):
         return of_experts(watcher, call, x, view)
+    if call.kind == "linear":
+        return linear(watcher, call)
     weight = watcher.model.get_parameter(view.name)
     return _linear(watcher, call, x, weight, None, transposed=call.name not in LINEAR and not view.turned)
 
@@ -156,7 +158,7 @@ def _product(
 
 
 def embedding(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
-    """A table of relative positions has a column for each head, read at every pair of positions; others stay as they are.
+    """A table of relative positions, read at every pair of positions, has a column for each head.
 
     Such a table may serve several layers, whose heads then go together.
     """

@@ -62,7 +62,7 @@ for _name in ("view_as_complex", "view_as_real"):
 
 
 def copy_into(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
-    """Values written into a part of a new tensor, which then carries their components along the axes written as a whole.
+    """Values written into a part of a new tensor, which carries their components along axes written as a whole.
 
     A part that was written before may meet values that are the same for all components.
     """
