@@ -23,7 +23,17 @@ from modhifi.errors import ModhifiError
 from modhifi.models import hub
 from modhifi.models.loaded import LoadedModel, frozen, random_pixels
 from modhifi.models.packing import pack_batch
-from modhifi.models.parts import SHIFTING, Listener, Part, example_of, listener_of, parts_of, reads_both, require_parts
+from modhifi.models.parts import (
+    SHIFTING,
+    Listener,
+    Part,
+    drawn_tokens,
+    example_of,
+    listener_of,
+    parts_of,
+    reads_both,
+    require_parts,
+)
 from modhifi.models.preprocess import Preprocess
 
 HEADS: tuple[tuple[str, Any, str], ...] = (
@@ -159,11 +169,16 @@ def loaded_from(model: Any, source: str, directory: Path | None, **common: Any) 
         tokenizer = _tokenizer(directory, notes, **{"trust_remote_code": False, **common})
     else:
         transform, tokenizer, listener, pixels = _preparations(model, directory, notes, common)
-        parts = parts_of(model, pixels, listener)
-        require_parts(parts, source, model.main_input_name)
-        batch = example_of(model, parts)
-        packing, example = (None, batch[parts[0].name]) if len(parts) == 1 else pack_batch(batch)
-        kind = parts[0].kind if packing is None else "tensor"
+        parts = parts_of(model, pixels, listener, warnings)
+        if not parts and model.main_input_name == "input_ids":
+            kind, transform = "text" if model.can_generate() else "encoder", None
+            chance = torch.Generator().manual_seed(0)
+            example = torch.stack([drawn_tokens(config, 16, chance) for _ in range(2)])
+        else:
+            require_parts(parts, source, model.main_input_name)
+            batch = example_of(model, parts)
+            packing, example = (None, batch[parts[0].name]) if len(parts) == 1 else pack_batch(batch)
+            kind = parts[0].kind if packing is None else "tensor"
     architecture = (config.architectures or [type(model).__name__])[0]
     if architecture != type(model).__name__:
         warnings.append(f"loaded as {type(model).__name__}: the head of {architecture} is left out")
@@ -243,7 +258,7 @@ def _image_transform(config: Any, directory: Path | None, notes: list[str], trus
         with hub.explained(str(directory / "preprocessor_config.json")):
             processor = transformers.AutoImageProcessor.from_pretrained(str(directory), trust_remote_code=trusted)
         return Preprocess(partial(_process, processor), mode, processor)
-    parts = (config, getattr(config, "vision_config", None))
+    parts = (config, getattr(config, "vision_config", None), getattr(config, "encoder", None))
     size = next((size for part in parts if (size := getattr(part, "image_size", None))), 224)
     size = (size, size) if isinstance(size, int) else tuple(size)
     family = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type)

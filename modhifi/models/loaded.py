@@ -108,7 +108,8 @@ class LoadedModel:
         try:
             self._forward(self.example, None)
         except Exception as error:
-            given = {"image": "pixels", "tensor": "its example"}.get(self.kind, "token ids")
+            forms = {"image": "pixels", "tensor": "its example", "audio": "sound", "series": "a series"}
+            given = forms.get(self.kind, "token ids")
             arguments = ", ".join(inspect.signature(self.model.forward).parameters)
             raise ModhifiError(
                 f"{self.source}, a {type(self.model).__name__}, does not run on {given} alone "

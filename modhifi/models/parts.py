@@ -66,10 +66,13 @@ def reads_both(model: Any) -> bool:
     return towers and "input_ids" in takes and "pixel_values" in takes
 
 
-def parts_of(model: Any, pixels: tuple[int, ...] | None, listener: Listener | None) -> tuple[Part, ...]:
+def parts_of(
+    model: Any, pixels: tuple[int, ...] | None, listener: Listener | None, warnings: list[str]
+) -> tuple[Part, ...]:
     """The parts of a model; none for one that reads pixels alone, or token ids alone, or nothing that is known.
 
-    ``pixels`` is the shape of a prepared image.
+    ``pixels`` is the shape of a prepared image. A warning is added where a model of images and text takes images in
+    a form that is not known: only its text is left then.
     """
     config, main = model.config, model.main_input_name
     takes = inspect.signature(model.forward).parameters
@@ -78,7 +81,11 @@ def parts_of(model: Any, pixels: tuple[int, ...] | None, listener: Listener | No
     if main == "input_ids" or both:
         length = _positions(text_config(config), ("max_position_embeddings", "n_positions"), TEXT)
         if image_token(config) is not None and pixels is not None:
-            length += image_tokens(model, torch.randn(1, *pixels))
+            try:
+                length += image_tokens(model, torch.randn(1, *pixels))
+            except Exception as error:  # a model's own code may raise anything
+                warnings.append(f"images are left out, and what reads them stays as it is: {hub.first_line(error)}")
+                pixels = None
         parts.append(Part("input_ids", "text", (length,)))
         if "attention_mask" in takes:
             parts.append(Part("attention_mask", "mask", (length,)))
@@ -103,7 +110,9 @@ def _positions(config: Any, names: tuple[str, ...], most: int) -> int:
 def _sound_shape(config: Any, main: str, listener: Listener | None) -> tuple[int, ...]:
     if listener is not None:
         return tuple(listener(np.zeros(listener.samples, dtype=np.float32)).shape)
-    bands = getattr(config, "num_mel_bins", None) or getattr(config, "feature_projection_input_dim", None)
+    bands = getattr(config, "num_mel_bins", None)
+    if width := getattr(config, "feature_projection_input_dim", None):
+        return (FRAMES, int(width))
     if main == "input_values":
         return (_samples_of(config),) if bands is None else (int(config.max_length), int(bands))
     if hasattr(config, "max_source_positions") and not hasattr(config, "input_feat_per_channel"):
