@@ -26,7 +26,8 @@ from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.budget import Budget
-from modhifi.pruning.depth import SpanMoments, depth_curves, moments_of_plans, remove_branches
+from modhifi.pruning.depth import SpanMoments, moments_of_plans, remove_branches
+from modhifi.pruning.depth_order import depth_curves
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import choose_groups, find_structure

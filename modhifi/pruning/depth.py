@@ -1,4 +1,4 @@
-"""Depth: the writer before removed blocks and sublayers takes over what they added, and what their removal costs."""
+"""Depth: the writer before removed blocks and sublayers takes over what they added."""
 
 from __future__ import annotations
 
@@ -9,29 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.calibration.moments import Moments
-from modhifi.calibration.prefix_cache import PrefixCache
 from modhifi.calibration.streams import span_moments
-from modhifi.calibration.timeline import Timeline
 from modhifi.data.samples import Samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
-from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.editing import LayerError
-from modhifi.pruning.elimination import Curve
 from modhifi.pruning.linalg import damping_unit, factorise, mean_diagonal, shrinkage, shrunk
-from modhifi.pruning.output_change import output_change, probe_of
 from modhifi.pruning.sequential import written_modules
 from modhifi.pruning.settings import PruneSettings
 from modhifi.structure.depth import Span, removed_parts, silence, spans
-from modhifi.structure.groups import Branch, Group, Structure
+from modhifi.structure.groups import Branch, Structure
 from modhifi.structure.operators import absorb_mean, columns_of, kernel_size, weight_matrix, write_weight
 from modhifi.structure.plan import Plan
-from modhifi.structure.sizes import sizes_of
 from modhifi.structure.surgery import removed_positions
 
-# How many of the blocks that cost least alone are tried next to what is gone, beside its neighbours.
-CANDIDATES = 2
 SpanMoments = Mapping[tuple[str, str], Moments]
 """The moments of :func:`modhifi.calibration.streams.span_moments`."""
 
@@ -160,94 +152,3 @@ def written_without(structure: Structure, parts: Iterable[str]) -> list[str]:
         names += written_modules(structure, [span.keeper.writer])
         names += [name for branch in span.removed for name in (branch.writer, branch.norm) if name is not None]
     return names
-
-
-@torch.no_grad()
-def depth_curves(
-    loaded: LoadedModel,
-    structure: Structure,
-    samples: Samples,
-    budget: Budget,
-    settings: PruneSettings,
-    measured: bool,
-    progress: Progress = silent,
-) -> dict[str, Curve]:
-    """For each group of blocks or sublayers the order in which they go, and what that costs.
-
-    One goes after the other: each time that one of the candidates, neighbours of what is gone and the best of those
-    that have been tried alone, with which the removal of all together costs least, made up for by the writers that
-    stay. The cost is the divergence of the output on a few samples, in nats, or, where that is not ``measured``, the
-    share of what the branches added that nothing makes up for. A curve ends at the floor, or where the group meets the
-    budget by itself.
-    """
-    trials = Trials(loaded, structure, samples, probe_of(structure, samples) if measured else None, settings, progress)
-    sizes = sizes_of(loaded.model, structure)
-    target = budget.keep * budget.size(sizes, {})
-    curves = {}
-    for group in structure.prunable:
-        if not group.parts:
-            continue
-        alone = trials.costs(group, [(number,) for number in range(group.n)])
-        best = sorted(alone, key=lambda gone: alone[gone])
-        gone, costs = best[0], [0.0, alone[best[0]]]
-        while len(gone) < group.n - int(settings.floor * group.n):
-            left = budget.ordered({group.name: gone}).size(
-                sizes.ordered({group.name: gone}), {group.name: group.n - len(gone)}
-            )
-            if left <= target:
-                break
-            beside = {number + step for number in gone for step in (-1, 1)} & set(range(group.n))
-            tried = [number for (number,) in best if number not in gone]
-            candidates = dict.fromkeys([*sorted(beside - set(gone)), *tried[:CANDIDATES]])
-            together = trials.costs(group, [(*gone, number) for number in candidates])
-            gone = min(together, key=lambda numbers: together[numbers])
-            costs.append(max(costs[-1], together[gone]))
-        curves[group.name] = Curve(torch.tensor(gone), torch.tensor(costs, dtype=torch.float64), 1.0)
-    return curves
-
-
-class Trials:
-    """Tries out the removal of blocks and sublayers, on ``probe`` or, without it, on the moments alone.
-
-    Moments that were measured once serve later trials; the model is afterwards as it was.
-    """
-
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        structure: Structure,
-        samples: Samples,
-        probe: Tensor | None,
-        settings: PruneSettings,
-        progress: Progress,
-    ) -> None:
-        self.loaded, self.structure, self.samples, self.probe = loaded, structure, samples, probe
-        self.settings, self.progress = settings, progress
-        self.moments: dict[tuple[str, str], Moments] = {}
-        self.timeline = Timeline(loaded.model, lambda: loaded.logits(loaded.example))
-        self.dense = None if probe is None else loaded.logits(probe)
-
-    def costs(self, group: Group, removals: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
-        """What the removal of some components of a group together does, for each of several such sets."""
-        plans = {gone: Plan({group.name: tuple(n for n in range(group.n) if n not in gone)}) for gone in removals}
-        self.moments |= moments_of_plans(
-            self.loaded, self.structure, plans.values(), self.samples, self.settings, self.progress, self.moments
-        )
-        model, costs = self.loaded.model, {}
-        written = {gone: written_without(self.structure, removed_parts(self.structure, p)) for gone, p in plans.items()}
-        cache = PrefixCache(model, self.loaded.logits, self.timeline)
-        # In order of execution, as the cache only moves on.
-        ordered = sorted(plans, key=lambda gone: self.timeline.begin(written[gone]))
-        for number, gone in enumerate(ordered):
-            self.progress("probing depth", number, len(ordered))
-            if self.probe is not None:
-                cache.advance(written[gone])
-                cache.fill(0, self.probe)
-            with branches_restored(model, self.structure, plans[gone]):
-                errors = remove_branches(model, self.structure, plans[gone], self.moments, self.settings)
-                if self.probe is not None and self.dense is not None:
-                    costs[gone] = output_change(self.dense, cache.run(0, self.probe))
-                else:
-                    costs[gone] = sum(error.relative for error in errors) if errors else float(len(gone))
-        self.progress("probing depth", len(ordered), len(ordered))
-        return costs

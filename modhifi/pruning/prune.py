@@ -16,7 +16,7 @@ from modhifi.progress import Progress, silent
 from modhifi.pruning.blockwise import fit_in_memory, prune_in_blocks
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import COMPENSATIONS
-from modhifi.pruning.depth import depth_curves
+from modhifi.pruning.depth_order import depth_curves
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts import LAYOUTS
 from modhifi.pruning.layouts.base import EXACT

@@ -1,0 +1,137 @@
+"""In which order blocks and sublayers go, and what the removal of those that are gone costs together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from modhifi.calibration.moments import Moments
+from modhifi.calibration.prefix_cache import PrefixCache
+from modhifi.calibration.timeline import Timeline
+from modhifi.data.samples import Samples
+from modhifi.models.loaded import LoadedModel
+from modhifi.progress import Progress, silent
+from modhifi.pruning.budget import Budget
+from modhifi.pruning.depth import branches_restored, moments_of_plans, remove_branches, written_without
+from modhifi.pruning.elimination import Curve
+from modhifi.pruning.output_change import output_change, probe_of
+from modhifi.pruning.settings import PruneSettings
+from modhifi.structure.depth import removed_parts
+from modhifi.structure.groups import Group, Structure
+from modhifi.structure.plan import Plan
+from modhifi.structure.sizes import sizes_of
+
+# How many of the blocks that cost least alone are tried next to what is gone, beside its neighbours.
+CANDIDATES = 2
+
+
+@torch.no_grad()
+def depth_curves(
+    loaded: LoadedModel,
+    structure: Structure,
+    samples: Samples,
+    budget: Budget,
+    settings: PruneSettings,
+    measured: bool,
+    progress: Progress = silent,
+) -> dict[str, Curve]:
+    """For each group of blocks or sublayers the order in which they go, and what that costs.
+
+    One goes after the other: each time the one of some candidates with which the removal of all together costs least,
+    made up for by the writers that stay. Candidates are the neighbours of what is gone and the best of those tried
+    alone; and once more the neighbours by themselves, as one long run is made up for better than many short ones. What
+    costs less in the end is taken. The cost is the divergence of the output on a few samples, in nats, or, where that
+    is not ``measured``, the share of what the branches added that nothing makes up for. A curve ends at the floor, or
+    where the group meets the budget by itself.
+    """
+    trials = Trials(loaded, structure, samples, probe_of(structure, samples) if measured else None, settings, progress)
+    sizes = sizes_of(loaded.model, structure)
+    target = budget.keep * budget.size(sizes, {})
+
+    def enough(group: Group, gone: tuple[int, ...]) -> bool:
+        order = {group.name: gone}
+        left = budget.ordered(order).size(sizes.ordered(order), {group.name: group.n - len(gone)})
+        return left <= target or len(gone) >= group.n - int(settings.floor * group.n)
+
+    curves = {}
+    for group in structure.prunable:
+        if group.parts:
+            ways = [trials.one_by_one(group, partial(enough, group), others) for others in (CANDIDATES, 0)]
+            last = min(len(costs) for _, costs in ways) - 1
+            gone, costs = min(ways, key=lambda way: way[1][last])
+            curves[group.name] = Curve(torch.tensor(gone), torch.tensor(costs, dtype=torch.float64), 1.0)
+    return curves
+
+
+class Trials:
+    """Tries out the removal of blocks and sublayers, on ``probe`` or, without it, on the moments alone.
+
+    Moments that were measured once serve later trials; the model is afterwards as it was.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        structure: Structure,
+        samples: Samples,
+        probe: Tensor | None,
+        settings: PruneSettings,
+        progress: Progress,
+    ) -> None:
+        self.loaded, self.structure, self.samples, self.probe = loaded, structure, samples, probe
+        self.settings, self.progress = settings, progress
+        self.moments: dict[tuple[str, str], Moments] = {}
+        self.known: dict[tuple[str, frozenset[int]], float] = {}
+        self.timeline = Timeline(loaded.model, lambda: loaded.logits(loaded.example))
+        self.dense = None if probe is None else loaded.logits(probe)
+
+    def one_by_one(
+        self, group: Group, enough: Callable[[tuple[int, ...]], bool], others: int
+    ) -> tuple[tuple[int, ...], list[float]]:
+        """The components in the order in which they go, until there are ``enough``, and what all so far cost.
+
+        ``others`` are how many are tried next to neighbours, those first that cost least alone.
+        """
+        alone = self.costs(group, [(number,) for number in range(group.n)])
+        best = sorted(alone, key=lambda gone: alone[gone])
+        gone, costs = best[0], [0.0, alone[best[0]]]
+        while not enough(gone):
+            beside = sorted({number + step for number in gone for step in (-1, 1)} & set(range(group.n)) - set(gone))
+            tried = [number for (number,) in best if number not in gone]
+            together = self.costs(group, [(*gone, n) for n in dict.fromkeys([*beside, *tried[:others]])])
+            gone = min(together, key=lambda numbers: together[numbers])
+            costs.append(max(costs[-1], together[gone]))
+        return gone, costs
+
+    def costs(self, group: Group, removals: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+        """What the removal of some components of a group together does, for each of several such sets."""
+        new = [gone for gone in removals if (group.name, frozenset(gone)) not in self.known]
+        self.known |= {(group.name, frozenset(gone)): cost for gone, cost in self._measured(group, new).items()}
+        return {gone: self.known[group.name, frozenset(gone)] for gone in removals}
+
+    def _measured(self, group: Group, removals: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+        plans = {gone: Plan({group.name: tuple(n for n in range(group.n) if n not in gone)}) for gone in removals}
+        self.moments |= moments_of_plans(
+            self.loaded, self.structure, plans.values(), self.samples, self.settings, self.progress, self.moments
+        )
+        model, costs = self.loaded.model, {}
+        written = {gone: written_without(self.structure, removed_parts(self.structure, p)) for gone, p in plans.items()}
+        cache = PrefixCache(model, self.loaded.logits, self.timeline)
+        # In order of execution, as the cache only moves on.
+        ordered = sorted(plans, key=lambda gone: self.timeline.begin(written[gone]))
+        for number, gone in enumerate(ordered):
+            self.progress("probing depth", number, len(ordered))
+            if self.probe is not None:
+                cache.advance(written[gone])
+                cache.fill(0, self.probe)
+            with branches_restored(model, self.structure, plans[gone]):
+                errors = remove_branches(model, self.structure, plans[gone], self.moments, self.settings)
+                if self.probe is not None and self.dense is not None:
+                    costs[gone] = output_change(self.dense, cache.run(0, self.probe))
+                else:
+                    costs[gone] = sum(error.relative for error in errors) if errors else float(len(gone))
+        self.progress("probing depth", len(ordered), len(ordered))
+        return costs
