@@ -23,11 +23,13 @@ from unlearn_world import NAMES, world
 import modhifi
 from modhifi.cli.main import app
 from modhifi.data.labels import label_samples
+from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.healing.distil import Distillation
 from modhifi.models.artifact import load_artifact
 from modhifi.models.load import load_model
 from modhifi.models.manifest import read_manifest
+from modhifi.runs.defaults import settle_batchnorm
 from modhifi.runs.heal_inputs import load_learning_data, load_patient
 from modhifi.runs.inputs import NOTHING, original_of
 from modhifi.runs.recipe_tasks import parse
@@ -51,7 +53,7 @@ def small(model_dir: Path, image_dir: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def heal(directory: Path, image_dir: Path, *more: object) -> tuple[int, str, str]:
-    amounts = ("--samples", 32, "--evaluation-samples", 12, "--batch-size", 8, "--walked", 2)
+    amounts = ("--samples", 32, "--evaluation-samples", 12, "--batch-size", 8, "--walked", 0)
     return run("heal", directory, "--data", f"images:{image_dir}", *amounts, *more)
 
 
@@ -102,6 +104,7 @@ def test_bounds_of_a_healed_model_are_those_of_its_dense_shape(healed: Path, ima
         modhifi.verify(healed, f"images:{image_dir}", samples=48)
 
 
+@pytest.mark.slow
 def test_a_healed_model_is_healed_again(healed: Path, image_dir: Path, tmp_path: Path) -> None:
     code, stdout, stderr = heal(healed, image_dir, "--steps", 1, "--out", tmp_path / "again", "--json")
     assert code == 0, stderr
@@ -116,11 +119,15 @@ def test_the_defaults_are_written_into_the_recipe(healed: Path, model_dir: Path)
     assert content["method"]["temperature"] == 4.0 and content["batch_size"] == 8
 
 
-def test_batchnorm_never_follows_drawn_images(small: Path) -> None:
-    given = {"samples": 16, "evaluation_samples": 4, "steps": 1, "checks": {"walked": 0}}
-    report = modhifi.heal(small, "synthetic", **given).report
-    assert report["settings"]["method"]["batch_statistics"] is False
-    assert report["settings"]["data"]["source"] == "synthetic"
+def test_batchnorm_never_follows_drawn_images(model_dir: Path) -> None:
+    loaded, names = load_model(model_dir), ("0", "1")
+    recipe = parse({"task": "heal", "directory": "small"}, "test")
+    for synthetic in (True, False):
+        images = Samples(lambda i: loaded.example[i], names, None, names, "two images", synthetic)
+        settled = settle_batchnorm(recipe, loaded, images)
+        assert settled.method.batch_statistics is not synthetic
+    asked = recipe.model_copy(update={"method": recipe.method.model_copy(update={"batch_statistics": False})})
+    assert settle_batchnorm(asked, loaded, images) is asked
 
 
 @pytest.mark.slow
@@ -203,7 +210,7 @@ def test_a_loss_that_is_not_finite_is_written_and_fails(
 
     monkeypatch.setattr(Distillation, "_loss", loss)
     out = tmp_path / "x"
-    code, _, stderr = heal(small, image_dir, "--steps", 4, "--walked", 0, "--out", out, "--quiet")
+    code, _, stderr = heal(small, image_dir, "--steps", 4, "--out", out, "--quiet")
     assert code == 1 and "the loss was not finite before step 3" in stderr and "--learning-rate" in stderr
     assert all(tensor.isfinite().all() for tensor in load_artifact(out).model.state_dict().values())
 
@@ -302,7 +309,8 @@ def test_a_forgotten_class_is_not_taught_again(world: Path, tmp_path: Path) -> N
     assert healed.report["healing"]["matched blocks"] == []
 
 
-@pytest.mark.parametrize("layout", ["uniform", pytest.param("global", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["uniform", "global"])
 def test_a_language_model_is_healed_on_its_own_text(tmp_path: Path, layout: str) -> None:
     model = tiny_text.save(tmp_path / "model")
     given: dict[str, Any] = {"samples": 40, "evaluation_samples": 4, "window": 16, "checks": {"walked": 0}}
