@@ -98,7 +98,7 @@ def test_pictures_are_prepared_by_the_model(image_dir: Path, model_dir: Path) ->
     ("data", "message"),
     [
         ([], "no items"),
-        (["a", "b"], "is str"),
+        (["a", "b"], "unknown data source 'a'"),
         ({"a": 1}, "is dict"),
         ([(torch.zeros(3, 8, 8), 1), torch.ones(3, 8, 8)], "all of them one"),
         ([Image.new("RGB", (8, 8))] * 4, "no preprocessing"),

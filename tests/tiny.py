@@ -325,7 +325,7 @@ class Sequence(nn.Module):
         self.head = nn.Linear(7, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.up(torch.relu(self.stem(x.unflatten(2, (-1, 1)).reshape(2, 3, *self.shape)))))
+        x = torch.relu(self.up(torch.relu(self.stem(x.unflatten(2, (-1, 1)).reshape(len(x), 3, *self.shape)))))
         return self.head(torch.relu(self.conv(x)).flatten(2).mean(2))
 
 

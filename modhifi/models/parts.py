@@ -84,7 +84,8 @@ def parts_of(
             try:
                 length += image_tokens(model, torch.randn(1, *pixels))
             except Exception as error:  # a model's own code may raise anything
-                warnings.append(f"images are left out, and what reads them stays as it is: {hub.first_line(error)}")
+                reason = f"the model did not run on drawn ones ({hub.first_line(error)})"
+                warnings.append(f"images are left out, and what reads them stays as it is: {reason}")
                 pixels = None
         parts.append(Part("input_ids", "text", (length,)))
         if "attention_mask" in takes:

@@ -21,6 +21,7 @@ from modhifi.pruning.settings import PruneSettings
 from modhifi.structure.depth import Span, removed_parts, silence, spans
 from modhifi.structure.groups import Branch, Structure
 from modhifi.structure.operators import absorb_mean, columns_of, kernel_size, weight_matrix, write_weight
+from modhifi.structure.places import operator_at
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import removed_positions
 
@@ -129,7 +130,7 @@ def moments_of_plans(
 @contextmanager
 def restored(model: nn.Module, modules: Iterable[str]) -> Iterator[None]:
     """Afterwards, the own tensors of some modules are as they were before."""
-    owners = [model.get_submodule(name) for name in dict.fromkeys(modules)]
+    owners = [operator_at(model, name) for name in dict.fromkeys(modules)]
     saved = [(tensor, tensor.data.clone()) for m in owners for tensor in (*m.parameters(), *m.buffers())]
     try:
         yield

@@ -121,7 +121,9 @@ def choose_groups(structure: Structure, settings: PruneSettings, plan: Plan | No
         if not any(matches(g, (pattern,)) for g in structure.groups):
             raise ModhifiError(f"the pattern '{pattern}' matches no group and no kind; `modhifi check` lists them")
     named = set() if plan is None else plan.kept.keys()
-    asked = tuple(g for g in structure.groups if not g.parts or matches(g, settings.only) or g.name in named)
+    asked = tuple(
+        g for g in structure.groups if not g.parts or g.kind in settings.only or g.name in {*settings.only, *named}
+    )
     structure = replace(structure, groups=asked)
     chosen = [
         g.name
@@ -325,20 +327,18 @@ def apply_plan(
     """Compensate and cut; without moments, cut.
 
     ``samples`` are needed with ``settings.sequential``, which measures on the pruned prefix of every reader, and where
-    blocks or sublayers go, for what they added to the stream.
+    blocks or sublayers go, for what they added to the stream: then all is compensated at once.
     """
     plan.check(structure)
     errors: tuple[LayerError, ...]
     if moments is None:
         dense_shape, errors = clone(loaded.model), ()
-    elif settings.sequential is None:
+    elif settings.sequential is None or removed_parts(structure, plan):
         dense_shape = clone(loaded.model)
         errors = edit_readers(dense_shape, structure, plan, moments, settings)
         if samples is not None:
             added = moments_of_plans(loaded, structure, [plan], samples, settings, progress)
             errors += remove_branches(dense_shape, structure, plan, added, settings)
-    elif removed_parts(structure, plan):
-        raise ModhifiError("--sequential re-collects for widths alone; leave it out, or the blocks")
     else:
         if not COMPENSATIONS[settings.compensate].least_squares or samples is None:
             raise ModhifiError("--sequential goes with --compensate lstsq only")

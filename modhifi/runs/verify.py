@@ -14,7 +14,7 @@ from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.models.artifact import load_artifact
 from modhifi.models.loaded import LoadedModel
-from modhifi.models.manifest import Manifest, read_manifest
+from modhifi.models.manifest import Manifest
 from modhifi.models.skeleton import same_modules, same_shapes
 from modhifi.models.weights import state_hash
 from modhifi.progress import Progress, silent
@@ -85,7 +85,7 @@ def load_pair(
     if given.edited is not None:
         assert given.model is not None
         return given.model, replace(given.model, model=given.edited, artifact=None), None
-    own = given.model is not None and read_manifest(directory).model.framework == "torch"
+    own = given.model is not None and given.model.framework == "torch"
     edited = load_artifact(directory, given.model.model if own and given.model is not None else None)
     assert edited.artifact is not None
     manifest = edited.artifact.manifest

@@ -201,7 +201,7 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
     inside = {g.name: _parts_of_group(g, whole) for g in structure.groups}
     for work in structure.work:
         positions = {name: p for name, p in work.positions.items() if name in prunable}
-        lies_in = [inside[name] for name in work.positions]
+        lies_in = [inside.get(name, ()) for name in work.positions]
         parts = lies_in[0] if lies_in and all(own == lies_in[0] for own in lies_in) else ()
         terms.append(Term(work.macs, 0, 0, {}, 0, positions, work.total, parts=parts))
     fixed_macs = max(0, structure.macs - sum(t.macs for t in terms))

@@ -99,8 +99,8 @@ def load_unlearn_data(
     """Load, label and split.
 
     ``forget_source`` holds samples of the forgotten classes alone; those in ``source`` are then dropped with a note.
-    Without ``evaluate`` a part of ``source`` (and of ``forget_source``) is set aside for the attacks and the test, in
-    the ratio of both numbers of samples.
+    Without ``evaluate`` what ``samples`` leave of ``source`` (and of ``forget_source``) is set aside for the attacks and
+    the test: half of it at least.
     ``earlier`` classes, forgotten in rounds before, are in no population. Raises ModhifiError where a forgotten class
     has fewer than ``FEWEST`` samples in a set, or the others together have.
     """
@@ -122,7 +122,7 @@ def load_unlearn_data(
     if evaluate is not None:
         edit, rest = both, _fresh(load(evaluate, evaluation_samples), both)
     else:
-        first = _every(both, samples, samples + evaluation_samples)
+        first = _every(both, min(samples, len(both) - len(both) // 2), len(both))
         edit, rest = both.subset(torch.nonzero(first).flatten()), both.subset(torch.nonzero(~first).flatten())
     half = _every(rest, 1, 2)
     fit, test = rest.subset(torch.nonzero(half).flatten()), rest.subset(torch.nonzero(~half).flatten())

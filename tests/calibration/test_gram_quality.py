@@ -39,7 +39,7 @@ def test_the_shortest_gram_says_how_many_samples_would_do() -> None:
     (warning,) = gram_warnings(grams, 8)
     # 8 samples gave 16 rows, two each.
     assert (
-        "2 of 3 readers" in warning and "worst: worst, 16 of 50" in warning and warning.endswith("25 samples would do")
+        "2 of 3 layers" in warning and "worst: worst, 16 rows for 50 columns" in warning and "--samples 25" in warning
     )
     assert gram_warnings(grams[:1], 8) == []
 
@@ -51,4 +51,4 @@ def test_inputs_that_vary_along_one_direction_are_told_of_readers_that_have_seve
         GramQuality("lively", 99, 9, 1.5),
     )
     (warning,) = gram_warnings(grams, 8)
-    assert "of 1 of 3 readers" in warning and "first: still" in warning
+    assert "of 1 of 3 layers" in warning and "first: still" in warning

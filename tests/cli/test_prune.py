@@ -108,7 +108,7 @@ def test_check_prints_groups_and_refusals(model_dir: Path) -> None:
     code, stdout, _ = run("check", model_dir, "--json")
     found = json.loads(stdout)
     assert code == 0 and found["prunable"]
-    assert {g["kind"] for g in found["groups"]} == {"channels", "coupled channels"}
+    assert {g["kind"] for g in found["groups"]} == {"channels", "coupled channels", "blocks"}
     assert [r["name"] for r in found["refused"]] == ["fc"]
     code, stdout, _ = run("check", model_dir, "-v")
     assert "layer1.0.conv1" in stdout and "output" in stdout
@@ -118,7 +118,7 @@ def test_check_begins_with_a_summary(model_dir: Path) -> None:
     _, stdout, _ = run("check", model_dir)
     assert "layer1.0.conv1" not in stdout and "layer*.*.conv*" in stdout
     assert stdout.startswith("loaded as resnet18\n100% of its ")
-    assert "a prune with default settings takes about 1 minute and " in stdout
+    assert "a prune with default settings takes about 1 minute, " in stdout
     assert "loads afterwards with modhifi.load alone with fewer channels\n" in stdout
     assert "  1 group: these channels are the model's output (fc)\n" in stdout
 

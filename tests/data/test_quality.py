@@ -79,7 +79,7 @@ def test_grams_of_too_few_rows_and_of_one_direction_are_told():
     found = {q.reader: q for q in gram_quality(moments)}
     assert found["full"].rank == pytest.approx(16, rel=0.02) and found["still"].rank == pytest.approx(1, rel=1e-3)
     short, still = gram_warnings(tuple(found.values()), 8)
-    assert "wide, 16 of 64" in short and "32 samples" in short and "1 of 3" in short
+    assert "wide, 16 rows for 64" in short and "--samples 32" in short and "1 of 3" in short
     assert "still" in still
     white = Moments(99, torch.zeros(1, 16), torch.eye(16, dtype=torch.float64)[None])
     assert gram_quality({"a": white})[0].rank == pytest.approx(16)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import modhifi
@@ -18,9 +17,6 @@ from modhifi.cli.main import app
 from modhifi.models.from_transformers import build
 from modhifi.models.load import load_model
 from modhifi.models.loaded import frozen
-from modhifi.runs.inputs import Given
-from modhifi.runs.recipe_tasks import parse
-from modhifi.runs.run_recipe import Circumstances, run_recipe
 from modhifi.structure.clone import clone
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import shrink
@@ -78,7 +74,7 @@ def test_the_class_that_the_configuration_names_is_loaded(name: str, tmp_path: P
     model = saved(name, tmp_path)
     loaded = load_model(tmp_path)
     assert type(loaded.model) is type(model) and loaded.info["architecture"] == name
-    assert not loaded.warnings
+    assert name.startswith("Qwen2VL") or not loaded.warnings  # whose pixels have no row an item
     stored = model.state_dict()
     assert all(torch.equal(tensor, stored[key]) for key, tensor in loaded.model.state_dict().items())
     assert type(build(model.config)) is type(model)
@@ -113,33 +109,16 @@ def test_a_pruned_head_survives_the_artefact(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "config", "alone"),
+    ("make", "config"),
     [
-        (hf.CLIPModel, lambda: pair("CLIP", TEXT, projection_dim=8), "token ids"),
-        (hf.SiglipModel, lambda: pair("Siglip", TEXT), "token ids"),
-        (hf.BlipModel, lambda: pair("Blip", TEXT, projection_dim=8), "token ids"),
-        (hf.BlipForConditionalGeneration, lambda: pair("Blip", TEXT, projection_dim=8), "pixels"),
+        (hf.CLIPModel, lambda: pair("CLIP", TEXT, projection_dim=8)),
+        (hf.SiglipModel, lambda: pair("Siglip", TEXT)),
+        (hf.BlipModel, lambda: pair("Blip", TEXT, projection_dim=8)),
+        (hf.BlipForConditionalGeneration, lambda: pair("Blip", TEXT, projection_dim=8)),
     ],
 )
-def test_a_class_that_no_source_can_feed_is_refused_in_one_line(
-    make: Any, config: Callable[[], Any], alone: str, tmp_path: Path
-) -> None:
+def test_a_class_that_reads_images_and_text_is_checked(make: Any, config: Callable[[], Any], tmp_path: Path) -> None:
     make(config()).save_pretrained(tmp_path)
     result = CliRunner().invoke(app, ["check", str(tmp_path)])
-    assert result.exit_code == 2, result.output
-    (line,) = [text for text in result.stderr.splitlines() if text.startswith("modhifi: error:")]
-    assert f"a {make.__name__}, does not run on {alone} alone" in line and "pixel_values" in line
-
-
-def test_weights_that_nothing_uses_are_said(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT)).save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors") | {"value_head.weight": torch.ones(1, 32)}
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    sentence = "1 tensors of the checkpoint are not used by LlamaForCausalLM, such as 'value_head.weight'"
-    assert sentence in CliRunner().invoke(app, ["check", str(tmp_path)]).stderr
-    ids = torch.randint(3, 50, (12, 8))
-    content = {"model": {"name": "x"}, "data": {"source": "python:Tensor", "samples": 8}, "budget": {"ratio": 0.5}}
-    given = Given(load_model(tmp_path), ids)
-    (done,) = run_recipe(parse(content), Circumstances("cpu", given, dry_run=True))
-    assert sentence in done.report["warnings"]
+    assert result.exit_code == 0, result.output
+    assert f"loaded as {make.__name__}\n" in result.stdout and "neurons" in result.stdout

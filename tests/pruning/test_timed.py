@@ -111,7 +111,8 @@ def test_coefficients_are_found_from_whole_networks(true: tuple[float, float, fl
     times = Times((price("a", ((1.0, 3.0), (2.0, 8.0)), elements=160),), full)
     networks = []
     for widths in ({}, {"a in": 4}, {"a out": 3}, {"a in": 2, "a out": 2}):
-        seconds, elements = times.parts(widths)
+        seconds, elements, there = times.parts(widths)
+        assert there == 1
         networks.append((widths, true[0] * seconds + true[1] * elements + true[2]))
     fitted = times.fitted(networks)
     assert (fitted.scale, fitted.per_element, fitted.fixed) == pytest.approx(true, abs=1e-9)
