@@ -1,4 +1,4 @@
-"""The times and the memory of a run on an accelerator, in one go of under six minutes.
+"""The times and the memory of a run on an accelerator, in one go.
 
     python eval/gpu.py [--small]
 
@@ -188,7 +188,8 @@ def main() -> None:
     small = parser.parse_args().small or DEVICE.type == "cpu"
     sizes, rows = (SMALL if small else LARGE), Rows()
     one_shot, dense = PruneSettings(), PruneSettings(sequential="dense")
-    vision(rows, "resnet50", {}, sizes, {"one shot": one_shot, "sequential dense": dense})
+    network = "test_resnet" if small else "resnet50"
+    vision(rows, network, {}, sizes, {"one shot": one_shot, "sequential dense": dense})
     uniform = {"one shot": replace(one_shot, layout="uniform")}
     shape = {"img_size": sizes.pixels, "depth": 2, "embed_dim": 48, "num_heads": 3} if small else {}
     vision(rows, "vit_base_patch16_224", shape, sizes, uniform)
