@@ -3,8 +3,8 @@
     python eval/gpu.py [--small]
 
 Random weights in the shapes of ResNet-50, ViT-B/16 and Llama-2-7B. Without an accelerator, and with --small, the same
-figures come from small shapes, which only shows that the script runs. Writes eval/results/gpu.json and .md, or
-gpu_small.json and .md.
+figures come from small shapes, are printed and only show that the script runs. Else they are written to
+eval/results/gpu.json and .md.
 """
 
 from __future__ import annotations
@@ -195,17 +195,17 @@ def main() -> None:
     vision(rows, "vit_base_patch16_224", shape, sizes, uniform)
     elimination(rows, sizes.columns)
     llama(rows, sizes)
-    if not small:
-        same_plan(rows, sizes)
-        commands(rows, ("cpu", "cuda"))
+    if small:
+        return
+    same_plan(rows, sizes)
+    commands(rows, ("cpu", "cuda"))
     write_results(
-        "gpu_small" if small else "gpu",
+        "gpu",
         rows.rows,
         ["what", "value", "unit", "goal"],
-        f"""# Times {"of small shapes: that the script runs" if small else "on an accelerator"}
+        f"""# Times on an accelerator
 Random weights, {sizes.images} images of {sizes.pixels} px, {sizes.windows} windows of {sizes.tokens} tokens, on
-{torch.cuda.get_device_name() if DEVICE.type == "cuda" else "the CPU"}.
-Command: `python eval/gpu.py{" --small" if small else ""}`.""",
+{torch.cuda.get_device_name()}. Command: `python eval/gpu.py`.""",
     )
 
 
