@@ -1,10 +1,10 @@
-"""The times and the memory of a run on an accelerator, in one go of under six minutes.
+"""The times and the memory of a run on an accelerator, in one go.
 
     python eval/gpu.py [--small]
 
 Random weights in the shapes of ResNet-50, ViT-B/16 and Llama-2-7B. Without an accelerator, and with --small, the same
-figures come from small shapes, which only shows that the script runs. Writes eval/results/gpu.json and .md, or
-gpu_small.json and .md.
+figures come from small shapes, are printed and only show that the script runs. Else they are written to
+eval/results/gpu.json and .md.
 """
 
 from __future__ import annotations
@@ -188,23 +188,24 @@ def main() -> None:
     small = parser.parse_args().small or DEVICE.type == "cpu"
     sizes, rows = (SMALL if small else LARGE), Rows()
     one_shot, dense = PruneSettings(), PruneSettings(sequential="dense")
-    vision(rows, "resnet50", {}, sizes, {"one shot": one_shot, "sequential dense": dense})
+    network = "test_resnet" if small else "resnet50"
+    vision(rows, network, {}, sizes, {"one shot": one_shot, "sequential dense": dense})
     uniform = {"one shot": replace(one_shot, layout="uniform")}
     shape = {"img_size": sizes.pixels, "depth": 2, "embed_dim": 48, "num_heads": 3} if small else {}
     vision(rows, "vit_base_patch16_224", shape, sizes, uniform)
     elimination(rows, sizes.columns)
     llama(rows, sizes)
-    if not small:
-        same_plan(rows, sizes)
-        commands(rows, ("cpu", "cuda"))
+    if small:
+        return
+    same_plan(rows, sizes)
+    commands(rows, ("cpu", "cuda"))
     write_results(
-        "gpu_small" if small else "gpu",
+        "gpu",
         rows.rows,
         ["what", "value", "unit", "goal"],
-        f"""# Times {"of small shapes: that the script runs" if small else "on an accelerator"}
+        f"""# Times on an accelerator
 Random weights, {sizes.images} images of {sizes.pixels} px, {sizes.windows} windows of {sizes.tokens} tokens, on
-{torch.cuda.get_device_name() if DEVICE.type == "cuda" else "the CPU"}.
-Command: `python eval/gpu.py{" --small" if small else ""}`.""",
+{torch.cuda.get_device_name()}. Command: `python eval/gpu.py`.""",
     )
 
 
