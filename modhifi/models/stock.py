@@ -108,7 +108,7 @@ def stock_config(loaded: LoadedModel, config: Any, wanted: Shapes) -> Any | None
 
 
 def _uneven(shapes: Shapes, wanted: Shapes) -> bool:
-    """Whether layers that were alike, those whose names differ in the number of a block alone, have different widths now."""
+    """Whether layers whose names differ in the number of a block alone were alike and are not now."""
     seen: dict[tuple[str, torch.Size | None], torch.Size] = {}
     alike = ((re.sub(r"(?<=\.)\d+(?=\.)", "*", name), shapes.get(name), shape) for name, shape in wanted.items())
     return any(seen.setdefault((name, dense), shape) != shape for name, dense, shape in alike)
