@@ -239,7 +239,7 @@ def table(rows: list[Row]) -> str:
             "# Supported model types of transformers",
             "",
             f"Written by `python eval/support_transformers.py` (transformers {transformers.__version__}, torch "
-            f"{torch.__version__}). {len(rows)} of {len(every_type())} model types were tried, {len(built)} were built, "
+            f"{torch.__version__}). {len(rows)} of {len(every_type())} model types were tried, {len(built)} built, "
             f"{len(found)} have prunable groups, {len(right)} of those pass the oracle, {len(stock)} load with stock "
             f"transformers once cut evenly, {len(crashed)} crash or take too long.",
             "",

@@ -134,7 +134,14 @@ def test_options_beside_a_recipe_change_it_and_the_written_recipe_repeats_the_ru
     code, stdout, stderr = run("prune", "--recipe", recipe, *options, "--set", "seed=3", "--json", "--quiet")
     assert code == 0, stderr
     written = read_yaml(out / "recipe.yaml")
-    assert written["budget"] == {"ratio": None, "params": None, "flops": "0.6x", "kv_cache": None, "latency": None}
+    assert written["budget"] == {
+        "ratio": None,
+        "params": None,
+        "flops": "0.6x",
+        "kv_cache": None,
+        "latency": None,
+        "experts": None,
+    }
     assert written["method"]["selector"] == "random" and written["method"]["round_to"] == 2
     assert (written["seed"], written["summary"]) == (3, str(out / "s.md"))
     assert (out / "s.md").is_file()
