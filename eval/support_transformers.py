@@ -1,7 +1,7 @@
 """Which model types of transformers modhifi can prune, and does the cut model compute what it should?
 
     python eval/support_transformers.py                   # all; writes eval/results/support_transformers.md and .json
-    python eval/support_transformers.py llama bert        # some of them, printed only
+    python eval/support_transformers.py llama bert        # some of them, printed only (written with --keep)
     python eval/support_transformers.py --part 2/6        # the second sixth; the others' rows stay in the results
 
 No weights are downloaded: every type is built tiny (eval/tiny_configs.py) with random weights. Its prunable groups are
@@ -23,6 +23,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,8 @@ def _try_out(row: Row, loaded: LoadedModel, structure: Structure) -> None:
         uniform = first_half(structure, lambda group: group.kind in stock)
         if stock and saved(loaded, structure, uniform, Path(folder) / "even")[1].stock:
             row.stock = stock
-    row.generation = generation(narrow, loaded)
+    if generation(loaded.model, loaded) == YES:
+        row.generation = generation(narrow, loaded)
 
 
 def generation(model: Any, loaded: LoadedModel) -> str:
@@ -210,6 +212,12 @@ def apart(model_type: str) -> Row:
     return row
 
 
+@cache
+def every_type() -> list[str]:
+    """The model types, found once: transformers imports each of their files."""
+    return model_types()
+
+
 def line(row: Row) -> str:
     kinds = [str(row.prunable.get(kind, "")) for kind in KINDS]
     hidden = ("these channels are the model's output",)
@@ -231,7 +239,7 @@ def table(rows: list[Row]) -> str:
             "# Supported model types of transformers",
             "",
             f"Written by `python eval/support_transformers.py` (transformers {transformers.__version__}, torch "
-            f"{torch.__version__}). {len(rows)} model types have a class to build, {len(built)} are built tiny, "
+            f"{torch.__version__}). {len(rows)} of {len(every_type())} model types were tried, {len(built)} built, "
             f"{len(found)} have prunable groups, {len(right)} of those pass the oracle, {len(stock)} load with stock "
             f"transformers once cut evenly, {len(crashed)} crash or take too long.",
             "",
@@ -241,7 +249,7 @@ def table(rows: list[Row]) -> str:
             f"full-size one masked at its readers; to pass, at most {TOLERANCE:.0e}.",
             "* **`modhifi.load`**, **remote code**: the model cut unevenly, saved and loaded, gives the same outputs.",
             "* **stock**: kinds that can be halved evenly so that plain transformers loads the result.",
-            "* **cache**: greedy generation with and without a cache gives the same tokens.",
+            "* **cache**: greedy generation with and without a cache gives the same tokens, where the original's does.",
             "* **refused because**: reasons other than being the model's output, with the number of groups.",
             "",
             "| type | loads | neurons | heads | experts | channels | oracle | `modhifi.load` | stock | remote code "
@@ -261,21 +269,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="model types (default: all)")
     parser.add_argument("--part", default="1/1", help="which part of all, such as 2/6")
+    parser.add_argument("--keep", action="store_true", help="write the rows of the named types among the results")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     part, parts = map(int, arguments.part.split("/"))
-    chosen = arguments.names or model_types()[part - 1 :: parts]
+    chosen = arguments.names or every_type()[part - 1 :: parts]
     rows: dict[str, Row] = {}
-    if parts > 1 and RECORD.is_file():
+    if (parts > 1 or arguments.keep) and RECORD.is_file():
         rows = {entry["type"]: Row(**entry) for entry in json.loads(RECORD.read_text())["rows"]}
     for name in chosen:
         rows[name] = apart(name)
         print(line(rows[name]), file=sys.stderr, flush=True)
-        if not arguments.names:
+        if arguments.keep or not arguments.names:
             write([rows[name] for name in sorted(rows)])
-    if arguments.names:
+    if arguments.names and not arguments.keep:
         print(table(list(rows.values())))
 
 

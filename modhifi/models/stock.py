@@ -94,26 +94,23 @@ def stock_config(loaded: LoadedModel, config: Any, wanted: Shapes) -> Any | None
     shapes = build(config)
     if shapes is not None and _uneven(shapes, wanted):
         return None
-    while shapes is not None and shapes != wanted and builds < BUILDS:
-        best: tuple[int, Any, Shapes | None] = (_agreeing(shapes, wanted), None, None)
+    while shapes is not None and shapes != wanted:
+        agreeing = _agreeing(shapes, wanted)
         for changes in dict.fromkeys(_candidates(config, shapes, wanted)):
             candidate = _changed(config, changes)
             found = None if candidate is None or builds >= BUILDS else build(candidate)
-            score = -1 if found is None else _agreeing(found, wanted)
-            if score > best[0]:
-                best = (score, candidate, found)
-                if score == len(wanted):
-                    break
-        if best[1] is None:
+            if found is not None and _agreeing(found, wanted) > agreeing:
+                config, shapes = candidate, found
+                break
+        else:
             return None
-        _, config, shapes = best
     return config if shapes == wanted else None
 
 
 def _uneven(shapes: Shapes, wanted: Shapes) -> bool:
-    """Whether layers that were alike, those whose names differ in numbers alone, have different widths now."""
+    """Whether layers whose names differ in the number of a block alone were alike and are not now."""
     seen: dict[tuple[str, torch.Size | None], torch.Size] = {}
-    alike = ((re.sub(r"\d+", "*", name), shapes.get(name), shape) for name, shape in wanted.items())
+    alike = ((re.sub(r"(?<=\.)\d+(?=\.)", "*", name), shapes.get(name), shape) for name, shape in wanted.items())
     return any(seen.setdefault((name, dense), shape) != shape for name, dense, shape in alike)
 
 

@@ -13,6 +13,7 @@ from modhifi.pruning.stages import find_structure
 from modhifi.runs.defaults import amounts
 from modhifi.runs.forecast import forecast
 from modhifi.structure.groups import Group, Structure
+from modhifi.structure.mixtures import mixtures
 from modhifi.structure.sizes import Sizes, sizes_of
 
 # Rows of a convolution's Gram for each of its columns, which is the default of images.
@@ -55,6 +56,9 @@ def check_model(loaded: LoadedModel) -> dict[str, Any]:
         "parameters": sizes.parameters(dense),
         "supported": _supported(structure, sizes),
         "groups": groups,
+        "mixtures": [
+            {"name": m.block, "experts": m.group.n, "chosen": m.chosen} for m in mixtures(loaded.model, structure)
+        ],
         "refused": [{"name": g.name, "n": g.n, "reason": g.refused} for g in structure.refused],
         "folded": _folded(structure.refused, getattr(getattr(loaded.model, "config", None), "hidden_size", None)),
         "prunable": bool(groups),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from modhifi.errors import ModhifiError
 from modhifi.structure.clone import clone
@@ -68,6 +69,11 @@ def expand(small: nn.Module, dense: nn.Module, structure: Structure, plan: Plan)
             done.add(key)
             if leaf == "weight" and not len(along):
                 _operator(module, ours[key], theirs[key], inputs, outputs, name)
+            elif leaf == "weight" and hasattr(module, "kernel_size"):  # a depthwise conv, a group for each input
+                target, value = outputs_first(module, ours[key]), theirs[key]
+                value = as_stored(module, value, groups=len(value)) if isinstance(module, _ConvTransposeNd) else value
+                _fill(target, value, along, name)
+                ours[key].copy_(as_stored(module, target))
             else:
                 _fill(ours[key], theirs[key], along if len(along) else outputs, name)
     # One layer may stand under several names.

@@ -52,3 +52,12 @@ def test_inputs_that_vary_along_one_direction_are_told_of_readers_that_have_seve
     )
     (warning,) = gram_warnings(grams, 8)
     assert "of 1 of 3 layers" in warning and "first: still" in warning
+
+
+def test_experts_that_saw_few_tokens_are_named() -> None:
+    covariance = torch.eye(16, dtype=torch.float64).expand(3, 16, 16)
+    moments = Moments(90, torch.zeros(3, 16, dtype=torch.float64), covariance, torch.tensor([90, 3, 0]))
+    (quality,) = gram_quality({"experts.down_proj": moments})
+    assert (quality.few, quality.rank) == ((1, 2), 16)
+    (warning,) = gram_warnings((quality,), 10)
+    assert warning.startswith("2 experts of experts.down_proj saw too few tokens for a Gram (1, 2)")

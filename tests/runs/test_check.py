@@ -51,6 +51,12 @@ def test_the_check_says_what_loads_the_model_after_a_cut(name: str, sentence: st
     assert check_model(load_model(tiny_transformers.family(name)[0].float()))["loads_with"] == sentence
 
 
+def test_the_check_counts_mixtures_and_their_experts() -> None:
+    report = check_model(load_model(tiny_transformers.family("mixtral")[0].float()))
+    assert report["mixtures"][0] == {"name": "model.layers.0.mlp", "experts": 4, "chosen": 2}
+    assert [g["kind"] for g in report["groups"] if "experts" in g["name"]] == ["neurons of 4 experts"] * 2
+
+
 def test_the_predicted_memory_holds_two_models_and_every_gram() -> None:
     model = tiny_transformers.family("llama")[0].float()
     weights = sum(p.numel() * 4 for p in model.parameters())

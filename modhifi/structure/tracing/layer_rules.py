@@ -60,7 +60,7 @@ def product_with_view(watcher: Watcher, call: TracedCall, x: Tensor, view: Stack
     if not view.name.endswith(".weight"):
         return of_experts(watcher, call, x, view)
     if call.kind == "linear":
-        return linear(watcher, call)
+        return list(linear(watcher, call))
     weight = watcher.model.get_parameter(view.name)
     return _linear(watcher, call, x, weight, None, transposed=call.name not in LINEAR and not view.turned)
 
