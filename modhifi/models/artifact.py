@@ -135,7 +135,7 @@ def _loaded_from(model: nn.Module, directory: Path, entry: ModelEntry) -> Loaded
     packing = Packing.from_json(entry.example["packing"])
     if loaded.packing == packing:
         return loaded  # the library's own model, which knows its parts
-    return replace(loaded, example=packing.example(), packing=packing, kind="tensor", transform=None)
+    return replace(loaded, example=packing.example(), packing=packing, kind="tensor", transform=None, parts=())
 
 
 def _of_one_input(model: nn.Module, directory: Path, entry: ModelEntry) -> LoadedModel:

@@ -99,6 +99,10 @@ def parts_of(
     if "decoder_input_ids" in takes and config.is_encoder_decoder and not type(model).__name__.endswith(SHIFTING):
         names = ("max_target_positions", "max_position_embeddings")
         length = _positions(text_config(config, decoder=True), names, WRITTEN)
+        if any(part.kind == "text" and part.shape == (length,) for part in parts):
+            length -= (
+                1  # rows of as many tokens as the encoder reads would be taken for its own, and masked as they are
+            )
         parts.append(Part("decoder_input_ids", "decoder", (length,)))
     alone = {part.kind for part in parts} <= {"text", "mask"} or [part.kind for part in parts] == ["image"]
     return () if alone else tuple(parts)

@@ -26,8 +26,10 @@ BOX = re.compile(r"^(\d+)\.(boxes|scores|labels)$")
 def agreements(original: LoadedModel, edited: nn.Module, held: Samples, batch_size: int) -> dict[str, float]:
     """The mean of every measure that applies, over the held-out items for which it says something.
 
-    Costs a pass of both models, of one batch where none applies.
+    Costs a pass of both models, of one batch where none applies; language models and timm's have nothing of the kind.
     """
+    if original.reads_tokens or original.framework == "timm":
+        return {}
     values: dict[str, list[Tensor]] = {}
     for batch in held.batches(batch_size):
         before, after = original.outputs(batch), original.outputs(batch, edited)

@@ -80,7 +80,7 @@ def test_a_source_string_has_the_form_that_its_source_states(source, models: dic
     assert source.takes("something") is (source.metavar != source.name)
     if required:
         with pytest.raises(ModhifiError, match=f"unknown data source '{source.name}'; use "):
-            load_samples(source.name, models.get(source.kinds[0], models["image"]), n=3)
+            load_samples(source.name, models.get(source.kinds[0], models["text"]), n=3)
 
 
 def test_the_sources_that_serve_a_model_are_named_to_it(models: dict[str, LoadedModel]) -> None:

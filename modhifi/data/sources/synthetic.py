@@ -25,7 +25,7 @@ SOURCES.register(
         "synthetic",
         "synthetic[:KIND]",
         "drawn images, or text that the language model writes itself",
-        (*IMAGE_KINDS, *TEXT_KINDS),
+        (*IMAGE_KINDS, *TEXT_KINDS, "audio", "series"),
         load,
         "Baradad et al. 2021; Kataoka et al. 2020",
     )
