@@ -4,7 +4,7 @@
 
 Data and model as for eval/lm_prune.py; the text of another kind is the reference that every Python carries
 (``pydoc_data.topics``). Every edited model is measured on both. Rows that eval/results/lm_self.json has are not
-measured again.
+measured again. "self" is here what the model writes from its own beginning alone; eval/lm_kinds.py has all kinds.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pydoc_data import topics
 from tempfile import TemporaryDirectory
 
 from lm_prune import HELD, SETTINGS, WINDOW, Table, cached, smollm2, wikitext
+from lm_texts import one_kind
 from torch import nn
 
 from modhifi.calibration.moments import Moments
@@ -84,9 +85,7 @@ Command: `python eval/lm_self.py --windows {n}`.""",
     table.add(lambda: loaded.model, **{"FFN removed": 0.0, "calibration": "(dense)"})
 
     def written(windows: int) -> Samples:
-        found = load_samples("self", loaded, n=windows, window=WINDOW)
-        print(found.description, flush=True)
-        return found
+        return one_kind(loaded, windows, WINDOW)
 
     calibrations: dict[str, Callable[[], Samples]] = {
         "WikiText-2, other articles": lambda: domain,

@@ -114,8 +114,6 @@ class CalibrationData(Strict):
     """Calibration samples of each source; by default 256 images, 128 windows (64 on a CPU)."""
     window: Annotated[int, Field(ge=2)] | None = None
     """Tokens in a window of text; by default 1024 (512 on a CPU)."""
-    only_this_data: bool = False
-    """Take text:PATH alone; by default text that a causal model writes itself is mixed with it, one more source."""
 
     @model_validator(mode="before")
     @classmethod
@@ -134,6 +132,8 @@ class DataSource(CalibrationData):
     """Held-out data; by default a disjoint part of --data."""
     evaluation_samples: Count | None = None
     """Held-out samples; by default 256 images, 32 windows (16 on a CPU)."""
+    only_this_data: bool = False
+    """Take text:PATH alone; by default text that a causal model writes itself is mixed with it, one more source."""
 
 
 class Timing(Strict):

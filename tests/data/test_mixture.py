@@ -138,6 +138,8 @@ def test_files_of_text_are_mixed_with_what_a_causal_model_writes(
     given = parse({"task": "prune", "model": {"name": "x"}, "budget": {"ratio": 0.5}, "data": source})
     completed, _ = complete(given, loaded, "cpu")
     assert completed.data.source == together
+    alone = given.model_copy(update={"data": given.data.model_copy(update={"only_this_data": True})})
+    assert complete(alone, loaded, "cpu")[0].data.source == source
 
 
 def test_shares_and_sources_go_together() -> None:

@@ -1,0 +1,152 @@
+"""What a cut of SmolLM2-135M costs on every kind of text, by what calibrated it: the worst kind beside the mean.
+
+    MODHIFI_DATA=DIR python eval/lm_kinds.py [--windows N] [--window TOKENS] [--cache DIR] [--only NAME ...]
+
+Data and model as for eval/lm_prune.py; the model runs in bfloat16. Rows that eval/results/lm_kinds.json has are not
+measured again; with --cache windows and moments are kept, and a run goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, write_results
+from lm_prune import SETTINGS, cached, smollm2
+from lm_texts import KINDS, one_kind
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from modhifi.calibration.moments import Moments, combined
+from modhifi.data.in_memory import from_items
+from modhifi.data.samples import Samples
+from modhifi.data.self_generated import write
+from modhifi.pruning.budget import Budget
+from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+
+RATIO, HELD, ONE = 0.2, 4, "self, one kind"
+WIKI, MANUAL, CODE = list(KINDS)[:3]
+# By name the share of every source, and the ridge.
+CALIBRATIONS: dict[str, tuple[dict[str, float], float]] = {
+    ONE: ({ONE: 1}, SETTINGS.ridge),
+    "self": ({"self": 1}, SETTINGS.ridge),
+    f"self, 10 % {WIKI}": ({"self": 0.9, WIKI: 0.1}, SETTINGS.ridge),
+    f"self, 10 % {MANUAL}": ({"self": 0.9, MANUAL: 0.1}, SETTINGS.ridge),
+    f"self, 50 % {WIKI}": ({"self": 0.5, WIKI: 0.5}, SETTINGS.ridge),
+    WIKI: ({WIKI: 1}, SETTINGS.ridge),
+    "self, ridge 1e-3": ({"self": 1}, 1e-3),
+    "self, ridge 1e-2": ({"self": 1}, 1e-2),
+    f"self, 10 % {WIKI}, ridge 1e-2": ({"self": 0.9, WIKI: 0.1}, 1e-2),
+}
+
+
+class Bench:
+    """The model, the moments of every source, and held-out windows of every kind."""
+
+    def __init__(self, windows: int, window: int, cache: Path | None) -> None:
+        self.loaded, self.windows, self.window, self.cache = smollm2(), windows, window, cache
+        self.structure = choose_groups(find_structure(self.loaded), SETTINGS)
+        self.loaded.model.to(torch.bfloat16)
+        self.held = {kind: self.split(kind)[1] for kind in KINDS}
+        self.dense = {kind: self.measured(self.loaded.model, tokens) for kind, tokens in self.held.items()}
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        return cached(self.cache and self.cache / f"{name}-{self.windows}-{self.window}.pt", make)
+
+    def split(self, kind: str) -> tuple[Tensor, Tensor]:
+        """Windows of a kind that may calibrate, if it is one that does, and others of other documents that never do."""
+
+        def both() -> tuple[Tensor, Tensor]:
+            if kind not in (WIKI, MANUAL):
+                return torch.empty(0), stacked(KINDS[kind](self.loaded, HELD, self.window))
+            calibration, held = KINDS[kind](self.loaded, self.windows + HELD, self.window).split(self.windows, HELD)
+            return stacked(calibration), stacked(held)
+
+        return self.kept(kind, both)  # type: ignore[no-any-return]
+
+    def written(self, source: str) -> Tensor:
+        """Windows that the model writes, from one kind of beginning or from all."""
+        if source == "self":
+            return stacked(write(self.loaded, self.windows, window=self.window))
+        return stacked(one_kind(self.loaded, self.windows, self.window))
+
+    def moments(self, source: str) -> dict[str, Moments]:
+        def measure() -> dict[str, Moments]:
+            own = source in ("self", ONE)
+            tokens = self.kept(f"written {source}", lambda: self.written(source)) if own else self.split(source)[0]
+            samples = from_items(list(tokens), None, n=len(tokens), seed=0)
+            return measure_moments(self.loaded, self.structure, samples, SETTINGS.sampling)
+
+        return self.kept(f"moments {source}", measure)  # type: ignore[no-any-return]
+
+    def edited(self, shares: dict[str, float], ridge: float) -> nn.Module:
+        settings = replace(SETTINGS, ridge=ridge)
+        moments = combined([(share, self.moments(source)) for source, share in shares.items()])
+        widths = {g.name: math.ceil((1 - RATIO) * g.n) for g in self.structure.prunable}
+        curves = removal_curves(self.loaded.model, self.structure, moments, settings, widths=widths)
+        plan = make_plan(self.loaded.model, self.structure, curves, Budget("components", 1 - RATIO), settings)
+        return apply_plan(self.loaded, self.structure, plan, moments, settings).model
+
+    @torch.inference_mode()
+    def measured(self, model: nn.Module, tokens: Tensor) -> tuple[float, Tensor]:
+        """The mean loss of the next token, and the likeliest token everywhere."""
+        losses, tops = [], []
+        for batch in tokens.split(4):
+            logits = self.loaded.logits(batch, model).float()
+            losses.append(cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="none"))
+            tops.append(logits.argmax(-1))
+        return float(torch.cat(losses).mean()), torch.cat(tops)
+
+    def row(self, model: nn.Module) -> dict[str, float]:
+        """Perplexity over the dense model's by kind, the worst and the geometric mean, and the lowest agreement."""
+        after = {kind: self.measured(model, tokens) for kind, tokens in self.held.items()}
+        growth = {kind: loss - self.dense[kind][0] for kind, (loss, _) in after.items()}
+        agreement = [float((top == self.dense[kind][1]).double().mean()) for kind, (_, top) in after.items()]
+        ratios = {kind: math.exp(value) for kind, value in growth.items()}
+        mean = math.exp(sum(growth.values()) / len(growth))
+        return {"worst": max(ratios.values()), "mean": mean, **ratios, "lowest agreement": min(agreement)}
+
+
+def stacked(samples: Samples) -> Tensor:
+    return torch.stack([samples.load(i) for i in range(len(samples))])
+
+
+def main(options: argparse.Namespace) -> None:
+    settings = {"windows": options.windows, "window": options.window}
+    path = RESULTS / "lm_kinds.json"
+    earlier = json.loads(path.read_text()) if path.is_file() else {}
+    rows: list[dict[str, Any]] = earlier["rows"] if earlier.get("settings") == settings else []
+    missing = [name for name in options.only or CALIBRATIONS if name not in {row["calibration"] for row in rows}]
+    bench = Bench(options.windows, options.window, options.cache) if missing else None
+    for name in missing:
+        assert bench is not None
+        rows.append({"calibration": name, **bench.row(bench.edited(*CALIBRATIONS[name]))})
+        rows.sort(key=lambda row: list(CALIBRATIONS).index(row["calibration"]))
+        write_results(
+            "lm_kinds",
+            rows,
+            ["calibration", "worst", "mean", *KINDS, "lowest agreement"],
+            f"""# What calibration costs on every kind of text: SmolLM2-135M, a fifth of the FFN, no training
+{options.windows} windows of {options.window} tokens calibrate, of each source in a mixture; perplexity over the dense
+model's on {HELD} windows of every kind, none of which calibrates anything: the worst, the geometric mean, the lowest
+share of equal next tokens. "{ONE}": from the beginning alone; "self": from the beginning, the chat template and tokens
+at random.
+Command: `python eval/lm_kinds.py --windows {options.windows} --window {options.window}`.""",
+            settings=settings,
+            dense={kind: math.exp(loss) for kind, (loss, _) in bench.dense.items()},
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--cache", type=Path, help="keep windows and moments here between runs")
+    parser.add_argument("--only", nargs="+", choices=CALIBRATIONS, help="only these calibrations")
+    main(parser.parse_args())
