@@ -25,9 +25,11 @@ from torch import nn
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.models.loaded import LoadedModel
+from modhifi.progress import silent
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.depth import SpanMoments, moments_of_plans, remove_branches
-from modhifi.pruning.depth_order import depth_curves
+from modhifi.pruning.depth_order import Trials, depth_curves
+from modhifi.pruning.output_change import probe_of
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import choose_groups, find_structure
@@ -101,6 +103,18 @@ class Work:
 
         return self.kept("greedy", measure)  # type: ignore[no-any-return]
 
+    def alone(self, count: int) -> tuple[int, ...]:
+        """The blocks whose loss, made up for, moves the output least, each by itself."""
+
+        def measure() -> dict[int, float]:
+            probe = probe_of(self.structure, self.calibration)
+            trials = Trials(self.loaded, self.structure, self.calibration, probe, BLOCKS, silent)
+            costs = trials.costs(self.group, [(number,) for number in range(self.group.n)])
+            return {self.first + number: cost for (number,), cost in costs.items()}
+
+        costs = self.kept("alone", measure)
+        return tuple(sorted(sorted(costs, key=lambda number: costs[number])[:count]))
+
     def ours(self, count: int) -> tuple[int, ...]:
         return tuple(sorted(self.order[:count]))
 
@@ -110,7 +124,9 @@ class Work:
 
     @cached_property
     def moments(self) -> SpanMoments:
-        chosen = [choose(count) for count in COUNTS for choose in (self.ours, self.short_gpt, self.straightest)]
+        chosen = [
+            choose(count) for count in COUNTS for choose in (self.ours, self.alone, self.short_gpt, self.straightest)
+        ]
         plans = [self.plan(blocks) for blocks in chosen]
         return self.kept(  # type: ignore[no-any-return]
             "moments", lambda: moments_of_plans(self.loaded, self.structure, plans, self.calibration, BLOCKS)
@@ -171,6 +187,7 @@ Command: `python eval/depth.py --part smollm2 --windows {windows}`.""",
 
     blocks: dict[str, tuple[Callable[[int], tuple[int, ...]], Callable[[tuple[int, ...]], nn.Module]]] = {
         "ours: one after the other by divergence, folded": (work.ours, folded),
+        "each alone by divergence, folded": (work.alone, folded),
         "order by angle (ShortGPT), no repair": (work.short_gpt, partial(work.without, moments={})),
         "order by angle, folded": (work.short_gpt, folded),
         "one run, linear map of the FFN's output (ReplaceMe)": (work.straightest, work.replace_me),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -24,7 +24,7 @@ from modhifi.structure.groups import Group, Structure
 from modhifi.structure.plan import Plan
 from modhifi.structure.sizes import sizes_of
 
-# How many of the blocks that cost least alone are tried next to what is gone, beside its neighbours.
+# How many of the sublayers that cost least alone are tried next to those that are gone.
 CANDIDATES = 2
 
 
@@ -59,9 +59,7 @@ def depth_curves(
     curves = {}
     for group in structure.prunable:
         if group.parts:
-            ways = [trials.one_by_one(group, partial(enough, group), others) for others in (CANDIDATES, 0)]
-            last = min(len(costs) for _, costs in ways) - 1
-            gone, costs = min(ways, key=lambda way: way[1][last])
+            gone, costs = trials.one_by_one(group, partial(enough, group))
             curves[group.name] = Curve(torch.tensor(gone), torch.tensor(costs, dtype=torch.float64), 1.0)
     return curves
 
@@ -84,35 +82,27 @@ class Trials:
         self.loaded, self.structure, self.samples, self.probe = loaded, structure, samples, probe
         self.settings, self.progress = settings, progress
         self.moments: dict[tuple[str, str], Moments] = {}
-        self.known: dict[tuple[str, frozenset[int]], float] = {}
         self.timeline = Timeline(loaded.model, lambda: loaded.logits(loaded.example))
         self.dense = None if probe is None else loaded.logits(probe)
 
     def one_by_one(
-        self, group: Group, enough: Callable[[tuple[int, ...]], bool], others: int
+        self, group: Group, enough: Callable[[tuple[int, ...]], bool]
     ) -> tuple[tuple[int, ...], list[float]]:
-        """The components in the order in which they go, until there are ``enough``, and what all so far cost.
-
-        ``others`` are how many are tried next to neighbours, those first that cost least alone.
-        """
+        """The components in the order in which they go, until there are ``enough``, and what all so far cost."""
         alone = self.costs(group, [(number,) for number in range(group.n)])
         best = sorted(alone, key=lambda gone: alone[gone])
         gone, costs = best[0], [0.0, alone[best[0]]]
         while not enough(gone):
             beside = sorted({number + step for number in gone for step in (-1, 1)} & set(range(group.n)) - set(gone))
-            tried = [number for (number,) in best if number not in gone]
-            together = self.costs(group, [(*gone, n) for n in dict.fromkeys([*beside, *tried[:others]])])
+            others = [number for (number,) in best if number not in gone][:CANDIDATES]
+            candidates = beside if group.kind == "blocks" else others
+            together = self.costs(group, [(*gone, number) for number in candidates])
             gone = min(together, key=lambda numbers: together[numbers])
             costs.append(max(costs[-1], together[gone]))
         return gone, costs
 
-    def costs(self, group: Group, removals: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+    def costs(self, group: Group, removals: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
         """What the removal of some components of a group together does, for each of several such sets."""
-        new = [gone for gone in removals if (group.name, frozenset(gone)) not in self.known]
-        self.known |= {(group.name, frozenset(gone)): cost for gone, cost in self._measured(group, new).items()}
-        return {gone: self.known[group.name, frozenset(gone)] for gone in removals}
-
-    def _measured(self, group: Group, removals: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
         plans = {gone: Plan({group.name: tuple(n for n in range(group.n) if n not in gone)}) for gone in removals}
         self.moments |= moments_of_plans(
             self.loaded, self.structure, plans.values(), self.samples, self.settings, self.progress, self.moments
