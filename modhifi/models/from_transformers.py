@@ -84,8 +84,8 @@ def from_directory(
     if gguf_file and pretrained:
         megabytes = (directory / gguf_file).stat().st_size / 1e6
         loaded.info["warnings"].append(
-            f"{gguf_file} ({megabytes:,.4g} MB) is dequantised to float32: what is written is larger than that file until "
-            "it is converted and quantised again"
+            f"{gguf_file} ({megabytes:,.4g} MB) is dequantised to float32: what is written is larger than that file "
+            "until it is converted and quantised again"
         )
     if missing := sorted(loading_info.get("missing_keys", ())):
         _refuse_foreign(model, set(missing), source)

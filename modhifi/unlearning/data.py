@@ -99,8 +99,8 @@ def load_unlearn_data(
     """Load, label and split.
 
     ``forget_source`` holds samples of the forgotten classes alone; those in ``source`` are then dropped with a note.
-    Without ``evaluate`` what ``samples`` leave of ``source`` (and of ``forget_source``) is set aside for the attacks and
-    the test: half of it at least.
+    Without ``evaluate`` what ``samples`` leave of ``source`` (and of ``forget_source``) is set aside for the attacks
+    and the test: half of it at least.
     ``earlier`` classes, forgotten in rounds before, are in no population. Raises ModhifiError where a forgotten class
     has fewer than ``FEWEST`` samples in a set, or the others together have.
     """
@@ -140,8 +140,8 @@ def _require(name: str, groups: Tensor, classes: Sequence[int], loaded: LoadedMo
         if have < FEWEST:
             raise ModhifiError(
                 f"{have} samples of the class {class_name(loaded, index)} are left for the {name} part, and at least "
-                f"{FEWEST} are needed in each of edit, attacks and test; there are {len(groups)} images in that part: give "
-                "more of them, raise --samples and --evaluation-samples, or give --forget-data"
+                f"{FEWEST} are needed in each of edit, attacks and test; there are {len(groups)} images in that part: "
+                "give more of them, raise --samples and --evaluation-samples, or give --forget-data"
             )
     if int((groups == 0).sum()) < FEWEST:
         raise ModhifiError(f"fewer than {FEWEST} samples of retained classes for the {name} part; give more --data")
