@@ -73,8 +73,8 @@ def gram_warnings(grams: tuple[GramQuality, ...], samples: int) -> list[str]:
         enough = math.ceil(samples * worst.width / worst.rows)
         warnings.append(
             f"{len(short)} of {len(grams)} layers saw fewer rows than they have columns, so their new weights are "
-            f"damped (worst: {worst.reader}, {worst.rows} rows for {worst.width} columns); with --samples {enough} none "
-            "would"
+            f"damped (worst: {worst.reader}, {worst.rows} rows for {worst.width} columns); none would with "
+            f"--samples {enough}"
         )
     still = [q.reader for q in grams if q.rank < 1.5 and q.width > 8]
     if still:
