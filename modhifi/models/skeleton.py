@@ -259,14 +259,19 @@ def is_stock(edited: nn.Module, original: LoadedModel, config: Any, changes: Dif
     if not changes["attributes"]:
         return True
     # Counts that no forward pass reads may differ, a layer's record of its former width for instance.
+    return same_function(edited, original, config)
+
+
+def same_function(edited: nn.Module, original: LoadedModel, config: Any) -> bool:
+    """Whether the model of a configuration, given the weights of ``edited``, has its outputs, to the bit."""
     plain = fill(build_skeleton(original.framework, original.info, config), edited.state_dict(), {}, original.source)
     plain.to(next(edited.parameters()).device)
     with torch.inference_mode():
+        expected = original.outputs(original.example, edited)
         try:
             rebuilt = original.outputs(original.example, plain)
         except Exception:  # its code counts on something that its shapes do not show
             return False
-        expected = original.outputs(original.example, edited)
     return rebuilt.keys() == expected.keys() and all(torch.equal(t, expected[name]) for name, t in rebuilt.items())
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from modhifi.models.loaded import LoadedModel
-from modhifi.models.skeleton import build_skeleton, own_config
+from modhifi.models.skeleton import build_skeleton, own_config, same_function
 from modhifi.structure.families import says
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
@@ -22,20 +22,23 @@ Shapes = Mapping[str, torch.Size]
 Change = tuple[tuple[str, ...], Any]
 # Names of fields that a cut usually changes: they are tried first.
 LIKELY = re.compile(r"intermediate|inner|ffn|d_ff|hidden_dim|mlp|experts$|heads?$")
+# Widths of a single thing, not numbers of things.
+SIZES = re.compile(r"dim$|size$")
 # At most so many models are built for one answer.
 BUILDS = 32
 
 
 def stating(edited: nn.Module, original: LoadedModel) -> nn.Module:
-    """The model, whose configuration says its widths, in place, if a stock model of other fields has its shapes.
+    """The model, whose configuration says its widths, in place, where a stock model of other fields is the same.
 
-    Whether that model is the same function is for whoever saves it to check. A model of another framework stays as it
-    is.
+    It has the same shapes and outputs. A model of another framework stays as it is.
     """
     old = getattr(edited, "config", None)
     if original.framework == "transformers" and old is not None:
         config = stock_config(original, own_config(edited), shapes_of(edited))
-        for module in edited.modules() if config is not None else ():
+        # The shapes of few wide heads are those of many narrow ones.
+        known = config is not None and same_function(edited, original, config)
+        for module in edited.modules() if known else ():
             if getattr(module, "config", None) is old:
                 module.config = config  # type: ignore[assignment]
     return edited
@@ -143,6 +146,7 @@ def _candidates(config: Any, shapes: Shapes, wanted: Shapes) -> Iterator[tuple[C
             if type(value) is int
             and value > 1
             and before % value == 0
+            and not SIZES.search(path[-1])
             and value != before
             and value * after % before == 0
         )

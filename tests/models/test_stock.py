@@ -48,6 +48,14 @@ def test_a_stated_configuration_builds_the_cut_model(name: str):
         assert torch.equal(loaded.logits(loaded.example, stock), loaded.logits(loaded.example, small))
 
 
+def test_fewer_heads_are_not_taken_for_narrower_ones():
+    """Half of the heads and half of their size have the same shapes."""
+    loaded, structure = traced("llama")
+    plan = Plan({g.name: (0,) for g in structure.prunable if g.kind == "heads"})
+    small = stating(shrink(copy.deepcopy(loaded.model), structure, plan), loaded)
+    assert (small.config.num_attention_heads, small.config.num_key_value_heads, small.config.head_dim) == (2, 1, 6)
+
+
 def test_layers_of_unequal_width_are_nothing_a_configuration_says():
     loaded, structure = traced("llama")
     first = next(g for g in structure.prunable if g.kind == "neurons")
