@@ -212,3 +212,28 @@ def test_widths_that_blocks_share_are_found(build: Any, x: Tensor, run: Any, wro
     confirmed = confirm(model, trace(model, lambda m: run(m, x)), lambda m: run(m, x))
     assert {g.name for g in confirmed.refused if g.refused == UNEQUAL} == wrong
     assert right <= {g.name for g in confirmed.prunable}
+
+
+class Sensitive(nn.Module):
+    """Small differences of the width's sum grow to large ones of the output, as in tens of blocks."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.counts = nn.Linear(8, 256), nn.Linear(256, 8), counts
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.up(x))
+        x = self.down(x) * (x.shape[-1] if self.counts else 1)
+        for _ in range(4):
+            x = torch.sin(12 * x)
+        return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_code_that_counts_on_a_width_is_told_from_rounding_that_grows(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 8, dtype=dtype)
+    for counts in (False, True):
+        model = Sensitive(counts).to(dtype).eval()
+        structure = confirm(model, trace(model, lambda m: m(x)), lambda m: m(x))
+        assert ([g.name for g in structure.prunable] == ["up"]) is not counts
