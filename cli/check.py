@@ -85,7 +85,8 @@ def _show_groups(report: dict[str, Any]) -> None:
         title=f"{report['model']}: what half of each group would save, alone",
     )
     for g in report["groups"]:
-        readers = g["readers"][0] + (f" and {len(g['readers']) - 1} more" if len(g["readers"]) > 1 else "")
+        first, *others = g["readers"] or [""]
+        readers = first + (f" and {len(others)} more" if others else "")
         table.add_row(
             g["name"],
             g["kind"],

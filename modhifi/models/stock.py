@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,10 +36,10 @@ def stating(edited: nn.Module, original: LoadedModel) -> nn.Module:
     """
     old = getattr(edited, "config", None)
     if original.framework == "transformers" and old is not None:
-        config = stock_config(original, own_config(edited), shapes_of(edited))
         # The shapes of few wide heads are those of many narrow ones.
-        known = config is not None and same_function(edited, original, config)
-        for module in edited.modules() if known else ():
+        same = partial(same_function, edited, original)
+        config = stock_config(original, own_config(edited), shapes_of(edited), same)
+        for module in edited.modules() if config is not None else ():
             if getattr(module, "config", None) is old:
                 module.config = config  # type: ignore[assignment]
     return edited
@@ -77,7 +78,9 @@ def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def stock_config(loaded: LoadedModel, config: Any, wanted: Shapes) -> Any | None:
+def stock_config(
+    loaded: LoadedModel, config: Any, wanted: Shapes, same: Callable[[Any], bool] = lambda config: True
+) -> Any | None:
     """The configuration whose stock model has the ``wanted`` shapes, found from ``config``; None where none is found.
 
     Fields change one after the other, or heads with what counts them together, as long as more shapes agree.
@@ -102,12 +105,12 @@ def stock_config(loaded: LoadedModel, config: Any, wanted: Shapes) -> Any | None
         for changes in dict.fromkeys(_candidates(config, shapes, wanted)):
             candidate = _changed(config, changes)
             found = None if candidate is None or builds >= BUILDS else build(candidate)
-            if found is not None and _agreeing(found, wanted) > agreeing:
+            if found is not None and _agreeing(found, wanted) > agreeing and (found != wanted or same(candidate)):
                 config, shapes = candidate, found
                 break
         else:
             return None
-    return config if shapes == wanted else None
+    return config if shapes == wanted and same(config) else None
 
 
 def _uneven(shapes: Shapes, wanted: Shapes) -> bool:
@@ -137,7 +140,7 @@ def _candidates(config: Any, shapes: Shapes, wanted: Shapes) -> Iterator[tuple[C
         ]
         ratios = [((path, value * share),) for path, value in fields if type(value) is float and "ratio" in path[-1]]
         yield from exact
-        yield from _heads(fields, before, after)
+        yield from _heads(fields, before, after, {size for shape in shapes.values() for size in shape})
         yield from unset
         yield from ratios
         yield from (
@@ -152,12 +155,25 @@ def _candidates(config: Any, shapes: Shapes, wanted: Shapes) -> Iterator[tuple[C
         )
 
 
-def _heads(fields: list[tuple[tuple[str, ...], Any]], before: int, after: int) -> Iterator[tuple[Change, ...]]:
-    """Fewer heads of the same size: all fields that count heads change together, and the size is said."""
+def _heads(
+    fields: list[tuple[tuple[str, ...], Any]], before: int, after: int, sizes: set[int]
+) -> Iterator[tuple[Change, ...]]:
+    """Fewer heads of the same size: all fields that count heads change together, and the size is said.
+
+    Likely is a head of which as many as every field counts are one of the ``sizes`` that the model has.
+    """
     values = {path: value for path, value in fields if path[-1].endswith(("heads", "n_head"))}
-    for path, heads in values.items():
-        if type(heads) is not int or heads < 2 or before % heads or heads * after % before:
-            continue
+    counted = [
+        (path, heads)
+        for path, heads in values.items()
+        if type(heads) is int and heads > 1 and before % heads == 0 and heads * after % before == 0
+    ]
+
+    def odd(path: tuple[str, ...], heads: int) -> int:
+        among = [v for p, v in values.items() if p[:-1] == path[:-1] and type(v) is int]
+        return sum(v * before // heads not in sizes for v in among)
+
+    for path, heads in sorted(counted, key=lambda field: odd(*field)):
         owner = path[:-1]
         counts = [
             ((*owner, p[-1]), v * after // before)

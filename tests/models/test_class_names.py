@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import modhifi
@@ -17,6 +18,9 @@ from modhifi.cli.main import app
 from modhifi.models.from_transformers import build
 from modhifi.models.load import load_model
 from modhifi.models.loaded import frozen
+from modhifi.runs.inputs import Given
+from modhifi.runs.recipe_tasks import parse
+from modhifi.runs.run_recipe import Circumstances, run_recipe
 from modhifi.structure.clone import clone
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import shrink
@@ -122,3 +126,17 @@ def test_a_class_that_reads_images_and_text_is_checked(make: Any, config: Callab
     result = CliRunner().invoke(app, ["check", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert f"loaded as {make.__name__}\n" in result.stdout and "neurons" in result.stdout
+
+
+def test_weights_that_nothing_uses_are_said(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors") | {"value_head.weight": torch.ones(1, 32)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    sentence = "1 tensors of the checkpoint are not used by LlamaForCausalLM, such as 'value_head.weight'"
+    assert sentence in CliRunner().invoke(app, ["check", str(tmp_path)]).stderr
+    ids = torch.randint(3, 50, (12, 8))
+    content = {"model": {"name": "x"}, "data": {"source": "python:Tensor", "samples": 8}, "budget": {"ratio": 0.5}}
+    given = Given(load_model(tmp_path), ids)
+    (done,) = run_recipe(parse(content), Circumstances("cpu", given, dry_run=True))
+    assert sentence in done.report["warnings"]

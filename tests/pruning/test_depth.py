@@ -17,7 +17,6 @@ import modhifi
 from modhifi.artifacts.reload_check import Loader
 from modhifi.data.in_memory import from_items
 from modhifi.data.samples import Samples
-from modhifi.errors import ModhifiError
 from modhifi.models.artifact import load_artifact
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.budget import Budget
@@ -177,10 +176,14 @@ def test_what_lies_in_a_block_that_goes_stays_out_of_the_plan(world: tuple[Loade
     assert not any(name.startswith(f"{part}.") for name in pruned.plan.kept for part in gone)
 
 
-def test_blocks_do_not_go_with_sequential_compensation(world: tuple[LoadedModel, Structure, Samples]) -> None:
+def test_where_blocks_go_all_is_compensated_at_once(world: tuple[LoadedModel, Structure, Samples]) -> None:
     loaded, _, samples = world
-    with pytest.raises(ModhifiError, match="--sequential"):
-        prune_model(loaded, samples, Budget("parameters", 0.8), replace(SETTINGS, sequential="own"))
+    one, other = (
+        prune_model(loaded, samples, Budget("parameters", 0.8), replace(SETTINGS, sequential=sequential))
+        for sequential in (None, "own")
+    )
+    assert one.plan == other.plan
+    assert all(map(torch.equal, one.model.state_dict().values(), other.model.state_dict().values()))
 
 
 @pytest.mark.slow

@@ -174,11 +174,12 @@ def test_a_flops_budget_counts_what_cannot_be_pruned() -> None:
     model, x = Recurrent().eval(), draw(24, 3, 9)
     macs = 9 * (8 * 3 * 3 + 4 * 8) + 9 * 4 * 64 * (4 + 64) + 64 * 5
     assert measure.count_flops(model, x) == 2 * macs
-    with pytest.raises(ModhifiError, match="no allocation keeps only 0.7x of the FLOPs.* 0.99"):
-        modhifi.prune(model, x, flops="0.7x", method={"selector": "magnitude"})
-    pruned = modhifi.prune(model, x, ratio=0.5, samples=16, checks={"walked": 0})
+    alone = {"exclude": ["lstm*"]}  # whose hidden units can go
+    with pytest.raises(ModhifiError, match="no allocation keeps only 0.7x of the FLOPs.* 0.9"):
+        modhifi.prune(model, x, flops="0.7x", method={"selector": "magnitude", **alone})
+    pruned = modhifi.prune(model, x, ratio=0.5, samples=16, checks={"walked": 0}, method=alone)
     before, after = pruned.report["size"]["flops"]
-    assert (before, after) == (2 * macs, 2 * (macs - 9 * (4 * 3 * 3 + 4 * 4)))
+    assert before == 2 * macs and 0.9 < after / before < 1
     assert pruned.report["budget"]["reached"]["macs"] == after / before
 
 

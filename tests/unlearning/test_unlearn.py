@@ -326,7 +326,7 @@ def test_command_line(world: Path, tmp_path: Path) -> None:
     more = ["--data", f"images:{world / 'test'}", "--samples", "240", "--out", str(page), "--quiet"]
     audited = runner.invoke(app, ["audit", str(out), *more])
     assert audited.exit_code == 0, audited.output
-    assert "head-mask" in audited.stdout and page.is_file()
+    assert "a linear probe finds" in audited.stdout and page.is_file()
 
 
 def test_the_screen_names_verdicts_and_the_retained_class_that_lost_most(capsys: pytest.CaptureFixture[str]) -> None:
