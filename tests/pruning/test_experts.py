@@ -61,8 +61,8 @@ def test_a_mixture_without_some_experts_is_one_that_never_chooses_them(name: str
     tolerance = 1e-6 if name == "deepseek_v3" else 1e-9
     with torch.no_grad(), WithoutExperts(small, []):
         torch.testing.assert_close(run(small), expected, rtol=tolerance, atol=tolerance)
-        config = stating(small, loaded).config
-        assert config.get_text_config().to_dict()[EXPERTS_FIELD.get(name, "num_local_experts")] == 3
+    config = stating(small, loaded).config
+    assert config.get_text_config().to_dict()[EXPERTS_FIELD.get(name, "num_local_experts")] == 3
 
 
 EXPERTS_FIELD = {"qwen2_moe": "num_experts", "deepseek_v3": "n_routed_experts"}
