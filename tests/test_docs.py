@@ -46,7 +46,11 @@ def options() -> set[str]:
     return set().union(*(of(load(verb)) for verb in VERBS))
 
 
-@pytest.mark.parametrize("page", PAGES)
+# Its examples heal, export and quantise.
+SLOW = {"docs/after-pruning.md"}
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.slow] * (p in SLOW)) for p in PAGES])
 def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.S)
     assert blocks

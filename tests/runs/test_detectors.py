@@ -148,6 +148,7 @@ def test_every_part_of_a_yolo_of_plain_modules_can_be_cut(up: str) -> None:
     assert small.fine.c == 4 and small.one[1].cv1.conv.out_channels == 8
 
 
+@pytest.mark.slow
 def test_a_yolo_is_pruned_its_boxes_compared_and_exported(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = PIXELS.repeat(1, 1, 4, 4)
