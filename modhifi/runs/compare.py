@@ -27,7 +27,8 @@ from modhifi.pruning.settings import PruneSettings
 from modhifi.runs.compare_recipe import CompareRecipe
 from modhifi.runs.defaults import complete, rounding_for
 from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, place
-from modhifi.runs.prune_report import measure_run, skipped_warnings
+from modhifi.runs.measurements import measure_run
+from modhifi.runs.prune_report import skipped_warnings
 from modhifi.staging import staging
 
 # Half the width of a 95 % interval, in standard errors of a share.

@@ -16,7 +16,8 @@ from modhifi.models.manifest import Manifest
 from modhifi.progress import Progress
 from modhifi.runs.audit import report_parts
 from modhifi.runs.heal_recipe import HealRecipe
-from modhifi.runs.prune_report import before_after, measure_run, plain_info
+from modhifi.runs.measurements import before_after, measure_run
+from modhifi.runs.prune_report import plain_info
 from modhifi.unlearning.attacks import measures
 
 # What is healed, by the task that made it.

@@ -40,15 +40,13 @@ from modhifi.runs.defaults import Amounts, complete, rounding_for
 from modhifi.runs.entries import count_entries
 from modhifi.runs.forecast import forecast
 from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, located, place, shortage
+from modhifi.runs.measurements import before_after, measure_run, summary
 from modhifi.runs.outcome import add_outcome, prune_advice, without_bounds
 from modhifi.runs.prune_report import (
-    before_after,
-    measure_run,
     measured_verdict,
     report_of,
     rounding_verdict,
     skipped_warnings,
-    summary,
     time_verdict,
     time_warnings,
 )

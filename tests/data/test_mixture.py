@@ -35,7 +35,7 @@ from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import find_structure, measure_moments
 from modhifi.runs.defaults import calibrating, complete
 from modhifi.runs.inputs import Given, load_data, local_paths, located
-from modhifi.runs.prune_report import before_after
+from modhifi.runs.measurements import before_after
 from modhifi.runs.recipe_tasks import parse
 from modhifi.structure.operators import weight_matrix
 
