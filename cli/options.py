@@ -29,6 +29,7 @@ PLACEHOLDERS = {
     "--params": "SHARE",
     "--kv-cache": "SHARE",
     "--latency": "SHARE|TIME",
+    "--memory": "SHARE|BYTES",
     "--only": "PATTERN",
     "--exclude": "PATTERN",
     "--export": "FORMAT",

@@ -29,10 +29,10 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts.base import EXACT, Rounding
+from modhifi.pruning.metered import Attempt, meet
 from modhifi.pruning.sensitivity import TRIAL, probed_plan
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
-from modhifi.pruning.timed import Attempt, meet
 from modhifi.runs.timing.machine import device_name
 from modhifi.runs.timing.networks import Timer, plan_of
 from modhifi.structure.groups import Structure
@@ -76,7 +76,7 @@ def curve(name: str, runtime: str) -> None:
     held = cached(load_samples(f"images:{root / 'test'}", loaded, n=test))
     settings = PruneSettings()
     structure = choose_groups(find_structure(loaded), settings)
-    sizes, times = sizes_of(loaded.model, structure), timer.times(loaded, structure, ROUNDING)
+    sizes, times = sizes_of(loaded.model, structure), timer.gauge(loaded, structure, ROUNDING)
     moments = measure_moments(loaded, structure, calibration, settings.sampling)
     curves = removal_curves(loaded.model, structure, moments, settings, trial=TRIAL)
     half = Budget("macs", 0.5)
@@ -88,7 +88,7 @@ def curve(name: str, runtime: str) -> None:
     ]
     print(rows[0], flush=True)
     kinds: tuple[tuple[str, Budget, Rounding], ...] = (
-        ("time", Budget("latency", 0.5).timed(times), ROUNDING),
+        ("time", Budget("latency", 0.5).gauged(times), ROUNDING),
         ("FLOPs, rounded", half, ROUNDING),
         ("FLOPs, widths rounded to 1", half, EXACT),
     )
@@ -176,13 +176,13 @@ def predicted(name: str, runtime: str) -> None:
     """Random widths: the predicted share of the time against the measured one."""
     loaded, timer, draw = model_of(name), timer_of(name, runtime), random.Random(0)
     structure = find_structure(loaded)
-    times, rows = timer.times(loaded, structure, ROUNDING), []
+    times, rows = timer.gauge(loaded, structure, ROUNDING), []
     for number in range(PLANS):
         least, widths = draw.uniform(0.15, 0.8), {}
         for group in structure.prunable:
             step = ROUNDING.step(group)
             widths[group.name] = min(group.n, max(1, round(draw.uniform(least, 1) * group.n / step)) * step)
-        share = times.seconds(widths) / times.seconds({})
+        share = times.amount(widths) / times.amount({})
         measured, spread = timer.ratio(loaded, structure, plan_of(structure, widths))
         rows.append({"plan": number, "predicted": share, "measured": measured, "spread": spread})
         rows[-1]["error"] = share / measured - 1

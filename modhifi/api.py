@@ -48,6 +48,7 @@ def prune(
     flops: str | None = None,
     kv_cache: str | None = None,
     latency: str | None = None,
+    memory: str | None = None,
     experts: str | None = None,
     samples: int | None = None,
     evaluate: Data | None = None,
@@ -69,7 +70,8 @@ def prune(
     """Prunes a model to physically smaller layers with forward passes only; the given one stays as it is.
 
     Exactly one budget is given: ``ratio`` of the components removed, or a share of ``params``, ``flops``,
-    ``kv_cache``, ``latency`` or ``experts`` of every mixture kept (``"0.5x"``); a latency may be a time (``"12ms"``).
+    ``kv_cache``, ``latency``, ``memory`` or ``experts`` of every mixture kept (``"0.5x"``); a latency may be a time
+    (``"12ms"``), a memory, of weights and results of a pass, an amount (``"300MB"``).
     ``data``: a source string, samples, or items that you hold: a tensor ``(n, C, H, W)`` of model-ready inputs, a list
     of tensors or PIL images, a map-style Dataset; or several of them, as ``"self,text:FILE@0.2"``, a list of such
     texts or a `modhifi.Mixture`. ``evaluate`` holds out other data; by default it is a disjoint part of ``data``.
@@ -104,7 +106,13 @@ def prune(
                 window=window,
             ),
             "budget": _given_only(
-                ratio=ratio, params=params, flops=flops, kv_cache=kv_cache, latency=latency, experts=experts
+                ratio=ratio,
+                params=params,
+                flops=flops,
+                kv_cache=kv_cache,
+                latency=latency,
+                memory=memory,
+                experts=experts,
             ),
             "method": dict(method or {}),
             "timing": dict(timing or {}),

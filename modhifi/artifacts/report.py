@@ -78,7 +78,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         "widths": _widths(groups),
         "fidelities": _fidelities(groups),
         "errors": _errors(groups),
-        "times": _times(report.get("timed")),
+        "times": _times(report.get("metered")),
         "learning": learning_curve(report.get("healing")),
     }
     comparison = report.get("comparison")
@@ -151,11 +151,11 @@ def _errors(groups: Sequence[Mapping[str, Any]]) -> Markup | None:
     return _bars([str(g["name"]) for g in drawn], [(STRONG, values)], texts, "share of output energy lost")
 
 
-def _times(timed: Mapping[str, Any] | None) -> Markup | None:
+def _times(metered: Mapping[str, Any] | None) -> Markup | None:
     """The chart of every operator's predicted time, before and after the edit, and of the rest."""
-    if not timed or not timed.get("operators"):
+    if not metered or not metered.get("operators"):
         return None
-    rows = {**timed["operators"], "the rest": [timed["rest"]] * 2}
+    rows = {**metered["operators"], "the rest": [metered["rest"]] * 2}
     return _bars(
         list(rows),
         [(FAINT, [before for before, _ in rows.values()]), (STRONG, [after for _, after in rows.values()])],

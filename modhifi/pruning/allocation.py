@@ -31,9 +31,10 @@ def allocate(
 
     ``floor`` is the least share of a group that stays, ``weights`` by group multiply the curves' costs (1 over the
     readers' output energy without them). A KV cache shrinks by whole KV groups: heads alone give, and the step nearest
-    to the budget is taken, as it is of a time, which falls by stairs, and where whole blocks or sublayers alone go.
-    Where ``rounding`` may be less, it is halved until the budget is met. Raises :class:`ModhifiError` for an unknown
-    layout, and where floors and rounding leave the budget out of reach by over 2 %.
+    to the budget is taken, as it is of a time or a memory, which fall by stairs, and where whole blocks or
+    sublayers alone go. Where ``rounding`` may be less, it is halved until the budget is met. Raises
+    :class:`ModhifiError` for an unknown layout, and where floors and rounding leave the budget out of
+    reach by over 2 %.
     """
     while True:
         try:
@@ -72,7 +73,7 @@ def _allocated(
         )
     widths = LAYOUTS[layout].widths(problem)
     reached = problem.size(widths) / problem.dense
-    by_steps = budget.measure in ("cache", "latency") or all(g.parts for g in groups)
+    by_steps = budget.measure in ("cache", "latency", "memory") or all(g.parts for g in groups)
     if abs(reached / keep - 1) > 0.02 and not by_steps:
         raise ModhifiError(
             f"the nearest to {keep:.3g}x of the {measure} that the allowed widths give is {reached:.3g}x; "

@@ -24,11 +24,11 @@ from modhifi.pruning.editing import LayerError, edit_readers
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts.base import EXACT, least_width
 from modhifi.pruning.left_alone import UNSOLVED, leave, unmeasured
+from modhifi.pruning.metered import Meter
+from modhifi.pruning.metered_plan import metered_plan
 from modhifi.pruning.planned import Planned
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import Pruned, make_plan, removal_curves
-from modhifi.pruning.time_budget import timed_plan
-from modhifi.pruning.timed import NetworkTimer
 from modhifi.structure.clone import clone
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import operator_modules
@@ -62,7 +62,7 @@ def prune_in_blocks(
     budget: Budget,
     settings: PruneSettings,
     progress: Progress,
-    timer: NetworkTimer | None = None,
+    meter: Meter | None = None,
 ) -> Pruned | None:
     """What `modhifi.pruning.prune_model` returns in ``uniform`` layout, with one block's Grams in memory at a time.
 
@@ -83,9 +83,9 @@ def prune_in_blocks(
         return None
     check_room(loaded.model, structure, examples_in(samples, loaded), settings.sampling, together=False)
     level = level_curves(structure, settings)
-    planned, timed = Planned(make_plan(loaded.model, structure, level, budget, settings)), None
-    if timer is not None:  # which asks for widths alone
-        timed, _, planned = timed_plan(loaded, structure, level, budget, settings, planned, timer)
+    planned, metered = Planned(make_plan(loaded.model, structure, level, budget, settings)), None
+    if meter is not None:  # which asks for widths alone
+        metered, _, planned = metered_plan(loaded, structure, level, budget, settings, planned, meter)
     widths = {g.name: len(planned.plan.kept.get(g.name, range(g.n))) for g in structure.prunable}
     dense_shape = clone(loaded.model)
     curves: dict[str, Curve] = {}
@@ -129,7 +129,7 @@ def prune_in_blocks(
     progress("pruning blocks", len(blocks), len(blocks))
     whole, structure = Plan(kept, cost), leave(structure, left, settings.strict)
     small = stating(shrink(dense_shape, structure, whole), loaded)
-    return Pruned(small, structure, whole, curves, tuple(errors), left=left, timed=timed)
+    return Pruned(small, structure, whole, curves, tuple(errors), left=left, metered=metered)
 
 
 def _curves(

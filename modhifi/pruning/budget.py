@@ -11,25 +11,29 @@ from typing import TYPE_CHECKING
 from modhifi.errors import ModhifiError
 
 if TYPE_CHECKING:  # an impossible budget is refused before torch is imported
+    from modhifi.structure.gauge import Gauge
     from modhifi.structure.groups import Structure
     from modhifi.structure.sizes import Sizes
-    from modhifi.structure.times import Times
 
-UNITS = {"ms": 1e-3, "s": 1.0}
+# The units in which a latency or a memory may be asked for, in seconds and bytes.
+UNITS = {
+    "latency": {"ms": 1e-3, "s": 1.0},
+    "memory": {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
+}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """``measure`` is ``components``, ``parameters``, ``macs``, ``cache``, ``experts`` or ``latency``.
+    """``measure`` is ``components``, ``parameters``, ``macs``, ``cache``, ``experts``, ``latency`` or ``memory``.
 
-    ``keep`` is the share of the dense model's. A latency may be asked for in ``seconds`` instead; it needs ``times``,
-    which :meth:`timed` adds.
+    ``keep`` is the share of the dense model's. A latency or a memory may be asked for as an ``absolute`` amount
+    instead, in seconds or bytes; both need a ``gauge``, which :meth:`gauged` adds.
     """
 
     measure: str
     keep: float
-    seconds: float | None = None
-    times: Times | None = None
+    absolute: float | None = None
+    gauge: Gauge | None = None
 
     @classmethod
     def parse(
@@ -40,19 +44,21 @@ class Budget:
         kv_cache: str | None = None,
         latency: str | None = None,
         experts: str | None = None,
+        memory: str | None = None,
     ) -> Budget:
         """From the options of the command line; exactly one must be given.
 
-        ``ratio`` is the share of components removed, in (0, 1); the others are shares kept, ``"0.5x"``, and a
-        latency may be a time, ``"12ms"``. Raises ModhifiError for none, for several, and for a share outside (0, 1).
+        ``ratio`` is the share of components removed, in (0, 1); the others are shares kept, ``"0.5x"``; a latency may
+        be a time, ``"12ms"``, and a memory an amount, ``"300MB"``.
+        Raises ModhifiError for none, for several, and for a share outside (0, 1).
         """
         given = [("ratio", ratio), ("params", params), ("flops", flops), ("kv-cache", kv_cache), ("latency", latency)]
-        given.append(("experts", experts))
+        given += [("experts", experts), ("memory", memory)]
         chosen = [(name, value) for name, value in given if value is not None]
         if len(chosen) != 1:
             raise ModhifiError(
-                "give exactly one of --ratio, --params, --flops, --kv-cache, --latency and --experts, such as --flops "
-                "0.5x"
+                "give exactly one of --ratio, --params, --flops, --kv-cache, --latency, --memory and --experts, such "
+                "as --flops 0.5x"
             )
         name, value = chosen[0]
         if name == "ratio":
@@ -60,9 +66,10 @@ class Budget:
             if not 0 < share < 1:
                 raise ModhifiError(f"--ratio is the share of components removed, above 0 and below 1, not {value}")
             return cls("components", 1 - share)
-        time = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(ms|s)\s*", str(value)) if name == "latency" else None
-        if time is not None and float(time.group(1)) > 0:
-            return cls("latency", 1.0, float(time.group(1)) * UNITS[time.group(2)])
+        units = UNITS.get(name, {})
+        amount = re.fullmatch(rf"\s*([0-9]*\.?[0-9]+)\s*({'|'.join(units)})\s*", str(value)) if units else None
+        if amount is not None and float(amount.group(1)) > 0:
+            return cls(name, 1.0, float(amount.group(1)) * units[amount.group(2)])
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*x?\s*", str(value))
         if not match or not 0 < float(match.group(1)) < 1:
             raise ModhifiError(f"--{name} is the share of the model kept, above 0x and below 1x, not {value!r}")
@@ -84,21 +91,25 @@ class Budget:
                 f"{', '.join(structure.uncounted)}; give --ratio or --params"
             )
 
-    def timed(self, times: Times) -> Budget:
-        """The budget of a latency with the times that it speaks of; raises ModhifiError for one that is met already."""
-        if self.seconds is None:
-            return replace(self, times=times)
-        dense = times.seconds({})
-        if self.seconds >= dense:
+    def gauged(self, gauge: Gauge) -> Budget:
+        """The budget of a latency or a memory with what tells it; raises ModhifiError for one that is met already."""
+        if self.absolute is None:
+            return replace(self, gauge=gauge)
+        dense = gauge.amount({})
+        if self.absolute >= dense:
             raise ModhifiError(
-                f"the model takes {1e3 * dense:.3g} ms here already, not more than {1e3 * self.seconds:.3g} ms; "
+                f"the model takes {self.told(dense)} here already, not more than {self.told(self.absolute)}; "
                 "ask for less"
             )
-        return replace(self, keep=self.seconds / dense, times=times)
+        return replace(self, keep=self.absolute / dense, gauge=gauge)
+
+    def told(self, amount: float) -> str:
+        """A latency or a memory with its unit."""
+        return f"{1e3 * amount:.3g} ms" if self.measure == "latency" else f"{amount / 1e6:.4g} MB"
 
     def ordered(self, removed: Mapping[str, Sequence[int]]) -> Budget:
         """The budget for blocks and sublayers that go in this order; see `structure.sizes.Depth.ordered`."""
-        return self if self.times is None else replace(self, times=self.times.ordered(removed))
+        return self if self.gauge is None else replace(self, gauge=self.gauge.ordered(removed))
 
     @property
     def label(self) -> str:
@@ -107,8 +118,8 @@ class Budget:
 
     def size(self, sizes: Sizes, widths: Mapping[str, int]) -> float:
         """The model's size at some widths, in the budget's measure."""
-        if self.times is not None:
-            return self.times.seconds(widths)
+        if self.gauge is not None:
+            return self.gauge.amount(widths)
         measures: dict[str, Callable[[Mapping[str, int]], float]] = {
             "components": sizes.components,
             "parameters": sizes.parameters,
@@ -119,8 +130,8 @@ class Budget:
 
     def touching(self, sizes: Sizes) -> dict[str, Callable[[Mapping[str, int]], float]]:
         """For each group the size of what its width changes; empty where one group is like another."""
-        if self.times is not None:
-            return {name: own.seconds for name, own in self.times.touching().items()}
+        if self.gauge is not None:
+            return {name: own.amount for name, own in self.gauge.touching().items()}
         if self.measure not in ("parameters", "macs"):
             return {}
         return {name: partial(self.size, own) for name, own in sizes.touching().items()}

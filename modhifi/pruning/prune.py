@@ -21,6 +21,8 @@ from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts import LAYOUTS
 from modhifi.pruning.layouts.base import EXACT
 from modhifi.pruning.left_alone import UNSOLVED, leave, unmeasured
+from modhifi.pruning.metered import Meter, Metered
+from modhifi.pruning.metered_plan import metered_plan
 from modhifi.pruning.planned import Planned
 from modhifi.pruning.readers import best_singletons, readers_of
 from modhifi.pruning.selectors import SELECTORS
@@ -37,8 +39,6 @@ from modhifi.pruning.stages import (
     ordered_curves,
     removal_curves,
 )
-from modhifi.pruning.time_budget import timed_plan
-from modhifi.pruning.timed import NetworkTimer, Timed
 from modhifi.pruning.weightings import WEIGHTINGS
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
@@ -81,24 +81,25 @@ def prune_model(
     progress: Progress = silent,
     cache: MomentCache | None = None,
     team: Processes = ALONE,
-    timer: NetworkTimer | None = None,
+    meter: Meter | None = None,
 ) -> Pruned:
     """The whole method on one loaded model, which itself stays as it is.
 
-    ``timer`` is needed for a budget of time. ``budget`` None is allowed with ``settings.eta`` (keep HiFi sets) or with
-    a given ``plan`` (replay it). Of a ``team`` of processes this is the main one; the others call :func:`contribute`.
+    ``meter`` is needed for a budget of time or memory. ``budget`` None is allowed with ``settings.eta`` (keep HiFi
+    sets) or with a given ``plan`` (replay it). Of a ``team`` of processes this is the main one; the others
+    call :func:`contribute`.
     """
     structure = _chosen(loaded, settings, plan)
     if budget is not None:
         budget.require(structure)
+    if budget is not None and meter is not None:
+        budget = budget.gauged(meter.gauge(loaded, structure, settings.rounding))
     if not needs_moments(structure, settings, plan):
-        return _prune_unmeasured(loaded, structure, budget, settings, plan)
-    if budget is not None and budget.measure == "latency" and timer is not None:
-        budget = budget.timed(timer.times(loaded, structure, settings.rounding))
+        return _prune_unmeasured(loaded, structure, budget, settings, plan, meter)
     # Blocks are measured one after the other: that pass is not shared among processes.
     if plan is None and budget is not None and team.count == 1:
         if block_by_block(loaded, structure, settings, cache is not None):
-            pruned = prune_in_blocks(loaded, structure, samples, budget, settings, progress, timer)
+            pruned = prune_in_blocks(loaded, structure, samples, budget, settings, progress, meter)
             if pruned is not None:
                 return pruned
     moments = measure_moments(loaded, structure, samples, settings.sampling, progress, cache, team)
@@ -106,7 +107,7 @@ def prune_model(
     while True:
         structure = leave(structure, left, settings.strict)
         try:
-            pruned = solve(loaded, structure, samples, budget, settings, plan, moments, progress, timer=timer)
+            pruned = solve(loaded, structure, samples, budget, settings, plan, moments, progress, meter=meter)
             return replace(pruned, left=left)
         except IndefiniteError as error:
             if not error.groups or settings.strict:
@@ -145,7 +146,7 @@ def solve(
     moments: Mapping[str, Moments],
     progress: Progress = silent,
     curves: Mapping[str, Curve] | None = None,
-    timer: NetworkTimer | None = None,
+    meter: Meter | None = None,
 ) -> Pruned:
     """What :func:`prune_model` returns, from moments; raises :class:`IndefiniteError` for groups without a solution.
 
@@ -157,7 +158,7 @@ def solve(
     used: Mapping[str, Curve] = {}
     tried: Mapping[str, float] = {}
     rounded: Rounded | None = None
-    timed: Timed | None = None
+    metered: Metered | None = None
     if plan is None and settings.eta is not None:
         plan = hifi_plan(loaded.model, structure, moments, settings)
     elif plan is None:
@@ -171,8 +172,8 @@ def solve(
             planned = weighting.plan(loaded, structure, used, moments, samples, budget, settings, progress)
         else:
             planned = Planned(make_plan(loaded.model, structure, used, budget, settings))
-        if timer is not None:
-            timed, budget, planned = timed_plan(loaded, structure, used, budget, settings, planned, timer)
+        if meter is not None:
+            metered, budget, planned = metered_plan(loaded, structure, used, budget, settings, planned, meter)
         if reads_costs:
             rounded = _rounded(loaded, structure, used, budget, settings, planned)
         plan, tried = planned.plan, planned.tried
@@ -184,7 +185,13 @@ def solve(
             fidelity[g.name] = best_singletons(readers_of(loaded.model, structure, g, moments), g.n)
     pruned = apply_plan(loaded, structure, plan, moments, settings, samples, progress)
     return replace(
-        pruned, curves=used, fidelity=fidelity, grams=gram_quality(moments), tried=tried, rounded=rounded, timed=timed
+        pruned,
+        curves=used,
+        fidelity=fidelity,
+        grams=gram_quality(moments),
+        tried=tried,
+        rounded=rounded,
+        metered=metered,
     )
 
 
@@ -205,15 +212,24 @@ def _rounded(
 
 def _given(budget: Budget | None) -> Budget:
     if budget is None:
-        raise ModhifiError("give a budget: --ratio, --params, --flops, --kv-cache or --latency")
+        raise ModhifiError("give a budget: --ratio, --params, --flops, --kv-cache, --latency or --memory")
     return budget
 
 
 def _prune_unmeasured(
-    loaded: LoadedModel, structure: Structure, budget: Budget | None, settings: PruneSettings, plan: Plan | None
+    loaded: LoadedModel,
+    structure: Structure,
+    budget: Budget | None,
+    settings: PruneSettings,
+    plan: Plan | None,
+    meter: Meter | None,
 ) -> Pruned:
     """A run that reads no moments collects none; what it does to its layers is then not known."""
+    metered: Metered | None = None
     if plan is None:
-        curves = ordered_curves(loaded.model, structure, settings)
-        plan = replace(make_plan(loaded.model, structure, curves, _given(budget), settings), removal_cost={})
-    return apply_plan(loaded, structure, plan, None, settings)
+        curves, budget = ordered_curves(loaded.model, structure, settings), _given(budget)
+        planned = Planned(make_plan(loaded.model, structure, curves, budget, settings))
+        if meter is not None:
+            metered, _, planned = metered_plan(loaded, structure, curves, budget, settings, planned, meter)
+        plan = replace(planned.plan, removal_cost={})
+    return replace(apply_plan(loaded, structure, plan, None, settings), metered=metered)

@@ -29,12 +29,12 @@ from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.depth import moments_of_plans, remove_branches
 from modhifi.pruning.editing import LayerError, edit_readers
 from modhifi.pruning.elimination import SINGULAR, Curve, Job, eliminate_together, removable
+from modhifi.pruning.metered import Metered
 from modhifi.pruning.readers import readers_of
 from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.selectors.naive import hifi_union
 from modhifi.pruning.sequential import edit_sequentially
 from modhifi.pruning.settings import PruneSettings
-from modhifi.pruning.timed import Timed
 from modhifi.structure.clone import clone
 from modhifi.structure.depth import removed_parts
 from modhifi.structure.groups import Group, Structure
@@ -84,7 +84,7 @@ class Pruned:
     tried: Mapping[str, float] = field(default_factory=dict)
     left: Mapping[str, str] = field(default_factory=dict)
     rounded: Rounded | None = None
-    timed: Timed | None = None
+    metered: Metered | None = None
 
 
 def find_structure(loaded: LoadedModel, depth: bool = False) -> Structure:

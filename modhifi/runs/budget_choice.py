@@ -12,7 +12,7 @@ from modhifi.runs.recipe_file import Option, Strict
 
 
 class BudgetChoice(Strict):
-    """The budget: exactly one share, of components removed or of parameters, FLOPs, KV cache, time or experts kept."""
+    """The budget: one share, of components removed or of parameters, FLOPs, KV cache, time, memory or experts kept."""
 
     panel: ClassVar[str] = "Budget"
 
@@ -26,11 +26,12 @@ class BudgetChoice(Strict):
     """Share of the KV cache kept, in whole KV groups, such as 0.5x."""
     latency: str | None = None
     """Share of the measured time of a pass that stays, such as 0.5x, or a time, such as 12ms."""
-
+    memory: str | None = None
+    """Share of the memory of a pass that stays, weights and the most that its results hold at once, or 300MB."""
     experts: str | None = None
     """Share of the experts of every mixture kept, such as 0.75x; their neurons are those of the other budgets."""
 
-    @field_validator("ratio", "params", "flops", "kv_cache", "latency", "experts")
+    @field_validator("ratio", "params", "flops", "kv_cache", "latency", "memory", "experts")
     @classmethod
     def _possible(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None:
@@ -42,4 +43,4 @@ class BudgetChoice(Strict):
 
     def parse(self) -> Budget:
         """The budget; raises ModhifiError unless exactly one share is given."""
-        return Budget.parse(self.ratio, self.params, self.flops, self.kv_cache, self.latency, self.experts)
+        return Budget.parse(self.ratio, self.params, self.flops, self.kv_cache, self.latency, self.experts, self.memory)

@@ -41,20 +41,18 @@ from modhifi.runs.entries import count_entries
 from modhifi.runs.forecast import forecast
 from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, located, place, shortage
 from modhifi.runs.measurements import before_after, measure_run, summary
+from modhifi.runs.meters import meter_of
 from modhifi.runs.outcome import add_outcome, prune_advice, without_bounds
 from modhifi.runs.prune_report import (
     measured_verdict,
+    metered_verdict,
+    metered_warnings,
     report_of,
     rounding_verdict,
     skipped_warnings,
-    time_verdict,
-    time_warnings,
 )
 from modhifi.runs.recalibrate import reestimate_if_closer
 from modhifi.runs.recipe import PruneRecipe
-from modhifi.runs.timing.bench import check_threads
-from modhifi.runs.timing.networks import Timer
-from modhifi.runs.timing.runtimes import RUNTIMES
 from modhifi.structure.clone import clone
 from modhifi.structure.expand import expand
 from modhifi.structure.plan import Plan
@@ -118,9 +116,7 @@ def run_prune(
         if incomparable:
             recipe, more = _by_local_errors(recipe, incomparable)
             remarks = [*remarks, *more]
-        timer = (
-            _timer(recipe, original, cache, progress) if budget is not None and budget.measure == "latency" else None
-        )
+        meter = meter_of(recipe, original, budget, cache, progress)
     with clock.stage("data"):
         calibration, held = load_data(recipe, original, given, progress)
         warnings = [*original.warnings, *remarks, *shortage(recipe, calibration, held)]
@@ -146,12 +142,12 @@ def run_prune(
                 progress=progress,
                 cache=cache,
                 team=team,
-                timer=timer,
+                meter=meter,
             )
         if recipe.method.reestimate_batchnorm:
             warnings.append(reestimate_if_closer(pruned.model, original, calibration, settings.batch_size))
         warnings += [f"the group '{name}' stays as it is: {reason}" for name, reason in pruned.left.items()]
-        warnings += time_warnings(pruned)
+        warnings += metered_warnings(pruned)
         warnings += gram_warnings(pruned.grams, len(calibration))
     report = report_of(recipe, original, calibration, held, pruned, warnings, command)
     _note(report, warnings, clock, team, cache)
@@ -242,25 +238,6 @@ def _by_local_errors(recipe: PruneRecipe, incomparable: str) -> tuple[PruneRecip
     return recipe.model_copy(update={"method": method}), [f"groups are weighted by their own energy: {incomparable}"]
 
 
-def _timer(recipe: PruneRecipe, original: LoadedModel, cache: MomentCache | None, progress: Progress) -> Timer:
-    """What times networks for a budget of latency; raises ModhifiError for what cannot be timed."""
-    timing = recipe.timing
-    threads = timing.threads or torch.get_num_threads()
-    check_threads([threads])
-    RUNTIMES[timing.runtime].check()
-    if recipe.offload:
-        raise ModhifiError("weights that visit the device say nothing of its time; give another budget or no --offload")
-    if timing.phase == "decode":
-        if original.kind != "text":
-            raise ModhifiError("only a causal language model decodes; leave out --phase decode")
-        if timing.runtime != "eager":
-            raise ModhifiError("a token behind a window is timed in eager mode; leave out --runtime, or --phase decode")
-    place = None if cache is None else cache.entries.directory / "latency"
-    return Timer(
-        timing.runtime, timing.latency_batch, threads, recipe.data.window, timing.phase == "decode", place, progress
-    )
-
-
 def _note(
     report: dict[str, Any], warnings: Sequence[str], clock: Clock, team: Processes, cache: MomentCache | None
 ) -> None:
@@ -302,7 +279,7 @@ def _measure(
     report |= measure_run(original, pruned.model, held, table, batch_size, progress, exact=exact)
     report["before_after"] = before_after(report)
     report["summary"] = summary(report)
-    report["verdicts"] = [measured_verdict(report), *rounding_verdict(report, pruned), *time_verdict(pruned)]
+    report["verdicts"] = [measured_verdict(report), *rounding_verdict(report, pruned), *metered_verdict(pruned)]
     if table is None:
         report["verdicts"].append({"name": "every bound", "verdict": "not available", "text": incomparable})
     else:

@@ -19,6 +19,7 @@ from modhifi.structure.sizes import sizes_of
 
 # The difference of two shares of the KV cache below which they count as equal.
 STEP = 0.005
+WORDS = {"latency": "time", "memory": "memory"}
 # The quantiles of the components' fidelities that the report shows for each group.
 QUANTILES = (0.1, 0.5, 0.9)
 
@@ -71,8 +72,8 @@ def report_of(
         "parameters": sizes.parameters(widths) / sizes.parameters(dense),
         "macs": sizes.macs(widths) / sizes.macs(dense),
     }
-    if pruned.timed is not None:
-        reached["latency"] = pruned.timed.taken.measured
+    if pruned.metered is not None:
+        reached[pruned.metered.measure] = pruned.metered.taken.measured
     if structure.uncounted:
         left_out = ", ".join(structure.uncounted)
         warnings = [*warnings, f"FLOPs leave out {left_out}, whose work no formula tells"]
@@ -99,7 +100,7 @@ def report_of(
         "budget": {**recipe.budget.model_dump(), "reached": reached},
         "groups": groups,
         "plans_tried": dict(pruned.tried),
-        "timed": None if pruned.timed is None else asdict(pruned.timed),
+        "metered": None if pruned.metered is None else asdict(pruned.metered),
         "refused": [{"name": g.name, "n": g.n, "reason": g.refused} for g in structure.refused],
         "warnings": warnings,
         "command": command,
@@ -160,18 +161,18 @@ def rounding_verdict(report: dict[str, Any], pruned: Pruned) -> list[dict[str, s
     ]
 
 
-def time_warnings(pruned: Pruned) -> list[str]:
-    """The warnings that a time asked for was not met, or that it was too noisy to say; empty without such a budget."""
-    timed, warnings = pruned.timed, []
-    if timed is None:
+def metered_warnings(pruned: Pruned) -> list[str]:
+    """The warnings that a time or memory asked for was not met, or that a time was too noisy to say."""
+    metered, warnings = pruned.metered, []
+    if metered is None:
         return []
-    if not timed.met:
+    if not metered.met:
         warnings.append(
-            f"{timed.keep:.3g}x of the time was asked for and {timed.taken.measured:.3g}x was reached, the nearest of "
-            f"{len(timed.attempts)} plans that were timed"
+            f"{metered.keep:.3g}x of the {WORDS[metered.measure]} was asked for and {metered.taken.measured:.3g}x was "
+            f"reached, the nearest of {len(metered.attempts)} plans that were measured"
         )
-    if noisy(timed.taken.measured, timed.taken.spread):
-        warnings.append(too_busy(timed.taken.measured, timed.taken.spread))
+    if noisy(metered.taken.measured, metered.taken.spread):
+        warnings.append(too_busy(metered.taken.measured, metered.taken.spread))
     return warnings
 
 
@@ -183,13 +184,14 @@ def too_busy(measured: float, spread: float) -> str:
     )
 
 
-def time_verdict(pruned: Pruned) -> list[dict[str, str]]:
-    """The verdict on a budget of time: what was predicted and measured; empty without such a budget."""
-    if pruned.timed is None:
+def metered_verdict(pruned: Pruned) -> list[dict[str, str]]:
+    """The verdict on a budget of time or memory: what was predicted and measured; empty without such a budget."""
+    metered = pruned.metered
+    if metered is None:
         return []
-    taken = pruned.timed.taken
+    taken, spread = metered.taken, f" ± {metered.taken.spread:.3f}" if metered.taken.spread else ""
     text = (
-        f"{pruned.timed.keep:.3g}x of the time asked for, {taken.measured:.3f} ± {taken.spread:.3f}x measured, "
-        f"{taken.predicted:.3f}x predicted, after {len(pruned.timed.attempts)} timings"
+        f"{metered.keep:.3g}x of the {WORDS[metered.measure]} asked for, {taken.measured:.3f}{spread}x measured, "
+        f"{taken.predicted:.3f}x predicted, {len(metered.attempts)} measured in all"
     )
-    return [{"name": "time of a pass", "verdict": "MEASURED", "text": text}]
+    return [{"name": f"{WORDS[metered.measure]} of a pass", "verdict": "MEASURED", "text": text}]

@@ -137,14 +137,14 @@ class DataSource(CalibrationData):
 
 
 class Timing(Strict):
-    """What the time of a pass is measured in, for a budget of latency."""
+    """What the time or memory of a pass is measured in, for a budget of latency or memory."""
 
     panel: ClassVar[str] = "Budget"
 
     runtime: one_of(RUNTIMES) = "eager"  # type: ignore[valid-type]
     """What runs the model while it is timed for --latency."""
     latency_batch: Count = 1
-    """Items in the batch that is timed for --latency."""
+    """Items in the batch that is timed for --latency, or counted for --memory."""
     threads: Count | None = None
     """Threads while it is timed for --latency; by default as many as torch takes."""
     phase: Literal["prefill", "decode"] = "prefill"

@@ -237,10 +237,10 @@ def _failure(bounds: BoundReport | None) -> GateFailed | SelfTestFailed | None:
 
 def _uncertain_time(report: Mapping[str, Any]) -> GateFailed | None:
     """The error of a budget of time whose measurement cannot tell the model from the original."""
-    timed = report.get("timed")
-    if timed is None or not noisy(timed["taken"]["measured"], timed["taken"]["spread"]):
+    metered = report.get("metered")
+    if metered is None or not noisy(metered["taken"]["measured"], metered["taken"]["spread"]):
         return None
-    return GateFailed(too_busy(timed["taken"]["measured"], timed["taken"]["spread"]))
+    return GateFailed(too_busy(metered["taken"]["measured"], metered["taken"]["spread"]))
 
 
 def _nothing_forgotten(report: Mapping[str, Any]) -> GateFailed | None:

@@ -77,6 +77,11 @@ class Times:
         return replace(self, depth=self.depth.of(plan))
 
     @property
+    def rest(self) -> float:
+        """Seconds that belong to no operator."""
+        return self.fixed
+
+    @property
     def at_once(self) -> int:
         """How many channels the device takes at a time."""
         return max((operator.at_once for operator in self.operators), default=1)
@@ -97,7 +102,7 @@ class Times:
         outputs = width(term.outputs, term.output_total, self.full, widths)
         return max(0.0, operator.at(inputs, outputs)), operator.elements * outputs / max(1, term.output_total)
 
-    def seconds(self, widths: Mapping[str, int]) -> float:
+    def amount(self, widths: Mapping[str, int]) -> float:
         """Seconds of one pass."""
         operators, elements, share = self.parts(widths)
         return self.scale * operators + self.per_element * elements + self.fixed * share

@@ -208,9 +208,9 @@ def test_words():
 
 def test_a_budget_of_time_is_drawn_by_layer() -> None:
     timed = {"operators": {"layer1.conv": [2e-3, 1e-3]}, "rest": 5e-4}
-    page = render_html({"title": "t", "timed": timed})
+    page = render_html({"title": "t", "metered": timed})
     assert "Time by layer" in page and "2 ms to 1 ms" in page and "the rest" in page
-    assert "Time by layer" not in render_html({"title": "t", "timed": None})
+    assert "Time by layer" not in render_html({"title": "t", "metered": None})
 
 
 def test_an_option_in_a_sentence_is_not_broken_between_lines() -> None:

@@ -145,6 +145,7 @@ def test_options_beside_a_recipe_change_it_and_the_written_recipe_repeats_the_ru
         "kv_cache": None,
         "latency": None,
         "experts": None,
+        "memory": None,
     }
     assert written["method"]["selector"] == "random" and written["method"]["round_to"] == 2
     assert (written["seed"], written["summary"]) == (3, str(out / "s.md"))

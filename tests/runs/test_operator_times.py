@@ -16,10 +16,10 @@ from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.layouts.base import EXACT
+from modhifi.pruning.metered import Attempt, Metered
 from modhifi.pruning.stages import find_structure
-from modhifi.pruning.timed import Attempt, Timed
 from modhifi.runs.inputs import Given
-from modhifi.runs.prune_report import time_verdict, time_warnings
+from modhifi.runs.prune_report import metered_verdict, metered_warnings
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.runs.run_recipe import Circumstances, run_recipe
 from modhifi.runs.timing import operators, turns
@@ -105,12 +105,12 @@ def test_a_broken_cache_is_measured_again(net: LoadedModel, tmp_path: Path) -> N
 
 def test_whole_networks_bring_the_prediction_to_scale(net: LoadedModel) -> None:
     structure = find_structure(net)
-    timer = Timer("eager", 2, 1)
-    times = timer.times(net, structure, EXACT)
+    meter = Timer("eager", 2, 1)
+    times = meter.gauge(net, structure, EXACT)
     # every network takes a second, whatever its widths, and so do four operators each
-    assert times.seconds({}) == pytest.approx(1, rel=0.01)
-    assert times.seconds({g.name: 1 for g in structure.prunable}) == pytest.approx(1, rel=0.01)
-    assert timer.ratio(net, structure, plan_of(structure, {"0": 8})) == (1.0, 0.0)
+    assert times.amount({}) == pytest.approx(1, rel=0.01)
+    assert times.amount({g.name: 1 for g in structure.prunable}) == pytest.approx(1, rel=0.01)
+    assert meter.ratio(net, structure, plan_of(structure, {"0": 8})) == (1.0, 0.0)
 
 
 def test_widths_make_a_plan_that_can_be_cut(net: LoadedModel) -> None:
@@ -153,10 +153,10 @@ def test_a_runtime_without_its_packages_is_refused_before_the_work(
 )
 def test_a_time_that_is_missed_or_uncertain_is_a_warning(measured: float, spread: float, expected: list[str]) -> None:
     attempt = Attempt(0.5, measured, spread)
-    pruned: Any = SimpleNamespace(timed=Timed(0.5, 1.0, (attempt,), attempt, {}, 0.0))
-    warnings = time_warnings(pruned)
+    pruned: Any = SimpleNamespace(metered=Metered("latency", 0.5, 1.0, (attempt,), attempt, {}, 0.0))
+    warnings = metered_warnings(pruned)
     assert len(warnings) == len(expected) and all(e in w for e, w in zip(expected, warnings, strict=True))
-    (verdict,) = time_verdict(pruned)
+    (verdict,) = metered_verdict(pruned)
     assert f"{measured:.3f} ± {spread:.3f}x measured" in verdict["text"]
 
 
@@ -194,7 +194,7 @@ def test_a_time_that_cannot_be_told_fails_a_run_with_a_tolerance(
     tolerance: dict[str, float], fails: bool, spread: float, net: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Timer, "ratio", lambda *_: (0.8, spread))
-    monkeypatch.setattr(Timer, "times", lambda _, loaded, structure, rounding: prices(loaded, structure))
+    monkeypatch.setattr(Timer, "gauge", lambda _, loaded, structure, rounding: prices(loaded, structure))
     content = {"model": {"name": "module"}, "budget": {"latency": "0.8x"}, "checks": {"walked": 0, **tolerance}}
     given = Given(model=net, data=torch.randn(16, 3, 8, 8))
     (done,) = run_recipe(PruneRecipe.model_validate(content), Circumstances("cpu", given))

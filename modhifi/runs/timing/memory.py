@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,18 +11,24 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modhifi.models.hooks import attached
 from modhifi.runs.measure import device_of, stored_bytes
 from modhifi.runs.timing.runtimes.base import Run
 from modhifi.structure.torch_ops import tensors_in
 
 
 class _Alive(TorchDispatchMode):
-    """The largest number of bytes that what is computed inside holds at once."""
+    """What the results that are computed inside hold at once.
+
+    ``peak`` is the largest number of bytes, ``instants`` has the bytes after every operation by ``writer``, the
+    operator that ran last when they were computed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
+        self.storages: dict[int, tuple[StorageWeakRef, int, str]] = {}
+        self.peak, self.writer = 0, ""
+        self.instants: dict[frozenset[tuple[str, int]], None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = {t.untyped_storage()._cdata for t in tensors_in((args, kwargs or {}))}
@@ -28,9 +36,13 @@ class _Alive(TorchDispatchMode):
         for tensor in tensors_in(out):
             storage = tensor.untyped_storage()
             if storage._cdata not in known:
-                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes(), self.writer
         self.storages = {key: entry for key, entry in self.storages.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        held: Counter[str] = Counter()
+        for _, size, writer in self.storages.values():
+            held[writer] += size
+        self.peak = max(self.peak, held.total())
+        self.instants[frozenset(held.items())] = None
         return out
 
 
@@ -40,6 +52,25 @@ def activation_bytes(run: Run) -> int:
     with _Alive() as alive:
         run()
     return alive.peak
+
+
+@torch.no_grad()
+def bytes_by_writer(run: Run, operators: Mapping[str, nn.Module]) -> list[dict[str, int]]:
+    """The bytes that the results of a pass hold at every instant, by the operator that ran last before they were made.
+
+    The key of what was made before any operator ran is empty; an instant that is like another one is left out.
+    """
+    alive = _Alive()
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            alive.writer = name
+
+        return hook
+
+    with attached([m.register_forward_pre_hook(note(name)) for name, m in operators.items()]), alive:
+        run()
+    return [dict(instant) for instant in alive.instants]
 
 
 def peak_bytes(model: nn.Module, run: Run, eager: bool) -> int | None:

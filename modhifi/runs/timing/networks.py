@@ -35,7 +35,7 @@ class Timer:
     """Times networks in one runtime, at one batch size and number of threads; operators' times are kept in ``cache``.
 
     ``window`` is the tokens of an input of text, of which ``decode`` times the last one alone. See
-    :class:`modhifi.pruning.timed.NetworkTimer`.
+    :class:`modhifi.pruning.metered.Meter`.
     """
 
     runtime: str
@@ -46,7 +46,7 @@ class Timer:
     cache: Path | None = None
     progress: Progress = silent
 
-    def times(self, loaded: LoadedModel, structure: Structure, rounding: Rounding) -> Times:
+    def gauge(self, loaded: LoadedModel, structure: Structure, rounding: Rounding) -> Times:
         """Operators alone on a grid of widths, then whole networks, which give the coefficients."""
         batch = self._inputs(loaded)
         one_pass = batch[:, -1:] if self.decode else batch

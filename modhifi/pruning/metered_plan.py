@@ -1,4 +1,4 @@
-"""A plan that meets a budget of time: made, timed, and made again."""
+"""A plan that meets a budget of time or memory: made, measured, and made again."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from dataclasses import replace
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.elimination import Curve
+from modhifi.pruning.metered import Meter, Metered, meet
 from modhifi.pruning.planned import Planned
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import make_plan
-from modhifi.pruning.timed import NetworkTimer, Timed, meet
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
 
 
-def timed_plan(
+def metered_plan(
     loaded: LoadedModel,
     structure: Structure,
     curves: Mapping[str, Curve],
     budget: Budget,
     settings: PruneSettings,
     planned: Planned,
-    timer: NetworkTimer,
-) -> tuple[Timed, Budget, Planned]:
-    """What timing came to, the budget that the plan taken last was made for, and that plan.
+    meter: Meter,
+) -> tuple[Metered, Budget, Planned]:
+    """What measuring came to, the budget that the plan taken last was made for, and that plan.
 
     ``planned`` is the plan that the prediction alone gives.
     """
-    times = budget.times
-    assert times is not None
+    gauge = budget.gauge
+    assert gauge is not None
 
     def plan_at(keep: float) -> Plan:
         if keep == budget.keep:
@@ -38,13 +38,13 @@ def timed_plan(
         return make_plan(loaded.model, structure, curves, replace(budget, keep=keep), settings, planned.weights)
 
     def predicted(plan: Plan) -> float:
-        return times.of(plan).seconds(widths_of(plan)) / times.seconds({})
+        return gauge.of(plan).amount(widths_of(plan)) / gauge.amount({})
 
-    plan, taken, attempts = meet(plan_at, predicted, lambda plan: timer.ratio(loaded, structure, plan), budget.keep)
-    before, after = times.by_operator({}), times.of(plan).by_operator(widths_of(plan))
-    operators = {name: (seconds, after[name]) for name, seconds in before.items()}
-    timed = Timed(budget.keep, times.seconds({}), attempts, taken, operators, times.fixed)
-    return timed, replace(budget, keep=taken.predicted), replace(planned, plan=plan)
+    plan, taken, attempts = meet(plan_at, predicted, lambda plan: meter.ratio(loaded, structure, plan), budget.keep)
+    before, after = gauge.by_operator({}), gauge.of(plan).by_operator(widths_of(plan))
+    operators = {name: (amount, after[name]) for name, amount in before.items()}
+    metered = Metered(budget.measure, budget.keep, gauge.amount({}), attempts, taken, operators, gauge.rest)
+    return metered, replace(budget, keep=taken.predicted), replace(planned, plan=plan)
 
 
 def widths_of(plan: Plan) -> dict[str, int]:

@@ -1,10 +1,11 @@
-"""Budgets of time, without a clock: tables of prices in its place."""
+"""Budgets of time and memory, without a clock: tables of prices in its place."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,9 +19,10 @@ from modhifi.pruning.budget import Budget
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts import LAYOUTS
 from modhifi.pruning.layouts.base import Rounding
+from modhifi.pruning.metered import Attempt, meet
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.settings import PruneSettings
-from modhifi.pruning.timed import Attempt, meet
+from modhifi.structure.footprint import Footprint
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
 from modhifi.structure.sizes import Term, sizes_of
@@ -98,10 +100,10 @@ def test_an_operators_time_is_bilinear_and_goes_on() -> None:
 def test_times_add_operators_elements_and_what_is_fixed() -> None:
     full = {"a in": 8, "a out": 8}
     times = Times((price("a", ((1.0, 3.0), (2.0, 8.0)), elements=160),), full, 2.0, 0.1, 5.0)
-    assert times.seconds({}) == 2 * 8 + 0.1 * 160 + 5
+    assert times.amount({}) == 2 * 8 + 0.1 * 160 + 5
     # two positions of each of eight components: 5 of 8 in, 10 of 16 out
-    assert times.seconds({"a in": 5, "a out": 5}) == pytest.approx(2 * 3.5 + 0.1 * 100 + 5)
-    assert times.touching()["a in"].seconds({"a in": 5, "a out": 5}) == pytest.approx(2 * 3.5 + 0.1 * 100)
+    assert times.amount({"a in": 5, "a out": 5}) == pytest.approx(2 * 3.5 + 0.1 * 100 + 5)
+    assert times.touching()["a in"].amount({"a in": 5, "a out": 5}) == pytest.approx(2 * 3.5 + 0.1 * 100)
     assert times.by_operator({}) == {"a": 32.0}
 
 
@@ -141,32 +143,48 @@ def test_the_layer_whose_time_is_dear_gives_more(dear: str) -> None:
     model, structure = two_layers()
     line = torch.linspace(0, 1, 41, dtype=torch.float64) ** 2
     curves = {name: Curve(torch.arange(40), line, 1.0) for name in ("0", "2")}
-    budget = Budget.parse(latency="0.5x").timed(prices(model, structure, dear))
+    budget = Budget.parse(latency="0.5x").gauged(prices(model, structure, dear))
     made = allocate(structure.prunable, curves, sizes_of(model, structure), budget)
     widths = {g.name: len(made.kept.get(g.name, range(g.n))) for g in structure.prunable}
     assert widths[dear] < widths["2" if dear == "0" else "0"]
-    assert budget.size(sizes_of(model, structure), widths) / budget.times.seconds({}) == pytest.approx(0.5, rel=0.02)
+    assert budget.size(sizes_of(model, structure), widths) / budget.gauge.amount({}) == pytest.approx(0.5, rel=0.02)
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("0.6x", (0.6, None)), ("12ms", (1.0, 0.012)), ("0.5 s", (1.0, 0.5)), ("0.25", (0.25, None))]
+    ("measure", "text", "expected"),
+    [
+        ("latency", "0.6x", (0.6, None)),
+        ("latency", "12ms", (1.0, 0.012)),
+        ("latency", "0.5 s", (1.0, 0.5)),
+        ("memory", "0.25", (0.25, None)),
+        ("memory", "300MB", (1.0, 300e6)),
+        ("memory", "1.5 GiB", (1.0, 1.5 * 2**30)),
+    ],
 )
-def test_a_latency_is_a_share_or_a_time(text: str, expected: tuple[float, float | None]) -> None:
-    budget = Budget.parse(latency=text)
-    assert (budget.measure, budget.keep, budget.seconds) == ("latency", *expected)
+def test_a_latency_or_memory_is_a_share_or_an_amount(
+    measure: str, text: str, expected: tuple[float, float | None]
+) -> None:
+    budget = Budget.parse(**{measure: text})
+    assert (budget.measure, budget.keep, budget.absolute) == (measure, *expected)
 
 
-@pytest.mark.parametrize("text", ["1.2x", "0x", "-3ms", "0ms", "fast", "12 hours"])
-def test_no_other_text_is_a_latency(text: str) -> None:
-    with pytest.raises(ModhifiError, match="--latency is the share"):
-        Budget.parse(latency=text)
+@pytest.mark.parametrize(
+    ("measure", "text"),
+    [
+        *(("latency", text) for text in ("1.2x", "0x", "-3ms", "0ms", "fast", "12 hours", "12MB")),
+        *(("memory", text) for text in ("1.2x", "0MB", "300", "12ms", "300 megabytes")),
+    ],
+)
+def test_no_other_text_is_a_latency_or_memory(measure: str, text: str) -> None:
+    with pytest.raises(ModhifiError, match=f"--{measure} is the share"):
+        Budget.parse(**{measure: text})
 
 
 def test_the_nearest_stair_to_a_time_is_taken() -> None:
     model, structure = two_layers()
     terms = {t.module: t for t in sizes_of(model, structure).terms}
     stairs = (OperatorTime(terms["0"], (4,), (20, 40), ((1.0, 2.0),), 0, at_once=20),)
-    budget = Budget("latency", 0.6).timed(Times(stairs, {g.name: g.n for g in structure.prunable}))
+    budget = Budget("latency", 0.6).gauged(Times(stairs, {g.name: g.n for g in structure.prunable}))
     line = torch.linspace(0, 1, 41, dtype=torch.float64)
     curves = {name: Curve(torch.arange(40), line, 1.0) for name in ("0", "2")}
     made = allocate(structure.prunable, curves, sizes_of(model, structure), budget)
@@ -176,9 +194,9 @@ def test_the_nearest_stair_to_a_time_is_taken() -> None:
 def test_a_time_is_a_share_of_the_dense_one() -> None:
     model, structure = two_layers()
     times = prices(model, structure, "0")  # 400 + 40 + 2 seconds
-    assert Budget.parse(latency="221s").timed(times).keep == pytest.approx(0.5)
+    assert Budget.parse(latency="221s").gauged(times).keep == pytest.approx(0.5)
     with pytest.raises(ModhifiError, match="already"):
-        Budget.parse(latency="500s").timed(times)
+        Budget.parse(latency="500s").gauged(times)
 
 
 class FakeTimer:
@@ -188,31 +206,32 @@ class FakeTimer:
         self.slower = slower
         self.plans: list[Plan] = []
 
-    def times(self, loaded: LoadedModel, structure: Structure, rounding: Rounding) -> Times:
+    def gauge(self, loaded: LoadedModel, structure: Structure, rounding: Rounding) -> Times:
         self.prices = prices(loaded.model, structure, "2")
         return self.prices
 
     def ratio(self, loaded: LoadedModel, structure: Structure, plan: Plan) -> tuple[float, float]:
         self.plans.append(plan)
         widths = {name: len(kept) for name, kept in plan.kept.items()}
-        return self.slower * self.prices.seconds(widths) / self.prices.seconds({}), 0.01
+        return self.slower * self.prices.amount(widths) / self.prices.amount({}), 0.01
 
 
+@pytest.mark.parametrize("selector", ["obs", "magnitude"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_meets_the_measured_time(layout: str) -> None:
+def test_a_run_meets_the_measured_time(layout: str, selector: str) -> None:
     model, _ = two_layers()
     loaded = load_model(model, example=torch.randn(2, 4))
     inputs = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
     samples = load_samples(inputs, loaded, n=len(inputs))
-    timer = FakeTimer(1.3)
-    pruned = prune_model(
-        loaded, samples, Budget.parse(latency="0.5x"), PruneSettings(layout=layout, rows_per_column=None), timer=timer
-    )
-    assert pruned.timed is not None and pruned.timed.met
-    assert [a.measured for a in pruned.timed.attempts] == pytest.approx([0.65, 0.5], abs=0.02)
-    assert pruned.plan.kept == timer.plans[-1].kept
-    before, after = pruned.timed.operators["2"]
-    assert pruned.timed.rest == 0 and before == 400 and after == 10 * len(pruned.plan.kept["2"])
+    meter = FakeTimer(1.3)
+    compensate = "lstsq" if selector == "obs" else "none"  # with magnitude in equal widths nothing asks for moments
+    settings = PruneSettings(layout=layout, selector=selector, compensate=compensate, rows_per_column=None)
+    pruned = prune_model(loaded, samples, Budget.parse(latency="0.5x"), settings, meter=meter)
+    assert pruned.metered is not None and pruned.metered.met
+    assert [a.measured for a in pruned.metered.attempts] == pytest.approx([0.65, 0.5], abs=0.02)
+    assert pruned.plan.kept == meter.plans[-1].kept
+    before, after = pruned.metered.operators["2"]
+    assert pruned.metered.rest == 0 and before == 400 and after == 10 * len(pruned.plan.kept["2"])
 
 
 def test_stairs_are_seen_from_afar() -> None:
@@ -220,7 +239,7 @@ def test_stairs_are_seen_from_afar() -> None:
     model, structure = two_layers()
     terms = {t.module: t for t in sizes_of(model, structure).terms}
     stairs = (OperatorTime(terms["0"], (4,), (8, 40), ((1.0, 2.0),), 0, at_once=16),)
-    budget = Budget("latency", 0.5).timed(Times(stairs, {g.name: g.n for g in structure.prunable}))
+    budget = Budget("latency", 0.5).gauged(Times(stairs, {g.name: g.n for g in structure.prunable}))
     line = torch.linspace(0, 1, 41, dtype=torch.float64)
     curves = {name: Curve(torch.arange(40), line, 1.0) for name in ("0", "2")}
     assert {
@@ -229,3 +248,42 @@ def test_stairs_are_seen_from_afar() -> None:
             structure.prunable, curves, sizes_of(model, structure), budget, floor=0.1
         ).kept.items()
     } == {"0": 8}
+
+
+def footprint(model: nn.Module, structure: Structure, instants: list[list[float]]) -> Footprint:
+    """Weights of four bytes, and results of both layers and of none at some instants."""
+    sizes = sizes_of(model, structure)
+    writers = tuple(t for t in sizes.terms if t.module in ("0", "2"))
+    return Footprint(sizes, 4.0, writers, np.array(instants))
+
+
+def test_memory_is_that_of_weights_and_of_the_fullest_instant() -> None:
+    model, structure = two_layers()
+    gauge = footprint(model, structure, [[400.0, 0.0, 10.0], [200.0, 300.0, 10.0]])
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    assert gauge.amount({}) == weights + 510
+    widths = {"0": 20, "2": 10}
+    kept = 4 * sizes_of(model, structure).parameters(widths)
+    assert gauge.held(widths) == pytest.approx([210, 100 + 75 + 10]) and gauge.amount(widths) == kept + 210
+    assert gauge.seen(np.array([1])).held(widths) == pytest.approx([185])
+
+
+def test_instants_that_are_as_full_shrink_together() -> None:
+    # One layer alone lowers no peak, so that a descent by single steps would take weights only.
+    model, structure = two_layers()
+    gauge = footprint(model, structure, [[100_000.0, 0.0, 0.0], [0.0, 100_000.0, 0.0]])
+    line = torch.linspace(0, 1, 41, dtype=torch.float64) ** 4
+    curves = {name: Curve(torch.arange(40), line, 1.0) for name in ("0", "2")}
+    budget = Budget.parse(memory="0.5x").gauged(gauge)
+    made = allocate(structure.prunable, curves, sizes_of(model, structure), budget)
+    widths = {g.name: len(made.kept.get(g.name, range(g.n))) for g in structure.prunable}
+    assert gauge.amount(widths) == pytest.approx(0.5 * gauge.amount({}), rel=0.03)
+    assert all(abs(width - 20) <= 1 for width in widths.values())
+
+
+def test_a_memory_that_nothing_can_lower_is_refused() -> None:
+    model, structure = two_layers()
+    gauge = footprint(model, structure, [[0.0, 0.0, 1e6]])
+    curves = {name: Curve(torch.arange(40), torch.arange(41, dtype=torch.float64), 1.0) for name in ("0", "2")}
+    with pytest.raises(ModhifiError, match="of the memory"):
+        allocate(structure.prunable, curves, sizes_of(model, structure), Budget.parse(memory="0.5x").gauged(gauge))

@@ -1,4 +1,4 @@
-"""Meeting a budget of time: the plan's prediction is corrected by timing the networks that it gives."""
+"""Meeting a budget of time or memory: a plan's prediction is corrected by measuring the networks that it gives."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import Protocol
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.layouts.base import Rounding
+from modhifi.structure.gauge import Gauge
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
-from modhifi.structure.times import Times
 
-# How far, relative to it, a measured time may be from the one asked for, and how often the prediction is corrected.
+# How far, relative to it, a measured amount may be from the one asked for, and how often the prediction is corrected.
 TOLERANCE = 0.05
 CORRECTIONS = 3
 
 
-class NetworkTimer(Protocol):
-    """Times a model and smaller versions of it on the run's own device."""
+class Meter(Protocol):
+    """Measures a model and smaller versions of it on the run's own device."""
 
-    def times(self, loaded: LoadedModel, structure: Structure, rounding: Rounding) -> Times:
-        """The model's time as a function of the groups' widths."""
+    def gauge(self, loaded: LoadedModel, structure: Structure, rounding: Rounding) -> Gauge:
+        """The model's time or memory as a function of the groups' widths."""
         ...
 
     def ratio(self, loaded: LoadedModel, structure: Structure, plan: Plan) -> tuple[float, float]:
-        """The time of the network that a plan leaves over the model's own, and the spread of that ratio."""
+        """What the network that a plan leaves takes over what the model takes, and the spread of that ratio."""
         ...
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One plan that was timed: its predicted and its measured time over the dense model's, and the spread of it."""
+    """One plan that was measured: the predicted and the measured share of the dense model's amount, and its spread."""
 
     predicted: float
     measured: float
@@ -40,14 +40,16 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Timed:
-    """What a budget of time came to: the share asked for, the attempts, the one taken last, and the predicted seconds.
+class Metered:
+    """What a budget of time or memory came to: the share asked for, the attempts, and the one taken last.
 
-    ``operators`` has the seconds of every operator, dense and pruned, ``rest`` those that no width changes.
+    ``measure`` is ``latency`` or ``memory``, ``dense`` the predicted seconds or bytes of the model. ``operators`` has
+    the predicted ones of every operator, dense and pruned, empty for a memory, ``rest`` those that no width changes.
     """
 
+    measure: str
     keep: float
-    dense_seconds: float
+    dense: float
     attempts: tuple[Attempt, ...]
     taken: Attempt
     operators: Mapping[str, tuple[float, float]]
@@ -55,7 +57,7 @@ class Timed:
 
     @property
     def met(self) -> bool:
-        """Whether the measured time is within the tolerance of the one asked for."""
+        """Whether what was measured is within the tolerance of what was asked for."""
         return abs(self.taken.measured / self.keep - 1) <= TOLERANCE
 
 
@@ -65,9 +67,9 @@ def meet(
     measured: Callable[[Plan], tuple[float, float]],
     keep: float,
 ) -> tuple[Plan, Attempt, tuple[Attempt, ...]]:
-    """The plan whose measured time is nearest to the share ``keep``, its attempt, and all attempts in their order.
+    """The plan whose measured amount is nearest to the share ``keep``, its attempt, and all attempts in their order.
 
-    ``plan_at`` makes a plan of a predicted share of the dense time. After each timing it is asked again for a share
+    ``plan_at`` makes a plan of a predicted share of the dense amount. After each one it is asked again for a share
     that is larger or smaller by as much as the measured time missed, at most three times, and until the plan stays the
     same. Raises what ``plan_at`` raises where even the first share cannot be predicted.
     """
