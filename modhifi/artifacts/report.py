@@ -152,14 +152,19 @@ def _errors(groups: Sequence[Mapping[str, Any]]) -> Markup | None:
 
 
 def _times(metered: Mapping[str, Any] | None) -> Markup | None:
-    """The chart of every operator's predicted time, before and after the edit, and of the rest."""
+    """The chart of every operator's time, before and after the edit, beside the prediction where both are known."""
     if not metered or not metered.get("operators"):
         return None
-    rows = {**metered["operators"], "the rest": [metered["rest"]] * 2}
+    predicted, measured = metered["operators"], metered.get("by_operator")
+    rows = measured or {**predicted, "the rest": [metered["rest"]] * 2}
+    texts = [f"{number(before, 's')} to {number(after, 's')}" for before, after in rows.values()]
+    if measured:
+        expected = [number(predicted[name][1], "s") if name in predicted else "not" for name in rows]
+        texts = [f"{text} ({prediction} predicted)" for text, prediction in zip(texts, expected, strict=True)]
     return _bars(
         list(rows),
         [(FAINT, [before for before, _ in rows.values()]), (STRONG, [after for _, after in rows.values()])],
-        [f"{number(before, 's')} to {number(after, 's')}" for before, after in rows.values()],
+        texts,
         "seconds, before and after",
     )
 

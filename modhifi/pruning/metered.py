@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from modhifi.errors import ModhifiError
@@ -29,6 +29,10 @@ class Meter(Protocol):
         """What the network that a plan leaves takes over what the model takes, and the spread of that ratio."""
         ...
 
+    def by_operator(self, loaded: LoadedModel, structure: Structure, plan: Plan) -> Mapping[str, tuple[float, float]]:
+        """What every operator takes in the model and in what a plan leaves of it; empty where that is not known."""
+        ...
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -44,7 +48,8 @@ class Metered:
     """What a budget of time or memory came to: the share asked for, the attempts, and the one taken last.
 
     ``measure`` is ``latency`` or ``memory``, ``dense`` the predicted seconds or bytes of the model. ``operators`` has
-    the predicted ones of every operator, dense and pruned, empty for a memory, ``rest`` those that no width changes.
+    the predicted ones of every operator, dense and pruned, empty for a memory, ``rest`` those that no width changes,
+    and ``by_operator`` the measured ones, where the meter tells them.
     """
 
     measure: str
@@ -54,6 +59,7 @@ class Metered:
     taken: Attempt
     operators: Mapping[str, tuple[float, float]]
     rest: float
+    by_operator: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def met(self) -> bool:

@@ -43,7 +43,8 @@ def metered_plan(
     plan, taken, attempts = meet(plan_at, predicted, lambda plan: meter.ratio(loaded, structure, plan), budget.keep)
     before, after = gauge.by_operator({}), gauge.of(plan).by_operator(widths_of(plan))
     operators = {name: (amount, after[name]) for name, amount in before.items()}
-    metered = Metered(budget.measure, budget.keep, gauge.amount({}), attempts, taken, operators, gauge.rest)
+    measured = meter.by_operator(loaded, structure, plan)
+    metered = Metered(budget.measure, budget.keep, gauge.amount({}), attempts, taken, operators, gauge.rest, measured)
     return metered, replace(budget, keep=taken.predicted), replace(planned, plan=plan)
 
 

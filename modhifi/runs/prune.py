@@ -279,7 +279,11 @@ def _measure(
     report |= measure_run(original, pruned.model, held, table, batch_size, progress, exact=exact)
     report["before_after"] = before_after(report)
     report["summary"] = summary(report)
-    report["verdicts"] = [measured_verdict(report), *rounding_verdict(report, pruned), *metered_verdict(pruned)]
+    report["verdicts"] = [
+        measured_verdict(report),
+        *rounding_verdict(report, pruned),
+        *metered_verdict(original, pruned),
+    ]
     if table is None:
         report["verdicts"].append({"name": "every bound", "verdict": "not available", "text": incomparable})
     else:

@@ -12,6 +12,7 @@ from torch import Tensor
 from modhifi.artifacts.formatting import noisy
 from modhifi.data.samples import Samples
 from modhifi.models.loaded import LoadedModel
+from modhifi.pruning.metered_plan import widths_of
 from modhifi.pruning.stages import Pruned
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.structure.depth import inside
@@ -184,8 +185,8 @@ def too_busy(measured: float, spread: float) -> str:
     )
 
 
-def metered_verdict(pruned: Pruned) -> list[dict[str, str]]:
-    """The verdict on a budget of time or memory: what was predicted and measured; empty without such a budget."""
+def metered_verdict(original: LoadedModel, pruned: Pruned) -> list[dict[str, str]]:
+    """The verdict on a budget of time or memory: predicted, measured, and what limits it; empty without one."""
     metered = pruned.metered
     if metered is None:
         return []
@@ -194,4 +195,28 @@ def metered_verdict(pruned: Pruned) -> list[dict[str, str]]:
         f"{metered.keep:.3g}x of the {WORDS[metered.measure]} asked for, {taken.measured:.3f}{spread}x measured, "
         f"{taken.predicted:.3f}x predicted, {len(metered.attempts)} measured in all"
     )
+    text += _limits(original, pruned)
     return [{"name": f"{WORDS[metered.measure]} of a pass", "verdict": "MEASURED", "text": text}]
+
+
+def _limits(original: LoadedModel, pruned: Pruned) -> str:
+    """Where the time that is left goes, where every operator was timed inside both networks."""
+    assert pruned.metered is not None
+    seconds = pruned.metered.by_operator
+    total = sum(after for _, after in seconds.values())
+    if not total:
+        return ""
+    sizes = sizes_of(original.model, pruned.structure)
+    kept = {t.module: sizes.share(t, widths_of(pruned.plan)) for t in sizes.terms if t.module in seconds}
+    whole, slow = 0.0, 0.0
+    for name, share in kept.items():
+        before, after = seconds[name]
+        if share == 1:
+            whole += after
+        elif before and 1 - after / before < (1 - share) / 2:
+            slow += after
+    return (
+        f"; of the time left, {100 * whole / total:.0f} % is spent in layers that keep their widths, "
+        f"{100 * slow / total:.0f} % in layers that got faster by less than half of what they lost in multiply-adds "
+        "(memory and launches)"
+    )

@@ -98,11 +98,7 @@ class Sizes:
 
     def macs(self, widths: Mapping[str, int]) -> float:
         """Multiply-adds per sample."""
-        return self.fixed_macs + sum(
-            t.macs * self._share(t.inputs, t.input_total, widths) * self._share(t.outputs, t.output_total, widths)
-            for t in self.terms
-            if self.depth.has(t.parts, widths)
-        )
+        return self.fixed_macs + sum(t.macs * self.share(t, widths) for t in self.terms)
 
     def parameters(self, widths: Mapping[str, int]) -> float:
         """Number of parameters."""
@@ -127,6 +123,12 @@ class Sizes:
                 if self.depth.has(self.inside.get(name, ()), widths)
             )
         )
+
+    def share(self, term: Term, widths: Mapping[str, int]) -> float:
+        """The share of a term's multiply-adds that stays."""
+        if not self.depth.has(term.parts, widths):
+            return 0.0
+        return self._share(term.inputs, term.input_total, widths) * self._share(term.outputs, term.output_total, widths)
 
     def _share(self, positions: Mapping[str, float], total: int, widths: Mapping[str, int]) -> float:
         return width(positions, total, self.full, widths) / total if total else 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -215,6 +215,9 @@ class FakeTimer:
         widths = {name: len(kept) for name, kept in plan.kept.items()}
         return self.slower * self.prices.amount(widths) / self.prices.amount({}), 0.01
 
+    def by_operator(self, loaded: LoadedModel, structure: Structure, plan: Plan) -> Mapping[str, tuple[float, float]]:
+        return {"2": (1.0, 0.5)}
+
 
 @pytest.mark.parametrize("selector", ["obs", "magnitude"])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -230,6 +233,7 @@ def test_a_run_meets_the_measured_time(layout: str, selector: str) -> None:
     assert pruned.metered is not None and pruned.metered.met
     assert [a.measured for a in pruned.metered.attempts] == pytest.approx([0.65, 0.5], abs=0.02)
     assert pruned.plan.kept == meter.plans[-1].kept
+    assert pruned.metered.by_operator == {"2": (1.0, 0.5)}
     before, after = pruned.metered.operators["2"]
     assert pruned.metered.rest == 0 and before == 400 and after == 10 * len(pruned.plan.kept["2"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from modhifi.runs.inputs import Given
 from modhifi.runs.prune_report import metered_verdict, metered_warnings
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.runs.run_recipe import Circumstances, run_recipe
-from modhifi.runs.timing import operators, turns
+from modhifi.runs.timing import layers, operators, turns
 from modhifi.runs.timing.decoding import decoding
 from modhifi.runs.timing.networks import Timer, plan_of
 from modhifi.runs.timing.operators import measure_operators
@@ -113,6 +114,27 @@ def test_whole_networks_bring_the_prediction_to_scale(net: LoadedModel) -> None:
     assert meter.ratio(net, structure, plan_of(structure, {"0": 8})) == (1.0, 0.0)
 
 
+def test_operators_are_timed_inside_both_networks(net: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The clock counts how often it is asked: once at the start, once an operator, once at the end.
+    ticks = itertools.count()
+    monkeypatch.setattr(layers, "clock_of", lambda *_: lambda: float(next(ticks)))
+    structure = find_structure(net)
+    measured = Timer("eager", 2, 1).by_operator(net, structure, plan_of(structure, {"0": 8}))
+    # what precedes the first operator is its own: the clock is asked there once more
+    assert measured == {"0": (2.0, 2.0), "2": (1.0, 1.0), "4": (1.0, 1.0), "8": (1.0, 1.0)}
+    assert Timer("onnx", 2, 1).by_operator(net, structure, plan_of(structure, {"0": 8})) == {}
+
+
+def test_a_verdict_on_a_time_says_where_what_is_left_goes(net: LoadedModel) -> None:
+    structure, attempt = find_structure(net), Attempt(0.5, 0.5, 0.01)
+    seconds = {"0": (1.0, 0.2), "2": (1.0, 0.9), "4": (4.0, 2.5), "8": (1.0, 0.4)}
+    metered = Metered("latency", 0.5, 1.0, (attempt,), attempt, {}, 0.0, seconds)
+    pruned: Any = SimpleNamespace(metered=metered, structure=structure, plan=plan_of(structure, {"0": 8}))
+    # a quarter of the first three layers' multiply-adds is left, and the last one is as it was
+    (verdict,) = metered_verdict(net, pruned)
+    assert "10 % is spent in layers that keep their widths, 22 % in layers that got faster" in verdict["text"]
+
+
 def test_widths_make_a_plan_that_can_be_cut(net: LoadedModel) -> None:
     structure = find_structure(net)
     names = [g.name for g in structure.prunable]
@@ -156,7 +178,7 @@ def test_a_time_that_is_missed_or_uncertain_is_a_warning(measured: float, spread
     pruned: Any = SimpleNamespace(metered=Metered("latency", 0.5, 1.0, (attempt,), attempt, {}, 0.0))
     warnings = metered_warnings(pruned)
     assert len(warnings) == len(expected) and all(e in w for e, w in zip(expected, warnings, strict=True))
-    (verdict,) = metered_verdict(pruned)
+    (verdict,) = metered_verdict(None, pruned)  # type: ignore[arg-type]
     assert f"{measured:.3f} ± {spread:.3f}x measured" in verdict["text"]
 
 

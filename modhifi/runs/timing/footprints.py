@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +50,10 @@ class MemoryMeter:
         inputs = self._inputs(loaded)
         small = shrink(clone(loaded.model), structure, plan) if plan.kept else loaded.model
         return self._peak(small, inputs) / self._peak(loaded.model, inputs), 0.0
+
+    def by_operator(self, loaded: LoadedModel, structure: Structure, plan: Plan) -> Mapping[str, tuple[float, float]]:
+        """Nothing: the bytes are no sum over operators."""
+        return {}
 
     def _inputs(self, loaded: LoadedModel) -> Tensor:
         return Subject(loaded.source, loaded.source, loaded, loaded.example).batch(self.batch, self.window)

@@ -7,15 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.pruning.layouts.base import Rounding
 from modhifi.runs.measure import device_of
 from modhifi.runs.timing.decoding import decoding
+from modhifi.runs.timing.layers import seconds_by_operator
 from modhifi.runs.timing.operators import measure_operators
 from modhifi.runs.timing.runtimes import RUNTIMES
+from modhifi.runs.timing.runtimes.base import Run
 from modhifi.runs.timing.subjects import Subject
 from modhifi.runs.timing.turns import Spread, Turns, time_in_turns
 from modhifi.structure.clone import clone
@@ -68,6 +70,19 @@ class Timer:
         spread = turns.ratio("pruned", "dense")
         return spread.median, spread.iqr
 
+    def by_operator(self, loaded: LoadedModel, structure: Structure, plan: Plan) -> Mapping[str, tuple[float, float]]:
+        """The seconds of every operator inside the model and inside what a plan leaves; empty but in eager mode."""
+        if self.runtime != "eager":
+            return {}
+        batch, names = self._inputs(loaded), [name for name in structure.operators if _is_layer(loaded.model, name)]
+        small = shrink(clone(loaded.model), structure, plan)
+        networks = [
+            (self._run(m, batch), {n: m.get_submodule(n) for n in names if _is_layer(m, n)})
+            for m in (loaded.model, small)
+        ]
+        before, after = seconds_by_operator(networks, self.threads, device_of(loaded.model))
+        return {name: (seconds, after.get(name, 0.0)) for name, seconds in before.items()}
+
     def _inputs(self, loaded: LoadedModel) -> Tensor:
         return Subject(loaded.source, loaded.source, loaded, loaded.example).batch(self.batch, self.window)
 
@@ -77,14 +92,21 @@ class Timer:
         for number, (name, plan) in enumerate(plans.items()):
             self.progress("timing networks", number, len(plans))
             model = shrink(clone(loaded.model), structure, plan) if plan.kept else loaded.model
-            runs[name] = (
-                decoding(model, batch)
-                if self.decode
-                else RUNTIMES[self.runtime].load(model, batch)(batch, self.threads)
-            )
+            runs[name] = self._run(model, batch)
         turns = time_in_turns(runs, self.threads, device_of(loaded.model).type != "cpu", rounds=ROUNDS)
         self.progress("timing networks", len(plans), len(plans))
         return turns
+
+    def _run(self, model: nn.Module, batch: Tensor) -> Run:
+        return decoding(model, batch) if self.decode else RUNTIMES[self.runtime].load(model, batch)(batch, self.threads)
+
+
+def _is_layer(model: nn.Module, name: str) -> bool:
+    """Whether a module of that name is there: some operators are parameters, and sublayers may have gone."""
+    try:
+        return type(model.get_submodule(name)).forward is not nn.Module.forward
+    except AttributeError:
+        return False
 
 
 def plan_of(structure: Structure, widths: Mapping[str, int]) -> Plan:
