@@ -46,6 +46,8 @@ from modhifi.artifacts.pareto import pareto_charts
 from modhifi.artifacts.svg import FAINT, INK, STRONG, inline, style
 
 SCHEMA_VERSION = 1
+# The share of a chart's width that a letter beside a bar takes.
+LETTER = 0.024
 LABELLED_ROWS = 80
 
 
@@ -160,12 +162,12 @@ def _times(metered: Mapping[str, Any] | None) -> Markup | None:
     texts = [f"{number(before, 's')} to {number(after, 's')}" for before, after in rows.values()]
     if measured:
         expected = [number(predicted[name][1], "s") if name in predicted else "not" for name in rows]
-        texts = [f"{text} ({prediction} predicted)" for text, prediction in zip(texts, expected, strict=True)]
+        texts = [f"{text} ({prediction})" for text, prediction in zip(texts, expected, strict=True)]
     return _bars(
         list(rows),
         [(FAINT, [before for before, _ in rows.values()]), (STRONG, [after for _, after in rows.values()])],
         texts,
-        "seconds, before and after",
+        "seconds, before and after" + " (predicted)" * bool(measured),
     )
 
 
@@ -195,7 +197,7 @@ def _bars(names: Sequence[str], layers: Sequence[tuple[str, list[float]]], texts
     def draw(axes: Any) -> None:
         for colour, values in layers:
             axes.barh(range(len(names)), values, height=0.72, color=colour, linewidth=0)
-        axes.set_xlim(0, 1.32 * top)
+        axes.set_xlim(0, top / (0.98 - min(0.6, LETTER * max(map(len, texts)))))
         for i in _labelled(len(names)):
             end = max(values[i] for _, values in layers)
             axes.text(end + 0.015 * top, i, texts[i], va="center", color=INK, fontsize=8)
