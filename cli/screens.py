@@ -33,9 +33,11 @@ def show_report(report: dict[str, Any], path: Path | None, *, ladder: bool = Fal
         show_audit(report, path)
 
 
-def show_briefly(report: dict[str, Any], path: Path | None) -> None:
-    """Prints the outcome of a report, and where the artefact is."""
+def show_briefly(report: dict[str, Any], path: Path | None, step: str | None = None) -> None:
+    """Prints the outcome of a report, and where the artefact is, behind the name of its step if there is one."""
     console = stdout_console()
+    if step is not None:
+        console.print(f"{step}:", end=" ", highlight=False, markup=False)
     if report["task"] == "prune" and "outcome" not in report:
         show_prediction(console, report)
     else:

@@ -6,7 +6,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -59,6 +59,7 @@ class Clock:
         self.outer = progress
         self.seconds: dict[str, float] = {}
         self.lines: list[str] = []
+        self.written = 0
         versions = [f"{name} {version_of(name)}" for name in PACKAGES]
         self.note(f"python {platform.python_version()}, {', '.join(versions)}, {platform.platform()}")
         if command:
@@ -71,7 +72,14 @@ class Clock:
 
     def log(self) -> str:
         """The log so far, as a file's content."""
+        self.written = len(self.lines)
         return "\n".join(self.lines) + "\n"
+
+    def go_on(self, file: Path) -> None:
+        """Adds to a file that holds the log what was noted since; a full disk costs only these lines."""
+        with suppress(OSError), file.open("a", encoding="utf-8", errors="backslashreplace") as log:
+            log.writelines(f"{line}\n" for line in self.lines[self.written :])
+        self.written = len(self.lines)
 
     def inner(self, stage: str, done: int, total: int) -> None:
         """Reports progress inside the running stage."""

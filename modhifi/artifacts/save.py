@@ -29,6 +29,7 @@ from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
 
 SHARD = "5GB"
+LOG = "modhifi.log"
 logger = logging.getLogger(__name__)
 
 
@@ -89,7 +90,7 @@ def save_artifact(
         (directory / "report.html").write_text(render_html(report), encoding="utf-8")
         (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
         if log:
-            (directory / "modhifi.log").write_text(log, encoding="utf-8", errors="backslashreplace")
+            (directory / LOG).write_text(log, encoding="utf-8", errors="backslashreplace")
         (directory / "README.md").write_text(
             model_card(out.name, Manifest.model_validate(content), report), encoding="utf-8"
         )
