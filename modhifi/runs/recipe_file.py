@@ -146,16 +146,21 @@ def set_flags(changes: Sequence[str]) -> dict[str, str]:
     return {key: f"--set {key}" for key in keys}
 
 
-def set_value(content: dict[str, Any], path: str, value: Any) -> None:
-    """Sets ``a.b`` in place; raises ModhifiError where ``a`` is a value."""
+def set_value(content: dict[str, Any], path: str, value: Any, flag: str | None = None) -> None:
+    """Sets ``a.b`` in place; raises ModhifiError, which names ``flag``, where ``a`` is a value.
+
+    Data that are written as their sources alone stay the source of what is then set beside it.
+    """
     *parents, leaf = path.split(".")
     part = content
     for key in parents:
         if part.get(key) is None:
             part[key] = {}
+        elif key == "data" and isinstance(part[key], str | list):
+            part[key] = {"source": part[key]}
         part = part[key]
         if not isinstance(part, dict):
-            raise ModhifiError(f"--set {path}: '{key}' is a value, it holds no '{leaf}'")
+            raise ModhifiError(f"{flag or f'--set {path}'}: '{key}' is a value, it holds no '{leaf}'")
     part[leaf] = value
 
 

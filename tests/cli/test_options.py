@@ -17,7 +17,7 @@ import modhifi
 from modhifi import api
 from modhifi.cli import main
 from modhifi.cli.demo import DEMO
-from modhifi.cli.options import keys_of
+from modhifi.cli.options import compose, keys_of
 from modhifi.errors import ModhifiError
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.runs.recipe_file import Strict, read_yaml, set_out
@@ -247,3 +247,15 @@ def test_help_at_80_columns_says_what_a_value_is_and_breaks_no_choice(verb: str)
     ]
     assert {"str", "list[str]"}.isdisjoint(values)
     assert not any("|" in value for value in values)
+
+
+@pytest.mark.parametrize("data", ["demo:calibration", ["demo:calibration@0.5", "synthetic@0.5"]])
+def test_amounts_are_set_beside_data_that_a_recipe_names_alone(data: Any, tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump({"model": {"name": "demo:resnet"}, "data": data, "budget": {"flops": "0.5x"}}))
+    given = [(key, 32) for key in keys_of(PruneRecipe) if key.path == "data.samples"]
+    recipe = compose(PruneRecipe, keys_of(PruneRecipe), given, {}, str(file), ["data.evaluation_samples=8"])
+    assert (recipe.data.source, recipe.data.samples, recipe.data.evaluation_samples) == (data, 32, 8)
+    with pytest.raises(ModhifiError, match=r"^--samples: 'data' is a value"):
+        file.write_text(yaml.safe_dump({"model": {"name": "demo:resnet"}, "data": 3, "budget": {"flops": "0.5x"}}))
+        compose(PruneRecipe, keys_of(PruneRecipe), given, {}, str(file), [])
