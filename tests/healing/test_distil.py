@@ -182,15 +182,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_weights_before(
     assert all(tensor.isfinite().all() for tensor in healed.model.state_dict().values())
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("could not create a primitive")]
+)
 def test_a_batch_that_does_not_fit_is_taken_in_parts_of_the_same_gradient(
-    pair: tuple[LoadedModel, nn.Module], images: tuple[Samples, Samples], monkeypatch: pytest.MonkeyPatch
+    error: Exception,
+    pair: tuple[LoadedModel, nn.Module],
+    images: tuple[Samples, Samples],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = heal(pair, images, steps=3)
     real = Distillation._loss
 
     def loss(run: Distillation, indices: list[int], number: int) -> Tensor:
         if len(indices) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return real(run, indices, number)
 
     monkeypatch.setattr(Distillation, "_loss", loss)
