@@ -152,6 +152,7 @@ class Distillation:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or self.state.micro == 1 or self.accelerator.num_processes > 1:
                 raise
+            self.watch.forget()
             return False
         self.losses.append(total)
         return True
