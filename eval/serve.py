@@ -28,7 +28,7 @@ from modhifi.data.sources import load_samples
 WORK = HERE / "data" / "serve"
 # Widths that every block format of GGUF and every group of four bits divides.
 MULTIPLE = 32
-HELD, TOKENS, IMAGES, BATCH = 4, 256, 500, 100
+HELD, TOKENS, IMAGES, BATCH = 4, 128, 500, 100
 COLUMNS = ["model", "handed to", "as", "MB", "quality", "the artefact's", "ratio or difference"]
 INTRO = f"""# Handed over
 SmolLM2-135M without a fifth of its FFN neurons, `--round-to {MULTIPLE}`: perplexity on {HELD} windows of {TOKENS}
