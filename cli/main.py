@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from modhifi.artifacts.escape import one_line
-from modhifi.errors import ModhifiError
+from modhifi.errors import ModhifiError, is_out_of_memory
 
 from . import streams
 from .env import version
@@ -120,7 +120,7 @@ def message_of(error: Exception) -> str | None:
     kind, text = type(error).__name__, str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    elif isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
+    elif is_out_of_memory(error):
         text = "out of memory; use fewer samples, or --device cpu for a GPU's"
     elif not isinstance(error, ModhifiError | OSError) and kind != "SafetensorError":
         return None

@@ -54,7 +54,9 @@ class Bench:
         self.structure = choose_groups(find_structure(self.loaded), SETTINGS)
         self.loaded.model.to(torch.bfloat16)
         self.held = {kind: self.split(kind)[1] for kind in KINDS}
-        self.dense = {kind: self.measured(self.loaded.model, tokens) for kind, tokens in self.held.items()}
+        self.dense: dict[str, tuple[float, Tensor]] = self.kept(
+            "dense", lambda: {kind: self.measured(self.loaded.model, tokens) for kind, tokens in self.held.items()}
+        )
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
         return cached(self.cache and self.cache / f"{name}-{self.windows}-{self.window}.pt", make)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 
@@ -32,3 +33,16 @@ class IndefiniteError(ModhifiError):
         super().__init__(
             f"a Gram matrix{needed} is not positive definite even with strong damping; use more calibration samples"
         )
+
+
+# What torch's own allocator says, and oneDNN where it gets no room for its scratch pad.
+OUT_OF_MEMORY = re.compile("can't allocate memory|could not create a primitive$")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is too small, of a GPU or of the CPU.
+
+    It goes by names and words: importing torch for its class would slow every command down.
+    """
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None)

@@ -41,6 +41,10 @@ class Watch:
             self.runs[name] = self.runs.get(name, 0) + 1
             self.versions[name] = tensor._version
 
+    def forget(self) -> None:
+        """Lets go of the outputs of a pass that failed, and of the memory that their graphs hold."""
+        self.outputs = {}
+
     def take(self) -> tuple[Tensor, ...]:
         """The outputs in the order of the names; they are forgotten here."""
         outputs, self.outputs = self.outputs, {}

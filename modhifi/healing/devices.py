@@ -1,4 +1,4 @@
-"""What a distillation runs on: accelerate's devices, precision and processes, and memory that is too small."""
+"""What a distillation runs on: accelerate's devices, precision and processes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,3 @@ def accelerator_for(device: torch.device, precision: str) -> Accelerator:
         return Accelerator(mixed_precision=precision, cpu=device.type == "cpu", device_placement=False)
     except ValueError as error:
         raise ModhifiError(f"accelerate is set up otherwise in this process: {error}") from None
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is too small, of a GPU or of the CPU."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

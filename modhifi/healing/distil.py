@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from modhifi.data.samples import Samples
-from modhifi.errors import ModhifiError
+from modhifi.errors import ModhifiError, is_out_of_memory
 from modhifi.healing.augment import augmented
 from modhifi.healing.blocks import Watch, matched_blocks
 from modhifi.healing.checkpoint import Checkpoint
-from modhifi.healing.devices import accelerator_for, out_of_memory
+from modhifi.healing.devices import accelerator_for
 from modhifi.healing.healed import Healed, State, best_entry
 from modhifi.healing.lora import add_adapters, merge
 from modhifi.healing.losses import agreement, block_loss, output_loss
@@ -150,8 +150,9 @@ class Distillation:
                 self.accelerator.backward(loss)
                 total += loss.detach()
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error) or self.state.micro == 1 or self.accelerator.num_processes > 1:
+            if not is_out_of_memory(error) or self.state.micro == 1 or self.accelerator.num_processes > 1:
                 raise
+            self.watch.forget()
             return False
         self.losses.append(total)
         return True

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from modhifi.errors import ModhifiError
+from modhifi.errors import ModhifiError, is_out_of_memory
 from modhifi.models.hooks import attached
 from modhifi.models.hub import first_line
 from modhifi.models.loaded import LoadedModel
@@ -31,10 +31,10 @@ def failure_told(loaded: LoadedModel, batch: Tensor, advice: str = "") -> Iterat
     """Turns what a model's own code raises on a batch into a ModhifiError of one line that says so."""
     try:
         yield
-    except (ModhifiError, MemoryError, torch.OutOfMemoryError):
+    except ModhifiError:
         raise
     except Exception as error:  # a model's code may raise anything
-        if "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise
         raise ModhifiError(
             f"{loaded.source} fails on a batch of {tuple(batch.shape)} {str(batch.dtype).removeprefix('torch.')}: "

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modhifi.errors import is_out_of_memory
 from modhifi.structure.clone import clone
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.outputs import difference, named_tensors
@@ -111,7 +112,9 @@ def _wrong_output(
     masked = dict(named_tensors(run(mask_readers(model, structure, plan, model.parameters()))))
     try:
         small = dict(named_tensors(run(shrink(clone(model, model.parameters()), structure, plan))))
-    except Exception:  # any failure of a stranger's code says the same: it cannot live with the new width
+    except Exception as error:  # any failure of a stranger's code says the same: it cannot live with the new width
+        if is_out_of_memory(error):
+            raise
         return ""
     half, noisy = any(p.dtype in HALF for p in model.parameters()), dict[str, Tensor]()
     for name in masked | small:

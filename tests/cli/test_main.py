@@ -45,6 +45,8 @@ def raising(error: BaseException) -> Any:
         (PermissionError(errno.EACCES, "Permission denied", "/out"), 2, "error: Permission denied: /out"),
         (SafetensorError("I/O error: No space left"), 2, "error: I/O error: No space left"),
         (torch.OutOfMemoryError("tried to allocate 2 GiB"), 2, "error: out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), 2, "error: out of memory"),
+        (RuntimeError("could not create a primitive"), 2, "error: out of memory"),  # oneDNN's way to say it
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

@@ -182,16 +182,25 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_weights_before(
     assert all(tensor.isfinite().all() for tensor in healed.model.state_dict().values())
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("could not create a primitive")]
+)
 def test_a_batch_that_does_not_fit_is_taken_in_parts_of_the_same_gradient(
-    pair: tuple[LoadedModel, nn.Module], images: tuple[Samples, Samples], monkeypatch: pytest.MonkeyPatch
+    error: Exception,
+    pair: tuple[LoadedModel, nn.Module],
+    images: tuple[Samples, Samples],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = heal(pair, images, steps=3)
+    whole, held = heal(pair, images, steps=3), list[Tensor | None]()
     real = Distillation._loss
 
     def loss(run: Distillation, indices: list[int], number: int) -> Tensor:
+        held.append(run.watch.outputs.get("of a pass that failed"))
+        value = real(run, indices, number)
         if len(indices) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(run, indices, number)
+            run.watch.outputs = {"of a pass that failed": value}
+            raise error
+        return value
 
     monkeypatch.setattr(Distillation, "_loss", loss)
     parts = heal(pair, images, steps=3)
@@ -200,6 +209,7 @@ def test_a_batch_that_does_not_fit_is_taken_in_parts_of_the_same_gradient(
         "out of memory: 2 items at once from step 0 on",
     )
     assert parts.curve[-1]["divergence"] == pytest.approx(whole.curve[-1]["divergence"], rel=1e-3)
+    assert not any(tensor is not None for tensor in held), "its memory is what the smaller parts need"
 
 
 def test_memory_that_is_too_small_for_one_item_is_said(

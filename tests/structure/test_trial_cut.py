@@ -237,3 +237,17 @@ def test_code_that_counts_on_a_width_is_told_from_rounding_that_grows(dtype: tor
         model = Sensitive(counts).to(dtype).eval()
         structure = confirm(model, trace(model, lambda m: m(x)), lambda m: m(x))
         assert ([g.name for g in structure.prunable] == ["up"]) is not counts
+
+
+def test_memory_that_is_too_small_for_a_trial_is_no_fault_of_the_model() -> None:
+    model = nn.Sequential(tiny.conv_bn(3, 8), tiny.conv_bn(8, 6)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    structure = trace(model, lambda m: m(x))
+
+    def run(tried: nn.Module) -> Tensor:
+        if sum(p.numel() for p in tried.parameters()) < sum(p.numel() for p in model.parameters()):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return tried(x)
+
+    with pytest.raises(RuntimeError, match="allocate"):
+        confirm(model, structure, run)
