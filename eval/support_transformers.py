@@ -3,6 +3,7 @@
     python eval/support_transformers.py                   # all; writes eval/results/support_transformers.md and .json
     python eval/support_transformers.py llama bert        # some of them, printed only (written with --keep)
     python eval/support_transformers.py --part 2/6        # the second sixth; the others' rows stay in the results
+    python eval/support_transformers.py --missing         # those without a row
 
 No weights are downloaded: every type is built tiny (eval/tiny_configs.py) with random weights. Its prunable groups are
 cut to 60 % at once, and the outputs are compared, in float64, with the full-size model whose readers see the same
@@ -16,6 +17,7 @@ import argparse
 import copy
 import json
 import multiprocessing
+import re
 import sys
 import tempfile
 import traceback
@@ -54,6 +56,7 @@ RECORD = Path(__file__).parent / "results" / "support_transformers.json"
 SECONDS = 120
 KINDS = ("neurons", "heads", "experts", "channels")
 YES, NO = "yes", "no"
+ATTENTION = re.compile("attention|attn|experts", re.IGNORECASE)
 
 
 @dataclass
@@ -63,6 +66,8 @@ class Row:
     type: str
     model: str
     loads: str = YES
+    # Whether a module is called an attention, or holds experts.
+    attends: bool = False
     prunable: dict[str, int] = field(default_factory=dict)
     refused: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
@@ -136,6 +141,7 @@ def examine(model_type: str) -> Row:
         model = build(model_type)
     except Exception as error:
         return Row(model_type, row.model, failure=f"not built: {said(error)}")
+    row.attends = any(ATTENTION.search(type(module).__name__) for module in model.modules())
     try:
         loaded = load_model(model)
         structure = find_structure(loaded)
@@ -236,6 +242,9 @@ def table(rows: list[Row]) -> str:
     right = [r for r in found if r.oracle is not None and r.oracle <= TOLERANCE]
     stock = [r for r in found if r.stock]
     crashed = [r for r in built if r.failure]
+    wide = [r for r in found if {"neurons", "channels"} & r.prunable.keys()]
+    attend = [r for r in built if r.attends]
+    headed = [r for r in attend if {"heads", "experts"} & r.prunable.keys()]
     return "\n".join(
         [
             "# Supported model types of transformers",
@@ -244,6 +253,9 @@ def table(rows: list[Row]) -> str:
             f"{torch.__version__}). {len(rows)} of {len(every_type())} model types were tried, {len(built)} built, "
             f"{len(found)} have prunable groups, {len(right)} of those pass the oracle, {len(stock)} load with stock "
             f"transformers once cut evenly, {len(crashed)} crash or take too long.",
+            "",
+            f"Feed-forward neurons or channels were found in {len(wide)} of the {len(built)}; heads or experts in "
+            f"{len(headed)} of the {len(attend)} that have a module called attention or experts.",
             "",
             "* **loads**: as a module; otherwise what the refusal says.",
             "* **neurons, heads, experts, channels**: the number of groups that can be pruned.",
@@ -271,6 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="model types (default: all)")
     parser.add_argument("--part", default="1/1", help="which part of all, such as 2/6")
+    parser.add_argument("--missing", action="store_true", help="only types without a row")
     parser.add_argument("--keep", action="store_true", help="write the rows of the named types among the results")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -279,9 +292,11 @@ def main() -> None:
     part, parts = map(int, arguments.part.split("/"))
     chosen = arguments.names or every_type()[part - 1 :: parts]
     rows: dict[str, Row] = {}
-    if (parts > 1 or arguments.keep) and RECORD.is_file():
+    if (parts > 1 or arguments.keep or arguments.missing) and RECORD.is_file():
         rows = {entry["type"]: Row(**entry) for entry in json.loads(RECORD.read_text())["rows"]}
     for name in chosen:
+        if arguments.missing and name in rows:
+            continue
         rows[name] = apart(name)
         print(line(rows[name]), file=sys.stderr, flush=True)
         if arguments.keep or not arguments.names:
