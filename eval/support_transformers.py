@@ -31,6 +31,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import timm.data  # noqa: F401 - each process would import it
 import torch
 import transformers
 from support import CUT, TOLERANCE, cut, reasons_of
@@ -41,6 +42,7 @@ from modhifi.artifacts.reload_check import FreshProcess, Loader, compare_outputs
 from modhifi.artifacts.save import save_artifact
 from modhifi.errors import ModhifiError
 from modhifi.models.artifact import load_artifact
+from modhifi.models.from_transformers import class_name as _  # noqa: F401 - each process would import it
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import read_manifest

@@ -158,6 +158,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "imagegpt": {"n_positions": 1024, "vocab_size": 513},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "led": {"attention_window": [4, 4]},
+    **dict.fromkeys(["hy_v4_vl_text"], {"index_head_dim": 72}),
     "layoutlmv3": {"coordinate_size": 10, "shape_size": 12},
     "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
     "levit": {
@@ -211,6 +212,9 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "yolos": {"image_size": [32, 32], "num_detection_tokens": 5},
     "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "adapter_rank": 4},
 }
+# Types whose rotations of text and images are divided by default as large heads are.
+TURNING = """glm4v_moe_text glm4v_text glm_image_text glm_ocr_text paddleocr_vl_text qwen2_5_vl_text
+    qwen2_vl_text""".split()
 # The tasks in order of preference: a model type is built as the first of these that it has.
 TASKS = """CAUSAL_LM SEQ_TO_SEQ_CAUSAL_LM SPEECH_SEQ_2_SEQ MASKED_LM IMAGE_CLASSIFICATION OBJECT_DETECTION
     SEMANTIC_SEGMENTATION UNIVERSAL_SEGMENTATION CTC AUDIO_CLASSIFICATION IMAGE_TEXT_TO_TEXT DEPTH_ESTIMATION
@@ -270,6 +274,8 @@ def _nested(kind: type) -> Iterator[tuple[str, type]]:
 def _rotations(config: Any) -> Any:
     """The configuration, whose rotations of text and images share the numbers that its heads have."""
     rope = getattr(config, "rope_parameters", None) or {}
+    if config.model_type in TURNING:
+        rope.setdefault("mrope_section", [0, 0, 0])
     for part in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         if "mrope_section" in part:
             share = part.get("partial_rotary_factor") or 1.0

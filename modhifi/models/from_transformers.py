@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -179,9 +179,10 @@ def loaded_from(model: Any, source: str, directory: Path | None, **common: Any) 
             chance = torch.Generator().manual_seed(0)
             example = torch.stack([drawn_tokens(config, 16, chance) for _ in range(2)])
         else:
-            parts = parts or next(alternatives(model, (), pixels, listener), ())
+            forms = [parts] if parts else list(alternatives(model, (), pixels, listener))
+            parts, batch = next(_drawn(model, forms), ((), {}))
             require_parts(parts, source, main_input(model))
-            kind, packing, example = _fed(parts, example_of(model, parts))
+            kind, packing, example = _fed(parts, batch)
     architecture = (config.architectures or [type(model).__name__])[0]
     if architecture != type(model).__name__:
         warnings.append(f"loaded as {type(model).__name__}: the head of {architecture} is left out")
@@ -225,16 +226,19 @@ def completed(loaded: LoadedModel) -> LoadedModel:
     others = list(alternatives(loaded.model, loaded.parts, shape, loaded.listener))
     if not others or _runs(loaded):
         return loaded
-    for parts in others:
-        try:
-            batch = example_of(loaded.model, parts)
-        except Exception:  # a model's own code, and what is drawn for another kind of model
-            continue
+    for parts, batch in _drawn(loaded.model, others):
         kind, packing, example = _fed(parts, batch)
         other = replace(loaded, parts=parts, packing=packing, example=example, kind=kind)
         if _runs(other):
             return other
     return loaded
+
+
+def _drawn(model: Any, forms: Iterable[tuple[Part, ...]]) -> Iterator[tuple[tuple[Part, ...], dict[str, Tensor]]]:
+    """Some forms of what a model may read, with an example; without those that it cannot have."""
+    for parts in forms:
+        with suppress(Exception):  # a model's own code, and what is drawn for another kind of model
+            yield parts, example_of(model, parts)
 
 
 def _fed(parts: tuple[Part, ...], batch: dict[str, Tensor]) -> tuple[str, Packing | None, Tensor]:

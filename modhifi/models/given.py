@@ -126,6 +126,7 @@ def _whole_patches(model: Any, shapes: Shapes, _: torch.Generator) -> Tensor:
 MAKERS: dict[str, Maker] = {
     "grid_thw": lambda *_: torch.tensor([1, SIDE, SIDE]),
     "spatial_shapes": lambda *_: torch.tensor([SIDE, SIDE]),
+    "pixel_position_ids": lambda *_: torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE)),
     "bbox": _box,
     "input_features_mask": _frames,
     "pixel_mask": _pixels,
@@ -141,7 +142,7 @@ MAKERS: dict[str, Maker] = {
     "encoder_hidden_states": _noise("encoder_hidden_size", "cross_attention_hidden_size"),
 }
 # What a model reads in another form where it is told how that lies, and whether its rows are then those of all items.
-INSTEAD = {"grid_thw": True, "spatial_shapes": False}
+INSTEAD = {"grid_thw": True, "spatial_shapes": False, "pixel_position_ids": False}
 LISTS = ("hidden_states", "pixel_values")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
-from modhifi.models.given import SPECTRUM, field, first_read, given, main_input, missing
+from modhifi.models.given import LISTS, SPECTRUM, field, first_read, given, main_input, missing
 
 # Tokens that an encoder and a decoder read where the model takes as many; frames of sound where it takes any number.
 TEXT, WRITTEN, FRAMES = 128, 64, SPECTRUM
@@ -126,9 +126,9 @@ def alternatives(
     """Other parts that a model could read, likely ones first: sounds of another form, and what it could miss."""
     base = parts or every_part(model, pixels, listener, [])
     forms = [base]
-    sound = next((part for part in base if part.kind == "audio" and len(part.shape) == 2), None)
-    if sound is not None and listener is None:
-        raw = [(FRAMES * RATE // 100,)] if sound.name == "input_values" else []
+    sound = next((part for part in base if part.kind == "audio"), None)
+    if sound is not None and (listener is None or len(sound.shape) == 1):
+        raw = [(FRAMES * RATE // 100,), (1, *sound.shape)] if sound.name == "input_values" else []
         for shape in (sound.shape[::-1], (FRAMES, math.prod(first_read(model))), *raw):
             forms.append(tuple(replace(part, shape=shape) if part is sound else part for part in base))
     for form in forms:
@@ -138,6 +138,8 @@ def alternatives(
             with suppress(KeyError, StopIteration):  # what goes along with a part that this model has not
                 drawn = given(model, list(names), shapes, torch.Generator().manual_seed(0))
                 yield (*rest, *(Part(name, _kind(name, value), tuple(value.shape)) for name, value in drawn.items()))
+                flat = {name: value.flatten(1) if name in LISTS else value for name, value in drawn.items()}
+                yield (*rest, *(Part(name, "given", tuple(value.shape)) for name, value in flat.items()))
 
 
 def _kind(name: str, value: Tensor) -> PartKind:
@@ -298,8 +300,9 @@ def example_of(model: Any, parts: tuple[Part, ...]) -> dict[str, Tensor]:
 
 def given_items(model: Any, parts: tuple[Part, ...], chance: torch.Generator) -> dict[str, Tensor]:
     """One item of every part that is given beside what a model reads (:mod:`modhifi.models.given`)."""
-    names = [part.name for part in parts if part.kind == "given"]
-    return given(model, names, {part.name: part.shape for part in parts}, chance)
+    shapes = {part.name: part.shape for part in parts if part.kind == "given"}
+    items = given(model, list(shapes), {part.name: part.shape for part in parts}, chance)
+    return {name: item.reshape(shapes[name]) for name, item in items.items()}
 
 
 def _image_room(model: Any, pixels: tuple[int, ...]) -> int:
