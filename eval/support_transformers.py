@@ -16,10 +16,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import multiprocessing
 import re
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -31,18 +33,18 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import timm.data  # noqa: F401 - each process would import it
+import timm.data  # noqa: F401 - what every process needs is imported once
 import torch
 import transformers
 from support import CUT, TOLERANCE, cut, reasons_of
 from tiny_configs import build, class_name, model_types
 from torch import Tensor, nn
 
+import modhifi.models.from_transformers  # noqa: F401
 from modhifi.artifacts.reload_check import FreshProcess, Loader, compare_outputs
 from modhifi.artifacts.save import save_artifact
 from modhifi.errors import ModhifiError
 from modhifi.models.artifact import load_artifact
-from modhifi.models.from_transformers import class_name as _  # noqa: F401 - each process would import it
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import read_manifest
@@ -224,8 +226,10 @@ def apart(model_type: str) -> Row:
 
 @cache
 def every_type() -> list[str]:
-    """The model types, found once: transformers imports each of their files."""
-    return model_types()
+    """The model types, which the results keep: to find them, transformers imports each of their files."""
+    record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+    known: list[str] = record.get("types", []) if record.get("transformers") == transformers.__version__ else []
+    return known or model_types()
 
 
 def line(row: Row) -> str:
@@ -286,6 +290,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="model types (default: all)")
     parser.add_argument("--part", default="1/1", help="which part of all, such as 2/6")
     parser.add_argument("--missing", action="store_true", help="only types without a row")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further type after so long")
     parser.add_argument("--keep", action="store_true", help="write the rows of the named types among the results")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -296,8 +301,9 @@ def main() -> None:
     rows: dict[str, Row] = {}
     if (parts > 1 or arguments.keep or arguments.missing) and RECORD.is_file():
         rows = {entry["type"]: Row(**entry) for entry in json.loads(RECORD.read_text())["rows"]}
+    end = time.monotonic() + 60 * arguments.minutes
     for name in chosen:
-        if arguments.missing and name in rows:
+        if (arguments.missing and name in rows) or time.monotonic() > end:
             continue
         rows[name] = apart(name)
         print(line(rows[name]), file=sys.stderr, flush=True)
@@ -309,7 +315,8 @@ def main() -> None:
 
 def write(rows: list[Row]) -> None:
     """Write what is known so far: the whole takes half an hour."""
-    record = {"transformers": transformers.__version__, "torch": torch.__version__, "rows": [asdict(r) for r in rows]}
+    record = {"transformers": transformers.__version__, "torch": torch.__version__, "types": every_type()}
+    record["rows"] = [asdict(row) for row in rows]
     RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     RECORD.with_suffix(".md").write_text(table(rows), encoding="utf-8")
 
