@@ -1,7 +1,8 @@
-"""Which timm architectures modhifi can prune, and does the cut model compute what it should?
+"""Which models of timm and torchvision can modhifi prune, and does the cut model compute what it should?
 
-    python eval/support.py                    # all of them; writes eval/results/support.md and support.json
-    python eval/support.py resnet18 dla34     # some of them, printed only
+    python eval/support.py                        # all of them; writes eval/results/support.md and support.json
+    python eval/support.py --missing --minutes 8  # those without a row, as far as the minutes reach
+    python eval/support.py resnet18 torchvision:vgg11     # some of them, printed only
 
 No weights are downloaded: normalisation statistics, affine parameters and layer scales are drawn at random, so that
 nothing is trivially zero. For each architecture the groups are traced, all prunable ones are cut to 60 % at once, and
@@ -13,19 +14,25 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
+import math
 import platform
 import re
 import sys
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from modhifi.structure.groups import Group, Structure
+from modhifi.structure.outputs import difference, named_tensors
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import mask_readers, shrink
 from modhifi.structure.tracing.tracer import trace
@@ -42,9 +49,33 @@ ARCHITECTURES = """
     convnextv2_atto inception_next_atto edgenext_xx_small fastvit_t8 starnet_s1 hgnetv2_b0 repvit_m0_9
 """.split()
 
+# The smallest of every family of timm that is none of these; DeepSeek's ViT, of 412 million parameters, is left out.
+FAMILIES = """
+    beit_base_patch16_224 cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32 cpubone_nano crossvit_tiny_240 csatv2
+    cspnext_tiny davit_tiny deit_tiny_patch16_224 efficientformer_l1 efficientformerv2_s0 efficientvim_m1
+    efficientvit_b0 efficientvit_m0 eva02_tiny_patch14_224 fasternet_t0 focalnet_tiny_srf gcvit_xxtiny gemma4_vit_167m
+    hardcorenas_b hiera_tiny_224 sam2_hiera_tiny iformer_t inception_resnet_v2 inception_v4 lcnetv2_small levit_128s
+    lowformer_b0 mambaout_femto maxvit_pico_rw_256 caformer_s18 mixer_s16_224 mobilenetv5_base mobilevit_xxs
+    mvitv2_tiny naflexvit_base_patch16_siglip nasnetalarge nest_tiny nextvit_small nf_regnet_b0 pit_xs_224
+    pnasnet5large pvt_v2_b0 qwen3_vit_88m rdnet_tiny res2net50_14w_8s resnetv2_18 legacy_seresnet18 sequencer2d_s
+    shvit_s1 swiftformer_xs swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224 tiny_vit_5m_224
+    tnt_s_legacy_patch16_224 tresnet_m twins_svt_small visformer_tiny vit_tiny_patch16_224 vit_tiny_r_s16_p8_224
+    vit_srelpos_small_patch16_224 samvit_base_patch16_224 vitamin_small_224 volo_d1_224 xcit_nano_12_p8_224
+""".split()
+# The smallest of every family of torchvision: classification, segmentation, detection.
+TORCHVISION = """
+    alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5
+    mobilenet_v2 mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnext50_32x4d shufflenet_v2_x0_5
+    squeezenet1_1 swin_t swin_v2_t vgg11 vit_b_16 wide_resnet50_2
+    deeplabv3_mobilenet_v3_large fcn_resnet50 lraspp_mobilenet_v3_large
+    fasterrcnn_mobilenet_v3_large_320_fpn fcos_resnet50_fpn keypointrcnn_resnet50_fpn maskrcnn_resnet50_fpn
+    retinanet_resnet50_fpn ssd300_vgg16 ssdlite320_mobilenet_v3_large
+""".split()
+EVERY = (*ARCHITECTURES, *FAMILIES, *(f"torchvision:{name}" for name in TORCHVISION))
+
 CUT = 0.6
 TOLERANCE = 1e-9
-RESULTS = Path(__file__).parent / "results"
+RECORD = Path(__file__).parent / "results" / "support.json"
 
 
 @dataclass(frozen=True)
@@ -80,6 +111,17 @@ def randomise(model: nn.Module) -> nn.Module:
             if isinstance(getattr(module, name, None), nn.Parameter):
                 getattr(module, name).uniform_(0.5, 1.5)
     return model.eval().requires_grad_(False).double()
+
+
+def built(name: str) -> tuple[nn.Module, int]:
+    """A model of random weights, and the resolution that it is made for."""
+    library, _, leaf = name.rpartition(":")
+    if not library:
+        model = timm.create_model(leaf, pretrained=False)
+        return randomise(model), model.pretrained_cfg["input_size"][-1]
+    takes = inspect.signature(torchvision.models.get_model_builder(leaf)).parameters
+    options: dict[str, Any] = {"weights_backbone": None, "num_classes": 5} if "weights_backbone" in takes else {}
+    return randomise(torchvision.models.get_model(leaf, weights=None, **options)), 320 if "320" in leaf else 224
 
 
 def runnable(model: nn.Module, own: int) -> Tensor:
@@ -118,7 +160,7 @@ def reasons_of(structure: Structure) -> dict[str, int]:
     """How many groups each reason refuses, the reasons without the places they were met at."""
     count: Counter[str] = Counter()
     for group in structure.refused:
-        bare = (re.sub(r" \([^()]*\)$", "", part) for part in str(group.refused).split("; "))
+        bare = (re.sub(r" \([^()]*\)$|(?<=weight) of \S+", "", part) for part in str(group.refused).split("; "))
         count.update(set(bare))
     return dict(count.most_common())
 
@@ -128,14 +170,19 @@ def examine(name: str) -> Support:
     """Trace one architecture and hold its cut version against the oracle."""
     torch.manual_seed(0)
     try:
-        model = randomise(timm.create_model(name, pretrained=False))
-        x = runnable(model, model.pretrained_cfg["input_size"][-1])
-        structure = confirm(model, trace(model, lambda model: model(x)), lambda model: model(x))
+        model, size = built(name)
+        x = runnable(model, size)
+
+        def run(model: nn.Module) -> dict[str, Tensor]:
+            return dict(named_tensors(model(x)))
+
+        structure = confirm(model, trace(model, run), run)
         plan = Plan({group.name: cut(group) for group in structure.prunable})
-        dense, masked = model(x), mask_readers(model, structure, plan)(x)
+        dense, masked = run(model), run(mask_readers(model, structure, plan))
         small = shrink(copy.deepcopy(model), structure, plan)
-        error = float((small(x) - masked).norm() / masked.norm())
-        change = float((dense - masked).norm() / dense.norm())
+        outputs = run(small)
+        error = max(difference(outputs[key], masked[key]) for key in masked)
+        change = max(difference(dense[key], masked[key]) for key in dense.keys() & masked.keys())
     except Exception as problem:  # the table is to show what fails, whatever it is
         return Support(name, failure=f"{type(problem).__name__}: {str(problem).splitlines()[0]}")
     return Support(
@@ -166,13 +213,15 @@ def line(row: Support) -> str:
 
 def table(rows: list[Support]) -> str:
     passed = [r for r in rows if r.oracle_error is not None and r.oracle_error <= TOLERANCE]
+    tried, vision = (sum(r.architecture.startswith("torchvision:") for r in some) for some in (rows, passed))
     return "\n".join(
         [
-            "# Supported timm architectures",
+            "# Supported models of timm and torchvision",
             "",
-            f"Written by `python eval/support.py` (timm {timm.__version__}, torch {torch.__version__}, "
-            f"Python {platform.python_version()}). {len(rows)} architectures, random weights; "
-            f"{len(passed)} have prunable groups and pass the oracle.",
+            f"Written by `python eval/support.py` (timm {timm.__version__}, torchvision {torchvision.__version__}, "
+            f"torch {torch.__version__}, Python {platform.python_version()}). {len(rows)} of {len(EVERY)} models, "
+            f"random weights; {len(passed)} have prunable groups and pass the oracle: {len(passed) - vision} of "
+            f"{len(rows) - tried} of timm, with one of each of its families, and {vision} of {tried} of torchvision.",
             "",
             "* **parameters**: in millions, dense and with every prunable group cut to 60 %.",
             "* **share**: of all conv and linear weights, those in layers that at least one prunable group writes,",
@@ -193,22 +242,33 @@ def table(rows: list[Support]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="timm architectures (default: the list in this file)")
-    names = parser.parse_args().names
-    rows = []
-    for name in names or ARCHITECTURES:
-        rows.append(examine(name))
-        print(line(rows[-1]), file=sys.stderr, flush=True)
-    if names:
-        print(table(rows))
+    parser.add_argument("names", nargs="*", help="timm's names, or torchvision:NAME (default: the lists in this file)")
+    parser.add_argument("--missing", action="store_true", help="only models without a row")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further model after so long")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.names:
+        print(table([examine(name) for name in arguments.names]))
         return
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "support.md").write_text(table(rows), encoding="utf-8")
-    record = {"timm": timm.__version__, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
-    (RESULTS / "support.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    wrong = [r.architecture for r in rows if r.failure or (r.oracle_error or 0) > TOLERANCE]
+    rows: dict[str, Support] = {}
+    if arguments.missing and RECORD.is_file():
+        rows = {entry["architecture"]: Support(**entry) for entry in json.loads(RECORD.read_text())["rows"]}
+    end = time.monotonic() + 60 * arguments.minutes
+    for name in EVERY:
+        if name not in rows and time.monotonic() < end:
+            rows[name] = examine(name)
+            print(line(rows[name]), file=sys.stderr, flush=True)
+            write([rows[name] for name in EVERY if name in rows])
+    wrong = [r.architecture for r in rows.values() if r.failure or (r.oracle_error or 0) > TOLERANCE]
     if wrong:
         raise SystemExit(f"failed: {', '.join(wrong)}")
+
+
+def write(rows: list[Support]) -> None:
+    """Write what is known so far."""
+    record = {"timm": timm.__version__, "torchvision": torchvision.__version__, "torch": torch.__version__}
+    RECORD.with_suffix(".md").write_text(table(rows), encoding="utf-8")
+    RECORD.write_text(json.dumps(record | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python eval/support_transformers.py                   # all; writes eval/results/support_transformers.md and .json
     python eval/support_transformers.py llama bert        # some of them, printed only (written with --keep)
     python eval/support_transformers.py --part 2/6        # the second sixth; the others' rows stay in the results
+    python eval/support_transformers.py --missing         # those without a row
 
 No weights are downloaded: every type is built tiny (eval/tiny_configs.py) with random weights. Its prunable groups are
 cut to 60 % at once, and the outputs are compared, in float64, with the full-size model whose readers see the same
@@ -15,9 +16,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import multiprocessing
+import re
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -29,12 +33,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import timm.data  # noqa: F401 - what every process needs is imported once
 import torch
 import transformers
 from support import CUT, TOLERANCE, cut, reasons_of
 from tiny_configs import build, class_name, model_types
 from torch import Tensor, nn
 
+import modhifi.models.from_transformers  # noqa: F401
 from modhifi.artifacts.reload_check import FreshProcess, Loader, compare_outputs
 from modhifi.artifacts.save import save_artifact
 from modhifi.errors import ModhifiError
@@ -54,6 +60,7 @@ RECORD = Path(__file__).parent / "results" / "support_transformers.json"
 SECONDS = 120
 KINDS = ("neurons", "heads", "experts", "channels")
 YES, NO = "yes", "no"
+ATTENTION = re.compile("attention|attn|experts", re.IGNORECASE)
 
 
 @dataclass
@@ -63,6 +70,8 @@ class Row:
     type: str
     model: str
     loads: str = YES
+    # Whether a module is called an attention, or holds experts.
+    attends: bool = False
     prunable: dict[str, int] = field(default_factory=dict)
     refused: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
@@ -136,6 +145,7 @@ def examine(model_type: str) -> Row:
         model = build(model_type)
     except Exception as error:
         return Row(model_type, row.model, failure=f"not built: {said(error)}")
+    row.attends = any(ATTENTION.search(type(module).__name__) for module in model.modules())
     try:
         loaded = load_model(model)
         structure = find_structure(loaded)
@@ -216,8 +226,10 @@ def apart(model_type: str) -> Row:
 
 @cache
 def every_type() -> list[str]:
-    """The model types, found once: transformers imports each of their files."""
-    return model_types()
+    """The model types, which the results keep: to find them, transformers imports each of their files."""
+    record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+    known: list[str] = record.get("types", []) if record.get("transformers") == transformers.__version__ else []
+    return known or model_types()
 
 
 def line(row: Row) -> str:
@@ -236,6 +248,9 @@ def table(rows: list[Row]) -> str:
     right = [r for r in found if r.oracle is not None and r.oracle <= TOLERANCE]
     stock = [r for r in found if r.stock]
     crashed = [r for r in built if r.failure]
+    wide = [r for r in found if {"neurons", "channels"} & r.prunable.keys()]
+    attend = [r for r in built if r.attends]
+    headed = [r for r in attend if {"heads", "experts"} & r.prunable.keys()]
     return "\n".join(
         [
             "# Supported model types of transformers",
@@ -244,6 +259,9 @@ def table(rows: list[Row]) -> str:
             f"{torch.__version__}). {len(rows)} of {len(every_type())} model types were tried, {len(built)} built, "
             f"{len(found)} have prunable groups, {len(right)} of those pass the oracle, {len(stock)} load with stock "
             f"transformers once cut evenly, {len(crashed)} crash or take too long.",
+            "",
+            f"Feed-forward neurons or channels were found in {len(wide)} of the {len(built)}; heads or experts in "
+            f"{len(headed)} of the {len(attend)} that have a module called attention or experts.",
             "",
             "* **loads**: as a module; otherwise what the refusal says.",
             "* **neurons, heads, experts, channels**: the number of groups that can be pruned.",
@@ -271,6 +289,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="model types (default: all)")
     parser.add_argument("--part", default="1/1", help="which part of all, such as 2/6")
+    parser.add_argument("--missing", action="store_true", help="only types without a row")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further type after so long")
     parser.add_argument("--keep", action="store_true", help="write the rows of the named types among the results")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -279,9 +299,12 @@ def main() -> None:
     part, parts = map(int, arguments.part.split("/"))
     chosen = arguments.names or every_type()[part - 1 :: parts]
     rows: dict[str, Row] = {}
-    if (parts > 1 or arguments.keep) and RECORD.is_file():
+    if (parts > 1 or arguments.keep or arguments.missing) and RECORD.is_file():
         rows = {entry["type"]: Row(**entry) for entry in json.loads(RECORD.read_text())["rows"]}
+    end = time.monotonic() + 60 * arguments.minutes
     for name in chosen:
+        if (arguments.missing and name in rows) or time.monotonic() > end:
+            continue
         rows[name] = apart(name)
         print(line(rows[name]), file=sys.stderr, flush=True)
         if arguments.keep or not arguments.names:
@@ -292,7 +315,8 @@ def main() -> None:
 
 def write(rows: list[Row]) -> None:
     """Write what is known so far: the whole takes half an hour."""
-    record = {"transformers": transformers.__version__, "torch": torch.__version__, "rows": [asdict(r) for r in rows]}
+    record = {"transformers": transformers.__version__, "torch": torch.__version__, "types": every_type()}
+    record["rows"] = [asdict(row) for row in rows]
     RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     RECORD.with_suffix(".md").write_text(table(rows), encoding="utf-8")
 

@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 VOCABULARY = 64
 # What a model may have at most to be called tiny.
-PARAMETERS = 8_000_000
+PARAMETERS = 25_000_000
 FIELDS: dict[str, Any] = {
     **dict.fromkeys("hidden_size n_embd d_model dim projection_dim text_embed_dim".split(), 64),
     **dict.fromkeys("intermediate_size n_inner d_ff ffn_dim hidden_dim encoder_ffn_dim decoder_ffn_dim".split(), 48),
@@ -35,9 +35,9 @@ FIELDS: dict[str, Any] = {
     **dict.fromkeys("vocab_size src_vocab_size tgt_vocab_size vocab_size_per_layer_input".split(), VOCABULARY),
     **dict.fromkeys("decoder_vocab_size text_vocab_size codebook_size".split(), VOCABULARY),
     **dict.fromkeys(
-        "max_position_embeddings n_positions n_ctx max_seq_len seq_length max_source_positions".split(), 64
+        "max_position_embeddings n_positions n_ctx max_seq_len seq_length max_target_positions".split(), 192
     ),
-    **dict.fromkeys("max_target_positions context_length word_embed_proj_dim embedding_size lru_width".split(), 64),
+    **dict.fromkeys("max_source_positions context_length word_embed_proj_dim embedding_size lru_width".split(), 64),
     **dict.fromkeys("num_experts num_local_experts n_routed_experts moe_num_experts".split(), 4),
     **dict.fromkeys("num_experts_per_tok moe_k moe_topk top_k_experts experts_per_token".split(), 2),
     **dict.fromkeys("moe_intermediate_size expert_ffn_hidden_size".split(), 16),
@@ -53,6 +53,17 @@ FIELDS: dict[str, Any] = {
     **dict.fromkeys("n_mamba_heads linear_num_key_heads index_topk".split(), 2),
     **dict.fromkeys("linear_num_value_heads".split(), 4),
     "mamba_d_ssm": 128,
+    **dict.fromkeys("image_token_id image_token_index".split(), VOCABULARY - 1),
+    **dict.fromkeys("video_token_id video_token_index".split(), VOCABULARY - 2),
+    **dict.fromkeys("audio_token_id audio_token_index".split(), VOCABULARY - 3),
+    **dict.fromkeys("vision_start_token_id image_start_token_id boi_token_id".split(), VOCABULARY - 4),
+    **dict.fromkeys("vision_end_token_id image_end_token_id eoi_token_id".split(), VOCABULARY - 5),
+    **dict.fromkeys("boi_token_index image_start_token_index".split(), VOCABULARY - 4),
+    **dict.fromkeys("eoi_token_index image_end_token_index".split(), VOCABULARY - 5),
+    "backbone": "test_resnet",
+    **dict.fromkeys("out_hidden_size output_channels".split(), 64),
+    "entity_vocab_size": 16,
+    "prediction_length": 8,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -120,6 +131,18 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "esm": {"position_embedding_type": "rotary", "mask_token_id": 4},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 4},
     "focalnet": {"embed_dim": 16, "depths": [1, 1, 1, 1], "patch_size": 4, "mlp_ratio": 2.0},
+    "flaubert": {"n_words": VOCABULARY, "emb_dim": 64},
+    "xlm": {"n_words": VOCABULARY, "emb_dim": 64},
+    "qwen2_vl_vision": {"embed_dim": 64, "num_heads": 8},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "perceiver": {
+        "d_latents": 64,
+        "num_latents": 8,
+        "num_blocks": 1,
+        "num_self_attends_per_block": 2,
+        "num_cross_attention_heads": 4,
+        "num_self_attention_heads": 4,
+    },
     "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "gpt_neox_japanese": {"intermediate_multiple_size": 1},
@@ -135,7 +158,12 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "imagegpt": {"n_positions": 1024, "vocab_size": 513},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "led": {"attention_window": [4, 4]},
+    **dict.fromkeys(["hy_v4_vl_text"], {"index_head_dim": 72}),
+    "layoutlmv3": {"coordinate_size": 10, "shape_size": 12},
+    "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
     "levit": {
+        "patch_size": 16,
+        "image_size": 64,
         "hidden_sizes": [32, 48, 64],
         "num_attention_heads": [4, 6, 8],
         "key_dim": [8, 8, 8],
@@ -184,6 +212,9 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "yolos": {"image_size": [32, 32], "num_detection_tokens": 5},
     "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "adapter_rank": 4},
 }
+# Types whose rotations of text and images are divided by default as large heads are.
+TURNING = """glm4v_moe_text glm4v_text glm_image_text glm_ocr_text paddleocr_vl_text qwen2_5_vl_text
+    qwen2_vl_text""".split()
 # The tasks in order of preference: a model type is built as the first of these that it has.
 TASKS = """CAUSAL_LM SEQ_TO_SEQ_CAUSAL_LM SPEECH_SEQ_2_SEQ MASKED_LM IMAGE_CLASSIFICATION OBJECT_DETECTION
     SEMANTIC_SEGMENTATION UNIVERSAL_SEGMENTATION CTC AUDIO_CLASSIFICATION IMAGE_TEXT_TO_TEXT DEPTH_ESTIMATION
@@ -240,6 +271,21 @@ def _nested(kind: type) -> Iterator[tuple[str, type]]:
             yield name, nested
 
 
+def _rotations(config: Any) -> Any:
+    """The configuration, whose rotations of text and images share the numbers that its heads have."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if config.model_type in TURNING:
+        rope.setdefault("mrope_section", [0, 0, 0])
+    for part in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if "mrope_section" in part:
+            share = part.get("partial_rotary_factor") or 1.0
+            size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            half = int(size * share) // 2
+            count = len(part["mrope_section"])
+            part["mrope_section"] = [half - half // count * (count - 1), *[half // count] * (count - 1)]
+    return config
+
+
 def configuration(kind: type, peculiar: dict[str, Any] | None = None) -> Any:
     """A tiny configuration of a class; raises what the class raises."""
     model_type = getattr(kind, "model_type", "")
@@ -247,14 +293,14 @@ def configuration(kind: type, peculiar: dict[str, Any] | None = None) -> Any:
     fields = fields_for(kind) | peculiar
     for _ in range(12):
         try:
-            return kind(**fields)
+            return _rotations(kind(**fields))
         except Exception as error:
             bad = [name for name in fields if re.search(rf"\b{name}\b", str(error)) and name not in peculiar]
             if not bad:
                 raise
             for name in bad:
                 del fields[name]
-    return kind(**fields)
+    return _rotations(kind(**fields))
 
 
 def build(model_type: str) -> nn.Module:

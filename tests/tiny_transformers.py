@@ -30,10 +30,20 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", GROUPED | dict(sliding_window=8)),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", TEXT | dict(num_key_value_heads=2)),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", dict(n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=64)),
+    "codegen": (
+        "CodeGenForCausalLM",
+        "CodeGenConfig",
+        dict(n_embd=32, n_inner=40, n_layer=2, n_head=8, vocab_size=50, n_positions=64, rotary_dim=4),
+    ),
     "opt": ("OPTForCausalLM", "OPTConfig", TEXT | dict(ffn_dim=40, word_embed_proj_dim=32)),
     "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", TEXT | dict(rotary_pct=0.5)),
     "bert": ("BertForMaskedLM", "BertConfig", TEXT),
     "roberta": ("RobertaForMaskedLM", "RobertaConfig", TEXT),
+    "deberta_v2": (
+        "DebertaV2ForMaskedLM",
+        "DebertaV2Config",
+        TEXT | dict(relative_attention=True, position_buckets=8, pos_att_type=["c2p", "p2c"], share_att_key=True),
+    ),
     "distilbert": (
         "DistilBertForMaskedLM",
         "DistilBertConfig",

@@ -20,7 +20,7 @@ from modhifi.data.writing import Writer
 from modhifi.disk import home_path
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
-from modhifi.models.parts import Part, by_kind, framed, image_token
+from modhifi.models.parts import Part, by_kind, framed, given_items, image_token
 
 if TYPE_CHECKING:
     from modhifi.data.sources.base import Request
@@ -75,9 +75,9 @@ def join(loaded: LoadedModel, given: Given, request: Request) -> Samples:
     n = min([len(samples) for samples in given.values()] + [request.n])
     kinds, seed = by_kind(loaded.parts), request.seed
     values = {kind: samples.subset(range(n)) for kind, samples in given.items()}
-    for kind in kinds.keys() - values.keys() - {"mask", "decoder", "text"}:
+    for kind in kinds.keys() - values.keys() - {"mask", "decoder", "text", "given"}:
         values[kind] = _drawn(kind, loaded, n, seed)
-    if len(loaded.parts) == 1:
+    if loaded.packing is None:
         return values[loaded.parts[0].kind]
     writer = Writer(loaded, seed, request.progress)
     pixels = values.get("image")
@@ -86,7 +86,8 @@ def join(loaded: LoadedModel, given: Given, request: Request) -> Samples:
     tables = {part.kind: part for part in loaded.parts}
 
     def without_decoder(index: int) -> dict[str, Tensor]:
-        return _item(loaded, tables, values, index)
+        chance = torch.Generator().manual_seed(seed * n + index)
+        return _item(loaded, tables, values, index) | given_items(loaded.model, loaded.parts, chance)
 
     written = writer.decoders(without_decoder, n, values.get("target")) if "decoder" in kinds else None
     packing = loaded.packing
@@ -99,10 +100,12 @@ def join(loaded: LoadedModel, given: Given, request: Request) -> Samples:
         return packing.pack({part.name: parts[part.name] for part in loaded.parts})
 
     said = [values[kind].description for kind in values if kind != "target"] + writer.remarks
+    if "given" in kinds:
+        said.append(f"{', '.join(p.name for p in loaded.parts if p.kind == 'given')}: drawn, seed {seed}")
     first = next(iter(given.values()), None)
     return Samples(
         load=item,
-        hashes=tuple(_hash(values, None if written is None else written[i], i) for i in range(n)),
+        hashes=tuple(_hash(values, None if written is None else written[i], i, seed) for i in range(n)),
         labels=None,
         names=tuple(f"item {i}" for i in range(n)) if first is None else first.names[:n],
         description="; ".join(dict.fromkeys(said)),
@@ -124,8 +127,8 @@ def _item(loaded: LoadedModel, tables: Mapping[Any, Part], values: Given, index:
     return parts
 
 
-def _hash(values: Given, written: Tensor | None, index: int) -> str:
-    pieces = [samples.hashes[index] for samples in values.values()]
+def _hash(values: Given, written: Tensor | None, index: int, seed: int) -> str:
+    pieces = [samples.hashes[index] for samples in values.values()] or [f"{seed} {index}"]
     pieces += [] if written is None else [digest(written)]
     return hashlib.sha256("".join(pieces).encode()).hexdigest()[:16]
 

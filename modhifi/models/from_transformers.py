@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,18 +22,21 @@ from transformers.utils import logging
 
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
+from modhifi.models.given import flat_among, main_input
 from modhifi.models.loaded import LoadedModel, frozen, random_pixels
-from modhifi.models.packing import pack_batch
+from modhifi.models.packing import Packing, pack_batch
 from modhifi.models.parts import (
     SHIFTING,
     Listener,
     Part,
+    alternatives,
     drawn_tokens,
     example_of,
     listener_of,
     parts_of,
     reads_both,
     require_parts,
+    vocabulary_of,
 )
 from modhifi.models.preprocess import Preprocess
 
@@ -164,21 +168,21 @@ def loaded_from(model: Any, source: str, directory: Path | None, **common: Any) 
         transform = _image_transform(config, directory, notes, common.get("trust_remote_code", False))
         example = random_pixels(tuple(transform(Image.new("RGB", (320, 320))).shape))
     elif kind in ("text", "encoder"):
-        vocabulary = int(config.get_text_config().vocab_size)
-        example = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
+        chance = torch.Generator().manual_seed(0)
+        example = torch.randint(vocabulary_of(config), (2, 16), generator=chance)
         tokenizer = _tokenizer(directory, notes, **{"trust_remote_code": False, **common})
     else:
         transform, tokenizer, listener, pixels = _preparations(model, directory, notes, common)
         parts = parts_of(model, pixels, listener, warnings)
-        if not parts and model.main_input_name == "input_ids":
+        if not parts and main_input(model) == "input_ids":
             kind, transform = "text" if model.can_generate() else "encoder", None
             chance = torch.Generator().manual_seed(0)
             example = torch.stack([drawn_tokens(config, 16, chance) for _ in range(2)])
         else:
-            require_parts(parts, source, model.main_input_name)
-            batch = example_of(model, parts)
-            packing, example = (None, batch[parts[0].name]) if len(parts) == 1 else pack_batch(batch)
-            kind = parts[0].kind if packing is None else "tensor"
+            forms = [parts] if parts else list(alternatives(model, (), pixels, listener))
+            parts, batch = next(_drawn(model, forms), ((), {}))
+            require_parts(parts, source, main_input(model))
+            kind, packing, example = _fed(parts, batch)
     architecture = (config.architectures or [type(model).__name__])[0]
     if architecture != type(model).__name__:
         warnings.append(f"loaded as {type(model).__name__}: the head of {architecture} is left out")
@@ -199,7 +203,7 @@ def loaded_from(model: Any, source: str, directory: Path | None, **common: Any) 
         "warnings": warnings,
     }
     info = json.loads(json.dumps(info, default=str))
-    return LoadedModel(
+    loaded = LoadedModel(
         model,
         source,
         "transformers",
@@ -213,6 +217,46 @@ def loaded_from(model: Any, source: str, directory: Path | None, **common: Any) 
         parts=parts,
         listener=listener,
     )
+    return completed(loaded)
+
+
+def completed(loaded: LoadedModel) -> LoadedModel:
+    """The model with what else its forward pass asks for, where it fails without and that is found by trying."""
+    shape = tuple(loaded.example.shape[1:]) if loaded.kind == "image" else None
+    others = list(alternatives(loaded.model, loaded.parts, shape, loaded.listener))
+    if not others or _runs(loaded):
+        return loaded
+    for parts, batch in _drawn(loaded.model, others):
+        kind, packing, example = _fed(parts, batch)
+        other = replace(loaded, parts=parts, packing=packing, example=example, kind=kind)
+        if _runs(other):
+            return other
+    return loaded
+
+
+def _drawn(model: Any, forms: Iterable[tuple[Part, ...]]) -> Iterator[tuple[tuple[Part, ...], dict[str, Tensor]]]:
+    """Some forms of what a model may read, with an example; without those that it cannot have."""
+    for parts in forms:
+        with suppress(Exception):  # a model's own code, and what is drawn for another kind of model
+            yield parts, example_of(model, parts)
+
+
+def _fed(parts: tuple[Part, ...], batch: dict[str, Tensor]) -> tuple[str, Packing | None, Tensor]:
+    """The kind of a model that reads some parts, the form of its items, and its example."""
+    if len(parts) == 1 and parts[0].kind != "given":
+        return parts[0].kind, None, batch[parts[0].name]
+    packing, example = pack_batch(batch)
+    return "tensor", replace(packing, flat=flat_among(packing.names)), example
+
+
+@torch.no_grad()
+def _runs(loaded: LoadedModel) -> bool:
+    with torch.random.fork_rng(devices=[]):
+        try:
+            loaded.require_runs()
+        except ModhifiError:
+            return False
+    return True
 
 
 def _preparations(
@@ -221,14 +265,14 @@ def _preparations(
     """What prepares the images, the text and the sound that a model reads, and the shape of a prepared image."""
     transform = tokenizer = listener = pixels = None
     takes = inspect.signature(model.forward).parameters
-    if model.main_input_name == "pixel_values" or reads_both(model):
+    if main_input(model) == "pixel_values" or reads_both(model):
         transform = _image_transform(model.config, directory, notes, common.get("trust_remote_code", False))
         pixels = tuple(transform(Image.new("RGB", (320, 320))).shape)
         if "pixel_attention_mask" in takes and len(pixels) == 3:
             pixels = (1, *pixels)  # several images an item
     if {"input_ids", "decoder_input_ids"} & set(takes):
         tokenizer = _tokenizer(directory, notes, **{"trust_remote_code": False, **common})
-    if model.main_input_name in ("input_features", "input_values"):
+    if main_input(model) in ("input_features", "input_values"):
         listener = listener_of(model, directory, notes)
     return transform, tokenizer, listener, pixels
 
@@ -239,9 +283,9 @@ def _kind(model: Any, config: Any) -> str | None:
     shifting = type(model).__name__.endswith(SHIFTING)
     if reads_both(model) or (config.is_encoder_decoder and "decoder_input_ids" in takes and not shifting):
         return None
-    if model.main_input_name == "pixel_values":
+    if main_input(model) == "pixel_values":
         return "image"
-    if model.main_input_name != "input_ids":
+    if main_input(model) != "input_ids":
         return None
     causal = {c for value in HEADS[1][1].values() for c in ([value] if isinstance(value, str) else value)}
     mapped = str((getattr(config, "auto_map", None) or {}).get(HEADS[1][0], "")).endswith(f".{type(model).__name__}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,13 +24,15 @@ DEPTH = 8
 class Packing:
     """The form of an item: nested tuples and mappings whose leaves are tensors, each of one shape and dtype.
 
-    ``form`` has None in the place of each tensor; ``names`` are the tensors' places (``mask``, ``1.ids``).
+    ``form`` has None in the place of each tensor; ``names`` are the tensors' places (``mask``, ``1.ids``). Those in
+    ``flat`` hold rows, which a model reads without an axis of items: the rows of one item behind those of another.
     """
 
     form: Any
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
+    flat: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, item: Any) -> Packing:
@@ -66,8 +68,9 @@ class Packing:
         """The inputs ``(n, ...)`` in the item's form, of packed items ``(n, size)``; floats become ``dtype``."""
         sizes = [math.prod(s) * t.itemsize for s, t in zip(self.shapes, self.dtypes, strict=True)]
         tensors = []
-        for piece, shape, kind in zip(batch.split(sizes, 1), self.shapes, self.dtypes, strict=True):
+        for piece, name, shape, kind in zip(batch.split(sizes, 1), self.names, self.shapes, self.dtypes, strict=True):
             tensor = piece.contiguous().view(kind).reshape(len(batch), *shape)
+            tensor = tensor.flatten(0, 1) if name in self.flat else tensor
             tensors.append(tensor.to(dtype) if kind.is_floating_point else tensor)
         return _filled(self.form, iter(tensors))
 
@@ -97,7 +100,8 @@ class Packing:
     def to_json(self) -> dict[str, Any]:
         """The form as JSON-able data; tuples become lists."""
         dtypes = [str(dtype).removeprefix("torch.") for dtype in self.dtypes]
-        return {"form": self.form, "shapes": [list(shape) for shape in self.shapes], "dtypes": dtypes}
+        flat = {"flat": list(self.flat)} if self.flat else {}
+        return {"form": self.form, "shapes": [list(shape) for shape in self.shapes], "dtypes": dtypes, **flat}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Packing:
@@ -105,7 +109,7 @@ class Packing:
         try:
             dtypes = tuple(getattr(torch, str(name)) for name in content["dtypes"])
             empty = [torch.empty(shape, dtype=t) for shape, t in zip(content["shapes"], dtypes, strict=True)]
-            return cls.of(_filled(content["form"], iter(empty)))
+            return replace(cls.of(_filled(content["form"], iter(empty))), flat=tuple(content.get("flat", ())))
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, StopIteration):
             raise ModhifiError("the manifest's form of the model's inputs is broken; restore the file") from None
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +21,16 @@ from torch import Tensor
 
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
+from modhifi.models.given import LISTS, SPECTRUM, field, first_read, given, main_input, missing
 
 # Tokens that an encoder and a decoder read where the model takes as many; frames of sound where it takes any number.
-TEXT, WRITTEN, FRAMES = 128, 64, 100
+TEXT, WRITTEN, FRAMES = 128, 64, SPECTRUM
 RATE = 16_000
+# What a model without a vocabulary reads are the codes of characters.
+CHARACTERS = 128
 # Heads that make their decoder's tokens themselves.
 SHIFTING = ("Classification", "QuestionAnswering")
-PartKind = Literal["text", "mask", "image", "audio", "series", "decoder"]
+PartKind = Literal["text", "mask", "image", "audio", "series", "decoder", "given"]
 
 
 @dataclass(frozen=True)
@@ -69,16 +73,25 @@ def reads_both(model: Any) -> bool:
 def parts_of(
     model: Any, pixels: tuple[int, ...] | None, listener: Listener | None, warnings: list[str]
 ) -> tuple[Part, ...]:
-    """The parts of a model; none for one that reads pixels alone, or token ids alone, or nothing that is known.
+    """The parts of a model; none for one that reads pixels alone, or token ids alone, or nothing that is known."""
+    parts = every_part(model, pixels, listener, warnings)
+    alone = {part.kind for part in parts} <= {"text", "mask"} or [part.kind for part in parts] == ["image"]
+    return () if alone else parts
+
+
+def every_part(
+    model: Any, pixels: tuple[int, ...] | None, listener: Listener | None, warnings: list[str]
+) -> tuple[Part, ...]:
+    """What a model reads, be it one thing alone.
 
     ``pixels`` is the shape of a prepared image. A warning is added where a model of images and text takes images in
     a form that is not known: only its text is left then.
     """
-    config, main = model.config, model.main_input_name
+    config, main = model.config, main_input(model)
     takes = inspect.signature(model.forward).parameters
     both = reads_both(model)
     parts = []
-    if main == "input_ids" or both:
+    if (main == "input_ids" and main in takes) or both:
         length = _positions(text_config(config), ("max_position_embeddings", "n_positions"), TEXT)
         if image_token(config) is not None and pixels is not None:
             try:
@@ -104,8 +117,33 @@ def parts_of(
                 1  # rows of as many tokens as the encoder reads would be taken for its own, and masked as they are
             )
         parts.append(Part("decoder_input_ids", "decoder", (length,)))
-    alone = {part.kind for part in parts} <= {"text", "mask"} or [part.kind for part in parts] == ["image"]
-    return () if alone else tuple(parts)
+    return tuple(parts)
+
+
+def alternatives(
+    model: Any, parts: tuple[Part, ...], pixels: tuple[int, ...] | None, listener: Listener | None
+) -> Iterator[tuple[Part, ...]]:
+    """Other parts that a model could read, likely ones first: sounds of another form, and what it could miss."""
+    base = parts or every_part(model, pixels, listener, [])
+    forms = [base]
+    sound = next((part for part in base if part.kind == "audio"), None)
+    if sound is not None and (listener is None or len(sound.shape) == 1):
+        raw = [(FRAMES * RATE // 100,), (1, *sound.shape)] if sound.name == "input_values" else []
+        for shape in (sound.shape[::-1], (FRAMES, math.prod(first_read(model))), *raw):
+            forms.append(tuple(replace(part, shape=shape) if part is sound else part for part in base))
+    for form in forms:
+        for names in [*([()] if form is not base else []), *missing(model, {part.name for part in form})]:
+            rest = tuple(part for part in form if part.name not in names)
+            shapes = {part.name: part.shape for part in rest}
+            with suppress(KeyError, StopIteration):  # what goes along with a part that this model has not
+                drawn = given(model, list(names), shapes, torch.Generator().manual_seed(0))
+                yield (*rest, *(Part(name, _kind(name, value), tuple(value.shape)) for name, value in drawn.items()))
+                flat = {name: value.flatten(1) if name in LISTS else value for name, value in drawn.items()}
+                yield (*rest, *(Part(name, "given", tuple(value.shape)) for name, value in flat.items()))
+
+
+def _kind(name: str, value: Tensor) -> PartKind:
+    return "image" if name == "pixel_values" and value.ndim == 3 else "given"
 
 
 def _positions(config: Any, names: tuple[str, ...], most: int) -> int:
@@ -115,11 +153,11 @@ def _positions(config: Any, names: tuple[str, ...], most: int) -> int:
 def _sound_shape(config: Any, main: str, listener: Listener | None) -> tuple[int, ...]:
     if listener is not None:
         return tuple(listener(np.zeros(listener.samples, dtype=np.float32)).shape)
-    bands = getattr(config, "num_mel_bins", None)
-    if width := getattr(config, "feature_projection_input_dim", None):
+    bands = field(config, "num_mel_bins")
+    if width := field(config, "feature_projection_input_dim", "input_dim"):
         return (FRAMES, int(width))
     if main == "input_values":
-        return (_samples_of(config),) if bands is None else (int(config.max_length), int(bands))
+        return (_samples_of(config),) if bands is None else (int(field(config, "max_length") or FRAMES), int(bands))
     if hasattr(config, "max_source_positions") and not hasattr(config, "input_feat_per_channel"):
         return (int(bands or 80), 2 * int(config.max_source_positions))  # Whisper halves its frames
     return (FRAMES, int(getattr(config, "input_feat_per_channel", 0) or bands or 80))
@@ -127,10 +165,10 @@ def _sound_shape(config: Any, main: str, listener: Listener | None) -> tuple[int
 
 def _samples_of(config: Any) -> int:
     """Samples of raw sound from which an encoder of convolutions makes so many frames."""
-    if getattr(config, "max_length", None) and getattr(config, "num_mel_bins", None):
-        return int(config.max_length) * RATE // 100  # spectra have a frame each 10 milliseconds
-    strides = getattr(config, "conv_stride", None)
-    return FRAMES * math.prod(strides) + sum(config.conv_kernel) if strides else 2 * RATE
+    if (length := field(config, "max_length")) and field(config, "num_mel_bins"):
+        return int(length) * RATE // 100  # spectra have a frame each 10 milliseconds
+    strides = field(config, "conv_stride")
+    return FRAMES * math.prod(strides) + sum(field(config, "conv_kernel") or ()) if strides else 2 * RATE
 
 
 def _series_shape(config: Any) -> tuple[int, ...]:
@@ -153,7 +191,7 @@ def listener_of(model: Any, directory: Path | None, notes: list[str]) -> Listene
         rate = int(getattr(extractor, "sampling_rate", RATE))
         samples = int(getattr(extractor, "n_samples", 0)) or _samples_of(config)
         return Listener(rate, samples, partial(_extract, extractor, rate), extractor)
-    if model.main_input_name == "input_values" and getattr(config, "num_mel_bins", None) is None:
+    if main_input(model) == "input_values" and getattr(config, "num_mel_bins", None) is None:
         notes.append("no preprocessor_config.json: sounds are brought to mean 0 and variance 1, at 16,000 a second")
         return Listener(RATE, _samples_of(config), _standardised)
     notes.append("no preprocessor_config.json: only drawn spectra are available, no sounds")
@@ -202,9 +240,8 @@ def special_tokens(config: Any) -> set[int]:
 
 
 def vocabulary_of(config: Any, decoder: bool = False) -> int:
-    """How many different tokens the encoder, or the decoder, of a model knows."""
-    text = text_config(config, decoder)
-    return int(getattr(text, "vocab_size", None) or text.src_vocab_size)
+    """How many different tokens the encoder, or the decoder, of a model knows; characters where it counts none."""
+    return int(field(text_config(config, decoder), "vocab_size", "src_vocab_size") or CHARACTERS)
 
 
 def drawn_tokens(config: Any, length: int, chance: torch.Generator, decoder: bool = False) -> Tensor:
@@ -254,9 +291,18 @@ def example_of(model: Any, parts: tuple[Part, ...]) -> dict[str, Tensor]:
             start = torch.full((2, 1), first_token(model))
             more = [drawn_tokens(model.config, part.shape[0] - 1, chance, decoder=True) for _ in range(2)]
             batch[part.name] = torch.cat([start, torch.stack(more)], 1)
-        elif part.kind != "mask":
+        elif part.kind not in ("mask", "given"):
             batch[part.name] = torch.randn(2, *part.shape, generator=chance)
+    items = [given_items(model, parts, chance) for _ in range(2)]
+    batch |= {name: torch.stack([item[name] for item in items]) for name in items[0]}
     return {part.name: batch[part.name] for part in parts}
+
+
+def given_items(model: Any, parts: tuple[Part, ...], chance: torch.Generator) -> dict[str, Tensor]:
+    """One item of every part that is given beside what a model reads (:mod:`modhifi.models.given`)."""
+    shapes = {part.name: part.shape for part in parts if part.kind == "given"}
+    items = given(model, list(shapes), {part.name: part.shape for part in parts}, chance)
+    return {name: item.reshape(shapes[name]) for name, item in items.items()}
 
 
 def _image_room(model: Any, pixels: tuple[int, ...]) -> int:

@@ -26,7 +26,8 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def check_weights(model: nn.Module, source: str) -> None:
     """Raises ModhifiError if the model is quantised, has an adapter, or holds NaN or infinite values; names the first.
 
-    Buffers may hold minus infinity, as attention masks do. Tensors on the meta device have no values to check.
+    Buffers may hold infinities, as attention masks and the limits of clamps do. Tensors on the meta device have no
+    values to check.
     """
     _refuse_adapters(model, source)
     for name, module in model.named_modules():
@@ -43,7 +44,7 @@ def check_weights(model: nn.Module, source: str) -> None:
             continue
         if not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all()):
             continue  # told without a tensor of that size
-        if name in parameters or not bool((tensor.isfinite() | tensor.isneginf()).all()):
+        if name in parameters or bool(tensor.isnan().any()):
             raise ModhifiError(f"{source}: tensor {name!r} holds NaN or infinite values; repair the checkpoint")
 
 

@@ -16,7 +16,7 @@ from modhifi.structure.places import operator_at
 from modhifi.structure.recurrent import Gates
 from modhifi.structure.stacked import Stacked
 
-HEADS = re.compile(r"(^|_|\.)heads?$")  # num_heads, n_head, num_key_value_heads
+HEADS = re.compile(r"(^|_|\.)(heads?|mp_num)$")  # num_heads, n_head, num_key_value_heads; shards of heads
 WIDTHS = re.compile(r"(^|_)(dim|size)(_out_(qk|v))?$")  # attn_dim, split_size, all_head_size, dim_out_qk
 SHARING = re.compile(r"num_(key_value|kv)_groups$")  # query heads to one key-value head
 # widths of one head, and sizes of something else

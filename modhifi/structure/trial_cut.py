@@ -35,8 +35,9 @@ def confirm(model: nn.Module, structure: Structure, run: Callable[[nn.Module], A
 
     ``run(model)`` is one forward pass. All groups at once are cut in a copy, first by one component (of every part),
     then to 40 %; then every second block alone, as plans give blocks unequal widths. Each time every tensor that it
-    returns must agree with the masked full-size model's, and only where one does not is every group tried alone. Costs
-    six forward passes, and six copies of the weights that are cut, one at a time, where all is well; two passes more
+    returns must agree with the masked full-size model's, and only where one does not is every group tried alone. Groups
+    of several blocks that can be cut alike only, as those that share a mask for each head, become one group. Costs six
+    forward passes, and six copies of the weights that are cut, one at a time, where all is well; two passes more
     for blocks that may go, and for sublayers.
     """
     trials: tuple[tuple[float, Callable[[Sequence[Group]], Sequence[Group]], str], ...] = (
@@ -47,8 +48,51 @@ def confirm(model: nn.Module, structure: Structure, run: Callable[[nn.Module], A
         (0.6, _sublayers, WHOLE),
     )
     for share, chosen, reason in trials:
+        before = structure
         structure = _confirm(model, structure, chosen(structure.prunable), run, share, reason)
+        if reason == UNEQUAL:
+            structure = _tied(model, before, structure, run, share)
     return structure
+
+
+def _tied(
+    model: nn.Module, before: Structure, after: Structure, run: Callable[[nn.Module], Any], share: float
+) -> Structure:
+    """The structure, whose groups that were just refused are one group for each role, where cutting that one is right.
+
+    A component of it is one of every block, at the same place.
+    """
+    alone = {group.name for group in before.prunable} - {group.name for group in after.prunable}
+    for members in _roles(before.prunable).values():
+        if len(members) < 2 or not alone & {g.name for g in members} or not all(_alike(members[0], g) for g in members):
+            continue
+        first, others = members[0], {g.name for g in members[1:]}
+        one = replace(
+            first,
+            slices=tuple(piece for g in members for piece in g.slices),
+            attributes=tuple(count for g in members for count in g.attributes),
+            pieces=tuple(count for g in members for count in g.pieces),
+        )
+        tied = replace(
+            after,
+            groups=tuple(one if g.name == first.name else g for g in after.groups if g.name not in others),
+            work=tuple(
+                replace(w, positions={first.name if n in others else n: m for n, m in w.positions.items()})
+                for w in after.work
+            ),
+        )
+        trials = [(one,), _every_second(tied.prunable)]
+        if all(not groups or _wrong_output(model, tied, groups, run, share) is None for groups in trials):
+            after = tied
+    return after
+
+
+def _alike(group: Group, other: Group) -> bool:
+    """Whether a component of one group can go with that at the same place of another."""
+    parts, others = group.partition, other.partition
+    same = parts is others or (parts is not None and others is not None and torch.equal(parts, others))
+    form = (group.n, group.kind, group.queries, group.experts, group.multiple)
+    return same and form == (other.n, other.kind, other.queries, other.experts, other.multiple)
 
 
 def _widths(groups: Sequence[Group]) -> Sequence[Group]:
@@ -68,11 +112,16 @@ def _every_second(groups: Sequence[Group]) -> Sequence[Group]:
 
     Of two such names that follow each other, one begins with its first group and the other with its second.
     """
+    repeated = [members for members in _roles(groups).values() if len(members) > 1]
+    return [group for number, members in enumerate(repeated) for group in members[number % 2 :: 2]]
+
+
+def _roles(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """The groups by their names without numbers."""
     roles: dict[str, list[Group]] = {}
     for group in _widths(groups):
         roles.setdefault(re.sub(r"\d+", "", group.name), []).append(group)
-    repeated = [members for members in roles.values() if len(members) > 1]
-    return [group for number, members in enumerate(repeated) for group in members[number % 2 :: 2]]
+    return roles
 
 
 def _confirm(

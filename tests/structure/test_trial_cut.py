@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,8 +17,11 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from modhifi.models.load import load_model
 from modhifi.pruning.stages import find_structure
 from modhifi.structure.groups import Structure
+from modhifi.structure.plan import Plan
+from modhifi.structure.sizes import sizes_of
+from modhifi.structure.surgery import mask_readers, shrink
 from modhifi.structure.tracing.tracer import trace
-from modhifi.structure.trial_cut import FIXED, UNEQUAL, confirm
+from modhifi.structure.trial_cut import FIXED, confirm
 
 
 class ByHeart(nn.Module):
@@ -194,24 +198,30 @@ def mt5() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("build", "x", "run", "wrong", "right"),
+    ("build", "x", "run", "tied", "right"),
     [
-        (Travels, torch.randn(2, 6), lambda net, x: net(x), {"up.0", "up.1", "up.2"}, set()),
+        (Travels, torch.randn(2, 6), lambda net, x: net(x), ["up.0", "up.1", "up.2"], set()),
         (
             mt5,
             torch.randint(3, 50, (2, 6)),
             lambda net, x: net(x, decoder_input_ids=x).last_hidden_state,
-            {f"decoder.block.{i}.layer.1.EncDecAttention.q" for i in range(2)},
+            [f"decoder.block.{i}.layer.1.EncDecAttention.q" for i in range(2)],
             {f"{part}.DenseReluDense.wi_0" for part in ("encoder.block.0.layer.1", "decoder.block.1.layer.2")},
         ),
     ],
 )
-def test_widths_that_blocks_share_are_found(build: Any, x: Tensor, run: Any, wrong: set[str], right: set[str]):
+def test_widths_that_blocks_share_become_one_group(build: Any, x: Tensor, run: Any, tied: list[str], right: set[str]):
     torch.manual_seed(0)
     model = build().eval()
     confirmed = confirm(model, trace(model, lambda m: run(m, x)), lambda m: run(m, x))
-    assert {g.name for g in confirmed.refused if g.refused == UNEQUAL} == wrong
-    assert right <= {g.name for g in confirmed.prunable}
+    groups = {g.name: g for g in confirmed.prunable}
+    assert not set(tied[1:]) & {g.name for g in confirmed.groups}
+    assert set(tied) <= {s.module for s in groups[tied[0]].producers}
+    assert right <= groups.keys()
+    plan = Plan({tied[0]: (0, 2)})
+    small, masked = shrink(copy.deepcopy(model), confirmed, plan), mask_readers(model, confirmed, plan)
+    torch.testing.assert_close(run(small, x), run(masked, x))
+    assert sizes_of(model, confirmed).macs({g.name: g.n for g in confirmed.prunable} | {tied[0]: 2}) < confirmed.macs
 
 
 class Sensitive(nn.Module):

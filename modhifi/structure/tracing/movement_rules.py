@@ -148,6 +148,20 @@ def integers_read(module: nn.Module) -> list[str]:
     return [name for name, value in vars(module).items() if type(value) is int and name in names]
 
 
+def gather(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """Elements are taken along another axis, at the same places for every component."""
+    x, dim, index = call.argument(0, "input"), call.argument(1, "dim"), call.argument(2, "index")
+    axis = call.axis(x)
+    if axis is None or axis.dim == dim % x.ndim or call.axis(index) is not None:
+        return move(watcher, call)
+    if index.shape[axis.dim] != x.shape[axis.dim] or not is_constant(index, axis.dim):
+        return watcher.unknown(call)
+    return [axis]
+
+
+register_operation("gather", gather)
+
+
 def pixel_shuffle(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     """The channels that become one, spread over its pixels, are one component."""
     x, axis = call.inputs[0], call.axis(call.inputs[0])
