@@ -92,7 +92,8 @@ class Distillation:
         self.size = min(settings.batch_size, len(train))
         self.state = State(micro=self.size)
         self.schedule = Schedule(settings.steps, settings.minutes)
-        self.teacher = Teacher(original, self.blocks, len(train), keep=not settings.augment)
+        keep, autocast = not settings.augment, self.accelerator.autocast
+        self.teacher = Teacher(original, self.blocks, len(train), keep, autocast)
         self.examiner = Teacher(original, (), len(validation), keep=True)
         self.best = self._weights()
         self.losses: list[Tensor] = []

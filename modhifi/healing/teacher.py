@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +20,19 @@ SHARE = 0.25
 class Teacher:
     """The outputs of ``original`` and of its ``blocks`` on batches of one set of ``count`` samples.
 
-    With ``keep`` those of a sample are computed once, if all of them fit into memory and have one shape.
+    With ``keep`` those of a sample are computed once, if all of them fit into memory and have one shape. ``autocast``
+    makes the context in which the original runs: in full precision it would take longer than a student in half.
     """
 
-    def __init__(self, original: LoadedModel, blocks: tuple[str, ...], count: int, keep: bool) -> None:
-        self.original, self.blocks, self.count = original, blocks, count
+    def __init__(
+        self,
+        original: LoadedModel,
+        blocks: tuple[str, ...],
+        count: int,
+        keep: bool,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.original, self.blocks, self.count, self.autocast = original, blocks, count, autocast
         self.keep = keep
         self.kept: list[Tensor] = []
         self.known = torch.zeros(count, dtype=torch.bool)
@@ -35,7 +45,7 @@ class Teacher:
             device = next(self.original.model.parameters()).device
             first, *others = (tensor[chosen].to(device) for tensor in self.kept)
             return first, tuple(others)
-        with Watch(self.original.model, self.blocks) as watch:
+        with Watch(self.original.model, self.blocks) as watch, self.autocast():
             output = self.original.logits(batch)
             outputs = (output, *watch.take())
         if self.keep and not self.kept:

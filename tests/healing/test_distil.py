@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from modhifi.healing.optimizers import OPTIMIZERS
 from modhifi.healing.settings import HealSettings
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
+from modhifi.progress import silent
 from modhifi.structure.clone import clone
 
 SETTINGS = HealSettings(learning_rate=1e-3, batch_size=8, steps=20)
@@ -285,3 +287,14 @@ def test_adapters_are_merged_into_weights_of_the_same_names(texts: Samples, tmp_
     assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     weights = torch.load(tmp_path / "x.healing", weights_only=True)["weights"]
     assert all("lora" in name for name in weights)
+
+
+def test_the_teacher_runs_in_the_precision_of_the_student(
+    pair: tuple[LoadedModel, nn.Module], images: tuple[Samples, Samples]
+) -> None:
+    run = Distillation(*pair, *images, SETTINGS, (), None, silent, lambda text: None)
+    # what is examined is examined in full
+    assert run.teacher.autocast == run.accelerator.autocast and run.examiner.autocast is nullcontext
+    run.teacher.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    output, _ = run.teacher.outputs(next(images[0].batches(4)), range(4))
+    assert output.dtype == torch.bfloat16
