@@ -29,6 +29,8 @@ from modhifi.structure.clone import clone
 
 # The largest norm of a gradient; the intervals without a better student after which a run ends.
 CLIP, PATIENCE = 1.0, 10
+# A learning rate after so many intervals of which the student is only worse is divided by this, down to this share.
+HARM, SMALLER, LEAST_RATE = 2, 4.0, 1 / 16
 
 
 def distil(
@@ -117,9 +119,10 @@ class Distillation:
                     continue
                 if not self._look():
                     broken = self.state.step
-                elif len(self.state.curve) - 1 - best_entry(self.state.curve) >= PATIENCE:
+                elif len(self.state.curve) - 1 - max(self.state.since, best_entry(self.state.curve)) >= PATIENCE:
                     early = True
                 else:
+                    self._back_off()
                     self._save()
         return self._healed(broken, early)
 
@@ -127,7 +130,7 @@ class Distillation:
     def _step(self, share: float) -> None:
         """One step of the optimiser; a batch that does not fit into memory is taken in halves from then on."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * learning_rate(share)
+            group["lr"] = self.settings.learning_rate * self.state.rate * learning_rate(share)
         indices = self._indices()
         self._normalise_by_batch(self.settings.batch_statistics)
         while not self._accumulated(indices):
@@ -226,6 +229,20 @@ class Distillation:
         self.note(f"step {self.state.step}: divergence {entry['divergence']:.4g}{shown}")
         return True
 
+    def _back_off(self) -> None:
+        """Begins anew with a smaller learning rate where the one so far has only taken the student away."""
+        state = self.state
+        worse = all(entry["divergence"] > state.curve[0]["divergence"] for entry in state.curve[state.since + 1 :])
+        if len(state.curve) - 1 - state.since != HARM or not worse or best_entry(state.curve) != 0:
+            return
+        if state.rate <= LEAST_RATE:
+            return
+        state.rate, state.since = state.rate / SMALLER, len(state.curve) - 1
+        self.model.load_state_dict(self.best, strict=False)
+        self.optimizer.state.clear()
+        rate = self.settings.learning_rate * state.rate
+        self._remark(f"the student only got worse: learning rate {rate:.2g} from step {state.step} on, and anew")
+
     def _tell(self, share: float) -> None:
         done = self.state.step
         self.progress("distilling", done, max(done, round(done / share)) if share else done + 1)
@@ -266,7 +283,7 @@ class Distillation:
         self.best = state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.spent = state["seconds"]
-        self.state = State(**{name: state[name] for name in vars(self.state)})
+        self.state = State(**{name: state[name] for name in vars(self.state) if name in state})
         self.note(f"going on from step {self.state.step}")
 
     def _healed(self, broken: int | None, early: bool) -> Healed:

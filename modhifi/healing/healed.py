@@ -31,10 +31,15 @@ class Healed:
 
 @dataclass
 class State:
-    """What a checkpoint holds beside the weights."""
+    """What a checkpoint holds beside the weights.
+
+    ``rate`` multiplies the learning rate, as it has since entry ``since`` of the curve.
+    """
 
     step: int = 0
     micro: int = 0
+    rate: float = 1.0
+    since: int = 0
     curve: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
