@@ -229,7 +229,7 @@ def test_a_run_ends_early_where_it_gets_no_better(
     pair: tuple[LoadedModel, nn.Module], images: tuple[Samples, Samples]
 ) -> None:
     same_model = (pair[0], pair[0].model)
-    healed = heal(same_model, images, learning_rate=1e-2, steps=200)
+    healed = heal(same_model, images, learning_rate=0.16, steps=200)
     # ten intervals of ten steps, behind twice two of a learning rate that was made smaller
     assert healed.early and healed.best == 0 and healed.steps == 140
     assert same(healed.model, pair[0].model)
