@@ -113,9 +113,7 @@ def language_model(minutes: float) -> list[Row]:
     files = {("original", "q4_1, as it came"): file}
     for name, place in places.items():
         for kind in ("f16", "q8_0"):
-            files[name, kind] = WORK / f"smollm2-{name}-{kind}.gguf"
-            if not files[name, kind].is_file():
-                to_gguf(place, files[name, kind], kind)
+            files[name, kind] = to_gguf(place, WORK / f"smollm2-{name}-{kind}.gguf", kind)
     held = {kind: KINDS[kind](original, WINDOWS, TOKENS) for kind in TEXTS}
     tokens = {kind: torch.stack([samples.load(i) for i in range(len(samples))]) for kind, samples in held.items()}
     running = {key: LlamaCpp(file) for key, file in files.items()}
