@@ -32,7 +32,7 @@ from modhifi.data.sources import load_samples
 HEALED = HERE / "data" / "heal"
 WORK = HERE / "data" / "after"
 ROUNDS, RUNS, IMAGES, BATCH = 7, 20, 500, 100
-TOKENS, WINDOWS, PROMPT, WRITTEN = 256, 2, 256, 48
+TOKENS, WINDOWS, PROMPT, WRITTEN, TURNS = 128, 2, 128, 32, 3
 # Kinds of text that no model has to write first.
 TEXTS = list(KINDS)[:3]
 Row = dict[str, Any]
@@ -93,10 +93,10 @@ def timed(run: Callable[[Tensor], Tensor], item: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def alternating(runs: dict[Any, Callable[[], float]]) -> dict[Any, float]:
+def alternating(runs: dict[Any, Callable[[], float]], rounds: int = ROUNDS) -> dict[Any, float]:
     """The median time of each over rounds in which all take turns."""
-    rounds = [{key: run() for key, run in runs.items()} for _ in range(ROUNDS)]
-    return {key: statistics.median(times[key] for times in rounds) for key in runs}
+    times = [{key: run() for key, run in runs.items()} for _ in range(rounds)]
+    return {key: statistics.median(one[key] for one in times) for key in runs}
 
 
 def language_model(minutes: float) -> list[Row]:
@@ -113,17 +113,15 @@ def language_model(minutes: float) -> list[Row]:
     files = {("original", "q4_1, as it came"): file}
     for name, place in places.items():
         for kind in ("f16", "q8_0"):
-            files[name, kind] = WORK / f"smollm2-{name}-{kind}.gguf"
-            if not files[name, kind].is_file():
-                to_gguf(place, files[name, kind], kind)
+            files[name, kind] = to_gguf(place, WORK / f"smollm2-{name}-{kind}.gguf", kind)
     held = {kind: KINDS[kind](original, WINDOWS, TOKENS) for kind in TEXTS}
     tokens = {kind: torch.stack([samples.load(i) for i in range(len(samples))]) for kind, samples in held.items()}
     running = {key: LlamaCpp(file) for key, file in files.items()}
     values = {key: {kind: model.perplexity(t) for kind, t in tokens.items()} for key, model in running.items()}
     dense = next(iter(values.values()))
     prompt = tokens[TEXTS[0]][0].tolist()[:PROMPT]
-    reading = alternating({key: lambda m=m: m.times(prompt, 1)[0] for key, m in running.items()})
-    writing = alternating({key: lambda m=m: m.times(prompt[:8], WRITTEN)[1] for key, m in running.items()})
+    reading = alternating({key: lambda m=m: m.times(prompt, 1)[0] for key, m in running.items()}, TURNS)
+    writing = alternating({key: lambda m=m: m.times(prompt[:8], WRITTEN)[1] for key, m in running.items()}, TURNS)
     rows = []
     for name, kind in files:
         key, first = (name, kind), next(iter(files))
@@ -158,7 +156,7 @@ Command: `python eval/after_pruning.py --part demo`.""",
         ["model", "weights", "healed, minutes", "MB", "reading", "writing", "worst", "mean", *TEXTS],
         f"""# After pruning: SmolLM2-135M without a fifth of its FFN neurons, in llama.cpp
 Time a token of reading {PROMPT} tokens and of writing {WRITTEN}, on one thread, over those of the file that was pruned
-(median of {ROUNDS} rounds in which all take turns). Perplexity over that file's on {WINDOWS} windows of {TOKENS} tokens
+(median of {TURNS} rounds in which all take turns). Perplexity over that file's on {WINDOWS} windows of {TOKENS} tokens
 of each kind of text.
 Command: `python eval/after_pruning.py --part smollm2`.""",
     ),

@@ -1,4 +1,4 @@
-"""What a cut of SmolLM2-135M costs on every kind of text, by what calibrated it: the worst kind beside the mean.
+"""What a cut of SmolLM2-135M costs on every kind of text, by what calibrated it and how: the worst beside the mean.
 
     MODHIFI_DATA=DIR python eval/lm_kinds.py [--windows N] [--window TOKENS] [--cache DIR] [--only NAME ...]
 
@@ -32,17 +32,19 @@ from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, ma
 
 RATIO, HELD, ONE = 0.2, 4, "self, one kind"
 WIKI, MANUAL, CODE = list(KINDS)[:3]
-# By name the share of every source, and the ridge.
-CALIBRATIONS: dict[str, tuple[dict[str, float], float]] = {
-    ONE: ({ONE: 1}, SETTINGS.ridge),
-    "self": ({"self": 1}, SETTINGS.ridge),
-    f"self, 10 % {WIKI}": ({"self": 0.9, WIKI: 0.1}, SETTINGS.ridge),
-    f"self, 10 % {MANUAL}": ({"self": 0.9, MANUAL: 0.1}, SETTINGS.ridge),
-    f"self, 50 % {WIKI}": ({"self": 0.5, WIKI: 0.5}, SETTINGS.ridge),
-    WIKI: ({WIKI: 1}, SETTINGS.ridge),
-    "self, ridge 1e-3": ({"self": 1}, 1e-3),
-    "self, ridge 1e-2": ({"self": 1}, 1e-2),
-    f"self, 10 % {WIKI}, ridge 1e-2": ({"self": 0.9, WIKI: 0.1}, 1e-2),
+# By name the share of every source, and what else is not as in `SETTINGS`.
+CALIBRATIONS: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
+    ONE: ({ONE: 1}, {}),
+    "self": ({"self": 1}, {}),
+    f"self, 10 % {WIKI}": ({"self": 0.9, WIKI: 0.1}, {}),
+    f"self, 10 % {MANUAL}": ({"self": 0.9, MANUAL: 0.1}, {}),
+    f"self, 50 % {WIKI}": ({"self": 0.5, WIKI: 0.5}, {}),
+    WIKI: ({WIKI: 1}, {}),
+    "self, ridge 1e-3": ({"self": 1}, {"ridge": 1e-3}),
+    "self, ridge 1e-2": ({"self": 1}, {"ridge": 1e-2}),
+    f"self, 10 % {WIKI}, ridge 1e-2": ({"self": 0.9, WIKI: 0.1}, {"ridge": 1e-2}),
+    "self, Wanda's order + δ (the paper's)": ({"self": 1}, {"selector": "wanda", "compensate": "delta"}),
+    "self, Wanda's order, no compensation": ({"self": 1}, {"selector": "wanda", "compensate": "none"}),
 }
 
 
@@ -87,8 +89,8 @@ class Bench:
 
         return self.kept(f"moments {source}", measure)  # type: ignore[no-any-return]
 
-    def edited(self, shares: dict[str, float], ridge: float) -> nn.Module:
-        settings = replace(SETTINGS, ridge=ridge)
+    def edited(self, shares: dict[str, float], changes: dict[str, Any]) -> nn.Module:
+        settings = replace(SETTINGS, **changes)
         moments = combined([(share, self.moments(source)) for source, share in shares.items()])
         widths = {g.name: math.ceil((1 - RATIO) * g.n) for g in self.structure.prunable}
         curves = removal_curves(self.loaded.model, self.structure, moments, settings, widths=widths)

@@ -110,7 +110,7 @@ def main(artefacts: list[Path], n: int) -> None:
         f"""# Tasks before and after: SmolLM2-135M
 `capitals`: which of {CHOICES} capitals goes on best; `sums`: a sum of two digits, written behind {SHOTS} that are
 solved. Both run by lm-eval, on data made by the script.
-Command: `python eval/lm_tasks.py {" ".join(f"eval/data/heal/{d.name}" for d in artefacts)}`.""",
+Command: `python eval/lm_tasks.py {" ".join(f"eval/data/heal/{d.name}" for d in artefacts)} --questions {n}`.""",
     )
 
 

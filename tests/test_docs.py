@@ -32,6 +32,8 @@ OTHER_OPTIONS = {
     "--multi_gpu",
     "--cpu",
     "--nproc_per_node",
+    "--outfile",
+    "--outtype",
 } | {f"--{name}" for name in ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")}
 
 

@@ -42,7 +42,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "tolerance"), [("f16", 0.01), ("q8_0", 0.02)])
+@pytest.mark.parametrize(("kind", "tolerance"), [("f16", 0.01), ("q8_0", 0.05)])
 def test_a_pruned_smollm2_runs_in_llama_cpp_as_in_transformers(
     kind: str, tolerance: float, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
