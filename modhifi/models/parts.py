@@ -139,7 +139,8 @@ def alternatives(
                 drawn = given(model, list(names), shapes, torch.Generator().manual_seed(0))
                 yield (*rest, *(Part(name, _kind(name, value), tuple(value.shape)) for name, value in drawn.items()))
                 flat = {name: value.flatten(1) if name in LISTS else value for name, value in drawn.items()}
-                yield (*rest, *(Part(name, "given", tuple(value.shape)) for name, value in flat.items()))
+                if any(flat[name].ndim < value.ndim for name, value in drawn.items()):
+                    yield (*rest, *(Part(name, "given", tuple(value.shape)) for name, value in flat.items()))
 
 
 def _kind(name: str, value: Tensor) -> PartKind:
