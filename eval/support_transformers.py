@@ -8,7 +8,7 @@
 No weights are downloaded: every type is built tiny (eval/tiny_configs.py) with random weights. Its prunable groups are
 cut to 60 % at once, and the outputs are compared, in float64, with the full-size model whose readers see the same
 components only (the mask oracle). The cut model is saved and loaded again, by `modhifi.load` and by transformers alone.
-Each type is tried in a process of its own, for two minutes at most.
+Each type is tried in a process of its own, for two minutes of the processor's time at most.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import json
 import math
 import multiprocessing
 import re
+import resource
+import signal
 import sys
 import tempfile
 import time
@@ -201,6 +203,7 @@ def said(error: BaseException) -> str:
 
 
 def _child(model_type: str, answer: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     try:
         answer.send(examine(model_type))
     except BaseException as error:  # the table is to show what fails, whatever it is
@@ -209,16 +212,18 @@ def _child(model_type: str, answer: Connection) -> None:
 
 
 def apart(model_type: str) -> Row:
-    """:func:`examine` in a process of its own, ended after ``SECONDS``."""
+    """:func:`examine` in a process of its own, ended after ``SECONDS`` of the processor's time."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(model_type, theirs))
     process.start()
     theirs.close()
     try:
-        row: Row = ours.recv() if ours.poll(SECONDS) else Row(model_type, str(class_name(model_type)), failure="time")
+        row: Row = ours.recv()
     except EOFError:
-        row = Row(model_type, str(class_name(model_type)), failure="crash: the process died")
+        process.join()
+        ended = "time" if process.exitcode == -signal.SIGXCPU else "crash: the process died"
+        row = Row(model_type, str(class_name(model_type)), failure=ended)
     process.kill()
     process.join()
     return row
