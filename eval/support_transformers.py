@@ -163,13 +163,19 @@ def examine(model_type: str) -> Row:
     return row
 
 
+def outputs(loaded: LoadedModel, model: nn.Module) -> dict[str, Tensor]:
+    """What a model returns, with the same draws each time where it draws."""
+    torch.manual_seed(0)
+    return loaded.outputs(loaded.example, model)
+
+
 def _try_out(row: Row, loaded: LoadedModel, structure: Structure) -> None:
     torch.manual_seed(0)
     plan = Plan({group.name: cut(group) for group in structure.prunable})
     dense = eager_experts(copy.deepcopy(loaded.model).double())
     with suppress(RuntimeError):  # code of its own that knows single precision only
-        masked = loaded.outputs(loaded.example, mask_readers(dense, structure, plan))
-        small = loaded.outputs(loaded.example, shrink(dense, structure, plan))
+        masked = outputs(loaded, mask_readers(dense, structure, plan))
+        small = outputs(loaded, shrink(dense, structure, plan))
         row.oracle = max(difference(small[name], masked[name]) for name in masked)
     with tempfile.TemporaryDirectory() as folder:
         narrow, entry = saved(loaded, structure, plan, Path(folder) / "unequal")
