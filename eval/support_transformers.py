@@ -97,6 +97,7 @@ class InThisProcess(FreshProcess):
         try:
             loaded = load_artifact(directory) if loader is None else loader(Path(directory))
             with torch.inference_mode():
+                torch.manual_seed(0)
                 return compare_outputs(loaded.outputs(batch.clone()), expected)
         except Exception as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -179,9 +180,7 @@ def _try_out(row: Row, loaded: LoadedModel, structure: Structure) -> None:
         row.oracle = max(difference(small[name], masked[name]) for name in masked)
     with tempfile.TemporaryDirectory() as folder:
         narrow, entry = saved(loaded, structure, plan, Path(folder) / "unequal")
-        problem = InThisProcess().difference(
-            Path(folder) / "unequal", loaded.example, loaded.outputs(loaded.example, narrow)
-        )
+        problem = InThisProcess().difference(Path(folder) / "unequal", loaded.example, outputs(loaded, narrow))
         row.load, row.remote = problem or YES, YES if entry.remote or entry.stock else str(entry.not_alone or NO)
         kinds = dict.fromkeys(group.kind for group in structure.prunable)
         stock = [kind for kind in kinds if can_say(loaded, structure, kind)]
