@@ -8,7 +8,7 @@
 No weights are downloaded: every type is built tiny (eval/tiny_configs.py) with random weights. Its prunable groups are
 cut to 60 % at once, and the outputs are compared, in float64, with the full-size model whose readers see the same
 components only (the mask oracle). The cut model is saved and loaded again, by `modhifi.load` and by transformers alone.
-Each type is tried in a process of its own, for two minutes at most.
+Each type is tried in a process of its own, for two minutes of the processor's time at most.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import json
 import math
 import multiprocessing
 import re
+import resource
+import signal
 import sys
 import tempfile
 import time
@@ -95,6 +97,7 @@ class InThisProcess(FreshProcess):
         try:
             loaded = load_artifact(directory) if loader is None else loader(Path(directory))
             with torch.inference_mode():
+                torch.manual_seed(0)
                 return compare_outputs(loaded.outputs(batch.clone()), expected)
         except Exception as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -161,19 +164,23 @@ def examine(model_type: str) -> Row:
     return row
 
 
+def outputs(loaded: LoadedModel, model: nn.Module) -> dict[str, Tensor]:
+    """What a model returns, with the same draws each time where it draws."""
+    torch.manual_seed(0)
+    return loaded.outputs(loaded.example, model)
+
+
 def _try_out(row: Row, loaded: LoadedModel, structure: Structure) -> None:
     torch.manual_seed(0)
     plan = Plan({group.name: cut(group) for group in structure.prunable})
     dense = eager_experts(copy.deepcopy(loaded.model).double())
     with suppress(RuntimeError):  # code of its own that knows single precision only
-        masked = loaded.outputs(loaded.example, mask_readers(dense, structure, plan))
-        small = loaded.outputs(loaded.example, shrink(dense, structure, plan))
+        masked = outputs(loaded, mask_readers(dense, structure, plan))
+        small = outputs(loaded, shrink(dense, structure, plan))
         row.oracle = max(difference(small[name], masked[name]) for name in masked)
     with tempfile.TemporaryDirectory() as folder:
         narrow, entry = saved(loaded, structure, plan, Path(folder) / "unequal")
-        problem = InThisProcess().difference(
-            Path(folder) / "unequal", loaded.example, loaded.outputs(loaded.example, narrow)
-        )
+        problem = InThisProcess().difference(Path(folder) / "unequal", loaded.example, outputs(loaded, narrow))
         row.load, row.remote = problem or YES, YES if entry.remote or entry.stock else str(entry.not_alone or NO)
         kinds = dict.fromkeys(group.kind for group in structure.prunable)
         stock = [kind for kind in kinds if can_say(loaded, structure, kind)]
@@ -201,6 +208,7 @@ def said(error: BaseException) -> str:
 
 
 def _child(model_type: str, answer: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     try:
         answer.send(examine(model_type))
     except BaseException as error:  # the table is to show what fails, whatever it is
@@ -209,16 +217,18 @@ def _child(model_type: str, answer: Connection) -> None:
 
 
 def apart(model_type: str) -> Row:
-    """:func:`examine` in a process of its own, ended after ``SECONDS``."""
+    """:func:`examine` in a process of its own, ended after ``SECONDS`` of the processor's time."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(model_type, theirs))
     process.start()
     theirs.close()
     try:
-        row: Row = ours.recv() if ours.poll(SECONDS) else Row(model_type, str(class_name(model_type)), failure="time")
+        row: Row = ours.recv()
     except EOFError:
-        row = Row(model_type, str(class_name(model_type)), failure="crash: the process died")
+        process.join()
+        ended = "time" if process.exitcode == -signal.SIGXCPU else "crash: the process died"
+        row = Row(model_type, str(class_name(model_type)), failure=ended)
     process.kill()
     process.join()
     return row

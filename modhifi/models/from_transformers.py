@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -22,16 +21,14 @@ from transformers.utils import logging
 
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
-from modhifi.models.given import flat_among, main_input
+from modhifi.models.given import main_input
 from modhifi.models.loaded import LoadedModel, frozen, random_pixels
-from modhifi.models.packing import Packing, pack_batch
+from modhifi.models.other_inputs import alternatives, completed, drawn, fed
 from modhifi.models.parts import (
     SHIFTING,
     Listener,
     Part,
-    alternatives,
     drawn_tokens,
-    example_of,
     listener_of,
     parts_of,
     reads_both,
@@ -180,9 +177,9 @@ def loaded_from(model: Any, source: str, directory: Path | None, **common: Any) 
             example = torch.stack([drawn_tokens(config, 16, chance) for _ in range(2)])
         else:
             forms = [parts] if parts else list(alternatives(model, (), pixels, listener))
-            parts, batch = next(_drawn(model, forms), ((), {}))
+            parts, batch = next(drawn(model, forms), ((), {}))
             require_parts(parts, source, main_input(model))
-            kind, packing, example = _fed(parts, batch)
+            kind, packing, example = fed(parts, batch)
     architecture = (config.architectures or [type(model).__name__])[0]
     if architecture != type(model).__name__:
         warnings.append(f"loaded as {type(model).__name__}: the head of {architecture} is left out")
@@ -218,45 +215,6 @@ def loaded_from(model: Any, source: str, directory: Path | None, **common: Any) 
         listener=listener,
     )
     return completed(loaded)
-
-
-def completed(loaded: LoadedModel) -> LoadedModel:
-    """The model with what else its forward pass asks for, where it fails without and that is found by trying."""
-    shape = tuple(loaded.example.shape[1:]) if loaded.kind == "image" else None
-    others = list(alternatives(loaded.model, loaded.parts, shape, loaded.listener))
-    if not others or _runs(loaded):
-        return loaded
-    for parts, batch in _drawn(loaded.model, others):
-        kind, packing, example = _fed(parts, batch)
-        other = replace(loaded, parts=parts, packing=packing, example=example, kind=kind)
-        if _runs(other):
-            return other
-    return loaded
-
-
-def _drawn(model: Any, forms: Iterable[tuple[Part, ...]]) -> Iterator[tuple[tuple[Part, ...], dict[str, Tensor]]]:
-    """Some forms of what a model may read, with an example; without those that it cannot have."""
-    for parts in forms:
-        with suppress(Exception):  # a model's own code, and what is drawn for another kind of model
-            yield parts, example_of(model, parts)
-
-
-def _fed(parts: tuple[Part, ...], batch: dict[str, Tensor]) -> tuple[str, Packing | None, Tensor]:
-    """The kind of a model that reads some parts, the form of its items, and its example."""
-    if len(parts) == 1 and parts[0].kind != "given":
-        return parts[0].kind, None, batch[parts[0].name]
-    packing, example = pack_batch(batch)
-    return "tensor", replace(packing, flat=flat_among(packing.names)), example
-
-
-@torch.no_grad()
-def _runs(loaded: LoadedModel) -> bool:
-    with torch.random.fork_rng(devices=[]):
-        try:
-            loaded.require_runs()
-        except ModhifiError:
-            return False
-    return True
 
 
 def _preparations(

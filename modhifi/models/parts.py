@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
-from modhifi.models.given import LISTS, SPECTRUM, field, first_read, given, main_input, missing
+from modhifi.models.given import SPECTRUM, field, given, main_input
 
 # Tokens that an encoder and a decoder read where the model takes as many; frames of sound where it takes any number.
 TEXT, WRITTEN, FRAMES = 128, 64, SPECTRUM
@@ -118,32 +117,6 @@ def every_part(
             )
         parts.append(Part("decoder_input_ids", "decoder", (length,)))
     return tuple(parts)
-
-
-def alternatives(
-    model: Any, parts: tuple[Part, ...], pixels: tuple[int, ...] | None, listener: Listener | None
-) -> Iterator[tuple[Part, ...]]:
-    """Other parts that a model could read, likely ones first: sounds of another form, and what it could miss."""
-    base = parts or every_part(model, pixels, listener, [])
-    forms = [base]
-    sound = next((part for part in base if part.kind == "audio"), None)
-    if sound is not None and (listener is None or len(sound.shape) == 1):
-        raw = [(FRAMES * RATE // 100,), (1, *sound.shape)] if sound.name == "input_values" else []
-        for shape in (sound.shape[::-1], (FRAMES, math.prod(first_read(model))), *raw):
-            forms.append(tuple(replace(part, shape=shape) if part is sound else part for part in base))
-    for form in forms:
-        for names in [*([()] if form is not base else []), *missing(model, {part.name for part in form})]:
-            rest = tuple(part for part in form if part.name not in names)
-            shapes = {part.name: part.shape for part in rest}
-            with suppress(KeyError, StopIteration):  # what goes along with a part that this model has not
-                drawn = given(model, list(names), shapes, torch.Generator().manual_seed(0))
-                yield (*rest, *(Part(name, _kind(name, value), tuple(value.shape)) for name, value in drawn.items()))
-                flat = {name: value.flatten(1) if name in LISTS else value for name, value in drawn.items()}
-                yield (*rest, *(Part(name, "given", tuple(value.shape)) for name, value in flat.items()))
-
-
-def _kind(name: str, value: Tensor) -> PartKind:
-    return "image" if name == "pixel_values" and value.ndim == 3 else "given"
 
 
 def _positions(config: Any, names: tuple[str, ...], most: int) -> int:

@@ -54,7 +54,8 @@ _TABLE: dict[Kind, str] = {
     "activation": """relu relu6 silu gelu sigmoid tanh hardswish hardsigmoid hardtanh leaky_relu elu selu celu mish
         softplus softsign log_sigmoid clamp clip prelu hardshrink softshrink tanhshrink threshold _threshold""",
     # other functions of each element
-    "elementwise": "exp log sin cos sqrt rsqrt reciprocal abs neg square pow erf",
+    "elementwise": """exp exp2 expm1 log log2 log1p sin cos tan acos asin atan sinh cosh sqrt rsqrt reciprocal abs neg
+        square pow erf""",
     # in eval mode the same values
     "unchanged": """dropout feature_dropout dropout1d dropout2d dropout3d alpha_dropout contiguous clone detach
         requires_grad_ cpu cuda data""",
@@ -86,7 +87,7 @@ _TABLE: dict[Kind, str] = {
     # norms of each sample, which read the channel axis or a part of it as a whole
     "norm": "layer_norm rms_norm group_norm",
     # what else reads an axis as a whole
-    "mixing": "softmax normalize",
+    "mixing": "softmax log_softmax normalize cumsum cumprod",
     "pooling": """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
         adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool2d
         interpolate upsample boolean_dispatch _max_pool2d max_pool2d_with_indices""",

@@ -40,6 +40,12 @@ def confirm(model: nn.Module, structure: Structure, run: Callable[[nn.Module], A
     forward passes, and six copies of the weights that are cut, one at a time, where all is well; two passes more
     for blocks that may go, and for sublayers.
     """
+
+    def drawn_alike(model: nn.Module) -> Any:  # some models draw at random in every pass
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return run(model)
+
     trials: tuple[tuple[float, Callable[[Sequence[Group]], Sequence[Group]], str], ...] = (
         (1.0, _widths, FIXED),
         (0.6, _widths, FIXED),
@@ -49,9 +55,9 @@ def confirm(model: nn.Module, structure: Structure, run: Callable[[nn.Module], A
     )
     for share, chosen, reason in trials:
         before = structure
-        structure = _confirm(model, structure, chosen(structure.prunable), run, share, reason)
+        structure = _confirm(model, structure, chosen(structure.prunable), drawn_alike, share, reason)
         if reason == UNEQUAL:
-            structure = _tied(model, before, structure, run, share)
+            structure = _tied(model, before, structure, drawn_alike, share)
     return structure
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import modhifi
@@ -68,6 +69,31 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + x.cumsum(1) * 0 + bend(x) * 0 + x * self.scale[:, None, None]
+
+
+class Inline(nn.Module):
+    """One function of torch as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Einsum(nn.Module):
+    """Attention in Einstein's notation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, 3)) for layer in (self.q, self.k, self.v))
+        shares = torch.einsum("bihd,bjhd->bhij", q, k).softmax(-1)
+        out: Tensor = self.out(torch.einsum("bhij,bjhd->bihd", shares, v).flatten(2))
+        return out
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +165,46 @@ def test_a_rule_of_ones_own_couples_components() -> None:
     (group,) = (g for g in find(Module("gate"), 4).groups if g.name == "0")
     assert group.refused is None and group.n == 4
     assert torch.equal(group.producers[0].index, torch.stack([torch.arange(4), torch.arange(4, 8)], 1))
+
+
+def test_a_channel_goes_with_its_gate() -> None:
+    (group,) = (g for g in find(Inline(lambda x: F.glu(x, 1)), 4).groups if g.name == "0")
+    assert group.refused is None and group.n == 4
+    assert torch.equal(group.producers[0].index, torch.stack([torch.arange(4), torch.arange(4, 8)], 1))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.glu(torch.cat([x, x], 2), 2),
+        lambda x: x.cumsum(2),
+        lambda x: x.gather(3, torch.tensor([3, 0, 4, 1, 2])[None, None, None].expand_as(x)),
+    ],
+)
+def test_what_happens_along_other_axes_lets_channels_go(function: Callable[[Tensor], Tensor]) -> None:
+    assert first(find(Inline(function))) is None
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: x.cumsum(1), "'cumsum' runs across these channels"),
+        (
+            lambda x: x.gather(1, torch.arange(7, -1, -1)[None, :, None, None].expand_as(x)),
+            "'gather' is not understood",
+        ),
+        (lambda x: x.gather(2, torch.arange(8)[None, :, None, None].expand_as(x) % 5), "'gather' is not understood"),
+    ],
+)
+def test_what_mixes_channels_lets_them_stay(function: Callable[[Tensor], Tensor], reason: str) -> None:
+    assert reason in str(first(find(Inline(function))))
+
+
+def test_heads_in_einsteins_notation_go() -> None:
+    net, x = Einsum().eval(), torch.randn(2, 5, 8)
+    structure = confirm(net, trace(net, lambda m: m(x)), lambda m: m(x))
+    (group,) = structure.prunable
+    assert (group.kind, group.n) == ("heads", 4) and len(group.producers) == 3
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,24 @@ def test_widths_that_blocks_share_become_one_group(build: Any, x: Tensor, run: A
     assert sizes_of(model, confirmed).macs({g.name: g.n for g in confirmed.prunable} | {tied[0]: 2}) < confirmed.macs
 
 
+class Draws(nn.Module):
+    """A net that drops a part of its input at random in every pass, as some models mask patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(self.up(x * (torch.rand_like(x) > 0.5)).relu())
+        return out
+
+
+def test_a_model_that_draws_is_compared_on_the_same_draws() -> None:
+    torch.manual_seed(0)
+    _, confirmed = both(Draws().eval(), torch.randn(2, 6))
+    assert [g.name for g in confirmed.prunable] == ["up"]
+
+
 class Sensitive(nn.Module):
     """Small differences of the width's sum grow to large ones of the output, as in tens of blocks."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modhifi.structure.tracing.operations import rule_for
+from modhifi.structure.tracing.operations import register_operation, rule_for
 from modhifi.structure.tracing.placements import Axis, Placement, TracedCall, is_constant
 from modhifi.structure.tracing.watcher import Watcher
 
@@ -19,6 +19,20 @@ def elementwise(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
         if numbers and all(out.shape == tensor.shape for out in call.outputs):
             return [placement] * len(call.outputs)
     return watcher.unknown(call)
+
+
+def glu(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """One half of an axis gates the other: a channel and its gate are one component."""
+    x = call.argument(0, "input")
+    axis, dim = call.axis(x), call.argument(1, "dim", -1) % x.ndim
+    if axis is None or axis.dim != dim:
+        return watcher.unknown(call) if axis is None else [axis]
+    values, gates = axis.ids.chunk(2)
+    watcher.couplings.unite(values, gates)
+    return [Axis(dim, values)]
+
+
+register_operation("glu", glu)
 
 
 @rule_for("unchanged", "cast")
@@ -53,6 +67,23 @@ def matrix_product(watcher: Watcher, call: TracedCall) -> list[Placement | None]
         place = {d: d + dims - tensor.ndim for d in (*range(tensor.ndim - 2), free)}
         places.append((tensor, place))
     return couple(watcher, call, places, "heads")
+
+
+def einsum(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """Axes of one letter meet; those whose letter is not in the result are summed over."""
+    tensors = call.inputs
+    terms, arrow, result = str(call.argument(0, "equation")).replace(" ", "").partition("->")
+    letters = terms.split(",")
+    if not arrow or "." in terms or len(letters) != len(tensors) or any(len(set(t)) < len(t) for t in letters):
+        return watcher.unknown(call)
+    places = [
+        (tensor, {d: result.index(letter) for d, letter in enumerate(term) if letter in result})
+        for tensor, term in zip(tensors, letters, strict=True)
+    ]
+    return couple(watcher, call, places, "heads")
+
+
+register_operation("einsum", einsum)
 
 
 @rule_for("attention")

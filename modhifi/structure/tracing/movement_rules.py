@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -11,12 +13,17 @@ from modhifi.structure.tracing.operations import register_operation, rule_for
 from modhifi.structure.tracing.placements import Axis, Grid, Placement, TracedCall, is_constant
 from modhifi.structure.tracing.watcher import Watcher
 
+# These take nothing but a shape from their second input.
+LIKE = ("expand_as", "view_as", "reshape_as")
+
 
 @rule_for("reshape", "movement", "placed", "join")
 def move(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     """The operation is run on component numbers: where they come out, the components stand."""
     if call.kind == "join" and (beside := _beside(watcher, call)) is not None:
         return [beside]
+    if call.name in LIKE and call.placements.get(id(call.inputs[0])) is None:
+        return [None]
     without = [t for t in call.inputs if t.ndim > 0 and _carries_nothing(call, t)]
     if without and call.kind != "join":
         return watcher.unknown(call)
@@ -148,7 +155,7 @@ def integers_read(module: nn.Module) -> list[str]:
     return [name for name, value in vars(module).items() if type(value) is int and name in names]
 
 
-def gather(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+def gather(watcher: Watcher, call: TracedCall) -> Sequence[Placement | None]:
     """Elements are taken along another axis, at the same places for every component."""
     x, dim, index = call.argument(0, "input"), call.argument(1, "dim"), call.argument(2, "index")
     axis = call.axis(x)

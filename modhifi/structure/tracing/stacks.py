@@ -43,6 +43,8 @@ class StackViews:
             return False
         if name in ("__getitem__", "select") and out.ndim == 2 and view.expert is None:
             number = args[1] if name == "__getitem__" else args[2]
+            if not isinstance(number, int | Tensor) or (isinstance(number, Tensor) and number.numel() > 1):
+                return False  # other axes than the experts'
             view = replace(view, expert=int(number))
         elif name in TURNS and out.shape == inputs[0].mT.shape:
             view = replace(view, turned=not view.turned)
