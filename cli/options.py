@@ -218,7 +218,7 @@ def compose(
         if key.path == "out":
             set_out(content, value)
         else:
-            set_value(content, key.path, value)
+            set_value(content, key.path, value, key.flag.partition("/")[0])
     flags = {key.path: key.flag.partition("/")[0] for key in (keys if path is None else [key for key, _ in given])}
     return validate(kind, apply_overrides(content, changes), path or "the options", flags | set_flags(changes))
 

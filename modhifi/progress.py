@@ -19,6 +19,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 logger = logging.getLogger("modhifi")
+LOG = "modhifi.log"
 PACKAGES = ("modhifi", "torch", "timm", "transformers")
 
 
@@ -72,6 +73,10 @@ class Clock:
     def log(self) -> str:
         """The log so far, as a file's content."""
         return "\n".join(self.lines) + "\n"
+
+    def write_log(self, directory: Path) -> None:
+        """Writes the log so far into an artefact's directory, over that of an earlier stage."""
+        (directory / LOG).write_text(self.log(), encoding="utf-8", errors="backslashreplace")
 
     def inner(self, stage: str, done: int, total: int) -> None:
         """Reports progress inside the running stage."""

@@ -84,7 +84,7 @@ def write_pictures(path: Path, title: str, scores: Scores, layer: str, similarit
 def _alone(draw: Draw, content: Any, label: str) -> str:
     """One picture as inline SVG no wider than a page's text."""
     with style():
-        figure = Figure(figsize=(4.8, 3.7), layout="constrained")
+        figure = Figure(figsize=(4.1, 3.4), layout="constrained")
         draw(figure.add_subplot(), content, INK)
         return inline(figure, label)
 

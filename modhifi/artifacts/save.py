@@ -23,6 +23,7 @@ from modhifi.models.manifest import MANIFEST, SCHEMA_VERSION, Differences, Manif
 from modhifi.models.skeleton import is_stock, own_config, record
 from modhifi.models.stock import stating
 from modhifi.models.weights import state_hash
+from modhifi.progress import LOG
 from modhifi.staging import staging
 from modhifi.structure.depth import removed_parts
 from modhifi.structure.groups import Structure
@@ -89,7 +90,7 @@ def save_artifact(
         (directory / "report.html").write_text(render_html(report), encoding="utf-8")
         (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
         if log:
-            (directory / "modhifi.log").write_text(log, encoding="utf-8", errors="backslashreplace")
+            (directory / LOG).write_text(log, encoding="utf-8", errors="backslashreplace")
         (directory / "README.md").write_text(
             model_card(out.name, Manifest.model_validate(content), report), encoding="utf-8"
         )

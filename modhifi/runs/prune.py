@@ -355,4 +355,5 @@ def _save(
     for kind in recipe.export:
         with clock.stage(f"export {kind}"):
             export_model(pruned.model, batch, path / f"model{EXPORTS[kind].suffix}", kind)
+    clock.write_log(path)
     return path

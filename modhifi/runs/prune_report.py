@@ -14,6 +14,7 @@ from modhifi.data.samples import Samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.stages import Pruned
 from modhifi.runs.recipe import PruneRecipe
+from modhifi.runs.refusals import folded
 from modhifi.structure.depth import inside
 from modhifi.structure.sizes import sizes_of
 
@@ -101,6 +102,7 @@ def report_of(
         "plans_tried": dict(pruned.tried),
         "timed": None if pruned.timed is None else asdict(pruned.timed),
         "refused": [{"name": g.name, "n": g.n, "reason": g.refused} for g in structure.refused],
+        "folded": folded(original.model, structure.refused),
         "warnings": warnings,
         "command": command,
     }

@@ -146,8 +146,8 @@ def set_flags(changes: Sequence[str]) -> dict[str, str]:
     return {key: f"--set {key}" for key in keys}
 
 
-def set_value(content: dict[str, Any], path: str, value: Any) -> None:
-    """Sets ``a.b`` in place; raises ModhifiError where ``a`` is a value."""
+def set_value(content: dict[str, Any], path: str, value: Any, flag: str | None = None) -> None:
+    """Sets ``a.b`` in place; raises ModhifiError, which names the ``flag``, where ``a`` is a value or a list."""
     *parents, leaf = path.split(".")
     part = content
     for key in parents:
@@ -155,7 +155,9 @@ def set_value(content: dict[str, Any], path: str, value: Any) -> None:
             part[key] = {}
         part = part[key]
         if not isinstance(part, dict):
-            raise ModhifiError(f"--set {path}: '{key}' is a value, it holds no '{leaf}'")
+            several = isinstance(part, list)
+            kind, advice = ("a list", f"; change '{leaf}' of its entries in the file") if several else ("a value", "")
+            raise ModhifiError(f"{flag or f'--set {path}'}: '{key}' is {kind}, it holds no '{leaf}'{advice}")
     part[leaf] = value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -204,6 +205,7 @@ def _run_task(name: str, recipe: Task, circumstances: Circumstances) -> Done:
     out = None if recipe.out is None else home_path(recipe.out)
     check_report(out, force, (*reads, *local_paths(recipe.model_dump())))
     bounds: BoundReport | None = None
+    start = time.perf_counter()
     if isinstance(recipe, VerifyRecipe):
         bounds, recipe = run_verify(recipe, device=device, given=given, progress=progress)
         report = {
@@ -221,6 +223,7 @@ def _run_task(name: str, recipe: Task, circumstances: Circumstances) -> Done:
         failure = _failed_check(report)
     content = recipe.model_dump(mode="json")
     report |= {"settings": content, "command": command}
+    report.setdefault("timing", {recipe.task: time.perf_counter() - start})
     path = None if out is None else write_report(out, report, content)
     return Done(name, report, path, failure, bounds)
 

@@ -172,6 +172,7 @@ def _save(
         )
     with clock.stage("reload"):
         check_reload(path, original, edited, data.test, process)
+    clock.write_log(path)
     return path
 
 
