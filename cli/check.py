@@ -15,7 +15,7 @@ from modhifi.runs.inputs import load_source
 
 from .common import JsonOption, imported_for_good, print_json, print_warnings, stdout_console
 from .options import Loading, takes
-from .screens import demand
+from .screens import demand, show_refusals
 
 
 @takes(Loading, files=False)
@@ -63,9 +63,7 @@ def _show(report: dict[str, Any], verbose: bool) -> None:
         sizes = " or ".join(str(size) for size in sorted({m["experts"] for m in report["mixtures"]}))
         print_line(f"{len(report['mixtures'])} mixtures of {sizes} experts: --experts 0.75x removes whole ones")
     print_line(f"{len(report['groups'])} groups can be pruned, {len(report['refused'])} cannot")
-    for row in report["folded"]:
-        names = row["names"][0] + (f" and {len(row['names']) - 1} more" if len(row["names"]) > 1 else "")
-        print_line(f"  {row['groups']} group{'s' * (row['groups'] > 1)}: {row['reason']} ({names})")
+    show_refusals(console, report["folded"])
     if verbose:
         _show_groups(report)
     else:

@@ -64,7 +64,7 @@ def run(
     else:
         for done in finished:
             if quiet and not ladder:
-                show_briefly(done.report, done.path, done.name if len(finished) > 1 else None)
+                show_briefly(done.report, done.path, done.name if isinstance(recipe, StepsRecipe) else None)
             else:
                 show_report(done.report, done.path, ladder=ladder)
     if finished[-1].failure is not None:

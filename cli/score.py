@@ -122,7 +122,8 @@ def _show(console: Console, scores: list[GroupScores]) -> None:
     console.print(LEGEND, markup=False, highlight=False)
     few = sum(s.hifi_share(ETAS[1]) <= FEW for s in scores)
     console.print(
-        f"in {few} of {len(scores)} layers {FEW:.0%} of the components or fewer reach Subset Fidelity {ETAS[1]:g}",
+        f"{100 * FEW:g} % of the components or fewer reach Subset Fidelity {ETAS[1]:g} in {few} of the "
+        f"{len(scores)} layers above",
         highlight=False,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +35,10 @@ def show_report(report: dict[str, Any], path: Path | None, *, ladder: bool = Fal
 
 
 def show_briefly(report: dict[str, Any], path: Path | None, step: str | None = None) -> None:
-    """Prints the outcome of a report, and where the artefact is, behind the name of its step if there is one."""
+    """Prints the outcome of a report, and where the artefact is; of several steps behind the name of this one."""
     console = stdout_console()
     if step is not None:
-        console.print(f"{step}:", end=" ", highlight=False, markup=False)
+        console.print(f"{step}:", highlight=False)
     if report["task"] == "prune" and "outcome" not in report:
         show_prediction(console, report)
     else:
@@ -62,12 +63,21 @@ def show_prune(report: dict[str, Any], path: Path | None) -> None:
             table.add_row(g["name"], g["kind"], str(g["n"]), str(g["kept"]), number(g["relative_error"]))
         console.print(table)
         show_prediction(console, report)
-    refused = [
-        g for g in report["refused"] if "the model's output" not in g["reason"] and "on request" not in g["reason"]
-    ]
-    if refused:
-        console.print(f"groups that cannot be pruned: {len(refused)}; `modhifi check` says why")
+    told = [r for r in report["folded"] if "the model's output" not in r["reason"] and "on request" not in r["reason"]]
+    if told and "before_after" in report:
+        console.print(f"groups that cannot be pruned: {sum(r['groups'] for r in told)}; `modhifi check` says why")
+    elif told:
+        console.print("groups that cannot be pruned:")
+        show_refusals(console, told)
     show_written(console, path)
+
+
+def show_refusals(console: Console, folded: Iterable[Mapping[str, Any]]) -> None:
+    """Prints a line for each reason why groups are refused."""
+    for row in folded:
+        names = row["names"][0] + (f" and {len(row['names']) - 1} more" if len(row["names"]) > 1 else "")
+        line = f"  {row['groups']} group{'s' * (row['groups'] > 1)}: {row['reason']} ({names})"
+        console.print(line, markup=False, highlight=False)
 
 
 def show_heal(report: dict[str, Any], path: Path | None) -> None:

@@ -19,6 +19,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 logger = logging.getLogger("modhifi")
+LOG = "modhifi.log"
 PACKAGES = ("modhifi", "torch", "timm", "transformers")
 
 
@@ -75,10 +76,10 @@ class Clock:
         self.written = len(self.lines)
         return "\n".join(self.lines) + "\n"
 
-    def go_on(self, file: Path) -> None:
-        """Adds to a file that holds the log what was noted since; a full disk costs only these lines."""
-        with suppress(OSError), file.open("a", encoding="utf-8", errors="backslashreplace") as log:
-            log.writelines(f"{line}\n" for line in self.lines[self.written :])
+    def write_log(self, directory: Path) -> None:
+        """Adds to the log in an artefact's directory what was noted since; a full disk costs only these lines."""
+        with suppress(OSError), (directory / LOG).open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(f"{line}\n" for line in self.lines[self.written :])
         self.written = len(self.lines)
 
     def inner(self, stage: str, done: int, total: int) -> None:

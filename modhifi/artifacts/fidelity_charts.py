@@ -6,6 +6,7 @@ components of one layer are.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from modhifi.artifacts.svg import INK, inline, style
 
@@ -34,7 +36,7 @@ LIGHTEST = 1.12
 LINES = ("#3b8ede", "#d9820b", "#2e9e5b", "#c2559d")
 # Of the kinds of components.
 STYLES = ("-", ":", "--", "-.")
-MOST_NAMES = 30
+MOST_NAMES = 20
 CAPTIONS = {
     "histograms": "How many components of a layer have which singleton fidelity: what a component alone gives back of "
     "an output channel, at the channel where that is most.",
@@ -84,13 +86,18 @@ def write_pictures(path: Path, title: str, scores: Scores, layer: str, similarit
 def _alone(draw: Draw, content: Any, label: str) -> str:
     """One picture as inline SVG no wider than a page's text."""
     with style():
-        figure = Figure(figsize=(4.8, 3.7), layout="constrained")
+        figure = Figure(figsize=(4.1, 3.4), layout="constrained")
         draw(figure.add_subplot(), content, INK)
         return inline(figure, label)
 
 
 def histograms(axes: Any, scores: Scores, ink: str) -> None:
-    """Draws one row a layer: the share of its components in each of ``BINS`` equal bins of singleton fidelity."""
+    """Draws one row a layer: the share of its components in each of ``BINS`` equal bins of singleton fidelity.
+
+    Layers of one kind of component stand together, so that names of every k-th row leave no kind out.
+    """
+    kinds = list(dict.fromkeys(entry["kind"] for entry in scores))
+    scores = sorted(scores, key=lambda entry: kinds.index(entry["kind"]))
     counts = np.stack([np.histogram(s["singleton"], BINS, (0, 1))[0] / len(s["singleton"]) for s in scores])
     image = axes.imshow(
         counts, cmap="cividis", norm=PowerNorm(0.4, 0, 1), aspect="auto", extent=(0, 1, len(scores) - 0.5, -0.5)
@@ -118,6 +125,11 @@ def curves(axes: Any, scores: Scores, ink: str) -> None:
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.02)
     _finish(axes, ink, "share of components kept, k / n", "Subset Fidelity")
+    if len(kinds) > 1:
+        keys = [
+            Line2D([], [], color=ink, linestyle=STYLES[i % len(STYLES)], label=kind) for i, kind in enumerate(kinds)
+        ]
+        axes.legend(handles=keys, frameon=False, labelcolor=ink, fontsize=8, loc="lower right")
     bar = _colour_bar(axes, ScalarMappable(depth, DEPTH), ink, "layer, from input to output")
     bar.ax.set_ylim(1, max(2, len(scores)))
 
@@ -155,8 +167,12 @@ def similarities(axes: Any, similarity: np.ndarray, ink: str) -> None:
 
 
 def _name_layers(axes: Any, scores: Scores) -> None:
+    """Names the rows, or every k-th of many, without the modules that all layers lie in."""
     step = -(-len(scores) // MOST_NAMES)
-    axes.set_yticks(range(0, len(scores), step), [str(s["group"]) for s in scores[::step]], fontsize=7)
+    names = [str(s["group"]) for s in scores]
+    shared = os.path.commonprefix(names).rpartition(".")[0]
+    texts = [name.removeprefix(f"{shared}.") for name in names[::step]]
+    axes.set_yticks(range(0, len(scores), step), texts, fontsize=7, parse_math=False)
 
 
 def _finish(axes: Any, ink: str, across: str, up: str | None) -> None:

@@ -21,7 +21,7 @@ def learning_curve(healing: Mapping[str, Any] | None) -> Markup | None:
     values = [100 * entry["agreement"] if shares else entry["divergence"] for entry in curve]
     steps = [entry["step"] for entry in curve]
     with style():
-        figure = Figure(figsize=(4.6, 2.6), layout="constrained")
+        figure = Figure(figsize=(4.0, 2.4), layout="constrained")
         axes = figure.add_subplot()
         axes.plot(steps, values, color=STRONG, linewidth=1.4, marker="o", markersize=3)
         best = steps.index(healing["best"])

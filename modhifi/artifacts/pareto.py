@@ -45,7 +45,7 @@ def pareto_charts(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
     for cost, label in COSTS.items():
         title = f"{comparison['quality']} against {label.partition(',')[0]}"
         with style():
-            figure = Figure(figsize=(4.6, 3.6), layout="constrained")
+            figure = Figure(figsize=(4.0, 3.3), layout="constrained")
             draw(figure.add_subplot(), comparison, cost, INK)
             charts.append({"title": title[:1].upper() + title[1:], "svg": Markup(inline(figure, title))})
     return charts

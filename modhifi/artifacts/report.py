@@ -216,7 +216,7 @@ def _rows(names: Sequence[str], draw: Callable[[Any], None], label: str) -> Mark
     n = len(names)
     height = 0.55 + (0.2 * n if n <= LABELLED_ROWS else 16.0)
     with style():
-        figure = Figure(figsize=(4.1, height), layout="constrained")
+        figure = Figure(figsize=(3.8, height), layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
         axes.set_ylim(n - 0.4, -0.6)

@@ -23,13 +23,13 @@ from modhifi.models.manifest import MANIFEST, SCHEMA_VERSION, Differences, Manif
 from modhifi.models.skeleton import is_stock, own_config, record
 from modhifi.models.stock import stating
 from modhifi.models.weights import state_hash
+from modhifi.progress import LOG
 from modhifi.staging import staging
 from modhifi.structure.depth import removed_parts
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
 
 SHARD = "5GB"
-LOG = "modhifi.log"
 logger = logging.getLogger(__name__)
 
 

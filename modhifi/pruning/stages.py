@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,11 @@ class Rounded:
     predicted_exact: float | None
 
 
+# Tokens on which a causal model is tried out: it reads any beginning of a text, and a prime number of them is hardly
+# one of its widths.
+TRIAL_TOKENS = 5
+
+
 @dataclass(frozen=True)
 class Pruned:
     """``model`` is physically smaller; `structure.expand` gives the same function in the dense model's shapes.
@@ -104,7 +110,8 @@ def find_structure(loaded: LoadedModel, depth: bool = False) -> Structure:
         raise  # the model is not to blame
     if depth:
         structure = with_depth(loaded.model, structure, loaded.example_of_two(), loaded.outputs)
-    return confirm(loaded.model, structure, run)
+    few = loaded.example[:, :TRIAL_TOKENS] if loaded.kind == "text" else loaded.example
+    return confirm(loaded.model, structure, partial(loaded.outputs, few))
 
 
 def choose_groups(structure: Structure, settings: PruneSettings, plan: Plan | None = None) -> Structure:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from modhifi.models.stock import can_say
 from modhifi.pruning.stages import find_structure
 from modhifi.runs.defaults import amounts
 from modhifi.runs.forecast import forecast
+from modhifi.runs.refusals import folded, pattern
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.mixtures import mixtures
 from modhifi.structure.sizes import Sizes, sizes_of
@@ -60,7 +60,7 @@ def check_model(loaded: LoadedModel) -> dict[str, Any]:
             {"name": m.block, "experts": m.group.n, "chosen": m.chosen} for m in mixtures(loaded.model, structure)
         ],
         "refused": [{"name": g.name, "n": g.n, "reason": g.refused} for g in structure.refused],
-        "folded": _folded(structure.refused, getattr(getattr(loaded.model, "config", None), "hidden_size", None)),
+        "folded": folded(loaded.model, structure.refused),
         "prunable": bool(groups),
         "warnings": loaded.warnings,
         "not_stock": [kind for kind, said in stock.items() if not said],
@@ -73,11 +73,6 @@ def predict(loaded: LoadedModel, structure: Structure) -> dict[str, float]:
     """What :func:`modhifi.runs.forecast.forecast` says of a pruning run with default settings."""
     usual = amounts(loaded, next(loaded.model.parameters()).device)
     return forecast(loaded, structure, usual, Sampling(None if usual.window else ROWS_PER_COLUMN, usual.batch_size))
-
-
-def pattern(name: str) -> str:
-    """The shell pattern of the names that differ from this one in numbers alone, as ``--only`` takes it."""
-    return re.sub(r"\d+", "*", name)
 
 
 def _supported(structure: Structure, sizes: Sizes) -> dict[str, Any]:
@@ -110,22 +105,6 @@ def _supported(structure: Structure, sizes: Sizes) -> dict[str, Any]:
         "patterns": rows(widths),
         "whole": rows(g for g in structure.prunable if g.parts),
     }
-
-
-def _folded(refused: Iterable[Group], hidden: int | None) -> list[Mapping[str, Any]]:
-    """The refusals, those together that say the same but for numbers and places; most groups first."""
-    alike: dict[str, list[Group]] = {}
-    for g in refused:
-        reason = re.sub(r" \([^()]*\)", "", str(g.refused))
-        if g.n == hidden and "fixed or unknown tensor" in reason:
-            reason = "their width is the hidden size"
-        reason = "; ".join(dict.fromkeys(reason.split("; ")))
-        alike.setdefault(pattern(reason), []).append(g)
-    folded = [
-        {"reason": reason, "groups": len(members), "names": list(dict.fromkeys(pattern(g.name) for g in members))}
-        for reason, members in alike.items()
-    ]
-    return sorted(folded, key=lambda entry: -entry["groups"])
 
 
 def _loads_with(loaded: LoadedModel, structure: Structure, sizes: Sizes, said_by_stock: Mapping[str, bool]) -> str:

@@ -34,18 +34,16 @@ def forecast(
 ) -> dict[str, float]:
     """An estimate of what a run takes: ``seconds``, ``bytes`` at its peak, and ``disk`` bytes of its cache.
 
-    One pass on the example is timed. A run makes one for every calibration sample, two for every held-out one and
-    those of ``sequential``, the moments of every reader, and about four matrix products of each Gram's size in float64,
-    at half of that pass's speed. In memory are the model, its edited copy, the moments, of which ``blocks`` says that
-    one block's are there at a time, what is worked on, and the ``activations``: the input and output of the largest
-    layer for a batch, and what sequential compensation remembers.
+    One pass on the example is timed, on a model that has run before. A run makes one for every calibration sample, two
+    for every held-out one and those of ``sequential``, the moments of every reader, and about four matrix products of
+    each Gram's size in float64, at half of that pass's speed. In memory are the model, its edited copy, the moments, of
+    which ``blocks`` says that one block's are there at a time, what is worked on, and the ``activations``: the input
+    and output of the largest layer for a batch, and what sequential compensation remembers.
     """
     device = next(loaded.model.parameters()).device
-    with _largest(loaded.model) as largest:
-        timeline = Timeline(loaded.model, lambda: loaded.run(loaded.example))
-        loaded.outputs(loaded.example)
     start = time.perf_counter()
-    loaded.outputs(loaded.example)
+    with _largest(loaded.model) as largest:
+        loaded.outputs(loaded.example)
     items = len(loaded.example)
     pace = (time.perf_counter() - start) / items
     length = 1.0 if usual.window is None else usual.window / loaded.example.shape[1]
@@ -62,6 +60,7 @@ def forecast(
     weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     activations = largest[0] * usual.batch_size * length / items
     if sequential is not None:
+        timeline = Timeline(loaded.model, lambda: loaded.run(loaded.example))
         remembered = STREAMS[sequential] * timeline.most_before(readers) * usual.samples * length / items
         activations += min(remembered, REMEMBERED * free_bytes(device))
     held = max(sizes, default=0) if blocks else sum(sizes)

@@ -16,7 +16,7 @@ from modhifi.artifacts.export import export as export_model
 from modhifi.artifacts.exports import EXPORTS
 from modhifi.artifacts.reload_check import FreshProcess, check_reload
 from modhifi.artifacts.report import data_uri
-from modhifi.artifacts.save import LOG, save_artifact
+from modhifi.artifacts.save import save_artifact
 from modhifi.bounds.held_out import HeldOut, tabulate
 from modhifi.bounds.ladder import BoundReport, verify_model, verify_unlearned
 from modhifi.calibration.distributed import processes
@@ -293,5 +293,5 @@ def _save(
     for kind in recipe.export:
         with clock.stage(f"export {kind}"):
             export_model(healed.model, batch, path / f"model{EXPORTS[kind].suffix}", kind)
-    clock.go_on(path / LOG)
+    clock.write_log(path)
     return path

@@ -119,7 +119,9 @@ def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
         if "perplexity_before" in errors:
             first = row(f"perplexity{where}", errors["perplexity_before"], errors["perplexity_after"])
         else:
-            first = row(f"top-1 accuracy{where}", errors.get("accuracy_before"), errors.get("accuracy_after"), "%")
+            accuracies = (errors.get("accuracy_before"), errors.get("accuracy_after"))
+            why = "no labels" if None in accuracies else None
+            first = row(f"top-1 accuracy{where}", *accuracies, "%", change=why)
         agreement = f"{'next-token ' if 'perplexity_before' in errors else ''}agreement with the original{where}"
         return [first, row(agreement, 1.0, errors["agreement"], "%")]
 
@@ -140,6 +142,7 @@ def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
             throughput.get("after"),
             ratio=throughput.get("ratio"),
             spread=throughput.get("ratio_iqr"),
+            change=None if throughput else f"needs {FEWEST_BATCHES} full batches held out",
         ),
         row("weights on disk", size["bytes"][0], size["bytes"][1], "B"),
     ]

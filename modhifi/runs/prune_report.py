@@ -15,6 +15,7 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.metered_plan import widths_of
 from modhifi.pruning.stages import Pruned
 from modhifi.runs.recipe import PruneRecipe
+from modhifi.runs.refusals import folded
 from modhifi.structure.depth import inside
 from modhifi.structure.sizes import sizes_of
 
@@ -103,6 +104,7 @@ def report_of(
         "plans_tried": dict(pruned.tried),
         "metered": None if pruned.metered is None else asdict(pruned.metered),
         "refused": [{"name": g.name, "n": g.n, "reason": g.refused} for g in structure.refused],
+        "folded": folded(original.model, structure.refused),
         "warnings": warnings,
         "command": command,
     }

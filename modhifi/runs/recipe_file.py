@@ -147,7 +147,7 @@ def set_flags(changes: Sequence[str]) -> dict[str, str]:
 
 
 def set_value(content: dict[str, Any], path: str, value: Any, flag: str | None = None) -> None:
-    """Sets ``a.b`` in place; raises ModhifiError, which names ``flag``, where ``a`` is a value.
+    """Sets ``a.b`` in place; raises ModhifiError, which names the ``flag``, where ``a`` is a value or a list.
 
     Data that are written as their sources alone stay the source of what is then set beside it.
     """
@@ -160,7 +160,9 @@ def set_value(content: dict[str, Any], path: str, value: Any, flag: str | None =
             part[key] = {"source": part[key]}
         part = part[key]
         if not isinstance(part, dict):
-            raise ModhifiError(f"{flag or f'--set {path}'}: '{key}' is a value, it holds no '{leaf}'")
+            several = isinstance(part, list)
+            kind, advice = ("a list", f"; change '{leaf}' of its entries in the file") if several else ("a value", "")
+            raise ModhifiError(f"{flag or f'--set {path}'}: '{key}' is {kind}, it holds no '{leaf}'{advice}")
     part[leaf] = value
 
 

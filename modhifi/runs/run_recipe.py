@@ -222,7 +222,8 @@ def _run_task(name: str, recipe: Task, circumstances: Circumstances) -> Done:
         report = run_audit(recipe, device=device, given=given, progress=progress)
         failure = _failed_check(report)
     content = recipe.model_dump(mode="json")
-    report |= {"settings": content, "command": command, "timing": {report["task"]: time.perf_counter() - start}}
+    report |= {"settings": content, "command": command}
+    report.setdefault("timing", {recipe.task: time.perf_counter() - start})
     path = None if out is None else write_report(out, report, content)
     return Done(name, report, path, failure, bounds)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from modhifi.artifacts.reload_check import FreshProcess, check_reload
 from modhifi.artifacts.report import data_uri
-from modhifi.artifacts.save import LOG, save_artifact
+from modhifi.artifacts.save import save_artifact
 from modhifi.bounds.ladder import BoundReport, verify_unlearned
 from modhifi.calibration.distributed import launched
 from modhifi.calibration.prefix_cache import Passes
@@ -172,7 +172,7 @@ def _save(
         )
     with clock.stage("reload"):
         check_reload(path, original, edited, data.test, process)
-    clock.go_on(path / LOG)
+    clock.write_log(path)
     return path
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import tiny_transformers
+from torch import Tensor
 
 from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
+from modhifi.pruning.stages import TRIAL_TOKENS
 from modhifi.runs.check import check_model
 
 
@@ -67,3 +72,18 @@ def test_the_predicted_memory_holds_two_models_and_every_gram() -> None:
     assert without == 2 * weights + sum(grams) + 3 * 8 * max(widths) ** 2
     assert prediction["disk"] == sum(grams)
     assert prediction["seconds"] > 0 and prediction["activations"] > 0
+
+
+def test_a_causal_model_is_tried_out_on_few_tokens_and_timed_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model(tiny_transformers.family("llama")[0].float())
+    lengths: list[int] = []
+    forward = LoadedModel._forward
+
+    def counting(self: LoadedModel, batch: Tensor, *args: Any, **named: Any) -> Any:
+        lengths.append(batch.shape[1])
+        return forward(self, batch, *args, **named)
+
+    monkeypatch.setattr(LoadedModel, "_forward", counting)
+    check_model(loaded)
+    # Tracing, branches and the forecast read the whole example; five trials take two passes each.
+    assert sorted(lengths) == [TRIAL_TOKENS] * 10 + [loaded.example.shape[1]] * 3

@@ -1,0 +1,33 @@
+"""The reasons why groups are refused, in as few lines as say them all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from modhifi.structure.groups import Group
+
+
+def pattern(name: str) -> str:
+    """The shell pattern of the names that differ from this one in numbers alone, as ``--only`` takes it."""
+    return re.sub(r"\d+", "*", name)
+
+
+def folded(model: nn.Module, refused: Iterable[Group]) -> list[Mapping[str, Any]]:
+    """The refusals of a model's groups, those as one that say the same but for numbers; most groups first."""
+    hidden = getattr(getattr(model, "config", None), "hidden_size", None)
+    alike: dict[str, list[Group]] = {}
+    for g in refused:
+        reason = re.sub(r" \([^()]*\)", "", str(g.refused))
+        if g.n == hidden and "fixed or unknown tensor" in reason:
+            reason = "their width is the hidden size"
+        reason = "; ".join(dict.fromkeys(reason.split("; ")))
+        alike.setdefault(pattern(reason), []).append(g)
+    rows = [
+        {"reason": reason, "groups": len(members), "names": list(dict.fromkeys(pattern(g.name) for g in members))}
+        for reason, members in alike.items()
+    ]
+    return sorted(rows, key=lambda entry: -entry["groups"])
