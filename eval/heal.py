@@ -1,6 +1,9 @@
-"""What distillation brings back: the demo's ResNet at a share of its FLOPs, SmolLM2-135M without a fifth of its FFN.
+"""What distillation brings back: the demo's ResNet and a ResNet-50 at a share of their FLOPs, SmolLM2-135M without a
+fifth of its FFN.
 
-    MODHIFI_DATA=DIR python eval/heal.py --part half|inverted|quarter|smollm2 [--steps N] [--minutes M]
+    MODHIFI_DATA=DIR python eval/heal.py --part half|quarter|inverted|resnet50|resnet50-synthetic|smollm2|
+        unlearned|unlearned-resnet50
+        [--steps N] [--minutes M]
 
 Every image part adds its row to results/heal.json and results/heal.md; the language model has a table of its own. A
 part that was ended goes on where it was. Data and model of smollm2 are those of eval/lm_prune.py.
@@ -10,18 +13,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from common import HERE, RESULTS, cifar10, perplexity, write_results
 from lm_prune import WINDOW, smollm2, wikitext
-from lm_self import manual
+from lm_texts import KINDS
 
 import modhifi
+from modhifi.data.in_memory import from_items
+from modhifi.data.sources import load_samples
 
 WORK = HERE / "data" / "heal"
+WIKITEXT, HELD, OWN = "WikiText-2", 8, 51
 COLUMNS = [
     "model",
     "FLOPs kept",
@@ -39,34 +48,46 @@ Pruned on 1,000 unlabelled training images (the inverted row: on the inverted im
 distilled from the original (`modhifi heal`). Top-1 and agreement with the original in % of all 5,000 CIFAR-10 test
 images. Core minutes are processor time of the whole, from pruning to the report: drawing of images included.
 Command: `python eval/heal.py --part PART`."""
+# What a network that is near its original already takes no harm from.
+CAREFUL = {"precision": "bf16", "learning_rate": 0.005}
+DEMO, RESNET50 = "demo's ResNet", "ResNet-50"
 PARTS: dict[str, dict[str, Any]] = {
-    "half": {"flops": "0.5x", "data": "images", "samples": 10_000},
-    "quarter": {"flops": "0.25x", "data": "images", "samples": 10_000},
-    "inverted": {"flops": "0.5x", "data": "synthetic:invert", "samples": 500},
+    "half": {"model": DEMO, "flops": "0.5x", "data": "images", "samples": 10_000},
+    "quarter": {"model": DEMO, "flops": "0.25x", "data": "images", "samples": 10_000},
+    "inverted": {"model": DEMO, "flops": "0.5x", "data": "synthetic:invert", "samples": 500},
+    "resnet50": {"model": RESNET50, "flops": "0.2457x", "data": "images", "samples": 5_000, "method": CAREFUL},
+    "resnet50-synthetic": {
+        "model": RESNET50,
+        "flops": "0.2457x",
+        "data": "synthetic",
+        "samples": 2_500,
+        "method": CAREFUL,
+    },
 }
 
 
 def run(part: str, steps: int) -> dict[str, Any]:
     """Prunes and heals; the row of the table."""
     setting, images = PARTS[part], cifar10()
+    model = source_of(setting["model"])
     train, test = f"images:{images / 'train'}", f"images:{images / 'test'}"
     source = train if setting["data"] == "images" else setting["data"]
     small, out = WORK / f"{part}-pruned", WORK / f"{part}-healed"
-    common = {"evaluate": test, "evaluation_samples": 5000, "checks": {"walked": 0}, "force": True}
+    tested = 5000 if setting["model"] == DEMO else 2000
+    common = {"evaluate": test, "evaluation_samples": tested, "checks": {"walked": 0}, "force": True, "progress": show}
     samples = min(1000, setting["samples"])
     start = time.process_time()
     if not small.is_dir():
-        modhifi.prune(
-            "demo:resnet", source, flops=setting["flops"], samples=samples, batch_size=100, out=small, **common
-        )
+        modhifi.prune(model, source, flops=setting["flops"], samples=samples, batch_size=100, out=small, **common)
+    method = setting.get("method", {})
     result = modhifi.heal(
-        small, source, samples=setting["samples"], steps=steps, out=out, progress=show, **common
+        small, source, samples=setting["samples"], steps=steps, method=method, out=out, **common
     ).report
     seconds = time.process_time() - start
     rows = {row["name"]: row for row in result["before_after"]}
     top, agreed, flops = rows["top-1 accuracy"], rows["agreement with the original"], rows["FLOPs per sample"]
     return {
-        "model": "demo's ResNet",
+        "model": setting["model"],
         "FLOPs kept": flops["after"] / flops["before"],
         "learnt from": result["data"]["learnt from"].replace(str(images), "cifar10"),
         **{name: 100 * top[key] for name, key in (("original", "before"), ("pruned", "between"), ("healed", "after"))},
@@ -81,16 +102,30 @@ def run(part: str, steps: int) -> dict[str, Any]:
 
 
 def language_model(steps: int, minutes: float) -> None:
-    """Prunes a fifth of the neurons on articles of WikiText-2, and distils the original into the rest on some more."""
+    """Prunes a fifth of the neurons on the model's own writing and some articles, and distils the original on more."""
     original = smollm2()
-    train, held = wikitext(original, 128)
-    _, other = manual(original, 1)
+    articles, _ = wikitext(original, 128)
     small, out = WORK / "smollm2-pruned", WORK / "smollm2-healed"
-    common: dict[str, Any] = {"evaluate": held, "evaluation_samples": len(held), "window": WINDOW, "force": True}
-    method = {"only": ["neurons"], "layout": "uniform"}
+    held = {kind: make(original, HELD, WINDOW) for kind, make in KINDS.items() if kind != WIKITEXT}
+    held[WIKITEXT] = wikitext(original, 128)[1].subset(range(HELD))
+    common: dict[str, Any] = {
+        "evaluate": held[WIKITEXT],
+        "evaluation_samples": HELD,
+        "window": WINDOW,
+        "force": True,
+        "progress": show,
+        "checks": {"walked": 0},
+    }
     if not small.is_dir():
-        modhifi.prune(original, train.subset(range(64)), ratio=0.2, samples=64, method=method, out=small, **common)
+        method = {"only": ["neurons"], "layout": "uniform"}
+        data = modhifi.Mixture(["self", articles], [0.8, 0.2])
+        modhifi.prune(original, data, ratio=0.2, samples=64, method=method, out=small, **common)
     start, wall = time.process_time(), time.perf_counter()
+    # the windows that the cut was calibrated on, which are written already, and as many articles
+    own = load_samples("self", original, n=OWN, window=WINDOW)
+    train = from_items(
+        [own.load(i) for i in range(OWN)] + [articles.load(i) for i in range(OWN)], None, n=2 * OWN, seed=0
+    )
     result = modhifi.heal(
         small,
         train,
@@ -99,32 +134,62 @@ def language_model(steps: int, minutes: float) -> None:
         steps=steps,
         minutes=minutes,
         batch_size=4,
+        method={"precision": "bf16"},
         out=out,
-        progress=show,
         **common,
     )
     core_minutes, wall_minutes = (time.process_time() - start) / 60, (time.perf_counter() - wall) / 60
     models = {"original": original.model, "pruned": modhifi.load(small), "healed": result.model}
-    texts = {"WikiText-2, other articles": held, "Python's reference": other}
     values = {
-        name: {text: perplexity(lambda b, m=model: original.logits(b, m), samples) for text, samples in texts.items()}
+        name: {kind: perplexity(partial(original.logits, model=model), text) for kind, text in held.items()}
         for name, model in models.items()
     }
-    rows = [
-        {
-            "model": name,
-            **figures,
-            **{f"{text}, over dense": figures[text] / values["original"][text] for text in texts},
-        }
-        for name, figures in values.items()
-    ]
-    columns = ["model", *(column for text in texts for column in (text, f"{text}, over dense"))]
+    rows = []
+    for name, figures in values.items():
+        ratios = {kind: figures[kind] / values["original"][kind] for kind in held}
+        mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
+        rows.append({"model": name, "worst": max(ratios.values()), "mean": mean, **ratios})
+    learnt = result.report["healing"]["steps"]
     intro = f"""# SmolLM2-135M without 20 % of its FFN neurons, healed
-Perplexities. Pruned on 64 windows of 512 tokens of WikiText-2, then distilled from the original on {len(train)} for
-{result.report["healing"]["steps"]} steps of 4 windows ({core_minutes:.1f} core minutes, {wall_minutes:.1f} minutes).
+Perplexity over the original's on {HELD} windows of {WINDOW} tokens of every kind of text (`eval/lm_texts.py`), none of
+which was learnt from. Pruned on 64 windows, four fifths of them the model's own writing, the rest articles of
+WikiText-2, then distilled from the original on {len(train)}, half of them articles, for {learnt} steps of 4 windows, in
+bfloat16 ({core_minutes:.1f} core minutes, {wall_minutes:.1f} minutes beside other work).
 Command: `python eval/heal.py --part smollm2`."""
     more = {"healing": result.report["healing"], "core minutes": core_minutes, "minutes": wall_minutes}
-    write_results("heal_smollm2", rows, columns, intro, **more)
+    write_results("heal_smollm2", rows, ["model", "worst", "mean", *held], intro, **more)
+
+
+UNLEARNED = {"unlearned": (DEMO, 2000, 1000), "unlearned-resnet50": (RESNET50, 800, 800)}
+KEYS = ("forget", "retain", "recall", "probe", "neighbours")
+
+
+def unlearned(part: str, steps: int) -> None:
+    """Forgets the class cat, heals on 5,000 images that are said to be of others, and attacks both."""
+    (name, learnt, attacked), images = UNLEARNED[part], cifar10()
+    model = source_of(name)
+    train, test = f"images:{images / 'train'}", f"images:{images / 'test'}"
+    directory, out = WORK / part, WORK / f"{part}-healed"
+    common = {"evaluate": test, "evaluation_samples": attacked, "checks": {"walked": 0}, "progress": show}
+    if not directory.is_dir():
+        modhifi.unlearn(model, train, forget="cat", samples=learnt, out=directory, **common)
+    result = modhifi.heal(directory, train, samples=5000, steps=steps, out=out, force=True, **common).report
+    before = json.loads((directory / "report.json").read_text())["audit"]["rows"]
+    after = result["audit"]["rows"]
+    named = {"original": before["original"], "unlearned": before["edited"], "healed": after["edited"]}
+    rows = [{"network": name, "model": key, **{k: 100 * row[k] for k in KEYS}} for key, row in named.items()]
+    file = RESULTS / "heal_unlearned.json"
+    others = json.loads(file.read_text())["rows"] if file.is_file() else []
+    intro = f"""# Healed after a class was forgotten
+The class cat of CIFAR-10, default method; healed on those of 5,000 unlabelled training images that the original
+takes for other classes, for {steps} steps of 128, from a teacher to which the class is closed. In %, on {attacked}
+images and more; columns as in unlearn_resnet.md. Command: `python eval/heal.py --part {part}`."""
+    rows = [*(row for row in others if row["network"] != name), *rows]
+    write_results("heal_unlearned", rows, ["network", "model", *KEYS], intro, **{part: result["healing"]})
+
+
+def source_of(name: str) -> str:
+    return "demo:resnet" if name == DEMO else str(Path(os.environ["MODHIFI_DATA"]) / "resnet50_cifar10")
 
 
 def show(stage: str, done: int, total: int) -> None:
@@ -142,7 +207,7 @@ def add(row: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--part", choices=[*PARTS, "smollm2"], required=True)
+    parser.add_argument("--part", choices=[*PARTS, "smollm2", *UNLEARNED], required=True)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--minutes", type=float, default=15.0, help="of smollm2")
     arguments = parser.parse_args()
@@ -152,5 +217,7 @@ if __name__ == "__main__":
     os.environ["MODHIFI_CACHE"] = str(WORK / "cache")
     if arguments.part == "smollm2":
         language_model(arguments.steps, arguments.minutes)
+    elif arguments.part in UNLEARNED:
+        unlearned(arguments.part, arguments.steps)
     else:
         add(run(arguments.part, arguments.steps))
