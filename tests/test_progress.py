@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from modhifi.progress import Clock, live_log
+from modhifi.progress import LOG, Clock, live_log
 
 
 def test_the_log_can_be_read_while_the_run_goes_on(tmp_path: Path) -> None:
@@ -36,3 +36,12 @@ def test_a_file_of_that_name_stays_as_it_is(tmp_path: Path) -> None:
     with live_log(tmp_path / "small"):
         Clock()
     assert (tmp_path / "small.log").read_text() == "mine"
+
+
+def test_an_artefact_holds_the_log_to_the_end(tmp_path: Path) -> None:
+    clock = Clock(command="modhifi prune net")
+    (tmp_path / LOG).write_text(clock.log())
+    with clock.stage("reload"):
+        pass
+    clock.write_log(tmp_path)
+    assert (tmp_path / LOG).read_text().splitlines()[-1].endswith("reload: 0.0 s")

@@ -18,6 +18,7 @@ from modhifi import api
 from modhifi.cli import main
 from modhifi.cli.demo import DEMO
 from modhifi.cli.options import compose, keys_of
+from modhifi.cli.screens import show_briefly
 from modhifi.errors import ModhifiError
 from modhifi.runs.recipe import PruneRecipe
 from modhifi.runs.recipe_file import Strict, read_yaml, set_out
@@ -206,6 +207,22 @@ def test_what_wins(options: list[str], expected: dict[str, Any], recipe: Path, m
 def test_what_is_missing_or_wrong_is_one_line_that_names_the_option(arguments: list[str], message: str) -> None:
     code, _, stderr = run(*arguments)
     assert code == 2 and message in stderr and stderr.strip().count("\n") == 0
+
+
+def test_an_option_that_a_list_cannot_take_names_itself(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        "model: demo:resnet\ndata: [{source: synthetic}, {source: demo:calibration}]\nbudget: {ratio: 0.3}\n"
+    )
+    code, _, stderr = run("prune", "--recipe", file, "--samples", "8", "--dry-run")
+    assert code == 2 and "error: --samples: 'data' is a list, it holds no 'samples'" in stderr and "--set" not in stderr
+
+
+@pytest.mark.parametrize("steps", [None, "verify"])
+def test_a_quiet_outcome_names_its_step(steps: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = {"text": "fine", "tone": "good", "advice": []}
+    show_briefly({"task": "verify", "outcome": outcome, "verdicts": []}, Path("here"), steps)
+    assert capsys.readouterr().out.startswith("verify:\n" if steps else "fine")
 
 
 def test_the_installed_command_takes_options_beside_a_recipe(recipe: Path) -> None:

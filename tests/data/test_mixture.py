@@ -325,6 +325,7 @@ def test_the_report_has_a_row_for_every_source() -> None:
     timed = {"median": 1.0, "ratio": 1.0, "ratio_iqr": 0.0}
     report = {"errors": errors, "size": size, "latency": {"before": timed, "after": timed}, "throughput": None}
     alone = [row["name"] for row in before_after(report)]
+    assert [row["change"] for row in before_after(report) if row["before"] is None] == ["needs 3 full batches held out"]
     assert alone[:3] == ["perplexity", "next-token agreement with the original", "FLOPs per sample"]
     sources = [{"source": "self", **errors}, {"source": "text:x", **errors, "perplexity_after": 5.0}]
     rows = before_after(report | {"errors": errors | {"sources": sources}})

@@ -57,6 +57,7 @@ def test_prune_then_verify(pruned: Path) -> None:
     assert (pruned / "verify" / "report.html").is_file() and (pruned / "recipe.yaml").is_file()
     suites = ElementTree.parse(pruned.parent / "s.xml").getroot()
     assert [s.get("name") for s in suites] == ["prune", "verify"]
+    assert all(float(str(s.get("time"))) > 0 for s in suites)
     assert not suites.findall(".//failure") and suites.findall(".//testcase")
 
 
