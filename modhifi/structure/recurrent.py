@@ -65,8 +65,10 @@ class Gates(nn.Module):
     def cut(self, inputs: Tensor, outputs: Tensor) -> None:
         """Keep the columns and rows that stay, bool each, in place; the biases are parameters of their own."""
         owner, leaf = self.place
-        value = self.weight.data[outputs.to(self.weight.device)][:, inputs.to(self.weight.device)]
-        setattr(owner, leaf, nn.Parameter(value.contiguous(), requires_grad=self.weight.requires_grad))
+        # Numbers of rows and columns: a mask has no known size on the meta device.
+        rows, columns = (stays.nonzero().flatten().to(self.weight.device) for stays in (outputs, inputs))
+        value = self.weight.data.index_select(0, rows).index_select(1, columns)
+        setattr(owner, leaf, nn.Parameter(value, requires_grad=self.weight.requires_grad))
 
     @torch.no_grad()
     def rows(self, x: Tensor, state: Any = None) -> Tensor:

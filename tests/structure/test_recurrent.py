@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from modhifi.structure.expand import expand
 from modhifi.structure.plan import Plan
+from modhifi.structure.recurrent import Gates
 from modhifi.structure.sizes import sizes_of
 from modhifi.structure.surgery import mask_readers, shrink
 from modhifi.structure.tracing.tracer import trace
@@ -92,3 +93,9 @@ class Packed(nn.Module):
 def test_packed_sequences_are_refused() -> None:
     net, x = Packed().eval(), torch.randn(3, 6, 5)
     assert trace(net, lambda net: net(x)).prunable == ()
+
+
+def test_a_matrix_of_gates_is_cut_without_values() -> None:
+    layer = nn.LSTM(3, 4, device="meta")
+    Gates(layer, "weight_ih_l0").cut(torch.tensor([True, False, True]), torch.arange(16) % 4 < 3)
+    assert layer.weight_ih_l0.shape == (12, 2)
