@@ -48,8 +48,8 @@ def options() -> set[str]:
     return set().union(*(of(load(verb)) for verb in VERBS))
 
 
-# Its examples heal, export and quantise.
-SLOW = {"docs/after-pruning.md"}
+# Their examples heal, export and quantise, or prune several times.
+SLOW = {"docs/after-pruning.md", "docs/own-data.md", "docs/own-model.md"}
 
 
 @pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.slow] * (p in SLOW)) for p in PAGES])

@@ -49,7 +49,7 @@ def launch(launcher: str, where: Path, *arguments: str) -> subprocess.CompletedP
     )
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["accelerate", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_processes_make_the_plan_of_one(launcher: str, model_dir: Path, image_dir: Path, tmp_path: Path) -> None:
     """What the sums add up to, rows looked at included; only the main process prints."""
     arguments = [

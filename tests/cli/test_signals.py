@@ -51,8 +51,8 @@ def ended(
     [
         (MOMENTS, signal.SIGTERM, 143, "ended by SIGTERM"),
         (ARTEFACT, signal.SIGINT, 130, "interrupted"),
-        (ARTEFACT, signal.SIGTERM, 143, "ended by SIGTERM"),
-        (ARTEFACT, signal.SIGHUP, 129, "ended by SIGHUP"),
+        pytest.param(ARTEFACT, signal.SIGTERM, 143, "ended by SIGTERM", marks=pytest.mark.slow),
+        pytest.param(ARTEFACT, signal.SIGHUP, 129, "ended by SIGHUP", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_ends_a_run_and_leaves_nothing(
