@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -35,7 +35,7 @@ LIGHTEST = 1.12
 # Of the lines of HiFi shares; legible on white and on black.
 LINES = ("#3b8ede", "#d9820b", "#2e9e5b", "#c2559d")
 # Of the kinds of components.
-STYLES = ("-", ":", "--", "-.")
+STYLES: tuple[Literal["-", ":", "--", "-."], ...] = ("-", ":", "--", "-.")
 MOST_NAMES = 20
 CAPTIONS = {
     "histograms": "How many components of a layer have which singleton fidelity: what a component alone gives back of "
