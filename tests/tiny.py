@@ -406,7 +406,7 @@ PATTERNS: dict[str, Callable[[], nn.Module]] = {
     "shuffle": Shuffle,
     "flip": lambda: Applied(lambda x: x.flip(1)),
     "repeat": lambda: Applied(lambda x: x.repeat(1, 2, 1, 1), 16),
-    "unknown": lambda: Applied(lambda x: torch.cumsum(x, 1)),
+    "running sum": lambda: Applied(lambda x: torch.cumsum(x, 1)),
     "roll": lambda: Applied(lambda x: x.roll(1, 1)),
     "reordered": lambda: Applied(lambda x: x[:, [3, 1, 2, 0, 4, 5, 6, 7]]),
     "split": lambda: Applied(lambda x: torch.cat(torch.split(x, [3, 5], 1), 1)),

@@ -160,9 +160,7 @@ def set_value(content: dict[str, Any], path: str, value: Any, flag: str | None =
             part[key] = {"source": part[key]}
         part = part[key]
         if not isinstance(part, dict):
-            several = isinstance(part, list)
-            kind, advice = ("a list", f"; change '{leaf}' of its entries in the file") if several else ("a value", "")
-            raise ModhifiError(f"{flag or f'--set {path}'}: '{key}' is {kind}, it holds no '{leaf}'{advice}")
+            raise ModhifiError(f"{flag or f'--set {path}'}: '{key}' is a value, it holds no '{leaf}'")
     part[leaf] = value
 
 

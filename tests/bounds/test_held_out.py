@@ -169,7 +169,7 @@ def test_divergences_stay_in_their_ranges(seed: int, scale: float, classes: int)
     table = run_held_out(lambda _: first, lambda _: second, samples_of(first), 5)
     assert (table.total_variation >= 0).all() and (table.total_variation <= 1 + 1e-12).all()
     # Pinsker: the total variation is at most √(KL / 2).
-    assert (table.total_variation <= (table.kl / 2).sqrt() * (1 + 1e-3) + 1e-6).all()
+    assert (table.total_variation <= ((table.kl + 1e-7) / 2).sqrt() * (1 + 1e-3)).all()  # logits are float32
 
 
 def test_a_model_agrees_with_itself() -> None:

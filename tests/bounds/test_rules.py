@@ -25,7 +25,8 @@ WITHOUT_RULE = set(
     __pow__ __ipow__ erf erf_ stack __rtruediv__ __rdiv__ maximum minimum addcmul addcmul_ __rmatmul__ instance_norm
     normalize max_pool1d max_pool3d avg_pool1d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool3d
     adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool2d interpolate upsample
-    max_pool2d_with_indices amax amin""".split()
+    max_pool2d_with_indices amax amin acos acos_ asin asin_ atan atan_ cosh cosh_ sinh sinh_ tan tan_ exp2 exp2_ expm1
+    expm1_ log1p log1p_ log2 log2_ log_softmax cumsum cumprod""".split()
 )
 # Activations whose Lipschitz constant is not in `modhifi.bounds.lipschitz`.
 WITHOUT_CONSTANT = {"hardshrink", "softshrink", "tanhshrink", "threshold", "threshold_", "_threshold"}

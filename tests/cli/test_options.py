@@ -209,15 +209,6 @@ def test_what_is_missing_or_wrong_is_one_line_that_names_the_option(arguments: l
     assert code == 2 and message in stderr and stderr.strip().count("\n") == 0
 
 
-def test_an_option_that_a_list_cannot_take_names_itself(tmp_path: Path) -> None:
-    file = tmp_path / "r.yaml"
-    file.write_text(
-        "model: demo:resnet\ndata: [{source: synthetic}, {source: demo:calibration}]\nbudget: {ratio: 0.3}\n"
-    )
-    code, _, stderr = run("prune", "--recipe", file, "--samples", "8", "--dry-run")
-    assert code == 2 and "error: --samples: 'data' is a list, it holds no 'samples'" in stderr and "--set" not in stderr
-
-
 @pytest.mark.parametrize("steps", [None, "verify"])
 def test_a_quiet_outcome_names_its_step(steps: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     outcome = {"text": "fine", "tone": "good", "advice": []}

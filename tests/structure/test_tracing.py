@@ -143,7 +143,7 @@ def test_a_layer_called_twice_ties_its_input_to_its_output():
         ("group norm of all", "stem.0", "a GroupNorm normalises across these channels (norm)"),
         ("layer norm", "stem", "a LayerNorm normalises across these channels (norm)"),
         ("shuffle", "first.0", "a single component, or one in each part, cannot be removed"),
-        ("unknown", "inner.0", "the operation 'cumsum' is not understood"),
+        ("running sum", "inner.0", "'cumsum' runs across these channels"),
         ("roll", "inner.0", "'roll' takes these channels from fixed places"),
         ("reordered", "inner.0", "'__getitem__' takes these channels from fixed places"),
         ("split", "inner.0", "'split' takes these channels from fixed places"),
