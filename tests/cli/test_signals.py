@@ -67,6 +67,7 @@ def test_a_signal_ends_a_run_and_leaves_nothing(
     assert not list(cache.rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_a_hangup_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
     done = ended(MOMENTS, signal.SIGHUP, tmp_path / "out", tmp_path / "cache", "--dry-run", ignored=True)
     assert done.returncode == 0, done.stderr
