@@ -161,7 +161,8 @@ def complete_heal(
         usual = HEAL_TEXT_ON_CPU if torch.device(device).type == "cpu" else HEAL_TEXT
     else:
         drawn = HEAL_INVERTED if source == "synthetic:invert" else HEAL_DRAWN
-        usual = drawn if source.startswith("synthetic") else HEAL_IMAGES
+        sources = [source] if isinstance(source, str) else source
+        usual = drawn if all(name.startswith("synthetic") for name in sources) else HEAL_IMAGES
     window = data.window
     if usual.window is not None:
         window = window_of(loaded, window) if window else min(usual.window, window_of(loaded, None))

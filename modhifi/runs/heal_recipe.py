@@ -9,16 +9,16 @@ from pydantic import Field
 from modhifi.healing.optimizers import OPTIMIZERS
 from modhifi.healing.settings import HealSettings
 from modhifi.registry import one_of
-from modhifi.runs.recipe import Checks, Count, DataSource, Device, ModelSource, Out, Seed, Summary
+from modhifi.runs.recipe import Checks, Count, DataSource, Device, ModelSource, Out, Seed, Sources, Summary
 from modhifi.runs.recipe_file import Option, Strict
 
 
 class HealData(DataSource):
     """The sources of samples to learn from and of held-out ones; labels are never used."""
 
-    source: Annotated[str, Option("--data", panel="Most used")] = "synthetic"
+    source: Annotated[Sources, Option("--data", panel="Most used")] = "synthetic"
     """Samples to learn from, without labels: images:DIR, text:PATH, hf:DATASET[:SPLIT], synthetic[:KIND], or self, text
-    that the original writes."""
+    that the original writes. Several with commas, each with its share: self,text:FILE@0.2."""
     samples: Annotated[Count | None, Option(panel="Most used")] = None
     """Samples to learn from; by default 10,000 images (2,000 drawn, 500 inverted ones), 512 windows (128 on a CPU)."""
 

@@ -150,8 +150,9 @@ def load_data(
 ) -> tuple[Samples, Samples]:
     """Loads calibration and held-out samples, disjoint by content, and by document where text is cut from documents.
 
-    Of a mixture every source has as many calibration samples as are asked for, whose moments its share then weighs, and
-    its share of the held-out ones. Raises ModhifiError where too few samples are left for either.
+    Of a mixture every source has as many calibration samples as are asked for, whose moments its share then weighs; to
+    learn from, as of the held-out ones, it has its share of them. Raises ModhifiError where too few samples are
+    left for either.
     """
     data, seed = recipe.data, recipe.seed
     # What strings name is in the recipe, completed.
@@ -165,22 +166,23 @@ def load_data(
         return load_samples(spec, loaded, n=n, seed=seed, window=data.window, progress=progress)
 
     counts = held_out.counts(data.evaluation_samples)
+    amounts = source.counts(data.samples) if isinstance(recipe, HealRecipe) else [data.samples] * len(source.shares)
     parts: list[tuple[str, float, Samples]] = []
     held: dict[int, Samples] = {}
-    for spec, share in source:
+    for (spec, share), amount in zip(source, amounts, strict=True):
         name = str(source_name(spec))
         # Samples of one source are separated by document, which hashes of windows cannot do.
         number = _number(spec, held_out, by_identity=evaluate is None)
         if number is None:
-            parts.append((name, share, load(spec, data.samples)))
+            parts.append((name, share, load(spec, amount)))
             continue
-        samples = load(spec, data.samples + counts[number])
+        samples = load(spec, amount + counts[number])
         if len(samples) < 4:
             raise ModhifiError(
                 f"{samples.description}: {len(samples)} different usable samples are too few to calibrate and to "
                 "check; give at least 4"
             )
-        own, held[number] = samples.split(data.samples, counts[number])
+        own, held[number] = samples.split(amount, counts[number])
         parts.append((name, share, own))
     calibration = mixed(parts)
     seen = set(calibration.hashes)

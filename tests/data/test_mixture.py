@@ -364,5 +364,9 @@ def test_python_mixes_what_it_holds_with_sources(image_dir: Path, model_dir: Pat
             (f"images:{image_dir}", 0.75),
         ]
         assert [len(part) for _, part in samples.by_source()] == counts
+    # what is learnt from has no moments to weigh: the shares are those of the samples
+    learnt = parse({"task": "heal", "directory": "d", "budget": {"steps": 1}, "data": data})
+    samples, _ = load_data(learnt, loaded, Given(data=both))
+    assert [len(part) for _, part in samples.by_source()] == [2, 6]
     with pytest.raises(ModhifiError, match="several sources are mixed to calibrate"):
         load_samples(Mixture(["synthetic", f"images:{image_dir}"]), loaded, n=4)
