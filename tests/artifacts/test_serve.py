@@ -113,7 +113,8 @@ def test_onnx_runtime_quantises_and_keeps_the_classes(demo: Path, tmp_path: Path
     assert megabytes(small) < megabytes(demo / "model.onnx") / 2
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_widths_are_those_that_vllm_takes_in_groups_over_several_ranks(ranks: int, tmp_path: Path) -> None:
     """Marlin's kernels want columns in groups of 128 on every rank, and every rank whole KV groups."""
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}

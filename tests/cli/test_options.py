@@ -216,6 +216,7 @@ def test_a_quiet_outcome_names_its_step(steps: str | None, capsys: pytest.Captur
     assert capsys.readouterr().out.startswith("verify:\n" if steps else "fine")
 
 
+@pytest.mark.slow
 def test_the_installed_command_takes_options_beside_a_recipe(recipe: Path) -> None:
     command = [sys.executable, "-m", "modhifi", "prune", "--recipe", str(recipe), "--ratio", "0.5", "--dry-run"]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True)
