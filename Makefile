@@ -8,7 +8,7 @@ SOURCES := pyproject.toml $(shell find modhifi cli recipes -type f -not -path '*
 .PHONY: demo test lint eval clean
 
 demo: $(VENV)/installed
-	$(OFFLINE) $(BIN)/modhifi demo
+	$(OFFLINE) $(BIN)/modhifi demo --force
 
 # One thread a worker: two workers that each take every core slow each other down.
 test: $(VENV)/editable
