@@ -109,5 +109,7 @@ def _show(report: dict[str, Any]) -> None:
             ", ".join(FRONTS[cost] for cost in cell["front"]),
         )
     console.print(table)
+    if report["data"].get("moments"):
+        console.print(report["data"]["moments"], highlight=False)
     for warning in report["warnings"]:
         console.print(f"note: {warning}", style="yellow", markup=False, highlight=False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from modhifi.data.hidden import is_hidden
-from modhifi.data.samples import Samples, digest
+from modhifi.data.samples import Samples, synthetic_items
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.parts import Listener, by_kind
@@ -142,14 +142,7 @@ def drawn(loaded: LoadedModel, n: int, seed: int) -> Samples:
         return ridges(part.shape, chance) if listener is None else listener(tones(listener, chance))
 
     what = "spectra" if listener is None else "sounds"
-    return Samples(
-        load=load,
-        hashes=tuple(digest(load(i)) for i in range(n)),
-        labels=None,
-        names=tuple(f"synthetic {i}" for i in range(n)),
-        description=f"synthetic, {n} {what} of noise and tones, seed {seed}",
-        synthetic=True,
-    )
+    return synthetic_items(load, n, f"synthetic, {n} {what} of noise and tones, seed {seed}")
 
 
 def tones(listener: Listener, chance: np.random.Generator) -> np.ndarray:

@@ -185,6 +185,24 @@ def _is_flat(x: Tensor) -> bool:
     return bool((rows == rows[:, :1]).all())
 
 
+def synthetic_items(
+    load: Callable[[int], Tensor], n: int, description: str, identity: Callable[[int], str] | None = None
+) -> Samples:
+    """``n`` items that ``load`` draws when they are asked for; ``identity`` names one without drawing it.
+
+    Without it each is drawn once for the hash of its content.
+    """
+    identity = identity or (lambda index: digest(load(index)))
+    return Samples(
+        load=load,
+        hashes=tuple(map(identity, range(n))),
+        labels=None,
+        names=tuple(f"synthetic {i}" for i in range(n)),
+        description=description,
+        synthetic=True,
+    )
+
+
 def digest(tensor: Tensor) -> str:
     """Hash of a tensor's bytes: 16 hex digits of a SHA-256."""
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modhifi.data.samples import Samples, digest
+from modhifi.data.samples import Samples, synthetic_items
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.parts import by_kind
 
@@ -20,14 +20,7 @@ def drawn(loaded: LoadedModel, n: int, seed: int) -> Samples:
     def load(index: int) -> Tensor:
         return series(shape, np.random.default_rng((seed, index)))
 
-    return Samples(
-        load=load,
-        hashes=tuple(digest(load(i)) for i in range(n)),
-        labels=None,
-        names=tuple(f"synthetic {i}" for i in range(n)),
-        description=f"synthetic, {n} series of trends, seasons and noise, seed {seed}",
-        synthetic=True,
-    )
+    return synthetic_items(load, n, f"synthetic, {n} series of trends, seasons and noise, seed {seed}")
 
 
 def series(shape: tuple[int, ...], chance: np.random.Generator) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modhifi.data import procedural
 from modhifi.data.image_inputs import class_count, image_shape, normalisation
-from modhifi.data.samples import Samples
+from modhifi.data.samples import Samples, synthetic_items
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 
@@ -61,12 +61,10 @@ def drawn(kind: str, loaded: LoadedModel, n: int, seed: int, balanced: bool) -> 
 
     balanced = balanced and class_count(loaded) is not None
     total = min(n * CANDIDATES, max(n, CANDIDATE_PIXELS // (height * width))) if balanced else n
-    samples = Samples(
-        load=load,
-        hashes=tuple(procedural.identity(kind, seed, i, height, width) for i in range(total)),
-        labels=None,
-        names=tuple(f"synthetic {i}" for i in range(total)),
-        description=f"synthetic:{kind}, {total} images of {height}x{width}, seed {seed}",
-        synthetic=True,
+    samples = synthetic_items(
+        load,
+        total,
+        f"synthetic:{kind}, {total} images of {height}x{width}, seed {seed}",
+        lambda index: procedural.identity(kind, seed, index, height, width),
     )
     return balance(samples, loaded, n) if total > n else samples

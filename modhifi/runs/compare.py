@@ -76,8 +76,6 @@ def run_compare(
         warnings = [*warnings, *warn_degenerate(calibration), *skipped_warnings(calibration)]
     with clock.stage("measure"):
         shared = measure_once(original, calibration, settings[names[0]], clock.inner, cache)
-    if cache is not None and cache.remark:
-        warnings.append(cache.remark)
     cells: list[dict[str, Any]] = []
     with clock.stage("compare"):
         for selector in recipe.selectors:
@@ -99,6 +97,7 @@ def run_compare(
             "held_out": held.description,
             "calibration_samples": len(calibration),
             "held_out_samples": len(held),
+            **({"moments": cache.remark} if cache is not None and cache.remark else {}),
         },
         "settings": recipe.model_dump(mode="json"),
         "comparison": _compared(cells, original, held),
