@@ -148,6 +148,15 @@ def _compared(cells: list[dict[str, Any]], original: LoadedModel, held: Samples)
     }
 
 
+def half_width(share: float, n: int) -> float:
+    """Half the width of a 95 % interval of a share measured on ``n`` samples, above zero for shares of 0 and 1 too.
+
+    One success and one failure are added (Agresti and Caffo 2000).
+    """
+    share = (n * share + 1) / (n + 2)
+    return NORMAL * math.sqrt(share * (1 - share) / (n + 2))
+
+
 def _add_conclusions(report: dict[str, Any], budgets: Sequence[str]) -> None:
     """Adds a table for every figure, the outcome in one sentence, and why cells are empty, in place."""
     comparison = report["comparison"]
@@ -176,9 +185,8 @@ def _add_conclusions(report: dict[str, Any], budgets: Sequence[str]) -> None:
     start = f"Best {comparison['quality']} (original {100 * comparison['original_quality']:.1f} %)"
     text = f"{start}: {', '.join(winners)}." if winners else "Every cell is empty; the reasons are below."
     if winners:
-        best_share = max(cell["quality"] for cell in best.values())
         n = report["data"]["held_out_samples"]
-        error = NORMAL * math.sqrt(best_share * (1 - best_share) / n)
+        error = half_width(max(cell["quality"] for cell in best.values()), n)
         text += f" On {n:,} held-out samples, differences of less than {100 * error:.1f} points may be chance."
     report["outcome"] = {"tone": "good" if winners else "bad", "text": text, "advice": []}
     report["warnings"] = [

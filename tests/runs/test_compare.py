@@ -13,6 +13,7 @@ from modhifi.calibration import collect
 from modhifi.cli.main import app
 from modhifi.errors import ModhifiError
 from modhifi.pruning import stages
+from modhifi.runs.compare import half_width
 from modhifi.runs.compare_recipe import CompareRecipe
 
 GRID = ["--selectors", "obs,random", "--compensate", "lstsq", "--compensate", "none"]
@@ -78,3 +79,9 @@ def test_budgets_have_names_and_a_default() -> None:
 def test_what_no_grid_can_be_is_refused(options: dict, message: str) -> None:
     with pytest.raises(ModhifiError, match=message):
         modhifi.compare("demo:resnet", "demo:calibration", **options)
+
+
+def test_what_may_be_chance_is_never_nothing() -> None:
+    # 17 of 18 with one success and one failure added; where half agree the addition changes nothing but the count
+    assert half_width(1.0, 16) == half_width(0.0, 16) == pytest.approx(1.96 * (17 / 18 / 18 / 18) ** 0.5)
+    assert half_width(0.5, 98) == pytest.approx(1.96 * 0.05)
