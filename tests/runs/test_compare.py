@@ -83,5 +83,6 @@ def test_what_no_grid_can_be_is_refused(options: dict, message: str) -> None:
 
 def test_what_may_be_chance_is_never_nothing() -> None:
     # 17 of 18 with one success and one failure added; where half agree the addition changes nothing but the count
-    assert half_width(1.0, 16) == half_width(0.0, 16) == pytest.approx(1.96 * (17 / 18 / 18 / 18) ** 0.5)
+    expected = pytest.approx(1.96 * (17 / 18 / 18 / 18) ** 0.5)
+    assert half_width(1.0, 16) == expected and half_width(0.0, 16) == expected
     assert half_width(0.5, 98) == pytest.approx(1.96 * 0.05)
