@@ -30,7 +30,7 @@ from modhifi.data.in_memory import from_items
 from modhifi.data.sources import load_samples
 
 WORK = HERE / "data" / "heal"
-WIKITEXT, HELD, OWN = "WikiText-2", 8, 51
+WIKITEXT, HELD, OWN, LM_BATCH = "WikiText-2", 8, 128, 2
 COLUMNS = [
     "model",
     "FLOPs kept",
@@ -122,10 +122,12 @@ def language_model(steps: int, minutes: float) -> None:
         data = modhifi.Mixture(["self", articles], [0.8, 0.2])
         modhifi.prune(original, data, ratio=0.2, samples=64, method=method, out=small, **common)
     start, wall = time.process_time(), time.perf_counter()
-    # the windows that the cut was calibrated on, which are written already, and as many articles
     own = load_samples("self", original, n=OWN, window=WINDOW)
     train = from_items(
-        [own.load(i) for i in range(OWN)] + [articles.load(i) for i in range(OWN)], None, n=2 * OWN, seed=0
+        [own.load(i) for i in range(OWN)] + [articles.load(i) for i in range(len(articles))],
+        None,
+        n=OWN + len(articles),
+        seed=0,
     )
     result = modhifi.heal(
         small,
@@ -134,8 +136,8 @@ def language_model(steps: int, minutes: float) -> None:
         samples=len(train),
         steps=steps,
         minutes=minutes,
-        batch_size=4,
-        method={"precision": "bf16"},
+        batch_size=LM_BATCH,
+        method={"precision": "bf16", "learning_rate": 2e-4},
         out=out,
         **common,
     )
@@ -154,8 +156,8 @@ def language_model(steps: int, minutes: float) -> None:
     intro = f"""# SmolLM2-135M without 20 % of its FFN neurons, healed
 Perplexity over the original's on {HELD} windows of {WINDOW} tokens of every kind of text (`eval/lm_texts.py`), none of
 which was learnt from. Pruned on 64 windows, four fifths of them the model's own writing, the rest articles of
-WikiText-2, then distilled from the original on {len(train)}, half of them articles, for {learnt} steps of 4 windows, in
-bfloat16 ({core_minutes:.1f} core minutes, {wall_minutes:.1f} minutes beside other work).
+WikiText-2, then distilled from the original on {len(train)}, half of them articles, for {learnt} steps of {LM_BATCH}
+windows, in bfloat16 ({core_minutes:.1f} core minutes, {wall_minutes:.1f} minutes beside other work).
 Command: `python eval/heal.py --part smollm2`."""
     more = {"healing": result.report["healing"], "core minutes": core_minutes, "minutes": wall_minutes}
     write_results("heal_smollm2", rows, ["model", "worst", "mean", *held], intro, **more)

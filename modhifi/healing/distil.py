@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
@@ -10,6 +11,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from modhifi.bounds.held_out import classes_last
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError, is_out_of_memory
 from modhifi.healing.augment import augmented
@@ -203,7 +205,7 @@ class Distillation:
         if self.losses:
             loss = float(self.accelerator.reduce(torch.stack(self.losses).mean(), "mean"))
         self.losses = []
-        divergence, agreed, count = 0.0, 0.0, 0
+        divergence, agreed, count, compared = 0.0, 0.0, 0, 0
         for batch in self.validation.batches(self.settings.batch_size):
             indices = range(count, count + len(batch))
             wanted, _ = self.examiner.outputs(batch, indices)
@@ -213,12 +215,15 @@ class Distillation:
             divergence += len(batch) * float(distance)
             agreed += len(batch) * (0.0 if features else float(agreement(wanted, output, real, self.closed)))
             count += len(batch)
+            compared += classes_last(output)[..., 0].numel() if real is None else int(real.sum())
+        agreed /= count
         entry = {
             "step": self.state.step,
             "seconds": self.schedule.seconds,
             "loss": loss,
             "divergence": divergence / count,
-            "agreement": None if self.original.gives_features else agreed / count,
+            "agreement": None if self.original.gives_features else agreed,
+            "error": math.sqrt(max(0.0, agreed * (1 - agreed)) / compared),
         }
         if not all(value is None or torch.tensor(value).isfinite() for value in entry.values()):
             return False

@@ -14,8 +14,9 @@ class Healed:
     """The student with its best weights, in eval mode and in the dtypes that it came in.
 
     ``curve`` has an entry an interval: ``step``, ``seconds``, ``loss`` (mean of the training loss since the entry
-    before), ``divergence`` and ``agreement`` on the validation samples. ``best`` is the step of the weights taken,
-    ``broken`` that of an interval whose loss was not finite, None where all were. ``blocks`` were matched.
+    before), and on the validation samples ``divergence`` and ``agreement`` with its standard ``error``. ``best`` is the
+    step of the weights taken, ``broken`` that of an interval whose loss was not finite, None where all were. ``blocks``
+    were matched.
     """
 
     model: nn.Module
@@ -45,6 +46,15 @@ class State:
 
 
 def best_entry(curve: Sequence[Mapping[str, Any]]) -> int:
-    """The place in a curve of the highest agreement and, where that is equal, of the least divergence."""
-    keys = [(entry["agreement"] or 0.0, -entry["divergence"]) for entry in curve]
-    return keys.index(max(keys))
+    """The place in a curve of the weights to take.
+
+    An entry takes the place of an earlier one whose agreement it exceeds by more than its own standard error,
+    ``error``, or to which it comes as near with less divergence: a few samples more that agree are chance.
+    """
+    best = 0
+    for place, entry in enumerate(curve):
+        margin = (entry["agreement"] or 0.0) - (curve[best]["agreement"] or 0.0)
+        nearer = entry["divergence"] < curve[best]["divergence"]
+        if margin > entry["error"] or (nearer and margin >= -entry["error"]):
+            best = place
+    return best
