@@ -34,6 +34,8 @@ class Amounts:
 # What a GPU's tensor cores and a CPU's vectors take at once, in bytes of one channel (NVIDIA, "Matrix Multiplication
 # Background": dimensions that are multiples of 128 bytes; AVX2: 32 bytes, of which wider vectors are multiples).
 GPU_BYTES, CPU_BYTES = 128, 32
+# Weights of four bits come in groups that share a scale (GPTQ and AWQ: 128), and a width has to be made of whole ones.
+INT4_GROUP = 128
 
 # What a healing run learns from: images that were drawn cost time, and inverted ones much of it.
 HEAL_IMAGES, HEAL_DRAWN, HEAL_INVERTED = Amounts(10_000, 256, 128), Amounts(2_000, 256, 128), Amounts(500, 256, 128)
@@ -66,11 +68,14 @@ def held_amounts(loaded: LoadedModel, device: torch.device | str) -> Amounts:
     return replace(usual, window=min(usual.window, window_of(loaded, None)))
 
 
-def rounding_for(loaded: LoadedModel, device: torch.device | str) -> Rounding:
+def rounding_for(loaded: LoadedModel, device: torch.device | str, serve: str | None = None) -> Rounding:
     """What widths are multiples of by default: 8 of float32 on a CPU, 64 of half precision on a GPU.
 
-    It is less in groups that are hardly wider and where the budget cannot be met otherwise.
+    It is less in groups that are hardly wider and where the budget cannot be met otherwise. To ``serve`` as ``int4``
+    every width is one of whole groups of weights.
     """
+    if serve == "int4":
+        return Rounding(INT4_GROUP)
     dtype = next((p.dtype for p in loaded.model.parameters() if p.is_floating_point()), torch.float32)
     size = CPU_BYTES if torch.device(device).type == "cpu" else GPU_BYTES
     return Rounding(max(1, size // dtype.itemsize), less=True)

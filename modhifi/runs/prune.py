@@ -126,7 +126,7 @@ def run_prune(
     with clock.stage("prune"):
         settings = recipe.settings()
         if recipe.method.round_to == "auto":
-            settings = replace(settings, rounding=rounding_for(original, device))
+            settings = replace(settings, rounding=rounding_for(original, device, recipe.method.serve))
         if not team.main:
             contribute(original, calibration, settings, plan, team)
             return PruneResult({}, plan or Plan({}))

@@ -175,6 +175,8 @@ class Method(Strict):
     """Least share of a group that stays."""
     round_to: Annotated[Literal["auto"] | Count, Option(metavar="auto|N")] = "auto"
     """Kept widths are multiples of this; auto takes what the device likes, and less where the budget needs it."""
+    serve: Literal["int4"] | None = None
+    """What the result is made for: weights of four bits, in groups of 128, ask for widths of 128 (--round-to auto)."""
     ridge: Annotated[float, Field(gt=0), Option(panel="Advanced")] = 1e-4
     """Damping, in units of a Gram's mean diagonal."""
     rows_per_column: Annotated[int | None, Field(ge=0), Option(panel="Advanced")] = None

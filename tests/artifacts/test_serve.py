@@ -121,7 +121,8 @@ def test_widths_are_those_that_vllm_takes_in_groups_over_several_ranks(ranks: in
     model = tiny_text.save(tmp_path / "model", hidden_size=32, intermediate_size=1024, head_dim=4, **heads)
     windows = list(torch.randint(3, tiny_text.VOCABULARY, (20, 12)))
     options = {"samples": 16, "checks": {"walked": 0}, "out": tmp_path / "small"}
-    modhifi.prune(model, windows, ratio=0.5, method={"round_to": 128 * ranks}, **options)
+    method = {"serve": "int4"} if ranks == 1 else {"round_to": 128 * ranks}
+    modhifi.prune(model, windows, ratio=0.5, method=method, **options)
     config = modhifi.load(tmp_path / "small").config
     assert config.intermediate_size < 1024 and config.intermediate_size % (128 * ranks) == 0
     assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)

@@ -76,9 +76,9 @@ def test_the_options_that_scripts_use_keep_their_names() -> None:
             --latency --phase
             --runtime --latency-batch --threads --data --samples --window --evaluate --evaluation-samples --selector
             --compensate --allocate --layout
-            --sequential --eta --floor --round-to --ridge --rows-per-column --only --exclude --coupled --inner-only
-            --reestimate-bn --export --recipe --set --plan --dry-run --push-to-hub --cache --no-cache --offload
-            --force""",
+            --sequential --eta --floor --round-to --serve --ridge --rows-per-column --only --exclude --coupled
+            --inner-only --reestimate-bn --export --recipe --set --plan --dry-run --push-to-hub --cache --no-cache
+            --offload --force""",
         "unlearn": f"""{loading} {run_flags} {checks} --forget --data --out --samples --forget-data --evaluate
             --evaluation-samples --method --depth --passes --strength --retain-budget --only --settle --no-settle
             --reference --members --recipe --set --push-to-hub --force""",

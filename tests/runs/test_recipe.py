@@ -13,6 +13,7 @@ from torch import nn
 
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
+from modhifi.pruning.layouts.base import Rounding
 from modhifi.runs.bundled_recipes import find, shipped, summary
 from modhifi.runs.defaults import complete, complete_verify, rounding_for
 from modhifi.runs.recipe import PruneRecipe
@@ -53,6 +54,7 @@ def test_rounding_follows_the_device_and_the_dtype() -> None:
     half = load_model(nn.Linear(4, 4).half(), example=torch.zeros(2, 4))
     assert [rounding_for(model, device).to for model in (single, half) for device in ("cpu", "cuda")] == [8, 32, 16, 64]
     assert rounding_for(single, "cpu").less
+    assert rounding_for(single, "cpu", "int4") == Rounding(128)
     for given, expected in (("8", 8), (1, 1), ("auto", "auto")):
         assert parse({**CONTENT, "method": {"round_to": given}}).method.round_to == expected  # type: ignore[union-attr]
     with pytest.raises(ModhifiError, match="method.round_to"):
