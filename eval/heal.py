@@ -30,7 +30,7 @@ from modhifi.data.in_memory import from_items
 from modhifi.data.sources import load_samples
 
 WORK = HERE / "data" / "heal"
-WIKITEXT, HELD, OWN, LM_BATCH = "WikiText-2", 8, 128, 2
+WIKITEXT, HELD, OWN, LM_BATCH = "WikiText-2", 8, 128, 4
 COLUMNS = [
     "model",
     "FLOPs kept",
@@ -137,7 +137,7 @@ def language_model(steps: int, minutes: float) -> None:
         steps=steps,
         minutes=minutes,
         batch_size=LM_BATCH,
-        method={"precision": "bf16", "learning_rate": 2e-4},
+        method={"precision": "bf16"},
         out=out,
         **common,
     )

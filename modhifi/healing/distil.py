@@ -31,7 +31,8 @@ from modhifi.structure.clone import clone
 
 # The largest norm of a gradient; the intervals without a better student after which a run ends.
 CLIP, PATIENCE = 1.0, 10
-# A learning rate after so many intervals of which the student is only worse is divided by this, down to this share.
+# A learning rate after so many intervals of which the student is only worse, and comes no nearer, is divided by this,
+# down to this share: the first steps of an optimiser that scales its gradients do harm that the next ones mend.
 HARM, SMALLER, LEAST_RATE = 2, 4.0, 1 / 16
 
 
@@ -235,10 +236,12 @@ class Distillation:
         return True
 
     def _back_off(self) -> None:
-        """Begins anew with a smaller learning rate where the one so far has only taken the student away."""
+        """Begins anew with a smaller learning rate where the one so far only takes the student further away."""
         state = self.state
-        worse = all(entry["divergence"] > state.curve[0]["divergence"] for entry in state.curve[state.since + 1 :])
-        if len(state.curve) - 1 - state.since != HARM or not worse or best_entry(state.curve) != 0:
+        distances = [entry["divergence"] for entry in state.curve[state.since + 1 :]]
+        if len(distances) < HARM or best_entry(state.curve) != 0 or distances[-1] < distances[-2]:
+            return
+        if min(distances) <= state.curve[0]["divergence"]:
             return
         if state.rate <= LEAST_RATE:
             return

@@ -17,8 +17,9 @@ from modhifi.runs.inputs import Given, load_data, original_of
 from modhifi.runs.recipe import ModelSource
 from modhifi.runs.verify import load_pair
 
-# The samples that choose the best weights: a share of those to learn from, and no more than this many.
-VALIDATION, MOST_VALIDATION = 0.1, 500
+# The samples that choose the best weights: a share of those to learn from, and no more than this many, or windows of
+# text, where every position tells: both models read them in full precision twenty times.
+VALIDATION, MOST_VALIDATION, MOST_WINDOWS = 0.1, 500, 10
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def load_learning_data(recipe: HealRecipe, patient: Patient, given: Given, progr
     everything, held = load_data(recipe, patient.original, given, progress)
     assert recipe.batch_size is not None
     samples = _retained(patient, everything, recipe.batch_size) if patient.closed else everything
-    count = min(MOST_VALIDATION, max(1, round(VALIDATION * len(samples))))
+    most = MOST_WINDOWS if patient.original.reads_tokens else MOST_VALIDATION
+    count = min(most, max(1, round(VALIDATION * len(samples))))
     if len(samples) - count < 2:
         raise ModhifiError(f"{len(samples)} samples are too few to learn from; give more --samples")
     train, validation = samples.split(len(samples) - count, count)
