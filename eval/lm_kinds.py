@@ -43,6 +43,8 @@ CALIBRATIONS: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
     "self, ridge 1e-3": ({"self": 1}, {"ridge": 1e-3}),
     "self, ridge 1e-2": ({"self": 1}, {"ridge": 1e-2}),
     f"self, 10 % {WIKI}, ridge 1e-2": ({"self": 0.9, WIKI: 0.1}, {"ridge": 1e-2}),
+    "self, sequential towards the dense outputs": ({"self": 1}, {"sequential": "dense"}),
+    "self, sequential towards the layer's own": ({"self": 1}, {"sequential": "own"}),
     "self, Wanda's order + δ (the paper's)": ({"self": 1}, {"selector": "wanda", "compensate": "delta"}),
     "self, Wanda's order, no compensation": ({"self": 1}, {"selector": "wanda", "compensate": "none"}),
 }
@@ -80,14 +82,16 @@ class Bench:
             return stacked(write(self.loaded, self.windows, window=self.window))
         return stacked(one_kind(self.loaded, self.windows, self.window))
 
-    def moments(self, source: str) -> dict[str, Moments]:
-        def measure() -> dict[str, Moments]:
-            own = source in ("self", ONE)
-            tokens = self.kept(f"written {source}", lambda: self.written(source)) if own else self.split(source)[0]
-            samples = from_items(list(tokens), None, n=len(tokens), seed=0)
-            return measure_moments(self.loaded, self.structure, samples, SETTINGS.sampling)
+    def samples(self, source: str) -> Samples:
+        own = source in ("self", ONE)
+        tokens = self.kept(f"written {source}", lambda: self.written(source)) if own else self.split(source)[0]
+        return from_items(list(tokens), None, n=len(tokens), seed=0)
 
-        return self.kept(f"moments {source}", measure)  # type: ignore[no-any-return]
+    def moments(self, source: str) -> dict[str, Moments]:
+        return self.kept(  # type: ignore[no-any-return]
+            f"moments {source}",
+            lambda: measure_moments(self.loaded, self.structure, self.samples(source), SETTINGS.sampling),
+        )
 
     def edited(self, shares: dict[str, float], changes: dict[str, Any]) -> nn.Module:
         settings = replace(SETTINGS, **changes)
@@ -95,7 +99,8 @@ class Bench:
         widths = {g.name: math.ceil((1 - RATIO) * g.n) for g in self.structure.prunable}
         curves = removal_curves(self.loaded.model, self.structure, moments, settings, widths=widths)
         plan = make_plan(self.loaded.model, self.structure, curves, Budget("components", 1 - RATIO), settings)
-        return apply_plan(self.loaded, self.structure, plan, moments, settings).model
+        samples = self.samples(next(iter(shares))) if settings.sequential else None
+        return apply_plan(self.loaded, self.structure, plan, moments, settings, samples).model
 
     @torch.inference_mode()
     def measured(self, model: nn.Module, tokens: Tensor) -> tuple[float, Tensor]:
