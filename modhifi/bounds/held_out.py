@@ -126,75 +126,94 @@ class HeldOut:
 @torch.inference_mode()
 def run_held_out(
     original: Logits,
-    edited: Logits,
+    edited: Sequence[Logits],
     held: Samples,
     batch_size: int = 32,
     *,
     tokens: bool = False,
     next_tokens: bool = False,
     models: tuple[nn.Module, ...] = (),
-) -> HeldOut:
-    """Runs both models on every sample once and tabulates their outputs.
+) -> list[HeldOut]:
+    """Runs a model and several edited ones on every sample once and tabulates the outputs of each beside its own.
 
     ``tokens``: the samples are token ids, padded or not; ``next_tokens``: the outputs are causal logits besides. Raises
-    ModhifiError if there is no sample or an output of the original is not finite, GateFailed if one of the edited model
+    ModhifiError if there is no sample or an output of the original is not finite, GateFailed if one of an edited model
     is not; it names the first layer to blame among those of ``models``.
     """
-    before, after = _Timed(original), _Timed(edited)
-    columns: list[Tensor] = []
-    counts: list[Tensor] = []
-    tops: list[Tensor] = []
-    original_outputs = OriginalOutputs()
+    before, rows = _Timed(original), [_Rows(_Timed(logits)) for logits in edited]
+    outputs, counts = OriginalOutputs(), list[Tensor]()
     for batch in held.batches(batch_size):
         start = sum(map(len, counts))
-        logits_before, logits_after = classes_last(before(batch)), classes_last(after(batch))
         names = held.names[start : start + len(batch)]
+        logits_before = classes_last(before(batch))
         _check_finite(logits_before, names, ModhifiError, "original", models, partial(original, batch))
-        _check_finite(logits_after, names, GateFailed, "modified", models, partial(edited, batch))
-        if logits_before.shape != logits_after.shape:
-            raise ModhifiError(
-                f"outputs of shape {tuple(logits_before.shape)} and {tuple(logits_after.shape)} cannot be compared"
-            )
         if logits_before.device.type == "mps":
-            logits_before, logits_after = logits_before.cpu(), logits_after.cpu()  # it has no float64
+            logits_before = logits_before.cpu()  # it has no float64
         real, targets = _positions(batch, logits_before, tokens or next_tokens, next_tokens)
-        columns.append(_columns(logits_before, logits_after, real, targets).cpu())
+        for each in rows:
+            logits_after = classes_last(each.run(batch))
+            _check_finite(logits_after, names, GateFailed, "modified", models, partial(each.run.logits, batch))
+            each.add(logits_before, logits_after.to(logits_before.device), real, targets)
         counts.append(real.sum(1).cpu())
-        if logits_before.ndim == 2:
-            tops.append(torch.stack([logits_before.argmax(-1), logits_after.argmax(-1)], 1).cpu())
-        original_outputs.add(logits_before, real, targets)
-    if not columns:
+        outputs.add(logits_before, real, targets)
+    if not counts:
         raise ModhifiError("there is no held-out sample; give at least one")
-    agreement, squared, energy, kl, variation, nll_before, nll_after = torch.cat(columns).unbind(1)
-    top_before, top_after = torch.cat(tops).unbind(1) if tops else (None, None)
-    return HeldOut(
-        agreement,
-        squared,
-        energy,
-        kl,
-        variation,
-        torch.cat(counts),
-        original_outputs.constant(nll_before),
-        tuple(zip(before.seconds[1:], after.seconds[1:], strict=True)),
-        top_before,
-        top_after,
-        nll_before if next_tokens else None,
-        nll_after if next_tokens else None,
-    )
+    return [each.table(torch.cat(counts), outputs, before.seconds, next_tokens) for each in rows]
 
 
 def tabulate(original: LoadedModel, edited: nn.Module, held: Samples, batch_size: int) -> HeldOut:
     """Runs a model and its edited version on held-out samples, each on its device; raises as :func:`run_held_out`."""
-    after = partial(original.logits, model=edited)
+    (table,) = tabulate_several(original, [edited], held, batch_size)
+    return table
+
+
+def tabulate_several(
+    original: LoadedModel, edited: Sequence[nn.Module], held: Samples, batch_size: int
+) -> list[HeldOut]:
+    """The tables of several edited versions of a model, which itself runs once; raises as :func:`run_held_out`."""
     return run_held_out(
         original.logits,
-        after,
+        [partial(original.logits, model=model) for model in edited],
         held,
         batch_size,
         tokens=original.reads_tokens,
         next_tokens=original.kind == "text",
-        models=(original.model, edited),
+        models=(original.model, *edited),
     )
+
+
+class _Rows:
+    """The rows of one edited model's table, batch by batch."""
+
+    def __init__(self, run: _Timed) -> None:
+        self.run = run
+        self.columns: list[Tensor] = []
+        self.tops: list[Tensor] = []
+
+    def add(self, before: Tensor, after: Tensor, real: Tensor, targets: Tensor) -> None:
+        if before.shape != after.shape:
+            raise ModhifiError(f"outputs of shape {tuple(before.shape)} and {tuple(after.shape)} cannot be compared")
+        self.columns.append(_columns(before, after, real, targets).cpu())
+        if before.ndim == 2:
+            self.tops.append(torch.stack([before.argmax(-1), after.argmax(-1)], 1).cpu())
+
+    def table(self, counts: Tensor, outputs: OriginalOutputs, seconds: Sequence[float], next_tokens: bool) -> HeldOut:
+        agreement, squared, energy, kl, variation, nll_before, nll_after = torch.cat(self.columns).unbind(1)
+        top_before, top_after = torch.cat(self.tops).unbind(1) if self.tops else (None, None)
+        return HeldOut(
+            agreement,
+            squared,
+            energy,
+            kl,
+            variation,
+            counts,
+            outputs.constant(nll_before),
+            tuple(zip(seconds[1:], self.run.seconds[1:], strict=True)),
+            top_before,
+            top_after,
+            nll_before if next_tokens else None,
+            nll_after if next_tokens else None,
+        )
 
 
 class _Timed:

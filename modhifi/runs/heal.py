@@ -17,7 +17,7 @@ from modhifi.artifacts.exports import EXPORTS
 from modhifi.artifacts.reload_check import FreshProcess, check_reload
 from modhifi.artifacts.report import data_uri
 from modhifi.artifacts.save import save_artifact
-from modhifi.bounds.held_out import HeldOut, tabulate
+from modhifi.bounds.held_out import HeldOut, tabulate_several
 from modhifi.bounds.ladder import BoundReport, verify_model, verify_unlearned
 from modhifi.calibration.distributed import processes
 from modhifi.data.contact_sheet import contact_sheet
@@ -161,8 +161,7 @@ def _measure(
 ) -> HeldOut:
     """Adds every measured figure to the report; returns the table of original and healed outputs."""
     original, batch_size = patient.original, recipe.settings().batch_size
-    before = tabulate(original, patient.edited.model, data.held, batch_size)
-    table = tabulate(original, healed.model, data.held, batch_size)
+    before, table = tabulate_several(original, [patient.edited.model, healed.model], data.held, batch_size)
     measure_healing(report, original, healed.model, data.held, before, table, batch_size, progress)
     report["verdicts"] = healing_verdicts(healed)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from modhifi.bounds.held_out import tabulate
+from modhifi.bounds.held_out import tabulate_several
 from modhifi.calibration.batchnorm import reestimate_batchnorm
 from modhifi.data.samples import Samples
 from modhifi.models.hooks import normalises_by_batch
@@ -26,7 +26,7 @@ def reestimate_if_closer(model: nn.Module, original: LoadedModel, samples: Sampl
     fit, judge = (samples.subset(range(start, len(samples), 2)) for start in (0, 1))
     trial = clone(model)
     reestimate_batchnorm(trial, original, fit, batch_size)
-    tables = [tabulate(original, candidate, judge, batch_size) for candidate in (model, trial)]
+    tables = tabulate_several(original, [model, trial], judge, batch_size)
     before, after = ((float(table.agreement.mean()), -float(table.kl.mean())) for table in tables)
     if after > before:
         reestimate_batchnorm(model, original, samples, batch_size)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 from modhifi.bounds import constant_predictor
-from modhifi.bounds.held_out import HeldOut, run_held_out, tabulate
+from modhifi.bounds.held_out import HeldOut, Logits, run_held_out, tabulate, tabulate_several
 from modhifi.data.samples import Samples
 from modhifi.errors import GateFailed, ModhifiError
 from modhifi.models.load import load_model
@@ -28,6 +28,11 @@ EXACT = {"rtol": 1e-9, "atol": 1e-12}
 def samples_of(items: list[Tensor] | Tensor, labels: Tensor | None = None) -> Samples:
     names = tuple(f"item {i}" for i in range(len(items)))
     return Samples(lambda i: items[i], names, labels, names, "inputs", False)
+
+
+def tabulated(original: Logits, edited: Logits, held: Samples, batch_size: int = 32, **how: bool) -> HeldOut:
+    (table,) = run_held_out(original, [edited], held, batch_size, **how)  # type: ignore[arg-type]
+    return table
 
 
 def linear(seed: int, inputs: int = 6, outputs: int = 4) -> nn.Module:
@@ -61,7 +66,7 @@ def test_columns_of_images_equal_their_definitions(device: str, monkeypatch: pyt
     first, second = dense(x), edited(x)
     p, q = first.softmax(-1), second.softmax(-1)
     dense, edited = dense.to(device), edited.to(device)
-    table = run_held_out(lambda b: dense(b.to(device)), lambda b: edited(b.to(device)), samples_of(x), 4)
+    table = tabulated(lambda b: dense(b.to(device)), lambda b: edited(b.to(device)), samples_of(x), 4)
     assert all(getattr(table, name).dtype == torch.float64 for name in ("agreement", "error", "kl", "energy", "flips"))
     torch.testing.assert_close(table.agreement, (first.argmax(-1) == second.argmax(-1)).double())
     torch.testing.assert_close(table.squared_error, (first - second).square().sum(-1), **EXACT)
@@ -81,7 +86,7 @@ def test_the_constant_of_images_equals_its_definition(monkeypatch: pytest.Monkey
     dense, x = linear(0), items(40)
     rows = dense(x)
     p = rows.softmax(-1)
-    constant = run_held_out(dense, linear(1), samples_of(x), 7).constant
+    constant = tabulated(dense, linear(1), samples_of(x), 7).constant
     assert constant.flips == pytest.approx(1 - int(rows.argmax(-1).bincount().max()) / 40)
     assert constant.total_variation == pytest.approx(float((p - p.mean(0)).abs().sum(-1).mean() / 2), rel=1e-9)
     torch.testing.assert_close(constant.errors, (rows - rows.mean(0)).norm(dim=-1), **EXACT)
@@ -99,7 +104,7 @@ def test_sequences_are_units_and_padding_counts_for_nothing(
     dense, edited = bigram(0), bigram(1)
     ours, theirs = [dense(t) for t in tokens], [edited(t) for t in tokens]
     runs = (partial(on_tokens, model.to(device)) for model in (dense, edited))
-    table = run_held_out(*runs, samples_of(tokens), size, next_tokens=True)
+    table = tabulated(*runs, samples_of(tokens), size, next_tokens=True)
     for i, (t, a, b) in enumerate(zip(tokens, ours, theirs, strict=True)):
         p, q = a.softmax(-1), b.softmax(-1)
         expected = {
@@ -146,7 +151,7 @@ def test_each_sample_is_decoded_and_run_once() -> None:
         return batch
 
     names = tuple(map(str, range(70)))
-    table = run_held_out(
+    table = tabulated(
         partial(counting, "dense"), partial(counting, "edited"), Samples(load, names, None, names, "", False), 32
     )
     assert seen == {"dense": 70, "edited": 70} and decoded == list(range(70))
@@ -157,7 +162,7 @@ def test_accuracies_count_labels() -> None:
     dense, x = linear(0), items(20)
     labels = dense(x).argmax(-1)
     labels[:5] = (labels[:5] + 1) % 4
-    before, after = run_held_out(dense, lambda b: -dense(b), samples_of(x), 7).accuracies(labels)
+    before, after = tabulated(dense, lambda b: -dense(b), samples_of(x), 7).accuracies(labels)
     assert before == 0.75 and after == float((dense(x).argmin(-1) == labels).double().mean())
 
 
@@ -166,14 +171,14 @@ def test_accuracies_count_labels() -> None:
 def test_divergences_stay_in_their_ranges(seed: int, scale: float, classes: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     first, second = (scale * torch.randn(5, classes, generator=generator) for _ in range(2))
-    table = run_held_out(lambda _: first, lambda _: second, samples_of(first), 5)
+    table = tabulated(lambda _: first, lambda _: second, samples_of(first), 5)
     assert (table.total_variation >= 0).all() and (table.total_variation <= 1 + 1e-12).all()
     # Pinsker: the total variation is at most √(KL / 2).
     assert (table.total_variation <= ((table.kl + 1e-7) / 2).sqrt() * (1 + 1e-3)).all()  # logits are float32
 
 
 def test_a_model_agrees_with_itself() -> None:
-    table = run_held_out(linear(0), linear(0), samples_of(items(5)))
+    table = tabulated(linear(0), linear(0), samples_of(items(5)))
     assert table.agreement.eq(1).all() and table.squared_error.eq(0).all()
     assert table.kl.eq(0).all() and table.total_variation.eq(0).all()
     assert math.isnan(replace(table, energy=torch.zeros(5)).relative_error)
@@ -185,13 +190,13 @@ def broken(kind: str) -> Iterator[object]:
     endless = x.clone()
     endless[2] = math.inf
     if kind == "original":
-        yield run_held_out(dense, dense, samples_of(endless))
+        yield tabulated(dense, dense, samples_of(endless))
     if kind == "edited":
-        yield run_held_out(lambda b: torch.zeros(len(b), 4), dense, samples_of(endless), 3)
+        yield tabulated(lambda b: torch.zeros(len(b), 4), dense, samples_of(endless), 3)
     if kind == "none":
-        yield run_held_out(dense, dense, samples_of(items(0)))
+        yield tabulated(dense, dense, samples_of(items(0)))
     if kind == "shapes":
-        yield run_held_out(dense, linear(0, outputs=3), samples_of(x))
+        yield tabulated(dense, linear(0, outputs=3), samples_of(x))
 
 
 @pytest.mark.parametrize(
@@ -251,14 +256,14 @@ def test_perplexity_of_a_uniform_model_is_the_size_of_the_vocabulary() -> None:
     def uniform(batch: Tensor) -> Tensor:
         return torch.zeros(*batch.shape, 11)
 
-    table = run_held_out(uniform, uniform, samples_of(texts([4, 4])), 2, next_tokens=True)
+    table = tabulated(uniform, uniform, samples_of(texts([4, 4])), 2, next_tokens=True)
     assert table.perplexities() == pytest.approx((11, 11))
 
 
 def test_perplexity_needs_two_tokens() -> None:
     run = partial(on_tokens, bigram(0))
     with pytest.raises(ModhifiError, match="two tokens"):
-        run_held_out(run, run, samples_of(texts([1, 1, 1])), 2, next_tokens=True).perplexities()
+        tabulated(run, run, samples_of(texts([1, 1, 1])), 2, next_tokens=True).perplexities()
 
 
 def test_padding_of_a_loaded_model_changes_nothing() -> None:
@@ -276,3 +281,19 @@ def test_padding_of_a_loaded_model_changes_nothing() -> None:
     other = load_model(llama(intermediate_size=20)).model
     together, alone = (tabulate(loaded, other, held, size) for size in (4, 1))
     torch.testing.assert_close(columns(together), columns(alone), rtol=1e-4, atol=1e-6)
+
+
+def test_several_edited_models_are_compared_with_one_run_of_the_original() -> None:
+    torch.manual_seed(0)
+    x, runs = items(7).float(), []
+    dense, *edited = (nn.Sequential(linear(seed)).float().eval() for seed in (0, 1, 2))
+    dense.register_forward_hook(lambda *_: runs.append(1))
+    loaded = load_model(dense, example=x[:2])
+    alone = [tabulate(loaded, model, samples_of(x), 4) for model in edited]
+    del runs[:]
+    together = tabulate_several(loaded, edited, samples_of(x), 4)
+    assert len(runs) == 2
+    for one, other in zip(together, alone, strict=True):
+        assert one.summary() == other.summary()
+        assert one.top_after is not None and other.top_after is not None
+        assert torch.equal(one.top_after, other.top_after)
