@@ -13,6 +13,7 @@ from torch import nn
 
 from modhifi.models.hooks import attached
 from modhifi.runs.timing.runtimes.base import Run
+from modhifi.runs.timing.steady_memory import steady_memory
 
 ROUNDS = 9
 
@@ -27,11 +28,12 @@ def seconds_by_operator(
     """
     clock = clock_of(threads, device)
     taken: list[dict[str, list[float]]] = [defaultdict(list) for _ in networks]
-    for turn in range(ROUNDS + 1):
-        for number, (run, operators) in enumerate(networks):
-            seconds = _one_pass(run, operators, clock)
-            for name in operators if turn else ():  # the first turn warms up
-                taken[number][name].append(seconds.get(name, 0.0))
+    with steady_memory():
+        for turn in range(ROUNDS + 1):
+            for number, (run, operators) in enumerate(networks):
+                seconds = _one_pass(run, operators, clock)
+                for name in operators if turn else ():  # the first turn warms up
+                    taken[number][name].append(seconds.get(name, 0.0))
     return [{name: median(rounds) for name, rounds in network.items()} for network in taken]
 
 

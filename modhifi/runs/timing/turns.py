@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from modhifi.errors import ModhifiError
 from modhifi.runs.measure import Forward, device_of, plainly
 from modhifi.runs.timing.runtimes.base import Run
+from modhifi.runs.timing.steady_memory import steady_memory
 
 ROUNDS = 21
 FEWEST_ROUNDS = 5
@@ -86,20 +87,26 @@ def time_in_turns(
 
     A round's figure is the mean of as many passes as take about ``round_seconds`` (0.05); two passes before the first
     round warm up. There are fewer rounds, at least 5, where they would take more than ``most_seconds`` together. One
-    thread on a CPU is timed by its own clock, which stands still while other processes have the core.
+    thread on a CPU is timed by its own clock, which stands still while other processes have the core. Freed memory is
+    kept meanwhile (:mod:`modhifi.runs.timing.steady_memory`).
     """
     timer_class = _timer()
     clock = {"timer": time.thread_time} if threads == 1 and not on_gpu else {}
     timers = {
         name: timer_class("run()", globals={"run": run}, num_threads=threads, **clock) for name, run in runs.items()
     }
+    with steady_memory():
+        return _in_turns(timers, rounds or ROUNDS, round_seconds or ROUND_SECONDS, most_seconds)
+
+
+def _in_turns(timers: Mapping[str, Any], rounds: int, round_seconds: float, most_seconds: float) -> Turns:
     passes, one_round = {}, 0.0
     for name, timer in timers.items():
         timer.timeit(1)
         seconds = timer.timeit(1).mean
-        passes[name] = max(1, math.ceil((round_seconds or ROUND_SECONDS) / seconds))
+        passes[name] = max(1, math.ceil(round_seconds / seconds))
         one_round += passes[name] * seconds
-    rounds = min(rounds or ROUNDS, max(FEWEST_ROUNDS, int(most_seconds / one_round)))
+    rounds = min(rounds, max(FEWEST_ROUNDS, int(most_seconds / one_round)))
     names, taken = list(timers), {name: [0.0] * rounds for name in timers}
     for turn in range(rounds):
         for offset in range(len(names)):
