@@ -34,6 +34,8 @@ SHARES = (0.25, 0.5, 0.75, 1.0)
 ROUNDS = 5
 AT_ONCE = 16
 PACKAGES = ("torch", "onnxruntime")
+# Of how operators are timed: files of another number are not read. 2: freed memory is kept.
+FORMAT = 2
 
 
 def measure_operators(
@@ -157,7 +159,7 @@ def _timed(
     progress: Progress,
 ) -> dict[Shape, float]:
     """Seconds of one pass of each shape: the least of several rounds, as what disturbs only adds."""
-    place = [device_name(device), runtime, threads, str(dtype), *map(version_of, PACKAGES)]
+    place = [FORMAT, device_name(device), runtime, threads, str(dtype), *map(version_of, PACKAGES)]
     file = None if cache is None else cache / f"{hashlib.sha256(json.dumps(place).encode()).hexdigest()[:32]}.json"
     known = {} if file is None else _read(file)
     seconds = {shape: known[str(shape)] for shape in shapes if str(shape) in known}
