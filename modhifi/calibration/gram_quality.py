@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from modhifi.calibration.moments import Moments, Spanned
 
@@ -31,7 +30,9 @@ class GramQuality:
 def gram_quality(moments: Mapping[str, Moments]) -> tuple[GramQuality, ...]:
     """The quality of every reader's Gram; of a grouped conv's, the lowest."""
     return tuple(
-        GramQuality(name, m.n, m.mean.shape[-1], _rank(m), tuple(m.few.nonzero().flatten().tolist()))
+        GramQuality(
+            name, m.n, m.mean.shape[-1], _rank(m), () if m.seen is None else tuple(m.few.nonzero()[:, 0].tolist())
+        )
         for name, m in moments.items()
     )
 
@@ -49,16 +50,14 @@ def _rank(moments: Moments) -> float:
 
 
 def _least_participation(moments: Moments) -> float:
-    enough = moments.cov[~moments.few]
-    return min((_participation(cov) for cov in enough), default=float(moments.cov.shape[-1]))
-
-
-def _participation(cov: Tensor) -> float:
-    scale = cov.diagonal().clamp_min(0).sqrt()
-    scale = torch.where(scale > 1e-12 * scale.max(), 1 / scale.clamp_min(1e-300), 0.0)
-    live = float((scale > 0).sum())
-    squares = float(torch.linalg.vector_norm(cov * scale[:, None] * scale).square())
-    return live**2 / squares if live else 0.0
+    cov = moments.cov if moments.seen is None else moments.cov[~moments.few]
+    if not len(cov):
+        return float(cov.shape[-1])
+    scale = cov.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+    scale = torch.where(scale > 1e-12 * scale.amax(1, keepdim=True), 1 / scale, 0.0)
+    live = scale.count_nonzero(1)
+    squares = torch.linalg.vector_norm(cov * scale[:, :, None] * scale[:, None], dim=(1, 2)).square()
+    return float(torch.where(live > 0, live**2 / squares, 0.0).min())
 
 
 def gram_warnings(grams: tuple[GramQuality, ...], samples: int) -> list[str]:

@@ -49,7 +49,7 @@ class GramStack:
         # which components of the group they are, counted through all groups and readers
         self.owner = torch.tensor([slot.group for slot in slots], device=device)
         self.place = self.owner[:, None] * n + self.components
-        product = weight @ second
+        product = torch.bmm(weight, second)
         self.energy = by_group((product * weight).sum((1, 2)), groups)
         single = torch.vmap(lambda w, s, p: singleton_fidelity(w, s, self.columns, p).amax(0))
         self.fidelity = single(weight, second, product)
@@ -125,14 +125,15 @@ class GramStack:
         if rows.shape[1] == 0:
             return
         index = rows if self.m == 1 else self.columns[rows].flatten(1)
-        width, (step, last) = self.both.shape[1], (index[:, None], self.ends[-1])
+        width, step = self.both.shape[1], index[:, None]
         cross = self.flat[index + self.base]
         if self.late and first:
             taken = self.taken[:, :first, :width]
-            cross[:, :, :width].baddbmm_(taken.take_along_dim(step, 2).mT, taken, alpha=-1)
-        root, info = torch.linalg.cholesky_ex(cross.take_along_dim(step, 2))
+            own = taken.gather(2, step.expand(-1, first, -1))
+            cross[:, :, :width].baddbmm_(own.mT, taken, alpha=-1)
+        root, info = torch.linalg.cholesky_ex(cross.gather(2, step.expand(-1, index.shape[1], -1)))
         self.infos.append(info)
-        new = torch.linalg.solve_triangular(root, cross, upper=False, out=self.taken[:, first:last])
+        new = torch.linalg.solve_triangular(root, cross, upper=False, out=self.taken[:, first : self.ends[-1]])
         inverse = new[:, :, :width].mT
         if self.late:
             self.weight.baddbmm_(inverse, new[:, :, width:], alpha=-1)

@@ -55,7 +55,7 @@ class Reader:
     @cached_property
     def product(self) -> Tensor:
         """``W S``, float64 ``(G, o, d)``: what energies and fidelities are made of."""
-        return self.weight @ self.second
+        return torch.bmm(self.weight, self.second) if isinstance(self.second, Tensor) else self.weight @ self.second
 
     @property
     def scales(self) -> Tensor:
@@ -91,7 +91,7 @@ def applied_second(moments: Moments, sink: str | None) -> Second:
     """
     second = second_of(moments, sink)
     share, scale = shrinkage(second, moments.counts), mean_diagonal(second)
-    if bool(moments.few.any()):
+    if moments.seen is not None and bool(moments.few.any()):
         share = torch.where(moments.few, 1.0, share)
         scale = torch.where(moments.few, scale.clamp_min(UNSEEN * float(scale.mean())), scale)
     return shrunk(second, share, scale)

@@ -44,7 +44,7 @@ class SpanStack:
             self.weight = self.weight * self.scale[:, :, None]
         unit = LowRank(self.factor, constant).diagonals().mean(1)
         self.alpha = (constant + ridge * torch.where(unit == 0, 1.0, unit))[:, None]
-        self.left = self.factor.mT @ self.factor
+        self.left = torch.bmm(self.factor.mT, self.factor)
         self.left.diagonal(dim1=1, dim2=2).add_(self.alpha)
         self.moved = self.weight.new_zeros(len(slots), self.factor.shape[2], self.weight.shape[1])
         self.now: tuple[Tensor, Tensor] | None = None
@@ -63,26 +63,22 @@ class SpanStack:
 
     def costs(self) -> Tensor:
         """``tr[W_I H_II⁻¹ W_Iᵀ]`` of each component alone, added up over the readers, float64 ``(groups, n)``."""
+        sizes = (self.n, self.m)
         half, weight = (
-            now[:, :, : self.n * self.m].unflatten(2, (self.n, self.m)).transpose(1, 2) for now in self._now()
+            now[:, :, : self.n * self.m].unflatten(2, sizes).transpose(1, 2).flatten(0, 1) for now in self._now()
         )
-        return by_group(self._cost(half, weight) * self.alpha, self.groups)
-
-    def _cost(self, half: Tensor, weight: Tensor) -> Tensor:
-        """``tr[W (I − hᵀh)⁻¹ Wᵀ]`` of weights ``(..., o, m)`` and ``h`` ``(..., r, m)``, ``(...)``."""
-        inverse = torch.eye(half.shape[-1], dtype=half.dtype, device=half.device) - half.mT @ half
-        solved: Tensor = torch.linalg.solve_ex(inverse, weight.mT @ weight)[0]
-        return solved.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return by_group(_cost(half, weight).view(-1, self.n) * self.alpha, self.groups)
 
     def remove(self, chosen: Tensor, labels: int) -> None:
         """Remove ``chosen`` int64 ``(groups, c)`` jointly."""
         columns = self.columns[chosen.repeat(len(self.slots) // self.groups, 1)].flatten(1)
-        half, weight = (now.take_along_dim(columns[:, None], 2) for now in self._now())
+        half, weight = (now.gather(2, columns[:, None].expand(-1, now.shape[1], -1)) for now in self._now())
         if self.scale is not None:
             weight = weight / self.scale[:, :, None]
-        self.prices.append(self._cost(half, weight) * self.alpha[:, 0])
-        rows = self.factor.take_along_dim(columns[:, :, None], 1)
-        self.moved.baddbmm_(rows.mT, self.weight.take_along_dim(columns[:, None], 2).mT)
+        self.prices.append(_cost(half, weight) * self.alpha[:, 0])
+        rows = self.factor.gather(1, columns[:, :, None].expand(-1, -1, self.factor.shape[2]))
+        own = self.weight.gather(2, columns[:, None].expand(-1, self.weight.shape[1], -1))
+        self.moved.baddbmm_(rows.mT, own.mT)
         self.left.baddbmm_(rows.mT, rows, alpha=-1)
         self.now = None
 
@@ -107,3 +103,11 @@ class SpanStack:
         """For which groups every factorisation succeeded, bool ``(groups,)``."""
         failures = torch.stack([torch.zeros_like(self.place[:, 0]), *self.infos]).sum(0)
         return by_group(failures, self.groups) == 0
+
+
+def _cost(half: Tensor, weight: Tensor) -> Tensor:
+    """``tr[W (I − hᵀh)⁻¹ Wᵀ]`` of weights ``(N, o, m)`` and ``h`` ``(N, r, m)``, ``(N,)``."""
+    identity = torch.eye(half.shape[2], dtype=half.dtype, device=half.device)
+    inverse = torch.baddbmm(identity, half.mT, half, alpha=-1)
+    solved: Tensor = torch.linalg.solve_ex(inverse, torch.bmm(weight.mT, weight))[0]
+    return solved.diagonal(dim1=1, dim2=2).sum(1)
