@@ -247,7 +247,7 @@ class Accumulator:
         turned = rows.transpose(1, 2)
         # only the upper triangle, strip by strip: the product is symmetric
         for strip in _strips(inputs):
-            self.second[:, strip, strip.start :] += _product(rows[:, strip], turned[:, :, strip.start :])
+            self.second[:, strip, strip.start :].add_(_product(rows[:, strip], turned[:, :, strip.start :]))
 
     def finish(self) -> Moments:
         """The moments of everything added. Spends the sums, which become the result in place: Grams are large."""

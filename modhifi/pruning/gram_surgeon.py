@@ -159,16 +159,12 @@ class GramStack:
             return
         stale = gone.view(-1)[self.place]
         left = stale.to(torch.uint8).argsort(dim=1, stable=True)[:, : k - self.gone]
-        spare, outputs = (
-            torch.arange(k * m, self.both.shape[2], device=left.device)
-            .expand(size, -1)
-            .split([width - k * m, self.both.shape[2] - width], 1)
-        )
-        rows = torch.cat([self.columns[left].flatten(1), spare], 1)
-        across, last = torch.cat([rows, outputs], 1)[:, None], self.ends[-1]
-        self.both = self.both.take_along_dim(rows[:, :, None], 1).take_along_dim(across, 2)
-        before, self.taken = self.taken, self.taken.new_empty(*self.taken.shape[:2], across.shape[2])
-        self.taken[:, :last] = before[:, :last].take_along_dim(across, 2)
+        rest = torch.arange(k * m, self.both.shape[2], device=left.device).expand(size, -1)
+        across, last = torch.cat([self.columns[left].flatten(1), rest], 1), self.ends[-1]
+        rows = across[:, : width - self.gone * m]
+        self.both = self.both.take_along_dim(rows[:, :, None], 1).take_along_dim(across[:, None], 2)
+        before, self.taken = self.taken, self.taken.new_empty(*self.taken.shape[:2], across.shape[1])
+        torch.gather(before[:, :last], 2, across[:, None].expand(-1, last, -1), out=self.taken[:, :last])
         self.positions = self.positions.gather(1, rows)
         self.components, self.place = self.components.gather(1, left), self.place.gather(1, left)
         self.gone, self.whole = 0, False
