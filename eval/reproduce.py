@@ -112,7 +112,7 @@ def ranking(curve: Curve, n: int) -> Tensor:
 
 def pooled_fidelity(readers: list[Reader], order: Tensor) -> Tensor:
     """Subset Fidelity, in the paper's scalars, of the first k components, over all output channels, ``(n + 1,)``."""
-    (part,) = (part for reader in readers for part in reader.parts())
+    (part,) = (part for reader in readers for part in reader.parts)
     energy = channel_energy(part.weight, part.second, part.columns)
     curves = prefix_fidelity(part.weight, part.second, part.columns, order)
     return (curves * energy[:, None]).sum(0) / energy.sum()
@@ -120,7 +120,7 @@ def pooled_fidelity(readers: list[Reader], order: Tensor) -> Tensor:
 
 def all_subsets(readers: list[Reader], size: int) -> Tensor:
     """Subset Fidelity, over all output channels, of every subset of ``size`` components, ``(subsets,)``."""
-    (part,) = (part for reader in readers for part in reader.parts())
+    (part,) = (part for reader in readers for part in reader.parts)
     n, columns = len(part.columns), part.columns.reshape(-1)
     second = part.second[columns][:, columns]
     q = torch.stack([similarity(row, second, n) for row in part.weight[:, columns]])

@@ -41,7 +41,7 @@ READERS: dict[str, Callable[[int], list[Reader]]] = {
 def residual(readers: Iterable[Reader], removed: Tensor, ridge: float = TINY) -> float:
     """Squared error of the best readers without some components, each solved from scratch."""
     total = 0.0
-    for part in (part for r in readers for part in r.parts()):
+    for part in (part for r in readers for part in r.parts):
         kept = torch.ones(len(part.second), dtype=torch.bool)
         kept[part.columns[torch.isin(part.components, removed)].reshape(-1)] = False
         total += local_error(part.weight, least_squares(part.weight, part.second, kept, ridge), part.second)[0]

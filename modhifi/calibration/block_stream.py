@@ -7,7 +7,7 @@ model's own code calls every block, so each gets the masks and positions that it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class Stream:
 
 def moments_by_block(
     stream: Stream,
-    batches: Callable[[], Iterable[Tensor]],
+    batches: Sequence[Tensor],
     readers: Mapping[str, nn.Module],
     sampling: Sampling,
     *,
@@ -67,7 +67,7 @@ def moments_by_block(
 ) -> Iterator[dict[str, Moments]]:
     """Moments of the readers inside one block after the other, in one pass in all.
 
-    ``batches()`` starts over at every block. Memory: one block's Grams and what one block puts out for all batches.
+    Memory: one block's Grams and what one block puts out for all batches.
     Edits of a block that has been yielded do not reach the next one: the pass is the one of the model as it was.
     """
     for name in stream.blocks:
@@ -81,5 +81,5 @@ def moments_by_block(
             first += len(batch)
 
         with collector:
-            stream.advance(batches(), start)
+            stream.advance(batches, start)
         yield collector.moments()

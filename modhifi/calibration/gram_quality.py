@@ -30,35 +30,38 @@ class GramQuality:
 
 def gram_quality(moments: Mapping[str, Moments]) -> tuple[GramQuality, ...]:
     """The quality of every reader's Gram; of a grouped conv's, the lowest."""
+    if not moments:
+        return ()
+    ranks = [_rank(m) for m in moments.values()]
+    values: list[float] = torch.stack([rank.to(ranks[0].device) for rank in ranks]).tolist()
+    few = [() if m.seen is None else tuple(m.few.nonzero()[:, 0].tolist()) for m in moments.values()]
     return tuple(
-        GramQuality(name, m.n, m.mean.shape[-1], _rank(m), tuple(m.few.nonzero().flatten().tolist()))
-        for name, m in moments.items()
+        GramQuality(name, m.n, m.mean.shape[-1], rank, own)
+        for (name, m), rank, own in zip(moments.items(), values, few, strict=True)
     )
 
 
-def _rank(moments: Moments) -> float:
-    """The participation ratio of a reader's inputs, the lowest over its groups."""
-    if not isinstance(moments, Spanned):
-        return _least_participation(moments)
-    rows = moments.centred
-    # rows and columns of the standardised matrix have the same products' norm
-    rows = rows / rows.square().sum(2, keepdim=True).sqrt().clamp_min(1e-300)
-    live = (rows.square().sum(2) > 0).sum(1)
-    squares = (rows.mT @ rows).square().sum((1, 2))
-    return float((live**2 / squares.clamp_min(1e-300)).min())
+def _rank(moments: Moments) -> Tensor:
+    """The participation ratio of a reader's inputs, the lowest over its groups, float64 ``()``."""
+    if isinstance(moments, Spanned):
+        rows = moments.centred
+        variances = rows.square().sum(2)
+        scale = _inverse_roots(variances)
+        rows = rows * scale[:, :, None]
+        # rows and columns of the standardised matrix have the same products' norm
+        squares = torch.bmm(rows.mT, rows).square().sum((1, 2))
+    else:
+        cov = moments.cov if moments.seen is None else moments.cov[~moments.few]
+        if not len(cov):
+            return cov.new_tensor(cov.shape[-1])
+        scale = _inverse_roots(cov.diagonal(dim1=1, dim2=2))
+        squares = torch.linalg.vector_norm(cov * scale[:, :, None] * scale[:, None], dim=(1, 2)).square()
+    return (scale.count_nonzero(1).square() / squares.clamp_min(1e-300)).min()
 
 
-def _least_participation(moments: Moments) -> float:
-    enough = moments.cov[~moments.few]
-    return min((_participation(cov) for cov in enough), default=float(moments.cov.shape[-1]))
-
-
-def _participation(cov: Tensor) -> float:
-    scale = cov.diagonal().clamp_min(0).sqrt()
-    scale = torch.where(scale > 1e-12 * scale.max(), 1 / scale.clamp_min(1e-300), 0.0)
-    live = float((scale > 0).sum())
-    squares = float(torch.linalg.vector_norm(cov * scale[:, None] * scale).square())
-    return live**2 / squares if live else 0.0
+def _inverse_roots(variances: Tensor) -> Tensor:
+    """``1 / √v`` of variances ``(G, d)``, 0 where one is nothing but rounding beside the largest of its group."""
+    return torch.where(variances > 1e-24 * variances.amax(1, keepdim=True), variances.rsqrt(), 0.0)
 
 
 def gram_warnings(grams: tuple[GramQuality, ...], samples: int) -> list[str]:

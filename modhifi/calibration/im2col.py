@@ -23,6 +23,7 @@ def _dealt(total: int, times: int, seed: int, device: torch.device | str) -> Ten
     return order.repeat(times).to(device)
 
 
+@lru_cache(maxsize=256)
 def spread_positions(
     total: int, wanted: int, start: int, count: int, seed: int, device: torch.device | str = "cpu"
 ) -> Tensor:
@@ -33,7 +34,7 @@ def spread_positions(
     """
     first = start * wanted % total
     order = _dealt(total, 1 + math.ceil(count * wanted / total), seed, device)
-    return order.as_strided((count, wanted), (wanted, 1), first)
+    return order.as_strided((count, wanted), (wanted, 1), first)  # a view: remembering it costs nothing
 
 
 def reader_rows(module: nn.Module, x: Tensor, positions_for: Any = None, keep: Tensor | None = None) -> Tensor:
@@ -41,7 +42,7 @@ def reader_rows(module: nn.Module, x: Tensor, positions_for: Any = None, keep: T
 
     ``x`` is the operator's input; ``positions_for(total)`` returns int64 ``(batch, p)`` positions to take, on the
     device of ``x``, or None for all; ``keep`` bool, one for each row of ``x``, masks padding tokens out, of inputs that
-    have a row for each token. Rows of all positions may share the memory of ``x``.
+    have a row for each token. The rows share no memory with ``x``, which may be changed in place.
     """
     if x.dtype not in EXACT_IN_SINGLE:
         x = x.float()
@@ -78,9 +79,8 @@ def _token_rows(x: Tensor, positions_for: Any, keep: Tensor | None) -> Tensor:
         real = torch.nonzero(keep.reshape(-1))[:, 0].to(x.device)
         return rows.reshape(-1, x.shape[-1]).index_select(0, real).T[None]
     chosen = positions_for(rows.shape[1]) if positions_for else None
-    if chosen is not None:
-        rows = rows[_numbers(len(rows), x.device), chosen]
-    return rows.reshape(1, -1, x.shape[-1]).mT
+    rows = rows.clone() if chosen is None else rows[_numbers(len(rows), x.device), chosen]
+    return rows.view(1, -1, x.shape[-1]).mT
 
 
 @lru_cache(maxsize=64)

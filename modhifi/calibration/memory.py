@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -49,6 +50,17 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def fitting(sizes: Sequence[int], most: int) -> list[range]:
+    """Which of some things that take so many bytes go together, in order: as many as ``most`` bytes hold, or one."""
+    parts, start, total = [], 0, 0
+    for number, size in enumerate(sizes):
+        if number > start and total + size > most:
+            parts.append(range(start, number))
+            start, total = number, 0
+        total += size
+    return [*parts, range(start, len(sizes))] if sizes else parts
 
 
 def place_to_remember(device: torch.device, needed: float) -> tuple[torch.device | None, float]:

@@ -27,6 +27,11 @@ class Moments:
     seen: Tensor | None = None
 
     @property
+    def held(self) -> Tensor:
+        """What the second moment is made of: a matrix of each group, or rows."""
+        return self.cov
+
+    @property
     def counts(self) -> int | Tensor:
         """The rows that went in, of each group where they differ."""
         return self.n if self.seen is None else self.seen
@@ -41,7 +46,7 @@ class Moments:
     @property
     def gram(self) -> Tensor:
         """The uncentred second moment ``E[x xᵀ]``, float64 ``(G, d, d)``."""
-        return self.cov + self.mean[:, :, None] * self.mean[:, None, :]
+        return torch.baddbmm(self.cov, self.mean[:, :, None], self.mean[:, None])
 
     def to(self, device: torch.device) -> Moments:
         """The same moments on another device."""
@@ -65,6 +70,10 @@ class Spanned(Moments):
         object.__setattr__(self, "rows", rows.float())
 
     rows: Tensor
+
+    @property
+    def held(self) -> Tensor:
+        return self.rows
 
     @property
     def centred(self) -> Tensor:
@@ -195,18 +204,16 @@ class Accumulator:
         self.held: list[Tensor] = []
 
     def add(self, rows: Tensor) -> None:
-        """Add r new rows, which are the columns of ``rows`` ``(G, d, r)``."""
+        """Add r new rows, which are the columns of ``rows`` ``(G, d, r)`` and may not change afterwards."""
         self.n += rows.shape[2]
         held = rows.shape[2] + sum(piece.shape[2] for piece in self.held)
         groups, width = rows.shape[:2]
         most = max(HELD_ROWS, HELD_ELEMENTS // (groups * width)) - 1
         if self.shift is None and few_rows_pay(groups, width):
             most = width // 2
+        self.held.append(rows)
         if held > most:
-            self.held.append(rows)
             self._sum()
-        else:
-            self.held.append(rows.clone())  # what they share memory with changes
 
     def state(self) -> dict[str, Tensor]:
         """All that the sums are, by name; with ``n`` and these, :meth:`restore` goes on to the bit."""
@@ -240,7 +247,7 @@ class Accumulator:
         turned = rows.transpose(1, 2)
         # only the upper triangle, strip by strip: the product is symmetric
         for strip in _strips(inputs):
-            self.second[:, strip, strip.start :] += _product(rows[:, strip], turned[:, :, strip.start :])
+            self.second[:, strip, strip.start :].add_(_product(rows[:, strip], turned[:, :, strip.start :]))
 
     def finish(self) -> Moments:
         """The moments of everything added. Spends the sums, which become the result in place: Grams are large."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -195,4 +195,9 @@ def _copy(tensor: Tensor, device: torch.device | None) -> Tensor:
 
 def _shape(tensor: Tensor, device: torch.device | None) -> Tensor:
     """A tensor of this shape that takes no memory."""
-    return torch.zeros((), dtype=tensor.dtype, device=device or tensor.device).expand(tensor.shape)
+    return _zero(tensor.dtype, device or tensor.device).expand(tensor.shape)
+
+
+@lru_cache(maxsize=16)
+def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
+import numpy as np
 
 from modhifi.errors import ModhifiError
 from modhifi.pruning.budget import Budget
@@ -100,8 +100,7 @@ def plan_for(groups: tuple[Group, ...], curves: Mapping[str, Curve], widths: Map
             continue
         removed = group.n - widths[group.name]
         if removed:
-            stay = torch.ones(group.n, dtype=torch.bool)
-            stay[curves[group.name].order[:removed]] = False
-            kept[group.name] = tuple(torch.nonzero(stay).flatten().tolist())
-            cost[group.name] = float(curves[group.name].cost[removed])
+            order = curves[group.name].order.numpy()
+            kept[group.name] = tuple(np.setdiff1d(np.arange(group.n), order[:removed]).tolist())
+            cost[group.name] = curves[group.name].costs[removed]
     return Plan(kept, cost)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 from torch import nn
 
 from modhifi.calibration.block_stream import Stream, find_blocks, moments_by_block
-from modhifi.calibration.memory import check_room, free_bytes, gram_bytes
+from modhifi.calibration.memory import check_room, fitting, free_bytes, gram_bytes
 from modhifi.calibration.moments import Moments, combined
 from modhifi.calibration.timeline import Timeline
 from modhifi.data.samples import Samples, examples_in
@@ -28,7 +27,7 @@ from modhifi.pruning.metered import Meter
 from modhifi.pruning.metered_plan import metered_plan
 from modhifi.pruning.planned import Planned
 from modhifi.pruning.settings import PruneSettings
-from modhifi.pruning.stages import Pruned, make_plan, removal_curves
+from modhifi.pruning.stages import TOGETHER, Pruned, make_plan, removal_curves
 from modhifi.structure.clone import clone
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import operator_modules
@@ -64,7 +63,9 @@ def prune_in_blocks(
     progress: Progress,
     meter: Meter | None = None,
 ) -> Pruned | None:
-    """What `modhifi.pruning.prune_model` returns in ``uniform`` layout, with one block's Grams in memory at a time.
+    """What `modhifi.pruning.prune_model` returns in ``uniform`` layout, with few blocks' Grams in memory at a time.
+
+    Blocks are solved together as far as their Grams take at most ``TOGETHER`` bytes, else one at a time.
 
     None for models that read no tokens, where whole blocks may go, and where the model has no list of blocks that holds
     every group.
@@ -100,7 +101,7 @@ def prune_in_blocks(
             share,
             moments_by_block(
                 Stream(loaded.model, blocks, loaded.run, timeline),
-                partial(source.batches, settings.batch_size),
+                list(source.batches(settings.batch_size)),
                 readers,
                 settings.sampling,
                 samples=len(source),
@@ -108,24 +109,28 @@ def prune_in_blocks(
         )
         for share, source in samples.by_source()
     ]
-    for number, block in enumerate(blocks):
-        progress("pruning blocks", number, len(blocks))
-        moments = combined([(share, next(source)) for share, source in passes])
-        inside = structure.select([g.name for g in structure.prunable if block in holders[g.name]])
+    sizes = [sum(gram_bytes(m) for name, m in readers.items() if name.startswith(f"{block}.")) for block in blocks]
+    for numbers in fitting(sizes, TOGETHER):
+        moments: dict[str, Moments] = {}
+        for number in numbers:
+            progress("pruning blocks", number, len(blocks))
+            moments |= combined([(share, next(source)) for share, source in passes])
+        together = {blocks[number] for number in numbers}
+        inside = structure.select([g.name for g in structure.prunable if holders[g.name] <= together])
         if not inside.prunable:
             continue
         device = next(iter(moments.values())).mean.device
-        dense, edited = loaded.model.get_submodule(block), dense_shape.get_submodule(block)
+        dense, edited = ([m.get_submodule(b) for b in together] for m in (loaded.model, dense_shape))
         unable = unmeasured(loaded, inside, moments, samples, settings.batch_size)
-        with staying([dense], device), staying([edited], device, written=True):
-            block_curves, unable = _curves(loaded.model, inside, moments, settings, unable, widths)
+        with staying(dense, device), staying(edited, device, written=True):
+            new_curves, unable = _curves(loaded.model, inside, moments, settings, unable, widths)
             inside, left = inside.leave(unable), left | unable
-            plan = plan_for(inside.prunable, block_curves, widths)
+            plan = plan_for(inside.prunable, new_curves, widths)
             errors += edit_readers(dense_shape, structure, plan, moments, settings)
-        curves |= block_curves
+        curves |= new_curves
         kept |= plan.kept
         cost |= plan.removal_cost
-        del moments  # before the next block's are collected
+        del moments  # before those of the next blocks are collected
     progress("pruning blocks", len(blocks), len(blocks))
     whole, structure = Plan(kept, cost), leave(structure, left, settings.strict)
     small = stating(shrink(dense_shape, structure, whole), loaded)

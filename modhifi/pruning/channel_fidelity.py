@@ -43,7 +43,7 @@ def channel_fidelities(names: Sequence[str], readers: Sequence[Reader], etas: Se
     """The fidelities at every output channel of a group's readers, whose names are given in the same order."""
     result = []
     for name, reader in zip(names, readers, strict=True):
-        for part in reader.parts():
+        for part in reader.parts:
             arguments = part.weight, part.second, part.columns
             singleton = singleton_fidelity(*arguments)
             order = singleton.argsort(dim=1, descending=True, stable=True)
@@ -71,7 +71,7 @@ def cosine_similarity(readers: Sequence[Reader]) -> Tensor:
     """
     n = len(readers[0].owner)
     total = torch.zeros(n, n, dtype=torch.float64)
-    for part in (part for reader in readers for part in reader.parts()):
+    for part in (part for reader in readers for part in reader.parts):
         inside = part.components.cpu()
         total[inside[:, None], inside] += summed_similarity(part.weight, part.second, part.columns).cpu()
     norm = total.diagonal().clamp_min(0).sqrt()

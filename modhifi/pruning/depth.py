@@ -131,12 +131,15 @@ def moments_of_plans(
 def restored(model: nn.Module, modules: Iterable[str]) -> Iterator[None]:
     """Afterwards, the own tensors of some modules are as they were before."""
     owners = [operator_at(model, name) for name in dict.fromkeys(modules)]
-    saved = [(tensor, tensor.data.clone()) for m in owners for tensor in (*m.parameters(), *m.buffers())]
+    own = [tensor for m in owners for tensor in (*m.parameters(), *m.buffers())]
+    with torch.no_grad():
+        saved = [tensor.clone() for tensor in own]
     try:
         yield
     finally:
-        for tensor, value in saved:
-            tensor.data.copy_(value)
+        with torch.no_grad():
+            for tensor, value in zip(own, saved, strict=True):
+                tensor.copy_(value)
 
 
 @contextmanager

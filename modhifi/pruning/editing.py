@@ -76,7 +76,7 @@ def store(
     weight, sink = weight_matrix(operator_at(model, name)), structure.operators[name].sink
     write_weight(operator_at(model, name), edited)
     if COMPENSATIONS[settings.compensate].restores_mean and sink is not None:
-        absorb_mean(model, name, sink, ((weight - edited) @ moments.mean[:, :, None]).reshape(-1))
+        absorb_mean(model, name, sink, torch.bmm(weight - edited, moments.mean[:, :, None]).flatten())
     return weight
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from modhifi.errors import IndefiniteError, ModhifiError
 from modhifi.pruning.brain_surgeon import Elimination
-from modhifi.pruning.readers import Reader, best_singletons
+from modhifi.pruning.readers import Reader
 
 
 @dataclass(frozen=True)
@@ -126,44 +126,52 @@ def _eliminate(jobs: Sequence[Job], ridge: float, steps: int, wide: torch.dtype)
     labels = torch.zeros(n, dtype=torch.int64)
     if first.partition is not None:
         labels = torch.unique(first.partition, return_inverse=True)[1]
-    members = torch.nn.utils.rnn.pad_sequence(list(_members(labels)), batch_first=True, padding_value=n)
-    count, members, ragged = len(members), members.to(device), bool((members == n).any())
-    state = Elimination([job.readers for job in jobs], ridge, wide, labels)
+    members = torch.nn.utils.rnn.pad_sequence(list(_members(labels)), batch_first=True, padding_value=n).to(device)
+    count = len(members)
     least, removed, trial = max(first.keep_at_least, count), 0, None
+    state = Elimination([job.readers for job in jobs], ridge, wide, labels, n - least)
     removals: list[Tensor] = []
     prices: list[Tensor] = []
-    joints: list[Tensor] = []
     while n - removed - count >= least:
         alone = state.costs()
-        ranking = alone if ranks is None else ranks.masked_fill(alone.isinf(), math.inf)
+        ranking = alone if ranks is None else ranks.masked_fill(state.gone, math.inf)
         each = min(max(1, n // (steps * count)), (n - removed - least) // count)
-        if ragged:
-            ranking = torch.nn.functional.pad(ranking, (0, 1), value=math.inf)
-        cheapest = ranking[:, members].argsort(dim=2, stable=True)[:, :, :each]
-        # one of each part in turn: every multiple of the number of parts is a valid place to stop
-        chosen = members.expand(len(jobs), -1, -1).gather(2, cheapest).transpose(1, 2).reshape(len(jobs), -1)
-        joints.append(state.remove(chosen))
+        chosen = _cheapest(ranking, members, each)
         prices.append(alone.gather(1, chosen))
+        state.remove(chosen)
         removals.append(chosen)
         removed += each * count
         if first.trial is not None and (trial is None or trial[0] < first.trial):
             if removed >= first.trial or n - removed - count < least:
                 trial = removed, state.weights()
-    costs, finite = _running_costs(prices, joints, len(jobs))
+    costs, finite = _running_costs(prices, state.lost().cpu().numpy())
     solved = finite & state.solved().cpu().numpy()
     orders = torch.cat(removals, 1).cpu() if removals else torch.empty(len(jobs), 0, dtype=torch.int64)
+    fidelity, energies = state.fidelity.cpu(), state.energy.tolist()
     return [
         Curve(
             orders[number],
             torch.from_numpy(costs[number]),
-            sum(float((r.product * r.weight).sum()) for r in job.readers),
-            best_singletons(job.readers, n),
+            energies[number],
+            fidelity[number],
             None if trial is None else Trial(trial[0], trial[1][number]),
         )
         if solved[number]
         else None
-        for number, job in enumerate(jobs)
+        for number in range(len(jobs))
     ]
+
+
+def _cheapest(ranking: Tensor, members: Tensor, each: int) -> Tensor:
+    """Of ``ranking`` ``(jobs, n)`` the ``each`` least of every part's ``members`` ``(parts, c)``, one of each in turn.
+
+    So every multiple of the number of parts is a valid place to stop. Parts of unequal size have n behind.
+    """
+    if len(members) == 1:
+        return ranking.argsort(dim=1, stable=True)[:, :each]
+    ranking = torch.nn.functional.pad(ranking, (0, 1), value=math.inf)
+    cheapest = ranking[:, members].argsort(dim=2, stable=True)[:, :, :each]
+    return members.expand(len(ranking), -1, -1).gather(2, cheapest).transpose(1, 2).flatten(1)
 
 
 def _members(labels: Tensor) -> tuple[Tensor, ...]:
@@ -172,21 +180,19 @@ def _members(labels: Tensor) -> tuple[Tensor, ...]:
     return parts
 
 
-def _running_costs(
-    prices: list[Tensor], joints: list[Tensor], jobs: int
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def _running_costs(prices: list[Tensor], lost: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """What has been lost at every stage, ``(jobs, r + 1)``, and for which jobs all of that is finite, ``(jobs,)``.
 
-    A step's joint cost, of ``joints`` ``(jobs,)``, is shared out in proportion to what its components cost alone,
+    What a step adds to ``lost`` ``(jobs, steps + 1)`` is shared out in proportion to what its components cost alone,
     ``prices`` ``(jobs, c)``.
     """
-    costs = [np.zeros((jobs, 1))]
-    if joints:
-        sums = torch.stack(joints, 1).cpu().numpy()
-        each = np.split(torch.cat(prices, 1).cpu().numpy(), np.cumsum([p.shape[1] for p in prices])[:-1], 1)
-        for alone, joint in zip(each, sums.T, strict=True):
+    costs = [np.zeros((len(lost), 1))]
+    if prices:
+        joined = torch.cat(prices, 1).clamp_min(0).cpu().numpy()
+        each = np.split(joined, np.cumsum([p.shape[1] for p in prices])[:-1], 1)
+        for alone, before, after in zip(each, lost.T[:-1, :, None], lost.T[1:, :, None], strict=True):
             shares = alone.cumsum(1) / alone.sum(1, keepdims=True).clip(1e-300)
-            costs.append(costs[-1][:, -1:] + joint[:, None] * np.where(joint[:, None] > 0, shares, 0))
+            costs.append(before + np.where(after > before, (after - before) * shares, 0))
     whole = np.concatenate(costs, 1)
     return whole, np.asarray(np.isfinite(whole).all(1))
 

@@ -40,8 +40,8 @@ def shrinkage(second: Second, rows: int | Tensor) -> Tensor:
         squares = second.squares()
     else:
         squares = torch.linalg.vector_norm(second, dim=(1, 2)).square()
-    gap = (rows + 1 - 2 / d) * (squares - traces / d)
-    return torch.where(gap > 0, ((1 - 2 / d) * squares + traces) / gap, 1.0).clamp(0.0, 1.0)
+    gap = (squares - traces / d) * (rows + 1 - 2 / d)
+    return torch.where(gap > 0, traces.add(squares, alpha=1 - 2 / d) / gap, 1.0).clamp(0.0, 1.0)
 
 
 @overload
@@ -52,7 +52,7 @@ def shrunk(second: Second, share: Tensor, scale: Tensor) -> Second:
     """``(1 − share) S + share · scale · I``; ``second`` ``(G, d, d)``, ``share`` and ``scale`` ``(G,)``."""
     if isinstance(second, LowRank):
         return second.shrunk(share, scale)
-    result = second * (1 - share[:, None, None])
+    result = second * (1 - share).view(-1, 1, 1)
     result.diagonal(dim1=1, dim2=2).add_((share * scale)[:, None])
     return result
 
@@ -69,29 +69,27 @@ def factorise(matrix: Tensor, ridge: float, unit: float | None = None) -> tuple[
     The ridge grows tenfold, up to ``GROWTHS`` times, until a factor exists. Raises :class:`IndefiniteError` where none
     does.
     """
-    return _first_damped(matrix, ridge, unit, _cholesky)
+    return _first_damped(matrix, ridge, damping_unit(matrix) if unit is None else unit, _cholesky)
 
 
 def damped_inverse(matrices: Tensor, ridge: float) -> Tensor:
-    """``(matrix + λI)⁻¹`` of each of ``(..., d, d)``, with the damping, and the error, of :func:`factorise`."""
-    unit = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
+    """``(matrix + λI)⁻¹`` of each of ``(B, d, d)``, with the damping, and the error, of :func:`factorise`."""
+    unit = matrices.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
     damped = matrices.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_((ridge * torch.where(unit == 0, 1.0, unit))[..., None])
-    result = _inverse(damped)
+    damped.diagonal(dim1=1, dim2=2).add_(ridge * torch.where(unit == 0, 1.0, unit))
+    result = _checked_inverse(damped)
     if result is None:  # one of them: each has its own damping
-        alone = [_first_damped(m, ridge, None, _inverse)[0] for m in matrices.reshape(-1, *matrices.shape[-2:])]
-        result = torch.stack(alone).view_as(matrices)
+        result = torch.cat([_first_damped(m[None], ridge, damping_unit(m), _checked_inverse)[0] for m in matrices])
     return result
 
 
 def _first_damped(
-    matrix: Tensor, ridge: float, unit: float | None, decompose: Callable[[Tensor], Tensor | None]
+    matrix: Tensor, ridge: float, unit: float, decompose: Callable[[Tensor], Tensor | None]
 ) -> tuple[Tensor, float]:
-    unit = damping_unit(matrix) if unit is None else unit
     for growth in range(GROWTHS + 1):
         grown = ridge * 10**growth
         damped = matrix.clone()
-        damped.diagonal().add_(grown * unit)
+        damped.diagonal(dim1=-2, dim2=-1).add_(grown * unit)
         result = decompose(damped)
         if result is not None:
             return result, grown
@@ -104,35 +102,43 @@ def _cholesky(matrix: Tensor) -> Tensor | None:
     return None if bool(info.any()) else factor
 
 
-def _inverse(matrix: Tensor) -> Tensor | None:
-    """Inverses of positive definite matrices ``(..., d, d)`` by halves, nearly all of it in matrix products.
+def _checked_inverse(matrix: Tensor) -> Tensor | None:
+    """Inverses of symmetric matrices ``(B, d, d)``; None if one is not positive definite."""
+    infos: list[Tensor] = []
+    result = _inverse(matrix, infos)
+    return None if bool(torch.stack(infos).any()) else result
 
-    None if one is not positive definite. LAPACK's own (``cholesky_inverse``) does less work, but on busy cores its
-    threads wait for each other.
+
+def _inverse(matrix: Tensor, infos: list[Tensor]) -> Tensor:
+    """Inverses of positive definite matrices ``(B, d, d)`` by halves, nearly all of it in matrix products.
+
+    What is put into ``infos`` is 0 where they are positive definite. LAPACK's own (``cholesky_inverse``) does less
+    work, but on busy cores its threads wait for each other.
     """
     n = matrix.shape[-1]
     if n <= _leaf(matrix):
-        factor = _cholesky(matrix)
-        if factor is None:
-            return None
-        identity = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
-        root: Tensor = torch.linalg.solve_triangular(factor, identity.expand_as(matrix), upper=False)
-        return root.mT @ root
-    half = n // 2
-    head = _inverse(matrix[..., :half, :half])
-    if head is None:
-        return None
-    cross = head @ matrix[..., :half, half:]
-    tail = _inverse(_minus(matrix[..., half:, half:].clone(), matrix[..., half:, :half], cross))
-    if tail is None:
-        return None
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        infos.append(info)
+        identity = torch.eye(n, dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
+        root: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+        return torch.bmm(root.mT, root)
+    first, across, below, last = _quarters(matrix)
+    head = _inverse(first, infos)
+    cross = torch.bmm(head, across)
+    tail = _inverse(_minus(last.clone(), below, cross), infos)
+    corner = torch.bmm(cross, tail).neg_()
     result = torch.empty_like(matrix)
-    result[..., half:, half:] = tail
-    corner = cross @ -tail
-    result[..., :half, half:] = corner
-    result[..., half:, :half] = corner.mT
-    result[..., :half, :half] = _minus(head, corner, cross.mT)
+    blocks = _minus(head, corner, cross.mT), corner, corner.mT, tail
+    for place, block in zip(_quarters(result), blocks, strict=True):
+        place.copy_(block)
     return result
+
+
+def _quarters(matrix: Tensor) -> tuple[Tensor, ...]:
+    """The four blocks of matrices ``(B, d, d)``, row by row: views."""
+    half = matrix.shape[-1] // 2
+    sizes = [half, matrix.shape[-1] - half]
+    return tuple(block for rows in matrix.split(sizes, 1) for block in rows.split(sizes, 2))
 
 
 def _leaf(matrix: Tensor) -> int:
@@ -143,9 +149,10 @@ def _minus(result: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``result -= left right`` in place, for symmetric products: of what lies off the diagonal, half is computed."""
     half = result.shape[-1] // 2
     if half < _leaf(result):
-        return result.sub_(left @ right)
-    _minus(result[..., :half, :half], left[..., :half, :], right[..., :half])
-    _minus(result[..., half:, half:], left[..., half:, :], right[..., half:])
-    result[..., :half, half:].sub_(left[..., :half, :] @ right[..., half:])
-    result[..., half:, :half] = result[..., :half, half:].mT
+        return result.baddbmm_(left, right, alpha=-1)
+    sizes = [half, result.shape[-1] - half]
+    (first, across, below, last), rows, columns = _quarters(result), left.split(sizes, 1), right.split(sizes, 2)
+    _minus(first, rows[0], columns[0])
+    _minus(last, rows[1], columns[1])
+    below.copy_(across.baddbmm_(rows[0], columns[1], alpha=-1).mT)
     return result

@@ -55,13 +55,14 @@ class Reader:
     @cached_property
     def product(self) -> Tensor:
         """``W S``, float64 ``(G, o, d)``: what energies and fidelities are made of."""
-        return self.weight @ self.second
+        return torch.bmm(self.weight, self.second) if isinstance(self.second, Tensor) else self.weight @ self.second
 
     @property
     def scales(self) -> Tensor:
         """``scale`` with ones in place of None."""
         return torch.ones_like(self.weight[:, :, 0]) if self.scale is None else self.scale
 
+    @cached_property
     def parts(self) -> list[ReaderPart]:
         """The convolution groups that have a component, in order."""
         members = ((g, torch.nonzero(self.owner == g).flatten()) for g in range(len(self.weight)))
@@ -70,20 +71,6 @@ class Reader:
             for g, components in members
             if len(components)
         ]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One part of one reader of one group: numbers of the group and of the reader in it, the part, its scale ``(o,)``.
-
-    ``labels`` are those of the partition that its components have, None where they share some with other parts.
-    """
-
-    group: int
-    reader: int
-    part: ReaderPart
-    scale: Tensor | None
-    labels: tuple[int, ...] | None
 
 
 def second_of(moments: Moments, sink: str | None) -> Second:
@@ -104,7 +91,7 @@ def applied_second(moments: Moments, sink: str | None) -> Second:
     """
     second = second_of(moments, sink)
     share, scale = shrinkage(second, moments.counts), mean_diagonal(second)
-    if bool(moments.few.any()):
+    if moments.seen is not None and bool(moments.few.any()):
         share = torch.where(moments.few, 1.0, share)
         scale = torch.where(moments.few, scale.clamp_min(UNSEEN * float(scale.mean())), scale)
     return shrunk(second, share, scale)
@@ -152,7 +139,7 @@ def best_singletons(readers: Sequence[Reader], n: int) -> Tensor:
     """The largest singleton fidelity of each of a group's n components over its readers' channels, float64 ``(n,)``."""
     best = torch.zeros(n, dtype=torch.float64)
     for reader in readers:
-        for part in reader.parts():
+        for part in reader.parts:
             product = reader.product[part.group]
             singletons = singleton_fidelity(part.weight, part.second, part.columns, product)
             best[part.components] = torch.maximum(best[part.components], singletons.amax(0).cpu())

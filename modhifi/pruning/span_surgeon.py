@@ -6,98 +6,108 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from modhifi.calibration.low_rank import LowRank
-from modhifi.pruning.readers import Slot
+from modhifi.pruning.fidelity import singleton_fidelity
+from modhifi.pruning.slots import Slot, by_group, components_first, filled, scales_of
 
 
 class SpanStack:
-    """What `brain_surgeon.Stack` is, for slots whose second moment is ``S + λI = F Fᵀ + αI`` with few columns in F.
+    """What `gram_surgeon.GramStack` is, for slots whose second moment is ``S + λI = F Fᵀ + αI`` with few columns in F.
 
     With K the columns that are left and R those removed, ``M = F_KᵀF_K + αI`` and ``E = W_R F_R`` say all: the inverse
     of S on K is ``(I − F_K M⁻¹ F_Kᵀ) / α``, and least squares has made ``Ŵ_K = W_K + E M⁻¹ F_Kᵀ`` of the weights. Each
-    slot has all components of its group.
+    slot has all components of its group; their columns stand first, component by component.
     """
 
-    def __init__(self, slots: Sequence[Slot], groups: int, n: int, ridge: float) -> None:
-        self.slots, self.groups, self.n = slots, groups, n
+    def __init__(self, slots: Sequence[Slot], groups: int, ridge: float) -> None:
+        self.slots, self.groups = slots, groups
         parts = [slot.part for slot in slots]
+        weight, device = filled([part.weight for part in parts]), parts[0].weight.device
+        columns = torch.stack([part.columns[part.components.argsort()] for part in parts])
+        self.n, self.m = columns.shape[1:]
+        self.positions = components_first(columns.flatten(1), weight.shape[2]).to(device)
+        self.columns = torch.arange(self.n * self.m, device=device).view(self.n, self.m)
+        owner = torch.tensor([slot.group for slot in slots], device=device)
+        self.place = owner[:, None] * self.n + torch.arange(self.n, device=device)
         seconds = [part.second for part in parts if isinstance(part.second, LowRank)]
-        self.factor = torch.stack([second.factor for second in seconds])
-        unit = torch.stack([second.diagonals().mean() for second in seconds])
         constant = torch.stack([second.constant for second in seconds])
-        self.alpha = constant + ridge * torch.where(unit == 0, 1.0, unit)
-        self.weight = pad_sequence([part.weight for part in parts], batch_first=True)
-        scales = [slot.scale for slot in slots if slot.scale is not None]
-        self.scale = pad_sequence(scales, batch_first=True, padding_value=1.0) if scales else None
+        self.factor = torch.stack([second.factor for second in seconds]).take_along_dim(self.positions[:, :, None], 1)
+        self.weight = weight.take_along_dim(self.positions[:, None], 2)
+        product = self.weight @ LowRank(self.factor, constant)
+        self.energy = by_group((product * self.weight).sum((1, 2)), groups)
+        self.fidelity = torch.vmap(lambda w, f, c, p: singleton_fidelity(w, LowRank(f, c), self.columns, p).amax(0))(
+            self.weight, self.factor, constant, product
+        )
+        self.scale = scales_of(slots)
         if self.scale is not None:
             self.weight = self.weight * self.scale[:, :, None]
-        device = self.factor.device
-        self.columns = torch.stack([part.columns for part in parts]).to(device)
-        # where in the slot each component of the group stands
-        self.place = torch.stack([part.components for part in parts]).to(device).argsort(1)
-        self.numbers = torch.arange(len(slots), device=device)
-        self.left = self.factor.mT @ self.factor
-        self.left.diagonal(dim1=1, dim2=2).add_(self.alpha[:, None])
-        self.lost = self.weight.new_zeros(len(slots), self.weight.shape[1], self.factor.shape[2])
-        self.info = torch.zeros(len(slots), dtype=torch.int32, device=device)
+        unit = LowRank(self.factor, constant).diagonals().mean(1)
+        self.alpha = (constant + ridge * torch.where(unit == 0, 1.0, unit))[:, None]
+        self.left = torch.bmm(self.factor.mT, self.factor)
+        self.left.diagonal(dim1=1, dim2=2).add_(self.alpha)
+        self.moved = self.weight.new_zeros(len(slots), self.factor.shape[2], self.weight.shape[1])
+        self.now: tuple[Tensor, Tensor] | None = None
+        self.prices = [self.weight.new_zeros(len(slots))]
+        self.infos = list[Tensor]()
+
+    def _now(self) -> tuple[Tensor, Tensor]:
+        """``M^(-1/2) Fᵀ`` ``(B, r, d)`` and the weights ``(B, o, d)``, as they are now."""
+        if self.now is None:
+            root, info = torch.linalg.cholesky_ex(self.left)
+            self.infos.append(info)
+            half = torch.linalg.solve_triangular(root, self.factor.mT, upper=False)
+            moved = torch.linalg.solve_triangular(root, self.moved, upper=False)
+            self.now = half, torch.baddbmm(self.weight, moved.mT, half)
+        return self.now
 
     def costs(self) -> Tensor:
         """``tr[W_I H_II⁻¹ W_Iᵀ]`` of each component alone, added up over the readers, float64 ``(groups, n)``."""
-        columns = self.columns.gather(1, self.place[:, :, None].expand_as(self.columns))
-        weight, inverse = self._now(columns)
-        alone = torch.linalg.solve_ex(inverse, weight.mT @ weight)[0].diagonal(dim1=2, dim2=3).sum(2)
-        return self._by_group(alone.clamp_min(0))
+        sizes = (self.n, self.m)
+        half, weight = (
+            now[:, :, : self.n * self.m].unflatten(2, sizes).transpose(1, 2).flatten(0, 1) for now in self._now()
+        )
+        return by_group(_cost(half, weight).view(-1, self.n) * self.alpha, self.groups)
 
-    def _now(self, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights ``(B, k, o, m)`` and inverse ``(B, k, m, m)`` of blocks of columns ``(B, k, m)``, as they are now."""
-        root, info = torch.linalg.cholesky_ex(self.left)
-        self.info += info
-        numbers = self.numbers[:, None, None]
-        rows = self.factor[numbers, columns]
-        half = torch.linalg.solve_triangular(root, rows.flatten(1, 2).mT, upper=False)
-        half = half.unflatten(2, columns.shape[1:]).transpose(1, 2)
-        inverse = -half.mT @ half
-        inverse.diagonal(dim1=2, dim2=3).add_(1)
-        moved = torch.cholesky_solve(self.lost.mT, root).mT
-        weight = self.weight.mT[numbers, columns].mT + moved[:, None] @ rows.mT
-        return weight, inverse / self.alpha[:, None, None, None]
-
-    def _by_group(self, values: Tensor) -> Tensor:
-        """Values of the slots, ``(B, ...)``, added up over the readers of each group."""
-        total: Tensor = values.unflatten(0, (-1, self.groups)).sum(0)
-        return total
-
-    def remove(self, chosen: Tensor, labels: int) -> Tensor:
-        """Remove ``chosen`` int64 ``(groups, c)`` jointly; their cost ahead of any norm, float64 ``(groups,)``."""
-        chosen = chosen.repeat(len(self.slots) // self.groups, 1)
-        columns = self.columns[self.numbers[:, None], self.place.gather(1, chosen)].flatten(1)
-        weight, inverse = self._now(columns[:, None])
-        weight, inverse = weight[:, 0], inverse[:, 0]
+    def remove(self, chosen: Tensor, labels: int) -> None:
+        """Remove ``chosen`` int64 ``(groups, c)`` jointly."""
+        columns = self.columns[chosen.repeat(len(self.slots) // self.groups, 1)].flatten(1)
+        half, weight = (now.gather(2, columns[:, None].expand(-1, now.shape[1], -1)) for now in self._now())
         if self.scale is not None:
             weight = weight / self.scale[:, :, None]
-        cost = torch.linalg.solve_ex(inverse, weight.mT @ weight)[0].diagonal(dim1=1, dim2=2).sum(1)
-        rows = self.factor[self.numbers[:, None], columns]
-        self.lost += self.weight.mT[self.numbers[:, None], columns].mT @ rows
-        self.left -= rows.mT @ rows
-        return self._by_group(cost)
+        self.prices.append(_cost(half, weight) * self.alpha[:, 0])
+        rows = self.factor.gather(1, columns[:, :, None].expand(-1, -1, self.factor.shape[2]))
+        own = self.weight.gather(2, columns[:, None].expand(-1, self.weight.shape[1], -1))
+        self.moved.baddbmm_(rows.mT, own.mT)
+        self.left.baddbmm_(rows.mT, rows, alpha=-1)
+        self.now = None
 
     def compact(self, gone: Tensor) -> None:
         """Nothing is stale here: what is removed is in neither sum."""
 
+    def lost(self) -> Tensor:
+        """What all that is removed costs ahead of any norm, after each step, float64 ``(groups, steps + 1)``."""
+        return by_group(torch.stack(self.prices, 1).cumsum(1), self.groups)
+
     def weights(self, gone: Tensor) -> Tensor:
         """Every slot's weights as they are now, float32 ``(B, o, d)``, zero in the removed columns."""
-        root, _ = torch.linalg.cholesky_ex(self.left)
-        weight = self.weight + torch.cholesky_solve(self.lost.mT, root).mT @ self.factor.mT
+        weight = self._now()[1]
         if self.scale is not None:
             weight = weight / self.scale[:, :, None]
-        out = gone.repeat(len(self.slots) // self.groups, 1)
-        removed = torch.zeros(weight.shape[::2], dtype=torch.bool, device=weight.device)
-        columns = self.columns.gather(1, self.place[:, :, None].expand_as(self.columns))
-        removed.scatter_(1, columns.flatten(1), out.repeat_interleave(columns.shape[2], 1))
-        return weight.float().masked_fill(removed[:, None], 0)
+        removed = gone.view(-1)[self.place].repeat_interleave(self.m, 1)
+        rest = weight.shape[2] - removed.shape[1]
+        weight = weight.float().masked_fill(torch.nn.functional.pad(removed, (0, rest))[:, None], 0)
+        return torch.empty_like(weight).scatter_(2, self.positions[:, None].expand_as(weight), weight)
 
     def solved(self) -> Tensor:
         """For which groups every factorisation succeeded, bool ``(groups,)``."""
-        return self._by_group(self.info) == 0
+        failures = torch.stack([torch.zeros_like(self.place[:, 0]), *self.infos]).sum(0)
+        return by_group(failures, self.groups) == 0
+
+
+def _cost(half: Tensor, weight: Tensor) -> Tensor:
+    """``tr[W (I − hᵀh)⁻¹ Wᵀ]`` of weights ``(N, o, m)`` and ``h`` ``(N, r, m)``, ``(N,)``."""
+    identity = torch.eye(half.shape[2], dtype=half.dtype, device=half.device)
+    inverse = torch.baddbmm(identity, half.mT, half, alpha=-1)
+    solved: Tensor = torch.linalg.solve_ex(inverse, torch.bmm(weight.mT, weight))[0]
+    return solved.diagonal(dim1=1, dim2=2).sum(1)

@@ -16,7 +16,7 @@ from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.collect import collect
 from modhifi.calibration.distributed import ALONE, Processes, merged
 from modhifi.calibration.gram_quality import GramQuality
-from modhifi.calibration.memory import check_room, gram_bytes
+from modhifi.calibration.memory import check_room, fitting
 from modhifi.calibration.moments import Moments, combined
 from modhifi.calibration.sampling import Sampling
 from modhifi.data.samples import Samples, examples_in
@@ -226,7 +226,7 @@ def removal_curves(
     selector, wanted = SELECTORS[settings.selector], [group for group in structure.prunable if not group.parts]
     curves: dict[str, Curve | None] = {}
     progress("scoring", 0, len(wanted))
-    for groups in alike(model, wanted):
+    for groups in alike(model, wanted, moments):
         jobs: dict[str, Job] = {}
         for group in groups:
             readers = readers_of(model, structure, group, moments, settings.behind_norms)
@@ -246,23 +246,21 @@ def removal_curves(
     return {g.name: curve for g in wanted if (curve := curves[g.name]) is not None}
 
 
-def alike(model: nn.Module, groups: Iterable[Group]) -> list[list[Group]]:
+def alike(model: nn.Module, groups: Iterable[Group], moments: Mapping[str, Moments]) -> list[list[Group]]:
     """The groups, those together that have readers of the same shapes and lose as many of as many components.
 
-    What is solved together takes at most ``TOGETHER`` bytes.
+    The moments that are solved with together take at most ``TOGETHER`` bytes.
     """
     shapes: dict[tuple[object, ...], list[Group]] = defaultdict(list)
     for group in groups:
-        layers = [operator_at(model, piece.module) for piece in group.readers]
-        pieces = zip(group.readers, layers, strict=True)
-        shape = tuple((*columns_of(m), m.get_parameter("weight").shape, *piece.index.shape) for piece, m in pieces)
+        pieces = [(piece, operator_at(model, piece.module), moments[piece.module].held) for piece in group.readers]
+        shape = tuple((columns_of(m), m.get_parameter("weight").shape, p.index.shape, h.shape) for p, m, h in pieces)
         labels = () if group.partition is None else tuple(group.partition.tolist())
         shapes[group.n, labels, shape].append(group)
     together = []
     for same in shapes.values():
-        size = sum(gram_bytes(operator_at(model, piece.module)) for piece in same[0].readers)
-        count = max(1, TOGETHER // size)
-        together += [same[start : start + count] for start in range(0, len(same), count)]
+        sizes = [sum(moments[piece.module].held.nbytes for piece in group.readers) for group in same]
+        together += [[same[number] for number in numbers] for numbers in fitting(sizes, TOGETHER)]
     return together
 
 

@@ -27,8 +27,7 @@ class Plan:
         if group.name not in self.kept:
             return torch.ones(group.n, dtype=torch.bool)
         mask = torch.zeros(group.n, dtype=torch.bool)
-        mask[torch.tensor(self.kept[group.name], dtype=torch.int64)] = True
-        return mask
+        return mask.index_fill_(0, torch.tensor(self.kept[group.name], dtype=torch.int64), True)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON-able data."""

@@ -42,7 +42,8 @@ class Stacked(nn.Module):
 
 def select(value: Tensor, dim: int, stay: Tensor) -> Tensor:
     """What stays of a tensor along one axis, ``stay`` bool on the CPU; the tensor itself where all of it does."""
-    return value if bool(stay.all()) else value.index_select(dim, stay.nonzero().flatten().to(value.device))
+    places = stay.nonzero()[:, 0]
+    return value if len(places) == len(stay) else value.index_select(dim, places.to(value.device))
 
 
 def may_be_stacked(owner: nn.Module, parameter: Tensor) -> bool:

@@ -109,8 +109,7 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
 def staying(total: int, removed: Tensor) -> Tensor:
     """Which of ``total`` positions are not ``removed``: bool ``(total,)``."""
     stay = torch.ones(total, dtype=torch.bool)
-    stay[removed] = False
-    return stay
+    return stay.index_fill_(0, removed, False) if len(removed) else stay
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:
@@ -172,6 +171,7 @@ def _shrink_operator(module: Any, inputs: Tensor, outputs: Tensor) -> None:
     _replace(module, "weight", as_stored(module, torch.cat(parts) if groups > 1 else parts[0]))
     if getattr(module, "bias", None) is not None:
         _replace(module, "bias", select(module.bias.data, 0, stay_out))
-    for inputs_name, outputs_name in (("in_channels", "out_channels"), ("in_features", "out_features"), ("nx", "nf")):
-        _set(module, inputs_name, int(stay_in.sum()))
-        _set(module, outputs_name, int(stay_out.sum()))
+    widths = int(stay_in.sum()), int(stay_out.sum())
+    for names in (("in_channels", "out_channels"), ("in_features", "out_features"), ("nx", "nf")):
+        for name, width in zip(names, widths, strict=True):
+            _set(module, name, width)

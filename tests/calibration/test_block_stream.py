@@ -211,7 +211,7 @@ def test_blocks_that_change_or_skip_are_measured_as_in_a_whole_pass(build: type[
     every = Sampling(rows_per_column=None)
     whole = collect(model, model, batches, readers, every, samples=15)
     stream = Stream(model, blocks, model, timeline)
-    streamed = moments_by_block(stream, lambda: batches, readers, every, samples=15)
+    streamed = moments_by_block(stream, batches, readers, every, samples=15)
     found = {name: moments for block in streamed for name, moments in block.items()}
     assert found.keys() == whole.keys() and len(blocks) == len(readers)
     for name, moments in whole.items():

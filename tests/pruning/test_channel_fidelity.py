@@ -17,7 +17,7 @@ def test_every_channel_has_its_singletons_and_its_smallest_naive_sets(kind: str)
     readers = READERS[kind](3)
     names = [f"layer{number}" for number in range(len(readers))]
     found = channel_fidelities(names, readers, ETAS)
-    parts = [(name, part) for name, reader in zip(names, readers, strict=True) for part in reader.parts()]
+    parts = [(name, part) for name, reader in zip(names, readers, strict=True) for part in reader.parts]
     assert [channel.reader for channel in found] == [name for name, _ in parts]
     for channel, (_, part) in zip(found, parts, strict=True):
         arguments = part.weight, part.second, part.columns
@@ -32,7 +32,7 @@ def test_the_cosine_is_that_of_all_contributions(kind: str) -> None:
     readers = READERS[kind](5)
     n = len(readers[0].owner)
     total = torch.zeros(n, n, dtype=torch.float64)
-    for part in (part for reader in readers for part in reader.parts()):
+    for part in (part for reader in readers for part in reader.parts):
         columns = part.columns.reshape(-1)
         for row in part.weight:
             q = similarity(row[columns], part.second[columns][:, columns], len(part.columns))

@@ -26,7 +26,7 @@ def test_the_factor_is_that_of_the_damped_matrix(unit: float | None) -> None:
 def test_the_inverse_by_halves_is_the_inverse(d: int) -> None:
     second = positive(d)
     damped = second + 1e-2 * second.trace() / d * torch.eye(d).double()
-    torch.testing.assert_close(damped_inverse(second, 1e-2), torch.linalg.inv(damped), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(damped_inverse(second[None], 1e-2)[0], torch.linalg.inv(damped), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("growth", range(GROWTHS + 1))
@@ -34,15 +34,15 @@ def test_the_ridge_grows_until_there_is_a_factor(growth: int) -> None:
     second = torch.diag(torch.tensor([1.0, -0.5e-4 * 10.0**growth])).double()
     factor, used = factorise(second, 1e-4, 1.0)
     assert used == pytest.approx(1e-4 * 10**growth) and bool(factor.isfinite().all())
-    assert bool(damped_inverse(second, 1e-3).isfinite().all())
+    assert bool(damped_inverse(second[None], 1e-3).isfinite().all())
 
 
 def test_a_matrix_that_no_ridge_mends_is_an_error() -> None:
     for broken in (-torch.eye(3).double(), torch.full((3, 3), float("nan")).double()):
-        for decompose in (factorise, damped_inverse):
+        for decompose, matrix in ((factorise, broken), (damped_inverse, broken[None])):
             with pytest.raises(IndefiniteError, match="use more calibration samples"):
-                decompose(broken, 1e-4)
+                decompose(matrix, 1e-4)
 
 
 def test_a_matrix_without_energy_is_damped_by_the_ridge_itself() -> None:
-    assert torch.equal(damped_inverse(torch.zeros(2, 2).double(), 0.25), 4 * torch.eye(2).double())
+    assert torch.equal(damped_inverse(torch.zeros(1, 2, 2).double(), 0.25), 4 * torch.eye(2).double()[None])

@@ -27,7 +27,7 @@ def channels(readers: list[Reader]) -> Iterator[tuple[list[int], Tensor]]:
 
     The rows are a square root of S, so that sums over them are expectations.
     """
-    for part in (part for r in readers for part in r.parts()):
+    for part in (part for r in readers for part in r.parts):
         rows = torch.linalg.cholesky(part.second).T
         for weight in part.weight:
             yield part.components.tolist(), (rows * weight)[:, part.columns].sum(2)
@@ -136,7 +136,7 @@ def test_second_moments_matter_to_all_but_weight_norms_and_chance(name: str) -> 
 @given(st.integers(0, 10_000), st.integers(1, 6))
 def test_naive_keeps_the_union_of_the_channels_best(seed: int, k: int) -> None:
     readers = [reader(seed, out=3), reader(seed + 1, out=2, m=1)]
-    singles = [singleton_fidelity(p.weight, p.second, p.columns) for r in readers for p in r.parts()]
+    singles = [singleton_fidelity(p.weight, p.second, p.columns) for r in readers for p in r.parts]
     union = top_hifi(singles[0], k) | top_hifi(singles[1], k)
     best = naive_rank(readers).argsort(stable=True)[: int(union.sum())]
     assert set(best.tolist()) == set(torch.nonzero(union).flatten().tolist())
@@ -146,7 +146,7 @@ def test_hifi_union_reaches_the_fidelity_in_every_channel() -> None:
     readers = [reader(11, n=8, m=1, out=3), reader(12, n=8, m=2, out=2)]
     for eta in (0.5, 0.9, 1.0):
         kept = torch.nonzero(hifi_union(readers, eta)).flatten()
-        for part in (part for r in readers for part in r.parts()):
+        for part in (part for r in readers for part in r.parts):
             assert bool((subset_fidelity(part.weight, part.second, part.columns, kept) >= eta - 1e-9).all())
     assert int(hifi_union(readers, 0.5).sum()) <= int(hifi_union(readers, 0.9).sum())
 

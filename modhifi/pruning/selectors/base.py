@@ -66,7 +66,7 @@ Score = Callable[[Tensor, Second, Tensor], Tensor]
 def summed(readers: Sequence[Reader], score: Score) -> Tensor:
     """A score added up over a group's readers, float64 ``(n,)`` on the CPU."""
     total = torch.zeros(len(readers[0].owner), dtype=torch.float64)
-    for part in (part for reader in readers for part in reader.parts()):
+    for part in (part for reader in readers for part in reader.parts):
         total[part.components] += score(part.weight, part.second, part.columns).cpu()
     return total
 

@@ -20,7 +20,7 @@ def naive_rank(readers: Sequence[Reader]) -> Tensor:
     """
     n = len(readers[0].owner)
     rank = torch.full((n,), float(n), dtype=torch.float64)
-    for part in (part for reader in readers for part in reader.parts()):
+    for part in (part for reader in readers for part in reader.parts):
         singletons = singleton_fidelity(part.weight, part.second, part.columns).cpu()
         places = singletons.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         entry = places.min(0).values + 1 - singletons.amax(0).clamp(0, 1) * 0.999
@@ -31,7 +31,7 @@ def naive_rank(readers: Sequence[Reader]) -> Tensor:
 def hifi_union(readers: Sequence[Reader], eta: float) -> Tensor:
     """The union over readers and output channels of the smallest NAIVE sets of fidelity ``eta``, bool ``(n,)``."""
     member = torch.zeros(len(readers[0].owner), dtype=torch.bool)
-    for part in (part for reader in readers for part in reader.parts()):
+    for part in (part for reader in readers for part in reader.parts):
         singletons = singleton_fidelity(part.weight, part.second, part.columns).cpu()
         for channel, size in enumerate(hifi_size(part.weight, part.second, part.columns, eta)):
             member[part.components] |= top_hifi(singletons[channel : channel + 1], int(size))
