@@ -150,7 +150,7 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
     for group in structure.prunable:
         for piece in group.slices:
             places[piece.module] = None
-            if piece.role in ("along", "biases", "matrices"):
+            if piece.role in ("along", "rows", "biases", "matrices"):
                 tables[piece.module] = piece.role
             table = inputs if piece.role == "reader" else outputs
             table[piece.module][group.name] = piece.index.shape[1]
@@ -172,7 +172,8 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
             continue
         if isinstance(place, Tensor) and (name in tables or place.ndim < 3):
             role = tables.get(name)
-            total = {"biases": place.numel(), "matrices": place.shape[0]}.get(str(role), place.shape[last_wide(place)])
+            first = role in ("rows", "matrices")
+            total = place.numel() if role == "biases" else place.shape[0 if first else last_wide(place)]
             if not isinstance(place, nn.Parameter):
                 continue
             terms.append(Term(0, 0, place.numel(), {}, 0, outputs[name], total, parts=parts_of(name, whole)))
