@@ -50,7 +50,7 @@ def instructblip() -> nn.Module:
         text_config=dict(
             model_type="opt", hidden_size=32, ffn_dim=40, num_hidden_layers=1, num_attention_heads=4, vocab_size=60
         )
-        | dict(word_embed_proj_dim=32, max_position_embeddings=64),
+        | dict(word_embed_proj_dim=32, max_position_embeddings=256),
         num_query_tokens=3,
         image_token_index=59,
     )
