@@ -202,6 +202,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "lw_detr": {"projector_scale_factors": [1.0]},
     "paligemma": {"projection_dim": 96},
     "poolformer": FOUR | {"patch_sizes": [7, 3, 3, 3], "patch_size": 16},
+    "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
     "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2, "num_decoder_attention_heads": 8, "ngram": 2},
     "pvt": FOUR | {"num_attention_heads": [2, 2, 4, 4], "mlp_ratios": [2, 2, 2, 2], "patch_sizes": [4, 2, 2, 2]},
     "pvt_v2": FOUR | {"num_attention_heads": [2, 2, 4, 4], "mlp_ratios": [2, 2, 2, 2]},

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import tiny
@@ -131,6 +132,17 @@ def test_tensors_kept_from_an_earlier_pass_carry_no_components(kind):
     model, x = tiny.randomise(Kept(kind)), torch.randn(2, 3, 10, 10)
     model(x)
     assert {g.name for g in trace(model, lambda model: model(x)).prunable} == {"stem.0", "inner.0", "conv.0"}
+
+
+@cache
+def heights(count: int) -> Tensor:
+    return torch.linspace(0, 1, count)[:, None]
+
+
+def test_tensors_of_a_library_cache_carry_no_components():
+    model, x = tiny.randomise(Through(lambda x: x + heights(x.shape[2]))), torch.randn(2, 3, 12, 12)
+    model(x)
+    assert group(trace(model, lambda model: model(x)), "inner").refused is None
 
 
 def test_a_layer_called_twice_ties_its_input_to_its_output():
@@ -293,6 +305,7 @@ class Through(tiny.Net):
         (lambda x: torch.softmax(input=x, dim=2), 1),
         (lambda x: torch.where(x > 0, x, 0.1 * x.square()), 1),
         (lambda x: F.pad(x, (1, 1, 0, 0, 0, 0)), 1),
+        (lambda x: torch.min(x, torch.tensor(0.2)), 1),
         (lambda x: x.mean((2, 3), keepdim=True).expand_as(torch.zeros_like(x)), 1),
         (lambda x: torch.cat([torch.zeros_like(x[:, :, :1]), x], 2), 1),
     ],

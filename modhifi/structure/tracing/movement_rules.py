@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from modhifi.structure.operators import last_wide
 from modhifi.structure.splits import Count, Split
+from modhifi.structure.tracing.elementwise_rules import binary
 from modhifi.structure.tracing.operations import register_operation, rule_for
 from modhifi.structure.tracing.placements import Axis, Grid, Placement, TracedCall, is_constant
 from modhifi.structure.tracing.watcher import Watcher
@@ -224,5 +225,10 @@ def reduce(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     return [Axis(axis.dim - before, axis.ids)] * len(call.outputs)
 
 
+def extreme(watcher: Watcher, call: TracedCall) -> Sequence[Placement | None]:
+    """The largest or smallest along an axis, or of two tensors at each place."""
+    return binary(watcher, call) if len(call.inputs) > 1 else reduce(watcher, call)
+
+
 for _name in ("max", "min"):
-    register_operation(_name, reduce)
+    register_operation(_name, extreme)
