@@ -211,7 +211,8 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
     total = sum(p.numel() for p in model.parameters())
     full = {g.name: g.n for g in structure.prunable}
     # a reader takes the values of every query head, and a key is as wide as a value
-    cached = {g.name: 2 * g.readers[0].index.shape[1] // g.queries for g in structure.groups if _attends(g)}
+    attending = [] if _keeps_latents(model) else [g for g in structure.groups if _attends(g)]
+    cached = {g.name: 2 * g.readers[0].index.shape[1] // g.queries for g in attending}
     fixed = sum(g.n * cached[g.name] for g in structure.refused if g.name in cached)
     return Sizes(
         tuple(terms),
@@ -238,6 +239,11 @@ def _parts_of_group(group: Group, whole: Whole) -> tuple[tuple[str, int], ...]:
     """The blocks and sublayers that a group lies in altogether."""
     places = [set(parts_of(piece.module, whole)) for piece in group.slices]
     return tuple(sorted(set.intersection(*places))) if places else ()
+
+
+def _keeps_latents(model: nn.Module) -> bool:
+    """Whether what attention caches is one latent for all heads, which no head takes along (DeepSeek-V2)."""
+    return any(getattr(getattr(module, "config", None), "kv_lora_rank", None) for module in model.modules())
 
 
 def _attends(group: Group) -> bool:

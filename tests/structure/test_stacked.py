@@ -123,3 +123,11 @@ def test_a_stack_is_its_own_transpose_turned():
     owner.weight = nn.Parameter(torch.randn(3, 4, 5))
     assert torch.equal(Stacked(owner, "weight", True).matrices, owner.weight.mT)
     assert (Stacked(owner, "weight", True).out_features, Stacked(owner, "weight", False).out_features) == (15, 12)
+
+
+def test_heads_that_read_one_latent_take_nothing_out_of_the_cache():
+    model, _, run = tiny_transformers.family("deepseek_v3")
+    latent = sizes_of(model, trace(model, run))
+    assert not latent.cached and latent.cache({}) == 0
+    model, _, run = tiny_transformers.family("mixtral")
+    assert sizes_of(model, trace(model, run)).cache({}) > 0

@@ -81,6 +81,8 @@ def _stacked(model: nn.Module, seen: set[str]) -> Iterator[Group]:
 def _unseen(model: nn.Module, seen: set[str], obstacles: dict[str, str]) -> Iterator[Group]:
     """Refused groups for layers that cannot be edited, or were not seen to run."""
     for name, module in model.named_modules():
+        if isinstance(module, nn.RNNCellBase):
+            yield Group(name, module.hidden_size, (), refused=recurrent_rules.CELL)
         if isinstance(module, (_ConvNd, nn.Linear)) and name not in seen:
             reason = obstacles.get(name, "the model does not run this layer, or not as a layer of its own")
             if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
