@@ -61,7 +61,7 @@ FIELDS: dict[str, Any] = {
     **dict.fromkeys("boi_token_index image_start_token_index".split(), VOCABULARY - 4),
     **dict.fromkeys("eoi_token_index image_end_token_index".split(), VOCABULARY - 5),
     "backbone": "test_resnet",
-    **dict.fromkeys("out_hidden_size output_channels".split(), 64),
+    **dict.fromkeys("out_hidden_size output_channels reassemble_hidden_size".split(), 64),
     "entity_vocab_size": 16,
     "prediction_length": 8,
     "mm_tokens_per_image": 4,
@@ -191,7 +191,18 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "mpt": {"expansion_ratio": 2},
     "nemotron_h": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "attention", "mlp"]},
     "qwen2": {"hidden_size": 96, "intermediate_size": 72},
+    # queries have as many heads as keys and values there
+    "moonshine": {"encoder_num_key_value_heads": 8, "decoder_num_key_value_heads": 8},
+    **dict.fromkeys(
+        "rt_detr rt_detr_v2".split(),
+        {"encoder_in_channels": [24, 32, 40], "encoder_hidden_dim": 64, "decoder_in_channels": [64, 64, 64]},
+    ),
+    "rt_detr_resnet": FOUR | {"embedding_size": 16},
+    "uvdoc_backbone": {"out_indices": [1, 2, 3, 4, 5, 6]},
+    "lw_detr": {"projector_scale_factors": [1.0]},
+    "paligemma": {"projection_dim": 96},
     "poolformer": FOUR | {"patch_sizes": [7, 3, 3, 3], "patch_size": 16},
+    "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
     "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2, "num_decoder_attention_heads": 8, "ngram": 2},
     "pvt": FOUR | {"num_attention_heads": [2, 2, 4, 4], "mlp_ratios": [2, 2, 2, 2], "patch_sizes": [4, 2, 2, 2]},
     "pvt_v2": FOUR | {"num_attention_heads": [2, 2, 4, 4], "mlp_ratios": [2, 2, 2, 2]},
@@ -215,8 +226,8 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "adapter_rank": 4},
 }
 # Types whose rotations of text and images are divided by default as large heads are.
-TURNING = """glm4v_moe_text glm4v_text glm_image_text glm_ocr_text paddleocr_vl_text qwen2_5_vl_text
-    qwen2_vl_text""".split()
+TURNING = """glm4v_moe_text glm4v_text glm_image_text glm_ocr_text hunyuan_vl_text paddleocr_vl_text
+    qwen2_5_vl_text qwen2_vl_text""".split()
 # The tasks in order of preference: a model type is built as the first of these that it has.
 TASKS = """CAUSAL_LM SEQ_TO_SEQ_CAUSAL_LM SPEECH_SEQ_2_SEQ MASKED_LM IMAGE_CLASSIFICATION OBJECT_DETECTION
     SEMANTIC_SEGMENTATION UNIVERSAL_SEGMENTATION CTC AUDIO_CLASSIFICATION IMAGE_TEXT_TO_TEXT DEPTH_ESTIMATION
@@ -256,13 +267,14 @@ def fields_for(kind: type) -> dict[str, Any]:
     for name in ("sliding_window", "intermediate_size_mlp", "num_experts", "n_routed_experts"):
         if name in fields and getattr(known.get(name), "default", 0) is None:
             del fields[name]
-    for name, nested in _nested(kind):
-        fields[name] = configuration(nested).to_dict()
+    for name, nested, default in _nested(kind):
+        peculiar = PECULIAR.get(getattr(nested, "model_type", ""), {})
+        fields[name] = configuration(nested, _as_backbone(default) | peculiar).to_dict()
     return fields
 
 
-def _nested(kind: type) -> Iterator[tuple[str, type]]:
-    """The nested configurations of a configuration class, with the classes that its default has there."""
+def _nested(kind: type) -> Iterator[tuple[str, type, Any]]:
+    """The nested configurations of a configuration class, with the classes that its default has there, and those."""
     default = None
     for name, nested in (getattr(kind, "sub_configs", None) or {}).items():
         if nested is transformers.AutoConfig:
@@ -270,7 +282,18 @@ def _nested(kind: type) -> Iterator[tuple[str, type]]:
                 default = default or kind()
             nested = type(getattr(default, name, None))
         if getattr(nested, "__dataclass_fields__", None) and name in getattr(kind, "__dataclass_fields__", {}):
-            yield name, nested
+            yield name, nested, getattr(default, name, None)
+
+
+def _as_backbone(default: Any) -> dict[str, Any]:
+    """What the configuration of a backbone says of the stages that it hands on: as many as by default."""
+    stages = getattr(default, "out_indices", None)
+    if stages is None:
+        return {}
+    fields = {name: value for name, value in vars(default).items() if isinstance(value, bool) and name[0] != "_"}
+    if hasattr(default, "num_hidden_layers"):
+        return fields | {"num_hidden_layers": len(stages), "out_indices": [*range(1, len(stages) + 1)]}
+    return fields | {"out_indices": list(stages)}
 
 
 def _rotations(config: Any) -> Any:

@@ -20,6 +20,7 @@ from modhifi.disk import check_output, home_path, jsonable
 from modhifi.models.artifact import WEIGHTS, file_hash, installed_versions
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import MANIFEST, SCHEMA_VERSION, Differences, Manifest
+from modhifi.models.plain_copy import normed_again
 from modhifi.models.skeleton import is_stock, own_config, record
 from modhifi.models.stock import stating
 from modhifi.models.weights import state_hash
@@ -51,10 +52,11 @@ def save_artifact(
 
     ``manifest`` holds what the caller knows (task, seed, data, metrics, verdicts); facts of the models are added.
     ``structure`` and ``plan`` name the kept components, if any were removed; ``recipe``, ``report`` and ``log`` are
-    written as they are. A way to load the model without modhifi is named where it gives the outputs of ``edited`` in
-    ``process``, a fresh one. Everything is written beside ``out`` and moved into place at the end: an error or an
-    interrupt leaves nothing behind, and a directory that ``force`` replaces stays until then. Raises ModhifiError where
-    :func:`check_output` does or if the disk is full.
+    written as they are. Weight norms that the copy of a module lost are given back to ``edited``. A way to load the
+    model without modhifi is named where it gives the outputs of ``edited`` in ``process``, a fresh one. Everything is
+    written beside ``out`` and moved into place at the end: an error or an interrupt leaves nothing behind, and a
+    directory that ``force`` replaces stays until then. Raises ModhifiError where :func:`check_output` does or if the
+    disk is full.
     """
     # They import drawing libraries, which loading an artefact does without.
     from modhifi.artifacts.model_card import model_card
@@ -69,6 +71,7 @@ def save_artifact(
         # The arguments of the edited model, which may state its widths.
         original = replace(original, info=original.info | {"model_args": from_timm.arguments(edited)})
     removed = {} if structure is None or plan is None else removed_parts(structure, plan)
+    edited = normed_again(edited, original.info.get("weight_norms", {}))
     framework, changes = record(original, stating(edited, original), removed)
     recipe, report = jsonable(dict(recipe)), jsonable(dict(report))
     with staging(out) as directory:

@@ -42,7 +42,7 @@ class MomentCollector:
     def __enter__(self) -> MomentCollector:
         hooks = [on_input(self.readers[name], partial(self._add, name)) for name in self.sums]
         stacks = {name: module for name, module in self.readers.items() if isinstance(module, Stacked)}
-        routed = (h for name, s in self.routed.items() for h in watched(stacks[name], s.add, s.begin))
+        routed = (h for name, s in self.routed.items() for h in watched(stacks[name], s.add, partial(self._begin, s)))
         self._hooks.enter_context(attached([*hooks, *routed]))
         return self
 
@@ -52,6 +52,9 @@ class MomentCollector:
     def _add(self, name: str, x: Tensor) -> None:
         rows = self.sampling.rows(self.readers[name], x, self.first, self.samples, self.keep)
         self.sums[name].add(rows)
+
+    def _begin(self, sums: RoutedSums, tokens: int) -> None:
+        sums.begin(tokens, self.keep)
 
     def moments(self) -> dict[str, Moments]:
         """The moments of every reader that has run; spends the sums."""

@@ -25,13 +25,17 @@ class RoutedSums:
     def __init__(self, experts: int) -> None:
         self.n, self.experts = 0, experts
         self.seen: Tensor | None = None
+        self.keep: Tensor | None = None
 
-    def begin(self, tokens: int) -> None:
-        """A pass begins with so many tokens."""
-        self.n += tokens
+    def begin(self, tokens: int, keep: Tensor | None = None) -> None:
+        """A pass begins with so many tokens; ``keep`` bool, one for each of them, masks padding out."""
+        self.keep = None if keep is None or keep.numel() != tokens else keep.flatten()
+        self.n += tokens if self.keep is None else int(self.keep.sum())
 
     def add(self, read: Rows) -> None:
         """Add rows that some of the experts read."""
+        if self.keep is not None and read.tokens is not None:
+            read = read.where(self.keep.to(read.tokens.device)[read.tokens])
         rows = read.weighted
         if self.seen is None:
             self.seen = torch.zeros(self.experts, dtype=torch.int64, device=rows.device)
@@ -61,6 +65,11 @@ class Rows:
     experts: Tensor
     tokens: Tensor | None
     gates: Tensor | None = None
+
+    def where(self, stay: Tensor) -> Rows:
+        """Those rows that stay, bool ``(r,)``."""
+        tokens, gates = (None if t is None else t[stay] for t in (self.tokens, self.gates))
+        return Rows(self.rows[stay], self.products[stay], self.experts[stay], tokens, gates)
 
     @property
     def weighted(self) -> Tensor:

@@ -12,7 +12,8 @@ from modhifi.errors import ModhifiError
 from modhifi.models import hub
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.packing import is_several
-from modhifi.models.plain_copy import plain_copy, unwrapped
+from modhifi.models.plain_copy import plain_copy, unwrapped, weight_norms
+from modhifi.models.skeleton import build_skeleton, own_config, same_modules
 from modhifi.models.weights import check_weights
 
 
@@ -36,11 +37,22 @@ def from_module(module: nn.Module, args: dict[str, Any], example: Any) -> Loaded
     if hasattr(model, "config") and hasattr(model, "main_input_name"):
         from modhifi.models import from_transformers
 
-        return _noting(from_transformers.loaded_from(model, source, None), notes)
+        loaded = _noting(from_transformers.loaded_from(model, source, None), notes)
+        return replace(loaded, info=loaded.info | {"weight_norms": _library_norms(unwrapped(module)[0], loaded)})
     if not isinstance(example, Tensor) and not is_several(example):
         raise ModhifiError(f"{source}: pass example=, a batch of inputs (axis 0 the batch), with a plain module")
     info = {"architecture": type(model).__name__, "libraries": {"torch": torch.__version__}, "notes": notes}
     return LoadedModel(model, source, "torch", "tensor", torch.empty(0), None, None, None, info).with_example(example)
+
+
+def _library_norms(module: nn.Module, loaded: LoadedModel) -> dict[str, tuple[str, int]]:
+    """The weight norms of a module, if its library builds it with just these layers."""
+    norms = weight_norms(module)
+    try:
+        stock = bool(norms) and build_skeleton(loaded.framework, loaded.info, own_config(module), values=False)
+    except ModhifiError:  # code of one's own
+        return {}
+    return norms if stock and same_modules(stock, module) else {}
 
 
 def _noting(loaded: LoadedModel, notes: list[str]) -> LoadedModel:

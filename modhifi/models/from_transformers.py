@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
-from modhifi.models.given import main_input
+from modhifi.models.given import SOUNDS, main_input
 from modhifi.models.loaded import LoadedModel, frozen, random_pixels
 from modhifi.models.other_inputs import alternatives, completed, drawn, fed
 from modhifi.models.parts import (
@@ -230,7 +230,7 @@ def _preparations(
             pixels = (1, *pixels)  # several images an item
     if {"input_ids", "decoder_input_ids"} & set(takes):
         tokenizer = _tokenizer(directory, notes, **{"trust_remote_code": False, **common})
-    if main_input(model) in ("input_features", "input_values"):
+    if main_input(model) in SOUNDS:
         listener = listener_of(model, directory, notes)
     return transform, tokenizer, listener, pixels
 

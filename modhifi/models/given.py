@@ -20,7 +20,8 @@ SPECTRUM = 100
 # The largest coordinate of a box on a page.
 PAGE = 1000
 # What a class may forget to name as its main input.
-INPUTS = ("pixel_values", "input_features", "input_values", "past_values")
+SOUNDS = ("input_features", "input_values", "audio_mel")
+INPUTS = ("pixel_values", *SOUNDS, "past_values")
 # Fields that count the pictures of a film.
 FILMED = ("num_frames", "frames_per_clip")
 
@@ -107,6 +108,11 @@ def _frames(model: nn.Module, shapes: Shapes, _: torch.Generator) -> Tensor:
     return torch.ones(frames, dtype=torch.int64)
 
 
+def _nothing_padded(model: nn.Module, shapes: Shapes, _: torch.Generator) -> Tensor:
+    """No frame of a spectrum is padding."""
+    return torch.zeros(shapes["audio_mel"][0], dtype=torch.bool)
+
+
 def _pixels(model: nn.Module, shapes: Shapes, _: torch.Generator) -> Tensor:
     """Every pixel of an image counts."""
     return torch.ones(shapes["pixel_values"][-2:], dtype=torch.int64)
@@ -129,6 +135,7 @@ MAKERS: dict[str, Maker] = {
     "pixel_position_ids": lambda *_: torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE)),
     "bbox": _box,
     "input_features_mask": _frames,
+    "audio_mel_mask": _nothing_padded,
     "pixel_mask": _pixels,
     "pixel_attention_mask": _listed,
     "patch_attention_mask": _whole_patches,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
-from modhifi.models.given import SPECTRUM, field, given, main_input
+from modhifi.models.given import MAKERS, SOUNDS, SPECTRUM, field, given, main_input
 
 # Tokens that an encoder and a decoder read where the model takes as many; frames of sound where it takes any number.
 TEXT, WRITTEN, FRAMES = 128, 64, SPECTRUM
@@ -104,7 +104,7 @@ def every_part(
             parts.append(Part("attention_mask", "mask", (length,)))
     if (main == "pixel_values" or both) and pixels is not None:
         parts.append(Part("pixel_values", "image", pixels))
-    if main in ("input_features", "input_values"):
+    if main in SOUNDS:
         parts.append(Part(main, "audio", _sound_shape(config, main, listener)))
     if main == "past_values":
         parts.append(Part(main, "series", _series_shape(config)))
@@ -127,7 +127,7 @@ def _sound_shape(config: Any, main: str, listener: Listener | None) -> tuple[int
     if listener is not None:
         return tuple(listener(np.zeros(listener.samples, dtype=np.float32)).shape)
     bands = field(config, "num_mel_bins")
-    if width := field(config, "feature_projection_input_dim", "input_dim"):
+    if width := field(config, "feature_projection_input_dim", "input_dim", "input_feat_size"):
         return (FRAMES, int(width))
     if main == "input_values":
         return (_samples_of(config),) if bands is None else (int(field(config, "max_length") or FRAMES), int(bands))
@@ -173,7 +173,7 @@ def listener_of(model: Any, directory: Path | None, notes: list[str]) -> Listene
 
 def _extract(extractor: Any, rate: int, sound: np.ndarray) -> Tensor:
     output = extractor(sound, sampling_rate=rate, return_tensors="pt")
-    values: Tensor = next(output[name] for name in ("input_features", "input_values") if name in output)[0]
+    values: Tensor = next(output[name] for name in SOUNDS if name in output)[0]
     return values.float()
 
 
@@ -193,7 +193,13 @@ def image_token(config: Any) -> int | None:
 def image_tokens(model: Any, pixels: Tensor) -> int:
     """How many tokens of its text one image takes, ``pixels`` a batch of one."""
     owner = model if hasattr(model, "get_image_features") else model.model
-    features = owner.get_image_features(pixel_values=pixels.to(next(model.parameters()).dtype))
+    takes = inspect.signature(owner.get_image_features).parameters
+    beside = [name for name, p in takes.items() if name in MAKERS and p.default is inspect.Parameter.empty]
+    shapes, chance = {"pixel_values": tuple(pixels.shape[1:])}, torch.Generator().manual_seed(0)
+    more = given(model, [name for name in beside if name not in shapes], shapes, chance)
+    features = owner.get_image_features(
+        pixel_values=pixels.to(next(model.parameters()).dtype), **{name: item[None] for name, item in more.items()}
+    )
     features = getattr(features, "pooler_output", features)
     pieces = [features] if isinstance(features, Tensor) else list(features)
     return sum(piece.shape[:-1].numel() for piece in pieces)

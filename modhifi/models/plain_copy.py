@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.parametrizations import _WeightNorm, weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -35,6 +36,26 @@ def plain_copy(module: nn.Module, source: str) -> tuple[nn.Module, list[str]]:
     for kind, count in Counter(_fold(model)).items():
         notes.append(f"{kind} of {count} weight{'s' * (count > 1)} folded in: the copy has plain weights")
     return frozen(model), notes
+
+
+def weight_norms(module: nn.Module) -> dict[str, tuple[str, int]]:
+    """Where torch computes a weight by its weight norm alone: by the layer's name the weight's and the norm's axis."""
+    norms = {}
+    for name, part in module.named_modules():
+        tables: Any = part.parametrizations if parametrize.is_parametrized(part) else {}
+        for leaf, steps in tables.items():
+            if [type(step) for step in steps] == [_WeightNorm]:
+                norms[name] = leaf, int(steps[0].dim)
+    return norms
+
+
+def normed_again(model: nn.Module, norms: Mapping[str, tuple[str, int]]) -> nn.Module:
+    """The model, some plain weights of which are computed by weight norms again, in place, as its library does."""
+    for name, (leaf, dim) in norms.items():
+        layer = model.get_submodule(name)
+        if not parametrize.is_parametrized(layer, leaf):
+            weight_norm(layer, leaf, dim)
+    return model
 
 
 def unwrapped(module: nn.Module) -> tuple[nn.Module, list[str]]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from modhifi.models.loaded import LoadedModel
+from modhifi.models.plain_copy import normed_again
 from modhifi.models.skeleton import build_skeleton, own_config, same_function
 from modhifi.structure.families import says
 from modhifi.structure.groups import Structure
@@ -57,7 +58,7 @@ def can_say(loaded: LoadedModel, structure: Structure, kind: str) -> bool:
             )
     if loaded.framework != "transformers":
         return says(loaded.model, kind)
-    narrow = shrink(on_meta(loaded.model), structure, Plan(kept))
+    narrow = normed_again(shrink(on_meta(loaded.model), structure, Plan(kept)), loaded.info.get("weight_norms", {}))
     return stock_config(loaded, own_config(narrow), shapes_of(narrow)) is not None
 
 

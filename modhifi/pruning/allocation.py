@@ -60,7 +60,10 @@ def _allocated(
     if budget.measure == "cache":
         groups = tuple(g for g in groups if g.name in sizes.cached)
         if not groups:
-            raise ModhifiError("no attention head may go here, so the KV cache stays; `modhifi check` says why")
+            raise ModhifiError(
+                "no attention head that has keys and values of its own in the KV cache may go here, so that stays "
+                "(latent attention keeps one latent for all heads); `modhifi check` says what may go"
+            )
     lowest = {g.name: max(least_width(g, floor, rounding), g.n - len(curves[g.name].order)) for g in groups}
     problem = Problem(groups, curves, sizes, budget, lowest, rounding, weights)
     keep, measure = budget.keep, budget.label

@@ -11,6 +11,9 @@ from torch import Tensor
 from modhifi.structure.groups import Group, Role, Slice, Work
 from modhifi.structure.splits import Count, Split, fate_of
 
+# Behind the name of a table whose rows are channels.
+ROWS = "[rows]"
+
 
 @dataclass(frozen=True)
 class Event:
@@ -63,6 +66,20 @@ class Couplings:
             self.loose.update(self.made[name].tolist())
             self.events.append(Event(name, "along", self.made[name]))
         return self.made[name]
+
+    def rows(self, name: str, width: int) -> Tensor:
+        """New channels along the first axis of a parameter, a table; asked for twice, the same ones."""
+        key = f"{name}{ROWS}"
+        if key not in self.made:
+            self.made[key] = self.fresh(width)
+            self.loose.update(self.made[key].tolist())
+            self.events.append(Event(name, "rows", self.made[key]))
+        return self.made[key]
+
+    def parameter_of(self, ids: Tensor) -> str | None:
+        """The parameter whose own channels these are, along its last wide axis."""
+        own = (name for name, made in self.made.items() if torch.equal(made, ids) and self.is_loose(ids))
+        return next((name for name in own if not name.endswith(ROWS)), None)
 
     def is_loose(self, ids: Tensor) -> bool:
         """Whether these are a parameter's own channels, which no operator has produced."""

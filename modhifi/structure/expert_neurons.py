@@ -20,12 +20,12 @@ def by_expert(model: nn.Module, group: Group) -> Group:
 
     Every expert loses as many. Refused where a channel of stacked matrices is one of other layers as well.
     """
-    operators = {s.module: operator_at(model, s.module) for s in group.slices if s.role != "along"}
+    operators = {s.module: operator_at(model, s.module) for s in group.slices if s.role not in ("along", "rows")}
     stacks = {name: operator for name, operator in operators.items() if isinstance(operator, Stacked)}
     if not stacks:
         return group
     experts = {stack.experts for stack in stacks.values()}
-    tables = [s for s in group.slices if s.role == "along"]
+    tables = [s for s in group.slices if s.role in ("along", "rows")]
     widths = [len(model.get_parameter(s.module)) for s in tables if _is_parameter(model, s.module)]
     if len(stacks) < len(operators) or len(widths) < len(tables) or len({*experts, *widths}) > 1:
         return replace(group, refused=group.refused or "experts and other layers share these channels")

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Role = Literal["producer", "reader", "along", "biases", "matrices"]
+Role = Literal["producer", "reader", "along", "rows", "biases", "matrices"]
 Kind = Literal["channels", "neurons", "heads", "experts", "blocks", "sublayers"]
 
 
@@ -22,7 +22,8 @@ class Slice:
 
     ``index`` is int64 ``(n, m)``: the ``m`` channel positions of each of the ``n`` components, on the output axis of a
     producer, on the input axis of a reader, on the only channel axis of a module (or parameter) that the components
-    pass along (a norm, a depthwise conv, a layer scale), in the flattened ``biases`` ``(E, width)`` of stacked
+    pass along (a norm, a depthwise conv, a layer scale), on the first axis of a table with ``rows`` for them, in the
+    flattened ``biases`` ``(E, width)`` of stacked
     matrices, on the first axis of a tensor with something for each expert (``matrices``).
     """
 

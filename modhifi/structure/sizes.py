@@ -150,7 +150,7 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
     for group in structure.prunable:
         for piece in group.slices:
             places[piece.module] = None
-            if piece.role in ("along", "biases", "matrices"):
+            if piece.role in ("along", "rows", "biases", "matrices"):
                 tables[piece.module] = piece.role
             table = inputs if piece.role == "reader" else outputs
             table[piece.module][group.name] = piece.index.shape[1]
@@ -172,7 +172,8 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
             continue
         if isinstance(place, Tensor) and (name in tables or place.ndim < 3):
             role = tables.get(name)
-            total = {"biases": place.numel(), "matrices": place.shape[0]}.get(str(role), place.shape[last_wide(place)])
+            first = role in ("rows", "matrices")
+            total = place.numel() if role == "biases" else place.shape[0 if first else last_wide(place)]
             if not isinstance(place, nn.Parameter):
                 continue
             terms.append(Term(0, 0, place.numel(), {}, 0, outputs[name], total, parts=parts_of(name, whole)))
@@ -210,7 +211,8 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
     total = sum(p.numel() for p in model.parameters())
     full = {g.name: g.n for g in structure.prunable}
     # a reader takes the values of every query head, and a key is as wide as a value
-    cached = {g.name: 2 * g.readers[0].index.shape[1] // g.queries for g in structure.groups if _attends(g)}
+    attending = [] if _keeps_latents(model) else [g for g in structure.groups if _attends(g)]
+    cached = {g.name: 2 * g.readers[0].index.shape[1] // g.queries for g in attending}
     fixed = sum(g.n * cached[g.name] for g in structure.refused if g.name in cached)
     return Sizes(
         tuple(terms),
@@ -237,6 +239,11 @@ def _parts_of_group(group: Group, whole: Whole) -> tuple[tuple[str, int], ...]:
     """The blocks and sublayers that a group lies in altogether."""
     places = [set(parts_of(piece.module, whole)) for piece in group.slices]
     return tuple(sorted(set.intersection(*places))) if places else ()
+
+
+def _keeps_latents(model: nn.Module) -> bool:
+    """Whether what attention caches is one latent for all heads, which no head takes along (DeepSeek-V2)."""
+    return any(getattr(getattr(module, "config", None), "kv_lora_rank", None) for module in model.modules())
 
 
 def _attends(group: Group) -> bool:

@@ -81,8 +81,9 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
         along = removed.get((name, "along"), none)
         parent, leaf = holder(model, name)
         place = getattr(parent, leaf)
-        if (name, "matrices") in removed:
-            _replace(parent, leaf, select(place.data, 0, staying(len(place), removed[name, "matrices"])))
+        first = removed.get((name, "matrices"), removed.get((name, "rows")))
+        if first is not None:
+            _replace(parent, leaf, select(place.data, 0, staying(len(place), first)))
         elif (name, "biases") in removed:
             stay = staying(place.numel(), removed[name, "biases"])
             _replace(parent, leaf, select(place.data.flatten(), 0, stay).view(len(place), -1))

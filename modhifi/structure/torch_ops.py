@@ -74,7 +74,8 @@ _TABLE: dict[Kind, str] = {
     "product": "mul multiply",
     "quotient": "div divide true_divide",
     # what else makes one element of one element of several tensors
-    "binary": "__rtruediv__ __rdiv__ maximum minimum addcmul where masked_fill",
+    "binary": """__rtruediv__ __rdiv__ maximum minimum addcmul where masked_fill gt lt ge le eq ne greater less
+        greater_equal less_equal not_equal logical_and logical_or""",
     "matrix product": "matmul __rmatmul__ bmm",
     "attention": "scaled_dot_product_attention",
     "conv": "conv1d conv2d conv3d",

@@ -56,6 +56,22 @@ def test_each_experts_gram_is_that_of_its_tokens_weighted_by_their_gates(name: s
             assert int(moments.counts[expert]) == len(rows)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_padding_is_masked_out_of_each_experts_gram(implementation: str):
+    model, batch, run = tiny_transformers.family("mixtral")
+    model = model.float()
+    model.config._experts_implementation = implementation
+    structure = trace(model, run)
+    readers = dict(operator_modules(model, [g for g in structure.prunable if g.experts > 1]))
+    half = batch.shape[1] // 2
+    keep = (torch.arange(batch.shape[1]) < half).expand(batch.shape)  # a causal model does not see what comes later
+    masked = collect(model, model, [batch], readers, Sampling(), samples=2, real=lambda batch: keep)
+    alone = collect(model, model, [batch[:, :half]], readers, Sampling(), samples=2)
+    for name, moments in masked.items():
+        assert moments.n == alone[name].n and torch.equal(moments.counts, alone[name].counts)
+        torch.testing.assert_close(moments.gram, alone[name].gram, rtol=1e-4, atol=1e-7)
+
+
 def test_experts_that_saw_few_tokens_have_the_identity_for_a_gram():
     second = torch.randn(3, 8, 8, dtype=torch.float64)
     second = second @ second.mT

@@ -43,7 +43,33 @@ def timesformer() -> nn.Module:
     return transformers.TimesformerForVideoClassification(transformers.TimesformerConfig(**sizes))
 
 
+def instructblip() -> nn.Module:
+    config = transformers.InstructBlipConfig(
+        vision_config=SIZES | dict(image_size=16, patch_size=8),
+        qformer_config=TEXT | dict(encoder_hidden_size=32),
+        text_config=dict(
+            model_type="opt", hidden_size=32, ffn_dim=40, num_hidden_layers=1, num_attention_heads=4, vocab_size=60
+        )
+        | dict(word_embed_proj_dim=32, max_position_embeddings=256),
+        num_query_tokens=3,
+        image_token_index=59,
+    )
+    return transformers.InstructBlipForConditionalGeneration(config)
+
+
+def gemma3n_audio() -> nn.Module:
+    from transformers.models.gemma3n.modeling_gemma3n import Gemma3nAudioEncoder
+
+    sizes: dict[str, Any] = dict(
+        hidden_size=32, input_feat_size=16, conf_num_hidden_layers=1, sscp_conv_channel_size=[8, 4]
+    )
+    config = transformers.Gemma3nAudioConfig(**sizes, conf_num_attention_heads=4)
+    return Gemma3nAudioEncoder._from_config(config)  # type: ignore[no-any-return]
+
+
 BUILDERS = {
+    instructblip: {"input_ids", "attention_mask", "pixel_values", "qformer_input_ids"},
+    gemma3n_audio: {"audio_mel", "audio_mel_mask"},
     qwen2_5_vl: {"hidden_states", "grid_thw"},
     siglip2: {"pixel_values", "pixel_attention_mask", "spatial_shapes"},
     bros: {"input_ids", "attention_mask", "bbox"},

@@ -3,12 +3,15 @@ from __future__ import annotations
 import copy
 
 import pytest
+import tiny_parts
 import tiny_transformers
 import torch
 import transformers
 from torch import nn
 
 from modhifi.models.load import load_model
+from modhifi.models.plain_copy import normed_again
+from modhifi.models.skeleton import record
 from modhifi.models.stock import can_say, on_meta, shapes_of, stating
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import shrink
@@ -69,3 +72,22 @@ def test_a_copy_without_values_has_the_same_shapes():
     empty = on_meta(model)
     assert shapes_of(empty) == shapes_of(model) and all(p.is_meta for p in empty.parameters())
     assert not any(p.is_meta for p in model.parameters())
+
+
+def test_weight_norms_that_a_copy_lost_come_back_when_it_is_saved():
+    dense = tiny_parts.model("wav2vec2")
+    loaded = load_model(dense)
+    assert "wav2vec2.encoder.pos_conv_embed.conv" in loaded.info["weight_norms"]
+    assert record(loaded, copy.deepcopy(loaded.model))[0] == "torch"  # plain weights are not what its library builds
+    again = normed_again(copy.deepcopy(loaded.model), loaded.info["weight_norms"])
+    assert record(loaded, again)[0] == "transformers" and again.state_dict().keys() == dense.state_dict().keys()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.logits(loaded.example, again), loaded.logits(loaded.example, dense))
+    structure = trace(loaded.model, lambda m: loaded.outputs(loaded.example, m))
+    assert can_say(loaded, structure, "neurons")
+
+
+def test_weight_norms_of_a_model_that_was_changed_by_hand_stay_folded():
+    dense = tiny_parts.model("wav2vec2")
+    dense.dropout = nn.Identity()
+    assert load_model(dense).info["weight_norms"] == {}

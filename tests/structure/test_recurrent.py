@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from modhifi.structure.plan import Plan
 from modhifi.structure.recurrent import Gates
 from modhifi.structure.sizes import sizes_of
 from modhifi.structure.surgery import mask_readers, shrink
+from modhifi.structure.tracing.recurrent_rules import CELL
 from modhifi.structure.tracing.tracer import trace
 from modhifi.structure.trial_cut import confirm
 
@@ -99,3 +101,21 @@ def test_a_matrix_of_gates_is_cut_without_values() -> None:
     layer = nn.LSTM(3, 4, device="meta")
     Gates(layer, "weight_ih_l0").cut(torch.tensor([True, False, True]), torch.arange(16) % 4 < 3)
     assert layer.weight_ih_l0.shape == (12, 2)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_cells_are_refused_and_the_reason_says_what_goes(kind: type[nn.RNNCellBase]) -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inputs, self.cell, self.head = nn.Linear(5, 6), kind(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state: Any = None
+            for step in self.inputs(x).unbind(1):
+                state = self.cell(step, state)
+            return self.head(state[0] if isinstance(state, tuple) else state)
+
+    structure = trace(Steps().eval(), lambda net: net(torch.randn(2, 4, 5)))
+    refused = {g.name: (g.n, g.refused) for g in structure.refused}
+    assert refused["cell"] == (8, CELL) and CELL in str(refused["inputs"][1]) and not structure.prunable

@@ -77,6 +77,33 @@ def test_a_grouped_product_is_followed_and_keeps_widths_that_it_can_take():
     )
 
 
+class Listed(nn.Module):
+    """Matrices of experts in a module of their own, which calls them its weight."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape))
+
+    def forward(self, rows: list[Tensor]) -> list[Tensor]:
+        return [nn.functional.linear(x, self.weight[number]) for number, x in enumerate(rows)]
+
+
+def test_matrices_that_are_called_a_weight_are_those_of_experts():
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.last = Listed((2, 6, 4)), Listed((2, 4, 6)), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = [rows.relu() for rows in self.up(list(x.chunk(2)))]
+            return self.last(torch.cat(self.down(hidden)))
+
+    torch.manual_seed(0)
+    model, x = Experts().eval().requires_grad_(False), torch.randn(4, 4)
+    (group,) = confirm(model, trace(model, lambda m: m(x)), lambda m: m(x)).prunable
+    assert (group.name, group.n, group.experts) == ("up.weight", 12, 2)
+
+
 def test_matrices_that_nothing_known_multiplies_are_refused():
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -96,3 +123,11 @@ def test_a_stack_is_its_own_transpose_turned():
     owner.weight = nn.Parameter(torch.randn(3, 4, 5))
     assert torch.equal(Stacked(owner, "weight", True).matrices, owner.weight.mT)
     assert (Stacked(owner, "weight", True).out_features, Stacked(owner, "weight", False).out_features) == (15, 12)
+
+
+def test_heads_that_read_one_latent_take_nothing_out_of_the_cache():
+    model, _, run = tiny_transformers.family("deepseek_v3")
+    latent = sizes_of(model, trace(model, run))
+    assert not latent.cached and latent.cache({}) == 0
+    model, _, run = tiny_transformers.family("mixtral")
+    assert sizes_of(model, trace(model, run)).cache({}) > 0

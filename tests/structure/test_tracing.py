@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import tiny
@@ -9,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modhifi.structure.expand import expand
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.plan import Plan
+from modhifi.structure.sizes import sizes_of
 from modhifi.structure.surgery import mask_readers, shrink
 from modhifi.structure.tracing.tracer import trace
 from modhifi.structure.trial_cut import confirm
@@ -129,6 +132,17 @@ def test_tensors_kept_from_an_earlier_pass_carry_no_components(kind):
     model, x = tiny.randomise(Kept(kind)), torch.randn(2, 3, 10, 10)
     model(x)
     assert {g.name for g in trace(model, lambda model: model(x)).prunable} == {"stem.0", "inner.0", "conv.0"}
+
+
+@cache
+def heights(count: int) -> Tensor:
+    return torch.linspace(0, 1, count)[:, None]
+
+
+def test_tensors_of_a_library_cache_carry_no_components():
+    model, x = tiny.randomise(Through(lambda x: x + heights(x.shape[2]))), torch.randn(2, 3, 12, 12)
+    model(x)
+    assert group(trace(model, lambda model: model(x)), "inner").refused is None
 
 
 def test_a_layer_called_twice_ties_its_input_to_its_output():
@@ -289,6 +303,11 @@ class Through(tiny.Net):
         (lambda x: torch.moveaxis(x, 1, 2).swapdims(1, 2), 1),
         (lambda x: torch.group_norm(input=x, num_groups=1) * 0 + x, 1),
         (lambda x: torch.softmax(input=x, dim=2), 1),
+        (lambda x: torch.where(x > 0, x, 0.1 * x.square()), 1),
+        (lambda x: F.pad(x, (1, 1, 0, 0, 0, 0)), 1),
+        (lambda x: torch.min(x, torch.tensor(0.2)), 1),
+        (lambda x: x.mean((2, 3), keepdim=True).expand_as(torch.zeros_like(x)), 1),
+        (lambda x: torch.cat([torch.zeros_like(x[:, :, :1]), x], 2), 1),
     ],
 )
 def test_operations_that_are_followed(operation: Callable[[Tensor], Tensor], factor: int):
@@ -313,6 +332,7 @@ def test_operations_that_are_followed(operation: Callable[[Tensor], Tensor], fac
         (lambda x: torch.index_select(x, 1, torch.arange(8).flip(0)), "the operation 'index_select' is not understood"),
         (lambda x: x.unfold(1, 8, 1)[..., 0].repeat(1, 8, 1, 1), "'__getitem__' folds these channels"),
         (lambda x: F.unfold(x, 1).view(x.shape), "the operation 'unfold' is not understood"),
+        (lambda x: F.pad(x, (0, 0, 0, 0, 1, 0))[:, 1:], "these channels are padded with others"),
     ],
 )
 def test_operations_that_are_refused(operation: Callable[[Tensor], Tensor], reason: str):
@@ -382,9 +402,29 @@ class Positions(nn.Module):
         return self.last(x)
 
 
+class Biased(nn.Module):
+    """Queries to which a row for each head is added, and scores that are added to those of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.far, self.out = nn.Linear(6, 36), nn.Linear(6, 12, bias=False), nn.Linear(12, 3)
+        self.content, self.place, self.heads = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3, 4)), 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length = x.shape[:2]
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, 4).unbind(2)
+        far = self.far(x.flip(1)).view(batch, length, self.heads, 4).permute(0, 2, 3, 1)
+        scores = F.pad((q + self.place).transpose(1, 2) @ far, (1, 0))[..., 1:].reshape(-1, length, length)
+        q = (q.transpose(1, 2) + self.content.view(1, self.heads, 1, 4)).reshape(-1, length, 4)
+        k, v = (t.transpose(1, 2).reshape(-1, length, 4) for t in (k, v))
+        mixed = scores.baddbmm(q, k.mT).softmax(-1).bmm(v).view(batch, self.heads, length, 4)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
 @pytest.mark.parametrize(
     ("model", "groups"),
     [
+        (Biased(), ["qkv"]),
         (Sinks(), ["qkv"]),
         (Rotated(), ["q"]),
         (nn.Sequential(ByHand(6, 16), nn.ReLU(), ByHand(16, 3)), ["0"]),
@@ -401,3 +441,7 @@ def test_heads_of_other_forms_pass_the_mask_oracle(model: nn.Module, groups: lis
     small = shrink(copy.deepcopy(model), structure, plan)
     torch.testing.assert_close(small(x), mask_readers(model, structure, plan)(x), rtol=1e-5, atol=1e-6)
     assert float((small(x) - model(x)).abs().max()) > 1e-4
+    assert sizes_of(model, structure).parameters({name: 2 for name in groups}) == sum(
+        p.numel() for p in small.parameters()
+    )
+    torch.testing.assert_close(expand(small, model, structure, plan)(x), small(x), rtol=1e-5, atol=1e-6)

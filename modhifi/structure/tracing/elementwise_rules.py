@@ -69,6 +69,20 @@ def matrix_product(watcher: Watcher, call: TracedCall) -> list[Placement | None]
     return couple(watcher, call, places, "heads")
 
 
+def baddbmm(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """A batch of products added to a tensor: as the product itself, which that tensor meets at every place."""
+    added, first, second = call.inputs
+    places = [
+        (added, {d: d + 3 - added.ndim for d in range(added.ndim)}),
+        (first, {0: 0, 1: 1}),
+        (second, {0: 0, 2: 2}),
+    ]
+    return couple(watcher, call, places, "heads")
+
+
+register_operation("baddbmm", baddbmm)
+
+
 def einsum(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     """Axes of one letter meet; those whose letter is not in the result are summed over."""
     tensors = call.inputs
@@ -110,6 +124,7 @@ def couple(
     """
     out = call.outputs[0]
     met: list[tuple[int, Tensor]] = []
+    tables: list[tuple[Tensor, dict[int, int], Tensor]] = []
     for tensor, place in places:
         axis = call.axis(tensor)
         if axis is None:
@@ -122,6 +137,7 @@ def couple(
             ids = ids.repeat_interleave(out.shape[dim] // len(ids))
         if len(ids) == out.shape[dim]:
             met.append((dim, ids))
+            tables.append((tensor, place, axis.ids))
         else:
             watcher.freeze(axis, "a single channel multiplies all others")
     produced = [(dim, ids) for dim, ids in met if not watcher.couplings.is_loose(ids)] or met
@@ -130,9 +146,12 @@ def couple(
     dim, first = produced[0]
     if any(other != dim for other, _ in produced):
         return watcher.refuse(call, "two tensors with channels on different axes are combined")
-    for other, ids in met:
+    for (other, ids), (tensor, place, own) in zip(met, tables, strict=True):
         if other != dim:  # a parameter along another axis, such as a norm's inside each head
             watcher.freeze(Axis(other, ids), "a parameter spans another axis")
+            here = next((d for d, o in place.items() if o == dim), None)
+            if here is not None and (rows := _rows(watcher, tensor, here, own)) is not None:
+                watcher.couplings.unite(first, rows)
     for tensor, place in places:
         here = next((d for d, o in place.items() if o == dim), None)
         if here is not None and call.axis(tensor) is None and tensor.shape[here] > 1:
@@ -146,3 +165,12 @@ def couple(
     if mark == "heads" and dim < out.ndim - 2:
         watcher.couplings.mark(first, mark)
     return [Axis(dim, first)] * len(call.outputs)
+
+
+def _rows(watcher: Watcher, tensor: Tensor, dim: int, columns: Tensor) -> Tensor | None:
+    """The channels along the first axis of a table ``(heads, width)``, which a tensor shows along ``dim``."""
+    name = watcher.couplings.parameter_of(columns)
+    shape = None if name is None else watcher.model.get_parameter(name).shape
+    if name is None or shape is None or len(shape) != 2 or tensor.shape[dim] != shape[0]:
+        return None
+    return watcher.couplings.rows(name, shape[0]) if tensor.numel() == shape.numel() else None

@@ -57,11 +57,11 @@ def grouped_product(watcher: Watcher, call: TracedCall) -> list[Placement | None
 
 def product_with_view(watcher: Watcher, call: TracedCall, x: Tensor, view: StackView) -> list[Placement | None]:
     """A product with experts' matrices, or with the weight of a linear layer as ``x @ weight.T``."""
-    if not view.name.endswith(".weight"):
+    weight = watcher.model.get_parameter(view.name)
+    if weight.ndim > 2:
         return of_experts(watcher, call, x, view)
     if call.kind == "linear":
         return list(linear(watcher, call))
-    weight = watcher.model.get_parameter(view.name)
     return _linear(watcher, call, x, weight, None, transposed=call.name not in LINEAR and not view.turned)
 
 

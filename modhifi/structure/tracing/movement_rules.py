@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from modhifi.structure.operators import last_wide
 from modhifi.structure.splits import Count, Split
+from modhifi.structure.tracing.elementwise_rules import binary
 from modhifi.structure.tracing.operations import register_operation, rule_for
 from modhifi.structure.tracing.placements import Axis, Grid, Placement, TracedCall, is_constant
 from modhifi.structure.tracing.watcher import Watcher
@@ -24,34 +25,40 @@ def move(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
         return [beside]
     if call.name in LIKE and call.placements.get(id(call.inputs[0])) is None:
         return [None]
-    without = [t for t in call.inputs if t.ndim > 0 and _carries_nothing(call, t)]
-    if without and call.kind != "join":
+    moved = call.inputs[:1] if call.name in LIKE else call.inputs
+    without = [t for t in moved if t.ndim > 0 and _carries_nothing(call, t)]
+    indexed = call.name == "__getitem__" and any(call.placements.get(id(t)) is not None for t in call.inputs[1:])
+    if indexed or (without and call.kind != "join"):
         return watcher.unknown(call)
     try:
-        moved = call.moved()
+        places = call.moved()
     except (IndexError, RuntimeError, TypeError, ValueError):  # an operation that takes no integers
         return watcher.unknown(call)
-    placements = [p for p in moved if p is not None and bool((p.ids >= 0).any())]
+    placements = [p for p in places if p is not None and bool((p.ids >= 0).any())]
     split = any(isinstance(p, Grid) for p in placements) and not call.grids
     if len(placements) < sum(t.numel() > 0 for t in call.outputs) or (split and call.kind != "reshape"):
         return watcher.refuse(call, f"'{call.name}' folds these channels into another shape")
     if call.kind == "placed" and not _takes_alike(watcher, call, call.carriers[0][1].ids.flatten(), placements):
         return watcher.refuse(call, f"'{call.name}' takes these channels from fixed places")
-    return [_collapse(watcher, p) if split and isinstance(p, Grid) else p for p in moved]
+    return [_collapse(watcher, p) if split and isinstance(p, Grid) else p for p in places]
 
 
 def _beside(watcher: Watcher, call: TracedCall) -> Placement | None:
-    """Components of several tensors along one axis that are joined along another, as scores and sinks of heads are."""
-    axes = [call.axis(tensor) for tensor in call.inputs]
-    first = axes[0]
+    """Components of several tensors along one axis that are joined along another, as scores and sinks of heads are.
+
+    Beside them may stand what is the same for all of them, such as zeros.
+    """
+    axes = [(tensor, call.axis(tensor)) for tensor in call.inputs if tensor.numel()]
+    known = [axis for _, axis in axes if axis is not None]
     ndim, dim = call.outputs[0].ndim, call.argument(1, "dim", 0)
-    if first is None or first.dim == dim % ndim:
+    if not known or call.grids or known[0].dim == dim % ndim:
         return None
-    alike = all(a is not None and a.dim == first.dim and len(a.ids) == len(first.ids) for a in axes)
-    if not alike or all(a is not None and torch.equal(a.ids, first.ids) for a in axes):
+    first, fixed = known[0], [tensor for tensor, axis in axes if axis is None]
+    if any(axis.dim != first.dim or len(axis.ids) != len(first.ids) for axis in known):
         return None
-    for axis in axes[1:]:
-        assert axis is not None
+    if any(id(tensor) in watcher.parameters or not is_constant(tensor, first.dim) for tensor in fixed):
+        return None
+    for axis in known[1:]:
         watcher.couplings.unite(first.ids, axis.ids)
     return first
 
@@ -191,11 +198,13 @@ def pooling(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
 
 @rule_for("padding")
 def padding(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
-    """Pads are named from the last axis on, two for each; the axis of the components must not be among them."""
-    axis, pads = call.axis(call.inputs[0]), call.argument(1, "pad")
-    if axis is None or call.inputs[0].ndim - len(pads) // 2 <= axis.dim:
+    """Pads are named from the last axis on, two for each; the axis of the components must get none."""
+    x, pads = call.inputs[0], call.argument(1, "pad")
+    axis = call.axis(x)
+    if axis is None:
         return watcher.unknown(call)
-    return [axis]
+    at = 2 * (x.ndim - 1 - axis.dim)
+    return [axis] if not any(pads[at : at + 2]) else watcher.refuse(call, "these channels are padded with others")
 
 
 @rule_for("reduction", "vector norm")
@@ -216,5 +225,10 @@ def reduce(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     return [Axis(axis.dim - before, axis.ids)] * len(call.outputs)
 
 
+def extreme(watcher: Watcher, call: TracedCall) -> Sequence[Placement | None]:
+    """The largest or smallest along an axis, or of two tensors at each place."""
+    return binary(watcher, call) if len(call.inputs) > 1 else reduce(watcher, call)
+
+
 for _name in ("max", "min"):
-    register_operation(_name, reduce)
+    register_operation(_name, extreme)

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.structure.recurrent import Direction, directions, gate_count, order_of
-from modhifi.structure.tracing.operations import rule_for
+from modhifi.structure.tracing.operations import register_operation, rule_for
 from modhifi.structure.tracing.placements import Axis, Grid, Placement, TracedCall, is_constant
 from modhifi.structure.tracing.watcher import Watcher
 
+CELL = "a recurrent cell steps by itself: its hidden units stay, those of nn.LSTM, nn.GRU and nn.RNN can go"
 PACKED = "a recurrent layer reads sequences of several lengths packed into one"
 
 
@@ -38,6 +39,15 @@ def recurrent(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     last = [ids for d, ids in zip(directions(owner), hidden, strict=True) if d.layer == owner.num_layers - 1]
     ends = [_all_layers(torch.stack(ids)) for ids in (hidden, units)]
     return [Axis(2, torch.cat(last)), *ends[: len(call.outputs) - 1]]
+
+
+def cell(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
+    """One step of a cell, which the model's own code repeats."""
+    return watcher.refuse(call, CELL)
+
+
+for _name in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"):
+    register_operation(_name, cell)
 
 
 def _units(watcher: Watcher, name: str, owner: nn.RNNBase) -> tuple[list[Tensor], list[Tensor]]:

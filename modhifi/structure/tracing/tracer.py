@@ -8,11 +8,12 @@ a reason: no operation is ever guessed to be elementwise.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from modhifi.structure.expert_neurons import by_expert
@@ -80,6 +81,8 @@ def _stacked(model: nn.Module, seen: set[str]) -> Iterator[Group]:
 def _unseen(model: nn.Module, seen: set[str], obstacles: dict[str, str]) -> Iterator[Group]:
     """Refused groups for layers that cannot be edited, or were not seen to run."""
     for name, module in model.named_modules():
+        if isinstance(module, nn.RNNCellBase):
+            yield Group(name, module.hidden_size, (), refused=recurrent_rules.CELL)
         if isinstance(module, (_ConvNd, nn.Linear)) and name not in seen:
             reason = obstacles.get(name, "the model does not run this layer, or not as a layer of its own")
             if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
@@ -87,14 +90,33 @@ def _unseen(model: nn.Module, seen: set[str], obstacles: dict[str, str]) -> Iter
             yield Group(name, len(module.weight), (), refused=reason)
 
 
+def _watched(
+    model: nn.Module, run: Callable[[nn.Module], Any], older: Iterable[Tensor] = ()
+) -> tuple[ChannelTracer, Any]:
+    """One watched pass; tensors ``older`` than it carry nothing."""
+    tracer = ChannelTracer(model)
+    for tensor in older:
+        if id(tensor) not in tracer.placements:
+            tracer.remember(tensor, None)
+    with torch.no_grad(), tracer.following(), tracer:
+        return tracer, run(model)
+
+
+def _alive() -> list[Tensor]:
+    """Every tensor that Python holds now."""
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+
+
 def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Structure:
     """Watch ``run(model)``, one forward pass on a batch of at least two samples, and return the groups found.
 
-    The model must be in eval mode. Costs one forward pass; nothing of the model is changed.
+    The model must be in eval mode. Costs one forward pass, or two where the first meets tensors that it has not made;
+    nothing of the model is changed.
     """
-    tracer = ChannelTracer(model)
-    with torch.no_grad(), tracer.following(), tracer:
-        outputs = run(model)
+    tracer, outputs = _watched(model, run)
+    if tracer.unobserved:  # libraries keep positions and anchors in caches that no module shows
+        tracer, outputs = None, None  # type: ignore[assignment]  # nothing of that pass is to count as older
+        tracer, outputs = _watched(model, run, _alive())
     for _, tensor in named_tensors(outputs):
         tracer.uses[id(tensor)] += 1
         placement = tracer.placements.get(id(tensor))

@@ -39,6 +39,8 @@ class Watcher(TorchFunctionMode):
         self.couplings = Couplings()
         self.placements: dict[int, Placement | None] = {}
         self.alive: list[Tensor] = []
+        # Whether the pass met a tensor that nothing which it ran has made.
+        self.unobserved = False
         self.uses: Counter[int] = Counter()
         # The operator that wrote a tensor, by the tensor's id, and the BatchNorms behind it with what they read.
         self.written_by: dict[int, str] = {}
@@ -89,6 +91,7 @@ class Watcher(TorchFunctionMode):
         if id(tensor) not in self.placements and not (tensor.is_floating_point() or tensor.is_complex()):
             self.remember(tensor, None)  # an index made in an earlier pass, which a library keeps
         if id(tensor) not in self.placements:
+            self.unobserved |= self.couplings.count > 0  # what the model reads is older than anything in it
             self.couplings.freeze_everything(f"an operation before {self.where} could not be observed")
             self.remember(tensor, None)
         placement = self.placements[id(tensor)]
