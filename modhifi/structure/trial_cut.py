@@ -162,9 +162,7 @@ def _confirm(
 
 
 @torch.no_grad()
-def _wrong_output(
-    model: nn.Module, structure: Structure, plan: Plan, run: Callable[[nn.Module], Any]
-) -> str | None:
+def _wrong_output(model: nn.Module, structure: Structure, plan: Plan, run: Callable[[nn.Module], Any]) -> str | None:
     """The output that is wrong once a plan is cut, "" for all; None where none is."""
     masked = dict(named_tensors(run(mask_readers(model, structure, plan, model.parameters()))))
     try:
