@@ -76,7 +76,7 @@ def unmeasured(paragraph: str) -> list[str]:
     contents = [json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in names]
     measured = {abs(value) for value in numbers(contents) if math.isfinite(value)}
     shares = {100 * value for value in measured} | {100 * (1 - value) for value in measured if value <= 1}
-    units = {value / scale for value in measured for scale in (1e3, 1e6)}
+    units = {value / scale for value in measured for scale in (1e-3, 1e3, 1e6)}
     text = re.sub(r"`[^`]*`|\]\([^)]*\)|arXiv [\d.]+", "", paragraph)
     missing = []
     for figure in FIGURE.findall(text):
@@ -107,6 +107,7 @@ def test_a_figure_that_nobody_measured_is_found() -> None:
 
 
 def test_a_figure_on_a_quoted_screen_is_looked_up() -> None:
-    page = "```\n$ modhifi demo\n top-1   90.40 %   88.01 %\n\nAt most 9.62 %\n```\n\nAs [measured](eval/results/demo.md).\n"
+    screen = "```\n$ modhifi demo\n top-1   90.40 %   88.01 %\n\nAt most 9.62 %\n```\n"
+    page = f"{screen}\nAs [measured](eval/results/demo.md).\n"
     (paragraph,) = paragraphs(page)
     assert unmeasured(paragraph) == ["88.01"]
