@@ -39,7 +39,8 @@ def read_once() -> Iterator[None]:
         if not return_tensors:
             return _copied(described)
         reader = gguf.GGUFReader(path)
-        reader.fields = {name: field for name, field in reader.fields.items() if not name.startswith(VOCABULARY)}
+        for name in [name for name in reader.fields if name.startswith(VOCABULARY)]:
+            del reader.fields[name]
         return load(path, return_tensors, **others)
 
     class PlainReader(gguf.GGUFReader):

@@ -65,7 +65,8 @@ def validate(kind: type[R], content: Any, where: str | Path, flags: Mapping[str,
         # Where one of several kinds is meant, pydantic puts the name of the kind into the path.
         keys = _real_keys(content, problem["loc"])
         path = ".".join(map(str, keys)) or "recipe"
-        flag = (flags or {}).get(path)
+        # An option that is repeated, or holds several with commas, gives the whole list.
+        flag = (flags or {}).get(path) or (flags or {}).get(".".join(k for k in keys if isinstance(k, str)))
         changed = flag is not None and flag.startswith("--set")
         position = str(flag) if changed else f"{where}{_line(where, keys)}"
         if problem["type"] == "extra_forbidden":
@@ -92,6 +93,7 @@ def parse_yaml(text: str, where: str | Path) -> Any:
     """The content of a YAML text. Raises ModhifiError where it is none, and where its aliases make it too large."""
     try:
         loader = yaml.SafeLoader(text)
+        loader.name = str(where)
         node = loader.get_single_node()
         if _nodes(node, {}, 0) > MOST_NODES:
             raise ValueError("its aliases hold too much")
