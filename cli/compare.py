@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import textwrap
 from typing import Any
 
 from modhifi.artifacts.formatting import number
@@ -80,7 +81,7 @@ def _show(report: dict[str, Any]) -> None:
     """Prints a row a cell, and why some are empty."""
     console, comparison = stdout_console(), report["comparison"]
     text = comparison["perplexity_before"] is not None
-    words, quality = ("selector", "compensate", "budget", "front"), comparison["quality"].replace(" ", "\n", 1)
+    words, quality = ("selector", "compensate", "budget", "front"), "\n".join(textwrap.wrap(comparison["quality"], 9))
     figures = ("FLOPs", "params", "time", quality, *(["perplexity"] if text else []))
     table = wide_table(*words[:-1], *figures, words[-1], words=words, title=report["title"])
     for cell in comparison["cells"]:

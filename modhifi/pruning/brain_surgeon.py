@@ -129,7 +129,10 @@ class Stack:
         else:
             pieces = self.weight.reshape(size * k, m, -1)
             energy = torch.bmm(pieces, pieces.transpose(1, 2)).view(size, k, m, m)
-            alone = torch.linalg.solve_ex(self.blocks, energy)[0].diagonal(dim1=2, dim2=3).sum(2)
+            # No LU: behind a step that failed the blocks are not finite, and LAPACK's pivots for such are not valid.
+            factor, indefinite = torch.linalg.cholesky_ex(self.blocks)
+            alone = torch.cholesky_solve(energy, factor).diagonal(dim1=2, dim2=3).sum(2)
+            alone = alone.masked_fill(indefinite != 0, 0)  # it goes next, and fails there
         alone = alone.clamp_min(0).double()
         if not self.whole:
             alone = alone.new_zeros(size, self.n).scatter_(1, self.components, alone)
