@@ -10,8 +10,11 @@ import typer
 from modhifi.disk import check_file
 from modhifi.runs.bench_recipe import BenchRun
 
-from .common import JsonOption, QuietOption, print_json, progress, stdout_console
+from .common import JsonOption, QuietOption, print_json, progress, stdout_console, wide_table
 from .options import takes
+
+# A terminal of up to as many columns gets a time and its spread in two lines.
+NARROW = 100
 
 
 @takes(BenchRun, files=False)
@@ -48,15 +51,14 @@ def bench(
 
 
 def _show(result: Any) -> None:
-    from rich.table import Table
-
     from modhifi.artifacts.formatting import change, number
 
     console = stdout_console()
     for note in result.notes:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
-    columns = ("runtime", "batch", "threads", "model", "one batch", "items a second", "against its original", "memory")
-    table = Table(*columns, title=result.device)
+    columns = ("runtime", "batch", "threads", "model", "one batch", "items\na second", "against its original", "memory")
+    table = wide_table(*columns, words=("runtime", "model", "against its original"), title=result.device)
+    gap = " " if console.width > NARROW else "\n"
     for row in result.rows:
         setting = (row.runtime, str(row.batch), str(row.threads), row.model)
         if row.median is None:
@@ -67,7 +69,7 @@ def _show(result: Any) -> None:
         said = "" if alone else change({"ratio": row.ratio, "spread": row.ratio_iqr})
         table.add_row(
             *setting,
-            f"{number(row.median, 's')} ± {number(row.iqr, 's')}",
+            f"{number(row.median, 's')}{gap}± {number(row.iqr, 's')}",
             number(row.per_second),
             f"{ratio} {said}".strip(),
             number(row.memory, "B"),

@@ -13,7 +13,7 @@ from modhifi.errors import GateFailed
 from modhifi.runs.check import check_model
 from modhifi.runs.inputs import load_source
 
-from .common import JsonOption, imported_for_good, print_json, print_warnings, stdout_console
+from .common import JsonOption, imported_for_good, print_json, print_warnings, stdout_console, wide_table
 from .options import Loading, takes
 from .screens import demand, show_refusals
 
@@ -72,7 +72,7 @@ def _show(report: dict[str, Any], verbose: bool) -> None:
 
 def _show_groups(report: dict[str, Any]) -> None:
     console = stdout_console()
-    table = Table(
+    table = wide_table(
         "group",
         "kind",
         "components",
@@ -80,6 +80,7 @@ def _show_groups(report: dict[str, Any]) -> None:
         "readers",
         "parameters",
         "multiply-adds",
+        words=("group", "kind", "readers"),
         title=f"{report['model']}: what half of each group would save, alone",
     )
     for g in report["groups"]:

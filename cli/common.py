@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +19,7 @@ from modhifi.artifacts.escape import one_line, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 # The parts of a verb's help, in their order.
 PANELS = ("Most used", "Budget", "Data", "Method", "Checks", "Output", "Loading", "Advanced")
@@ -177,6 +178,23 @@ def stdout_console() -> Console:
             return super().render_str(printable(text), **style)
 
     return Plain(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False)
+
+
+def wide_table(*columns: str, words: Collection[str], title: str | None = None) -> Table:
+    """A table of many figures, narrow enough for 80 columns.
+
+    The columns of ``words`` go on in a line below where there is no room; figures stay whole.
+    """
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for column in columns:
+        if column in words:
+            table.add_column(column, overflow="fold")
+        else:
+            table.add_column(column, justify="right", overflow="fold", no_wrap=True)
+    return table
 
 
 def print_warnings(warnings: Iterable[str]) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+import textwrap
 from typing import Any
-
-from rich.table import Table
 
 from modhifi.artifacts.formatting import number
 from modhifi.cache import default_directory
@@ -22,6 +21,7 @@ from .common import (
     print_json,
     progress,
     stdout_console,
+    wide_table,
 )
 from .options import takes
 from .screens import show_outcome
@@ -81,25 +81,13 @@ def _show(report: dict[str, Any]) -> None:
     """Prints a row a cell, and why some are empty."""
     console, comparison = stdout_console(), report["comparison"]
     text = comparison["perplexity_before"] is not None
-    columns = ["perplexity"] if text else []
-    table = Table(
-        *(
-            "selector",
-            "compensation",
-            "budget",
-            "FLOPs",
-            "parameters",
-            "time",
-            comparison["quality"],
-            *columns,
-            "front",
-        ),
-        title=report["title"],
-    )
+    words, quality = ("selector", "compensate", "budget", "front"), "\n".join(textwrap.wrap(comparison["quality"], 9))
+    figures = ("FLOPs", "params", "time", quality, *(["perplexity"] if text else []))
+    table = wide_table(*words[:-1], *figures, words[-1], words=words, title=report["title"])
     for cell in comparison["cells"]:
         names = (cell["selector"], cell["compensate"], cell["budget"])
         if cell["error"] is not None:
-            table.add_row(*names, *([""] * (4 + len(columns))), "")
+            table.add_row(*names)
             continue
         table.add_row(
             *names,

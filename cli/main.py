@@ -86,9 +86,11 @@ class ErrorMapping(TyperGroup):
                 if os.environ.get("GITHUB_ACTIONS") == "true":
                     print(annotation(message), file=sys.stderr)
                 raise typer.Exit(getattr(error, "exit_code", BAD_INPUT)) from None
+            if hasattr(error, "format_message") and type(error).__name__ != "NoArgsIsHelpError":
+                _stderr(f"error: {usage(error)}")
+                raise typer.Exit(BAD_INPUT) from None
             if hasattr(error, "exit_code"):
-                # typer's own: usage errors, which it prints itself, and exits.
-                raise
+                raise  # typer's own way to end
             traceback.print_exc()
             _stderr("this is a bug of modhifi; please report it with the lines above and the output of `modhifi env`")
             raise typer.Exit(OUR_BUG) from None
@@ -125,6 +127,15 @@ def message_of(error: Exception) -> str | None:
     elif not isinstance(error, ModhifiError | OSError) and kind != "SafetensorError":
         return None
     return one_line(text)
+
+
+def usage(error: Any) -> str:
+    """The message for options or arguments that a verb does not take, and where its help is."""
+    # What pydantic puts before the messages of others.
+    text = one_line(error.format_message()).replace("Value error, ", "").removesuffix(".")
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "modhifi"
+    return f"{text[:1].lower()}{text[1:]}; see `{command} --help`"
 
 
 def annotation(message: str) -> str:

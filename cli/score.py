@@ -18,17 +18,28 @@ from modhifi.runs.recipe import CalibrationData, Device, ModelSource, Seed
 from modhifi.runs.recipe_file import Option, Strict
 from modhifi.runs.score import ETAS, FEW, GroupScores, score_model, write_scores
 
-from .common import JsonOption, QuietOption, imported_for_good, print_json, print_warnings, progress, stdout_console
+from .common import (
+    JsonOption,
+    QuietOption,
+    imported_for_good,
+    print_json,
+    print_warnings,
+    progress,
+    stdout_console,
+    wide_table,
+)
 from .options import takes
 
 # The shares of the components of which the table shows the Subset Fidelity.
 KEPT = (0.1, 0.25, 0.5)
-LEGEND = """\
-max, mean  fidelity of a component alone, at the output channel where it is largest: the largest and the mean over
-           the layer's components
-η = 0.8    share of the layer's components in its HiFi set: those that go last, as few as reach Subset Fidelity 0.8
-k = 25 %   Subset Fidelity of the quarter of the components that goes last
-free       components whose joint removal costs at most a millionth of the output energy"""
+LEGEND = {
+    "max, mean": "fidelity of a component alone, at the output channel where it is largest: the largest and the mean "
+    "over the layer's components",
+    "η = 0.8": "share of the layer's components in its HiFi set: those that go last, as few as reach Subset Fidelity "
+    "0.8",
+    "k = 25 %": "Subset Fidelity of the quarter of the components that goes last",
+    "free": "components whose joint removal costs at most a millionth of the output energy",
+}
 
 
 class ScoreRun(Strict):
@@ -106,7 +117,8 @@ def score(
 
 def _show(console: Console, scores: list[GroupScores]) -> None:
     """Prints a row a layer, what the columns are, and in how many layers few components do."""
-    table = Table("group", "n", "max", "mean", *(f"η = {e:g}" for e in ETAS), *(f"k = {k:.0%}" for k in KEPT), "free")
+    shares = (*(f"η =\n{e:g}" for e in ETAS), *(f"k =\n{k:.0%}" for k in KEPT))
+    table = wide_table("group", "n", "max", "mean", *shares, "free", words=("group",))
     for s in scores:
         curve = s.subset_fidelity()
         table.add_row(
@@ -119,7 +131,10 @@ def _show(console: Console, scores: list[GroupScores]) -> None:
             str(s.free()),
         )
     console.print(table)
-    console.print(LEGEND, markup=False, highlight=False)
+    legend = Table.grid(padding=(0, 2))
+    for name, meaning in LEGEND.items():
+        legend.add_row(name, meaning)
+    console.print(legend)
     few = sum(s.hifi_share(ETAS[1]) <= FEW for s in scores)
     console.print(
         f"{100 * FEW:g} % of the components or fewer reach Subset Fidelity {ETAS[1]:g} in {few} of the "
@@ -135,13 +150,14 @@ def _fidelity(value: float) -> str:
 def _show_channels(console: Console, scores: GroupScores) -> None:
     """Prints a row for each output channel of a layer's readers."""
     title = f"output channels that read {scores.group}"
-    table = Table(
+    table = wide_table(
         "reader",
         "channel",
         "energy",
-        "best singleton",
-        "of component",
-        *(f"NAIVE k, η = {e:g}" for e in ETAS),
+        "best\nsingleton",
+        "of\ncomponent",
+        *(f"NAIVE k,\nη = {e:g}" for e in ETAS),
+        words=("reader",),
         title=title,
     )
     for part in scores.channels:

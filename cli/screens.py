@@ -30,6 +30,8 @@ def show_report(report: dict[str, Any], path: Path | None, *, ladder: bool = Fal
         show_heal(report, path)
     elif report["task"] == "verify":
         show_verified(report, ladder=ladder)
+    elif report["task"] == "unlearn":
+        show_unlearn(report, path)
     else:
         show_audit(report, path)
 
@@ -178,8 +180,19 @@ def _figure(value: Any) -> str:
     return "not available" if not isinstance(value, int | float) else f"{value:.3g}"
 
 
+def show_unlearn(report: dict[str, Any], path: Path | None) -> None:
+    """Prints the report of an unlearning run; the attacks beside their control are on its page."""
+    console = stdout_console()
+    for warning in report["warnings"]:
+        console.print(f"note: {warning}", style="yellow", highlight=False)
+    show_figures(console, report)
+    _show_moved(console, report)
+    show_outcome(console, report)
+    show_written(console, path)
+
+
 def show_audit(report: dict[str, Any], path: Path | None) -> None:
-    """Prints the report of an audit."""
+    """Prints the report of an audit: every attack, beside its control."""
     console = stdout_console()
     for warning in report["warnings"]:
         console.print(f"note: {warning}", style="yellow", highlight=False)
@@ -188,13 +201,14 @@ def show_audit(report: dict[str, Any], path: Path | None) -> None:
     for name, *values in first["rows"]:
         table.add_row(name, *("not measured" if v is None else f"{100 * v:.1f} %" for v in values))
     console.print(table)
-    _by_class(console, next(t for t in report["tables"] if t["title"] == "Accuracy by class"), report)
+    _show_worst(console, next(t for t in report["tables"] if t["title"] == "Accuracy by class"), report)
+    _show_moved(console, report)
     show_outcome(console, report)
     show_written(console, path)
 
 
-def _by_class(console: Console, table: dict[str, Any], report: dict[str, Any]) -> None:
-    """Prints the retained class that lost most, and where images of the forgotten classes go."""
+def _show_worst(console: Console, table: dict[str, Any], report: dict[str, Any]) -> None:
+    """Prints the retained class that lost most."""
     forgotten = report["audit"]["forgotten"]
     retained = [row for row in table["rows"] if row[0] not in forgotten]
     worst = min(retained, key=lambda row: row[2] - row[1])
@@ -202,6 +216,10 @@ def _by_class(console: Console, table: dict[str, Any], report: dict[str, Any]) -
         f"worst retained class: {worst[0]}, {100 * worst[1]:.1f} % before, {100 * worst[2]:.1f} % after",
         highlight=False,
     )
+
+
+def _show_moved(console: Console, report: dict[str, Any]) -> None:
+    """Prints where images of the forgotten classes go."""
     for moved in report["audit"]["moved"]:
         destinations = ", ".join(f"{name} {100 * share:.0f} %" for name, share in moved["to"].items())
         console.print(f"images of {moved['class']} are now called: {destinations}", highlight=False)

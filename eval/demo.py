@@ -26,4 +26,5 @@ Seconds in all: {sum(report["timing"].values()):.0f}, of which pruning {report["
 Command: `python eval/demo.py`.""",
     timing=report["timing"],
     errors=report["errors"],
+    outcome=report["outcome"],
 )

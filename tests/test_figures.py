@@ -35,7 +35,9 @@ def numbers(content: Any) -> Iterator[float]:
     if isinstance(content, dict):
         before, after = content.get("before"), content.get("after")
         if isinstance(before, int | float) and isinstance(after, int | float) and before:
-            yield after / before
+            yield from (after / before, after / before - 1)
+        if isinstance(content.get("ratio"), int | float):
+            yield content["ratio"] - 1
         for key, value in content.items():
             yield from (*numbers(key), *numbers(value))
     elif isinstance(content, list):
@@ -47,8 +49,16 @@ def numbers(content: Any) -> Iterator[float]:
         yield float(content)
 
 
+# What a command printed, and what a page says of it.
+SCREEN = re.compile(r"```\n\$ (modhifi.*?)\n```\n\n", flags=re.S)
+
+
 def paragraphs(text: str) -> list[str]:
-    """The paragraphs, list items and tables of a page; a table belongs to the paragraph before it."""
+    """The paragraphs, list items and tables of a page.
+
+    A table belongs to the paragraph before it, and what a command printed to the one behind it.
+    """
+    text = SCREEN.sub(lambda screen: re.sub(r"\n+", "\n", screen[1]) + "\n", text)
     blocks: list[str] = []
     for part in re.split(r"\n\s*\n|\n(?=\s*[*-] )", text):
         if blocks and part.lstrip().startswith("|"):
@@ -66,7 +76,7 @@ def unmeasured(paragraph: str) -> list[str]:
     contents = [json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in names]
     measured = {abs(value) for value in numbers(contents) if math.isfinite(value)}
     shares = {100 * value for value in measured} | {100 * (1 - value) for value in measured if value <= 1}
-    units = {value / scale for value in measured for scale in (1e3, 1e6)}
+    units = {value / scale for value in measured for scale in (1e-3, 1e3, 1e6)}
     text = re.sub(r"`[^`]*`|\]\([^)]*\)|arXiv [\d.]+", "", paragraph)
     missing = []
     for figure in FIGURE.findall(text):
@@ -94,3 +104,10 @@ def test_figures_of_three_classes_are_their_means() -> None:
 def test_a_figure_that_nobody_measured_is_found() -> None:
     assert unmeasured("top-1 falls to 88.01 % ([results](eval/results/demo.md))") == ["88.01"]
     assert unmeasured("top-1 falls to 88.00 % and 73.2 % go ([results](eval/results/demo.md))") == []
+
+
+def test_a_figure_on_a_quoted_screen_is_looked_up() -> None:
+    screen = "```\n$ modhifi demo\n top-1   90.40 %   88.01 %\n\nAt most 9.62 %\n```\n"
+    page = f"{screen}\nAs [measured](eval/results/demo.md).\n"
+    (paragraph,) = paragraphs(page)
+    assert unmeasured(paragraph) == ["88.01"]

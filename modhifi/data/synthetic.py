@@ -13,6 +13,7 @@ from modhifi.data.image_inputs import class_count, image_shape, normalisation
 from modhifi.data.samples import Samples, synthetic_items
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
+from modhifi.progress import Progress, silent
 
 # Images drawn at most for every one kept when a synthetic set is balanced, as far as their pixels stay within the
 # budget: 668 candidates of 224x224, 8,192 of 64x64. Pixels, not seconds, so that a run can be repeated anywhere.
@@ -20,7 +21,7 @@ CANDIDATES = 10
 CANDIDATE_PIXELS = 2**25
 
 
-def balance(samples: Samples, loaded: LoadedModel, n: int, batch: int = 64) -> Samples:
+def balance(samples: Samples, loaded: LoadedModel, n: int, batch: int = 64, progress: Progress = silent) -> Samples:
     """The `n` samples that are spread most evenly over the classes the model predicts, without any label.
 
     Every class gives its next sample in turn until `n` are chosen; the order of `samples` is kept. The predictions are
@@ -38,15 +39,18 @@ def balance(samples: Samples, loaded: LoadedModel, n: int, batch: int = 64) -> S
                 predicted.append(label)
                 rank.append(drawn_of[label])
                 drawn_of[label] += 1
-            if sum(min(number, share) for number in drawn_of) >= n:
+            placed = sum(min(number, share) for number in drawn_of)
+            progress("drawing", min(placed, n), n)
+            if placed >= n:
                 break
+    progress("drawing", n, n)
     chosen = sorted(sorted(range(len(rank)), key=lambda i: rank[i])[:n])
     spread = samples.subset(chosen)
     classes = len({predicted[i] for i in chosen})
     return replace(spread, description=f"{spread.description}, spread over {classes} predicted classes")
 
 
-def drawn(kind: str, loaded: LoadedModel, n: int, seed: int, balanced: bool) -> Samples:
+def drawn(kind: str, loaded: LoadedModel, n: int, seed: int, balanced: bool, progress: Progress = silent) -> Samples:
     """Synthetic images at the model's input size."""
     if kind != "mixed" and kind not in procedural.KINDS:
         kinds = ", ".join(("mixed", "invert", *procedural.KINDS))
@@ -67,4 +71,4 @@ def drawn(kind: str, loaded: LoadedModel, n: int, seed: int, balanced: bool) -> 
         f"synthetic:{kind}, {total} images of {height}x{width}, seed {seed}",
         lambda index: procedural.identity(kind, seed, index, height, width),
     )
-    return balance(samples, loaded, n) if total > n else samples
+    return balance(samples, loaded, n, progress=progress) if total > n else samples

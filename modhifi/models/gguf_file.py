@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -11,13 +10,17 @@ from typing import Any
 
 import numpy as np
 
+# Of the names of a file's fields, those that describe its tokenizer.
+VOCABULARY = "tokenizer."
+
 
 @contextmanager
 def read_once() -> Iterator[None]:
     """Inside, a file, the description in it and its table of names are each read once; each of them takes seconds.
 
-    Its reader makes an array of every token and every merge; plain arrays are many times quicker than memory maps.
-    Does nothing where the package is not installed, which is for transformers to say.
+    Its reader makes an array of every token and every merge; plain arrays are many times quicker than memory maps, and
+    whoever wants the weights goes without them. Does nothing where the package is not installed, which is for
+    transformers to say.
     """
     if importlib.util.find_spec("gguf") is None:
         yield
@@ -32,7 +35,13 @@ def read_once() -> Iterator[None]:
         return load(path, return_tensors=False)
 
     def load_once(path: Any, return_tensors: bool = False, **others: Any) -> Any:
-        return load(path, return_tensors, **others) if return_tensors else copy.deepcopy(description(str(path)))
+        described = description(str(path))
+        if not return_tensors:
+            return _copied(described)
+        reader = gguf.GGUFReader(path)
+        for name in [name for name in reader.fields if name.startswith(VOCABULARY)]:
+            del reader.fields[name]
+        return load(path, return_tensors, **others)
 
     class PlainReader(gguf.GGUFReader):
         def __setattr__(self, name: str, value: Any) -> None:
@@ -50,3 +59,10 @@ def read_once() -> Iterator[None]:
     finally:
         vars(gguf).update(own)
         vars(reading)["load_gguf_checkpoint"] = load
+
+
+def _copied(description: Any) -> Any:
+    """A description whose dictionaries and lists the caller may change; a deep copy would visit every token."""
+    if isinstance(description, dict):
+        return {name: _copied(entry) for name, entry in description.items()}
+    return list(description) if isinstance(description, list) else description

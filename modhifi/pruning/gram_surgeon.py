@@ -108,9 +108,11 @@ class GramStack:
         if m == 1:
             alone = self.owned.square().sum(2, dtype=torch.float64) / self.diagonal
         else:
-            pieces = self.owned.reshape(size * k, m, -1)
-            energy = torch.bmm(pieces, pieces.mT).view(size, k, m, m)
-            alone = torch.linalg.solve_ex(self.blocks, energy)[0].diagonal(dim1=2, dim2=3).sum(2, dtype=torch.float64)
+            # No LU: behind a step that failed the blocks are not finite, and LAPACK's pivots for such are not valid.
+            root, info = torch.linalg.cholesky_ex(self.blocks)
+            half = torch.linalg.solve_triangular(root, self.owned.reshape(size, k, m, -1), upper=False)
+            alone = half.square().sum((2, 3), dtype=torch.float64)
+            alone = alone.masked_fill(info != 0, 0)  # it goes next, and fails there
         if not self.whole:
             alone = alone.new_zeros(size, self.n).scatter_(1, self.components, alone)
         return by_group(alone, self.groups)

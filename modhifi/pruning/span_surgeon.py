@@ -109,5 +109,6 @@ def _cost(half: Tensor, weight: Tensor) -> Tensor:
     """``tr[W (I − hᵀh)⁻¹ Wᵀ]`` of weights ``(N, o, m)`` and ``h`` ``(N, r, m)``, ``(N,)``."""
     identity = torch.eye(half.shape[2], dtype=half.dtype, device=half.device)
     inverse = torch.baddbmm(identity, half.mT, half, alpha=-1)
-    solved: Tensor = torch.linalg.solve_ex(inverse, torch.bmm(weight.mT, weight))[0]
-    return solved.diagonal(dim1=1, dim2=2).sum(1)
+    root, info = torch.linalg.cholesky_ex(inverse)
+    solved: Tensor = torch.linalg.solve_triangular(root, weight.mT, upper=False).square().sum((1, 2))
+    return solved.masked_fill(info != 0, 0)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from modhifi.bounds.ladder import BoundReport
+from modhifi.bounds.statistical import Forgetting
 from modhifi.runs.budget_choice import BudgetChoice
 from modhifi.runs.recipe import PruneRecipe
 
@@ -28,12 +29,7 @@ def add_outcome(report: dict[str, Any], bounds: BoundReport, advice: tuple[str, 
     """Adds ``outcome`` to a report, in place: ``tone`` (good, weak or bad), ``text`` (a sentence) and ``advice``."""
     text, tone = _change(bounds)
     if bounds.forgetting is not None:
-        after = bounds.forgetting["edited"]
-        still = f"{100 * (1 - after.measured):.3g} %"
-        text = (
-            f"At most {100 * (1 - after.lower):.3g} % of images of the forgotten classes are still recognised "
-            f"({_confidence(bounds)}, {after.n:,} held-out images; measured {still}). {text}"
-        )
+        text = _forgetting(bounds, bounds.forgetting["edited"], text)
     verdicts = {verdict.verdict for verdict in bounds.verdicts}
     if verdicts & {"FAIL", "BUG"}:
         tone = "bad"
@@ -81,6 +77,19 @@ def _change(bounds: BoundReport) -> tuple[str, Tone]:
     if not bounded:
         return f"{plain.format(measured)}, measured on {sample}: too few, or too different, for a bound.", tone
     return f"{claim.format(upper)} ({_confidence(bounds)}, {sample}; measured {measured}).", tone
+
+
+def _forgetting(bounds: BoundReport, after: Forgetting, others: str) -> str:
+    """How many images of the forgotten classes are still recognised, and what the ``others`` lost, where one can."""
+    flips, n = bounds.statistical.flips, bounds.statistical.n
+    claim = f"At most {100 * (1 - after.lower):.3g} % of images of the forgotten classes are still recognised"
+    still = f"{100 * (1 - after.measured):.3g} %"
+    if bounds.tolerances.not_a_sample or flips.upper >= 1:
+        return f"{claim} ({_confidence(bounds)}, {after.n:,} held-out images; measured {still}). {others}"
+    return (
+        f"{claim} and at most {100 * flips.upper:.3g} % of the other images change their top-1 ({_confidence(bounds)}, "
+        f"{after.n:,} and {n:,} held-out images; measured {still} and {100 * flips.measured:.3g} %)."
+    )
 
 
 def _confidence(bounds: BoundReport) -> str:

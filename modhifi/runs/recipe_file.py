@@ -65,7 +65,8 @@ def validate(kind: type[R], content: Any, where: str | Path, flags: Mapping[str,
         # Where one of several kinds is meant, pydantic puts the name of the kind into the path.
         keys = _real_keys(content, problem["loc"])
         path = ".".join(map(str, keys)) or "recipe"
-        flag = (flags or {}).get(path)
+        # An option that is repeated, or holds several with commas, gives the whole list.
+        flag = (flags or {}).get(path) or (flags or {}).get(".".join(k for k in keys if isinstance(k, str)))
         changed = flag is not None and flag.startswith("--set")
         position = str(flag) if changed else f"{where}{_line(where, keys)}"
         if problem["type"] == "extra_forbidden":
@@ -77,9 +78,10 @@ def validate(kind: type[R], content: Any, where: str | Path, flags: Mapping[str,
                 hint = f", of a recipe of several runs; run it with `modhifi recipe run {where}`"
             raise ModhifiError(f"{position}: unknown key '{path}'{hint}") from None
         if problem["type"] == "missing":
+            meaning = _meaning(kind, keys, content)
             if flag is not None:
-                raise ModhifiError(f"{flag} is missing; give it, or a recipe that says it") from None
-            raise ModhifiError(f"{position}: '{path}' is missing; add it") from None
+                raise ModhifiError(f"{flag} is missing{meaning}; give it, or a recipe that says it") from None
+            raise ModhifiError(f"{position}: '{path}' is missing{meaning}; add it") from None
         # The messages of our own validators name the value.
         explained = problem["type"] == "value_error" or isinstance(problem["input"], dict)
         value = "" if explained else f", not {problem['input']!r}"
@@ -91,6 +93,7 @@ def parse_yaml(text: str, where: str | Path) -> Any:
     """The content of a YAML text. Raises ModhifiError where it is none, and where its aliases make it too large."""
     try:
         loader = yaml.SafeLoader(text)
+        loader.name = str(where)
         node = loader.get_single_node()
         if _nodes(node, {}, 0) > MOST_NODES:
             raise ValueError("its aliases hold too much")
@@ -213,8 +216,21 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [model for inner in get_args(annotation) for model in _models(inner)]
 
 
+def _meaning(kind: type[BaseModel], path: Sequence[Any], content: Any) -> str:
+    """The first sentence on a key of the recipe, in brackets; empty for one of which nothing is said."""
+    models = _models_at(kind, path[:-1], content)
+    said = [m.model_fields[path[-1]].description or "" for m in models if path[-1] in m.model_fields]
+    sentence = said[0].partition("; ")[0].removesuffix(".") if said else ""
+    return f" ({sentence[:1].lower()}{sentence[1:]})" if sentence else ""
+
+
 def _keys_at(kind: type[BaseModel], path: Sequence[Any], content: Any) -> list[str]:
     """The keys that the recipe knows at a path."""
+    return list(dict.fromkeys(name for model in _models_at(kind, path, content) for name in model.model_fields))
+
+
+def _models_at(kind: type[BaseModel], path: Sequence[Any], content: Any) -> list[type[BaseModel]]:
+    """The parts of the recipe that may stand at a path."""
     models = [kind]
     for key in path:
         content = content.get(key) if isinstance(content, dict) else None
@@ -225,7 +241,7 @@ def _keys_at(kind: type[BaseModel], path: Sequence[Any], content: Any) -> list[s
         models = inner or models
         task = content.get("task") if isinstance(content, dict) else None
         models = [m for m in models if "task" in m.model_fields and m.model_fields["task"].default == task] or models
-    return list(dict.fromkeys(name for model in models for name in model.model_fields))
+    return models
 
 
 def _all_keys(kind: type[BaseModel]) -> list[str]:

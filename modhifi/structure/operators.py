@@ -41,11 +41,11 @@ def _swapped(module: nn.Module, weight: Tensor, groups: int) -> Tensor:
     return weight
 
 
-def weight_matrix(module: nn.Module) -> Tensor:
-    """A copy of an operator's weight as float64 ``(G, out / G, d)``, columns in im2col order."""
+def weight_matrix(module: nn.Module, dtype: torch.dtype | None = torch.float64) -> Tensor:
+    """A copy of an operator's weight as ``(G, out / G, d)`` in a dtype (None: its own), columns in im2col order."""
     if isinstance(module, Stacked):
-        return module.matrices.detach().to(torch.float64, copy=True)
-    stored: Tensor = module.get_parameter("weight").detach().to(torch.float64, copy=True)
+        return module.matrices.detach().to(dtype, copy=True)
+    stored: Tensor = module.get_parameter("weight").detach().to(dtype, copy=True)
     weight, groups = outputs_first(module, stored), conv_groups(module)
     return weight.reshape(groups, weight.shape[0] // groups, -1)
 

@@ -56,12 +56,11 @@ def mask_readers(model: nn.Module, structure: Structure, plan: Plan, shared: Ite
         if role != "reader":
             continue
         module = operator_at(model, name)
-        matrix = weight_matrix(module)
+        matrix = weight_matrix(module, dtype=None)
         channels = matrix.shape[0] * matrix.shape[2] // kernel_size(module)
-        matrix = matrix.reshape(matrix.shape[0], matrix.shape[1], channels // matrix.shape[0], -1)
-        per = channels // matrix.shape[0]
-        matrix[positions // per, :, positions % per] = 0
-        write_weight(module, matrix.flatten(2))
+        removed_columns = ~staying(channels, positions).view(len(matrix), 1, -1, 1).to(matrix.device)
+        matrix = matrix.unflatten(2, (channels // len(matrix), -1))
+        write_weight(module, matrix.masked_fill(removed_columns, 0).flatten(2))
     return model
 
 

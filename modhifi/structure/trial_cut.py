@@ -28,16 +28,19 @@ UNEQUAL = (
     "another"
 )
 WHOLE = "the model's code counts on these modules: it fails, or computes something else, once some are gone"
+# Shares of a group's components that stay in trials, where one at least goes.
+ALL_BUT_ONE, MOST = 1.0, 0.6
 
 
 def confirm(model: nn.Module, structure: Structure, run: Callable[[nn.Module], Any]) -> Structure:
     """The structure with those groups refused whose removal the model's own code does not follow.
 
-    ``run(model)`` is one forward pass. All groups at once are cut in a copy, first by one component (of every part),
-    then to 40 %; then every second block alone, as plans give blocks unequal widths. Each time every tensor that it
-    returns must agree with the masked full-size model's, and only where one does not is every group tried alone. Groups
-    of several blocks that can be cut alike only, as those that share a mask for each head, become one group. Costs six
-    forward passes, and six copies of the weights that are cut, one at a time, where all is well; two passes more
+    ``run(model)`` is one forward pass. All groups at once are cut in a copy, every second block by one component (of
+    every part) and the others to 60 %, as plans give blocks unequal widths; then the other way round. Each time every
+    tensor that it returns must agree with the masked full-size model's. Only where one does not, all are cut by one
+    component, all to 60 %, and every second block alone, and where that fails every group is tried alone. Groups of
+    several blocks that can be cut alike only, as those that share a mask for each head, become one group. Costs four
+    forward passes, and four copies of the weights that are cut, one at a time, where all is well; two passes more
     for blocks that may go, and for sublayers.
     """
 
@@ -46,13 +49,13 @@ def confirm(model: nn.Module, structure: Structure, run: Callable[[nn.Module], A
             torch.manual_seed(0)
             return run(model)
 
-    trials: tuple[tuple[float, Callable[[Sequence[Group]], Sequence[Group]], str], ...] = (
-        (1.0, _widths, FIXED),
-        (0.6, _widths, FIXED),
-        (0.6, _every_second, UNEQUAL),
-        (0.6, _blocks, WHOLE),
-        (0.6, _sublayers, WHOLE),
-    )
+    trials: list[tuple[float, Callable[[Sequence[Group]], Sequence[Group]], str]] = [
+        (MOST, _blocks, WHOLE),
+        (MOST, _sublayers, WHOLE),
+    ]
+    plans = _unequal(structure.prunable)
+    if any(_wrong_output(model, structure, plan, drawn_alike) is not None for plan in plans if plan.kept):
+        trials = [(ALL_BUT_ONE, _widths, FIXED), (MOST, _widths, FIXED), (MOST, _every_second, UNEQUAL), *trials]
     for share, chosen, reason in trials:
         before = structure
         structure = _confirm(model, structure, chosen(structure.prunable), drawn_alike, share, reason)
@@ -87,8 +90,8 @@ def _tied(
                 for w in after.work
             ),
         )
-        trials = [(one,), _every_second(tied.prunable)]
-        if all(not groups or _wrong_output(model, tied, groups, run, share) is None for groups in trials):
+        plans = [_cut(groups, share) for groups in ((one,), _every_second(tied.prunable)) if groups]
+        if all(_wrong_output(model, tied, plan, run) is None for plan in plans):
             after = tied
     return after
 
@@ -139,7 +142,7 @@ def _confirm(
     reason: str,
 ) -> Structure:
     def problem(groups: Sequence[Group]) -> str | None:
-        output = _wrong_output(model, structure, groups, run, share)
+        output = _wrong_output(model, structure, _cut(groups, share), run)
         return None if output is None else f"{reason} (output '{output}')" if output else reason
 
     together = problem(chosen) if chosen else None
@@ -159,11 +162,8 @@ def _confirm(
 
 
 @torch.no_grad()
-def _wrong_output(
-    model: nn.Module, structure: Structure, groups: Iterable[Group], run: Callable[[nn.Module], Any], share: float
-) -> str | None:
-    """The output that is wrong once these groups lose a share of their components, "" for all; None where none is."""
-    plan = Plan({g.name: _last(g, share) for g in groups})
+def _wrong_output(model: nn.Module, structure: Structure, plan: Plan, run: Callable[[nn.Module], Any]) -> str | None:
+    """The output that is wrong once a plan is cut, "" for all; None where none is."""
     masked = dict(named_tensors(run(mask_readers(model, structure, plan, model.parameters()))))
     try:
         small = dict(named_tensors(run(shrink(clone(model, model.parameters()), structure, plan))))
@@ -196,6 +196,20 @@ def _nudged(model: nn.Module) -> nn.Module:
             steps = torch.randn(parameter.shape, generator=generator).to(parameter.device)
             parameter.data.mul_((1 + torch.finfo(parameter.dtype).eps / 2 * steps).to(parameter.dtype))
     return model
+
+
+def _unequal(groups: Sequence[Group]) -> list[Plan]:
+    """Two plans that cut all widths, every second block by one component and the others to 60 %, and vice versa."""
+    second = {group.name for group in _every_second(groups)}
+    return [
+        Plan({g.name: _last(g, MOST if (g.name in second) == often else ALL_BUT_ONE) for g in _widths(groups)})
+        for often in (False, True)
+    ]
+
+
+def _cut(groups: Iterable[Group], share: float) -> Plan:
+    """The plan that keeps a share of the components of these groups."""
+    return Plan({g.name: _last(g, share) for g in groups})
 
 
 def _last(group: Group, share: float) -> tuple[int, ...]:

@@ -95,10 +95,12 @@ def test_forgetting_comes_before_what_the_others_lost() -> None:
     after = Forgetting(n=200, still_predicted=2, measured=0.99, lower=0.97, upper=0.999, alpha=0.05)
     text = outcome(bounds_of(interval(0.01, 0.02), forgetting={"original": after, "edited": after}))["text"]
     assert text == (
-        "At most 3 % of images of the forgotten classes are still recognised (95 % confidence, 200 held-out images; "
-        "measured 1 %). At most 2 % of the other images change their top-1 (95 % confidence, 1,000 held-out images; "
-        "measured 1 %)."
+        "At most 3 % of images of the forgotten classes are still recognised and at most 2 % of the other images "
+        "change their top-1 (95 % confidence, 200 and 1,000 held-out images; measured 1 % and 1 %)."
     )
+    few = outcome(bounds_of(interval(0.01, 1.0), forgetting={"original": after, "edited": after}))["text"]
+    assert few.startswith("At most 3 % of images of the forgotten classes are still recognised (95 % confidence, 200")
+    assert few.endswith("too few, or too different, for a bound.")
 
 
 HEAL = "or train what is left towards the original, without labels: modhifi heal DIR"

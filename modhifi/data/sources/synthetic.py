@@ -17,7 +17,7 @@ def load(kind: str, loaded: LoadedModel, request: Request) -> Samples:
 
     if loaded.kind in TEXT_KINDS and not kind:
         return SOURCES["self"].load("", loaded, request)
-    return drawn(kind or "mixed", loaded, request.n, request.seed, request.balanced)
+    return drawn(kind or "mixed", loaded, request.n, request.seed, request.balanced, request.progress)
 
 
 SOURCES.register(
