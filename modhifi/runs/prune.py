@@ -164,7 +164,8 @@ def run_prune(
         without_bounds(report, incomparable)
     else:
         with clock.stage("bound"):
-            bounds = _bound(report, recipe, original, pruned, held, table, progress)
+            spent = sum(clock.seconds.values())
+            bounds = _bound(report, recipe, original, pruned, held, table, spent, progress)
     path = None
     if out is not None:
         path = _save(out, recipe, original, pruned, calibration, held, report, clock, force, process)
@@ -195,6 +196,7 @@ def _bound(
     pruned: Pruned,
     held: Samples,
     table: HeldOut,
+    spent: float,
     progress: Progress,
 ) -> BoundReport:
     """Adds bounds, what they say of each group, and the outcome to the report; returns the bounds."""
@@ -210,6 +212,7 @@ def _bound(
         checks.tolerances(),
         walked=checks.walked,
         table=table,
+        spent=spent,
         progress=progress,
     )
     add_bounds(report, bounds)

@@ -333,3 +333,23 @@ def test_the_report_is_json() -> None:
     content = verify_model(loaded, twin, twin, held, Tolerances(max_flip=0.5, max_error=3.0), walked=4).to_json()
     json.dumps(content, allow_nan=False)
     assert {"name", "verdict", "text"} <= content["verdicts"][0].keys()
+
+
+def test_certified_rungs_that_take_too_long_are_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = random_statistics(Small())
+    loaded, held = load_model(model, example=torch.zeros(2, 3, 12, 12)), samples_of(torch.randn(8, 3, 12, 12))
+    twin = perturbed(model, ("two",), 0.01)
+    monkeypatch.setattr("modhifi.bounds.ladder.PATIENCE", -1.0)
+    monkeypatch.setattr("modhifi.bounds.ladder.SHARE", 0.0)
+    report = verify_model(loaded, twin, twin, held)
+    by_name = {rung.name: rung for rung in report.rungs}
+    for name in ("R1 theorem form", "R1 every input", "R2 certified-local", "R4 measured"):
+        assert by_name[name].value is None and "a tenth of the run; ask with --walked N" in by_name[name].note
+    (warning,) = report.warnings
+    assert warning.startswith("the certified rungs (R1, R2, R4) are left out: ")
+    assert report.verdicts[0].verdict == "not measured" and by_name["R3 share of flips"].value is not None
+    asked = verify_model(loaded, twin, twin, held, walked=2)  # takes the time it takes
+    assert not asked.warnings and asked.verdicts[0].verdict == "HOLDS"
+    monkeypatch.setattr("modhifi.bounds.ladder.SHARE", 0.1)
+    assert verify_model(loaded, twin, twin, held, spent=1e6).verdicts[0].verdict == "HOLDS"  # of a long run

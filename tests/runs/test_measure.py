@@ -44,3 +44,34 @@ def test_features_are_not_judged_by_their_largest() -> None:
     names = [row["name"] for row in pruned.report["before_after"]]
     assert names[0].startswith("features") and not [name for name in names if "top-1" in name or "agreement" in name]
     assert "top-1" not in pruned.report["outcome"]["text"] and "features" in pruned.report["outcome"]["text"]
+
+
+class Seen(nn.Module):
+    """A net that counts the items which it, and every copy of it, reads in batches: times are those of single items."""
+
+    items = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        Seen.items += len(x) if len(x) > 1 else 0
+        return self.head(self.conv(x).relu().mean((2, 3)))
+
+
+def test_measuring_and_bounding_cost_at_most_three_passes_over_the_held_out_data() -> None:
+    held, before = 200, dict[str, int]()
+    cost = dict[str, int]()
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if done == 0:
+            before[stage] = Seen.items
+        cost[stage] = Seen.items - before.get(stage, 0)
+
+    torch.manual_seed(0)
+    images = torch.randn(held + 40, 3, 8, 8)
+    given = {"samples": 40, "evaluation_samples": held, "batch_size": 40, "checks": {"walked": 0}}
+    result = modhifi.prune(Seen().eval(), images, ratio=0.5, **given, progress=progress)
+    assert result.report["errors"]["n"] == held
+    assert 2 * held <= cost["measure"] + cost["bound"] <= 3 * held
