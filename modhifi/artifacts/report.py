@@ -17,7 +17,8 @@ The schema, version 1; every part but ``title`` may be missing, which means that
   change of the network's output over the readers' own errors, ``share`` that change's share of the sum over all layers;
   ``fidelity``: ``{kept, removed}``, the 10 %, 50 % and 90 % quantiles of their components' best singleton fidelities
 * ``comparison``: the cells of a grid of runs (:func:`modhifi.artifacts.pareto.pareto_charts`)
-* ``tables``: ``{title, columns, rows, unit?}``; a row is a name and a value for each further column
+* ``tables``: ``{title, columns, rows, unit?, note?}``; a row is a name and a value for each further column, ``note``
+  a sentence on them
 * ``refused``: ``{name, reason}``; ``verdicts``: ``{name, verdict, text}``; ``warnings``: sentences
 * ``outcome``: ``{tone, text, advice}``, see :mod:`modhifi.runs.outcome`
 * ``texts``: ``{beginning, before, after}``, what a language model writes
@@ -31,6 +32,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -94,16 +96,16 @@ def render_html(report: Mapping[str, Any]) -> str:
         charts=charts,
         spent=any(group.get("amplification") is not None for group in groups),
         settings=_set(report.get("settings") or {}),
-        errors={key: v for key, v in (report.get("errors") or {}).items() if not (rows and key in SHOWN)},
+        errors=_set({key: v for key, v in (report.get("errors") or {}).items() if not (rows and key in SHOWN)}),
         fronts=pareto_charts(comparison) if comparison else [],
         verdicts=asked(verdicts),
         ladder=_ladder(verdicts),
     )
-    return page
+    return re.sub(r"(?<=\d) %", "\u00a0%", page)
 
 
 def _set(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that hold a value."""
+    """The settings or figures that hold a value."""
     values = {key: _set(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
     return {key: value for key, value in values.items() if value is not None and value not in ({}, [])}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 from modhifi.models.loaded import PADDING, LoadedModel
+
+# What the description of a part of some samples begins with.
+PART = re.compile(r"^\d+ of: ")
 
 
 def describe_data(samples: Samples) -> dict[str, Any]:
@@ -112,7 +116,7 @@ class Samples:
             hashes=tuple(self.hashes[i] for i in chosen),
             labels=None if self.labels is None else self.labels[torch.tensor(chosen, dtype=torch.long)],
             names=tuple(self.names[i] for i in chosen),
-            description=f"{len(chosen)} of: {self.description}",
+            description=f"{len(chosen)} of: {PART.sub('', self.description)}",
             synthetic=self.synthetic,
             skipped=self.skipped,
             units=None if self.units is None else tuple(self.units[i] for i in chosen),

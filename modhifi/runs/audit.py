@@ -23,6 +23,11 @@ from modhifi.unlearning.audit_text import VERDICTS
 from modhifi.unlearning.data import count_classes, find_classes, load_unlearn_data
 from modhifi.unlearning.sites import Sites, find_sites
 
+CONTROL = (
+    "head-mask is the control: it closes the output and erases nothing, so what an attack finds there is what the "
+    "features of the original hold."
+)
+
 
 def load_reference(name: str | None, device: torch.device | str) -> tuple[LoadedModel, Sites] | None:
     """Loads the classifier that was retrained without the classes, with its sites; None for no name."""
@@ -150,6 +155,7 @@ def report_parts(outcome: Mapping[str, Any]) -> dict[str, Any]:
             "columns": ["share of test images", *names],
             "unit": "%",
             "rows": [[m.label, *(rows[n].get(m.key) for n in names)] for m in shares],
+            "note": CONTROL,
         },
         {
             "title": "Forgotten classes found by a linear probe, block by block",

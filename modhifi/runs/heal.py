@@ -38,7 +38,7 @@ from modhifi.runs.heal_inputs import LearningData, Patient, load_learning_data, 
 from modhifi.runs.heal_recipe import HealRecipe
 from modhifi.runs.heal_report import add_audit, healing_verdicts, measure_healing, report_of
 from modhifi.runs.inputs import NOTHING, Given, local_paths, located
-from modhifi.runs.outcome import add_outcome
+from modhifi.runs.outcome import add_outcome, heal_advice
 from modhifi.runs.prune_report import skipped_warnings
 from modhifi.runs.verify import in_dense_shape
 from modhifi.unlearning.audit import audit
@@ -215,7 +215,7 @@ def _bound(
             progress=progress,
         )
     add_bounds(report, bounds)
-    add_outcome(report, bounds)
+    add_outcome(report, bounds, heal_advice(report, recipe, bounds, original.kind))
     return bounds
 
 

@@ -110,10 +110,10 @@ def measure_healing(
     rows, earlier_rows = before_after(report), before_after({**report, "errors": earlier})
     # Its shapes are those of the healed model, and so are its times, which were taken once.
     report["before_after"] = [{**row, "between": other["after"]} for row, other in zip(rows, earlier_rows, strict=True)]
-    steps, minutes = report["healing"]["best"], report["healing"]["seconds"] / 60
+    healing = report["healing"]
     report["summary"] = (
-        f"distilled from the original with gradients to the weights: {steps:,} steps were taken over, after "
-        f"{minutes:.3g} minutes"
+        f"distilled from the original with gradients to the weights for {healing['seconds'] / 60:.3g} minutes: those "
+        f"after {healing['best']:,} of {healing['steps']:,} steps were the best, and are kept"
     )
 
 

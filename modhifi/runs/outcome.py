@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from modhifi.bounds.ladder import BoundReport
 from modhifi.bounds.statistical import Forgetting
 from modhifi.runs.budget_choice import BudgetChoice
+from modhifi.runs.heal_recipe import HealRecipe
 from modhifi.runs.recipe import PruneRecipe
 
 Tone = Literal["good", "weak", "bad"]
@@ -129,18 +130,36 @@ def _remedies(recipe: PruneRecipe, kind: str) -> list[str]:
     budget = _halfway(recipe.budget)
     if budget:
         remedies.append(budget)
-    given = recipe.data.source
-    sources = [given] if isinstance(given, str) else given
-    if all(source.startswith(("synthetic", "self")) for source in sources) and kind == "text":
-        remedies.append("text of your own (--data text:FILE)")
-    elif all(source.startswith("synthetic") for source in sources) and kind == "image":
-        remedies.append("real images (--data images:DIR)")
+    remedies += _own_data(recipe.data.source, kind)
     few = (recipe.data.samples or 0) < (MANY if kind == "image" else MANY_WINDOWS)
     if kind in ("image", "text") and few:
         remedies.append(f"more samples (--samples {MANY if kind == 'image' else MANY_WINDOWS})")
     if kind == "image" and recipe.method.sequential is None:
         remedies.append("--sequential dense")
     return remedies or ["fewer groups (--only, --exclude)"]
+
+
+def _own_data(given: str | Sequence[str], kind: str) -> list[str]:
+    """Data of one's own as a remedy, where all that was given is synthetic."""
+    sources = [given] if isinstance(given, str) else given
+    if all(source.startswith(("synthetic", "self")) for source in sources) and kind == "text":
+        return ["text of your own (--data text:FILE)"]
+    if all(source.startswith("synthetic") for source in sources) and kind == "image":
+        return ["real images (--data images:DIR)"]
+    return []
+
+
+def heal_advice(report: Mapping[str, Any], recipe: HealRecipe, bounds: BoundReport, kind: str) -> tuple[str, ...]:
+    """What to do about a healing run that left much of the change; empty where all is well, or nothing is known."""
+    _, tone = _change(bounds)
+    if tone == "good":
+        return ()
+    remedies, budget = _own_data(recipe.data.source, kind), recipe.budget
+    if not report["healing"]["ended early"] and budget.steps is not None:
+        remedies.append(f"more steps (--steps {2 * budget.steps})")
+    elif not report["healing"]["ended early"] and budget.minutes is not None:
+        remedies.append(f"more time (--minutes {2 * budget.minutes:g})")
+    return (f"still far from the original: try {' or '.join(remedies)}",) if remedies else ()
 
 
 def _halfway(budget: BudgetChoice) -> str:

@@ -8,7 +8,8 @@ import pytest
 from modhifi.bounds.ladder import BoundReport
 from modhifi.bounds.statistical import Forgetting, Interval, Statistical
 from modhifi.bounds.verdicts import Tolerances, Verdict
-from modhifi.runs.outcome import add_outcome, prune_advice
+from modhifi.runs.heal_recipe import HealRecipe
+from modhifi.runs.outcome import add_outcome, heal_advice, prune_advice
 from modhifi.runs.recipe import PruneRecipe
 
 
@@ -116,6 +117,21 @@ def advice(content: dict[str, Any], flips: float, kind: str = "image", latency: 
     if kind == "text":
         report["errors"] = {"perplexity_before": 10.0, "perplexity_after": 13.0, "agreement": 1 - flips}
     return prune_advice(report, recipe, bounds_of(interval(flips, 0.5)), kind)
+
+
+def test_a_healed_model_that_is_still_far_gets_data_of_its_own_and_more_time() -> None:
+    def advice_on(flips: float, early: bool = False, **given: Any) -> tuple[str, ...]:
+        recipe = HealRecipe.model_validate({"directory": "DIR", **given})
+        report = {"healing": {"ended early": early}}
+        return heal_advice(report, recipe, bounds_of(interval(flips, 0.5)), "image")
+
+    assert advice_on(0.02, budget={"minutes": 10}) == ()
+    assert advice_on(0.2, budget={"minutes": 10}) == (
+        "still far from the original: try real images (--data images:DIR) or more time (--minutes 20)",
+    )
+    images = {"data": {"source": "images:DIR"}, "budget": {"steps": 300}}
+    assert advice_on(0.2, **images) == ("still far from the original: try more steps (--steps 600)",)
+    assert advice_on(0.2, early=True, **images) == ()
 
 
 def test_advice_names_the_options_that_lose_less() -> None:
