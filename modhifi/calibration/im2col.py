@@ -80,7 +80,7 @@ def _token_rows(x: Tensor, positions_for: Any, keep: Tensor | None) -> Tensor:
         return rows.reshape(-1, x.shape[-1]).index_select(0, real).T[None]
     chosen = positions_for(rows.shape[1]) if positions_for else None
     rows = rows.clone() if chosen is None else rows[_numbers(len(rows), x.device), chosen]
-    return rows.view(1, -1, x.shape[-1]).mT
+    return rows.reshape(1, -1, x.shape[-1]).mT
 
 
 @lru_cache(maxsize=64)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modhifi.calibration.block_stream import Stream, find_blocks, moments_by_block
 from modhifi.calibration.collect import collect
+from modhifi.calibration.memory import gram_bytes
 from modhifi.calibration.moments import Moments
 from modhifi.calibration.sampling import Sampling
 from modhifi.calibration.timeline import Timeline
@@ -232,20 +233,26 @@ def test_models_without_blocks_have_none() -> None:
     assert find_blocks(Timeline(model, lambda: model(torch.zeros(1, 4)))) == ()
 
 
-def test_one_blocks_grams_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("blocks, alive", [(1, [2] * 5), (2, [4, 4, 2]), (5, [10])])
+def test_few_blocks_grams_at_a_time(blocks: int, alive: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: LoadedModel = load_model(tiny_text.llama(num_hidden_layers=5))
+    readers = [loaded.model.get_submodule(f"model.layers.0.{name}") for name in ("self_attn.o_proj", "mlp.down_proj")]
+    monkeypatch.setattr(blockwise, "TOGETHER", blocks * sum(map(gram_bytes, readers)))
     held: list[weakref.ref[Moments]] = []
-    alive: list[int] = []
+    seen: list[int] = []
     curves = blockwise.removal_curves
 
     def counting(
         model: object, structure: object, moments: dict[str, Moments], settings: object, **more: object
     ) -> object:
         held.extend(weakref.ref(m) for m in moments.values())
-        alive.append(sum(ref() is not None for ref in held))
+        seen.append(sum(ref() is not None for ref in held))
         return curves(model, structure, moments, settings, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(blockwise, "removal_curves", counting)
     settings = PruneSettings(layout="uniform", rows_per_column=None, batch_size=2)
-    prune_model(loaded, token_samples([12] * 4), Budget("components", 0.5), settings)
-    assert alive == [2] * 5  # behind the attention and behind the feed-forward layer
+    ours = prune_model(loaded, token_samples([12] * 4), Budget("components", 0.5), settings)
+    assert seen == alive  # behind the attention and behind the feed-forward layer of every block
+    monkeypatch.setattr(blockwise, "prune_in_blocks", lambda *_: None)
+    theirs = prune_model(loaded, token_samples([12] * 4), Budget("components", 0.5), settings)
+    assert ours.plan.kept == theirs.plan.kept

@@ -33,3 +33,5 @@ def test_operations_depend_on_the_number_of_batches_alone(name: str) -> None:
     few = launches(name, batches=4, size=2, side=48)
     assert few == launches(name, batches=4, size=8, side=48) == launches(name, batches=4, size=2, side=64)
     assert few < launches(name, batches=8, size=2, side=48) < 2 * few
+    # the reader's own operations among them
+    assert launches(name, batches=8, size=2, side=48) - few <= 4 * {"conv": 8, "grouped": 8, "tokens": 7}[name]

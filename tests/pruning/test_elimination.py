@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from counting import Dispatched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_readers import READERS, TINY, reader, residual
@@ -167,6 +168,19 @@ def test_wide_readers_lose_together_what_they_lose_alone_when_stale_columns_go()
             torch.testing.assert_close(
                 found[0].double(), least_squares(r.weight[0], r.second[0], kept), rtol=1e-3, atol=1e-3
             )
+
+
+def test_groups_of_one_shape_lose_components_in_the_operations_of_one():
+    def operations(jobs: int, steps: int, m: int = 1, n: int = 48) -> int:
+        some = [Job([reader(seed, n=n, m=m)], 4) for seed in range(jobs)]
+        with Dispatched() as dispatched:
+            eliminate_together(some, steps=steps)
+        return dispatched.count
+
+    # what is gathered and cut for each group, before and behind all steps
+    assert operations(6, 22) - operations(2, 22) == operations(6, 11) - operations(2, 11) <= 4 * 12
+    for m, n, most in ((1, 48, 20), (3, 48, 26), (12, 48, 50)):  # in double, and in single precision where wide
+        assert operations(2, 22, m, n) - operations(2, 11, m, n) <= 11 * most, m
 
 
 def test_a_group_that_cannot_be_solved_takes_no_other_with_it():
