@@ -86,11 +86,8 @@ class ErrorMapping(TyperGroup):
                 if os.environ.get("GITHUB_ACTIONS") == "true":
                     print(annotation(message), file=sys.stderr)
                 raise typer.Exit(getattr(error, "exit_code", BAD_INPUT)) from None
-            if hasattr(error, "format_message") and type(error).__name__ != "NoArgsIsHelpError":
-                _stderr(f"error: {usage(error)}")
-                raise typer.Exit(BAD_INPUT) from None
             if hasattr(error, "exit_code"):
-                raise  # typer's own way to end
+                raise  # typer's own ways to end
             traceback.print_exc()
             _stderr("this is a bug of modhifi; please report it with the lines above and the output of `modhifi env`")
             raise typer.Exit(OUR_BUG) from None
@@ -124,6 +121,8 @@ def message_of(error: Exception) -> str | None:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     elif is_out_of_memory(error):
         text = "out of memory; use fewer samples, or --device cpu for a GPU's"
+    elif hasattr(error, "format_message") and kind != "NoArgsIsHelpError":
+        text = usage(error)
     elif not isinstance(error, ModhifiError | OSError) and kind != "SafetensorError":
         return None
     return one_line(text)

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 
 from modhifi.artifacts.escape import markdown_code, markdown_text, one_line
 from modhifi.artifacts.exports import EXPORTS
-from modhifi.artifacts.formatting import asked, figures_table
+from modhifi.artifacts.formatting import asked, figures_table, plain
 from modhifi.models.manifest import Manifest, ModelEntry
 
 PIPELINES = {"image": "image-classification", "text": "text-generation", "encoder": "feature-extraction"}
@@ -75,7 +75,7 @@ def model_card(name: str, manifest: Manifest, report: Mapping[str, Any], locatio
         parts.append("Suppression is not erasure: a class-unlearned model is no proof of data deletion.\n")
     exports = (report.get("settings") or {}).get("export") or []
     files = {f"model{EXPORTS[kind].suffix}": "runs without modhifi" for kind in exports if kind in EXPORTS}
-    parts += ["## Files\n", _files(files)]
+    parts += ["## Files\n", _files(manifest.weights.files, files)]
     return "\n".join(parts)
 
 
@@ -91,9 +91,10 @@ def _means(manifest: Manifest) -> str:
     return "by distillation: gradients reached its weights" if healed else "with forward passes only"
 
 
-def _files(exports: Mapping[str, str]) -> str:
+def _files(weights: Mapping[str, str], exports: Mapping[str, str]) -> str:
     known = {"modhifi.json": "what was kept and measured", "recipe.yaml": "repeats the run", "report.html": "shows it"}
-    return "; ".join(f"`{name}`: {use}" for name, use in {**known, **exports}.items()) + ".\n"
+    uses = {**dict.fromkeys(weights, "weights"), **known, **exports}
+    return "; ".join(f"{markdown_code(name)}: {use}" for name, use in uses.items()) + ".\n"
 
 
 def _preprocessing(model: ModelEntry) -> list[str]:
@@ -102,7 +103,8 @@ def _preprocessing(model: ModelEntry) -> list[str]:
     size, mean, std = (given.get(key) for key in ("input_size", "mean", "std"))
     if model.kind != "image" or not (size and mean and std):
         return []
-    facts = f"size {size}, mean {mean}, standard deviation {std}, {given.get('interpolation', 'bicubic')}"
+    shape = plain(size).replace(", ", " × ")
+    facts = f"{shape}; mean {plain(mean)}; standard deviation {plain(std)}; {given.get('interpolation', 'bicubic')}"
     return [f"Images: {markdown_text(facts)}.\n"]
 
 

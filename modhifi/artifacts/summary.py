@@ -8,7 +8,7 @@ from typing import Any
 from xml.etree import ElementTree as XML
 
 from modhifi.artifacts.escape import markdown_text, printable
-from modhifi.artifacts.formatting import figures_table
+from modhifi.artifacts.formatting import asked, figures_table
 from modhifi.disk import check_file
 
 FAILED = ("FAIL", "INCONCLUSIVE", "BUG")
@@ -32,15 +32,15 @@ def write_summary(path: Path, reports: Sequence[tuple[str, Report]]) -> None:
 
 
 def markdown(reports: Sequence[tuple[str, Report]]) -> str:
-    """The reports as Markdown: a heading, the verdicts and the before/after table of each."""
+    """The reports as Markdown: a heading, the outcome, the verdicts on what was asked for and the figures of each."""
     lines: list[str] = []
     for title, report in reports:
         lines += [f"### {markdown_text(title)}: {markdown_text(report.get('title', ''))}", ""]
         if (outcome := report.get("outcome") or {}).get("text"):
             lines += [f"**{markdown_text(outcome['text'])}**", ""]
-        if report.get("verdicts"):
+        if verdicts := asked(report.get("verdicts") or []):
             lines += ["| verdict | on | |", "|---|---|---|"]
-            for v in sorted(report["verdicts"], key=lambda v: v["verdict"] not in FAILED):
+            for v in sorted(verdicts, key=lambda v: v["verdict"] not in FAILED):
                 mark = "❌ " if v["verdict"] in FAILED else "✅ " if str(v["verdict"]).startswith("PASS") else ""
                 verdict, name, text = map(markdown_text, (v["verdict"], v["name"], v.get("text") or ""))
                 lines.append(f"| {mark}{verdict} | {name} | {text} |")

@@ -102,6 +102,8 @@ def test_junit_counts_what_failed() -> None:
 def test_markdown_keeps_its_cells(tmp_path: Path) -> None:
     text = markdown([("prune", REPORT)])
     assert "| ✅ PASS-STATISTICAL | max flip | 0.1 &lt; 0.2 |" in text and "prune \\| x" in text and "−50.0 %" in text
+    behind = [{"name": "R1", "verdict": "not available", "text": "no sample was walked"}]
+    assert markdown([("prune", REPORT | {"verdicts": [*REPORT["verdicts"], *behind]})]) == text
     write_summary(tmp_path / "s.md", [("prune", REPORT)])
     assert (tmp_path / "s.md").read_text() == text
     with pytest.raises(ModhifiError, match=r"\.xml"):

@@ -235,6 +235,7 @@ def test_the_card_names_data_and_files_but_no_place_on_disk(saved):
     card = model_card("small", Manifest.model_validate(content), {"settings": {"export": ["onnx"]}})
     assert "from `net`" in card and "images:cats, 3 of 4 images" in card and "/home" not in card
     assert "`model.onnx`" in card and "Intended use" in card and "standard deviation" in card
+    assert "`model.safetensors`: weights" in card and "\\[" not in card
 
 
 def test_stock_timm_refuses_rather_than_loads_something_else(saved):

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 import typer
+from rich.console import Console
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
-from modhifi.cli.common import print_json, progress
+from modhifi.cli.common import print_json, progress, wide_table
 from modhifi.cli.main import VERBS, ErrorMapping, app
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
 from modhifi.runs.devices import resolve_device
@@ -65,13 +66,40 @@ def test_a_bug_of_ours_shows_its_traceback() -> None:
     assert "modhifi env" in result.stderr
 
 
-def test_exits_and_usage_errors_stay_what_they_are() -> None:
+def test_exits_stay_what_they_are() -> None:
     assert raising(typer.Exit(0)).exit_code == 0
     assert raising(typer.Exit(1)).exit_code == 1
-    result = raising(typer.BadParameter("not a number"))
-    assert result.exit_code == 2
-    assert "not a number" in result.stderr
-    assert CliRunner().invoke(app, ["no-such-verb"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such-verb"], "no such command 'no-such-verb'; see `modhifi --help`"),
+        (["env", "--jsn"], "no such option: --jsn"),
+        (["cache", "--cache"], "option '--cache' requires an argument; see `modhifi"),
+        (["prune", "x", "--phase", "b"], "invalid value for '--phase': 'b' is not one of"),
+        (["verify", "x"], "--data is missing (held-out data: images:DIR,"),
+    ],
+)
+def test_a_usage_error_is_one_line_too(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, arguments, prog_name="modhifi")
+    assert result.exit_code == 2 and result.stderr.startswith(f"modhifi: error: {message}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_group_without_a_verb_shows_its_help() -> None:
+    result = CliRunner().invoke(app, ["data"])
+    assert result.exit_code == 2 and "Usage" in result.output and "error" not in result.stderr
+
+
+def test_a_wide_table_shows_every_figure_at_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    table = wide_table("group", *(f"figure\n{i}" for i in range(9)), words=("group",), title="title")
+    table.add_row("model.layers.29.self_attn.q_proj", *(f"{i}.1234" for i in range(9)))
+    Console(width=80).print(table)
+    shown = capsys.readouterr().out
+    assert all(f"{i}.1234" in shown for i in range(9)) and "…" not in shown
+    names = [line.split()[0] for line in shown.splitlines()[5:] if line.strip()]
+    assert "".join(names) == "model.layers.29.self_attn.q_proj"
 
 
 def imported(code: str) -> set[str]:

@@ -278,7 +278,9 @@ def test_balance_flattens_the_predicted_classes() -> None:
     loaded = stand_in(classes=7)
     candidates = load_samples("synthetic", loaded, n=180, balanced=False)
     counts = spread(candidates, loaded)
-    kept = balance(candidates, loaded, 60)
+    told: list[tuple[str, int, int]] = []
+    kept = balance(candidates, loaded, 60, progress=lambda *step: told.append(step))
+    assert told[-1] == ("drawing", 60, 60) and len(told) > 1
     after = spread(kept, loaded)
     # The best that any 60 of these 180 can do: level every class down to one height.
     height = next(h for h in range(181) if sum(min(c, h) for c in counts) >= 60)

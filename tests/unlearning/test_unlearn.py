@@ -356,6 +356,27 @@ def test_the_screen_names_verdicts_and_the_retained_class_that_lost_most(capsys:
     assert "R4" not in shown and "not measured" in shown
 
 
+def test_the_screen_of_an_unlearning_is_a_table_before_and_after_a_sentence_and_a_verdict(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from modhifi.cli.screens import show_report
+
+    report = {
+        "title": "run",
+        "task": "unlearn",
+        "warnings": [],
+        "before_after": [{"name": "accuracy on forgotten classes", "before": 0.9, "after": 0.0, "unit": "%"}],
+        "audit": {"forgotten": ["cat"], "moved": [{"class": "cat", "to": {"dog": 0.7}}]},
+        "verdicts": [{"name": "forgetting", "verdict": "SUPPRESSED", "text": "The features hold it. Output: nothing."}],
+        "outcome": {"tone": "good", "text": "At most 1 % are still recognised.", "advice": []},
+    }
+    show_report(report, None)
+    shown = capsys.readouterr().out
+    assert "accuracy on forgotten classes" in shown and "−90.00 points" in shown
+    assert "images of cat are now called: dog 70 %" in shown and "head-mask" not in shown
+    assert "SUPPRESSED (forgetting): The features hold it.\n" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
