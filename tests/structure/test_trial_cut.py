@@ -78,6 +78,22 @@ def test_what_can_be_cut_stays_as_it_was(name: str):
     assert all(torch.equal(value, before[key].float()) for key, value in model.state_dict().items())
 
 
+def test_where_all_is_well_two_unequal_cuts_are_enough():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5))), torch.randn(2, 8)
+    widths: list[tuple[int, ...]] = []
+
+    def run(model: nn.Module) -> Any:
+        widths.append(tuple(layer.out_features for layer in model))
+        return model(x)
+
+    traced = trace(model, run)
+    widths.clear()
+    assert confirm(model, traced, run) is traced and len(traced.prunable) == 4
+    # Masked and cut in turn; what loses one component in the first trial keeps 60 % in the second.
+    assert widths == [(8,) * 5, (7, 4, 7, 4, 8), (8,) * 5, (4, 7, 4, 7, 8)]
+
+
 def test_a_model_of_nans_is_not_blamed_on_its_code():
     model, x = tiny.pattern("plain")
     model.stem[0].weight.data.fill_(float("nan"))
