@@ -180,7 +180,10 @@ def reshape(model: nn.Module, changes: Differences) -> nn.Module:
 def _recount(module: nn.Module, attribute: str, value: Count) -> None:
     """Sets a counting attribute; raises ModhifiError for one that holds anything but counts."""
     owner, _, leaf = attribute.rpartition(".")
-    before = getattr(getattr(module, owner) if owner else module, leaf, None)
+    if owner == "config":  # one with fields of each layer refuses to tell, by getattr, those of all
+        before = vars(module.config).get(leaf, getattr(type(module.config), leaf, None))
+    else:
+        before = getattr(module, leaf, None)
     if owner not in ("", "config") or not (before is None or _counts(before)):
         raise ModhifiError(f"the attribute {attribute} of a {type(module).__name__} counts nothing; restore the file")
     set_count(module, attribute, _tuples(value))
