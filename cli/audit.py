@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modhifi.runs.recipe_tasks import AuditRecipe
+from modhifi.runs.recipes.tasks import AuditRecipe
 
 from .common import ForceOption, JsonOption, QuietOption
 from .options import takes

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from modhifi.disk import check_file
-from modhifi.runs.bench_recipe import BenchRun
+from modhifi.runs.recipes.bench import BenchRun
 
 from .common import JsonOption, QuietOption, print_json, progress, stdout_console, wide_table
 from .options import takes

@@ -9,8 +9,8 @@ from typing import Any
 
 from modhifi.artifacts.formatting import number
 from modhifi.cache import default_directory
-from modhifi.runs.compare_recipe import NOT_SHARED, CompareRecipe
 from modhifi.runs.devices import resolve_device
+from modhifi.runs.recipes.compare import NOT_SHARED, CompareRecipe
 
 from .common import (
     CacheOption,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from modhifi.runs.recipe import PruneRecipe
+from modhifi.runs.recipes.prune import PruneRecipe
 
 from .common import ForceOption, JsonOption, QuietOption
 from .options import takes

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from modhifi.runs.budget_choice import BudgetChoice
-from modhifi.runs.bundled_recipes import find
-from modhifi.runs.recipe_file import Strict, apply_overrides, read_yaml, set_value, validate
+from modhifi.runs.recipes.budgets import BudgetChoice
+from modhifi.runs.recipes.bundled import find
+from modhifi.runs.recipes.files import Strict, apply_overrides, read_yaml, set_value, validate
 
 FLAGS = {f"--{key.replace('_', '-')}": f"budget.{key}" for key in BudgetChoice.model_fields}
 # The options that take the place of a file's budget, as `alternatives` of the recipe says.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from modhifi.errors import ModhifiError
-from modhifi.runs.heal_recipe import HealRecipe
+from modhifi.runs.recipes.heal import HealRecipe
 
 from .common import ForceOption, JsonOption, PushOption, QuietOption
 from .options import takes

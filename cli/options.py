@@ -12,9 +12,18 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.models import ArgumentInfo, ParameterInfo
 
-from modhifi.runs.bundled_recipes import find
-from modhifi.runs.recipe import ModelSource
-from modhifi.runs.recipe_file import Option, Strict, apply_overrides, read_yaml, set_flags, set_out, set_value, validate
+from modhifi.runs.recipes.bundled import find
+from modhifi.runs.recipes.files import (
+    Option,
+    Strict,
+    apply_overrides,
+    read_yaml,
+    set_flags,
+    set_out,
+    set_value,
+    validate,
+)
+from modhifi.runs.recipes.prune import ModelSource
 
 from .common import PANELS
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from modhifi.errors import ModhifiError
-from modhifi.runs.recipe import PruneRecipe
+from modhifi.runs.recipes.prune import PruneRecipe
 
 from .common import CacheOption, ForceOption, JsonOption, NoCacheOption, PushOption, QuietOption
 from .options import takes

@@ -12,7 +12,7 @@ from modhifi.errors import ModhifiError
 from .common import CacheOption, ForceOption, JsonOption, NoCacheOption, QuietOption, print_json, stdout_console
 
 if TYPE_CHECKING:
-    from modhifi.runs.recipe_tasks import Recipe
+    from modhifi.runs.recipes.tasks import Recipe
 
 NameArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, an artefact's directory, or a name of `recipe ls`.")
@@ -31,7 +31,7 @@ def ls(as_json: JsonOption = False) -> None:
     """List the recipes that come with the package."""
     from rich.table import Table
 
-    from modhifi.runs.bundled_recipes import shipped, summary
+    from modhifi.runs.recipes.bundled import shipped, summary
 
     purposes = {name: summary(path) for name, path in shipped().items()}
     if as_json:
@@ -46,7 +46,7 @@ def ls(as_json: JsonOption = False) -> None:
 @app.command("show")
 def show(recipe: NameArgument) -> None:
     """Print a recipe."""
-    from modhifi.runs.bundled_recipes import find
+    from modhifi.runs.recipes.bundled import find
 
     typer.echo(find(recipe).read_text(encoding="utf-8"), nl=False)
 
@@ -58,7 +58,7 @@ def copy(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Copy a recipe, to change it."""
-    from modhifi.runs.bundled_recipes import find
+    from modhifi.runs.recipes.bundled import find
 
     source = find(recipe)
     file = target / source.name if target.is_dir() else target
@@ -71,7 +71,7 @@ def copy(
 @app.command("validate")
 def validate(recipe: NameArgument, set_values: SetOption = None) -> None:
     """Check a recipe without running it; print it with every default filled in."""
-    from modhifi.runs.recipe_file import to_yaml
+    from modhifi.runs.recipes.files import to_yaml
 
     typer.echo(to_yaml(read(recipe, set_values).model_dump(mode="json")), nl=False)
 
@@ -79,7 +79,7 @@ def validate(recipe: NameArgument, set_values: SetOption = None) -> None:
 @app.command("schema")
 def schema() -> None:
     """Print the JSON schema of recipes, for editors that complete and check YAML."""
-    from modhifi.runs.recipe_tasks import schema
+    from modhifi.runs.recipes.tasks import schema
 
     print_json(schema())
 
@@ -102,7 +102,7 @@ def run(
     force: ForceOption = False,
 ) -> None:
     """Run a recipe: every step in order; exit code 1 where a check fails, after everything is written."""
-    from modhifi.runs.bundled_recipes import find
+    from modhifi.runs.recipes.bundled import find
 
     from .run import run
 
@@ -112,9 +112,9 @@ def run(
 
 def read(recipe: str, set_values: list[str] | None, out: Path | None = None, summary: Path | None = None) -> Recipe:
     """Reads the recipe of a name or a file, applies the changes and validates it."""
-    from modhifi.runs.bundled_recipes import find
-    from modhifi.runs.recipe_file import apply_overrides, read_yaml, set_flags, set_out
-    from modhifi.runs.recipe_tasks import parse
+    from modhifi.runs.recipes.bundled import find
+    from modhifi.runs.recipes.files import apply_overrides, read_yaml, set_flags, set_out
+    from modhifi.runs.recipes.tasks import parse
 
     path = find(recipe)
     content = apply_overrides(read_yaml(path), set_values or [])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from modhifi.cache import default_directory
-from modhifi.runs.recipe_tasks import Recipe, StepsRecipe
+from modhifi.runs.recipes.tasks import Recipe, StepsRecipe
 
 from .common import imported_for_good, print_json, progress
 from .push import check_pushed, pushed

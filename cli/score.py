@@ -14,8 +14,8 @@ from modhifi.pruning.selectors import SELECTORS
 from modhifi.registry import one_of
 from modhifi.runs.devices import resolve_device
 from modhifi.runs.inputs import load_source
-from modhifi.runs.recipe import CalibrationData, Device, ModelSource, Seed
-from modhifi.runs.recipe_file import Option, Strict
+from modhifi.runs.recipes.files import Option, Strict
+from modhifi.runs.recipes.prune import CalibrationData, Device, ModelSource, Seed
 from modhifi.runs.score import ETAS, FEW, GroupScores, score_model, write_scores
 
 from .common import (

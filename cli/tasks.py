@@ -12,8 +12,8 @@ from modhifi.models.load import load_model
 from modhifi.runs.devices import resolve_device
 from modhifi.runs.inputs import load_source
 from modhifi.runs.lm_eval_tasks import compare_tasks
-from modhifi.runs.recipe import ModelSource
-from modhifi.runs.recipe_file import Option, Strict
+from modhifi.runs.recipes.files import Option, Strict
+from modhifi.runs.recipes.prune import ModelSource
 
 from .common import DeviceOption, JsonOption, SeedOption, print_json, print_warnings, stdout_console
 from .options import takes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modhifi.runs.unlearn_recipe import UnlearnRecipe
+from modhifi.runs.recipes.unlearn import UnlearnRecipe
 
 from .common import ForceOption, JsonOption, PushOption, QuietOption
 from .options import takes

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from modhifi.runs.recipe_tasks import VerifyRecipe
+from modhifi.runs.recipes.tasks import VerifyRecipe
 
 from .common import ForceOption, JsonOption, QuietOption
 from .options import takes

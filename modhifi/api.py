@@ -21,14 +21,14 @@ from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.plain_copy import unwrapped
 from modhifi.progress import Progress, silent
-from modhifi.runs.bench_recipe import Settings
 from modhifi.runs.compare import Comparison, run_compare
-from modhifi.runs.compare_recipe import CompareRecipe
 from modhifi.runs.heal import HealResult
 from modhifi.runs.inputs import Given
 from modhifi.runs.prune import PruneResult
-from modhifi.runs.recipe_file import validate
-from modhifi.runs.recipe_tasks import parse
+from modhifi.runs.recipes.bench import Settings
+from modhifi.runs.recipes.compare import CompareRecipe
+from modhifi.runs.recipes.files import validate
+from modhifi.runs.recipes.tasks import parse
 from modhifi.runs.run_recipe import Circumstances, run_recipe
 from modhifi.runs.score import Scores, score_model
 from modhifi.runs.timing.bench import Bench, bench_models

@@ -20,7 +20,7 @@ The schema, version 1; every part but ``title`` may be missing, which means that
 * ``tables``: ``{title, columns, rows, unit?, note?}``; a row is a name and a value for each further column, ``note``
   a sentence on them
 * ``refused``: ``{name, reason}``; ``verdicts``: ``{name, verdict, text}``; ``warnings``: sentences
-* ``outcome``: ``{tone, text, advice}``, see :mod:`modhifi.runs.outcome`
+* ``outcome``: ``{tone, text, advice}``, see :mod:`modhifi.runs.reports.outcome`
 * ``texts``: ``{beginning, before, after}``, what a language model writes
 * ``timed``: of a budget of time, ``{operators, rest}``: the predicted seconds of every operator, before and after the
   edit, and of what no operator's width changes

@@ -16,7 +16,7 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.models.weights import state_hash
 from modhifi.progress import Progress, silent
 from modhifi.runs.inputs import NOTHING, Given, forgotten_before, load_source, original_of
-from modhifi.runs.recipe_tasks import AuditChecks, AuditRecipe
+from modhifi.runs.recipes.tasks import AuditChecks, AuditRecipe
 from modhifi.unlearning.attacks import measures
 from modhifi.unlearning.audit import audit
 from modhifi.unlearning.audit_text import VERDICTS

@@ -11,7 +11,7 @@ from modhifi.models.stock import can_say
 from modhifi.pruning.stages import find_structure
 from modhifi.runs.defaults import amounts
 from modhifi.runs.forecast import forecast
-from modhifi.runs.refusals import folded, pattern
+from modhifi.runs.reports.refusals import folded, pattern
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.mixtures import mixtures
 from modhifi.structure.sizes import Sizes, sizes_of

@@ -24,11 +24,11 @@ from modhifi.pruning.budget import Budget
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.grid import Measured, measure_once, order_once, prune_measured
 from modhifi.pruning.settings import PruneSettings
-from modhifi.runs.compare_recipe import CompareRecipe
 from modhifi.runs.defaults import complete, rounding_for
 from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, place
-from modhifi.runs.measurements import measure_run
-from modhifi.runs.prune_report import skipped_warnings
+from modhifi.runs.recipes.compare import CompareRecipe
+from modhifi.runs.reports.measurements import measure_run
+from modhifi.runs.reports.prune import skipped_warnings
 from modhifi.staging import staging
 
 # Half the width of a 95 % interval, in standard errors of a share.

@@ -15,9 +15,9 @@ from modhifi.models.hooks import normalises_by_batch
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.layouts.base import Rounding
-from modhifi.runs.heal_recipe import HealRecipe
-from modhifi.runs.recipe import ModelSource, PruneRecipe
-from modhifi.runs.recipe_tasks import VerifyRecipe
+from modhifi.runs.recipes.heal import HealRecipe
+from modhifi.runs.recipes.prune import ModelSource, PruneRecipe
+from modhifi.runs.recipes.tasks import VerifyRecipe
 from modhifi.structure.families import says
 
 

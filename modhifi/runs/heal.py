@@ -31,15 +31,15 @@ from modhifi.healing.healed import Healed
 from modhifi.models.skeleton import same_shapes
 from modhifi.models.weights import state_hash
 from modhifi.progress import Clock, Progress, silent
-from modhifi.runs.bound_report import add_bounds
-from modhifi.runs.continuations import continuations
 from modhifi.runs.defaults import complete_heal, settle_batchnorm
 from modhifi.runs.heal_inputs import LearningData, Patient, load_learning_data, load_patient, teacher_of
-from modhifi.runs.heal_recipe import HealRecipe
-from modhifi.runs.heal_report import add_audit, healing_verdicts, measure_healing, report_of
 from modhifi.runs.inputs import NOTHING, Given, local_paths, located
-from modhifi.runs.outcome import add_outcome, heal_advice
-from modhifi.runs.prune_report import skipped_warnings
+from modhifi.runs.recipes.heal import HealRecipe
+from modhifi.runs.reports.bounds import add_bounds
+from modhifi.runs.reports.continuations import continuations
+from modhifi.runs.reports.heal import add_audit, healing_verdicts, measure_healing, report_of
+from modhifi.runs.reports.outcome import add_outcome, heal_advice
+from modhifi.runs.reports.prune import skipped_warnings
 from modhifi.runs.verify import in_dense_shape
 from modhifi.unlearning.audit import audit
 from modhifi.unlearning.data import load_unlearn_data

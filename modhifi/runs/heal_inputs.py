@@ -12,9 +12,9 @@ from modhifi.healing.lora import check_lora
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import Manifest
 from modhifi.progress import Progress
-from modhifi.runs.heal_recipe import HealRecipe
 from modhifi.runs.inputs import Given, load_data, original_of
-from modhifi.runs.recipe import ModelSource
+from modhifi.runs.recipes.heal import HealRecipe
+from modhifi.runs.recipes.prune import ModelSource
 from modhifi.runs.verify import load_pair
 
 # The samples that choose the best weights: a share of those to learn from, and no more than this many, or windows of

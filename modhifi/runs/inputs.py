@@ -24,8 +24,8 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import Manifest
 from modhifi.models.offload import let_visit
 from modhifi.progress import Progress, silent
-from modhifi.runs.heal_recipe import HealRecipe
-from modhifi.runs.recipe import ModelSource, PruneRecipe
+from modhifi.runs.recipes.heal import HealRecipe
+from modhifi.runs.recipes.prune import ModelSource, PruneRecipe
 
 
 def forgotten_before(loaded: LoadedModel) -> list[int]:

@@ -10,7 +10,7 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.metered import Meter
-from modhifi.runs.recipe import PruneRecipe
+from modhifi.runs.recipes.prune import PruneRecipe
 from modhifi.runs.timing.bench import check_threads
 from modhifi.runs.timing.footprints import MemoryMeter
 from modhifi.runs.timing.networks import Timer

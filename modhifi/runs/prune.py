@@ -33,17 +33,19 @@ from modhifi.pruning.expert_removal import prune_experts
 from modhifi.pruning.prune import block_by_block, contribute, prune_model
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import Pruned
-from modhifi.runs.bound_report import add_bounds, add_groups
-from modhifi.runs.budget_choice import BudgetChoice
-from modhifi.runs.continuations import continuations
 from modhifi.runs.defaults import Amounts, complete, rounding_for
-from modhifi.runs.entries import count_entries
 from modhifi.runs.forecast import forecast
 from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, located, place, shortage
-from modhifi.runs.measurements import before_after, measure_run, summary
 from modhifi.runs.meters import meter_of
-from modhifi.runs.outcome import add_outcome, prune_advice, without_bounds
-from modhifi.runs.prune_report import (
+from modhifi.runs.recalibrate import reestimate_if_closer
+from modhifi.runs.recipes.budgets import BudgetChoice
+from modhifi.runs.recipes.prune import PruneRecipe
+from modhifi.runs.reports.bounds import add_bounds, add_groups
+from modhifi.runs.reports.continuations import continuations
+from modhifi.runs.reports.entries import count_entries
+from modhifi.runs.reports.measurements import before_after, measure_run, summary
+from modhifi.runs.reports.outcome import add_outcome, prune_advice, without_bounds
+from modhifi.runs.reports.prune import (
     measured_verdict,
     metered_verdict,
     metered_warnings,
@@ -51,8 +53,6 @@ from modhifi.runs.prune_report import (
     rounding_verdict,
     skipped_warnings,
 )
-from modhifi.runs.recalibrate import reestimate_if_closer
-from modhifi.runs.recipe import PruneRecipe
 from modhifi.structure.clone import clone
 from modhifi.structure.expand import expand
 from modhifi.structure.plan import Plan

@@ -23,16 +23,16 @@ from modhifi.progress import Progress, live_log, silent
 from modhifi.runs.audit import run_audit
 from modhifi.runs.devices import resolve_device
 from modhifi.runs.heal import HealResult, run_heal
-from modhifi.runs.heal_recipe import HealRecipe
 from modhifi.runs.inputs import NOTHING, Given, local_paths, located
-from modhifi.runs.outcome import add_outcome
 from modhifi.runs.prune import PruneResult, run_prune
-from modhifi.runs.prune_report import too_busy
-from modhifi.runs.recipe import PruneRecipe
-from modhifi.runs.recipe_file import set_value, to_yaml
-from modhifi.runs.recipe_tasks import STEP, Recipe, StepsRecipe, Task, VerifyRecipe, parse
+from modhifi.runs.recipes.files import set_value, to_yaml
+from modhifi.runs.recipes.heal import HealRecipe
+from modhifi.runs.recipes.prune import PruneRecipe
+from modhifi.runs.recipes.tasks import STEP, Recipe, StepsRecipe, Task, VerifyRecipe, parse
+from modhifi.runs.recipes.unlearn import UnlearnRecipe
+from modhifi.runs.reports.outcome import add_outcome
+from modhifi.runs.reports.prune import too_busy
 from modhifi.runs.unlearn import UnlearnResult, run_unlearn
-from modhifi.runs.unlearn_recipe import UnlearnRecipe
 from modhifi.runs.verify import run_verify
 from modhifi.staging import staging
 

@@ -26,10 +26,10 @@ from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Clock, Progress, silent
 from modhifi.runs.audit import load_reference, report_parts
-from modhifi.runs.bound_report import add_bounds
 from modhifi.runs.inputs import NOTHING, Given, forgotten_before, load_source, local_paths, located
-from modhifi.runs.outcome import add_outcome
-from modhifi.runs.unlearn_recipe import UnlearnRecipe
+from modhifi.runs.recipes.unlearn import UnlearnRecipe
+from modhifi.runs.reports.bounds import add_bounds
+from modhifi.runs.reports.outcome import add_outcome
 from modhifi.unlearning.audit import audit
 from modhifi.unlearning.batchnorm import settle_norms, settled_names
 from modhifi.unlearning.data import UnlearnData, find_classes, load_unlearn_data

@@ -21,8 +21,8 @@ from modhifi.progress import Progress, silent
 from modhifi.pruning.stages import find_structure
 from modhifi.runs.defaults import complete_verify
 from modhifi.runs.inputs import NOTHING, Given, load_source, original_of
-from modhifi.runs.recipe import ModelSource
-from modhifi.runs.recipe_tasks import VerifyRecipe
+from modhifi.runs.recipes.prune import ModelSource
+from modhifi.runs.recipes.tasks import VerifyRecipe
 from modhifi.structure.expand import expand
 
 

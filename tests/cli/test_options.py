@@ -20,9 +20,9 @@ from modhifi.cli.demo import DEMO
 from modhifi.cli.options import compose, keys_of
 from modhifi.cli.screens import show_briefly
 from modhifi.errors import ModhifiError
-from modhifi.runs.recipe import PruneRecipe
-from modhifi.runs.recipe_file import Strict, read_yaml, set_out
-from modhifi.runs.recipe_tasks import TASKS, parse
+from modhifi.runs.recipes.files import Strict, read_yaml, set_out
+from modhifi.runs.recipes.prune import PruneRecipe
+from modhifi.runs.recipes.tasks import TASKS, parse
 from modhifi.runs.run_recipe import run_recipe
 
 # Keys without an option, and why.

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import modhifi
 from modhifi.cli.main import app
-from modhifi.runs.recipe_file import read_yaml
+from modhifi.runs.recipes.files import read_yaml
 
 pytestmark = pytest.mark.usefixtures("reload_in_process")
 runner = CliRunner()

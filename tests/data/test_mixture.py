@@ -35,8 +35,8 @@ from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import find_structure, measure_moments
 from modhifi.runs.defaults import calibrating, complete
 from modhifi.runs.inputs import Given, load_data, local_paths, located
-from modhifi.runs.measurements import before_after
-from modhifi.runs.recipe_tasks import parse
+from modhifi.runs.recipes.tasks import parse
+from modhifi.runs.reports.measurements import before_after
 from modhifi.structure.operators import weight_matrix
 
 # Files that are there, whose names look like several sources or like a share.

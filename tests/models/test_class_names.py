@@ -19,7 +19,7 @@ from modhifi.models.from_transformers import build
 from modhifi.models.load import load_model
 from modhifi.models.loaded import frozen
 from modhifi.runs.inputs import Given
-from modhifi.runs.recipe_tasks import parse
+from modhifi.runs.recipes.tasks import parse
 from modhifi.runs.run_recipe import Circumstances, run_recipe
 from modhifi.structure.clone import clone
 from modhifi.structure.plan import Plan

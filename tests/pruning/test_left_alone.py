@@ -23,7 +23,7 @@ from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import lstsq
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.settings import PruneSettings
-from modhifi.runs.recipe import PruneRecipe
+from modhifi.runs.recipes.prune import PruneRecipe
 from modhifi.structure.plan import Plan
 
 PIXELS = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))

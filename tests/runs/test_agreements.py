@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from modhifi.runs.agreements import boxes, edit_distances, embeddings, masks, transcripts
+from modhifi.runs.reports.agreements import boxes, edit_distances, embeddings, masks, transcripts
 
 
 def chance() -> torch.Generator:

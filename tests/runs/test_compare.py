@@ -14,7 +14,7 @@ from modhifi.cli.main import app
 from modhifi.errors import ModhifiError
 from modhifi.pruning import stages
 from modhifi.runs.compare import half_width
-from modhifi.runs.compare_recipe import CompareRecipe
+from modhifi.runs.recipes.compare import CompareRecipe
 
 GRID = ["--selectors", "obs,random", "--compensate", "lstsq", "--compensate", "none"]
 

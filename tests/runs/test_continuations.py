@@ -9,7 +9,7 @@ import torch
 from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
-from modhifi.runs.continuations import BEGINNING, TEXTS, WRITTEN, continuations
+from modhifi.runs.reports.continuations import BEGINNING, TEXTS, WRITTEN, continuations
 
 
 def test_both_models_go_on_greedily(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

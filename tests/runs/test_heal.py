@@ -32,7 +32,7 @@ from modhifi.models.manifest import read_manifest
 from modhifi.runs.defaults import settle_batchnorm
 from modhifi.runs.heal_inputs import load_learning_data, load_patient
 from modhifi.runs.inputs import NOTHING, original_of
-from modhifi.runs.recipe_tasks import parse
+from modhifi.runs.recipes.tasks import parse
 
 __all__ = ["world"]
 pytestmark = pytest.mark.usefixtures("reload_in_process")

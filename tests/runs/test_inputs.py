@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from modhifi.cli.main import app
 from modhifi.errors import ModhifiError
 from modhifi.runs.inputs import local_paths, located
-from modhifi.runs.recipe_file import set_value
-from modhifi.runs.recipe_tasks import parse
+from modhifi.runs.recipes.files import set_value
+from modhifi.runs.recipes.tasks import parse
 from modhifi.runs.run_recipe import Circumstances, run_recipe
 
 # A recipe of every task whose names nobody finds.

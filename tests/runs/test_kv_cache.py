@@ -18,7 +18,7 @@ from modhifi.pruning.elimination import Curve
 from modhifi.pruning.stages import find_structure
 from modhifi.runs.inputs import Given
 from modhifi.runs.prune import run_prune
-from modhifi.runs.recipe import PruneRecipe
+from modhifi.runs.recipes.prune import PruneRecipe
 from modhifi.structure.sizes import sizes_of
 
 SHAPE = dict(hidden_size=24, num_attention_heads=6, num_key_value_heads=3, head_dim=4)

@@ -20,8 +20,8 @@ from modhifi.pruning.layouts.base import EXACT
 from modhifi.pruning.metered import Attempt, Metered
 from modhifi.pruning.stages import find_structure
 from modhifi.runs.inputs import Given
-from modhifi.runs.prune_report import metered_verdict, metered_warnings
-from modhifi.runs.recipe import PruneRecipe
+from modhifi.runs.recipes.prune import PruneRecipe
+from modhifi.runs.reports.prune import metered_verdict, metered_warnings
 from modhifi.runs.run_recipe import Circumstances, run_recipe
 from modhifi.runs.timing import layers, operators, turns
 from modhifi.runs.timing.decoding import decoding

@@ -8,9 +8,9 @@ import pytest
 from modhifi.bounds.ladder import BoundReport
 from modhifi.bounds.statistical import Forgetting, Interval, Statistical
 from modhifi.bounds.verdicts import Tolerances, Verdict
-from modhifi.runs.heal_recipe import HealRecipe
-from modhifi.runs.outcome import add_outcome, heal_advice, prune_advice
-from modhifi.runs.recipe import PruneRecipe
+from modhifi.runs.recipes.heal import HealRecipe
+from modhifi.runs.recipes.prune import PruneRecipe
+from modhifi.runs.reports.outcome import add_outcome, heal_advice, prune_advice
 
 
 def interval(measured: float, upper: float, informative: bool = True) -> Interval:

@@ -22,7 +22,7 @@ from modhifi.models.load import load_model
 from modhifi.models.loaded import main_output
 from modhifi.pruning.stages import find_structure
 from modhifi.runs.inputs import Given
-from modhifi.runs.recipe_tasks import parse
+from modhifi.runs.recipes.tasks import parse
 from modhifi.runs.run_recipe import Circumstances, run_recipe
 
 PIXELS = torch.randn(20, 3, 16, 16, generator=torch.Generator().manual_seed(0))

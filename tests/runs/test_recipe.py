@@ -14,11 +14,11 @@ from torch import nn
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.pruning.layouts.base import Rounding
-from modhifi.runs.bundled_recipes import find, shipped, summary
 from modhifi.runs.defaults import complete, complete_verify, rounding_for
-from modhifi.runs.recipe import PruneRecipe
-from modhifi.runs.recipe_file import apply_overrides, read_yaml, to_yaml, validate
-from modhifi.runs.recipe_tasks import StepsRecipe, VerifyRecipe, parse, schema
+from modhifi.runs.recipes.bundled import find, shipped, summary
+from modhifi.runs.recipes.files import apply_overrides, read_yaml, to_yaml, validate
+from modhifi.runs.recipes.prune import PruneRecipe
+from modhifi.runs.recipes.tasks import StepsRecipe, VerifyRecipe, parse, schema
 
 CONTENT = {"model": {"name": "timm:resnet18"}, "budget": {"flops": "0.5x"}}
 STEPS = """\

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from modhifi.cli.main import app
-from modhifi.runs.bundled_recipes import shipped
+from modhifi.runs.recipes.bundled import shipped
 
 pytestmark = pytest.mark.usefixtures("reload_in_process")
 runner = CliRunner()

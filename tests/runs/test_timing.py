@@ -18,7 +18,7 @@ from modhifi.artifacts.export import export
 from modhifi.cli.main import app
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
-from modhifi.runs.bench_recipe import Settings
+from modhifi.runs.recipes.bench import Settings
 from modhifi.runs.timing import turns
 from modhifi.runs.timing.bench import BenchRow, _measured, bench_models
 from modhifi.runs.timing.memory import activation_bytes

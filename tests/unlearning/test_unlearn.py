@@ -21,10 +21,10 @@ from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.runs.audit import run_audit
 from modhifi.runs.inputs import forgotten_before
-from modhifi.runs.recipe_file import read_yaml
-from modhifi.runs.recipe_tasks import AuditRecipe
+from modhifi.runs.recipes.files import read_yaml
+from modhifi.runs.recipes.tasks import AuditRecipe
+from modhifi.runs.recipes.unlearn import UnlearnRecipe
 from modhifi.runs.unlearn import run_unlearn
-from modhifi.runs.unlearn_recipe import UnlearnRecipe
 from modhifi.structure.operators import columns_of
 from modhifi.unlearning import reader_edits
 from modhifi.unlearning.batchnorm import recall

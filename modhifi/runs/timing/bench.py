@@ -14,7 +14,7 @@ from modhifi.artifacts.formatting import noisy
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent, version_of
-from modhifi.runs.bench_recipe import Settings
+from modhifi.runs.recipes.bench import Settings
 from modhifi.runs.timing.machine import device_name
 from modhifi.runs.timing.memory import peak_bytes
 from modhifi.runs.timing.runtimes import RUNTIMES

@@ -17,7 +17,7 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.runs.defaults import amounts
 from modhifi.runs.inputs import load_source, original_of
 from modhifi.runs.measure import device_of
-from modhifi.runs.recipe import ModelSource
+from modhifi.runs.recipes.prune import ModelSource
 from modhifi.runs.timing.runtimes.base import Program, Runtime
 
 

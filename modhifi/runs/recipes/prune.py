@@ -19,8 +19,8 @@ from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.weightings import WEIGHTINGS
 from modhifi.registry import one_of
-from modhifi.runs.budget_choice import BudgetChoice
-from modhifi.runs.recipe_file import Option, Strict, parse_yaml
+from modhifi.runs.recipes.budgets import BudgetChoice
+from modhifi.runs.recipes.files import Option, Strict, parse_yaml
 from modhifi.runs.timing.runtimes import RUNTIMES
 from modhifi.structure.plan import Plan
 

@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from modhifi.registry import one_of
-from modhifi.runs.recipe import Checks, Count, Device, ModelSource, Out, Seed, Summary
-from modhifi.runs.recipe_file import Option, Strict
+from modhifi.runs.recipes.files import Option, Strict
+from modhifi.runs.recipes.prune import Checks, Count, Device, ModelSource, Out, Seed, Summary
 from modhifi.unlearning.methods import METHODS
 from modhifi.unlearning.settings import UnlearnSettings
 

@@ -8,8 +8,8 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from modhifi.registry import one_of
-from modhifi.runs.recipe import Count, Device, ModelSource
-from modhifi.runs.recipe_file import Option, Strict
+from modhifi.runs.recipes.files import Option, Strict
+from modhifi.runs.recipes.prune import Count, Device, ModelSource
 from modhifi.runs.timing.runtimes import RUNTIMES
 
 

@@ -9,8 +9,8 @@ from pydantic import Field
 from modhifi.healing.optimizers import OPTIMIZERS
 from modhifi.healing.settings import HealSettings
 from modhifi.registry import one_of
-from modhifi.runs.recipe import Checks, Count, DataSource, Device, ModelSource, Out, Seed, Sources, Summary
-from modhifi.runs.recipe_file import Option, Strict
+from modhifi.runs.recipes.files import Option, Strict
+from modhifi.runs.recipes.prune import Checks, Count, DataSource, Device, ModelSource, Out, Seed, Sources, Summary
 
 
 class HealData(DataSource):

@@ -12,8 +12,8 @@ from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.selectors import SELECTORS
 from modhifi.registry import one_of
-from modhifi.runs.recipe import DataSource, Device, Method, ModelSource, Out, PruneRecipe, Seed
-from modhifi.runs.recipe_file import Option, Strict
+from modhifi.runs.recipes.files import Option, Strict
+from modhifi.runs.recipes.prune import DataSource, Device, Method, ModelSource, Out, PruneRecipe, Seed
 
 DEFAULT_FLOPS = ("0.7x", "0.5x", "0.3x")
 # The keys of a method that differ from cell to cell, or take the place of a budget, or change the model afterwards.

@@ -8,7 +8,7 @@ from pydantic import ValidationInfo, field_validator
 
 from modhifi.errors import ModhifiError
 from modhifi.pruning.budget import Budget
-from modhifi.runs.recipe_file import Option, Strict
+from modhifi.runs.recipes.files import Option, Strict
 
 
 class BudgetChoice(Strict):

@@ -10,10 +10,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, TypeAdapter, model_validator
 
 from modhifi.errors import ModhifiError
-from modhifi.runs.heal_recipe import HealRecipe
-from modhifi.runs.recipe import Checks, Count, Device, ModelSource, Out, PruneRecipe, ReportOut, Seed, Summary
-from modhifi.runs.recipe_file import Option, Strict, validate
-from modhifi.runs.unlearn_recipe import UnlearnRecipe
+from modhifi.runs.recipes.files import Option, Strict, validate
+from modhifi.runs.recipes.heal import HealRecipe
+from modhifi.runs.recipes.prune import Checks, Count, Device, ModelSource, Out, PruneRecipe, ReportOut, Seed, Summary
+from modhifi.runs.recipes.unlearn import UnlearnRecipe
 
 STEP = "step:"
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
@@ -146,7 +146,7 @@ Recipe = Task | StepsRecipe
 
 
 def parse(content: dict[str, Any], where: str | Path = "the recipe", flags: Mapping[str, str] | None = None) -> Recipe:
-    """Validates a recipe of any task; raises ModhifiError that names the key (see `recipe_file.validate`)."""
+    """Validates a recipe of any task; raises ModhifiError that names the key (see `files.validate`)."""
     if "steps" in content:
         return validate(StepsRecipe, content, where, flags)
     task = content.get("task", "prune")

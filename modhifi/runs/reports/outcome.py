@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from modhifi.bounds.ladder import BoundReport
 from modhifi.bounds.statistical import Forgetting
-from modhifi.runs.budget_choice import BudgetChoice
-from modhifi.runs.heal_recipe import HealRecipe
-from modhifi.runs.recipe import PruneRecipe
+from modhifi.runs.recipes.budgets import BudgetChoice
+from modhifi.runs.recipes.heal import HealRecipe
+from modhifi.runs.recipes.prune import PruneRecipe
 
 Tone = Literal["good", "weak", "bad"]
 # The largest shares of changed top-1, and ratios of perplexities, that count as good and as weak.

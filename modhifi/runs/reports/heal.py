@@ -15,9 +15,9 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import Manifest
 from modhifi.progress import Progress
 from modhifi.runs.audit import report_parts
-from modhifi.runs.heal_recipe import HealRecipe
-from modhifi.runs.measurements import before_after, measure_run
-from modhifi.runs.prune_report import plain_info
+from modhifi.runs.recipes.heal import HealRecipe
+from modhifi.runs.reports.measurements import before_after, measure_run
+from modhifi.runs.reports.prune import plain_info
 from modhifi.unlearning.attacks import measures
 
 # What is healed, by the task that made it.

@@ -12,7 +12,7 @@ from modhifi.data.samples import Samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.runs import measure
-from modhifi.runs.agreements import agreements
+from modhifi.runs.reports.agreements import agreements
 from modhifi.runs.timing.machine import device_name
 from modhifi.runs.timing.turns import Latency, Spread, compare_latency, ratio
 

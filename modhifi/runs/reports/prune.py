@@ -14,8 +14,8 @@ from modhifi.data.samples import Samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.metered_plan import widths_of
 from modhifi.pruning.stages import Pruned
-from modhifi.runs.recipe import PruneRecipe
-from modhifi.runs.refusals import folded
+from modhifi.runs.recipes.prune import PruneRecipe
+from modhifi.runs.reports.refusals import folded
 from modhifi.structure.depth import inside
 from modhifi.structure.sizes import sizes_of
 

@@ -1,0 +1,1 @@
+"""What a run is to do: recipes, as pydantic models and as files."""

@@ -1,0 +1,1 @@
+"""What a run has to say: figures, bounds and the outcome, as parts of its report."""
