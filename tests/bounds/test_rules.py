@@ -26,7 +26,9 @@ WITHOUT_RULE = set(
     normalize max_pool1d max_pool3d avg_pool1d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool3d
     adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool2d interpolate upsample
     max_pool2d_with_indices amax amin acos acos_ asin asin_ atan atan_ cosh cosh_ sinh sinh_ tan tan_ exp2 exp2_ expm1
-    expm1_ log1p log1p_ log2 log2_ log_softmax cumsum cumprod""".split()
+    expm1_ log1p log1p_ log2 log2_ log_softmax cumsum cumprod gt gt_ lt lt_ ge ge_ le le_ eq eq_ ne ne_ greater
+    greater_ less less_ greater_equal greater_equal_ less_equal less_equal_ not_equal not_equal_ logical_and
+    logical_and_ logical_or logical_or_""".split()
 )
 # Activations whose Lipschitz constant is not in `modhifi.bounds.lipschitz`.
 WITHOUT_CONSTANT = {"hardshrink", "softshrink", "tanhshrink", "threshold", "threshold_", "_threshold"}

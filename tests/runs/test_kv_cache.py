@@ -77,7 +77,7 @@ def test_what_has_no_cache_is_refused(llama: LoadedModel):
     structure = find_structure(llama)
     sizes = sizes_of(llama.model, structure)
     neurons = tuple(g for g in structure.prunable if g.kind == "neurons")
-    with pytest.raises(ModhifiError, match="no attention head may go here"):
+    with pytest.raises(ModhifiError, match="no attention head that has keys and values of its own"):
         allocate(neurons, {}, sizes, Budget("cache", 0.5))
     with pytest.raises(ModhifiError, match=r"keeps only 0\.2x of the KV cache: .* 0\.333x remains"):
         modhifi.prune(llama, list(torch.randint(3, 50, (12, 16))), kv_cache="0.2x", window=16)

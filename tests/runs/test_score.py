@@ -75,7 +75,7 @@ def test_score_prints_hifi_shares_and_writes_pictures(model_dir: Path, image_dir
     assert shown.exit_code == 0, shown.output
     for text in (
         "η = 0.8",
-        "k = 25%",
+        "k = 25 %",
         "output channels that read layer1.0.conv1",
         "20 % of the components or fewer reach",
     ):
