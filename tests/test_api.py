@@ -36,7 +36,13 @@ VERBS = {"audit", "compare", "prune", "score", "unlearn", "verify"}
 HOOKS = {"register_operation", "register_selector"}
 
 
-@pytest.mark.parametrize("name", sorted(VERBS | HOOKS))
+# Those that take longest.
+SLOW = {"audit", "compare", "unlearn"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in sorted(VERBS | HOOKS)]
+)
 def test_the_examples_run(name: str) -> None:
     (found,) = doctest.DocTestFinder().find(getattr(modhifi, name), name, module=False, globs={})
     assert found.examples

@@ -94,7 +94,7 @@ def test_the_command_imports_nothing_heavy(installed: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "recipe", ["prune-verify", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sweep", "unlearn-audit"))]
+    "recipe", [pytest.param(name, marks=pytest.mark.slow) for name in ("prune-verify", "sweep", "unlearn-audit")]
 )
 def test_the_recipes_for_ci_run_from_the_wheel(recipe: str, installed: Path, tmp_path: Path) -> None:
     small = ("prune.data.samples=32", "prune.data.evaluation_samples=32", "verify.data.samples=200")

@@ -54,6 +54,7 @@ def uneven(
     return load_artifact(folder)
 
 
+@pytest.mark.slow
 def test_uneven_layers_load_with_the_code_in_their_directory(tmp_path: Path):
     arguments, expected = list[str](), list[str]()
     for name in ("llama, tied", "gpt2", "dinov2"):

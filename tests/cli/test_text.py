@@ -41,6 +41,7 @@ def prune(model: Path, out: Path, *more: object) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow
 def test_text_in_uniform_layout_then_again(model: Path, text: str, tmp_path: Path) -> None:
     report = prune(model, tmp_path / "one", "--data", text, "--ratio", 0.25, "--only", "neurons")
     assert [g["kept"] for g in report["groups"]] == [18, 18]

@@ -77,6 +77,7 @@ def test_a_check_that_fails_is_exit_1_with_everything_written(pruned: Path, outp
     assert "❌" in summary.read_text() and "max flip 0.0001" in summary.read_text()
 
 
+@pytest.mark.slow
 def test_a_sweep_keeps_the_first_value_that_passes(outputs: Path) -> None:
     out = outputs / "sweep"
     few = ["--set", "steps.prune.data.samples=32", "--set", "steps.prune.data.evaluation_samples=100"]

@@ -100,6 +100,7 @@ def test_uniform_artefacts_load_with_transformers_alone(tmp_path: Path):
     assert found == expected, run.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_uniform_artefacts_of_timm_load_with_timm_alone(tmp_path: Path):
     names = [name for name in tiny_transformers.TIMM if name != "convnext_atto"]
     for name in names:
