@@ -65,6 +65,7 @@ def main(options: argparse.Namespace) -> None:
         for group in (find_structure(loaded).prunable if options.model == "vgg" else ())
         if any(columns_of(modules[piece.module])[1] > WIDEST for piece in group.readers)
     )
+    dense = accuracy(loaded.logits, test, BATCH)
     path, shares = RESULTS / f"{name}.json", shares_of(options.model)
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
     for source, n, per_column, seed in product(options.sources, options.images, options.rows, range(options.seeds)):
@@ -94,10 +95,11 @@ def main(options: argparse.Namespace) -> None:
                 ["source", "images", "rows per column", "seed", "method", *map(column, shares)],
                 f"""# How many drawn images a cut needs
 The {MODELS[options.model]}, top-1 on
-{TEST} test images in %, {accuracy(loaded.logits, test, BATCH):.1f} before. Rounded widths, `obs` and least squares, in
+{TEST} test images in %, {dense:.1f} before. Rounded widths, `obs` and least squares, in
 one shot or reader after reader (the default). "Rows per column" is `--rows-per-column`: with few images a reader sees
 all their positions and may have fewer.
 Command: `python eval/synthetic_amount.py --model {options.model}`.""",
+                dense=dense,
             )
 
 
