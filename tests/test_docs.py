@@ -26,6 +26,7 @@ OTHER_OPTIONS = {
     "--no-deps",
     "--rm",
     "--part",
+    "--images",
     "--model",
     "--windows",
     "--model_args",

@@ -47,7 +47,6 @@ from modhifi.artifacts.learning_curve import learning_curve
 from modhifi.artifacts.pareto import pareto_charts
 from modhifi.artifacts.svg import FAINT, INK, STRONG, inline, style
 
-SCHEMA_VERSION = 1
 # The share of a chart's width that a letter beside a bar takes.
 LETTER = 0.024
 LABELLED_ROWS = 80

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from modhifi.calibration.low_rank import as_tensor
 from modhifi.pruning.fidelity import singleton_fidelity
 from modhifi.pruning.linalg import damped_inverse
-from modhifi.pruning.slots import Slot, by_group, components_first, filled, scales_of
+from modhifi.pruning.slots import Slot, by_group, components_first, scales_of
 
 # Readers of more columns lose their components in single precision, which costs half. Their inverse is still made in
 # double: badly conditioned Grams have none in single.
@@ -34,7 +35,8 @@ class GramStack:
     def __init__(self, slots: Sequence[Slot], groups: int, n: int, ridge: float, wide: torch.dtype, most: int) -> None:
         self.slots, self.groups, self.n = slots, groups, n
         parts = [slot.part for slot in slots]
-        second, weight = torch.stack([as_tensor(p.second) for p in parts]), filled([p.weight for p in parts])
+        second = torch.stack([as_tensor(p.second) for p in parts])
+        weight = pad_sequence([p.weight for p in parts], batch_first=True)
         device, d = second.device, second.shape[-1]
         self.components = torch.stack([p.components for p in parts]).to(device)
         k, self.m = parts[0].columns.shape

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from modhifi.calibration.low_rank import LowRank
 from modhifi.pruning.readers import Reader, ReaderPart
@@ -81,18 +82,10 @@ def _labels_of(part: ReaderPart, labels: Tensor | None, count: int, alone: bool)
     return tuple(own.tolist()) if int(torch.isin(labels, own).sum()) == len(inside) else None
 
 
-def filled(rows: Sequence[Tensor], value: float = 0.0) -> Tensor:
-    """Tensors that differ in length alone, filled up to the longest with a value, as one."""
-    length = max(map(len, rows))
-    return torch.stack(
-        [torch.nn.functional.pad(r, (0, 0) * (r.ndim - 1) + (0, length - len(r)), value=value) for r in rows]
-    )
-
-
 def scales_of(slots: Sequence[Slot]) -> Tensor | None:
     """The scales of the slots, ``(B, o)``, None where they have none."""
     scales = [slot.scale for slot in slots if slot.scale is not None]
-    return filled(scales, 1.0) if scales else None
+    return pad_sequence(scales, batch_first=True, padding_value=1.0) if scales else None
 
 
 def by_group(values: Tensor, groups: int) -> Tensor:

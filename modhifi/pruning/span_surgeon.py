@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from modhifi.calibration.low_rank import LowRank
 from modhifi.pruning.fidelity import singleton_fidelity
-from modhifi.pruning.slots import Slot, by_group, components_first, filled, scales_of
+from modhifi.pruning.slots import Slot, by_group, components_first, scales_of
 
 
 class SpanStack:
@@ -23,7 +24,7 @@ class SpanStack:
     def __init__(self, slots: Sequence[Slot], groups: int, ridge: float) -> None:
         self.slots, self.groups = slots, groups
         parts = [slot.part for slot in slots]
-        weight, device = filled([part.weight for part in parts]), parts[0].weight.device
+        weight, device = pad_sequence([part.weight for part in parts], batch_first=True), parts[0].weight.device
         columns = torch.stack([part.columns[part.components.argsort()] for part in parts])
         self.n, self.m = columns.shape[1:]
         self.positions = components_first(columns.flatten(1), weight.shape[2]).to(device)

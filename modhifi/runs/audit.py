@@ -17,6 +17,7 @@ from modhifi.models.weights import state_hash
 from modhifi.progress import Progress, silent
 from modhifi.runs.inputs import NOTHING, Given, forgotten_before, load_source, original_of
 from modhifi.runs.recipes.tasks import AuditChecks, AuditRecipe
+from modhifi.runs.reports.head import head
 from modhifi.unlearning.attacks import measures
 from modhifi.unlearning.audit import audit
 from modhifi.unlearning.audit_text import VERDICTS
@@ -98,10 +99,7 @@ def run_audit(
         progress=progress,
     )
     report = {
-        "schema_version": 1,
-        "title": f"modhifi audit {directory}",
-        "task": "audit",
-        "model": {"source": directory, "original": original.source},
+        **head("audit", directory, original=original.source),
         **report_parts(outcome),
         "data": {"source": data.test.description, "test_samples": len(data.test), "fit_samples": len(data.fit)},
         "warnings": [*edited.warnings, *data.notes, *notes],

@@ -27,6 +27,7 @@ from modhifi.pruning.settings import PruneSettings
 from modhifi.runs.defaults import complete, rounding_for
 from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, place
 from modhifi.runs.recipes.compare import CompareRecipe
+from modhifi.runs.reports.head import head
 from modhifi.runs.reports.measurements import measure_run
 from modhifi.runs.reports.prune import skipped_warnings
 from modhifi.staging import staging
@@ -88,10 +89,7 @@ def run_compare(
                     cells.append(row | _measure_cell(ordered, curves, budget, chosen, held))
     progress("cells", len(cells), len(cells))
     report = {
-        "schema_version": 1,
-        "title": f"modhifi compare {original.source}",
-        "task": "compare",
-        "model": {"source": original.source, "framework": original.framework},
+        **head("compare", original.source, framework=original.framework),
         "data": {
             "calibration": calibration.description,
             "held_out": held.description,

@@ -30,6 +30,7 @@ from modhifi.runs.recipes.heal import HealRecipe
 from modhifi.runs.recipes.prune import PruneRecipe
 from modhifi.runs.recipes.tasks import STEP, Recipe, StepsRecipe, Task, VerifyRecipe, parse
 from modhifi.runs.recipes.unlearn import UnlearnRecipe
+from modhifi.runs.reports.head import head
 from modhifi.runs.reports.outcome import add_outcome
 from modhifi.runs.reports.prune import too_busy
 from modhifi.runs.unlearn import UnlearnResult, run_unlearn
@@ -209,10 +210,7 @@ def _run_task(name: str, recipe: Task, circumstances: Circumstances) -> Done:
     if isinstance(recipe, VerifyRecipe):
         bounds, recipe = run_verify(recipe, device=device, given=given, progress=progress)
         report = {
-            "schema_version": 1,
-            "title": f"modhifi verify {recipe.directory}",
-            "task": "verify",
-            "model": {"source": recipe.directory},
+            **head("verify", recipe.directory),
             **bounds.to_json(),
             "warnings": list(bounds.warnings),
         }

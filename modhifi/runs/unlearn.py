@@ -29,6 +29,7 @@ from modhifi.runs.audit import load_reference, report_parts
 from modhifi.runs.inputs import NOTHING, Given, forgotten_before, load_source, local_paths, located
 from modhifi.runs.recipes.unlearn import UnlearnRecipe
 from modhifi.runs.reports.bounds import add_bounds
+from modhifi.runs.reports.head import head
 from modhifi.runs.reports.outcome import add_outcome
 from modhifi.unlearning.audit import audit
 from modhifi.unlearning.batchnorm import settle_norms, settled_names
@@ -247,10 +248,7 @@ def _report_of(
     values = edit.values
     left_out = [f"{name} was left out: {reason}" for name, reason in dict(edit.left_out).items()]
     return {
-        "schema_version": 1,
-        "title": f"modhifi unlearn {original.source}",
-        "task": "unlearn",
-        "model": {"source": original.source, "framework": original.framework},
+        **head("unlearn", original.source, framework=original.framework),
         **report_parts(outcome),
         "data": {
             "edit": data.edit.description,

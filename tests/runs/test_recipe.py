@@ -59,6 +59,8 @@ def test_rounding_follows_the_device_and_the_dtype() -> None:
         assert parse({**CONTENT, "method": {"round_to": given}}).method.round_to == expected  # type: ignore[union-attr]
     with pytest.raises(ModhifiError, match="method.round_to"):
         parse({**CONTENT, "method": {"round_to": 0}})
+    with pytest.raises(ModhifiError, match="serve chooses the widths"):
+        parse({**CONTENT, "method": {"serve": "int4", "round_to": 8}})
 
 
 def test_a_verify_recipe_takes_the_amounts_of_the_kind_of_model(tmp_path: Path) -> None:

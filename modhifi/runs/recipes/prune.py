@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -192,6 +192,12 @@ class Method(Strict):
     """Try BatchNorm statistics of the calibration data, and keep them where they agree better with the original."""
     strict: bool = False
     """Let a group that cannot be measured or solved be an error; by default it stays as it is."""
+
+    @model_validator(mode="after")
+    def _one_width(self) -> Self:
+        if self.serve is not None and self.round_to != "auto":
+            raise ValueError("serve chooses the widths (multiples of 128 for int4); leave round_to out, or serve")
+        return self
 
 
 class Checks(Strict):

@@ -16,6 +16,7 @@ from modhifi.models.manifest import Manifest
 from modhifi.progress import Progress
 from modhifi.runs.audit import report_parts
 from modhifi.runs.recipes.heal import HealRecipe
+from modhifi.runs.reports.head import head
 from modhifi.runs.reports.measurements import before_after, measure_run
 from modhifi.runs.reports.prune import plain_info
 from modhifi.unlearning.attacks import measures
@@ -44,16 +45,14 @@ def report_of(
         warnings.append("no block has the original's shape: the student learnt from the output alone")
     lineage = [original.source, *_edits(edited), f"healed, {healed.best} steps"]
     return {
-        "schema_version": 1,
-        "title": f"modhifi heal {recipe.directory}",
-        "task": "heal",
-        "model": {
-            "source": recipe.directory,
-            "original": original.source,
-            "lineage": " → ".join(lineage),
-            "framework": original.framework,
+        **head(
+            "heal",
+            recipe.directory,
+            original=original.source,
+            lineage=" → ".join(lineage),
+            framework=original.framework,
             **plain_info(original.info),
-        },
+        ),
         "data": {
             "learnt from": train.description,
             "held_out": held.description,

@@ -15,6 +15,7 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.metered_plan import widths_of
 from modhifi.pruning.stages import Pruned
 from modhifi.runs.recipes.prune import PruneRecipe
+from modhifi.runs.reports.head import head
 from modhifi.runs.reports.refusals import folded
 from modhifi.structure.depth import inside
 from modhifi.structure.sizes import sizes_of
@@ -88,10 +89,7 @@ def report_of(
             )
             warnings = [*warnings, remark]
     return {
-        "schema_version": 1,
-        "title": f"modhifi prune {original.source}",
-        "task": "prune",
-        "model": {"source": original.source, "framework": original.framework, **plain_info(original.info)},
+        **head("prune", original.source, framework=original.framework, **plain_info(original.info)),
         "data": {
             "calibration": calibration.description,
             "held_out": held.description,
