@@ -201,9 +201,9 @@ def curve(name: str, runtime: str, batch: int | None) -> None:
             COLUMNS,
             f"""# Accuracy at a measured time: {name}, {runtime}, batch {batch or case.batch}, one thread
 {device_name("cpu")}. {case.calibration} unlabelled training images, {case.test} test images, no training, `obs`
-and least squares {how} (at once where blocks went). `time` is the measured time over the dense
-model's, timed in turns, `spread` its interquartile range; every plan is corrected by timings (at most three) until it
-is within 5 % of what was asked for. `predicted` is in the plan's own measure.
+and least squares {how}. `time` is the measured time over the dense model's, timed in turns,
+`spread` its interquartile range; every plan is corrected by timings (at most three) until it is within 5 % of what was
+asked for. `predicted` is in the plan's own measure.
 Command: `python eval/latency.py --part curve --model {name} --runtime {runtime} --batch {batch or case.batch}`.""",
             settings=settings,
         )

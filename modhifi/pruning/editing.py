@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,17 +36,29 @@ class LayerError:
 
 
 def edit_readers(
-    model: nn.Module, structure: Structure, plan: Plan, moments: Mapping[str, Moments], settings: PruneSettings
+    model: nn.Module,
+    structure: Structure,
+    plan: Plan,
+    moments: Mapping[str, Moments],
+    settings: PruneSettings,
+    later: Container[str] = (),
 ) -> tuple[LayerError, ...]:
     """Write compensated weights, zero in the removed columns, into every reader of a removed component, in place.
 
-    Shapes stay. Biases, or the running mean of the BatchNorm behind, take the change of the mean.
+    Shapes stay. Biases, or the running mean of the BatchNorm behind, take the change of the mean. The readers ``later``
+    stay as they are.
     """
-    errors, parts = [], removed_parts(structure, plan)
-    for (name, role), positions in removed_positions(structure, plan).items():
-        if role == "reader" and not inside(name, parts):
-            errors.append(edit_reader(model, structure, name, positions, moments[name], settings))
-    return tuple(errors)
+    return tuple(
+        edit_reader(model, structure, name, positions, moments[name], settings)
+        for name, positions in edited_readers(structure, plan).items()
+        if name not in later
+    )
+
+
+def edited_readers(structure: Structure, plan: Plan) -> dict[str, Tensor]:
+    """The input channels, int64, that every reader outside the removed blocks and sublayers loses."""
+    parts, removed = removed_parts(structure, plan), removed_positions(structure, plan)
+    return {name: at for (name, role), at in removed.items() if role == "reader" and not inside(name, parts)}
 
 
 def edit_reader(

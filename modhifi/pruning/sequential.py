@@ -24,14 +24,11 @@ from modhifi.pruning.editing import LayerError, edit_reader
 from modhifi.pruning.linalg import mean_diagonal, shrinkage, shrunk
 from modhifi.pruning.readers import second_of
 from modhifi.pruning.settings import PruneSettings
-from modhifi.structure.clone import clone
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import absorb_mean, columns_of, kernel_size, weight_matrix, write_weight
 from modhifi.structure.places import operator_at
-from modhifi.structure.plan import Plan
 from modhifi.structure.recurrent import Gates
 from modhifi.structure.stacked import Stacked
-from modhifi.structure.surgery import removed_positions
 
 
 def written_modules(structure: Structure, readers: Iterable[str]) -> list[str]:
@@ -154,21 +151,21 @@ class PairedPasses:
 
 def edit_sequentially(
     loaded: LoadedModel,
+    edited: nn.Module,
     structure: Structure,
-    plan: Plan,
+    removed: Mapping[str, Tensor],
     samples: Samples,
     moments: Mapping[str, Moments],
     settings: PruneSettings,
     progress: Progress = silent,
-) -> tuple[nn.Module, tuple[LayerError, ...]]:
-    """A copy of the model in its own shapes with every touched reader compensated in order of execution.
+) -> tuple[LayerError, ...]:
+    """Compensate readers in order of execution, in place, in a copy of the model that keeps its shapes.
 
-    ``moments`` are those of the dense model. ``settings.sequential`` is ``own``: the layer's dense weights applied to
-    the pruned prefix; or ``dense``: the dense model's output (docs/method.md, sequential). The matrices of experts and
-    of recurrent layers are compensated on what they read in the dense model.
+    ``removed`` has the input channels that each of them loses. ``moments`` are those of the dense model.
+    ``settings.sequential`` is ``own``: the layer's dense weights applied to the pruned prefix; or ``dense``: the dense
+    model's output (docs/method.md, sequential). The matrices of experts and of recurrent layers are compensated on what
+    they read in the dense model.
     """
-    edited = clone(loaded.model)
-    removed = {name: at for (name, role), at in removed_positions(structure, plan).items() if role == "reader"}
     readers = [name for name in structure.operators if name in removed]
     passes = PairedPasses(loaded, edited, readers, samples, settings.sampling, dense=settings.sequential == "dense")
     errors = []
@@ -183,7 +180,7 @@ def edit_sequentially(
         except IndefiniteError:
             raise IndefiniteError(structure.read_by(reader)) from None
     progress("compensating", len(readers), len(readers))
-    return edited, tuple(errors)
+    return tuple(errors)
 
 
 def compensate(

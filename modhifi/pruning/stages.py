@@ -28,7 +28,7 @@ from modhifi.pruning.allocation import allocate
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.depth import moments_of_plans, remove_branches
-from modhifi.pruning.editing import LayerError, edit_readers
+from modhifi.pruning.editing import LayerError, edit_readers, edited_readers
 from modhifi.pruning.elimination import SINGULAR, Curve, Job, eliminate_together, removable
 from modhifi.pruning.metered import Metered
 from modhifi.pruning.readers import readers_of
@@ -37,7 +37,7 @@ from modhifi.pruning.selectors.naive import hifi_union
 from modhifi.pruning.sequential import edit_sequentially
 from modhifi.pruning.settings import PruneSettings
 from modhifi.structure.clone import clone
-from modhifi.structure.depth import removed_parts
+from modhifi.structure.depth import removed_parts, spans
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import columns_of, operator_modules
 from modhifi.structure.places import operator_at
@@ -332,20 +332,21 @@ def apply_plan(
     """Compensate and cut; without moments, cut.
 
     ``samples`` are needed with ``settings.sequential``, which measures on the pruned prefix of every reader, and where
-    blocks or sublayers go, for what they added to the stream: then all is compensated at once.
+    blocks or sublayers go, for what they added to the stream. The writers that take that over are compensated before
+    all others, for what they read in the dense model.
     """
     plan.check(structure)
-    errors: tuple[LayerError, ...]
-    if moments is None:
-        dense_shape, errors = clone(loaded.model), ()
-    elif settings.sequential is None or removed_parts(structure, plan):
-        dense_shape = clone(loaded.model)
-        errors = edit_readers(dense_shape, structure, plan, moments, settings)
+    dense_shape, errors = clone(loaded.model), tuple[LayerError, ...]()
+    if moments is not None:
+        later = {}
+        if settings.sequential is not None:
+            if not COMPENSATIONS[settings.compensate].least_squares or samples is None:
+                raise ModhifiError("--sequential goes with --compensate lstsq only")
+            keepers = {span.keeper.writer for span in spans(structure, removed_parts(structure, plan))}
+            later = {name: at for name, at in edited_readers(structure, plan).items() if name not in keepers}
+        errors += edit_readers(dense_shape, structure, plan, moments, settings, later)
         if samples is not None:
             added = moments_of_plans(loaded, structure, [plan], samples, settings, progress)
             errors += remove_branches(dense_shape, structure, plan, added, settings)
-    else:
-        if not COMPENSATIONS[settings.compensate].least_squares or samples is None:
-            raise ModhifiError("--sequential goes with --compensate lstsq only")
-        dense_shape, errors = edit_sequentially(loaded, structure, plan, samples, moments, settings, progress)
+            errors += edit_sequentially(loaded, dense_shape, structure, later, samples, moments, settings, progress)
     return Pruned(stating(shrink(dense_shape, structure, plan), loaded), structure, plan, {}, errors)

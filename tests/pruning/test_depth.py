@@ -26,7 +26,7 @@ from modhifi.pruning.editing import edit_readers
 from modhifi.pruning.output_change import output_change
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.settings import PruneSettings
-from modhifi.pruning.stages import measure_moments
+from modhifi.pruning.stages import apply_plan, measure_moments
 from modhifi.structure.clone import clone
 from modhifi.structure.depth import removed_parts, spans
 from modhifi.structure.groups import Structure
@@ -176,14 +176,27 @@ def test_what_lies_in_a_block_that_goes_stays_out_of_the_plan(world: tuple[Loade
     assert not any(name.startswith(f"{part}.") for name in pruned.plan.kept for part in gone)
 
 
-def test_where_blocks_go_all_is_compensated_at_once(world: tuple[LoadedModel, Structure, Samples]) -> None:
-    loaded, _, samples = world
-    one, other = (
-        prune_model(loaded, samples, Budget("parameters", 0.8), replace(SETTINGS, sequential=sequential))
-        for sequential in (None, "own")
-    )
-    assert one.plan == other.plan
-    assert all(map(torch.equal, one.model.state_dict().values(), other.model.state_dict().values()))
+@pytest.mark.parametrize("sequential", [None, "dense"])
+def test_a_reader_behind_a_removed_block_is_solved_for_what_it_then_reads(
+    sequential: str | None, no_shrinkage: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modhifi.pruning.sequential.shrinkage", lambda second, rows: torch.zeros(len(second)).double())
+    loaded, whole = known("resnet18")
+    samples, reader = samples_of(loaded), "layer2.0.conv2"
+    blocks = next(g for g in whole.prunable if g.parts and g.n > 1)
+    group = next(g for g in whole.prunable if any(s.module == reader for s in g.readers) and not g.coupled)
+    structure = whole.select([blocks.name, group.name])
+    plan = Plan({blocks.name: tuple(range(blocks.n - 1)), group.name: tuple(range(0, group.n, 2))})
+    settings = replace(SETTINGS, sequential=sequential)
+    moments = measure_moments(loaded, structure, samples, settings.sampling)
+    pruned = apply_plan(loaded, structure, plan, moments, settings, samples)
+    batch, at = next(samples.batches(len(samples))), {"output": reader}
+    _, dense = raw_rows(loaded, loaded.model, reader, at, batch)
+    x, now = raw_rows(loaded, pruned.model, reader, at, batch)
+    missing = dense["output"] - now["output"]
+    missing, x = missing - missing.mean(0), x - x.mean(0)
+    scale = float(missing.square().mean().sqrt() * x.square().mean().sqrt())
+    assert (float((missing.T @ x / len(x)).abs().max()) < 1e-3 * scale) == (sequential == "dense")
 
 
 @pytest.mark.slow

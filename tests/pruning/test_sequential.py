@@ -21,10 +21,12 @@ from modhifi.models.hooks import batch_statistics, on_input
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.allocation import Budget
+from modhifi.pruning.editing import edited_readers
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.sequential import PairedPasses, edit_sequentially, written_modules
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import find_structure, measure_moments
+from modhifi.structure.clone import clone
 from modhifi.structure.operators import columns_of, weight_matrix
 
 
@@ -74,7 +76,8 @@ def test_every_layer_runs_once_in_each_model(loaded: LoadedModel, samples: Sampl
     moments = measure_moments(loaded, pruned.structure, samples, settings.sampling)
     settings = replace(settings, sequential=target)
     with counted(nn.Conv2d) as convolutions:
-        _, errors = edit_sequentially(loaded, pruned.structure, pruned.plan, samples, moments, settings)
+        removed = edited_readers(pruned.structure, pruned.plan)
+        errors = edit_sequentially(loaded, clone(loaded.model), pruned.structure, removed, samples, moments, settings)
     readers = [loaded.model.get_submodule(error.reader) for error in errors]
     layers = [m for m in loaded.model.modules() if isinstance(m, nn.Conv2d)]
     batches, example = 3, 1
