@@ -107,9 +107,12 @@ def test_forgetting_comes_before_what_the_others_lost() -> None:
 HEAL = "or train what is left towards the original, without labels: modhifi heal DIR"
 
 
-def advice(content: dict[str, Any], flips: float, kind: str = "image", latency: float = 0.5) -> tuple[str, ...]:
+def advice(
+    content: dict[str, Any], flips: float, kind: str = "image", latency: float = 0.5, used: int = 10_000
+) -> tuple[str, ...]:
     recipe = PruneRecipe.model_validate({"model": {"name": "demo:resnet"}, **content})
     report = {
+        "data": {"calibration_samples": used},
         "errors": {"accuracy_before": 0.9, "accuracy_after": 0.82, "agreement": 1 - flips},
         "latency": {"after": {"ratio": latency}},
         "size": {"flops": [100, 50]},
@@ -150,6 +153,9 @@ def test_advice_names_the_options_that_lose_less() -> None:
         "perplexity grew 1.3 times: try --ratio 0.15 or text of your own (--data text:FILE)",
         HEAL,
     )
+    few = {"data": {"source": "images:x", "samples": 256}, "method": {"sequential": "own", "eta": 0.9}}
+    assert advice(few, 0.1)[0].endswith("try more samples (--samples 1000)")
+    assert advice(few, 0.1, used=250)[0].endswith("try more data (there is none left)")
     settled = {
         "method": {"eta": 0.9, "sequential": "own"},
         "data": {"source": "images:x", "samples": 5000},

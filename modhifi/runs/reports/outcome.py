@@ -106,7 +106,7 @@ def prune_advice(report: Mapping[str, Any], recipe: PruneRecipe, bounds: BoundRe
     _, tone = _change(bounds)
     if tone != "good":
         loss = "the features moved far" if bounds.features else _loss(report)
-        advice.append(f"{loss}: try {' or '.join(_remedies(recipe, kind))}")
+        advice.append(f"{loss}: try {' or '.join(_remedies(recipe, kind, report['data']['calibration_samples']))}")
         advice.append(f"or train what is left towards the original, without labels: modhifi heal {recipe.out or 'DIR'}")
     latency, flops = report["latency"]["after"]["ratio"], report["size"]["flops"]
     if latency > FASTER and flops[1] < FASTER * flops[0]:
@@ -124,16 +124,16 @@ def _loss(report: Mapping[str, Any]) -> str:
     return f"{100 * (1 - errors['agreement']):.3g} % of the predictions changed"
 
 
-def _remedies(recipe: PruneRecipe, kind: str) -> list[str]:
-    """The options that are likely to lose less, the surest first."""
+def _remedies(recipe: PruneRecipe, kind: str, used: int) -> list[str]:
+    """The options that are likely to lose less than the run that ``used`` so many samples, the surest first."""
     remedies = []
     budget = _halfway(recipe.budget)
     if budget:
         remedies.append(budget)
     remedies += _own_data(recipe.data.source, kind)
-    few = (recipe.data.samples or 0) < (MANY if kind == "image" else MANY_WINDOWS)
-    if kind in ("image", "text") and few:
-        remedies.append(f"more samples (--samples {MANY if kind == 'image' else MANY_WINDOWS})")
+    asked, many = recipe.data.samples or 0, MANY if kind == "image" else MANY_WINDOWS
+    if kind in ("image", "text") and asked < many:
+        remedies.append(f"more samples (--samples {many})" if used >= asked else "more data (there is none left)")
     if kind == "image" and recipe.method.sequential is None:
         remedies.append("--sequential dense")
     return remedies or ["fewer groups (--only, --exclude)"]
