@@ -49,8 +49,8 @@ def options() -> set[str]:
     return set().union(*(of(load(verb)) for verb in VERBS))
 
 
-# Their examples heal, export and quantise, or prune several times.
-SLOW = {"docs/after-pruning.md", "docs/own-data.md", "docs/own-model.md"}
+# Their examples heal, export and quantise, or prune several times; those of the README are the first of them.
+SLOW = {"docs/quickstart.md", "docs/after-pruning.md", "docs/own-data.md", "docs/own-model.md"}
 
 
 @pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.slow] * (p in SLOW)) for p in PAGES])

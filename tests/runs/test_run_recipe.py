@@ -149,6 +149,7 @@ def test_several_steps_run_in_one_process(tmp_path: Path, monkeypatch: pytest.Mo
     assert code == 2 and "runs in one process" in stderr and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_home_directory_is_the_same_for_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
