@@ -33,7 +33,7 @@ from modhifi.pruning.budget import Budget
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.readers import readers_of
 from modhifi.pruning.selectors import SELECTORS
-from modhifi.pruning.sensitivity import amplification, best_plan, plans_between
+from modhifi.pruning.sensitivity import amplification, best_plan, plans_between, ways_to_plan
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 from modhifi.structure.groups import Structure
@@ -166,10 +166,11 @@ class Work:
         """What `--layout global` does: the best on the probe of the allocation, one of a higher floor, equal widths."""
         settings = replace(settings, layout="global")
         plan = make_plan(self.loaded.model, structure, self.curves, budget, settings, self.weights)
-        plans = plans_between(self.loaded, structure, self.curves, budget, settings, self.weights, plan)
+        ways = ways_to_plan(self.loaded, structure, settings, plan)
+        plans = plans_between(self.loaded, ways, self.curves, budget, self.weights)
         best, found = best_plan(self.loaded, structure, plans, self.moments, settings, self.probe)
         print(f"{ratio}: divergence on the probe", found)
-        return self.apply(structure, best, settings)
+        return self.apply(structure, plans[best], settings)
 
     def both(self, ratio: float) -> nn.Module:
         """Heads and neurons together, as many parameters removed as ``ratio`` of the FFNs'."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.distributed import ALONE, Processes
@@ -23,9 +24,10 @@ from modhifi.pruning.layouts.base import EXACT
 from modhifi.pruning.left_alone import UNSOLVED, leave, unmeasured
 from modhifi.pruning.metered import Meter, Metered
 from modhifi.pruning.metered_plan import metered_plan
-from modhifi.pruning.planned import Planned
+from modhifi.pruning.planned import Planned, Way
 from modhifi.pruning.readers import best_singletons, readers_of
 from modhifi.pruning.selectors import SELECTORS
+from modhifi.pruning.sensitivity import least_change
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import (
     Pruned,
@@ -173,9 +175,13 @@ def solve(
         else:
             planned = Planned(make_plan(loaded.model, structure, used, budget, settings))
         if meter is not None:
-            metered, budget, planned = metered_plan(loaded, structure, used, budget, settings, planned, meter)
+            choose = partial(
+                least_change, loaded, structure, moments=moments, samples=samples, settings=settings, progress=progress
+            )
+            metered, budget, planned = metered_plan(loaded, structure, used, budget, settings, planned, meter, choose)
         if reads_costs:
-            rounded = _rounded(loaded, structure, used, budget, settings, planned)
+            way = planned.ways[0] if planned.ways else Way(structure, settings)
+            rounded = _rounded(loaded, way, used, budget, planned)
         plan, tried = planned.plan, planned.tried
     fidelity = {name: curve.fidelity for name, curve in used.items() if curve.fidelity is not None}
     if not used:
@@ -197,16 +203,16 @@ def solve(
 
 def _rounded(
     loaded: LoadedModel,
-    structure: Structure,
+    way: Way,
     curves: Mapping[str, Curve],
     budget: Budget,
-    settings: PruneSettings,
     planned: Planned,
 ) -> Rounded | None:
     """The plan that rounds nothing, beside the one that does; None where no width is."""
-    if settings.rounding.to == 1:
+    if way.settings.rounding.to == 1:
         return None
-    exact = make_plan(loaded.model, structure, curves, budget, replace(settings, rounding=EXACT), planned.weights)
+    settings = replace(way.settings, rounding=EXACT)
+    exact = make_plan(loaded.model, way.structure, curves, budget, settings, planned.weights)
     return Rounded(exact, planned.predicted(planned.plan), planned.predicted(exact))
 
 

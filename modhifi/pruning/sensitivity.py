@@ -22,7 +22,7 @@ from modhifi.pruning.depth import SpanMoments, branches_restored, moments_of_pla
 from modhifi.pruning.editing import compensated, store, write_compensated
 from modhifi.pruning.elimination import Curve, Trial
 from modhifi.pruning.output_change import output_change, probe_of
-from modhifi.pruning.planned import Planned
+from modhifi.pruning.planned import Planned, Way
 from modhifi.pruning.sequential import written_modules
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import make_plan, trial_size
@@ -32,6 +32,8 @@ from modhifi.structure.surgery import removed_positions
 
 # the share of a group's components whose loss shows its effect on the output
 TRIAL = 0.3
+# The way to plan that removes no blocks.
+WIDTHS_ALONE = "widths alone"
 
 
 def probed_plan(
@@ -46,52 +48,70 @@ def probed_plan(
 ) -> Planned:
     """Widths by every group's measured effect on the output, and the divergence of each plan that was tried as a whole.
 
-    Effects of single groups do not add up where much goes. So for language models, whose blocks are alike, plans with a
-    higher floor and the one of equal widths are tried as well, and the best on the probing samples is taken.
-    Raises what `allocate` raises.
+    Effects of single groups do not add up where much goes. So other ways (:func:`ways_to_plan`) are tried as well, and
+    the best on the probing samples is taken. Raises what `allocate` raises.
     """
     probe = probe_of(structure, samples)
     weights = amplification(loaded, structure, curves, moments, settings, probe, progress=progress)
     weights |= {group.name: 1.0 for group in structure.prunable if group.parts}  # whose costs are measured themselves
     plan = make_plan(loaded.model, structure, curves, budget, settings, weights)
-    if loaded.kind not in ("text", "encoder"):
+    ways = ways_to_plan(loaded, structure, settings, plan)
+    if len(ways) == 1:
         return Planned(plan, weights)
-    plans = plans_between(loaded, structure, curves, budget, settings, weights, plan)
-    added = moments_of_plans(loaded, structure, plans.values(), samples, settings, progress)
-    best, tried = best_plan(loaded, structure, plans, moments, settings, probe, added)
-    return Planned(best, weights, tried)
+    plans = plans_between(loaded, ways, curves, budget, weights)
+    best, tried = least_change(loaded, structure, plans, moments, samples, settings, progress)
+    others = [way for name, way in ways.items() if name == WIDTHS_ALONE and best != WIDTHS_ALONE]
+    return Planned(plans[best], weights, tried, (ways[best], *others))
+
+
+def ways_to_plan(loaded: LoadedModel, structure: Structure, settings: PruneSettings, allocated: Plan) -> dict[str, Way]:
+    """The ways worth trying beside the one in which a plan was ``allocated``, which comes first.
+
+    For language models, whose blocks are alike: equal widths, and a floor in between. Where blocks or sublayers may go
+    beside widths: widths alone.
+    """
+    ways = {f"allocated, floor {settings.floor:.2g}": Way(structure, settings)}
+    if loaded.kind in ("text", "encoder"):
+        shares = [len(allocated.kept.get(g.name, range(g.n))) / g.n for g in structure.prunable]
+        middle = (settings.floor + sum(shares) / len(shares)) / 2
+        ways[f"allocated, floor {middle:.2g}"] = Way(structure, replace(settings, floor=middle))
+        ways["uniform"] = Way(structure, replace(settings, layout="uniform"))
+    widths = [g.name for g in structure.prunable if not g.parts]
+    if 0 < len(widths) < len(structure.prunable):
+        ways[WIDTHS_ALONE] = Way(structure.select(widths), settings)
+    return ways
 
 
 def plans_between(
     loaded: LoadedModel,
-    structure: Structure,
+    ways: Mapping[str, Way],
     curves: Mapping[str, Curve],
     budget: Budget,
-    settings: PruneSettings,
     weights: Mapping[str, float],
-    allocated: Plan,
 ) -> dict[str, Plan]:
-    """The allocated plan, the one of equal widths, and one in between, as far as the budget lets them be.
-
-    Where blocks or sublayers may go, the allocation over widths alone as well.
-    """
-    shares = [len(allocated.kept.get(g.name, range(g.n))) / g.n for g in structure.prunable]
-    middle = (settings.floor + sum(shares) / len(shares)) / 2
-    others = {
-        f"allocated, floor {middle:.2g}": replace(settings, floor=middle),
-        "uniform": replace(settings, layout="uniform"),
-    }
-    plans = {f"allocated, floor {settings.floor:.2g}": allocated}
-    structures = dict.fromkeys(others, structure)
-    widths = [g.name for g in structure.prunable if not g.parts]
-    if 0 < len(widths) < len(structure.prunable):
-        others["widths alone"], structures["widths alone"] = settings, structure.select(widths)
-    for name, other in others.items():
+    """The plan of every way, as far as the budget lets them be; raises what `allocate` raises for the first one."""
+    plans: dict[str, Plan] = {}
+    for name, way in ways.items():
         try:
-            plans[name] = make_plan(loaded.model, structures[name], curves, budget, other, weights)
+            plans[name] = make_plan(loaded.model, way.structure, curves, budget, way.settings, weights)
         except ModhifiError:  # widths that are alike, or under such a floor, cannot meet every budget
-            continue
+            if not plans:
+                raise
     return plans
+
+
+def least_change(
+    loaded: LoadedModel,
+    structure: Structure,
+    plans: Mapping[str, Plan],
+    moments: Mapping[str, Moments],
+    samples: Samples,
+    settings: PruneSettings,
+    progress: Progress = silent,
+) -> tuple[str, dict[str, float]]:
+    """The plan that changes the output least on a few samples, and every plan's divergence in nats."""
+    added = moments_of_plans(loaded, structure, plans.values(), samples, settings, progress)
+    return best_plan(loaded, structure, plans, moments, settings, probe_of(structure, samples), added)
 
 
 @torch.no_grad()
@@ -103,7 +123,7 @@ def best_plan(
     settings: PruneSettings,
     probe: Tensor,
     added: SpanMoments = MappingProxyType({}),
-) -> tuple[Plan, dict[str, float]]:
+) -> tuple[str, dict[str, float]]:
     """Of some plans the one whose compensated model diverges least on ``probe``, and every plan's divergence in nats.
 
     ``added`` are the moments of the spans that the plans remove. One forward pass a plan and one more; the model is as
@@ -113,7 +133,7 @@ def best_plan(
     for name, plan in plans.items():
         with _edited(loaded.model, structure, plan, moments, settings, added):
             divergence[name] = output_change(dense, loaded.logits(probe))
-    return plans[min(divergence, key=lambda name: divergence[name])], divergence
+    return min(divergence, key=lambda name: divergence[name]), divergence
 
 
 def amplification(

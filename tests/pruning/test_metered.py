@@ -20,6 +20,8 @@ from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts import LAYOUTS
 from modhifi.pruning.layouts.base import Rounding
 from modhifi.pruning.metered import Attempt, meet
+from modhifi.pruning.metered_plan import metered_plan
+from modhifi.pruning.planned import Planned, Way
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.settings import PruneSettings
 from modhifi.structure.footprint import Footprint
@@ -236,6 +238,27 @@ def test_a_run_meets_the_measured_time(layout: str, selector: str) -> None:
     assert pruned.metered.by_operator == {"2": (1.0, 0.5)}
     before, after = pruned.metered.operators["2"]
     assert pruned.metered.rest == 0 and before == 400 and after == 10 * len(pruned.plan.kept["2"])
+
+
+def test_of_several_ways_each_meets_the_time_before_one_is_chosen() -> None:
+    model, structure = two_layers()
+    loaded, meter, settings = load_model(model, example=torch.randn(2, 4)), FakeTimer(1.3), PruneSettings()
+    budget = Budget("latency", 0.5).gauged(meter.gauge(loaded, structure, settings.rounding))
+    line = torch.linspace(0, 1, 41, dtype=torch.float64)
+    curves = {name: Curve(torch.arange(40), line, 1.0) for name in ("0", "2")}
+    ways = tuple(Way(s, settings) for s in (structure, structure.select(["2"]), structure.select(["0"])))
+    asked: dict[str, Plan] = {}
+
+    def choose(plans: Mapping[str, Plan]) -> tuple[str, None]:
+        asked.update(plans)
+        return max(plans, key=lambda name: name), None
+
+    metered, _, planned = metered_plan(
+        loaded, structure, curves, budget, settings, Planned(Plan({}), ways=ways), meter, choose
+    )
+    assert [plan.kept.keys() for plan in asked.values()] == [{"0", "2"}, {"2"}]  # alone, "0" is too little
+    assert planned.plan == asked["1"] and planned.ways == (ways[1],)
+    assert metered.taken.measured == pytest.approx(0.5, rel=0.05)
 
 
 def test_stairs_are_seen_from_afar() -> None:

@@ -17,7 +17,7 @@ from modhifi.pruning.budget import Budget
 from modhifi.pruning.layouts.base import Rounding
 from modhifi.pruning.output_change import PROBES, output_change
 from modhifi.pruning.prune import prune_model
-from modhifi.pruning.sensitivity import amplification, best_plan, plans_between
+from modhifi.pruning.sensitivity import amplification, best_plan, plans_between, ways_to_plan
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 
@@ -58,15 +58,16 @@ def test_the_plan_that_changes_the_output_least_is_taken(language: LoadedModel, 
     # Weights that were measured wrongly: the first layer seems to matter to nothing.
     weights = {g.name: 1e-9 if i == 0 else 1.0 for i, g in enumerate(structure.prunable)}
     allocated = make_plan(language.model, structure, curves, budget, SETTINGS, weights)
-    plans = plans_between(language, structure, curves, budget, SETTINGS, weights, allocated)
+    ways = ways_to_plan(language, structure, SETTINGS, allocated)
+    plans = plans_between(language, ways, curves, budget, weights)
     assert list(plans) == ["allocated, floor 0.1", "allocated, floor 0.36", "uniform"]
     kept = {name: [len(plan.kept.get(g.name, range(g.n))) for g in structure.prunable] for name, plan in plans.items()}
     assert kept["allocated, floor 0.1"][0] < kept["allocated, floor 0.36"][0] < kept["uniform"][0]
     assert len(set(kept["uniform"])) == 1 and len({sum(widths) for widths in kept.values()}) == 1
     before = copy.deepcopy(language.model.state_dict())
-    plan, tried = best_plan(language, structure, plans, moments, SETTINGS, probe)
+    name, tried = best_plan(language, structure, plans, moments, SETTINGS, probe)
     assert all(torch.equal(value, before[name]) for name, value in language.model.state_dict().items())
-    assert plan is plans[min(tried, key=tried.__getitem__)] and set(tried) == set(plans)
+    assert name == min(tried, key=tried.__getitem__) and set(tried) == set(plans)
     with torch.no_grad():
         for name, value in tried.items():
             edited = apply_plan(language, structure, plans[name], moments, SETTINGS).model
