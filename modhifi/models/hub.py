@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from modhifi.errors import ModhifiError
 DESCRIPTION = ["*.json", "*.txt", "*.model", "*.jinja", "README.md"]
 # Sub-folders and Mistral's second copy of the weights hold other formats of the same model.
 OTHER_FORMATS = ["*/*", "consolidated*"]
+# What torch and transformers say of weights that do not fit.
+OTHER_SHAPES = re.compile(r"(size mismatch for [\w.]+)|ignore_mismatched_sizes")
 
 
 def split_revision(name: str, revision: str | None) -> tuple[str, str | None]:
@@ -147,6 +150,12 @@ def _line(error: BaseException, subject: str, repo: str, revision: str | None) -
         return f"{subject}: the weight file is a pickle that holds code or is broken; convert it to safetensors"
     if any("trust_remote_code" in str(e) for e in chain):
         return f"{subject} brings its own Python code, which is not run; pass trust_remote_code if you trust it"
+    if mismatch := next(filter(None, (OTHER_SHAPES.search(str(e)) for e in chain)), None):
+        place = f" ({mismatch[1]})" if mismatch[1] else ""
+        return (
+            f"cannot load {subject}: the weights have other shapes than the configuration says{place}; a pruned model "
+            "needs the modhifi.json that was saved beside it"
+        )
     return f"cannot load {subject}: {first_line(error)}"
 
 

@@ -490,6 +490,16 @@ def test_broken_directories(tmp_path: Path) -> None:
     assert "cannot load" in refusal(tmp_path / "cut")
 
 
+def test_weights_of_other_shapes_point_to_the_manifest_of_a_pruned_model(tmp_path: Path) -> None:
+    save_llama(tmp_path / "text")
+    save_timm(tmp_path / "image")
+    for file in (tmp_path / kind / "model.safetensors" for kind in ("text", "image")):
+        tensors = load_file(file)
+        name = next(name for name, tensor in tensors.items() if tensor.ndim > 1)
+        save_file(tensors | {name: tensors[name][:-1].clone()}, file, metadata={"format": "pt"})
+        assert "modhifi.json" in refusal(file.parent)
+
+
 def test_models_whose_input_is_not_known_say_so(tmp_path: Path) -> None:
     sizes = dict(hidden_size=16, n_layer=1, n_head=2, state_dim=3, act_dim=2)
     transformers.DecisionTransformerModel(transformers.DecisionTransformerConfig(**sizes)).save_pretrained(tmp_path)
