@@ -30,7 +30,7 @@ from modhifi.data.self_generated import write
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
 
-RATIO, HELD, ONE = 0.2, 4, "self, one kind"
+RATIO, HELD, ONE, DEFAULT = 0.2, 4, "self, one kind", 64
 WIKI, MANUAL, CODE = list(KINDS)[:3]
 # By name the share of every source, and what else is not as in `SETTINGS`.
 CALIBRATIONS: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
@@ -128,7 +128,8 @@ def stacked(samples: Samples) -> Tensor:
 
 def main(options: argparse.Namespace) -> None:
     settings = {"windows": options.windows, "window": options.window}
-    path = RESULTS / "lm_kinds.json"
+    name_of_results = "lm_kinds" if options.windows == DEFAULT else f"lm_kinds_{options.windows}"
+    path = RESULTS / f"{name_of_results}.json"
     earlier = json.loads(path.read_text()) if path.is_file() else {}
     rows: list[dict[str, Any]] = earlier["rows"] if earlier.get("settings") == settings else []
     missing = [name for name in options.only or CALIBRATIONS if name not in {row["calibration"] for row in rows}]
@@ -138,7 +139,7 @@ def main(options: argparse.Namespace) -> None:
         rows.append({"calibration": name, **bench.row(bench.edited(*CALIBRATIONS[name]))})
         rows.sort(key=lambda row: list(CALIBRATIONS).index(row["calibration"]))
         write_results(
-            "lm_kinds",
+            name_of_results,
             rows,
             ["calibration", "worst", "mean", *KINDS, "lowest agreement"],
             f"""# What calibration costs on every kind of text: SmolLM2-135M, a fifth of the FFN, no training
@@ -154,7 +155,7 @@ Command: `python eval/lm_kinds.py --windows {options.windows} --window {options.
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--windows", type=int, default=DEFAULT)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--cache", type=Path, help="keep windows and moments here between runs")
     parser.add_argument("--only", nargs="+", choices=CALIBRATIONS, help="only these calibrations")
