@@ -34,16 +34,9 @@ from modhifi.data.sources import load_samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.budget import Budget
+from modhifi.pruning.curves import removal_curves
 from modhifi.pruning.settings import PruneSettings
-from modhifi.pruning.stages import (
-    Pruned,
-    apply_plan,
-    choose_groups,
-    find_structure,
-    make_plan,
-    measure_moments,
-    removal_curves,
-)
+from modhifi.pruning.stages import Pruned, apply_plan, choose_groups, find_structure, make_plan, measure_moments
 from modhifi.structure.expand import expand
 
 RATIOS = (0.1, 0.25, 0.5)

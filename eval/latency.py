@@ -28,13 +28,14 @@ from modhifi.data.sources import load_samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.budget import Budget
+from modhifi.pruning.curves import removal_curves
 from modhifi.pruning.depth_order import depth_curves
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts.base import EXACT, Rounding
 from modhifi.pruning.metered import Attempt, meet
 from modhifi.pruning.sensitivity import TRIAL, least_change, probed_plan
 from modhifi.pruning.settings import PruneSettings
-from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments
 from modhifi.runs.timing.machine import device_name
 from modhifi.runs.timing.networks import Timer, plan_of
 from modhifi.structure.groups import Structure

@@ -28,7 +28,8 @@ from modhifi.data.in_memory import from_items
 from modhifi.data.samples import Samples
 from modhifi.data.self_generated import write
 from modhifi.pruning.budget import Budget
-from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+from modhifi.pruning.curves import removal_curves
+from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments
 
 RATIO, HELD, ONE, DEFAULT = 0.2, 4, "self, one kind", 64
 WIKI, MANUAL, CODE = list(KINDS)[:3]

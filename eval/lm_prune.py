@@ -30,12 +30,13 @@ from modhifi.data.sources import load_samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.budget import Budget
+from modhifi.pruning.curves import removal_curves
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.readers import readers_of
 from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.sensitivity import amplification, best_plan, plans_between, ways_to_plan
 from modhifi.pruning.settings import PruneSettings
-from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
 

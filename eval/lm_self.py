@@ -26,7 +26,8 @@ from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.budget import Budget
-from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+from modhifi.pruning.curves import removal_curves
+from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments
 from modhifi.structure.groups import Structure
 
 RATIOS = (0.05, 0.1, 0.2)

@@ -16,10 +16,11 @@ from latency import cached, kept, planner, widths_of
 
 from modhifi.data.sources import load_samples
 from modhifi.pruning.budget import Budget
+from modhifi.pruning.curves import removal_curves
 from modhifi.pruning.metered import meet
 from modhifi.pruning.sensitivity import TRIAL, probed_plan
 from modhifi.pruning.settings import PruneSettings
-from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, measure_moments, removal_curves
+from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, measure_moments
 from modhifi.runs.timing.footprints import MemoryMeter
 from modhifi.structure.sizes import sizes_of
 

@@ -28,11 +28,12 @@ from modhifi.calibration.moments import Moments
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.models.loaded import LoadedModel
+from modhifi.pruning.curves import removal_curves
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.fidelity import channel_energy, prefix_fidelity, similarity
 from modhifi.pruning.readers import Reader, best_singletons, readers_of
 from modhifi.pruning.settings import PruneSettings
-from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, measure_moments, removal_curves
+from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, measure_moments
 from modhifi.structure.clone import clone
 from modhifi.structure.expand import expand
 from modhifi.structure.plan import Plan

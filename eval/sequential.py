@@ -33,16 +33,10 @@ from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning import sequential
 from modhifi.pruning.budget import Budget
+from modhifi.pruning.curves import removal_curves
 from modhifi.pruning.sequential import PairedPasses
 from modhifi.pruning.settings import PruneSettings
-from modhifi.pruning.stages import (
-    apply_plan,
-    choose_groups,
-    find_structure,
-    make_plan,
-    measure_moments,
-    removal_curves,
-)
+from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments
 from modhifi.pruning.weightings import WEIGHTINGS
 from modhifi.structure.operators import weight_matrix
 

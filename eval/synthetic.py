@@ -29,8 +29,9 @@ from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.budget import Budget
+from modhifi.pruning.curves import removal_curves
 from modhifi.pruning.settings import PruneSettings
-from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments
 from modhifi.structure.operators import columns_of
 from modhifi.unlearning.data import FEWEST
 from modhifi.unlearning.edit import forget

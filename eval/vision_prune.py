@@ -24,9 +24,10 @@ from modhifi.data.sources import load_samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.budget import Budget
+from modhifi.pruning.curves import removal_curves
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.settings import PruneSettings
-from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments
 from modhifi.runs import measure
 
 LADDER = [

@@ -19,6 +19,7 @@ from modhifi.models.stock import stating
 from modhifi.progress import Progress
 from modhifi.pruning.allocation import plan_for
 from modhifi.pruning.budget import Budget
+from modhifi.pruning.curves import TOGETHER, removal_curves
 from modhifi.pruning.editing import LayerError, edit_readers
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts.base import EXACT, least_width
@@ -27,7 +28,7 @@ from modhifi.pruning.metered import Meter
 from modhifi.pruning.metered_plan import metered_plan
 from modhifi.pruning.planned import Planned
 from modhifi.pruning.settings import PruneSettings
-from modhifi.pruning.stages import TOGETHER, Pruned, make_plan, removal_curves
+from modhifi.pruning.stages import Pruned, make_plan
 from modhifi.structure.clone import clone
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import operator_modules

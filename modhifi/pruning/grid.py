@@ -12,11 +12,12 @@ from modhifi.errors import IndefiniteError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.pruning.budget import Budget
+from modhifi.pruning.curves import removal_curves
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.left_alone import UNSOLVED, leave, unmeasured
 from modhifi.pruning.prune import solve, trial_share
 from modhifi.pruning.settings import PruneSettings
-from modhifi.pruning.stages import Pruned, choose_groups, find_structure, measure_moments, removal_curves
+from modhifi.pruning.stages import Pruned, choose_groups, find_structure, measure_moments
 from modhifi.structure.groups import Structure
 
 

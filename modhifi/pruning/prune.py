@@ -17,6 +17,7 @@ from modhifi.progress import Progress, silent
 from modhifi.pruning.blockwise import fit_in_memory, prune_in_blocks
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import COMPENSATIONS
+from modhifi.pruning.curves import hifi_plan, ordered_curves, removal_curves
 from modhifi.pruning.depth_order import depth_curves
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts import LAYOUTS
@@ -35,11 +36,8 @@ from modhifi.pruning.stages import (
     apply_plan,
     choose_groups,
     find_structure,
-    hifi_plan,
     make_plan,
     measure_moments,
-    ordered_curves,
-    removal_curves,
 )
 from modhifi.pruning.weightings import WEIGHTINGS
 from modhifi.structure.groups import Structure

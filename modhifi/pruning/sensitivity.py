@@ -18,6 +18,7 @@ from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.pruning.budget import Budget
+from modhifi.pruning.curves import trial_size
 from modhifi.pruning.depth import SpanMoments, branches_restored, moments_of_plans, remove_branches, restored
 from modhifi.pruning.editing import compensated, store, write_compensated
 from modhifi.pruning.elimination import Curve, Trial
@@ -25,7 +26,7 @@ from modhifi.pruning.output_change import output_change, probe_of
 from modhifi.pruning.planned import Planned, Way
 from modhifi.pruning.sequential import written_modules
 from modhifi.pruning.settings import PruneSettings
-from modhifi.pruning.stages import make_plan, trial_size
+from modhifi.pruning.stages import make_plan
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import removed_positions

@@ -25,12 +25,13 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.models.trial import try_pass
 from modhifi.progress import Progress, silent
 from modhifi.pruning.channel_fidelity import ChannelFidelity, channel_fidelities, cosine_similarity, hifi_sizes
+from modhifi.pruning.curves import removal_curves
 from modhifi.pruning.fidelity import energy_score
 from modhifi.pruning.left_alone import UNSOLVED, leave, unmeasured
 from modhifi.pruning.readers import readers_of
 from modhifi.pruning.selectors.base import summed
 from modhifi.pruning.settings import PruneSettings
-from modhifi.pruning.stages import choose_groups, find_structure, measure_moments, removal_curves
+from modhifi.pruning.stages import choose_groups, find_structure, measure_moments
 from modhifi.runs.defaults import amounts
 from modhifi.structure.groups import Structure
 

@@ -17,13 +17,14 @@ from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning import allocation
 from modhifi.pruning.budget import Budget
+from modhifi.pruning.curves import removal_curves
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.output_change import output_change
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.readers import applied_second
 from modhifi.pruning.sensitivity import amplification
 from modhifi.pruning.settings import PruneSettings
-from modhifi.pruning.stages import find_structure, removal_curves
+from modhifi.pruning.stages import find_structure
 from modhifi.structure.plan import Plan
 from modhifi.structure.sizes import sizes_of
 from modhifi.structure.tracing.tracer import trace

@@ -18,7 +18,8 @@ from modhifi.data.samples import Samples
 from modhifi.errors import IndefiniteError, ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.pruning import elimination, stages
+from modhifi.pruning import curves as removal
+from modhifi.pruning import elimination
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import lstsq
 from modhifi.pruning.prune import prune_model
@@ -207,14 +208,14 @@ def test_block_by_block_a_group_without_a_solution_stays(monkeypatch: pytest.Mon
     ids = torch.randint(3, tiny_text.VOCABULARY, (8, 12), generator=torch.Generator().manual_seed(0))
     names = tuple(map(str, range(8)))
     samples = Samples(lambda i: ids[i], names, None, names, "tokens", False)
-    real, calls = stages.eliminate_together, []
+    real, calls = removal.eliminate_together, []
 
     def eliminate(jobs: Any, *given: Any) -> Any:
         calls.append(1)
         curves = real(jobs, *given)
         return [None, *curves[1:]] if len(calls) == 1 else curves
 
-    monkeypatch.setattr(stages, "eliminate_together", eliminate)
+    monkeypatch.setattr(removal, "eliminate_together", eliminate)
     settings = PruneSettings(layout="uniform", only=("neurons",), batch_size=4)
     pruned = prune_model(loaded, samples, Budget("components", 0.5), settings)
     (left,) = pruned.left

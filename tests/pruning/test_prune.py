@@ -17,20 +17,14 @@ from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.budget import Budget
+from modhifi.pruning.curves import removal_curves
 from modhifi.pruning.linalg import shrinkage
 from modhifi.pruning.local_error import local_error
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.readers import applied_second
 from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.settings import PruneSettings
-from modhifi.pruning.stages import (
-    apply_plan,
-    choose_groups,
-    find_structure,
-    make_plan,
-    measure_moments,
-    removal_curves,
-)
+from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments
 from modhifi.runs import measure
 from modhifi.structure.expand import expand
 from modhifi.structure.operators import weight_matrix

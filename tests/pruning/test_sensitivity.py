@@ -14,12 +14,13 @@ from modhifi.data.sources import load_samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.budget import Budget
+from modhifi.pruning.curves import removal_curves
 from modhifi.pruning.layouts.base import Rounding
 from modhifi.pruning.output_change import PROBES, output_change
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.sensitivity import amplification, best_plan, plans_between, ways_to_plan
 from modhifi.pruning.settings import PruneSettings
-from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments, removal_curves
+from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments
 
 SETTINGS = PruneSettings(rows_per_column=None, batch_size=4, only=("neurons",))
 
