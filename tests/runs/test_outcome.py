@@ -153,9 +153,11 @@ def test_advice_names_the_options_that_lose_less() -> None:
         "perplexity grew 1.3 times: try --ratio 0.15 or text of your own (--data text:FILE)",
         HEAL,
     )
+    assert advice({"budget": {"latency": "0.5x"}}, 0.1)[0].startswith("top-1 fell by 8 points: try --latency 0.75x or")
+    assert "--latency" not in advice({"budget": {"latency": "9ms"}}, 0.1)[0]
     few = {"data": {"source": "images:x", "samples": 256}, "method": {"sequential": "own", "eta": 0.9}}
     assert advice(few, 0.1)[0].endswith("try more samples (--samples 1000)")
-    assert advice(few, 0.1, used=250)[0].endswith("try more data (there is none left)")
+    assert advice(few, 0.1, used=250)[0].endswith("try more images than this source has")
     settled = {
         "method": {"eta": 0.9, "sequential": "own"},
         "data": {"source": "images:x", "samples": 5000},

@@ -133,7 +133,8 @@ def _remedies(recipe: PruneRecipe, kind: str, used: int) -> list[str]:
     remedies += _own_data(recipe.data.source, kind)
     asked, many = recipe.data.samples or 0, MANY if kind == "image" else MANY_WINDOWS
     if kind in ("image", "text") and asked < many:
-        remedies.append(f"more samples (--samples {many})" if used >= asked else "more data (there is none left)")
+        more = f"more {'images' if kind == 'image' else 'text'} than this source has"
+        remedies.append(f"more samples (--samples {many})" if used >= asked else more)
     if kind == "image" and recipe.method.sequential is None:
         remedies.append("--sequential dense")
     return remedies or ["fewer groups (--only, --exclude)"]
@@ -166,8 +167,9 @@ def _halfway(budget: BudgetChoice) -> str:
     """The option that removes half of what was asked for; empty without a budget."""
     if budget.ratio is not None:
         return f"--ratio {budget.ratio / 2:.2g}"
-    for flag, share in (("flops", budget.flops), ("params", budget.params), ("kv-cache", budget.kv_cache)):
-        if share is not None:
+    shares = {name: getattr(budget, name) for name in ("flops", "params", "kv_cache", "latency", "memory")}
+    for flag, share in ((name.replace("_", "-"), share) for name, share in shares.items()):
+        if share is not None and budget.parse().absolute is None:
             keep = (1 + budget.parse().keep) / 2
             return f"--{flag} {math.floor(100 * keep) / 100:g}x"
     return ""
