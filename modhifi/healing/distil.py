@@ -135,7 +135,8 @@ class Distillation:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * self.state.rate * learning_rate(share)
         indices = self._indices()
-        self._normalise_by_batch(self.settings.batch_statistics)
+        # Statistics of batches alone can cost a student that is near the original more than a few steps bring.
+        self._normalise_by_batch(self.settings.batch_statistics and self.state.rate == 1)
         while not self._accumulated(indices):
             self.state.micro = (self.state.micro + 1) // 2
             self._remark(f"out of memory: {self.state.micro} items at once from step {self.state.step} on")
@@ -236,7 +237,10 @@ class Distillation:
         return True
 
     def _back_off(self) -> None:
-        """Begins anew with a smaller learning rate where the one so far only takes the student further away."""
+        """Begins anew where the steps so far only take the student further away.
+
+        The learning rate is smaller then, and BatchNorm keeps its statistics.
+        """
         state = self.state
         distances = [entry["divergence"] for entry in state.curve[state.since + 1 :]]
         if len(distances) < HARM or best_entry(state.curve) != 0 or distances[-1] < distances[-2]:
@@ -249,7 +253,8 @@ class Distillation:
         self.model.load_state_dict(self.best, strict=False)
         self.optimizer.state.clear()
         rate = self.settings.learning_rate * state.rate
-        self._remark(f"the student only got worse: learning rate {rate:.2g} from step {state.step} on, and anew")
+        kept = ", BatchNorm's statistics as they were" if self.settings.batch_statistics and self.norms else ""
+        self._remark(f"the student only got worse: learning rate {rate:.2g}{kept} from step {state.step} on, and anew")
 
     def _tell(self, share: float) -> None:
         done = self.state.step

@@ -301,12 +301,19 @@ def test_the_teacher_runs_in_the_precision_of_the_student(
     assert output.dtype == torch.bfloat16
 
 
-def test_a_learning_rate_that_only_harms_is_made_smaller(
-    pair: tuple[LoadedModel, nn.Module], images: tuple[Samples, Samples]
+def test_a_learning_rate_that_only_harms_is_made_smaller_and_statistics_stay(
+    pair: tuple[LoadedModel, nn.Module], images: tuple[Samples, Samples], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    healed = heal((pair[0], heal(pair, images, steps=200).model), images, steps=40, optimizer="sgd", learning_rate=10.0)
+    steps: list[tuple[int, bool]] = []
+    monkeypatch.setattr(
+        Distillation, "_normalise_by_batch", lambda self, active: steps.append((self.state.step, active))
+    )
+    near = heal(pair, images, steps=200).model
+    steps.clear()
+    healed = heal((pair[0], near), images, steps=40, optimizer="sgd", learning_rate=10.0, batch_statistics=True)
     backed_off = [note for note in healed.notes if "only got worse" in note]
-    assert backed_off and "learning rate 2.5 from step 4 on" in backed_off[0]
+    assert backed_off and "learning rate 2.5" in backed_off[0] and "from step 4 on" in backed_off[0]
+    assert {step for step, active in steps if active} == {0, 1, 2, 3}
     # the weights are those that it came with again: the loss is that of the beginning, not of where it went astray
     assert healed.curve[3]["divergence"] < healed.curve[2]["divergence"]
     assert not [note for note in heal(pair, images, steps=40).notes if "only got worse" in note]
