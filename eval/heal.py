@@ -50,7 +50,7 @@ images, of the ResNet-50 in % of 2,000. Core minutes are processor time of the w
 drawing of images included.
 Command: `python eval/heal.py --part PART`."""
 # What a network that is near its original already takes no harm from.
-CAREFUL = {"precision": "bf16", "learning_rate": 0.01}
+CAREFUL = {"precision": "bf16", "learning_rate": 0.002, "batch_statistics": False}
 DEMO, RESNET50 = "demo's ResNet", "ResNet-50"
 PARTS: dict[str, dict[str, Any]] = {
     "half": {"model": DEMO, "flops": "0.5x", "data": "images", "samples": 10_000},
