@@ -6,6 +6,7 @@ import fnmatch
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.collect import collect
-from modhifi.calibration.distributed import ALONE, Processes, merged
+from modhifi.calibration.distributed import ALONE, Processes, batches_at, merged, share_of, shared
 from modhifi.calibration.gram_quality import GramQuality
 from modhifi.calibration.memory import check_room, fitting
 from modhifi.calibration.moments import Moments, combined
@@ -182,15 +183,12 @@ def _measured(
     """Moments of the readers over the samples of one source."""
     routed = any(isinstance(module, Stacked) for module in readers.values())
     stored = None if cache is None or team.count > 1 or routed else cache.open(loaded, readers, samples, sampling)
-    size = sampling.batch_size
-    numbers = range(0 if stored is None else stored.done, len(samples), size)[team.index :: team.count]
-    if team.count > 1 and len(range(0, len(samples), size)) < team.count:
-        raise ModhifiError(f"{len(samples)} samples are fewer than {team.count} batches of {size}; use fewer processes")
+    numbers = share_of(samples, sampling.batch_size, team, 0 if stored is None else stored.done)
 
     def batches() -> Iterable[Tensor]:
-        for number in numbers:
+        for number, batch in zip(numbers, batches_at(samples, sampling.batch_size, numbers), strict=True):
             progress("measuring", number, len(samples))
-            yield from samples.subset(range(number, min(number + size, len(samples)))).batches(size)
+            yield batch
         progress("measuring", len(samples), len(samples))
 
     share = collect(
@@ -328,11 +326,13 @@ def apply_plan(
     settings: PruneSettings,
     samples: Samples | None = None,
     progress: Progress = silent,
+    team: Processes = ALONE,
 ) -> Pruned:
     """Compensate and cut; without moments, cut.
 
     ``samples`` are needed with ``settings.sequential``, which measures on the pruned prefix of every reader, and where
-    blocks or sublayers go, for what they added to the stream: then all is compensated at once.
+    blocks or sublayers go, for what they added to the stream: then all is compensated at once. Of a ``team`` this is
+    the main process, and the others call :func:`follow_plans`.
     """
     plan.check(structure)
     errors: tuple[LayerError, ...]
@@ -347,5 +347,20 @@ def apply_plan(
     else:
         if not COMPENSATIONS[settings.compensate].least_squares or samples is None:
             raise ModhifiError("--sequential goes with --compensate lstsq only")
-        dense_shape, errors = edit_sequentially(loaded, structure, plan, samples, moments, settings, progress)
+        shared(plan, team)
+        dense_shape, errors = edit_sequentially(loaded, structure, plan, samples, moments, settings, progress, team)
     return Pruned(stating(shrink(dense_shape, structure, plan), loaded), structure, plan, {}, errors)
+
+
+def follow_plans(
+    loaded: LoadedModel,
+    structure: Structure,
+    samples: Samples,
+    moments: Mapping[str, Moments],
+    settings: PruneSettings,
+    team: Processes,
+) -> None:
+    """Run this process's share of the passes of :func:`apply_plan` for every plan of the main process, until None."""
+    while (plan := shared(None, team)) is not None:
+        with suppress(IndefiniteError):  # for which the main process leaves groups as they are
+            edit_sequentially(loaded, structure, plan, samples, moments, settings, team=team)

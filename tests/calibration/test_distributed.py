@@ -86,7 +86,7 @@ def test_two_processes_make_the_plan_of_one(launcher: str, model_dir: Path, imag
 def test_processes_that_cannot_be_joined_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them would do, and write, the whole."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(accelerate, "PartialState", lambda cpu: SimpleNamespace(num_processes=1, device="cpu"))
+    monkeypatch.setattr(accelerate, "PartialState", lambda cpu, timeout: SimpleNamespace(num_processes=1, device="cpu"))
     with pytest.raises(ModhifiError, match="2 processes were started and cannot be joined"):
         processes()
 
