@@ -9,6 +9,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from modhifi.data.samples import Samples
+
 WORDS = [a + b for a in ("ba", "ke", "li", "no", "su", "ta") for b in ("ra", "mo", "ni", "pe", "du", "fo", "gi", "za")]
 SPECIAL = ["<unk>", "<s>", "</s>"]
 VOCABULARY = len(SPECIAL) + len(WORDS)
@@ -55,6 +57,15 @@ def llama(begin: bool = True, **changes: object) -> transformers.LlamaForCausalL
         }  # type: ignore[arg-type]
     )
     return transformers.LlamaForCausalLM(config).eval()
+
+
+def token_samples(lengths: list[int]) -> Samples:
+    """Texts of these lengths in random tokens."""
+    items = [
+        torch.randint(3, VOCABULARY, (n,), generator=torch.Generator().manual_seed(i)) for i, n in enumerate(lengths)
+    ]
+    names = tuple(str(i) for i in range(len(lengths)))
+    return Samples(lambda i: items[i], names, None, names, "tokens", False)
 
 
 def save(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -64,21 +65,22 @@ def moments_by_block(
     sampling: Sampling,
     *,
     samples: int,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[dict[str, Moments]]:
     """Moments of the readers inside one block after the other, in one pass in all.
 
+    ``numbers`` as in :func:`modhifi.calibration.collect.collect`.
     Memory: one block's Grams and what one block puts out for all batches.
     Edits of a block that has been yielded do not reach the next one: the pass is the one of the model as it was.
     """
+    if numbers is None:
+        numbers = [0, *accumulate(map(len, batches))][:-1]
     for name in stream.blocks:
         inside = {reader: m for reader, m in readers.items() if reader.startswith(f"{name}.")}
-        collector = MomentCollector(inside, sampling, samples=samples)
-        first = 0
+        collector, firsts = MomentCollector(inside, sampling, samples=samples), iter(numbers)
 
-        def start(batch: Tensor, collector: MomentCollector = collector) -> None:
-            nonlocal first
-            collector.start(first, real_tokens(batch))
-            first += len(batch)
+        def start(batch: Tensor, collector: MomentCollector = collector, firsts: Iterator[int] = firsts) -> None:
+            collector.start(next(firsts), real_tokens(batch))
 
         with collector:
             stream.advance(batches, start)

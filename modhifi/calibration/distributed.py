@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
-from modhifi.calibration.moments import Moments
+from modhifi.calibration.low_rank import as_tensor
+from modhifi.calibration.moments import Moments, PairedMoments, Spanned, few_rows_pay
+from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
+
+# So long a process waits for the others, one of which may be solving a large block.
+PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -44,13 +52,51 @@ def processes() -> Processes:
         return ALONE
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     if state.num_processes != int(os.environ["WORLD_SIZE"]):
         raise ModhifiError(
             f"{os.environ['WORLD_SIZE']} processes were started and cannot be joined on {state.device}; "
             "start one, without a launcher"
         )
     return Processes(state.process_index, state.num_processes, state.device)
+
+
+@contextmanager
+def _waiting() -> Iterator[None]:
+    """Inside, processes talk to each other; one that is not answered ends with one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ModhifiError(
+            f"another process of this run has ended, or was silent for {PATIENCE.total_seconds() / 60:g} minutes; "
+            "see what it wrote, and start all of them again"
+        ) from error
+
+
+def shared(value: Any, team: Processes) -> Any:
+    """What the main process gives, in every process; anything that can be pickled."""
+    if team.count == 1:
+        return value
+    values = [value]
+    with _waiting():
+        distributed.broadcast_object_list(values, device=team.device)
+    return values[0]
+
+
+def share_of(samples: Samples, size: int, team: Processes, done: int = 0) -> range:
+    """The numbers of the first samples of those batches, of ``size``, that this process runs, without those ``done``.
+
+    Raises ModhifiError where there are fewer batches than processes.
+    """
+    if len(range(0, len(samples), size)) < team.count > 1:
+        raise ModhifiError(f"{len(samples)} samples are fewer than {team.count} batches of {size}; use fewer processes")
+    return range(done, len(samples), size)[team.index :: team.count]
+
+
+def batches_at(samples: Samples, size: int, numbers: range) -> Iterator[Tensor]:
+    """The batches that begin at some ``numbers``."""
+    for number in numbers:
+        yield from samples.subset(range(number, min(number + size, len(samples)))).batches(size)
 
 
 def merged(moments: Mapping[str, Moments], team: Processes) -> dict[str, Moments]:
@@ -60,24 +106,68 @@ def merged(moments: Mapping[str, Moments], team: Processes) -> dict[str, Moments
     """
     if team.count == 1:
         return dict(moments)
-    names: list[list[str]] = [[] for _ in range(team.count)]
-    distributed.all_gather_object(names, sorted(moments))
-    if any(other != names[0] for other in names):
-        partial = sorted(set().union(*names) - set(names[0]).intersection(*names))
-        raise ModhifiError(f"the layer '{partial[0]}' was not run in every process; use fewer processes")
-    return {name: _merged(moments[name], team) for name in names[0]}
+    shares: list[dict[str, tuple[int, bool]]] = [{} for _ in range(team.count)]
+    with _waiting():
+        distributed.all_gather_object(shares, {name: (m.n, isinstance(m, Spanned)) for name, m in moments.items()})
+        if any(share.keys() != shares[0].keys() for share in shares):
+            partial = sorted(set().union(*shares) - set(shares[0]).intersection(*shares))
+            raise ModhifiError(f"the layer '{partial[0]}' was not run in every process; use fewer processes")
+        return {name: _merged(moments[name], [share[name] for share in shares], team) for name in shares[0]}
 
 
-def _merged(own: Moments, team: Processes) -> Moments:
-    """The moments of the union: every share's covariance, and how far its mean lies from the common one."""
-    device = own.mean.device
-    common = device if team.device is None else team.device
-    count = torch.tensor(float(own.n), dtype=torch.float64, device=common)
-    distributed.all_reduce(count)
-    share, mean = own.n / count, own.mean.to(common)
-    middle = mean * share
-    distributed.all_reduce(middle)
+def _merged(own: Moments, shares: list[tuple[int, bool]], team: Processes) -> Moments:
+    """The moments of the union, held as one process holds as many rows."""
+    counts, device = [n for n, _ in shares], own.mean.device
+    if isinstance(own, Spanned) and all(spanned for _, spanned in shares):
+        if few_rows_pay(*own.mean.shape) and sum(counts) <= own.mean.shape[1] // 2:
+            return Spanned(_gathered(own.rows, counts, team))
+    mean, cov, _ = _union(own.n / sum(counts), own.mean, own.cov, team)
+    seen = None if own.seen is None else _sum(own.seen, team)
+    return Moments(sum(counts), mean.to(device), cov.to(device), seen)
+
+
+def merged_pairs(own: PairedMoments, team: Processes) -> PairedMoments:
+    """What :func:`merged` is, for one reader's inputs with their targets; the covariance is a matrix."""
+    if team.count == 1:
+        return own
+    with _waiting():
+        n = int(_sum(torch.tensor(own.n), team))
+        share = own.n / n
+        mean, cov, gap = _union(share, own.mean, as_tensor(own.cov), team)
+        target = _sum(own.target * share, team)
+        away = own.target - target
+        energy = _sum((own.energy + away.square()) * share, team)
+        cross = _sum((own.cross + away[:, :, None] * gap[:, None]) * share, team)
+    return PairedMoments(n, mean, cov, target, energy, cross)
+
+
+def gathered(rows: Tensor, team: Processes) -> Tensor:
+    """The rows ``(G, d, n)`` of all processes, in which n differs."""
+    if team.count == 1:
+        return rows
+    counts = [0] * team.count
+    with _waiting():
+        distributed.all_gather_object(counts, rows.shape[2])
+        return _gathered(rows, counts, team)
+
+
+def _union(share: float, mean: Tensor, cov: Tensor, team: Processes) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and covariance of all rows, this process having a ``share`` of them, and how far its own mean lies away."""
+    middle = _sum(mean * share, team)
     gap = mean - middle
-    cov = (own.cov.to(common) + gap[:, :, None] * gap[:, None, :]) * share
-    distributed.all_reduce(cov)
-    return Moments(int(count), middle.to(device), cov.to(device))
+    return middle, _sum(torch.baddbmm(cov, gap[:, :, None], gap[:, None]) * share, team), gap
+
+
+def _sum(own: Tensor, team: Processes) -> Tensor:
+    """The sum over all processes, where ``own`` lies."""
+    total = own.clone() if team.device is None else own.to(team.device, copy=True)
+    distributed.all_reduce(total)
+    return total.to(own.device)
+
+
+def _gathered(rows: Tensor, counts: list[int], team: Processes) -> Tensor:
+    padded = torch.nn.functional.pad(rows, (0, max(counts) - rows.shape[2])).to(team.device or rows.device)
+    pieces = [torch.empty_like(padded) for _ in counts]
+    distributed.all_gather(pieces, padded)
+    parts = [piece[:, :, :count] for piece, count in zip(pieces, counts, strict=True)]
+    return torch.cat(parts, 2).to(rows.device)

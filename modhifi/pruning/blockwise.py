@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import nn
 
 from modhifi.calibration.block_stream import Stream, find_blocks, moments_by_block
+from modhifi.calibration.distributed import ALONE, Processes, batches_at, merged, share_of
 from modhifi.calibration.memory import check_room, fitting, free_bytes, gram_bytes
 from modhifi.calibration.moments import Moments, combined
 from modhifi.calibration.timeline import Timeline
@@ -63,27 +65,17 @@ def prune_in_blocks(
     settings: PruneSettings,
     progress: Progress,
     meter: Meter | None = None,
+    team: Processes = ALONE,
 ) -> Pruned | None:
     """What `modhifi.pruning.prune_model` returns in ``uniform`` layout, with few blocks' Grams in memory at a time.
 
-    Blocks are solved together as far as their Grams take at most ``TOGETHER`` bytes, else one at a time.
-
-    None for models that read no tokens, where whole blocks may go, and where the model has no list of blocks that holds
-    every group.
+    Blocks are solved together as far as their Grams take at most ``TOGETHER`` bytes, else one at a time. Of a ``team``
+    this is the main process, and the others call :func:`contribute_in_blocks`. None where :func:`_in_blocks` is.
     """
-    if loaded.kind not in ("text", "encoder"):
-        return None  # whose samples would be read from disk again for every block
-    if any(g.parts for g in structure.prunable):
-        return None  # what a block adds is read behind the next one
-    timeline = Timeline(loaded.model, lambda: loaded.run(loaded.example))
-    blocks = find_blocks(timeline)
-    holders = {
-        g.name: {b for b in blocks if all(s.module.startswith(f"{b}.") for s in (*g.readers, *g.producers))}
-        for g in structure.prunable
-    }
-    if not all(len(names) == 1 for names in holders.values()):
+    found = _in_blocks(loaded, structure)
+    if found is None:
         return None
-    check_room(loaded.model, structure, examples_in(samples, loaded), settings.sampling, together=False)
+    timeline, blocks, holders = found
     level = level_curves(structure, settings)
     planned, metered = Planned(make_plan(loaded.model, structure, level, budget, settings)), None
     if meter is not None:  # which asks for widths alone
@@ -96,28 +88,16 @@ def prune_in_blocks(
     errors: list[LayerError] = []
     left: dict[str, str] = {}
 
+    passes = _moments(loaded, structure, samples, settings, timeline, blocks, team)
     readers = dict(operator_modules(loaded.model, structure.prunable))
-    passes = [
-        (
-            share,
-            moments_by_block(
-                Stream(loaded.model, blocks, loaded.run, timeline),
-                list(source.batches(settings.batch_size)),
-                readers,
-                settings.sampling,
-                samples=len(source),
-            ),
-        )
-        for share, source in samples.by_source()
-    ]
     sizes = [sum(gram_bytes(m) for name, m in readers.items() if name.startswith(f"{block}.")) for block in blocks]
     for numbers in fitting(sizes, TOGETHER):
         moments: dict[str, Moments] = {}
         for number in numbers:
             progress("pruning blocks", number, len(blocks))
-            moments |= combined([(share, next(source)) for share, source in passes])
+            moments |= next(passes)
         together = {blocks[number] for number in numbers}
-        inside = structure.select([g.name for g in structure.prunable if holders[g.name] <= together])
+        inside = structure.select([g.name for g in structure.prunable if holders[g.name] in together])
         if not inside.prunable:
             continue
         device = next(iter(moments.values())).mean.device
@@ -136,6 +116,64 @@ def prune_in_blocks(
     whole, structure = Plan(kept, cost), leave(structure, left, settings.strict)
     small = stating(shrink(dense_shape, structure, whole), loaded)
     return Pruned(small, structure, whole, curves, tuple(errors), left=left, metered=metered)
+
+
+def contribute_in_blocks(
+    loaded: LoadedModel, structure: Structure, samples: Samples, settings: PruneSettings, team: Processes
+) -> bool:
+    """Run this process's share of the batches through block after block; False where there are no such blocks."""
+    found = _in_blocks(loaded, structure)
+    if found is None:
+        return False
+    timeline, blocks, _ = found
+    for _ in _moments(loaded, structure, samples, settings, timeline, blocks, team):
+        pass  # which are the main process's to solve with
+    return True
+
+
+def _in_blocks(loaded: LoadedModel, structure: Structure) -> tuple[Timeline, tuple[str, ...], dict[str, str]] | None:
+    """A watched pass, the blocks in it, and by group the one that holds it.
+
+    None for models that read no tokens, where whole blocks may go, and where the model has no list of blocks that holds
+    every group.
+    """
+    if loaded.kind not in ("text", "encoder"):
+        return None  # whose samples would be read from disk again for every block
+    if any(g.parts for g in structure.prunable):
+        return None  # what a block adds is read behind the next one
+    timeline = Timeline(loaded.model, lambda: loaded.run(loaded.example))
+    blocks = find_blocks(timeline)
+    holders = {
+        g.name: [b for b in blocks if all(s.module.startswith(f"{b}.") for s in (*g.readers, *g.producers))]
+        for g in structure.prunable
+    }
+    if not all(len(names) == 1 for names in holders.values()):
+        return None
+    return timeline, blocks, {name: names[0] for name, names in holders.items()}
+
+
+def _moments(
+    loaded: LoadedModel,
+    structure: Structure,
+    samples: Samples,
+    settings: PruneSettings,
+    timeline: Timeline,
+    blocks: tuple[str, ...],
+    team: Processes,
+) -> Iterator[dict[str, Moments]]:
+    """Block after block the moments of its readers over the shares of all processes."""
+    check_room(loaded.model, structure, examples_in(samples, loaded), settings.sampling, together=False)
+    readers = dict(operator_modules(loaded.model, structure.prunable))
+    shares, passes = [], []
+    for share, source in samples.by_source():
+        numbers = share_of(source, settings.batch_size, team)
+        batches = list(batches_at(source, settings.batch_size, numbers))
+        stream = Stream(loaded.model, blocks, loaded.run, timeline)
+        own = moments_by_block(stream, batches, readers, settings.sampling, samples=len(source), numbers=numbers)
+        shares.append(share)
+        passes.append(map(partial(merged, team=team), own))
+    for _ in blocks:
+        yield combined([(share, next(own)) for share, own in zip(shares, passes, strict=True)])
 
 
 def _curves(

@@ -7,14 +7,14 @@ from dataclasses import replace
 from functools import partial
 
 from modhifi.calibration.cache import MomentCache
-from modhifi.calibration.distributed import ALONE, Processes
+from modhifi.calibration.distributed import ALONE, Processes, shared
 from modhifi.calibration.gram_quality import gram_quality
 from modhifi.calibration.moments import Moments
 from modhifi.data.samples import Samples
 from modhifi.errors import IndefiniteError, ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
-from modhifi.pruning.blockwise import fit_in_memory, prune_in_blocks
+from modhifi.pruning.blockwise import contribute_in_blocks, fit_in_memory, prune_in_blocks
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.compensations import COMPENSATIONS
 from modhifi.pruning.curves import hifi_plan, ordered_curves, removal_curves
@@ -36,6 +36,7 @@ from modhifi.pruning.stages import (
     apply_plan,
     choose_groups,
     find_structure,
+    follow_plans,
     make_plan,
     measure_moments,
 )
@@ -65,10 +66,14 @@ def needs_moments(structure: Structure, settings: PruneSettings, plan: Plan | No
 def contribute(
     loaded: LoadedModel, samples: Samples, settings: PruneSettings, plan: Plan | None, team: Processes
 ) -> None:
-    """Measure this process's share of the moments, for the main process that runs :func:`prune_model`."""
+    """Run this process's share of the calibration passes, for the main process that runs :func:`prune_model`."""
     structure = _chosen(loaded, settings, plan)
-    if needs_moments(structure, settings, plan):
-        measure_moments(loaded, structure, samples, settings.sampling, team=team)
+    if not needs_moments(structure, settings, plan):
+        return
+    if shared(None, team) and contribute_in_blocks(loaded, structure, samples, settings, team):
+        return
+    moments = measure_moments(loaded, structure, samples, settings.sampling, team=team)
+    follow_plans(loaded, structure, samples, moments, settings, team)
 
 
 def prune_model(
@@ -96,18 +101,21 @@ def prune_model(
         budget = budget.gauged(meter.gauge(loaded, structure, settings.rounding))
     if not needs_moments(structure, settings, plan):
         return _prune_unmeasured(loaded, structure, budget, settings, plan, meter)
-    # Blocks are measured one after the other: that pass is not shared among processes.
-    if plan is None and budget is not None and team.count == 1:
-        if block_by_block(loaded, structure, settings, cache is not None):
-            pruned = prune_in_blocks(loaded, structure, samples, budget, settings, progress, meter)
-            if pruned is not None:
-                return pruned
+    blocks = plan is None and budget is not None and block_by_block(loaded, structure, settings, cache is not None)
+    # The main process says so: what fits may differ between them.
+    if shared(blocks, team) and budget is not None:
+        pruned = prune_in_blocks(loaded, structure, samples, budget, settings, progress, meter, team)
+        if pruned is not None:
+            return pruned
     moments = measure_moments(loaded, structure, samples, settings.sampling, progress, cache, team)
     left = unmeasured(loaded, structure, moments, samples, settings.batch_size)
     while True:
         structure = leave(structure, left, settings.strict)
         try:
-            pruned = solve(loaded, structure, samples, budget, settings, plan, moments, progress, meter=meter)
+            pruned = solve(
+                loaded, structure, samples, budget, settings, plan, moments, progress, meter=meter, team=team
+            )
+            shared(None, team)  # plan: there is no other
             return replace(pruned, left=left)
         except IndefiniteError as error:
             if not error.groups or settings.strict:
@@ -147,6 +155,7 @@ def solve(
     progress: Progress = silent,
     curves: Mapping[str, Curve] | None = None,
     meter: Meter | None = None,
+    team: Processes = ALONE,
 ) -> Pruned:
     """What :func:`prune_model` returns, from moments; raises :class:`IndefiniteError` for groups without a solution.
 
@@ -187,7 +196,7 @@ def solve(
             if g.parts:
                 continue
             fidelity[g.name] = best_singletons(readers_of(loaded.model, structure, g, moments), g.n)
-    pruned = apply_plan(loaded, structure, plan, moments, settings, samples, progress)
+    pruned = apply_plan(loaded, structure, plan, moments, settings, samples, progress, team)
     return replace(
         pruned,
         curves=used,

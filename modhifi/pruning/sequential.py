@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from modhifi.calibration.distributed import ALONE, Processes, batches_at, gathered, merged_pairs, share_of
 from modhifi.calibration.memory import place_to_remember
 from modhifi.calibration.moments import Accumulator, Moments, PairedMoments, Spanned, combined_pairs
 from modhifi.calibration.prefix_cache import PrefixCache
@@ -47,7 +48,7 @@ class PairedPasses:
     share of what is free); batches for which that is too little run again from the last point that is. Without
     ``dense`` the target of a reader is what it puts out itself on the edited prefix, and the edited copy runs alone. On
     synthetic samples both normalise by the batch statistics of the dense model
-    (:func:`modhifi.models.hooks.shared_statistics`).
+    (:func:`modhifi.models.hooks.shared_statistics`). Each process of a ``team`` runs its share of the batches.
     """
 
     def __init__(
@@ -59,13 +60,16 @@ class PairedPasses:
         sampling: Sampling,
         dense: bool = True,
         most_bytes: float | None = None,
+        team: Processes = ALONE,
     ) -> None:
-        self.loaded, self.model = loaded, edited
+        self.loaded, self.model, self.team = loaded, edited, team
         self.samples, self.sampling = samples, sampling
         timeline = Timeline(loaded.model, lambda: loaded.run(loaded.example))
         device = next(loaded.model.parameters()).device
         streams = 1 + dense
-        needed = streams * timeline.most_before(readers) * examples_in(samples, loaded) / len(loaded.example)
+        needed = (
+            streams * timeline.most_before(readers) * examples_in(samples, loaded) / len(loaded.example) / team.count
+        )
         home, room = place_to_remember(device, needed)
 
         def cache(model: nn.Module) -> PrefixCache:
@@ -95,13 +99,13 @@ class PairedPasses:
             pairs = self._rows(reader, columns, source, first)
             first += len(source)
             if few_rows:
-                rows, targets = (torch.cat(pieces, 2) for pieces in zip(*pairs, strict=True))
+                rows, targets = (gathered(torch.cat(pieces, 2), self.team) for pieces in zip(*pairs, strict=True))
                 paired = PairedMoments.of_rows(rows.double(), targets.double())
             else:
                 sums = Accumulator(targets=len(weight_matrix(module)[0]))
                 for rows, targets in pairs:
                     sums.add(torch.cat([rows, targets], 1))
-                paired = sums.finish_paired()
+                paired = merged_pairs(sums.finish_paired(), self.team)
             parts.append((share, paired))
         return combined_pairs(parts).to(next(module.parameters()).device)
 
@@ -110,13 +114,12 @@ class PairedPasses:
 
         They are those of one source, in front of which others have ``before`` samples.
         """
-        first = 0
-        for batch in samples.batches(self.sampling.batch_size):
+        numbers = share_of(samples, self.sampling.batch_size, self.team)
+        for first, batch in zip(numbers, batches_at(samples, self.sampling.batch_size, numbers), strict=True):
             with self._statistics(samples.adapted, before + first):
                 rows, targets = self._pair(reader, samples, first, before, batch)
             groups = torch.arange(len(rows), device=rows.device)[:, None]
             yield rows[groups, columns.to(rows.device)], targets
-            first += len(batch)
 
     def _statistics(self, adapted: bool, first: int) -> AbstractContextManager[None]:
         """Where BatchNorm normalises by the batch from sample ``first`` on: both models do so by the dense one's."""
@@ -158,16 +161,19 @@ def edit_sequentially(
     moments: Mapping[str, Moments],
     settings: PruneSettings,
     progress: Progress = silent,
+    team: Processes = ALONE,
 ) -> tuple[LayerError, ...]:
     """Compensate readers in order of execution, in place, in a copy of the model that keeps its shapes.
 
     ``removed`` has the input channels that each of them loses. ``moments`` are those of the dense model.
     ``settings.sequential`` is ``own``: the layer's dense weights applied to the pruned prefix; or ``dense``: the dense
     model's output (docs/method.md, sequential). The matrices of experts and of recurrent layers are compensated on what
-    they read in the dense model.
+    they read in the dense model. Every process of a ``team`` runs its share of the batches and solves the same systems.
     """
     readers = [name for name in structure.operators if name in removed]
-    passes = PairedPasses(loaded, edited, readers, samples, settings.sampling, dense=settings.sequential == "dense")
+    passes = PairedPasses(
+        loaded, edited, readers, samples, settings.sampling, dense=settings.sequential == "dense", team=team
+    )
     errors = []
     for number, reader in enumerate(readers):
         progress("compensating", number, len(readers))

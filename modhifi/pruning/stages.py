@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -11,13 +12,13 @@ from torch import Tensor, nn
 
 from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.collect import collect
-from modhifi.calibration.distributed import ALONE, Processes, merged
+from modhifi.calibration.distributed import ALONE, Processes, batches_at, merged, share_of, shared
 from modhifi.calibration.gram_quality import GramQuality
 from modhifi.calibration.memory import check_room
 from modhifi.calibration.moments import Moments, combined
 from modhifi.calibration.sampling import Sampling
 from modhifi.data.samples import Samples, examples_in
-from modhifi.errors import ModhifiError
+from modhifi.errors import IndefiniteError, ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.stock import stating
 from modhifi.progress import Progress, silent
@@ -172,15 +173,12 @@ def _measured(
     """Moments of the readers over the samples of one source."""
     routed = any(isinstance(module, Stacked) for module in readers.values())
     stored = None if cache is None or team.count > 1 or routed else cache.open(loaded, readers, samples, sampling)
-    size = sampling.batch_size
-    numbers = range(0 if stored is None else stored.done, len(samples), size)[team.index :: team.count]
-    if team.count > 1 and len(range(0, len(samples), size)) < team.count:
-        raise ModhifiError(f"{len(samples)} samples are fewer than {team.count} batches of {size}; use fewer processes")
+    numbers = share_of(samples, sampling.batch_size, team, 0 if stored is None else stored.done)
 
     def batches() -> Iterable[Tensor]:
-        for number in numbers:
+        for number, batch in zip(numbers, batches_at(samples, sampling.batch_size, numbers), strict=True):
             progress("measuring", number, len(samples))
-            yield from samples.subset(range(number, min(number + size, len(samples)))).batches(size)
+            yield batch
         progress("measuring", len(samples), len(samples))
 
     share = collect(
@@ -228,25 +226,62 @@ def apply_plan(
     settings: PruneSettings,
     samples: Samples | None = None,
     progress: Progress = silent,
+    team: Processes = ALONE,
 ) -> Pruned:
     """Compensate and cut; without moments, cut.
+
+    Of a ``team`` this is the main process, and the others call :func:`follow_plans`.
+    """
+    plan.check(structure)
+    if moments is None:
+        edited, errors = clone(loaded.model), tuple[LayerError, ...]()
+    else:
+        if settings.sequential is not None:
+            if not COMPENSATIONS[settings.compensate].least_squares or samples is None:
+                raise ModhifiError("--sequential goes with --compensate lstsq only")
+            shared(plan, team)
+        edited, errors = _compensated(loaded, structure, plan, moments, settings, samples, progress, team)
+    return Pruned(stating(shrink(edited, structure, plan), loaded), structure, plan, {}, errors)
+
+
+def _compensated(
+    loaded: LoadedModel,
+    structure: Structure,
+    plan: Plan,
+    moments: Mapping[str, Moments],
+    settings: PruneSettings,
+    samples: Samples | None,
+    progress: Progress = silent,
+    team: Processes = ALONE,
+) -> tuple[nn.Module, tuple[LayerError, ...]]:
+    """A copy of the model in its own shapes that makes up for what a plan removes, and what is left of the change.
 
     ``samples`` are needed with ``settings.sequential``, which measures on the pruned prefix of every reader, and where
     blocks or sublayers go, for what they added to the stream. The writers that take that over are compensated before
     all others, for what they read in the dense model.
     """
-    plan.check(structure)
-    dense_shape, errors = clone(loaded.model), tuple[LayerError, ...]()
-    if moments is not None:
-        later = {}
-        if settings.sequential is not None:
-            if not COMPENSATIONS[settings.compensate].least_squares or samples is None:
-                raise ModhifiError("--sequential goes with --compensate lstsq only")
-            keepers = {span.keeper.writer for span in spans(structure, removed_parts(structure, plan))}
-            later = {name: at for name, at in edited_readers(structure, plan).items() if name not in keepers}
-        errors += edit_readers(dense_shape, structure, plan, moments, settings, later)
-        if samples is not None:
-            added = moments_of_plans(loaded, structure, [plan], samples, settings, progress)
-            errors += remove_branches(dense_shape, structure, plan, added, settings)
-            errors += edit_sequentially(loaded, dense_shape, structure, later, samples, moments, settings, progress)
-    return Pruned(stating(shrink(dense_shape, structure, plan), loaded), structure, plan, {}, errors)
+    edited, later = clone(loaded.model), dict[str, Tensor]()
+    if settings.sequential is not None:
+        keepers = {span.keeper.writer for span in spans(structure, removed_parts(structure, plan))}
+        later = {name: at for name, at in edited_readers(structure, plan).items() if name not in keepers}
+    errors = edit_readers(edited, structure, plan, moments, settings, later)
+    if samples is not None:
+        added = moments_of_plans(loaded, structure, [plan], samples, settings, progress)
+        errors += remove_branches(edited, structure, plan, added, settings)
+        if later:
+            errors += edit_sequentially(loaded, edited, structure, later, samples, moments, settings, progress, team)
+    return edited, errors
+
+
+def follow_plans(
+    loaded: LoadedModel,
+    structure: Structure,
+    samples: Samples,
+    moments: Mapping[str, Moments],
+    settings: PruneSettings,
+    team: Processes,
+) -> None:
+    """Run this process's share of the passes of :func:`apply_plan` for every plan of the main process, until None."""
+    while (plan := shared(None, team)) is not None:
+        with suppress(IndefiniteError):  # for which the main process leaves groups as they are
+            _compensated(loaded, structure, plan, moments, settings, samples, team=team)

@@ -127,6 +127,8 @@ def run_prune(
         settings = recipe.settings()
         if recipe.method.round_to == "auto":
             settings = replace(settings, rounding=rounding_for(original, device, recipe.method.serve))
+        if team.count > 1 and budget is not None and budget.measure == "experts":
+            raise ModhifiError("experts are removed by one process; start it without a launcher")
         if not team.main:
             contribute(original, calibration, settings, plan, team)
             return PruneResult({}, plan or Plan({}))

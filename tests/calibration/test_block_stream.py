@@ -19,7 +19,6 @@ from modhifi.calibration.memory import gram_bytes
 from modhifi.calibration.moments import Moments
 from modhifi.calibration.sampling import Sampling
 from modhifi.calibration.timeline import Timeline
-from modhifi.data.samples import Samples
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning import blockwise
@@ -27,15 +26,6 @@ from modhifi.pruning.budget import Budget
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import find_structure
-
-
-def token_samples(lengths: list[int]) -> Samples:
-    items = [
-        torch.randint(3, tiny_text.VOCABULARY, (n,), generator=torch.Generator().manual_seed(i))
-        for i, n in enumerate(lengths)
-    ]
-    names = tuple(str(i) for i in range(len(lengths)))
-    return Samples(lambda i: items[i], names, None, names, "tokens", False)
 
 
 def gemma() -> transformers.PreTrainedModel:
@@ -91,7 +81,7 @@ MODELS = {"llama": lambda: tiny_text.llama(num_hidden_layers=3), "gemma2": gemma
 @pytest.mark.parametrize("name", MODELS)
 def test_blocks_give_what_the_whole_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_model(MODELS[name]())
-    samples = token_samples([12, 9, 12, 5, 12, 12])
+    samples = tiny_text.token_samples([12, 9, 12, 5, 12, 12])
     settings = PruneSettings(layout="uniform", rows_per_column=None, batch_size=2)
     before = {k: v.clone() for k, v in loaded.model.state_dict().items()}
     ours = prune_model(loaded, samples, Budget("components", 0.78), settings)
@@ -251,8 +241,8 @@ def test_few_blocks_grams_at_a_time(blocks: int, alive: list[int], monkeypatch: 
 
     monkeypatch.setattr(blockwise, "removal_curves", counting)
     settings = PruneSettings(layout="uniform", rows_per_column=None, batch_size=2)
-    ours = prune_model(loaded, token_samples([12] * 4), Budget("components", 0.5), settings)
+    ours = prune_model(loaded, tiny_text.token_samples([12] * 4), Budget("components", 0.5), settings)
     assert seen == alive  # behind the attention and behind the feed-forward layer of every block
     monkeypatch.setattr(blockwise, "prune_in_blocks", lambda *_: None)
-    theirs = prune_model(loaded, token_samples([12] * 4), Budget("components", 0.5), settings)
+    theirs = prune_model(loaded, tiny_text.token_samples([12] * 4), Budget("components", 0.5), settings)
     assert ours.plan.kept == theirs.plan.kept

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from modhifi.calibration.distributed import Processes, merged, processes
+from modhifi.calibration.distributed import PATIENCE, Processes, merged, processes
 from modhifi.calibration.sampling import Sampling
 from modhifi.cli.main import app
 from modhifi.data.samples import Samples
@@ -86,9 +87,16 @@ def test_two_processes_make_the_plan_of_one(launcher: str, model_dir: Path, imag
 def test_processes_that_cannot_be_joined_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them would do, and write, the whole."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(accelerate, "PartialState", lambda cpu: SimpleNamespace(num_processes=1, device="cpu"))
+    waits = []
+
+    def state(cpu: bool, timeout: timedelta) -> SimpleNamespace:
+        waits.append(timeout)
+        return SimpleNamespace(num_processes=1, device="cpu")
+
+    monkeypatch.setattr(accelerate, "PartialState", state)
     with pytest.raises(ModhifiError, match="2 processes were started and cannot be joined"):
         processes()
+    assert waits == [PATIENCE]
 
 
 def test_one_process_is_no_team() -> None:
