@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from modhifi.models.loaded import LoadedModel
+from modhifi.structure.depth import name_after
 from modhifi.structure.outputs import named_tensors
 
 
@@ -52,30 +54,50 @@ class Watch:
 
 
 @torch.no_grad()
-def matched_blocks(original: LoadedModel, student: nn.Module) -> tuple[str, ...]:
+def matched_blocks(
+    original: LoadedModel, student: nn.Module, removed: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, str]:
     """Names of the blocks that run once and whose outputs have one shape in both models, in order of execution.
 
-    A block is an entry of a list or sequence that has parts of its own. Of several that put out one and the same tensor
-    the innermost counts; one whose output is overwritten later in the pass does not.
+    Each by its name in the original, with that in the student, which lacks the blocks and sublayers ``removed`` (as
+    `structure.depth.removed_parts` gives them). A block is an entry of a list or sequence that has parts of its own; it
+    is left out where the list has lost others than these. Of several that put out one and the same tensor the innermost
+    counts; one whose output is overwritten later in the pass does not.
     """
-    names = tuple(_candidates(original.model))
+    names = {}
+    for owner, name in _candidates(original.model):
+        theirs = name_after(name, removed)
+        if theirs is None:
+            continue
+        if _entries(original.model, owner, removed) == _entries(student, theirs.rpartition(".")[0]):
+            names[name] = theirs
     seen: list[dict[str, Tensor]] = []
-    for model in (original.model, student):
-        with Watch(model, names) as watch:
+    for model, places in ((original.model, tuple(names)), (student, tuple(names.values()))):
+        with Watch(model, places) as watch:
             original.run(original.example, model)
         once = {name: x for name, x in watch.outputs.items() if watch.runs[name] == 1 and x.ndim > 1}
         seen.append({name: x for name, x in once.items() if x._version == watch.versions[name]})
-    ours, theirs = seen
-    common = [name for name in ours if name in theirs and ours[name].shape == theirs[name].shape]
+    ours, others = seen
     by_memory: dict[int, str] = {}
-    for name in common:
-        by_memory.setdefault(ours[name].data_ptr(), name)
-    return tuple(by_memory.values())
+    for name in ours:
+        if names[name] in others and ours[name].shape == others[names[name]].shape:
+            by_memory.setdefault(ours[name].data_ptr(), name)
+    return {name: names[name] for name in by_memory.values()}
 
 
-def _candidates(model: nn.Module) -> Iterator[str]:
+def _entries(model: nn.Module, owner: str, removed: Mapping[str, int] = MappingProxyType({})) -> int | None:
+    """How many entries a list has, without those ``removed``; None where there is no such list."""
+    try:
+        children = dict(model.get_submodule(owner).named_children())
+    except AttributeError:
+        return None
+    return sum(removed.get(f"{owner}.{key}".lstrip("."), 1) > 0 for key in children)
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Every list that holds a block, and the block, by their names."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Sequential | nn.ModuleList):
             for key, child in module.named_children():
                 if next(child.children(), None) is not None and next(child.parameters(), None) is not None:
-                    yield f"{name}.{key}".lstrip(".")
+                    yield name, f"{name}.{key}".lstrip(".")

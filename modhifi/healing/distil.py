@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from types import MappingProxyType
 
 import torch
 from accelerate.utils import broadcast
@@ -44,6 +45,7 @@ def distil(
     settings: HealSettings,
     *,
     closed: Sequence[int] = (),
+    removed: Mapping[str, int] = MappingProxyType({}),
     checkpoint: Checkpoint | None = None,
     progress: Progress = silent,
     note: Callable[[str], None] = lambda text: None,
@@ -51,10 +53,11 @@ def distil(
     """Trains a copy of ``student``, a smaller or edited version of ``original``, towards the outputs of the original.
 
     The given models stay as they are. ``validation`` samples, on which nothing is trained, choose the best weights.
-    ``closed`` classes are taken from the teacher, and no block is matched then: they were erased on purpose. With a
-    ``checkpoint`` a run goes on where it was ended. Raises ModhifiError where the models cannot be run on the samples.
+    ``closed`` classes are taken from the teacher, and no block is matched then: they were erased on purpose.
+    ``removed`` are the blocks and sublayers that the student lacks. With a ``checkpoint`` a run goes on where it was
+    ended. Raises ModhifiError where the models cannot be run on the samples.
     """
-    run = Distillation(original, student, train, validation, settings, closed, checkpoint, progress, note)
+    run = Distillation(original, student, train, validation, settings, closed, removed, checkpoint, progress, note)
     return run.run()
 
 
@@ -69,6 +72,7 @@ class Distillation:
         validation: Samples,
         settings: HealSettings,
         closed: Sequence[int],
+        removed: Mapping[str, int],
         checkpoint: Checkpoint | None,
         progress: Progress,
         note: Callable[[str], None],
@@ -84,7 +88,7 @@ class Distillation:
             self.model.float()
         self.norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         matched = settings.blocks > 0 and not self.closed
-        self.blocks = matched_blocks(original, student) if matched else ()
+        self.blocks = matched_blocks(original, student, removed) if matched else dict[str, str]()
         self.adapted = None
         if settings.lora is None:
             for parameter in self.model.parameters():
@@ -98,7 +102,7 @@ class Distillation:
         self.state = State(micro=self.size)
         self.schedule = Schedule(settings.steps, settings.minutes)
         keep, autocast = not settings.augment, self.accelerator.autocast
-        self.teacher = Teacher(original, self.blocks, len(train), keep, autocast)
+        self.teacher = Teacher(original, tuple(self.blocks), len(train), keep, autocast)
         self.examiner = Teacher(original, (), len(validation), keep=True)
         self.best = self._weights()
         self.losses: list[Tensor] = []
@@ -112,7 +116,7 @@ class Distillation:
             self._save()
         broken, early = None, False
         with ExitStack() as stack:
-            self.watch = stack.enter_context(Watch(self.model, self.blocks))
+            self.watch = stack.enter_context(Watch(self.model, tuple(self.blocks.values())))
             share = self._share()
             while share < 1 and broken is None and not early:
                 self._step(share)
@@ -315,6 +319,6 @@ class Distillation:
             self.state.curve[best_entry(self.state.curve)]["step"],
             broken,
             early,
-            self.blocks,
+            tuple(self.blocks),
             tuple(self.state.notes),
         )

@@ -146,6 +146,7 @@ def _distil(
             data.validation,
             recipe.settings(),
             closed=patient.closed,
+            removed=patient.removed,
             checkpoint=checkpoint,
             progress=clock.inner,
             note=clock.note,

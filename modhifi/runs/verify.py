@@ -95,13 +95,16 @@ def load_pair(
             "restore the files or make the artefact again"
         )
     original = given.model or load_source(against or original_of(manifest))
-    if not same_modules(original.model, edited.model):
-        raise ModhifiError(
-            f"{original.source} has another architecture than {directory}; give the model it was made from, "
-            f"{manifest.base.source}"
-        )
-    if manifest.base.sha256 not in (None, state_hash(original.model)):
-        raise ModhifiError(f"{original.source} has other weights than the one {directory} was made from; give that one")
+    if manifest.base.sha256 != state_hash(original.model):  # else it is the one, whatever blocks are gone
+        if not same_modules(original.model, edited.model):
+            raise ModhifiError(
+                f"{original.source} has another architecture than {directory}; give the model it was made from, "
+                f"{manifest.base.source}"
+            )
+        if manifest.base.sha256 is not None:
+            raise ModhifiError(
+                f"{original.source} has other weights than the one {directory} was made from; give that one"
+            )
     return original, edited, manifest
 
 

@@ -5,23 +5,26 @@ from __future__ import annotations
 import tiny_text
 import tiny_timm
 import torch
+from deep import known, of_kind
 from torch import nn
 
 from modhifi.healing.blocks import Watch, matched_blocks
 from modhifi.models.load import load_model
 from modhifi.structure.clone import clone
+from modhifi.structure.depth import drop, removed_parts
+from modhifi.structure.plan import Plan
 
 
 def test_blocks_of_residual_networks_and_transformers() -> None:
     resnet = load_model(tiny_timm.resnet())
-    assert matched_blocks(resnet, resnet.model) == ("layer1.0", "layer2.0", "layer3.0", "layer4.0")
+    assert tuple(matched_blocks(resnet, resnet.model)) == ("layer1.0", "layer2.0", "layer3.0", "layer4.0")
     vit = load_model(tiny_timm.vit())
-    assert matched_blocks(vit, vit.model) == ("blocks.0", "blocks.1")
+    assert tuple(matched_blocks(vit, vit.model)) == ("blocks.0", "blocks.1")
 
 
 def test_blocks_of_a_language_model() -> None:
     llama = load_model(tiny_text.llama())
-    assert matched_blocks(llama, llama.model) == ("model.layers.0", "model.layers.1")
+    assert tuple(matched_blocks(llama, llama.model)) == ("model.layers.0", "model.layers.1")
 
 
 def test_a_block_of_another_width_is_left_out() -> None:
@@ -29,13 +32,25 @@ def test_a_block_of_another_width_is_left_out() -> None:
         nn.Sequential(nn.Sequential(nn.Linear(3, w), nn.ReLU()), nn.Sequential(nn.Linear(w, 4))) for w in (5, 2)
     )
     loaded = load_model(first, example=torch.randn(2, 3))
-    assert matched_blocks(loaded, second) == ("1",)
+    assert tuple(matched_blocks(loaded, second)) == ("1",)
+
+
+def test_blocks_behind_a_removed_one_are_matched_with_what_they_were() -> None:
+    loaded, structure = known("llama")
+    (group,) = of_kind(structure, "blocks").prunable
+    removed = removed_parts(of_kind(structure, "blocks"), Plan({group.name: (0, 2)}))
+    small = drop(clone(loaded.model), removed)
+    names = [f"model.layers.{n}" for n in range(4)]
+    assert list(removed) == [names[2]]
+    expected = {names[0]: names[0], names[1]: names[1], names[3]: names[2]}
+    assert matched_blocks(loaded, small, removed) == expected
+    assert matched_blocks(loaded, small) == {}  # which of them are gone is not known
 
 
 def test_what_is_overwritten_later_is_left_out() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(3, 4)), nn.ReLU(inplace=True), nn.Sequential(nn.Linear(4, 4)))
     loaded = load_model(model, example=torch.randn(2, 3))
-    assert matched_blocks(loaded, clone(loaded.model)) == ("2",)
+    assert tuple(matched_blocks(loaded, clone(loaded.model))) == ("2",)
 
 
 def test_outputs_come_in_the_order_of_the_names_and_are_taken_once() -> None:

@@ -293,7 +293,7 @@ def test_adapters_are_merged_into_weights_of_the_same_names(texts: Samples, tmp_
 def test_the_teacher_runs_in_the_precision_of_the_student(
     pair: tuple[LoadedModel, nn.Module], images: tuple[Samples, Samples]
 ) -> None:
-    run = Distillation(*pair, *images, SETTINGS, (), None, silent, lambda text: None)
+    run = Distillation(*pair, *images, SETTINGS, (), {}, None, silent, lambda text: None)
     # what is examined is examined in full
     assert run.teacher.autocast == run.accelerator.autocast and run.examiner.autocast is nullcontext
     run.teacher.autocast = lambda: torch.autocast("cpu", torch.bfloat16)

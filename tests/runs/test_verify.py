@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -15,6 +16,7 @@ from timm.models import save_for_hf
 from tiny import PATTERNS, pattern
 from typer.testing import CliRunner
 
+import modhifi
 from modhifi.cli.main import app
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
@@ -95,6 +97,17 @@ def test_exit_codes(artefact: Path, model_dir: Path, options: list[object], code
     assert found == code, stderr
     assert word in stdout
     assert (len(stderr.strip().splitlines()) == 1) == (code == 1)
+
+
+def test_without_whole_blocks_a_network_is_verified_and_healed(tmp_path: Path) -> None:
+    few: dict[str, Any] = {"samples": 16, "evaluation_samples": 16, "checks": {"walked": 0}}
+    small = tmp_path / "small"
+    modhifi.prune("demo:resnet", "demo:calibration", flops="0.7x", method={"only": ["blocks"]}, out=small, **few)
+    assert modhifi.verify(small, "demo:test", samples=16, walked=0).statistical is not None
+    healed = modhifi.heal(small, "demo:test", steps=1, out=tmp_path / "healed", **few).report["healing"]
+    groups = json.loads((small / "modhifi.json").read_text())["groups"]
+    gone = {f"{group['name']}.1" for group in groups if not group["kept"]}
+    assert gone and healed["matched blocks"] and not gone & set(healed["matched blocks"])
 
 
 def test_pruning_ends_with_the_bounds(model_dir: Path, image_dir: Path, tmp_path: Path) -> None:
