@@ -182,6 +182,18 @@ def tabulate_several(
     )
 
 
+def tabulate_outputs(
+    original: Tensor, edited: Tensor, held: Samples, batch_size: int, models: tuple[nn.Module, ...] = ()
+) -> HeldOut:
+    """The table of outputs ``(n, classes)`` that are known already; raises as :func:`run_held_out`."""
+    known = (
+        partial(lambda batches, _: next(batches), iter(outputs.split(batch_size))) for outputs in (original, edited)
+    )
+    before, after = known
+    (table,) = run_held_out(before, [after], held, batch_size, models=models)
+    return table
+
+
 class _Rows:
     """The rows of one edited model's table, batch by batch."""
 

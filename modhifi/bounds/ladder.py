@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modhifi.bounds.certified_rungs import PATIENCE, SHARE, Rung, certified_rungs
-from modhifi.bounds.held_out import HeldOut, tabulate
+from modhifi.bounds.held_out import HeldOut, tabulate, tabulate_outputs
 from modhifi.bounds.statistical import Forgetting, Statistical, forgetting, statistical
 from modhifi.bounds.telescoping import LayerShare
 from modhifi.bounds.verdicts import Tolerances, Verdict, enforce, forgetting_verdict, judge, self_test, unsettled
@@ -150,11 +150,13 @@ def verify_unlearned(
     earlier: Sequence[int] = (),
     walked: int | None = None,
     batch_size: int = 32,
+    logits: tuple[Tensor, Tensor] | None = None,
     progress: Progress = silent,
 ) -> BoundReport:
     """Computes the ladder on labelled samples of the retained classes, and how often ``classes`` are still predicted.
 
-    ``earlier`` classes, forgotten before, belong to neither. Raises ModhifiError as :func:`verify_model` does, and
+    ``earlier`` classes, forgotten before, belong to neither. ``logits`` ``(n, classes)`` are those of both models on
+    ``held``, where they are known. Raises ModhifiError as :func:`verify_model` does, and
     where no sample of one of the two kinds is among them.
     """
     population = populations(held, classes, earlier)
@@ -162,10 +164,25 @@ def verify_unlearned(
     if not len(retained) or not len(forgotten):
         kind = "retained" if not len(retained) else "forgotten"
         raise ModhifiError(f"no held-out image of the {kind} classes; give data that has both, or more --samples")
+
+    def table_of(samples: Samples, chosen: Tensor) -> HeldOut:
+        if logits is None:
+            return tabulate(original, edited, samples, batch_size)
+        before, after = (known[chosen] for known in logits)
+        return tabulate_outputs(before, after, samples, batch_size, models=(original.model, edited))
+
     report = verify_model(
-        original, edited, dense_shape, retained, tolerances, walked=walked, batch_size=batch_size, progress=progress
+        original,
+        edited,
+        dense_shape,
+        retained,
+        tolerances,
+        walked=walked,
+        batch_size=batch_size,
+        table=table_of(retained, population == 0),
+        progress=progress,
     )
-    table, alpha = tabulate(original, edited, forgotten, batch_size), report.statistical.alpha
+    table, alpha = table_of(forgotten, population > 0), report.statistical.alpha
     rates = {
         name: forgetting(top, torch.tensor(classes), alpha)
         for name, top in (("original", table.top_before), ("edited", table.top_after))

@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 from modhifi.calibration.low_rank import as_tensor
 from modhifi.calibration.moments import Moments, PairedMoments, Spanned, few_rows_pay
 from modhifi.data.samples import Samples
-from modhifi.errors import ModhifiError
+from modhifi.errors import ModhifiError, is_out_of_memory
 
 # So long a process waits for the others, one of which may be solving a large block.
 PATIENCE = timedelta(minutes=30)
@@ -67,6 +67,8 @@ def _waiting() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise ModhifiError(
             f"another process of this run has ended, or was silent for {PATIENCE.total_seconds() / 60:g} minutes; "
             "see what it wrote, and start all of them again"
@@ -160,13 +162,13 @@ def _union(share: float, mean: Tensor, cov: Tensor, team: Processes) -> tuple[Te
 
 def _sum(own: Tensor, team: Processes) -> Tensor:
     """The sum over all processes, where ``own`` lies."""
-    total = own.clone() if team.device is None else own.to(team.device, copy=True)
+    total = own.to(team.device or own.device, copy=True, memory_format=torch.contiguous_format)
     distributed.all_reduce(total)
     return total.to(own.device)
 
 
 def _gathered(rows: Tensor, counts: list[int], team: Processes) -> Tensor:
-    padded = torch.nn.functional.pad(rows, (0, max(counts) - rows.shape[2])).to(team.device or rows.device)
+    padded = torch.nn.functional.pad(rows, (0, max(counts) - rows.shape[2])).to(team.device or rows.device).contiguous()
     pieces = [torch.empty_like(padded) for _ in counts]
     distributed.all_gather(pieces, padded)
     parts = [piece[:, :, :count] for piece, count in zip(pieces, counts, strict=True)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any
@@ -74,6 +75,12 @@ class PrefixCache:
         What was remembered stays valid, so none of them may begin before those of the last call.
         """
         self.prefix = self.timeline.before(changed, self.among)
+
+    def of(self, model: nn.Module, run: Callable[[Tensor], object]) -> PrefixCache:
+        """The same for another copy of the model, which is the same before the change: they remember together."""
+        other = copy(self)
+        other.model, other._run = model, run
+        return other
 
     @torch.no_grad()
     def run(self, key: int, batch: Tensor, calls: Calls | None = None) -> Any:
@@ -159,13 +166,23 @@ class Passes:
         changed: Sequence[str] = (),
         most_bytes: int = MOST_BYTES,
     ) -> None:
-        self.model, self.samples, self.batch_size = model, samples, batch_size
+        self.loaded, self.model, self.samples, self.batch_size = loaded, model, samples, batch_size
         self._run = partial(loaded.logits, model=model)
         self.cache: PrefixCache | None = None
         if changed:
             timeline = Timeline(model, lambda: self._run(loaded.example))
             self.cache = PrefixCache(model, self._run, timeline, most_bytes=most_bytes)
             self.cache.advance(changed)
+
+    def of(self, model: nn.Module) -> Passes:
+        """The passes of another copy of the model, the same but for ``changed`` and what runs behind.
+
+        What comes before runs once for both.
+        """
+        other = copy(self)
+        other.model, other._run = model, partial(self.loaded.logits, model=model)
+        other.cache = None if self.cache is None else self.cache.of(model, other._run)
+        return other
 
     def __iter__(self) -> Iterator[tuple[int, Callable[..., Tensor]]]:
         """For every batch the number of its first sample and a function that runs the model on it.

@@ -97,7 +97,7 @@ def run_audit(
         members=members,
         batch_size=recipe.batch_size,
         progress=progress,
-    )
+    ).figures
     report = {
         **head("audit", directory, original=original.source),
         **report_parts(outcome),

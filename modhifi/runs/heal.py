@@ -240,7 +240,8 @@ def _audit(
             batch_size=batch_size,
         )
         sites = find_sites(original)
-        outcome = audit(original, model, sites, samples, patient.closed, batch_size=batch_size, progress=run)
+        attacked = audit(original, model, sites, samples, patient.closed, batch_size=batch_size, progress=run)
+        outcome = attacked.figures
     except ModhifiError as error:
         report["warnings"].append(f"the healed model was not attacked: {error}")
         return

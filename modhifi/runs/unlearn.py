@@ -90,7 +90,7 @@ def run_unlearn(
         with clock.stage("fit strength"):
             edit, strength, loss = _within_budget(recipe, original, sites, data, edit, classes, earlier)
     with clock.stage("audit"):
-        outcome = audit(
+        attacked = audit(
             original,
             edit.model,
             sites,
@@ -103,6 +103,7 @@ def run_unlearn(
             batch_size=recipe.batch_size,
             progress=progress,
         )
+    outcome = attacked.figures
     report = _report_of(recipe, original, data, edit, outcome, command)
     report["strength"] = {"of_the_full_edit": strength, "retain_loss_on_held_out": loss}
     if strength == 0.0:
@@ -120,6 +121,7 @@ def run_unlearn(
             earlier=earlier,
             walked=recipe.checks.walked,
             batch_size=recipe.batch_size,
+            logits=attacked.logits,
             progress=progress,
         )
         add_bounds(report, bounds)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,9 +22,22 @@ from modhifi.unlearning.audit_text import conclude
 from modhifi.unlearning.batchnorm import batch_norms, settle_norms, settled_names
 from modhifi.unlearning.data import UnlearnData
 from modhifi.unlearning.edit import forget
-from modhifi.unlearning.observe import Observed, observe
+from modhifi.unlearning.observe import Observed, observe, observe_passes
 from modhifi.unlearning.settings import UnlearnSettings
 from modhifi.unlearning.sites import Sites
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What attacks found, and the outputs of the original and of the edited model.
+
+    ``logits`` ``(n, classes)``, float32, are those on the test samples. ``figures`` are JSON-able:
+    ``rows`` (model by model, the keys of :func:`modhifi.unlearning.attacks.measures`; None was not measured),
+    ``blocks`` (the probe block by block), ``classes``, ``moved``, ``verdict`` and ``conclusion``.
+    """
+
+    figures: dict[str, Any]
+    logits: tuple[Tensor, Tensor]
 
 
 def changed_operators(original: nn.Module, edited: nn.Module) -> list[str]:
@@ -31,6 +45,15 @@ def changed_operators(original: nn.Module, edited: nn.Module) -> list[str]:
     norms, theirs = set(batch_norms(original)), dict(edited.named_parameters())
     names = {name.rpartition(".")[0] for name, p in original.named_parameters() if not torch.equal(p, theirs[name])}
     return sorted(names - norms)
+
+
+def _changed_modules(original: nn.Module, copies: Iterable[nn.Module]) -> list[str]:
+    """The modules of which any of the copies has another weight or statistic."""
+    known, names = original.state_dict(), set[str]()
+    for model in copies:
+        theirs = model.state_dict()
+        names |= {name.rpartition(".")[0] for name, own in known.items() if not torch.equal(own, theirs[name])}
+    return sorted(names)
 
 
 def head_mask(
@@ -62,13 +85,11 @@ def audit(
     earlier: Sequence[int] = (),
     batch_size: int = 64,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> Audit:
     """Measure ``edited``, the original (``loaded``), the head-mask control and, if given, a retrained ``reference``.
 
     ``plain``: the edited model before its norms were settled, where it is known. ``members``: training images of the
-    forgotten classes, for the membership attack. Returns JSON-able ``rows`` (model by model, the keys of
-    :func:`modhifi.unlearning.attacks.measures`; None was not measured), ``blocks`` (the probe block by block),
-    ``classes``, ``moved``, ``verdict`` and ``conclusion``.
+    forgotten classes, for the membership attack. What the models have in common before the first edit runs once.
     """
     masked, masked_plain = head_mask(loaded, edited, sites, data, classes, batch_size)
     candidates: dict[str, tuple[LoadedModel, nn.Module, Sites, nn.Module | None]] = {
@@ -80,11 +101,15 @@ def audit(
         other, other_sites = reference
         candidates["reference"] = (other, other.model, other_sites, other.model)
     rows: dict[str, dict[str, float | None]] = {}
-    observed: dict[str, tuple[Observed, Observed]] = {}
+    copies = [model for owner, model, _, _ in candidates.values() if owner is loaded]
+    changed = _changed_modules(loaded.model, copies)
+    fits, tests = (_observed(loaded, copies, sites, part, batch_size, changed) for part in (data.fit, data.test))
+    observed = dict(zip(candidates, zip(fits, tests, strict=True), strict=False))
     for number, (name, (owner, model, own_sites, unsettled)) in enumerate(candidates.items()):
-        fit = observe(owner, model, own_sites, data.fit, batch_size)
-        test = observe(owner, model, own_sites, data.test, batch_size)
-        observed[name] = fit, test
+        if name not in observed:
+            fit, test = (observe(owner, model, own_sites, part, batch_size) for part in (data.fit, data.test))
+            observed[name] = fit, test
+        fit, test = observed[name]
         target = Attacked(
             owner,
             model,
@@ -103,7 +128,7 @@ def audit(
         progress("attacking", number + 1, len(candidates))
     table = _classes(loaded, data, observed)
     verdict, text = conclude(rows, [class_name(loaded, c) for c in classes])
-    return {
+    figures = {
         "forgotten": [class_name(loaded, c) for c in classes],
         "rows": rows,
         "blocks": _blocks(data, classes, earlier, observed),
@@ -114,6 +139,21 @@ def audit(
         "test_samples": len(data.test),
         "fit_samples": len(data.fit),
     }
+    return Audit(figures, (observed["original"][1].logits, observed["edited"][1].logits))
+
+
+def _observed(
+    loaded: LoadedModel,
+    copies: Sequence[nn.Module],
+    sites: Sites,
+    samples: Samples,
+    batch_size: int,
+    changed: Sequence[str],
+) -> list[Observed]:
+    """What the original, the first of its ``copies``, and the others give; they differ from ``changed`` on."""
+    runs = Passes(loaded, copies[0], samples, batch_size, changed)
+    seen = [observe_passes(runs, sites)]
+    return seen + [observe_passes(runs.of(model), sites, seen[0]) for model in copies[1:]]
 
 
 def _classes(

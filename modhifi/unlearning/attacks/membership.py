@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from modhifi.data.labels import populations
-from modhifi.data.samples import Samples
 from modhifi.unlearning.attacks.base import ATTACKS, Attack, Attacked, Measure, labels_of
 
 
@@ -25,12 +24,13 @@ def run(target: Attacked) -> dict[str, float | None]:
     if target.members is None:
         return {"membership": None}
 
-    def scores(samples: Samples) -> Tensor:
-        forgotten = samples.subset(torch.nonzero(populations(samples, target.classes) > 0).flatten())
-        log_shares = target.logits(target.model, forgotten).double().log_softmax(1)
-        return log_shares.gather(1, labels_of(forgotten)[:, None])[:, 0]
+    def scores(logits: Tensor, labels: Tensor) -> Tensor:
+        return logits.double().log_softmax(1).gather(1, labels[:, None])[:, 0]
 
-    return {"membership": auc(scores(target.members), scores(target.data.test))}
+    members = target.members.subset(torch.nonzero(populations(target.members, target.classes) > 0).flatten())
+    seen = scores(target.logits(target.model, members), labels_of(members))
+    unseen = populations(target.data.test, target.classes) > 0
+    return {"membership": auc(seen, scores(target.test.logits[unseen], target.labels[unseen]))}
 
 
 ATTACKS.register(

