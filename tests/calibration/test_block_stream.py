@@ -86,7 +86,7 @@ def test_blocks_give_what_the_whole_gives(name: str, monkeypatch: pytest.MonkeyP
     before = {k: v.clone() for k, v in loaded.model.state_dict().items()}
     ours = prune_model(loaded, samples, Budget("components", 0.78), settings)
     assert all(torch.equal(v, before[k]) for k, v in loaded.model.state_dict().items())
-    monkeypatch.setattr(blockwise, "prune_in_blocks", lambda *_: None)
+    monkeypatch.setattr("modhifi.pruning.prune.prune_in_blocks", lambda *_: None)
     theirs = prune_model(loaded, samples, Budget("components", 0.78), settings)
     assert ours.plan.kept == theirs.plan.kept and len(ours.plan.kept) >= 3
     for (k, a), b in zip(ours.model.state_dict().items(), theirs.model.state_dict().values(), strict=True):
@@ -243,6 +243,6 @@ def test_few_blocks_grams_at_a_time(blocks: int, alive: list[int], monkeypatch: 
     settings = PruneSettings(layout="uniform", rows_per_column=None, batch_size=2)
     ours = prune_model(loaded, tiny_text.token_samples([12] * 4), Budget("components", 0.5), settings)
     assert seen == alive  # behind the attention and behind the feed-forward layer of every block
-    monkeypatch.setattr(blockwise, "prune_in_blocks", lambda *_: None)
+    monkeypatch.setattr("modhifi.pruning.prune.prune_in_blocks", lambda *_: None)
     theirs = prune_model(loaded, tiny_text.token_samples([12] * 4), Budget("components", 0.5), settings)
     assert ours.plan.kept == theirs.plan.kept
