@@ -68,6 +68,8 @@ def alternatives(
         raw = [(FRAMES * RATE // 100,), (1, *sound.shape)] if sound.name == "input_values" else []
         for shape in (sound.shape[::-1], (FRAMES, math.prod(first_read(model))), *raw):
             forms.append(tuple(replace(part, shape=shape) if part is sound else part for part in base))
+    if any(part.kind == "decoder" for part in base):
+        forms.append(tuple(part for part in base if part.kind != "decoder"))
     for form in forms:
         for names in [*([()] if form is not base else []), *missing(model, {part.name for part in form})]:
             rest = tuple(part for part in form if part.name not in names)

@@ -40,7 +40,33 @@ def move(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
         return watcher.refuse(call, f"'{call.name}' folds these channels into another shape")
     if call.kind == "placed" and not _takes_alike(watcher, call, call.carriers[0][1].ids.flatten(), placements):
         return watcher.refuse(call, f"'{call.name}' takes these channels from fixed places")
+    if split and len(call.outputs) == 1 and isinstance(places[0], Grid) and _wide(places[0]) == 2:
+        watcher.unsettled.add(id(call.outputs[0]))
+        return places
     return [_collapse(watcher, p) if split and isinstance(p, Grid) else p for p in places]
+
+
+def settle(watcher: Watcher, call: TracedCall) -> None:
+    """Decide what a reshape to two axes has made, by the first operation that reads it.
+
+    Whoever takes a row at a time, as ``x.view(..., 2, -1)[..., 0, :]`` does, reads pieces of equal length; to any other
+    the rows are heads.
+    """
+    for tensor, grid in call.carriers:
+        if id(tensor) not in watcher.unsettled or not isinstance(grid, Grid):
+            continue
+        if call.kind == "placed" and len(call.carriers) == 1:
+            rows = call.moved()
+            if all(isinstance(p, Axis) and len(p.ids) == grid.ids.shape[last_wide(grid.ids)] for p in rows):
+                continue
+        watcher.unsettled.discard(id(tensor))
+        call.placements[id(tensor)] = _collapse(watcher, grid)
+        watcher.remember(tensor, call.placements[id(tensor)])
+
+
+def _wide(grid: Grid) -> int:
+    """The number of axes along which components vary."""
+    return sum(size > 1 for size in grid.ids.shape)
 
 
 def _beside(watcher: Watcher, call: TracedCall) -> Placement | None:

@@ -47,6 +47,7 @@ class ChannelTracer(Watcher):
 
     def rule(self, call: TracedCall) -> Sequence[Placement | None]:
         """The rule of the operation itself goes before that of its kind; without either it is unknown."""
+        movement_rules.settle(self, call)
         if (product := self.stacks.product(call.name, call.args, call.kwargs, call.inputs)) is not None:
             return layer_rules.product_with_view(self, call, *product)
         own = OWN_RULES.get(call.key)

@@ -39,6 +39,8 @@ class Watcher(TorchFunctionMode):
         self.couplings = Couplings()
         self.placements: dict[int, Placement | None] = {}
         self.alive: list[Tensor] = []
+        # Tensors, by their ids, of which the next operation says whether their rows are heads or pieces.
+        self.unsettled: set[int] = set()
         # Whether the pass met a tensor that nothing which it ran has made.
         self.unobserved = False
         self.uses: Counter[int] = Counter()
