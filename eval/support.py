@@ -243,7 +243,9 @@ def table(rows: list[Support]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="timm's names, or torchvision:NAME (default: the lists in this file)")
-    parser.add_argument("--missing", action="store_true", help="only models without a row, whose rows are written among the results")
+    parser.add_argument(
+        "--missing", action="store_true", help="only models without a row, whose rows are written among the results"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further model after so long")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

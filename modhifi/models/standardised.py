@@ -53,7 +53,7 @@ def with_plain_weights(model: nn.Module) -> nn.Module:
 def _computed_weight(layer: nn.Module) -> Tensor:
     weight: Tensor = layer.weight  # type: ignore[assignment]
     shape = (1, int(layer.in_channels), *weight.shape[2:])  # type: ignore[arg-type]
-    dilation = max(layer.dilation)  # type: ignore[arg-type, type-var]
+    dilation = max(layer.dilation)  # type: ignore[arg-type]
     image = torch.zeros(shape, dtype=weight.dtype, device=weight.device).repeat(1, 1, dilation, dilation)
     with _WeightOf() as computed:
         layer(image)

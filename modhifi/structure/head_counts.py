@@ -17,7 +17,8 @@ from modhifi.structure.recurrent import Gates
 from modhifi.structure.stacked import Stacked
 
 HEADS = re.compile(r"(^|_|\.)(heads?|mp_num)$")  # num_heads, n_head, num_key_value_heads; shards of heads
-WIDTHS = re.compile(r"(^|_)(dim|size)(_out_(qk|v)|_output)?$")  # attn_dim, all_head_size, dim_out_qk, hidden_size_output
+# all_head_size, dim_out_qk, hidden_size_output
+WIDTHS = re.compile(r"(^|_)(dim|size)(_out_(qk|v)|_output|_projection)?$")
 SHARING = re.compile(r"num_(key_value|kv)_groups$")  # query heads to one key-value head
 # widths of one head, and sizes of something else
 OTHERS = re.compile(r"^(attention_|attn_)?head_(dim|size)$|window|patch|block|kernel|chunk|vocab|grid")

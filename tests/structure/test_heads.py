@@ -125,6 +125,56 @@ def test_attention_written_by_hand():
     assert {s.module: tuple(s.index.shape) for s in heads[0].slices} == {"qkv": (3, 12), "table": (3, 1), "out": (3, 4)}
 
 
+class Fused(nn.Module):
+    """Four query heads and two of keys and values in one matrix, which is split by widths that the module keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.num_key_value_heads, self.head_dim = 4, 2, 3
+        self.num_key_value_groups = 2
+        self.q_dim, self.kv_dim = 12, 6
+        self.qkv, self.out, self.last = nn.Linear(5, 24), nn.Linear(12, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = self.qkv(x).split([self.q_dim, self.kv_dim, self.kv_dim], -1)
+        q, k, v = (piece.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for piece in pieces)
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return self.last(self.out(mixed.transpose(1, 2).flatten(2)).relu())
+
+
+def test_the_widths_of_queries_and_of_keys_in_one_matrix_are_counted():
+    torch.manual_seed(0)
+    model, x = Fused().eval().requires_grad_(False), torch.randn(2, 7, 5)
+    heads = blocks(trace(model, lambda m: m(x)).prunable, "heads")
+    assert [(g.n, g.queries) for g in heads] == [(2, 2)]
+    assert {(attribute, amount) for _, attribute, amount in heads[0].attributes} == {
+        ("num_heads", 2),
+        ("num_key_value_heads", 1),
+        ("q_dim", 6),
+        ("kv_dim", 3),
+    }
+    run = lambda m: m(x)  # noqa: E731
+    assert len(blocks(confirm(model, trace(model, run), run).prunable, "heads")) == 1
+
+
+def test_rows_that_are_taken_one_by_one_are_a_gate_and_no_heads():
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(5, 16), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = self.up(x).view(*x.shape[:2], 2, -1)
+            return self.down(rows[..., 0, :].sigmoid() * rows[..., 1, :])
+
+    torch.manual_seed(0)
+    model, x = Gate().eval().requires_grad_(False), torch.randn(2, 7, 5)
+    run = lambda m: m(x)  # noqa: E731
+    (gate,) = confirm(model, trace(model, run), run).prunable
+    assert (gate.kind, gate.n) == ("neurons", 8)
+    assert torch.equal(gate.producers[0].index, torch.stack([torch.arange(8), torch.arange(8, 16)], 1))
+
+
 def test_channels_that_attention_sums_over_must_stay():
     class OneHead(Attention):
         def forward(self, x: Tensor) -> Tensor:

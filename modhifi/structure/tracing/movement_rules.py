@@ -16,6 +16,8 @@ from modhifi.structure.tracing.watcher import Watcher
 
 # These take nothing but a shape from their second input.
 LIKE = ("expand_as", "view_as", "reshape_as")
+# These read whole numbers that say which elements they take.
+INDEXING = ("__getitem__", "index_select")
 
 
 @rule_for("reshape", "movement", "placed", "join")
@@ -23,6 +25,8 @@ def move(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     """The operation is run on component numbers: where they come out, the components stand."""
     if call.kind == "join" and (beside := _beside(watcher, call)) is not None:
         return [beside]
+    if (table := watcher.looked_up(call)) is not None:
+        return [Axis(0, watcher.couplings.rows(table, len(call.args[0])))]
     if call.name in LIKE and call.placements.get(id(call.inputs[0])) is None:
         return [None]
     moved = call.inputs[:1] if call.name in LIKE else call.inputs
@@ -126,7 +130,7 @@ register_operation("copy_", copy_into)
 
 def _carries_nothing(call: TracedCall, tensor: Tensor) -> bool:
     """Whether a tensor carries no components, and is no index either, which takes elements off other axes."""
-    return call.placements.get(id(tensor)) is None and (tensor.is_floating_point() or call.name != "__getitem__")
+    return call.placements.get(id(tensor)) is None and (tensor.is_floating_point() or call.name not in INDEXING)
 
 
 def _collapse(watcher: Watcher, grid: Grid) -> Placement:
