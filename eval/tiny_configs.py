@@ -138,7 +138,8 @@ PECULIAR: dict[str, dict[str, Any]] = {
             "architecture": "repvit_m1",
             "num_classes": 5,
             "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
-        }
+        },
+        "fpn_hidden_size": 64,
     },
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320, "image_size": 64},
     "esm": {"position_embedding_type": "rotary", "mask_token_id": 4},

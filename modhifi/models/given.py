@@ -99,7 +99,9 @@ def _tokens(model: nn.Module, _: Shapes, chance: torch.Generator) -> Tensor:
 def _codes(model: Any, _: Shapes, chance: torch.Generator) -> Tensor:
     """A token of every codebook at each step of a sound that is written."""
     books = field(model.config, "num_codebooks", "num_channels")
-    return torch.randint(3, ROWS, (ROWS, int(books)), generator=chance)  # type: ignore[arg-type]
+    if books is None:
+        raise KeyError("num_codebooks")
+    return torch.randint(3, ROWS, (ROWS, int(books)), generator=chance)
 
 
 def _box(model: Any, shapes: Shapes, chance: torch.Generator) -> Tensor:
