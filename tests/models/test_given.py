@@ -73,7 +73,9 @@ def decision_transformer() -> nn.Module:
 
 
 def autoformer() -> nn.Module:
-    sizes: dict[str, Any] = dict(d_model=32, prediction_length=4, context_length=8, lags_sequence=[1, 2], label_length=4)
+    sizes: dict[str, Any] = dict(
+        d_model=32, prediction_length=4, context_length=8, lags_sequence=[1, 2], label_length=4
+    )
     layers = dict(encoder_layers=1, decoder_layers=1, encoder_ffn_dim=40, decoder_ffn_dim=40)
     return transformers.AutoformerModel(transformers.AutoformerConfig(**sizes, **layers, num_time_features=1))
 

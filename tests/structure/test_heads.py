@@ -125,6 +125,36 @@ def test_attention_written_by_hand():
     assert {s.module: tuple(s.index.shape) for s in heads[0].slices} == {"qkv": (3, 12), "table": (3, 1), "out": (3, 4)}
 
 
+class Cached(Attention):
+    """Biases of every pair of places: rows of a table, chosen by its columns, and kept for the next pass."""
+
+    def __init__(self, linear: bool) -> None:
+        super().__init__()
+        self.bias_cache: dict[str, Tensor] = {}
+        self.layer = nn.Linear(11, self.heads, bias=False) if linear else None
+        self.table = None if linear else nn.Parameter(torch.randn(self.heads, 11))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.bias_cache:
+            table = self.table if self.layer is None else self.layer.weight
+            chosen = table[:, self.index[0]].index_select(1, self.index.flatten() % 7)
+            self.bias_cache["bias"] = chosen.view(-1, 7, 7)
+        q, k, v = self.qkv(x).view(*x.shape[:2], -1, 3, self.size).unbind(3)
+        weights = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) / 2 + self.bias_cache["bias"]
+        mixed = torch.matmul(weights.softmax(-1), v.transpose(1, 2)).transpose(1, 2)
+        return self.last(self.out(mixed.flatten(2)).relu())
+
+
+@pytest.mark.parametrize("linear, table", [(False, "table"), (True, "layer.weight")])
+def test_rows_of_a_table_of_places_go_with_their_heads(linear: bool, table: str):
+    torch.manual_seed(0)
+    model, x = Cached(linear).eval().requires_grad_(False), torch.randn(2, 7, 5)
+    run = lambda m: m(x)  # noqa: E731
+    run(model)  # which fills the cache
+    (heads,) = blocks(confirm(model, trace(model, run), run).prunable, "heads")
+    assert {s.module: s.role for s in heads.slices} == {"qkv": "producer", table: "rows", "out": "reader"}
+
+
 class Fused(nn.Module):
     """Four query heads and two of keys and values in one matrix, which is split by widths that the module keeps."""
 
