@@ -31,6 +31,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from modhifi.models.standardised import with_plain_weights
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.outputs import difference, named_tensors
 from modhifi.structure.plan import Plan
@@ -117,7 +118,7 @@ def built(name: str) -> tuple[nn.Module, int]:
     """A model of random weights, and the resolution that it is made for."""
     library, _, leaf = name.rpartition(":")
     if not library:
-        model = timm.create_model(leaf, pretrained=False)
+        model = with_plain_weights(timm.create_model(leaf, pretrained=False))  # as it is when it is loaded
         return randomise(model), model.pretrained_cfg["input_size"][-1]
     takes = inspect.signature(torchvision.models.get_model_builder(leaf)).parameters
     options: dict[str, Any] = {"weights_backbone": None, "num_classes": 5} if "weights_backbone" in takes else {}
