@@ -31,6 +31,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from modhifi.models.standardised import with_plain_weights
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.outputs import difference, named_tensors
 from modhifi.structure.plan import Plan
@@ -117,7 +118,7 @@ def built(name: str) -> tuple[nn.Module, int]:
     """A model of random weights, and the resolution that it is made for."""
     library, _, leaf = name.rpartition(":")
     if not library:
-        model = timm.create_model(leaf, pretrained=False)
+        model = with_plain_weights(timm.create_model(leaf, pretrained=False))  # as it is when it is loaded
         return randomise(model), model.pretrained_cfg["input_size"][-1]
     takes = inspect.signature(torchvision.models.get_model_builder(leaf)).parameters
     options: dict[str, Any] = {"weights_backbone": None, "num_classes": 5} if "weights_backbone" in takes else {}
@@ -243,18 +244,20 @@ def table(rows: list[Support]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="timm's names, or torchvision:NAME (default: the lists in this file)")
-    parser.add_argument("--missing", action="store_true", help="only models without a row")
+    parser.add_argument(
+        "--missing", action="store_true", help="only models without a row, whose rows are written among the results"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further model after so long")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.names:
+    if arguments.names and not arguments.missing:
         print(table([examine(name) for name in arguments.names]))
         return
     rows: dict[str, Support] = {}
     if arguments.missing and RECORD.is_file():
         rows = {entry["architecture"]: Support(**entry) for entry in json.loads(RECORD.read_text())["rows"]}
     end = time.monotonic() + 60 * arguments.minutes
-    for name in EVERY:
+    for name in arguments.names or EVERY:
         if name not in rows and time.monotonic() < end:
             rows[name] = examine(name)
             print(line(rows[name]), file=sys.stderr, flush=True)

@@ -27,8 +27,8 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from multiprocessing.connection import Connection
@@ -164,6 +164,16 @@ def examine(model_type: str) -> Row:
     return row
 
 
+@contextmanager
+def in_double() -> Iterator[None]:
+    """New tensors are float64."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def outputs(loaded: LoadedModel, model: nn.Module) -> dict[str, Tensor]:
     """What a model returns, with the same draws each time where it draws."""
     torch.manual_seed(0)
@@ -174,7 +184,8 @@ def _try_out(row: Row, loaded: LoadedModel, structure: Structure) -> None:
     torch.manual_seed(0)
     plan = Plan({group.name: cut(group) for group in structure.prunable})
     dense = eager_experts(copy.deepcopy(loaded.model).double())
-    with suppress(RuntimeError):  # code of its own that knows single precision only
+    # What the model's code makes anew is double as well; some of it knows single precision only.
+    with suppress(RuntimeError), in_double():
         masked = outputs(loaded, mask_readers(dense, structure, plan))
         small = outputs(loaded, shrink(dense, structure, plan))
         row.oracle = max(difference(small[name], masked[name]) for name in masked)

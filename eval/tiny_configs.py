@@ -103,6 +103,10 @@ PECULIAR: dict[str, dict[str, Any]] = {
     **dict.fromkeys("dinov2 dinov2_with_registers".split(), {"mlp_ratio": 2}),
     "bamba": {"attn_layer_indices": [1]},
     "beit": {"use_relative_position_bias": True, "hidden_size": 96},
+    "clap_audio_model": {"num_mel_bins": 64, "hidden_size": 768},
+    "clvp_encoder": {"num_attention_heads": 2},
+    "clvp_decoder": {"decoder_fixing_codes": [3, 4, 5, 6]},
+    "dia_decoder": {"cross_hidden_size": 64, "cross_num_attention_heads": 8, "cross_num_key_value_heads": 8},
     "convbert": {"embedding_size": 32, "head_ratio": 2},
     "data2vec-vision": {"use_relative_position_bias": True},
     "dbrx": {
@@ -128,6 +132,15 @@ PECULIAR: dict[str, dict[str, Any]] = {
         "patch_size": [7, 3, 3],
     },
     "dinat": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4]},
+    "edgetam_vision_model": {
+        "backbone_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "repvit_m1",
+            "num_classes": 5,
+            "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
+        },
+        "fpn_hidden_size": 64,
+    },
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320, "image_size": 64},
     "esm": {"position_embedding_type": "rotary", "mask_token_id": 4},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 4},

@@ -17,6 +17,7 @@ from modhifi.errors import ModhifiError
 from modhifi.models import hub
 from modhifi.models.loaded import LoadedModel, frozen, random_pixels
 from modhifi.models.preprocess import Preprocess
+from modhifi.models.standardised import with_plain_weights
 from modhifi.models.trust import PLACES
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -73,6 +74,7 @@ def loaded_from(model: nn.Module, source: str) -> LoadedModel:
 
     ``model`` is in eval mode and needs no gradients; ``source`` is the string it was loaded from.
     """
+    model = with_plain_weights(model)
     cfg: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
     data = resolve_model_data_config(model)
     size = tuple(get_model_input_config(model)["input_size"])

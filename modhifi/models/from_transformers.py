@@ -36,6 +36,7 @@ from modhifi.models.parts import (
     vocabulary_of,
 )
 from modhifi.models.preprocess import Preprocess
+from modhifi.models.standardised import with_plain_weights
 
 HEADS: tuple[tuple[str, Any, str], ...] = (
     ("AutoModelForImageClassification", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, "image"),
@@ -157,6 +158,7 @@ def loaded_from(model: Any, source: str, directory: Path | None, **common: Any) 
     Preprocessing and tokenizer are read from ``directory``; with None, a processor usual for the family and no
     tokenizer. Raises ModhifiError if the model reads nothing that is known (:mod:`modhifi.models.parts`).
     """
+    model = with_plain_weights(model)
     config, notes, warnings = model.config, list[str](), list[str]()
     transform = tokenizer = labels = listener = packing = None
     parts: tuple[Part, ...] = ()

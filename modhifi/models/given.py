@@ -24,6 +24,8 @@ SOUNDS = ("input_features", "input_values", "audio_mel")
 INPUTS = ("pixel_values", *SOUNDS, "past_values")
 # Fields that count the pictures of a film.
 FILMED = ("num_frames", "frames_per_clip")
+# What a model reads of the time that it is to foresee: without, its decoder does not run.
+FORECAST = "future_"
 
 Shapes = dict[str, tuple[int, ...]]
 """The shapes of one item of what is there already, by the name of the argument."""
@@ -94,12 +96,43 @@ def _tokens(model: nn.Module, _: Shapes, chance: torch.Generator) -> Tensor:
     return torch.randint(3, ROWS, (ROWS,), generator=chance)
 
 
+def _codes(model: Any, _: Shapes, chance: torch.Generator) -> Tensor:
+    """A token of every codebook at each step of a sound that is written."""
+    books = field(model.config, "num_codebooks", "num_channels")
+    if books is None:
+        raise KeyError("num_codebooks")
+    return torch.randint(3, ROWS, (ROWS, int(books)), generator=chance)
+
+
 def _box(model: Any, shapes: Shapes, chance: torch.Generator) -> Tensor:
     """A box around every token: left, top, right, bottom."""
     corners = torch.randint(PAGE // 2, (*shapes["input_ids"], 2), generator=chance)
     boxes = torch.cat([corners, corners + PAGE // 4], -1)
     most = field(model.config, "max_2d_position_embeddings")
     return boxes % int(most) if most else boxes / PAGE
+
+
+def _spectrum(model: Any, _: Shapes, chance: torch.Generator) -> Tensor:
+    """A spectrum as an image of one channel where it is cut into patches, else frames of bands."""
+    bands = int(field(model.config, "num_mel_bins", "feature_size") or 1)
+    as_image = field(model.config, "spec_size") is not None
+    return torch.randn(*((1, SPECTRUM, bands) if as_image else (bands, SPECTRUM)), generator=chance)
+
+
+def _features_of(*fields: str) -> Maker:
+    """Features of the time at every step of a series of some lengths."""
+
+    def make(model: Any, _: Shapes, chance: torch.Generator) -> Tensor:
+        count = int(field(model.config, "num_time_features") or 0)
+        return torch.randn(series_length(model.config, *fields), count, generator=chance)
+
+    return make
+
+
+def series_length(config: Any, *fields: str) -> int:
+    """The length that some fields of a configuration add up to; of what goes before, with its longest lag."""
+    lags = field(config, "lags_sequence") if "context_length" in fields else None
+    return sum(int(field(config, name) or 0) for name in fields) + max(lags or [0])
 
 
 def _frames(model: nn.Module, shapes: Shapes, _: torch.Generator) -> Tensor:
@@ -144,8 +177,20 @@ MAKERS: dict[str, Maker] = {
     "pixel_values_videos": _film,
     "flattened_patches": _places,
     "input_ids": _tokens,
+    "decoder_input_ids": _codes,
     "qformer_input_ids": _tokens,
     "query_embeds": _noise(),
+    "input_features": _spectrum,
+    "past_observed_mask": lambda _, shapes, __: torch.ones(shapes["past_values"]),
+    "past_time_features": _features_of("context_length"),
+    "future_values": lambda model, _, chance: torch.randn(
+        series_length(model.config, "prediction_length"), generator=chance
+    ),
+    "future_time_features": _features_of("prediction_length"),
+    "states": _noise("state_dim"),
+    "actions": _noise("act_dim"),
+    "returns_to_go": lambda _, __, chance: torch.randn(ROWS, 1, generator=chance),
+    "timesteps": lambda *_: torch.arange(ROWS),
     "encoder_hidden_states": _noise("encoder_hidden_size", "cross_attention_hidden_size"),
 }
 # What a model reads in another form where it is told how that lies, and whether its rows are then those of all items.
@@ -157,7 +202,9 @@ def missing(model: Any, there: Collection[str]) -> list[tuple[str, ...]]:
     """Sets of arguments that a model could miss: those that it requires, each that is known, all of these, a film."""
     takes = inspect.signature(model.forward).parameters
     known = [name for name in takes if name in MAKERS and name not in there and name != "hidden_states"]
-    required = tuple(name for name in known if takes[name].default is inspect.Parameter.empty)
+    required = tuple(
+        name for name in known if takes[name].default is inspect.Parameter.empty or name.startswith(FORECAST)
+    )
     sets = [required, *((name,) for name in known), tuple(known)]
     lists = tuple(name for name in LISTS if name in takes)
     together = [(*dict.fromkeys((*(lists if INSTEAD.keys() & set(names) else ()), *names)),) for names in sets]

@@ -68,8 +68,12 @@ def alternatives(
         raw = [(FRAMES * RATE // 100,), (1, *sound.shape)] if sound.name == "input_values" else []
         for shape in (sound.shape[::-1], (FRAMES, math.prod(first_read(model))), *raw):
             forms.append(tuple(replace(part, shape=shape) if part is sound else part for part in base))
+    if any(part.kind == "decoder" for part in base):
+        forms.append(tuple(part for part in base if part.kind != "decoder"))
     for form in forms:
-        for names in [*([()] if form is not base else []), *missing(model, {part.name for part in form})]:
+        more = missing(model, {part.name for part in form})
+        with_codes = [names for names in more if "decoder_input_ids" in names]  # before the start that it makes itself
+        for names in [*with_codes, *([()] if form is not base else []), *more]:
             rest = tuple(part for part in form if part.name not in names)
             shapes = {part.name: part.shape for part in rest}
             with suppress(KeyError, StopIteration):  # what goes along with a part that this model has not

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
-from modhifi.models.given import MAKERS, SOUNDS, SPECTRUM, field, given, main_input
+from modhifi.models.given import MAKERS, SOUNDS, SPECTRUM, field, given, main_input, series_length
 
 # Tokens that an encoder and a decoder read where the model takes as many; frames of sound where it takes any number.
 TEXT, WRITTEN, FRAMES = 128, 64, SPECTRUM
@@ -146,7 +146,7 @@ def _samples_of(config: Any) -> int:
 
 def _series_shape(config: Any) -> tuple[int, ...]:
     channels = getattr(config, "num_input_channels", None)
-    length = int(getattr(config, "context_length", 128))
+    length = series_length(config, "context_length") or TEXT
     return (length,) if channels is None else (length, int(channels))
 
 

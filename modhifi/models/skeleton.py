@@ -21,6 +21,7 @@ from modhifi.errors import ModhifiError
 from modhifi.models.hub import explained
 from modhifi.models.loaded import LoadedModel, frozen
 from modhifi.models.manifest import Count, Differences
+from modhifi.models.standardised import with_plain_weights
 from modhifi.models.trust import PLACES
 from modhifi.structure.clone import clone
 from modhifi.structure.depth import both_removed, drop, name_after
@@ -37,23 +38,31 @@ def without_code(config: Any) -> Any:
     return config
 
 
-def build_skeleton(framework: str, info: Mapping[str, Any], config: Any = None, *, values: bool = True) -> nn.Module:
+def build_skeleton(
+    framework: str, info: Mapping[str, Any], config: Any = None, *, values: bool = True, stock: bool = False
+) -> nn.Module:
     """Builds the dense architecture that ``info`` describes, without its weights, by timm or transformers.
 
     Parameters are on the meta device. Where construction computes values that no weight file holds (non-persistent
     buffers, plain tensors) and ``values`` asks for them, the model is built on the CPU instead. ``config`` is the
-    configuration of a transformers model. Raises ModhifiError if the library cannot build it.
+    configuration of a transformers model. ``stock`` leaves the layers as the library has them, which standardise their
+    weights. Raises ModhifiError if the library cannot build it.
     """
+    model = _skeleton(framework, info, config, values)
+    return frozen(model if stock else with_plain_weights(model))
+
+
+def _skeleton(framework: str, info: Mapping[str, Any], config: Any, values: bool) -> nn.Module:
     with explained(f"the architecture {info.get('architecture')}"), torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
                 model = _construct(framework, info, config)
         except (NotImplementedError, RuntimeError):
             # Some constructors read values, which the meta device does not have.
-            return frozen(_construct(framework, info, config))
+            return _construct(framework, info, config)
         if values and _computes_values(model):
             model = _construct(framework, info, config)
-    return frozen(model)
+    return model
 
 
 def _construct(framework: str, info: Mapping[str, Any], config: Any) -> nn.Module:
@@ -259,6 +268,8 @@ def is_stock(edited: nn.Module, original: LoadedModel, config: Any, changes: Dif
     """
     if changes["shapes"] or changes["dtypes"] or changes["removed"]:
         return False
+    if not same_modules(build_skeleton(original.framework, original.info, config, values=False, stock=True), edited):
+        return False
     if not changes["attributes"]:
         return True
     # Counts that no forward pass reads may differ, a layer's record of its former width for instance.
@@ -267,7 +278,10 @@ def is_stock(edited: nn.Module, original: LoadedModel, config: Any, changes: Dif
 
 def same_function(edited: nn.Module, original: LoadedModel, config: Any) -> bool:
     """Whether the model of a configuration, given the weights of ``edited``, has its outputs, to the bit."""
-    plain = fill(build_skeleton(original.framework, original.info, config), edited.state_dict(), {}, original.source)
+    stock = build_skeleton(original.framework, original.info, config, stock=True)
+    if not same_modules(stock, edited):
+        return False
+    plain = fill(stock, edited.state_dict(), {}, original.source)
     plain.to(next(edited.parameters()).device)
     with torch.inference_mode():
         expected = original.outputs(original.example, edited)

@@ -14,7 +14,19 @@ def clone(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
     Some classes forget theirs when they are copied: graphs of torch.fx, layers that copy themselves by their arguments.
     ``shared`` are tensors that the copy holds as well, for a caller who replaces them and never writes into them.
     """
-    return in_modes_of(model, copy.deepcopy(model, {id(tensor): tensor for tensor in shared}))
+    return without_caches(in_modes_of(model, copy.deepcopy(model, {id(tensor): tensor for tensor in shared})))
+
+
+def without_caches(model: nn.Module) -> nn.Module:
+    """The model, in place, without the tensors that its modules keep in dictionaries called caches.
+
+    They were computed from weights as an earlier pass found them, such as biases of attention at every pair of places.
+    """
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name.endswith("_cache") and isinstance(value, dict):
+                value.clear()
+    return model
 
 
 def in_modes_of(model: nn.Module, copied: nn.Module) -> nn.Module:

@@ -17,7 +17,8 @@ from modhifi.structure.recurrent import Gates
 from modhifi.structure.stacked import Stacked
 
 HEADS = re.compile(r"(^|_|\.)(heads?|mp_num)$")  # num_heads, n_head, num_key_value_heads; shards of heads
-WIDTHS = re.compile(r"(^|_)(dim|size)(_out_(qk|v))?$")  # attn_dim, split_size, all_head_size, dim_out_qk
+# all_head_size, dim_out_qk, hidden_size_output
+WIDTHS = re.compile(r"(^|_)(dim|size)(_out_(qk|v)|_output|_projection)?$")
 SHARING = re.compile(r"num_(key_value|kv)_groups$")  # query heads to one key-value head
 # widths of one head, and sizes of something else
 OTHERS = re.compile(r"^(attention_|attn_)?head_(dim|size)$|window|patch|block|kernel|chunk|vocab|grid")
@@ -36,6 +37,8 @@ def with_head_counts(model: nn.Module, group: Group) -> Group:
         return group
     heads = {group.n * group.queries: group.queries, group.n: 1}
     widths = {group.n * s.index.shape[1]: s.index.shape[1] for s in group.slices if s.role != "along"}
+    # Where queries, keys and values are one matrix, what reads the heads shows how wide one of them is.
+    widths |= {group.n * (wide := s.index.shape[1] // group.queries): wide for s in group.readers}
     # Where components are query heads of their own, each with its key-value head, this integer is 1.
     sharing = {group.n: 1} if group.queries == 1 < group.n else {}
     counting = []

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modhifi.structure.clone import clone
+from modhifi.structure.clone import clone, without_caches
 from modhifi.structure.depth import drop, removed_parts, silence, silenced
 from modhifi.structure.families import restate, restate_depth
 from modhifi.structure.groups import Structure
@@ -103,7 +103,7 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
     parts = removed_parts(structure, plan)
     restate(model, structure.without(parts))
     restate_depth(model, parts)
-    return drop(model, parts)
+    return drop(without_caches(model), parts)
 
 
 def staying(total: int, removed: Tensor) -> Tensor:

@@ -67,7 +67,41 @@ def gemma3n_audio() -> nn.Module:
     return Gemma3nAudioEncoder._from_config(config)  # type: ignore[no-any-return]
 
 
+def decision_transformer() -> nn.Module:
+    sizes: dict[str, Any] = dict(state_dim=5, act_dim=3, hidden_size=32, n_layer=2, n_head=4, max_ep_len=16)
+    return transformers.DecisionTransformerModel(transformers.DecisionTransformerConfig(**sizes))
+
+
+def autoformer() -> nn.Module:
+    sizes: dict[str, Any] = dict(
+        d_model=32, prediction_length=4, context_length=8, lags_sequence=[1, 2], label_length=4
+    )
+    layers = dict(encoder_layers=1, decoder_layers=1, encoder_ffn_dim=40, decoder_ffn_dim=40)
+    return transformers.AutoformerModel(transformers.AutoformerConfig(**sizes, **layers, num_time_features=1))
+
+
+def dia() -> nn.Module:
+    heads: dict[str, Any] = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
+    sizes = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=1, vocab_size=50)
+    cross = dict(cross_hidden_size=32, cross_num_attention_heads=4, cross_num_key_value_heads=4, cross_head_dim=8)
+    tokens = dict(pad_token_id=0, eos_token_id=1, bos_token_id=2)
+    return transformers.DiaForConditionalGeneration(
+        transformers.DiaConfig(
+            encoder_config=transformers.DiaEncoderConfig(**sizes, **heads),
+            decoder_config=transformers.DiaDecoderConfig(**sizes, **heads, **cross, num_channels=3),
+            **tokens,
+            delay_pattern=[0, 1, 2],
+        )
+    )
+
+
 BUILDERS = {
+    decision_transformer: {"states", "actions", "returns_to_go", "timesteps"},
+    autoformer: {
+        *("past_values", "past_time_features", "past_observed_mask"),
+        *("future_values", "future_time_features"),
+    },
+    dia: {"input_ids", "attention_mask", "decoder_input_ids"},
     instructblip: {"input_ids", "attention_mask", "pixel_values", "qformer_input_ids"},
     gemma3n_audio: {"audio_mel", "audio_mel_mask"},
     qwen2_5_vl: {"hidden_states", "grid_thw"},

@@ -125,6 +125,86 @@ def test_attention_written_by_hand():
     assert {s.module: tuple(s.index.shape) for s in heads[0].slices} == {"qkv": (3, 12), "table": (3, 1), "out": (3, 4)}
 
 
+class Cached(Attention):
+    """Biases of every pair of places: rows of a table, chosen by its columns, and kept for the next pass."""
+
+    def __init__(self, linear: bool) -> None:
+        super().__init__()
+        self.bias_cache: dict[str, Tensor] = {}
+        self.layer = nn.Linear(11, self.heads, bias=False) if linear else None
+        self.table = None if linear else nn.Parameter(torch.randn(self.heads, 11))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.bias_cache:
+            table = self.table if self.layer is None else self.layer.weight
+            chosen = table[:, self.index[0]].index_select(1, self.index.flatten() % 7)
+            self.bias_cache["bias"] = chosen.view(-1, 7, 7)
+        q, k, v = self.qkv(x).view(*x.shape[:2], -1, 3, self.size).unbind(3)
+        weights = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) / 2 + self.bias_cache["bias"]
+        mixed = torch.matmul(weights.softmax(-1), v.transpose(1, 2)).transpose(1, 2)
+        return self.last(self.out(mixed.flatten(2)).relu())
+
+
+@pytest.mark.parametrize("linear, table", [(False, "table"), (True, "layer.weight")])
+def test_rows_of_a_table_of_places_go_with_their_heads(linear: bool, table: str):
+    torch.manual_seed(0)
+    model, x = Cached(linear).eval().requires_grad_(False), torch.randn(2, 7, 5)
+    run = lambda m: m(x)  # noqa: E731
+    run(model)  # which fills the cache
+    (heads,) = blocks(confirm(model, trace(model, run), run).prunable, "heads")
+    assert {s.module: s.role for s in heads.slices} == {"qkv": "producer", table: "rows", "out": "reader"}
+
+
+class Fused(nn.Module):
+    """Four query heads and two of keys and values in one matrix, which is split by widths that the module keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.num_key_value_heads, self.head_dim = 4, 2, 3
+        self.num_key_value_groups = 2
+        self.q_dim, self.kv_dim = 12, 6
+        self.qkv, self.out, self.last = nn.Linear(5, 24), nn.Linear(12, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = self.qkv(x).split([self.q_dim, self.kv_dim, self.kv_dim], -1)
+        q, k, v = (piece.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for piece in pieces)
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return self.last(self.out(mixed.transpose(1, 2).flatten(2)).relu())
+
+
+def test_the_widths_of_queries_and_of_keys_in_one_matrix_are_counted():
+    torch.manual_seed(0)
+    model, x = Fused().eval().requires_grad_(False), torch.randn(2, 7, 5)
+    heads = blocks(trace(model, lambda m: m(x)).prunable, "heads")
+    assert [(g.n, g.queries) for g in heads] == [(2, 2)]
+    assert {(attribute, amount) for _, attribute, amount in heads[0].attributes} == {
+        ("num_heads", 2),
+        ("num_key_value_heads", 1),
+        ("q_dim", 6),
+        ("kv_dim", 3),
+    }
+    run = lambda m: m(x)  # noqa: E731
+    assert len(blocks(confirm(model, trace(model, run), run).prunable, "heads")) == 1
+
+
+def test_rows_that_are_taken_one_by_one_are_a_gate_and_no_heads():
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(5, 16), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = self.up(x).view(*x.shape[:2], 2, -1)
+            return self.down(rows[..., 0, :].sigmoid() * rows[..., 1, :])
+
+    torch.manual_seed(0)
+    model, x = Gate().eval().requires_grad_(False), torch.randn(2, 7, 5)
+    run = lambda m: m(x)  # noqa: E731
+    (gate,) = confirm(model, trace(model, run), run).prunable
+    assert (gate.kind, gate.n) == ("neurons", 8)
+    assert torch.equal(gate.producers[0].index, torch.stack([torch.arange(8), torch.arange(8, 16)], 1))
+
+
 def test_channels_that_attention_sums_over_must_stay():
     class OneHead(Attention):
         def forward(self, x: Tensor) -> Tensor:

@@ -329,7 +329,7 @@ def test_operations_that_are_followed(operation: Callable[[Tensor], Tensor], fac
         (lambda x: x.unsqueeze_(0).squeeze(0), "the operation 'unsqueeze_' is not understood"),
         (lambda x: x.cumsum_(1), "the operation 'cumsum_' is not understood"),
         (lambda x: F.pixel_shuffle(x.movedim(1, 2), 2)[:, :1].repeat(1, 8, 1, 1), "'pixel_shuffle' is not"),
-        (lambda x: torch.index_select(x, 1, torch.arange(8).flip(0)), "the operation 'index_select' is not understood"),
+        (lambda x: torch.index_select(x, 1, torch.arange(8).flip(0)), "'index_select' takes these channels from fixed"),
         (lambda x: x.unfold(1, 8, 1)[..., 0].repeat(1, 8, 1, 1), "'__getitem__' folds these channels"),
         (lambda x: F.unfold(x, 1).view(x.shape), "the operation 'unfold' is not understood"),
         (lambda x: F.pad(x, (0, 0, 0, 0, 1, 0))[:, 1:], "these channels are padded with others"),

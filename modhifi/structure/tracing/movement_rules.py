@@ -16,6 +16,8 @@ from modhifi.structure.tracing.watcher import Watcher
 
 # These take nothing but a shape from their second input.
 LIKE = ("expand_as", "view_as", "reshape_as")
+# These read whole numbers that say which elements they take.
+INDEXING = ("__getitem__", "index_select")
 
 
 @rule_for("reshape", "movement", "placed", "join")
@@ -23,6 +25,8 @@ def move(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     """The operation is run on component numbers: where they come out, the components stand."""
     if call.kind == "join" and (beside := _beside(watcher, call)) is not None:
         return [beside]
+    if (table := watcher.looked_up(call)) is not None:
+        return [Axis(0, watcher.couplings.rows(table, len(call.args[0])))]
     if call.name in LIKE and call.placements.get(id(call.inputs[0])) is None:
         return [None]
     moved = call.inputs[:1] if call.name in LIKE else call.inputs
@@ -40,7 +44,33 @@ def move(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
         return watcher.refuse(call, f"'{call.name}' folds these channels into another shape")
     if call.kind == "placed" and not _takes_alike(watcher, call, call.carriers[0][1].ids.flatten(), placements):
         return watcher.refuse(call, f"'{call.name}' takes these channels from fixed places")
+    if split and len(call.outputs) == 1 and isinstance(places[0], Grid) and _wide(places[0]) == 2:
+        watcher.unsettled.add(id(call.outputs[0]))
+        return places
     return [_collapse(watcher, p) if split and isinstance(p, Grid) else p for p in places]
+
+
+def settle(watcher: Watcher, call: TracedCall) -> None:
+    """Decide what a reshape to two axes has made, by the first operation that reads it.
+
+    Whoever takes a row at a time, as ``x.view(..., 2, -1)[..., 0, :]`` does, reads pieces of equal length; to any other
+    the rows are heads.
+    """
+    for tensor, grid in call.carriers:
+        if id(tensor) not in watcher.unsettled or not isinstance(grid, Grid):
+            continue
+        if call.kind == "placed" and len(call.carriers) == 1:
+            rows = call.moved()
+            if all(isinstance(p, Axis) and len(p.ids) == grid.ids.shape[last_wide(grid.ids)] for p in rows):
+                continue
+        watcher.unsettled.discard(id(tensor))
+        call.placements[id(tensor)] = _collapse(watcher, grid)
+        watcher.remember(tensor, call.placements[id(tensor)])
+
+
+def _wide(grid: Grid) -> int:
+    """The number of axes along which components vary."""
+    return sum(size > 1 for size in grid.ids.shape)
 
 
 def _beside(watcher: Watcher, call: TracedCall) -> Placement | None:
@@ -100,7 +130,7 @@ register_operation("copy_", copy_into)
 
 def _carries_nothing(call: TracedCall, tensor: Tensor) -> bool:
     """Whether a tensor carries no components, and is no index either, which takes elements off other axes."""
-    return call.placements.get(id(tensor)) is None and (tensor.is_floating_point() or call.name != "__getitem__")
+    return call.placements.get(id(tensor)) is None and (tensor.is_floating_point() or call.name not in INDEXING)
 
 
 def _collapse(watcher: Watcher, grid: Grid) -> Placement:

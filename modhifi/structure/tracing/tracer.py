@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from modhifi.structure.clone import without_caches
 from modhifi.structure.expert_neurons import by_expert
 from modhifi.structure.groups import Group, Operator, Structure
 from modhifi.structure.head_counts import with_head_counts
@@ -47,6 +48,7 @@ class ChannelTracer(Watcher):
 
     def rule(self, call: TracedCall) -> Sequence[Placement | None]:
         """The rule of the operation itself goes before that of its kind; without either it is unknown."""
+        movement_rules.settle(self, call)
         if (product := self.stacks.product(call.name, call.args, call.kwargs, call.inputs)) is not None:
             return layer_rules.product_with_view(self, call, *product)
         own = OWN_RULES.get(call.key)
@@ -113,10 +115,10 @@ def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Structure:
     The model must be in eval mode. Costs one forward pass, or two where the first meets tensors that it has not made;
     nothing of the model is changed.
     """
-    tracer, outputs = _watched(model, run)
+    tracer, outputs = _watched(without_caches(model), run)
     if tracer.unobserved:  # libraries keep positions and anchors in caches that no module shows
         tracer, outputs = None, None  # type: ignore[assignment]  # nothing of that pass is to count as older
-        tracer, outputs = _watched(model, run, _alive())
+        tracer, outputs = _watched(without_caches(model), run, _alive())
     for _, tensor in named_tensors(outputs):
         tracer.uses[id(tensor)] += 1
         placement = tracer.placements.get(id(tensor))

