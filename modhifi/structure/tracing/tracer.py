@@ -49,6 +49,8 @@ class ChannelTracer(Watcher):
         """The rule of the operation itself goes before that of its kind; without either it is unknown."""
         if (product := self.stacks.product(call.name, call.args, call.kwargs, call.inputs)) is not None:
             return layer_rules.product_with_view(self, call, *product)
+        if (view := self.stacks.from_left(call.name, call.inputs)) is not None:
+            return layer_rules.product_from_left(self, call, view)
         own = OWN_RULES.get(call.key)
         if call.kind is None:
             return self.unknown(call)
