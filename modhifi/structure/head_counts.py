@@ -12,7 +12,7 @@ from torch import nn
 
 from modhifi.structure.groups import Group
 from modhifi.structure.library_layers import is_transposed
-from modhifi.structure.places import operator_at
+from modhifi.structure.places import holder, operator_at
 from modhifi.structure.recurrent import Gates
 from modhifi.structure.stacked import Stacked
 
@@ -32,6 +32,7 @@ def with_head_counts(model: nn.Module, group: Group) -> Group:
     """
     if group.kind == "neurons":
         linear = all(_is_linear(operator_at(model, s.module)) for s in group.producers)
+        linear = linear and not any(isinstance(getattr(*holder(model, s.module)), nn.Conv1d) for s in group.of("along"))
         return group if linear else replace(group, kind="channels")
     if group.kind == "channels":
         return group

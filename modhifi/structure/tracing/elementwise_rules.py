@@ -143,9 +143,10 @@ def couple(
     produced = [(dim, ids) for dim, ids in met if not watcher.couplings.is_loose(ids)] or met
     if not produced:
         return [None] * len(call.outputs)
-    dim, first = produced[0]
-    if any(other != dim for other, _ in produced):
-        return watcher.refuse(call, "two tensors with channels on different axes are combined")
+    dim, first = max(produced, key=lambda pair: len(pair[1]))
+    for other, ids in produced:
+        if other != dim:
+            watcher.freeze(Axis(other, ids), "these channels meet more of them on another axis")
     for (other, ids), (tensor, place, own) in zip(met, tables, strict=True):
         if other != dim:  # a parameter along another axis, such as a norm's inside each head
             watcher.freeze(Axis(other, ids), "a parameter spans another axis")

@@ -31,10 +31,12 @@ MULTIHEAD = "nn.MultiheadAttention holds its projections as one matrix that no l
 @rule_for("conv", "transposed conv")
 def conv(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     """A convolution reads axis 1 and writes it anew; a depthwise one passes its channels along."""
-    x, weight = call.argument(0, "input"), call.argument(1, "weight")
+    x, weight = call.argument(0, "input"), _of_layer(watcher, call.argument(1, "weight"))
     groups = call.argument(6, "groups", 1)
     module, obstacle = _owner(watcher, x, weight)
-    axis = call.axis(x)
+    axis, depthwise = call.axis(x), groups > 1 and groups == x.shape[1]
+    if depthwise and module and obstacle == _outside(module):
+        obstacle = None  # nothing of what passes along has to be seen at the layer itself
     if obstacle:
         return _obstruct(watcher, module, axis, obstacle)
     if axis is not None and (axis.dim != 1 or x.ndim < weight.ndim):
@@ -42,7 +44,7 @@ def conv(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
         axis = None
     out = call.outputs[0]
     watcher.claim(module, call)
-    if axis is not None and groups > 1 and groups == x.shape[1]:
+    if axis is not None and depthwise:
         ids = axis.ids.repeat_interleave(out.shape[1] // groups)
         watcher.couplings.along(module, ids)
         return [Axis(1, ids)]
@@ -63,6 +65,17 @@ def product_with_view(watcher: Watcher, call: TracedCall, x: Tensor, view: Stack
     if call.kind == "linear":
         return list(linear(watcher, call))
     return _linear(watcher, call, x, weight, None, transposed=call.name not in LINEAR and not view.turned)
+
+
+def product_from_left(watcher: Watcher, call: TracedCall, view: StackView) -> list[Placement | None]:
+    """``weight @ x``: the layer's rows are new components on the last axis but one; what it reads must stay."""
+    for _, placement in call.carriers:
+        watcher.freeze(placement, "a linear map runs across another axis")
+    if id(watcher.model.get_parameter(view.name)) in watcher.tied:
+        return [None]
+    out, module = call.outputs[0], view.name.rpartition(".")[0]
+    watcher.claim(module, call)
+    return [Axis(out.ndim - 2, watcher.couplings.produce(module, out.shape[-2], 1))]
 
 
 def of_experts(watcher: Watcher, call: TracedCall, x: Tensor, view: StackView) -> list[Placement | None]:
@@ -133,10 +146,25 @@ def _owner(watcher: Watcher, x: Tensor, weight: Tensor) -> tuple[str, str | None
     if id(weight) in watcher.tied:
         return owner, "the weight is shared with another layer"
     if not watcher.path or watcher.path[-1][0] != owner:
-        return owner, f"the weight of {owner} is used outside that layer"
+        return owner, _outside(owner)
     if full_name(type(module)) not in PREPARING and watcher.path[-1][1] != id(x):
         return owner, "the layer changes its input before its operator"
     return owner, None
+
+
+def _outside(owner: str) -> str:
+    return f"the weight of {owner} is used outside that layer"
+
+
+def _of_layer(watcher: Watcher, weight: Tensor) -> Tensor:
+    """The weight of a convolution of which this is a view of the same shape; any other tensor as it is.
+
+    Code that calls kernels of its own hands them the weight without its axis of one.
+    """
+    if id(weight) in watcher.parameters or weight._base is None or id(weight._base) not in watcher.parameters:
+        return weight
+    same = weight.shape == weight._base.shape and weight.is_contiguous() and weight._base.is_contiguous()
+    return weight._base if same else weight
 
 
 def _obstruct(watcher: Watcher, module: str, axis: Axis | None, obstacle: str) -> list[Placement | None]:
@@ -163,7 +191,7 @@ def embedding(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     Such a table may serve several layers, whose heads then go together.
     """
     index, weight = call.argument(0, "input"), call.argument(1, "weight")
-    of_pairs = index.ndim == 2 and index.shape[0] == index.shape[1]
+    of_pairs = index.ndim > 1 and index.shape[-1] == index.shape[-2]
     if not of_pairs or id(weight) not in watcher.parameters or id(weight) in watcher.tied:
         return [None]
     ids = watcher.couplings.parameter(watcher.names[id(weight)], weight.shape[1])

@@ -12,6 +12,7 @@ from modhifi.structure.stacked import TURNED
 from modhifi.structure.torch_ops import names_of
 
 LINEAR, PRODUCTS = frozenset({"linear"}), names_of("matrix product", "grouped product")
+LEFT = names_of("matrix product") - {"__rmatmul__"}
 TURNS = frozenset({"transpose", "swapaxes", "swapdims", "t", "T", "mT"})
 CASTS = names_of("cast", "unchanged")
 
@@ -59,6 +60,13 @@ class StackViews:
             return None
         view = self.views.get(id(inputs[1]))
         return None if view is None or id(inputs[0]) in self.views else (inputs[0], view)
+
+    def from_left(self, name: str, inputs: list[Tensor]) -> StackView | None:
+        """The weight of a linear layer as it is stored that a product multiplies with from the left: ``weight @ x``."""
+        if name not in LEFT or len(inputs) != 2 or inputs[0].ndim != 2 or id(inputs[1]) in self.views:
+            return None
+        view = self.views.get(id(inputs[0]))
+        return None if view is None or view.turned or view.expert is not None else view
 
     @staticmethod
     def operator(name: str, view: StackView) -> str:

@@ -51,6 +51,8 @@ class ChannelTracer(Watcher):
         movement_rules.settle(self, call)
         if (product := self.stacks.product(call.name, call.args, call.kwargs, call.inputs)) is not None:
             return layer_rules.product_with_view(self, call, *product)
+        if (view := self.stacks.from_left(call.name, call.inputs)) is not None:
+            return layer_rules.product_from_left(self, call, view)
         own = OWN_RULES.get(call.key)
         if call.kind is None:
             return self.unknown(call)

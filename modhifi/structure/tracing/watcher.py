@@ -164,6 +164,7 @@ class Watcher(TorchFunctionMode):
         placements: Sequence[Placement | None] = [None] * len(call.outputs)
         with torch._C.DisableTorchFunction():
             of_experts = self.stacks.product(call.name, call.args, call.kwargs, call.inputs) is not None
+            of_experts = of_experts or self.stacks.from_left(call.name, call.inputs) is not None
             if not of_experts and self.stacks.note(call.name, call.args, call.inputs, call.outputs[0]):
                 self.alive.append(call.outputs[0])
         if of_experts or call.carriers or call.kind in MAKERS or self.looked_up(call) is not None:
