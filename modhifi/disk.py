@@ -176,3 +176,10 @@ def check_file(path: Path | None, option: str, *, within: str | Path | None = No
     made_by_run = within is not None and path.absolute().is_relative_to(home_path(within).absolute())
     if not made_by_run and not path.absolute().parent.is_dir():
         raise ModhifiError(f"{option} {path}: there is no directory {path.parent}; make it first")
+    if not made_by_run:
+        try:
+            tempfile.TemporaryFile(dir=path.absolute().parent).close()
+        except OSError as error:
+            raise ModhifiError(
+                f"{option} {path} cannot be written: {error.strerror or error}; give a file in another directory"
+            ) from error

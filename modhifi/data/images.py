@@ -52,7 +52,7 @@ def from_directory(directory: Path, loaded: LoadedModel, n: int, seed: int, name
     none that can be read.
     """
     if not directory.is_dir():
-        raise ModhifiError(f"no directory {directory}; give a folder of images as images:DIR")
+        raise ModhifiError(f"no directory {directory.absolute()}; give a folder of images as images:DIR")
     try:
         flat = _image_files(directory)
         folders = {p.name: _image_files(p) for p in sorted(directory.iterdir()) if p.is_dir() and not is_hidden(p)}

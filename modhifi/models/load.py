@@ -123,7 +123,7 @@ def _gguf_in(directory: Path, gguf_file: str | None) -> str | None:
     """The GGUF file to read from a directory, if one is meant; raises ModhifiError where the named one is not there."""
     present = sorted(path.name for path in directory.glob("*.gguf"))
     if gguf_file is not None and not (directory / gguf_file).is_file():
-        found = f"it has {', '.join(present)}" if present else "it has none"
+        found = f"it has {', '.join(present)}" if present else "give the file's name or path"
         raise ModhifiError(f"there is no GGUF file {gguf_file} in {directory}; {found}")
     if gguf_file is None and present and not any((directory / name).is_file() for name in DESCRIPTIONS):
         raise ModhifiError(f"{directory} holds a model as GGUF; give the file, {directory / present[0]}")
@@ -145,4 +145,5 @@ def _require_directory(directory: Path) -> None:
         hint = f"is hf:{directory} meant?"
     elif close := difflib.get_close_matches(str(directory), timm.list_models(), n=1, cutoff=0.8):
         hint = f"is timm:{close[0]} meant?"
-    raise ModhifiError(f"there is no directory {directory}; {hint}")
+    noun = "file" if directory.suffix in (".gguf", ".safetensors") else "directory"
+    raise ModhifiError(f"there is no {noun} {directory}; {hint}")

@@ -6,6 +6,7 @@ version: what an older manifest lacks has a default here, what a newer one has b
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,6 +181,8 @@ def read_manifest(directory: str | Path) -> Manifest:
         if version in READABLE:
             return Manifest.model_validate(content)
     except OSError as error:
+        if not os.path.lexists(path.parent):
+            raise ModhifiError(f"there is no directory {directory}; give one that modhifi wrote") from error
         inside = sorted(path.parent.glob(f"*/{MANIFEST}"))
         hint = f"; is {inside[0].parent} meant?" if inside else ""
         raise ModhifiError(f"{directory} is no modhifi artefact: it has no readable {MANIFEST}{hint}") from error

@@ -69,18 +69,18 @@ def _allocated(
     keep, measure = budget.keep, budget.label
     reach = problem.size(lowest) / problem.dense
     if reach > keep * 1.02:
-        advice = "lower the floor, or prune more groups" if rounding.to == 1 else "round less, or lower the floor"
+        advice = "more groups (--only, --exclude)" if rounding.to == 1 else "widths rounded less (--round-to 1)"
         raise ModhifiError(
-            f"no allocation keeps only {keep:.3g}x of the {measure}: with every prunable group at its least width "
-            f"{reach:.3g}x remains; ask for more, {advice}"
+            f"no allocation keeps only {keep:.3g}x of the {measure}: with every prunable group ({len(groups)}) at its "
+            f"least width {reach:.3g}x remains; try {budget.option(reach)}, a lower --floor, or {advice}"
         )
     widths = LAYOUTS[layout].widths(problem)
     reached = problem.size(widths) / problem.dense
     by_steps = budget.measure in ("cache", "latency", "memory") or all(g.parts for g in groups)
     if abs(reached / keep - 1) > 0.02 and not by_steps:
         raise ModhifiError(
-            f"the nearest to {keep:.3g}x of the {measure} that the allowed widths give is {reached:.3g}x; "
-            f"ask for that, or round less"
+            f"the nearest to {keep:.3g}x of the {measure} that the allowed widths of {len(groups)} groups give is "
+            f"{reached:.3g}x; try {budget.option(reached)}, or widths rounded less (--round-to 1)"
         )
     return plan_for(groups, curves, widths)
 

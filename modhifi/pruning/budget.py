@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -110,6 +111,13 @@ class Budget:
     def ordered(self, removed: Mapping[str, Sequence[int]]) -> Budget:
         """The budget for blocks and sublayers that go in this order; see `structure.sizes.Depth.ordered`."""
         return self if self.gauge is None else replace(self, gauge=self.gauge.ordered(removed))
+
+    def option(self, keep: float) -> str:
+        """The option that asks for a share of the same measure to be kept, rounded up to a thousandth."""
+        if self.measure == "components":
+            return f"--ratio {math.floor(1e3 * (1 - keep)) / 1e3:g}"
+        name = {"parameters": "params", "macs": "flops", "cache": "kv-cache"}.get(self.measure, self.measure)
+        return f"--{name} {math.ceil(1e3 * keep) / 1e3:g}x"
 
     @property
     def label(self) -> str:

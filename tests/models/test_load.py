@@ -448,6 +448,7 @@ def test_quantised_module_is_refused() -> None:
         ("resnet18", "is timm:resnet18 meant?"),
         ("org/name", "is hf:org/name meant?"),
         ("/no/such/directory", "there is no directory"),
+        ("/no/such/model.gguf", "there is no file"),
         ("hf:not a name", "hf:ORG/NAME"),
         ("hf:org/name@a", "HF_HUB_OFFLINE"),
     ],

@@ -181,7 +181,7 @@ def test_a_rounding_that_may_be_less_meets_the_budget():
     structure, model = two_groups()
     curves = {name: Curve(torch.arange(40), torch.arange(41).double(), 1.0) for name in ("0", "2")}
     problem = structure.prunable, curves, sizes_of(model, structure), Budget("components", 0.65)
-    with pytest.raises(ModhifiError, match="round less"):
+    with pytest.raises(ModhifiError, match="--round-to 1"):
         allocate(*problem, rounding=Rounding(16))
     widths = widths_of(structure, allocate(*problem, rounding=Rounding(16, less=True)))
     assert sum(widths.values()) == 52 and all(width % 4 == 0 for width in widths.values())
@@ -207,7 +207,7 @@ def test_budgets_out_of_reach_are_errors():
         allocate(structure.prunable, curves, sizes, Budget("parameters", 0.1))
     with pytest.raises(ModhifiError, match=r"no allocation keeps only 0\.3x of the components"):
         allocate(structure.prunable, curves, sizes, Budget("components", 0.3), floor=0.5)
-    with pytest.raises(ModhifiError, match="remains; ask for more, round less, or lower the floor"):
+    with pytest.raises(ModhifiError, match="remains; try --.*, a lower --floor, or widths rounded less"):
         allocate(structure.prunable, curves, sizes, Budget("components", 0.3), rounding=Rounding(10))
     with pytest.raises(ModhifiError, match=r"the nearest to 0\.55x of the components .* is 0\.[56]x"):
         allocate(structure.prunable, curves, sizes, Budget("components", 0.55))  # ten components cannot do that

@@ -133,6 +133,7 @@ def test_list_show_copy_validate(tmp_path: Path) -> None:
         (["ci/swep", "--out", "x"], "is ci/sweep meant"),
         (["ci/sweep", "--out", "x", "--summary", "s.txt"], ".md (Markdown) or .xml (JUnit)"),
         (["ci/sweep", "--out", "x", "--summary", "none/s.md"], "there is no directory none"),
+        (["ci/sweep", "--out", "x", "--summary", "/proc/s.md"], "/proc/s.md cannot be written"),
         (["ci/sweep", "--out", "x", "--set", "steps.prune.out=y"], "remove its out"),
     ],
 )

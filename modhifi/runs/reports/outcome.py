@@ -117,7 +117,7 @@ def prune_advice(report: Mapping[str, Any], recipe: PruneRecipe, bounds: BoundRe
 
 def _loss(report: Mapping[str, Any]) -> str:
     errors = report["errors"]
-    if (before := errors.get("accuracy_before")) is not None:
+    if (before := errors.get("accuracy_before")) is not None and before > errors["accuracy_after"]:
         return f"top-1 fell by {100 * (before - errors['accuracy_after']):.3g} points"
     if (before := errors.get("perplexity_before")) is not None:
         return f"perplexity grew {errors['perplexity_after'] / before:.3g} times"
