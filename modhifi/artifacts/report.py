@@ -32,6 +32,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -48,7 +49,7 @@ from modhifi.artifacts.pareto import pareto_charts
 from modhifi.artifacts.svg import FAINT, INK, STRONG, inline, style
 
 # The share of a chart's width that a letter beside a bar takes.
-LETTER = 0.024
+LETTER = 0.029
 LABELLED_ROWS = 80
 
 
@@ -160,10 +161,12 @@ def _times(metered: Mapping[str, Any] | None) -> Markup | None:
         return None
     predicted, measured = metered["operators"], metered.get("by_operator")
     rows = measured or {**predicted, "the rest": [metered["rest"]] * 2}
-    texts = [f"{number(before, 's')} to {number(after, 's')}" for before, after in rows.values()]
-    if measured:
-        expected = [number(predicted[name][1], "s") if name in predicted else "not" for name in rows]
-        texts = [f"{text} ({prediction})" for text, prediction in zip(texts, expected, strict=True)]
+    texts = []
+    for name, (before, after) in rows.items():
+        text = f"{number(before, 's')} to {number(after, 's')}" if after else f"{number(before, 's')}, gone"
+        if measured and after:
+            text += f" ({number(predicted[name][1], 's') if name in predicted else 'not'})"
+        texts.append(text)
     return _bars(
         list(rows),
         [(FAINT, [before for before, _ in rows.values()]), (STRONG, [after for _, after in rows.values()])],
@@ -188,7 +191,7 @@ def _fidelities(groups: Sequence[Mapping[str, Any]]) -> Markup | None:
         axes.set_xlim(left=0)
         axes.tick_params(axis="x", labelsize=8)
 
-    return _rows([str(g["name"]) for g in drawn], draw, "best fidelity of a component alone, 10 % to 90 %")
+    return _rows([str(g["name"]) for g in drawn], draw, "best fidelity alone, 10 % to 90 %")
 
 
 def _bars(names: Sequence[str], layers: Sequence[tuple[str, list[float]]], texts: Sequence[str], label: str) -> Markup:
@@ -198,7 +201,7 @@ def _bars(names: Sequence[str], layers: Sequence[tuple[str, list[float]]], texts
     def draw(axes: Any) -> None:
         for colour, values in layers:
             axes.barh(range(len(names)), values, height=0.72, color=colour, linewidth=0)
-        axes.set_xlim(0, top / (0.98 - min(0.6, LETTER * max(map(len, texts)))))
+        axes.set_xlim(0, top / (0.98 - min(0.75, LETTER * max(map(len, texts)))))
         for i in _labelled(len(names)):
             end = max(values[i] for _, values in layers)
             axes.text(end + 0.015 * top, i, texts[i], va="center", color=INK, fontsize=8)
@@ -221,7 +224,8 @@ def _rows(names: Sequence[str], draw: Callable[[Any], None], label: str) -> Mark
         axes = figure.add_subplot()
         draw(axes)
         axes.set_ylim(n - 0.4, -0.6)
-        axes.set_yticks(_labelled(n), [_shorten(one_line(names[i])) for i in _labelled(n)], parse_math=False)
+        labels = told_apart([one_line(name) for name in names])
+        axes.set_yticks(_labelled(n), [labels[i] for i in _labelled(n)], parse_math=False)
         axes.set_xlabel(label, color=INK)
         axes.tick_params(colors=INK, length=0)
         for side in axes.spines.values():
@@ -229,6 +233,9 @@ def _rows(names: Sequence[str], draw: Callable[[Any], None], label: str) -> Mark
         return inline(figure, label)
 
 
-def _shorten(name: str, limit: int = 24) -> str:
-    half = (limit - 1) // 2
-    return name if len(name) <= limit else f"{name[:half]}…{name[-half:]}"
+def told_apart(names: Sequence[str], limit: int = 24) -> list[str]:
+    """Names of modules without the modules that hold all of them, cut in the middle where they are still long."""
+    common = os.path.commonprefix(list(names)).rpartition(".")
+    shared, half = len(common[0] + common[1]) if len(names) > 1 else 0, (limit - 1) // 2
+    short = [name[shared:] for name in names]
+    return [name if len(name) <= limit else f"{name[:half]}…{name[-half:]}" for name in short]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from modhifi.artifacts.formatting import change, number, plain
-from modhifi.artifacts.report import data_uri, render_html, tone
+from modhifi.artifacts.report import data_uri, render_html, told_apart, tone
 from modhifi.disk import jsonable
 
 REPORT = {
@@ -226,3 +226,10 @@ def test_settings_without_a_value_are_left_out() -> None:
     page = render_html({**REPORT, "settings": {"out": None, "method": {"only": [], "strict": False, "eta": None}}})
     assert "method: strict" in page
     assert "method: only" not in page and "method: eta" not in page and "<dt>out" not in page
+
+
+def test_names_are_told_apart_where_they_differ() -> None:
+    blocks = [f"model.layers.{n}.mlp.gate_proj" for n in (0, 1, 10)]
+    assert told_apart(blocks) == ["0.mlp.gate_proj", "1.mlp.gate_proj", "10.mlp.gate_proj"]
+    assert told_apart(["layer1", "layer1.0"]) == ["layer1", "layer1.0"]
+    assert told_apart(["a" * 30]) == ["a" * 11 + "…" + "a" * 11]
