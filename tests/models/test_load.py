@@ -25,6 +25,7 @@ from modhifi.errors import ModhifiError
 from modhifi.models.from_transformers import _without_quantiser
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel, main_output
+from modhifi.models.parts import require_parts
 from modhifi.models.preprocess import to_mode
 
 ROOT = Path(__file__).parents[2]
@@ -501,10 +502,9 @@ def test_weights_of_other_shapes_point_to_the_manifest_of_a_pruned_model(tmp_pat
         assert "modhifi.json" in refusal(file.parent)
 
 
-def test_models_whose_input_is_not_known_say_so(tmp_path: Path) -> None:
-    sizes = dict(hidden_size=16, n_layer=1, n_head=2, state_dim=3, act_dim=2)
-    transformers.DecisionTransformerModel(transformers.DecisionTransformerConfig(**sizes)).save_pretrained(tmp_path)
-    assert "reads 'states'; only pixels, token ids, sounds, series" in refusal(tmp_path)
+def test_models_whose_input_is_not_known_say_so() -> None:
+    with pytest.raises(ModhifiError, match="x reads 'codebook_idx'; only pixels, token ids, sounds, series"):
+        require_parts((), "x", "codebook_idx")
 
 
 def test_remote_code_runs_only_when_trusted(tmp_path: Path) -> None:
