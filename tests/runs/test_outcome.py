@@ -68,7 +68,7 @@ def test_nothing_is_claimed_where_nothing_holds_beyond_the_sample() -> None:
     few = bounds_of(interval(0.2, 1.0))
     assert outcome(few)["text"].startswith("20 % change their top-1, measured on 1,000 held-out images: too few")
     text = outcome(bounds_of(interval(0.3, 0.4), interval(1.4, 2.7, informative=False)))["text"]
-    assert text.startswith("Perplexity is 1.4 times the original's, measured on")
+    assert text.startswith("Perplexity is 1.40 times the original's, measured on")
     chosen = bounds_of(interval(0.02, 0.03), tolerances=Tolerances(not_a_sample=True))
     assert outcome(chosen)["text"] == (
         "2 % change their top-1, measured on 1,000 held-out images; nothing is claimed beyond them."

@@ -54,7 +54,9 @@ def _change(bounds: BoundReport) -> tuple[str, Tone]:
         bounded = interval.informative
         claim = "Perplexity is at most {} times the original's on such text"
         plain = "Perplexity is {} times the original's"
-        measured, upper = f"{interval.measured:.3g}", f"{interval.upper:.3g}"
+        measured, upper = (
+            f"{value:.2f}" if value < 10 else f"{value:.3g}" for value in (interval.measured, interval.upper)
+        )
     elif bounds.features:
         interval, limits = statistics.error_quantile, FEATURES
         interval = replace(
