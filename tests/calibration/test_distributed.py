@@ -50,7 +50,8 @@ def launch(launcher: str, where: Path, *arguments: str) -> subprocess.CompletedP
     )
 
 
-@pytest.mark.parametrize("launcher", ["accelerate", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/pruning/test_processes.py has processes of its own, which start faster
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
 def test_two_processes_make_the_plan_of_one(launcher: str, model_dir: Path, image_dir: Path, tmp_path: Path) -> None:
     """What the sums add up to, rows looked at included; only the main process prints."""
     arguments = [

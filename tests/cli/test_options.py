@@ -131,6 +131,7 @@ def recipe(model_dir: Path, image_dir: Path, tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_options_beside_a_recipe_change_it_and_the_written_recipe_repeats_the_run(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def test_prune_writes_a_model_that_loads(model_dir: Path, image_dir: Path, tmp_p
     assert sum(p.numel() for p in model.parameters()) == report["size"]["parameters"][1]
 
 
+@pytest.mark.slow
 def test_the_recipe_of_an_artefact_repeats_it(model_dir: Path, image_dir: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert run(*common(model_dir, image_dir), "--ratio", "0.4", "--out", first)[0] == 0

@@ -134,6 +134,7 @@ def test_rows_of_all_items_are_read_one_after_the_other() -> None:
     torch.testing.assert_close(both, torch.cat(each))
 
 
+@pytest.mark.slow
 def test_it_is_pruned_and_loaded_again(tmp_path: Path) -> None:
     sizes: dict[str, Any] = dict(samples=8, evaluation_samples=4, batch_size=4, checks={"walked": 0})
     small = modhifi.prune(livelier(siglip2().eval()), "synthetic", ratio=0.3, out=tmp_path / "small", **sizes)

@@ -73,7 +73,9 @@ def test_a_budget_may_be_missed_by_two_percent(layout: str, target: int, width: 
 def test_floors_and_curves_say_how_far_a_group_may_be_cut(layout: str) -> None:
     """Of 30 components 12 stay by the floor of 0.4, or 20 as the curve has removed ten only; of 60, 24 stay."""
     toy = problem({"a": Toy(30), "b": Toy(60)}, 44)
-    with pytest.raises(ModhifiError, match="with every prunable group at its least width 0.4x remains"):
+    with pytest.raises(
+        ModhifiError, match=r"every prunable group \(2\) at its least width 0.4x remains; try --params 0.4x"
+    ):
         allocate(toy.groups, toy.curves, toy.sizes, Budget("parameters", 0.39), layout=layout, floor=0.4)
     short = {**toy.curves, "a": Curve(torch.arange(10), torch.arange(11).double(), 1.0)}
     plan = allocate(toy.groups, short, toy.sizes, Budget("parameters", 44 / 90), layout=layout, floor=0.4)

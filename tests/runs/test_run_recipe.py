@@ -161,6 +161,7 @@ def test_a_home_directory_is_the_same_for_every_step(tmp_path: Path, monkeypatch
     assert (tmp_path / "home" / "runs" / "verify" / "report.json").is_file() and not (tmp_path / "~").exists()
 
 
+@pytest.mark.slow
 def test_an_artefact_of_relative_paths_is_repeated_and_verified_from_elsewhere(
     model_dir: Path, image_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
