@@ -67,6 +67,7 @@ def test_the_recipe_of_an_artefact_repeats_it(model_dir: Path, image_dir: Path, 
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+@pytest.mark.slow
 def test_a_pruned_artefact_is_pruned_again(model_dir: Path, image_dir: Path, tmp_path: Path) -> None:
     assert run(*common(model_dir, image_dir), "--params", "0.7x", "--out", tmp_path / "one")[0] == 0
     code, _, stderr = run(*common(tmp_path / "one", image_dir), "--params", "0.7x", "--out", tmp_path / "two")
@@ -87,6 +88,7 @@ def test_dry_run_writes_nothing_and_its_plan_can_be_replayed(model_dir: Path, im
     assert json.loads(stdout)["plan"]["kept"] == plan
 
 
+@pytest.mark.slow
 def test_synthetic_data_needs_nothing(model_dir: Path, tmp_path: Path) -> None:
     code, stdout, stderr = run(
         "prune",

@@ -66,6 +66,7 @@ def test_a_broken_manifest_is_one_line(change: Callable[[dict[str, Any]], object
         read_manifest(tmp_path)
 
 
+@pytest.mark.slow
 def test_loading_parses_once_and_hashes_once(
     tmp_path: Path, model_dir: Path, image_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

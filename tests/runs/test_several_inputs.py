@@ -154,6 +154,7 @@ def test_a_classifier_of_several_inputs_forgets_and_is_audited() -> None:
     assert rows_of["edited"]["forget"] < rows_of["original"]["forget"]
 
 
+@pytest.mark.slow
 def test_a_model_of_transformers_takes_all_its_inputs(tmp_path: Path) -> None:
     torch.manual_seed(0)
     part: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24)
