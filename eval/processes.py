@@ -50,7 +50,7 @@ def text(samples: int, **changes: Any) -> Task:
 def images() -> Task:
     loaded = resnet50()
     settings = PruneSettings(weighting="energy", sequential="dense", batch_size=4)
-    return loaded, load_samples(f"images:{cifar10()}", loaded, n=32), Budget("macs", 0.5), settings
+    return loaded, load_samples(f"images:{cifar10() / 'train'}", loaded, n=32), Budget("macs", 0.5), settings
 
 
 PARTS: dict[str, dict[str, Callable[[], Task]]] = {
