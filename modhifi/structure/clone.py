@@ -18,14 +18,16 @@ def clone(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
 
 
 def without_caches(model: nn.Module) -> nn.Module:
-    """The model, in place, without the tensors that its modules keep in dictionaries called caches.
+    """The model, in place, without the tensors that its modules keep in dictionaries called caches, one for a device.
 
     They were computed from weights as an earlier pass found them, such as biases of attention at every pair of places.
+    What stands there under any other name may be all that there is of it, and stays.
     """
     for module in model.modules():
         for name, value in vars(module).items():
             if name.endswith("_cache") and isinstance(value, dict):
-                value.clear()
+                for key in [k for k, v in value.items() if isinstance(v, Tensor) and str(k) == str(v.device)]:
+                    del value[key]
     return model
 
 

@@ -138,9 +138,9 @@ class Cached(Attention):
         if not self.bias_cache:
             table = self.table if self.layer is None else self.layer.weight
             chosen = table[:, self.index[0]].index_select(1, self.index.flatten() % 7)
-            self.bias_cache["bias"] = chosen.view(-1, 7, 7)
+            self.bias_cache[str(x.device)] = chosen.view(-1, 7, 7)
         q, k, v = self.qkv(x).view(*x.shape[:2], -1, 3, self.size).unbind(3)
-        weights = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) / 2 + self.bias_cache["bias"]
+        weights = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) / 2 + self.bias_cache[str(x.device)]
         mixed = torch.matmul(weights.softmax(-1), v.transpose(1, 2)).transpose(1, 2)
         return self.last(self.out(mixed.flatten(2)).relu())
 

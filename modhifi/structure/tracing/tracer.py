@@ -115,7 +115,7 @@ def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Structure:
     """Watch ``run(model)``, one forward pass on a batch of at least two samples, and return the groups found.
 
     The model must be in eval mode. Costs one forward pass, or two where the first meets tensors that it has not made;
-    nothing of the model is changed.
+    nothing of the model is changed, but what it remembered of earlier passes for a device is forgotten.
     """
     tracer, outputs = _watched(without_caches(model), run)
     if tracer.unobserved:  # libraries keep positions and anchors in caches that no module shows
