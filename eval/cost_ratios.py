@@ -32,8 +32,8 @@ from modhifi.pruning.prune import prune_model
 from modhifi.pruning.readers import Reader
 from modhifi.pruning.settings import PruneSettings
 
-IMAGES, BATCH, PIXELS = 64, 32, 224
-WINDOWS = 8
+IMAGES, BATCH, PIXELS = 256, 32, 224
+WINDOWS = 16
 # A feed-forward layer of Llama-2-7B; random rows and outputs of its reader.
 COLUMNS, REMOVED, OUTPUTS = 11008, 0.3, 256
 Row = dict[str, Any]
@@ -113,8 +113,8 @@ def main() -> None:
             ["what", "over plain passes", "CPU seconds", "goal"],
             f"""# Cost of a prune over plain forward passes
 Tracing, moments, selection, compensation and cutting against plain forward passes before and behind it; processor time
-of one thread, so that what other programs do counts little. Few samples: what does not grow with them weighs more than
-in a usual run. Command: `python eval/cost_ratios.py --rounds {options.rounds}`.""",
+of one thread, so that what other programs do counts little. With few windows, what does not grow with them weighs more
+than in a usual run. Command: `python eval/cost_ratios.py --rounds {options.rounds}`.""",
         )
 
 

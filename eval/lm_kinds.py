@@ -40,6 +40,7 @@ CALIBRATIONS: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
     f"self, 10 % {WIKI}": ({"self": 0.9, WIKI: 0.1}, {}),
     f"self, 10 % {MANUAL}": ({"self": 0.9, MANUAL: 0.1}, {}),
     f"self, 50 % {WIKI}": ({"self": 0.5, WIKI: 0.5}, {}),
+    f"thirds of self, {WIKI} and {MANUAL}": ({"self": 1 / 3, WIKI: 1 / 3, MANUAL: 1 / 3}, {}),
     WIKI: ({WIKI: 1}, {}),
     "self, ridge 1e-3": ({"self": 1}, {"ridge": 1e-3}),
     "self, ridge 1e-2": ({"self": 1}, {"ridge": 1e-2}),
