@@ -24,7 +24,7 @@ The schema, version 1; every part but ``title`` may be missing, which means that
 * ``texts``: ``{beginning, before, after}``, what a language model writes
 * ``timed``: of a budget of time, ``{operators, rest}``: the predicted seconds of every operator, before and after the
   edit, and of what no operator's width changes
-* ``timing``: seconds by stage; ``contact_sheet``: a PNG picture as a data URI (:func:`data_uri`)
+* ``timing``: seconds by stage; ``contact_sheet``: a JPEG picture as a data URI (:func:`data_uri`)
 """
 
 from __future__ import annotations
@@ -125,10 +125,10 @@ def _ladder(verdicts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def data_uri(image: Image.Image) -> str:
-    """A picture as a PNG data URI of at most 256 colours, small enough for a page."""
+    """A picture as a JPEG data URI, small enough for a page."""
     buffer = io.BytesIO()
-    image.convert("RGB").quantize(256).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image.convert("RGB").save(buffer, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 # -- charts ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 import modhifi
 from modhifi.cli.main import app
 
-pytestmark = pytest.mark.usefixtures("reload_in_process")
 runner = CliRunner()
 
 

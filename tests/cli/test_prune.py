@@ -19,7 +19,6 @@ import modhifi
 from modhifi.cli.main import app
 from modhifi.runs.recipes.files import read_yaml
 
-pytestmark = pytest.mark.usefixtures("reload_in_process")
 runner = CliRunner()
 
 

@@ -125,7 +125,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def small(model_dir: Path, image_dir: Path, reload_in_process: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small(model_dir: Path, image_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "small"
     modhifi.prune(
         model_dir, f"images:{image_dir}", ratio=0.3, samples=8, evaluation_samples=8, checks={"walked": 0}, out=out

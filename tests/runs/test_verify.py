@@ -27,7 +27,6 @@ from modhifi.structure.expand import expand
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import mask_readers, shrink
 
-pytestmark = pytest.mark.usefixtures("reload_in_process")
 runner = CliRunner()
 
 
