@@ -35,9 +35,10 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, Template
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
@@ -71,10 +72,6 @@ def label(key: str) -> str:
 
 def render_html(report: Mapping[str, Any]) -> str:
     """The report as one HTML page without network or script, for screen, phone and paper, light and dark."""
-    environment = Environment(
-        loader=PackageLoader("modhifi.artifacts", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": number, "plain": plain, "tone": tone, "label": label, "unbroken": unbroken}
     report = printable(report)
     groups = report.get("groups") or []
     rows = [{**row, "change": change(row)} for row in report.get("before_after") or []]
@@ -86,9 +83,8 @@ def render_html(report: Mapping[str, Any]) -> str:
         "learning": learning_curve(report.get("healing")),
     }
     comparison = report.get("comparison")
-    template = environment.get_template("report.html.j2")
     verdicts = report.get("verdicts") or []
-    page: str = template.render(
+    page: str = _template().render(
         report=report,
         rows=rows,
         columns=columns(report),
@@ -102,6 +98,15 @@ def render_html(report: Mapping[str, Any]) -> str:
         ladder=_ladder(verdicts),
     )
     return re.sub(r"(?<=\d) %", "\u00a0%", page)
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("modhifi.artifacts", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number, "plain": plain, "tone": tone, "label": label, "unbroken": unbroken}
+    return environment.get_template("report.html.j2")
 
 
 def _set(settings: Mapping[str, Any]) -> dict[str, Any]:

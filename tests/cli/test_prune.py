@@ -224,6 +224,7 @@ def test_a_full_output_directory_is_refused(model_dir: Path, image_dir: Path, tm
     assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_nothing(model_dir: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "modhifi", "prune", str(model_dir), "--ratio", "0.3", "--samples", "200000"]
     process = subprocess.Popen(
