@@ -195,7 +195,7 @@ def test_bad_images(model_dir: Path, image_dir: Path, tmp_path: Path) -> None:
     for i in range(3):
         (mixed / f"corrupt{i}.png").write_bytes(b"\x89PNG nothing")
         (only / f"corrupt{i}.png").write_bytes(b"\x89PNG nothing")
-    arguments = ["--ratio", "0.3", "--samples", 30, "--evaluation-samples", 20, "--json"]
+    arguments = ["--ratio", "0.3", "--samples", 30, "--evaluation-samples", 20, "--walked", 0, "--json"]
     code, stdout, stderr = run("prune", model_dir, "--data", f"images:{mixed}", "--out", tmp_path / "out", *arguments)
     assert code == 0, stderr
     assert any("3 unreadable" in w and "corrupt1.png" in w for w in json.loads(stdout)["warnings"])

@@ -242,6 +242,7 @@ def unlearn(world: Path, out: Path | None, model: Path | None = None, forget: st
         "forget": [forget],
         "data": {"source": f"images:{world / 'train'}", "samples": 480, "evaluate": f"images:{world / 'test'}"},
         "method": method,
+        "checks": {"walked": 0},
         "out": None if out is None else str(out),
         "device": "cpu",
     }
