@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import timm
+import tiny_text
 import torch
 import yaml
 from huggingface_hub import ModelCard
@@ -224,6 +225,13 @@ def test_card_names_base_model_and_licence(tmp_path):
     assert (data.base_model, data.license, data.license_name) == ("timm/resnet18.a1_in1k", "other", "Some Licence 1.0")
     again = load_artifact(out)
     assert (again.info["revision"], again.info["licence"]) == ("f" * 40, "Some Licence 1.0")
+
+
+def test_the_card_of_a_language_model_says_what_its_text_becomes(tmp_path):
+    loaded = load_model(tiny_text.save(tmp_path / "model"))
+    card = (save(tmp_path / "a", loaded, copy.deepcopy(loaded.model)) / "README.md").read_text()
+    sentence = 'beside the weights (`AutoTokenizer.from_pretrained(".")`); a vocabulary of 51; at most 64 at once.'
+    assert f"Text: tokens of the {type(loaded.tokenizer).__name__} {sentence}" in card
 
 
 def test_the_card_names_data_and_files_but_no_place_on_disk(saved):
