@@ -74,7 +74,7 @@ def run_compare(
         settings = {name: replace(run.settings(), rounding=rounding) for name, (run, _) in completed.items()}
     with clock.stage("data"):
         calibration, held = load_data(common, original, given, clock.inner)
-        warnings = [*warnings, *warn_degenerate(calibration), *skipped_warnings(calibration)]
+        warnings = [*warnings, *warn_degenerate(calibration), *skipped_warnings(calibration, held)]
     with clock.stage("measure"):
         shared = measure_once(original, calibration, settings[names[0]], clock.inner, cache)
     cells: list[dict[str, Any]] = []

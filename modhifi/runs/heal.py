@@ -95,7 +95,7 @@ def run_heal(
     with clock.stage("data"):
         data = load_learning_data(recipe, patient, given, clock.inner)
         recipe = settle_batchnorm(recipe, original, data.train)
-        warnings = [*original.warnings, *warn_degenerate(data.train), *skipped_warnings(data.train)]
+        warnings = [*original.warnings, *warn_degenerate(data.train), *skipped_warnings(data.train, data.held)]
     checkpoint = None if out is None else _checkpoint(out, recipe, patient, data, force)
     with clock.stage("heal"):
         healed = _distil(recipe, patient, data, checkpoint, clock)

@@ -120,7 +120,7 @@ def run_prune(
     with clock.stage("data"):
         calibration, held = load_data(recipe, original, given, progress)
         warnings = [*original.warnings, *remarks, *shortage(recipe, calibration, held)]
-        warnings += [*warn_degenerate(calibration), *skipped_warnings(calibration)]
+        warnings += [*warn_degenerate(calibration), *skipped_warnings(calibration, held)]
         if (unsteady := unrepeatable(original, calibration.first())) is not None:
             clock.note(f"warning: {unsteady}")  # before groups are refused for it
     with clock.stage("prune"):
