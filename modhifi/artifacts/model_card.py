@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 from modhifi.artifacts.escape import markdown_code, markdown_text, one_line
 from modhifi.artifacts.exports import EXPORTS
 from modhifi.artifacts.formatting import asked, figures_table, plain
+from modhifi.data.samples import PART
 from modhifi.models.manifest import Manifest, ModelEntry
 
 PIPELINES = {"image": "image-classification", "text": "text-generation", "encoder": "feature-extraction"}
@@ -104,7 +105,7 @@ def _preprocessing(model: ModelEntry, location: str) -> list[str]:
         sizes = {"a vocabulary of {:,}": "vocab_size", "at most {:,} at once": "max_position_embeddings"}
         known = [text.format(config[key]) for text, key in sizes.items() if isinstance(config.get(key), int)]
         call = f'AutoTokenizer.from_pretrained("{location.removeprefix("hf:")}")'
-        tokens = f"tokens of the {markdown_text(model.tokenizer)} beside the weights (`{call}`)"
+        tokens = f"tokens of the tokenizer beside the weights (`{call}`)"
         return [f"Text: {'; '.join([tokens, *known])}.\n"]
     given = model.info.get("pretrained_cfg") or {}
     size, mean, std = (given.get(key) for key in ("input_size", "mean", "std"))
@@ -121,7 +122,7 @@ def _data(manifest: Manifest) -> list[str]:
     parts = [f"{what} {markdown_text(ON_DISK.sub(':', data.description))}" for what, data in named if data.description]
     if not parts:
         return []
-    own = manifest.calibration.description.startswith(("self", "synthetic"))
+    own = PART.sub("", manifest.calibration.description).startswith(("self", "synthetic"))
     licence = "" if own else " Its licence is not recorded here: ask whoever published it."
     return ["## Data\n", f"{'; '.join(parts)}.{licence}\n"]
 
