@@ -62,8 +62,14 @@ def _show(report: dict[str, Any], verbose: bool) -> None:
     if report["mixtures"]:
         sizes = " or ".join(str(size) for size in sorted({m["experts"] for m in report["mixtures"]}))
         print_line(f"{len(report['mixtures'])} mixtures of {sizes} experts: --experts 0.75x removes whole ones")
-    print_line(f"{len(report['groups'])} groups can be pruned, {len(report['refused'])} cannot")
-    show_refusals(console, report["folded"])
+    for title, rows, whole in (
+        ("groups can be pruned", supported["patterns"], False),
+        ("groups can go whole", supported["whole"], True),
+    ):
+        refusals = [row for row in report["folded"] if row["whole"] == whole]
+        if rows or refusals:
+            print_line(f"{sum(row['groups'] for row in rows)} {title}, {sum(row['groups'] for row in refusals)} cannot")
+            show_refusals(console, refusals)
     if verbose:
         _show_groups(report)
     else:

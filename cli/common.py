@@ -203,6 +203,12 @@ def print_warnings(warnings: Iterable[str]) -> None:
         print(f"modhifi: warning: {one_line(text)}", file=sys.stderr)
 
 
+def annotate(level: str, message: str) -> None:
+    """Shows an error or a warning beside a run of GitHub Actions; does nothing elsewhere."""
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        print(f"::{level} title=modhifi::{one_line(message).replace('%', '%25')}", file=sys.stderr)
+
+
 def print_json(payload: Any) -> None:
     """Prints ``payload`` on stdout as JSON; numbers that are not finite, which JSON does not have, become null."""
     print(json.dumps(_finite(payload), indent=2))

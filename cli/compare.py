@@ -47,7 +47,7 @@ def compare(
 
     Time is that of one sample over the original's, measured in turns.
 
-    "front" names the costs in which no other cell is as cheap, within 2 %, and better.
+    "front" names the costs in which no other cell is as cheap, within 2 %, and better by more than chance.
 
     A budget out of reach makes an empty cell, not an error.
 

@@ -23,6 +23,7 @@ from modhifi.artifacts.escape import one_line
 from modhifi.errors import ModhifiError, is_out_of_memory
 
 from . import streams
+from .common import annotate
 from .env import version
 
 # Every verb, its file's name, and the first sentence of its help, which `modhifi --help` shows without that file.
@@ -83,8 +84,7 @@ class ErrorMapping(TyperGroup):
             message = message_of(error)
             if message is not None:
                 _stderr(f"error: {message}")
-                if os.environ.get("GITHUB_ACTIONS") == "true":
-                    print(annotation(message), file=sys.stderr)
+                annotate("error", message)
                 raise typer.Exit(getattr(error, "exit_code", BAD_INPUT)) from None
             if hasattr(error, "exit_code"):
                 raise  # typer's own ways to end
@@ -135,11 +135,6 @@ def usage(error: Any) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "modhifi"
     return f"{text[:1].lower()}{text[1:]}; see `{command} --help`"
-
-
-def annotation(message: str) -> str:
-    """The command that shows an error beside a run of GitHub Actions."""
-    return f"::error title=modhifi::{message.replace('%', '%25')}"
 
 
 def _stderr(text: str) -> None:

@@ -13,7 +13,7 @@ import typer
 from modhifi.cache import default_directory
 from modhifi.runs.recipes.tasks import Recipe, StepsRecipe
 
-from .common import imported_for_good, print_json, progress
+from .common import annotate, imported_for_good, print_json, progress
 from .push import check_pushed, pushed
 from .screens import show_briefly, show_report
 
@@ -67,6 +67,9 @@ def run(
                 show_briefly(done.report, done.path, done.name if isinstance(recipe, StepsRecipe) else None)
             else:
                 show_report(done.report, done.path, ladder=ladder)
+    for done in finished:
+        for text in done.report["warnings"]:
+            annotate("warning", text)
     if finished[-1].failure is not None:
         raise finished[-1].failure
     pushed(finished[-1].path, push_to_hub)

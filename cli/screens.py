@@ -65,12 +65,14 @@ def show_prune(report: dict[str, Any], path: Path | None) -> None:
             table.add_row(g["name"], g["kind"], str(g["n"]), str(g["kept"]), number(g["relative_error"]))
         console.print(table)
         show_prediction(console, report)
-    told = [r for r in report["folded"] if "the model's output" not in r["reason"] and "on request" not in r["reason"]]
-    if told and "before_after" in report:
-        console.print(f"groups that cannot be pruned: {sum(r['groups'] for r in told)}; `modhifi check` says why")
-    elif told:
-        console.print("groups that cannot be pruned:")
-        show_refusals(console, told)
+    unable = [row for row in report["folded"] if "on request" not in row["reason"]]
+    if any("the model's output" not in row["reason"] for row in unable):
+        count = f"{len(report['groups'])} groups can be pruned, {sum(row['groups'] for row in unable)} cannot"
+        if "before_after" in report:
+            console.print(f"{count}; `modhifi check` says why", highlight=False)
+        else:
+            console.print(count, highlight=False)
+            show_refusals(console, unable)
     show_written(console, path)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -110,6 +111,17 @@ def check_output(out: str | Path, force: bool = False, reads: Iterable[Path] = (
                 "another directory"
             )
     _try_to_create(out)
+
+
+def check_space(out: Path, needed: float) -> None:
+    """Raises ModhifiError, before any work, if fewer than the ``needed`` bytes are free on the disk of ``out``."""
+    out = out.absolute()
+    free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
+    if needed > free:
+        raise ModhifiError(
+            f"the weights take some {needed / 1e6:,.0f} MB and the disk of {out} has {free / 1e6:,.0f} MB free; make "
+            "room, or give --out a directory on another disk"
+        )
 
 
 def foreign(directory: Path) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 from timm.models import save_for_hf
 
-from modhifi.artifacts.reload_check import FreshProcess, compare_outputs
-from modhifi.models.artifact import load_artifact
+from modhifi.artifacts.reload_check import FreshProcess
 from modhifi.progress import silent
 
 # Errors would be said twice.
@@ -59,39 +58,27 @@ def image_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def reload_in_process() -> Iterator[None]:
-    """Runs load what they wrote in this process: a fresh one costs seconds, and test_save and test_packaging ask it."""
-
-    def check(
-        directory: Path,
-        batch: torch.Tensor,
-        expected: Mapping[str, torch.Tensor],
-        skeleton: torch.nn.Module | None,
-        *process: object,
-    ) -> None:
-        with torch.inference_mode():
-            assert not compare_outputs(load_artifact(directory, skeleton).outputs(batch), expected)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("modhifi.artifacts.reload_check.verify_reload", check)
-        for run in ("prune", "unlearn", "heal"):
-            patch.setattr(f"modhifi.runs.{run}.FreshProcess", lambda library: None)
-        yield
-
-
 @pytest.fixture(scope="session", autouse=True)
 def one_fresh_process() -> Iterator[None]:
-    """One process tries every way to load what tests save without a process of their own: each costs seconds."""
+    """One process loads again whatever tests save: each takes seconds to start. test_packaging starts others."""
     processes: list[FreshProcess] = []
 
-    def started(library: str) -> FreshProcess:
+    def started(library: str = "torch") -> FreshProcess:
         if not processes:
             processes.append(FreshProcess("transformers"))
         return processes[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("modhifi.artifacts.save.FreshProcess", started)
+        for module in ("artifacts.reload_check", "artifacts.save", "runs.prune", "runs.unlearn", "runs.heal"):
+            patch.setattr(f"modhifi.{module}.FreshProcess", started)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_pass_a_round() -> Iterator[None]:
+    """Times are taken of one pass a round: no test looks at how exact they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modhifi.runs.timing.turns.ROUND_SECONDS", 1e-6)
         yield
 
 

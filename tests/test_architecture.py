@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 import modhifi
 
 ROOT = Path(modhifi.__file__).parent
@@ -54,7 +56,12 @@ def files() -> dict[str, Path]:
 
 
 FILES = files()
-ARROWS = {name: {to for to in imports(path, name) if to in FILES} for name, path in FILES.items()}
+
+
+@pytest.fixture(scope="module")
+def arrows() -> dict[str, set[str]]:
+    """What every file imports; not read while tests are collected, which every worker does."""
+    return {name: {to for to in imports(path, name) if to in FILES} for name, path in FILES.items()}
 
 
 def room(name: str) -> str:
@@ -65,15 +72,15 @@ def test_every_room_has_a_floor():
     assert {room(name) for name in FILES} <= set(HEIGHT)
 
 
-def test_no_file_imports_from_above_or_from_a_neighbour():
+def test_no_file_imports_from_above_or_from_a_neighbour(arrows: dict[str, set[str]]):
     wrong = [
         f"{name} -> {to}"
-        for name, tos in ARROWS.items()
+        for name, tos in arrows.items()
         for to in tos
         if room(to) != room(name) and HEIGHT[room(to)] >= HEIGHT[room(name)]
     ]
     assert not wrong, "\n".join(wrong)
 
 
-def test_no_circle():
-    TopologicalSorter(ARROWS).prepare()  # raises CycleError with the circle
+def test_no_circle(arrows: dict[str, set[str]]):
+    TopologicalSorter(arrows).prepare()  # raises CycleError with the circle

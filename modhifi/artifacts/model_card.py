@@ -6,13 +6,14 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import ModelCardData
 
 from modhifi.artifacts.escape import markdown_code, markdown_text, one_line
 from modhifi.artifacts.exports import EXPORTS
 from modhifi.artifacts.formatting import asked, figures_table, plain
+from modhifi.data.samples import PART
 from modhifi.models.manifest import Manifest, ModelEntry
 
 PIPELINES = {"image": "image-classification", "text": "text-generation", "encoder": "feature-extraction"}
@@ -64,7 +65,7 @@ def model_card(name: str, manifest: Manifest, report: Mapping[str, Any], locatio
         _snippet(framework, stock, location),
         *_remote(remote, location),
         *_not_alone(model),
-        *_preprocessing(model),
+        *_preprocessing(model, location),
         *_results(report),
         *_data(manifest),
         "## Intended use and limits\n",
@@ -97,8 +98,15 @@ def _files(weights: Mapping[str, str], exports: Mapping[str, str]) -> str:
     return "; ".join(f"{markdown_code(name)}: {use}" for name, use in uses.items()) + ".\n"
 
 
-def _preprocessing(model: ModelEntry) -> list[str]:
-    """The sentence on what the model wants its images to be."""
+def _preprocessing(model: ModelEntry, location: str) -> list[str]:
+    """The sentence on what the model wants its images, or its text, to be."""
+    if model.tokenizer is not None:
+        config = cast(dict[str, Any], model.info.get("config") or {})
+        sizes = {"a vocabulary of {:,}": "vocab_size", "at most {:,} at once": "max_position_embeddings"}
+        known = [text.format(config[key]) for text, key in sizes.items() if isinstance(config.get(key), int)]
+        call = f'AutoTokenizer.from_pretrained("{location.removeprefix("hf:")}")'
+        tokens = f"tokens of the tokenizer beside the weights (`{call}`)"
+        return [f"Text: {'; '.join([tokens, *known])}.\n"]
     given = model.info.get("pretrained_cfg") or {}
     size, mean, std = (given.get(key) for key in ("input_size", "mean", "std"))
     if model.kind != "image" or not (size and mean and std):
@@ -114,7 +122,7 @@ def _data(manifest: Manifest) -> list[str]:
     parts = [f"{what} {markdown_text(ON_DISK.sub(':', data.description))}" for what, data in named if data.description]
     if not parts:
         return []
-    own = manifest.calibration.description.startswith(("self", "synthetic"))
+    own = PART.sub("", manifest.calibration.description).startswith(("self", "synthetic"))
     licence = "" if own else " Its licence is not recorded here: ask whoever published it."
     return ["## Data\n", f"{'; '.join(parts)}.{licence}\n"]
 

@@ -21,15 +21,15 @@ TOLERANCE = 0.02
 COSTS = {"flops": "FLOPs, as a share of the original's", "time": "time of one sample, over the original's"}
 
 
-def front(costs: Sequence[float], qualities: Sequence[float], tolerance: float = 0.0) -> list[bool]:
-    """Which of some points no other is at least as cheap and as good as, and better in one of the two.
+def front(costs: Sequence[float], qualities: Sequence[float], tolerance: float = 0.0, noise: float = 0.0) -> list[bool]:
+    """Which of some points no other is as cheap as and better, or as good as and cheaper.
 
-    A point that costs up to ``tolerance`` more, as a share, is as cheap.
+    Costs that differ by up to ``tolerance``, as a share, are alike. A point is better by more than ``noise`` alone.
     """
     cost, quality = np.array(costs, dtype=float), np.array(qualities, dtype=float)
-    no_worse = (cost[None] <= (1 + tolerance) * cost[:, None]) & (quality[None] >= quality[:, None])
-    better = (cost[None] < cost[:, None]) | (quality[None] > quality[:, None])
-    dominated = np.asarray((no_worse & better).any(1))
+    better = (cost[None] <= (1 + tolerance) * cost[:, None]) & (quality[None] > quality[:, None] + noise)
+    cheaper = ((1 + tolerance) * cost[None] < cost[:, None]) & (quality[None] >= quality[:, None])
+    dominated = np.asarray((better | cheaper).any(1))
     return [not each for each in dominated.tolist()]
 
 
@@ -81,7 +81,7 @@ def draw(axes: Any, comparison: Mapping[str, Any], cost: str, ink: str) -> None:
             markersize=6,
             color=colour[cell["selector"]],
         )
-    best = sorted((c[cost], c["quality"]) for c, on in zip(cells, fronts(cells)[cost], strict=True) if on)
+    best = sorted((c[cost], c["quality"]) for c, on in zip(cells, fronts(cells, 0.0)[cost], strict=True) if on)
     steps = sorted([*best, (1.0, comparison["original_quality"])])
     axes.plot([x for x, _ in steps], [100 * y for _, y in steps], color=ink, linewidth=0.8, drawstyle="steps-post")
     axes.plot(1.0, 100 * comparison["original_quality"], marker="*", markersize=11, color=ink, linewidth=0)
@@ -99,6 +99,10 @@ def draw(axes: Any, comparison: Mapping[str, Any], cost: str, ink: str) -> None:
         side.set_linewidth(0.6)
 
 
-def fronts(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[bool]]:
-    """For each cost which of some measured cells are on its front, budgets being met within ``TOLERANCE``."""
-    return {cost: front([c[cost] for c in cells], [c["quality"] for c in cells], TOLERANCE) for cost in COSTS}
+def fronts(cells: Sequence[Mapping[str, Any]], noise: float) -> dict[str, list[bool]]:
+    """For each cost which of some measured cells are on its front, budgets being met within ``TOLERANCE``.
+
+    Qualities that differ by up to ``noise`` are alike.
+    """
+    qualities = [cell["quality"] for cell in cells]
+    return {cost: front([cell[cost] for cell in cells], qualities, TOLERANCE, noise) for cost in COSTS}

@@ -24,7 +24,7 @@ The schema, version 1; every part but ``title`` may be missing, which means that
 * ``texts``: ``{beginning, before, after}``, what a language model writes
 * ``timed``: of a budget of time, ``{operators, rest}``: the predicted seconds of every operator, before and after the
   edit, and of what no operator's width changes
-* ``timing``: seconds by stage; ``contact_sheet``: a PNG picture as a data URI (:func:`data_uri`)
+* ``timing``: seconds by stage; ``contact_sheet``: a JPEG picture as a data URI (:func:`data_uri`)
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, Template
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
@@ -71,10 +72,6 @@ def label(key: str) -> str:
 
 def render_html(report: Mapping[str, Any]) -> str:
     """The report as one HTML page without network or script, for screen, phone and paper, light and dark."""
-    environment = Environment(
-        loader=PackageLoader("modhifi.artifacts", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": number, "plain": plain, "tone": tone, "label": label, "unbroken": unbroken}
     report = printable(report)
     groups = report.get("groups") or []
     rows = [{**row, "change": change(row)} for row in report.get("before_after") or []]
@@ -86,9 +83,8 @@ def render_html(report: Mapping[str, Any]) -> str:
         "learning": learning_curve(report.get("healing")),
     }
     comparison = report.get("comparison")
-    template = environment.get_template("report.html.j2")
     verdicts = report.get("verdicts") or []
-    page: str = template.render(
+    page: str = _template().render(
         report=report,
         rows=rows,
         columns=columns(report),
@@ -102,6 +98,15 @@ def render_html(report: Mapping[str, Any]) -> str:
         ladder=_ladder(verdicts),
     )
     return re.sub(r"(?<=\d) %", "\u00a0%", page)
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("modhifi.artifacts", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number, "plain": plain, "tone": tone, "label": label, "unbroken": unbroken}
+    return environment.get_template("report.html.j2")
 
 
 def _set(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,10 +130,10 @@ def _ladder(verdicts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def data_uri(image: Image.Image) -> str:
-    """A picture as a PNG data URI of at most 256 colours, small enough for a page."""
+    """A picture as a JPEG data URI, small enough for a page."""
     buffer = io.BytesIO()
-    image.convert("RGB").quantize(256).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image.convert("RGB").save(buffer, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 # -- charts ------------------------------------------------------------------------------------------------------------

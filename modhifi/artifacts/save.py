@@ -224,6 +224,7 @@ def _model_entry(original: LoadedModel, framework: str, changes: Differences) ->
         "kind": original.kind,
         "info": {key: original.info[key] for key in keys if key in original.info},
         "labels": list(original.labels) if original.labels else None,
+        "tokenizer": None if original.tokenizer is None else type(original.tokenizer).__name__,
         "example": {
             "shape": list(original.example.shape),
             "dtype": str(original.example.dtype).removeprefix("torch."),

@@ -107,6 +107,8 @@ class ModelEntry(Part):
     stock: str | None = None
     remote: str | None = None
     not_alone: str | None = None
+    # The class of the tokenizer that lies beside the weights.
+    tokenizer: str | None = None
 
 
 class Weights(Part):

@@ -74,7 +74,7 @@ def run_compare(
         settings = {name: replace(run.settings(), rounding=rounding) for name, (run, _) in completed.items()}
     with clock.stage("data"):
         calibration, held = load_data(common, original, given, clock.inner)
-        warnings = [*warnings, *warn_degenerate(calibration), *skipped_warnings(calibration)]
+        warnings = [*warnings, *warn_degenerate(calibration), *skipped_warnings(calibration, held)]
     with clock.stage("measure"):
         shared = measure_once(original, calibration, settings[names[0]], clock.inner, cache)
     cells: list[dict[str, Any]] = []
@@ -133,7 +133,8 @@ def _measure_cell(
 def _compared(cells: list[dict[str, Any]], original: LoadedModel, held: Samples) -> dict[str, Any]:
     """The comparison of all cells, those on a front marked; see :mod:`modhifi.artifacts.pareto`."""
     full = [cell for cell in cells if cell["error"] is None]
-    on = fronts(full)
+    noise = half_width(max(cell["quality"] for cell in full), len(held)) if full else None
+    on = fronts(full, noise or 0.0)
     for number, cell in enumerate(full):
         cell["front"] = [cost for cost in on if on[cost][number]]
     accuracy = full[0].get("accuracy_before") if full else None
@@ -141,6 +142,7 @@ def _compared(cells: list[dict[str, Any]], original: LoadedModel, held: Samples)
     return {
         "quality": agreement if accuracy is None else "top-1 accuracy",
         "original_quality": 1.0 if accuracy is None else accuracy,
+        "noise": noise,
         "perplexity_before": full[0].get("perplexity_before") if full else None,
         "cells": cells,
     }
@@ -184,8 +186,8 @@ def _add_conclusions(report: dict[str, Any], budgets: Sequence[str]) -> None:
     text = f"{start}: {', '.join(winners)}." if winners else "Every cell is empty; the reasons are below."
     if winners:
         n = report["data"]["held_out_samples"]
-        error = half_width(max(cell["quality"] for cell in best.values()), n)
-        text += f" On {n:,} held-out samples, differences of less than {100 * error:.1f} points may be chance."
+        noise = 100 * comparison["noise"]
+        text += f" On {n:,} held-out samples, differences of less than {noise:.1f} points may be chance."
     report["outcome"] = {"tone": "good" if winners else "bad", "text": text, "advice": []}
     report["warnings"] = [
         *report["warnings"],

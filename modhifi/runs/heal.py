@@ -23,7 +23,7 @@ from modhifi.calibration.distributed import processes
 from modhifi.data.contact_sheet import contact_sheet
 from modhifi.data.labels import label_samples, populations
 from modhifi.data.samples import Samples, describe_data, warn_degenerate
-from modhifi.disk import check_output, home_path
+from modhifi.disk import check_output, check_space, home_path
 from modhifi.errors import ModhifiError
 from modhifi.healing.checkpoint import Checkpoint
 from modhifi.healing.distil import distil
@@ -34,6 +34,7 @@ from modhifi.progress import Clock, Progress, silent
 from modhifi.runs.defaults import complete_heal, settle_batchnorm
 from modhifi.runs.heal_inputs import LearningData, Patient, load_learning_data, load_patient, teacher_of
 from modhifi.runs.inputs import NOTHING, Given, local_paths, located
+from modhifi.runs.measure import stored_bytes
 from modhifi.runs.recipes.heal import HealRecipe
 from modhifi.runs.reports.bounds import add_bounds
 from modhifi.runs.reports.continuations import continuations
@@ -92,10 +93,12 @@ def run_heal(
         recipe = complete_heal(recipe, original, device, teacher_of(recipe, patient))
         original.model.to(device)
         patient.edited.model.to(device)
+        if out is not None:
+            check_space(out, stored_bytes(patient.edited.model))
     with clock.stage("data"):
         data = load_learning_data(recipe, patient, given, clock.inner)
         recipe = settle_batchnorm(recipe, original, data.train)
-        warnings = [*original.warnings, *warn_degenerate(data.train), *skipped_warnings(data.train)]
+        warnings = [*original.warnings, *warn_degenerate(data.train), *skipped_warnings(data.train, data.held)]
     checkpoint = None if out is None else _checkpoint(out, recipe, patient, data, force)
     with clock.stage("heal"):
         healed = _distil(recipe, patient, data, checkpoint, clock)

@@ -23,7 +23,7 @@ from modhifi.calibration.gram_quality import gram_warnings
 from modhifi.data.contact_sheet import contact_sheet
 from modhifi.data.quality import look
 from modhifi.data.samples import Samples, describe_data, warn_degenerate
-from modhifi.disk import check_output
+from modhifi.disk import check_output, check_space
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.trial import unrepeatable
@@ -36,6 +36,7 @@ from modhifi.pruning.stages import Pruned
 from modhifi.runs.defaults import Amounts, complete, rounding_for
 from modhifi.runs.forecast import forecast
 from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, located, place, shortage
+from modhifi.runs.measure import stored_bytes
 from modhifi.runs.meters import meter_of
 from modhifi.runs.recalibrate import reestimate_if_closer
 from modhifi.runs.recipes.budgets import BudgetChoice
@@ -116,11 +117,13 @@ def run_prune(
         if incomparable:
             recipe, more = _by_local_errors(recipe, incomparable)
             remarks = [*remarks, *more]
+        if out is not None:
+            check_space(out, stored_bytes(original.model) * _least(budget))
         meter = meter_of(recipe, original, budget, cache, progress)
     with clock.stage("data"):
         calibration, held = load_data(recipe, original, given, progress)
         warnings = [*original.warnings, *remarks, *shortage(recipe, calibration, held)]
-        warnings += [*warn_degenerate(calibration), *skipped_warnings(calibration)]
+        warnings += [*warn_degenerate(calibration), *skipped_warnings(calibration, held)]
         if (unsteady := unrepeatable(original, calibration.first())) is not None:
             clock.note(f"warning: {unsteady}")  # before groups are refused for it
     with clock.stage("prune"):
@@ -173,6 +176,14 @@ def run_prune(
         path = _save(out, recipe, original, pruned, calibration, held, report, clock, force, process)
     report["timing"] = clock.seconds
     return PruneResult(report, pruned.plan, pruned.model, path, bounds)
+
+
+def _least(budget: Budget | None) -> float:
+    """The share of the parameters that is left, at about the least; 0 where nobody knows before the plan is made."""
+    if budget is None or budget.measure in ("latency", "memory"):
+        return 0.0
+    # A width that is cut shortens the operators on both of its sides.
+    return budget.keep if budget.measure == "parameters" else budget.keep**2
 
 
 def _fit(recipe: PruneRecipe, original: LoadedModel, budget: Budget | None) -> str:

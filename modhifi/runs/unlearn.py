@@ -21,12 +21,13 @@ from modhifi.data.labels import class_name, label_samples
 from modhifi.data.labels import populations as populations_of
 from modhifi.data.samples import Samples, describe_data
 from modhifi.data.sources import load_samples
-from modhifi.disk import check_output
+from modhifi.disk import check_output, check_space
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Clock, Progress, silent
 from modhifi.runs.audit import load_reference, report_parts
 from modhifi.runs.inputs import NOTHING, Given, forgotten_before, load_source, local_paths, located
+from modhifi.runs.measure import stored_bytes
 from modhifi.runs.recipes.unlearn import UnlearnRecipe
 from modhifi.runs.reports.bounds import add_bounds
 from modhifi.runs.reports.head import head
@@ -74,6 +75,8 @@ def run_unlearn(
     with clock.stage("load"):
         original = given.model or load_source(recipe.model)
         original.model.to(device)
+        if out is not None:
+            check_space(out, stored_bytes(original.model))
         tolerances = recipe.checks.tolerances()
         tolerances.fit(original.kind)
         classes = find_classes(recipe.forget, original)

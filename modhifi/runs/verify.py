@@ -23,6 +23,7 @@ from modhifi.runs.defaults import complete_verify
 from modhifi.runs.inputs import NOTHING, Given, load_source, original_of
 from modhifi.runs.recipes.prune import ModelSource
 from modhifi.runs.recipes.tasks import VerifyRecipe
+from modhifi.runs.reports.prune import skipped_warnings
 from modhifi.structure.expand import expand
 
 
@@ -49,6 +50,7 @@ def run_verify(
     held = load_samples(source, original, n=data.samples, seed=recipe.seed, window=data.window, progress=progress)
     if manifest is not None and not data.allow_overlap:
         require_unseen(manifest, held)
+    warnings = [*original.warnings, *skipped_warnings(held)]
     dense_shape = in_dense_shape(edited, original, manifest)
     original.model.to(device)
     edited.to(device)
@@ -58,7 +60,7 @@ def run_verify(
         bounds = verify_model(
             original, edited, dense_shape, held, tolerances, walked=walked, batch_size=batch_size, progress=progress
         )
-        return replace(bounds, warnings=(*original.warnings, *bounds.warnings)), recipe
+        return replace(bounds, warnings=(*warnings, *bounds.warnings)), recipe
     held, remark = label_samples(original, held, batch_size)
     bounds = verify_unlearned(
         original,
@@ -71,7 +73,7 @@ def run_verify(
         batch_size=batch_size,
         progress=progress,
     )
-    return replace(bounds, warnings=(*original.warnings, *bounds.warnings, *([remark] if remark else []))), recipe
+    return replace(bounds, warnings=(*warnings, *bounds.warnings, *([remark] if remark else []))), recipe
 
 
 def load_pair(

@@ -112,7 +112,7 @@ def test_page_holds_every_part_and_needs_nothing_else():
         "3, 32, 32",
     ):
         assert words in page.text, words
-    assert [s[:22] for s in page.sources] == ["data:image/png;base64,"]
+    assert [s[:23] for s in page.sources] == ["data:image/jpeg;base64,"]
     assert "@import" not in html and not re.search(r"url\((?!#)", html) and "<script" not in html
     assert html.count("<svg") == 3 and "#010203" not in html and "currentColor" in html
     assert '<div class="verdict good"><b>PASS-STATISTICAL' in html and '<div class="verdict bad"><b>FAIL' in html

@@ -194,7 +194,23 @@ def test_the_verb_shows_and_clears(tmp_path: Path) -> None:
     assert nowhere.exit_code == 0 and not (tmp_path / "nowhere").exists()
 
 
-def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(items: Slow, index: int) -> torch.Tensor:
+        if list(tmp_path.glob("moments/*.safetensors")):
+            raise KeyboardInterrupt
+        return items.items[index]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Slow, "__getitem__", ended)
+        with pytest.raises(KeyboardInterrupt):
+            prune(tmp_path)
+    resumed, said = prune(tmp_path)
+    assert "the rest measured" in said
+    assert resumed == prune(None)[0]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     script = "import test_cache as t, sys, pathlib; t.prune(pathlib.Path(sys.argv[1]), seconds=0.02)"
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=os.environ | {"PYTHONPATH": path})

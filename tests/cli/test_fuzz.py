@@ -33,9 +33,7 @@ counts = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module")
-def world(
-    model_dir: Path, image_dir: Path, tmp_path_factory: pytest.TempPathFactory, reload_in_process: None
-) -> Iterator[Path]:
+def world(model_dir: Path, image_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A directory to work in, with a small model, an artefact of it, and images."""
     root = tmp_path_factory.mktemp("fuzz")
     shutil.copytree(model_dir, root / "model")

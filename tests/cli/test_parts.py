@@ -47,7 +47,6 @@ def data(place: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("reload_in_process")
 @pytest.mark.parametrize("name", tiny_parts.MODELS)
 def test_prune_and_load_again(name: str, tmp_path: Path) -> None:
     saved = tiny_parts.save(name, tmp_path / "model")

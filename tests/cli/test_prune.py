@@ -19,7 +19,6 @@ import modhifi
 from modhifi.cli.main import app
 from modhifi.runs.recipes.files import read_yaml
 
-pytestmark = pytest.mark.usefixtures("reload_in_process")
 runner = CliRunner()
 
 
@@ -188,18 +187,24 @@ def test_bad_models(image_dir: Path, model_dir: Path, tmp_path: Path) -> None:
     assert code == 2 and "NaN" in stderr and "fc.weight" in stderr
 
 
-def test_bad_images(model_dir: Path, image_dir: Path, tmp_path: Path) -> None:
-    mixed, only = tmp_path / "mixed", tmp_path / "only"
-    mixed.mkdir(), only.mkdir()
-    for i, path in enumerate(sorted(image_dir.rglob("*.png"))[:40]):
-        Image.open(path).save(mixed / f"{i}.png")
+def test_bad_images(model_dir: Path, image_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed, only, held = (tmp_path / name for name in ("mixed", "only", "held"))
+    mixed.mkdir(), only.mkdir(), held.mkdir()
+    for i, path in enumerate(sorted(image_dir.rglob("*.png"))):
+        Image.open(path).save((mixed if i < 40 else held) / f"{i}.png")
     for i in range(3):
         (mixed / f"corrupt{i}.png").write_bytes(b"\x89PNG nothing")
         (only / f"corrupt{i}.png").write_bytes(b"\x89PNG nothing")
-    arguments = ["--ratio", "0.3", "--samples", 30, "--evaluation-samples", 20, "--json"]
+    (held / "corrupt.png").write_bytes(b"\x89PNG nothing")
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    arguments = ["--ratio", "0.3", "--samples", 30, "--evaluation-samples", 20, "--walked", 0, "--json"]
     code, stdout, stderr = run("prune", model_dir, "--data", f"images:{mixed}", "--out", tmp_path / "out", *arguments)
     assert code == 0, stderr
     assert any("3 unreadable" in w and "corrupt1.png" in w for w in json.loads(stdout)["warnings"])
+    assert "\n::warning title=modhifi::3 unreadable items were skipped: " in f"\n{stderr}"
+    few = ["--samples", 8, "--walked", 0, "--quiet"]
+    code, _, stderr = run("verify", tmp_path / "out", "--against", model_dir, "--data", f"images:{held}", *few)
+    assert code == 0 and stderr.startswith("::warning title=modhifi::1 unreadable item was skipped: corrupt.png")
     code, _, stderr = run("prune", model_dir, "--data", f"images:{only}", "--out", tmp_path / "out2", *arguments)
     assert code == 2 and not (tmp_path / "out2").exists()
 
@@ -225,6 +230,7 @@ def test_a_full_output_directory_is_refused(model_dir: Path, image_dir: Path, tm
     assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_nothing(model_dir: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "modhifi", "prune", str(model_dir), "--ratio", "0.3", "--samples", "200000"]
     process = subprocess.Popen(

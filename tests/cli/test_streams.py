@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-# A command, and what a shell does with its streams.
+# Commands, and what a shell does with their streams; one that imports torch, and one that takes a tenth of its time.
 ENV = f"{sys.executable} -m modhifi env"
+LIST = f"{sys.executable} -m modhifi recipe ls"
 FAILS = f"{sys.executable} -m modhifi recipe show none"
 # A verb that prints what no other encoding than Unicode's has got.
 ARROWS = (
@@ -32,13 +33,13 @@ def shell(command: str, **settings: str) -> tuple[int, str]:
     ("command", "code"),
     [
         (f"{ENV} | true", 0),
-        (f"{ENV} | head -1", 0),
+        (f"{LIST} | head -1", 0),
         (f"{sys.executable} -m modhifi --help | true", 0),
-        (f"{sys.executable} -m modhifi recipe ls | true", 0),
-        (f"{ENV} 2>&1 | true", 0),
-        (f"{ENV} >&-", 0),
-        (f"{ENV} 2>&-", 0),
-        (f"{ENV} <&- >&- 2>&-", 0),
+        (f"{LIST} | true", 0),
+        (f"{LIST} 2>&1 | true", 0),
+        (f"{LIST} >&-", 0),
+        (f"{LIST} 2>&-", 0),
+        (f"{LIST} <&- >&- 2>&-", 0),
         (f"{FAILS} 2>&1 | true", 2),
         (f"{FAILS} >&- 2>&-", 2),
     ],
@@ -52,7 +53,7 @@ def test_readers_that_go_away_do_not_change_the_exit_code(command: str, code: in
 def test_a_full_disk_is_one_line() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full here")
-    code, stderr = shell(f"{ENV} > /dev/full")
+    code, stderr = shell(f"{LIST} > /dev/full")
     assert code == 2 and stderr == "modhifi: error: No space left on device\n"
 
 

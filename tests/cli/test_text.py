@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,12 @@ def test_bad_input(model: Path, text: str, tmp_path: Path) -> None:
     for arguments, message in cases:
         code, _, stderr = run("prune", model, "--out", tmp_path / "out", "--quiet", *arguments)
         assert code == 2 and message in " ".join(stderr.split()), (arguments, stderr)
+
+
+def test_check_and_prune_count_groups_alike(model: Path, text: str) -> None:
+    _, checked, _ = run("check", model)
+    (count,) = re.findall(r"\d+ groups can be pruned, \d+ cannot", checked)
+    few = ["--samples", 4, "--evaluation-samples", 4, "--window", 16, "--only-this-data", "--no-cache"]
+    code, pruned, stderr = run("prune", model, "--data", text, "--ratio", 0.5, "--dry-run", *few)
+    assert code == 0, stderr
+    assert count in pruned and not count.endswith(" 0 cannot")

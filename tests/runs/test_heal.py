@@ -35,7 +35,6 @@ from modhifi.runs.inputs import NOTHING, original_of
 from modhifi.runs.recipes.tasks import parse
 
 __all__ = ["world"]
-pytestmark = pytest.mark.usefixtures("reload_in_process")
 
 
 def run(*arguments: object) -> tuple[int, str, str]:

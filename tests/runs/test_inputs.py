@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+import modhifi
 from modhifi.cli.main import app
 from modhifi.errors import ModhifiError
 from modhifi.runs.inputs import local_paths, located
@@ -126,3 +129,25 @@ def test_only_what_a_recipe_reads_from_disk_becomes_absolute(tmp_path: Path, mon
         "method": {"selector": "obs", "name": "erase", "only": ["net"]},
         "steps": {"verify": {"directory": "step:prune", "against": {"name": f"{tmp_path}/net"}}},
     }
+
+
+RUNS: list[tuple[Any, dict[str, Any], int]] = [
+    (modhifi.prune, {"params": "0.5x"}, 2),
+    (modhifi.prune, {"ratio": 0.2}, 2),
+    (modhifi.unlearn, {"forget": "frog"}, 4),
+]
+
+
+@pytest.mark.parametrize(("run", "asked", "megabytes"), RUNS)
+def test_a_disk_without_room_is_told_before_the_data_are_read(
+    run: Any, asked: dict[str, Any], megabytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The demo's weights take 3.76 MB: all of them, half, or what a fifth fewer rows and columns leave."""
+    free = partial(shutil._ntuple_diskusage, 10**9, 10**9)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free(10**6))
+    with pytest.raises(ModhifiError, match=f"weights take some {megabytes} MB and the disk of .* has 1 MB free"):
+        run("demo:resnet", "images:/nowhere", out=tmp_path / "out", **asked)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free((megabytes + 1) * 10**6))
+    with pytest.raises(ModhifiError, match="/nowhere"):
+        run("demo:resnet", "images:/nowhere", out=tmp_path / "out", **asked)
+    assert not list(tmp_path.iterdir())

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 from modhifi.cli.main import app
 from modhifi.runs.recipes.bundled import shipped
 
-pytestmark = pytest.mark.usefixtures("reload_in_process")
 runner = CliRunner()
 
 

@@ -76,7 +76,7 @@ def test_latency_takes_the_ratio_within_a_round(monkeypatch: pytest.MonkeyPatch)
     # Before the rounds one pass warms up and one tells how many passes a round takes.
     monkeypatch.setattr(turns, "_timer", lambda: Scripted)
     scripts = {"dense": iter([9.0, 0.005, 1, 2, 3, 4, 5]), "edited": iter([9.0, 0.005, 0.5, 1, 1.5, 2, 2.5])}
-    result = time_in_turns(scripts, 2, rounds=5)  # type: ignore[arg-type]
+    result = time_in_turns(scripts, 2, rounds=5, round_seconds=0.05)  # type: ignore[arg-type]
     assert Spread.of(result.seconds["dense"]) == Spread(3, 2)
     assert Spread.of(result.seconds["edited"]) == Spread(1.5, 1)
     assert result.ratio("edited", "dense") == Spread(0.5, 0) and result.passes == {"dense": 10, "edited": 10}
@@ -125,7 +125,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def small(model_dir: Path, image_dir: Path, reload_in_process: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small(model_dir: Path, image_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "small"
     modhifi.prune(
         model_dir, f"images:{image_dir}", ratio=0.3, samples=8, evaluation_samples=8, checks={"walked": 0}, out=out

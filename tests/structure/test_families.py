@@ -74,29 +74,43 @@ def uniform(name: str, kinds: tuple[str, ...], folder: Path) -> torch.nn.Module:
     return small
 
 
+BOTH, NEURONS = ("heads", "neurons"), ("neurons",)
+UNIFORM = {
+    "llama": BOTH,
+    "llama, tied": BOTH,
+    "qwen3": BOTH,
+    "gemma3": BOTH,
+    "phi3": BOTH,
+    "vit": BOTH,
+    "gpt2": NEURONS,
+    "opt": NEURONS,
+    "bert": NEURONS,
+    "distilbert": NEURONS,
+    "gpt_neox": NEURONS,
+    "swin": NEURONS,
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, tied", "vit", "gpt2", "bert"])
+def test_a_uniform_artefact_loads_while_modhifi_cannot_be_imported(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    uniform(name, UNIFORM[name], tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "modhifi", None)
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "out")])
+    exec(STOCK, {})
+    assert capsys.readouterr().out == f"True torch.{'bfloat16' if name == 'llama' else 'float32'}\n"
+
+
+@pytest.mark.slow
 def test_uniform_artefacts_load_with_transformers_alone(tmp_path: Path):
-    both, neurons = ("heads", "neurons"), ("neurons",)
-    cases = {
-        "llama": both,
-        "llama, tied": both,
-        "qwen3": both,
-        "gemma3": both,
-        "phi3": both,
-        "vit": both,
-        "gpt2": neurons,
-        "opt": neurons,
-        "bert": neurons,
-        "distilbert": neurons,
-        "gpt_neox": neurons,
-        "swin": neurons,
-    }
     folders = []
-    for name, kinds in cases.items():
+    for name, kinds in UNIFORM.items():
         folders.append(str(tmp_path / name.replace(", ", "-")))
         uniform(name, kinds, Path(folders[-1]))
     run = subprocess.run([sys.executable, "-c", STOCK, *folders], capture_output=True, text=True)
-    found = dict(zip(cases, run.stdout.splitlines(), strict=False))
-    expected = dict.fromkeys(cases, "True torch.float32") | {"llama": "True torch.bfloat16"}
+    found = dict(zip(UNIFORM, run.stdout.splitlines(), strict=False))
+    expected = dict.fromkeys(UNIFORM, "True torch.float32") | {"llama": "True torch.bfloat16"}
     assert found == expected, run.stderr[-2000:]
 
 

@@ -87,7 +87,7 @@ class ModelSource(Strict):
     panel: ClassVar[str] = "Loading"
 
     name: Annotated[str, Option("MODEL")]
-    """timm:NAME, hf:ORG/NAME[@REVISION], demo:resnet, or a directory."""
+    """timm:NAME, hf:ORG/NAME[@REVISION], demo:resnet, a directory, or a .gguf file."""
     args: Annotated[dict[str, Any], Option("--model-arg", metavar="KEY=VALUE", repeat=True, read=read_pairs)] = {}
     """Argument for timm.create_model; repeat it."""
     pretrained: Annotated[bool, Option("--pretrained/--random-weights")] = True

@@ -144,7 +144,7 @@ def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
             spread=throughput.get("ratio_iqr"),
             change=None if throughput else f"needs {FEWEST_BATCHES} full batches held out",
         ),
-        row("weights on disk", size["bytes"][0], size["bytes"][1], "B"),
+        row("size of the weights", size["bytes"][0], size["bytes"][1], "B"),
     ]
     more = [row(name, 1.0, share, "%") for name, share in errors.get("agreements", {}).items()]
     if "agreement" not in errors:

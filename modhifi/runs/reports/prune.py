@@ -27,13 +27,17 @@ WORDS = {"latency": "time", "memory": "memory"}
 QUANTILES = (0.1, 0.5, 0.9)
 
 
-def skipped_warnings(samples: Samples) -> list[str]:
-    """The warning that unreadable items were skipped, with the first ten of them; empty if there were none."""
-    if not samples.skipped:
+def skipped_warnings(*parts: Samples) -> list[str]:
+    """The warning that unreadable items were skipped, with the first ten of them; empty if there were none.
+
+    What one source left out stands in all parts of it, and counts once.
+    """
+    skipped = [*dict.fromkeys(item for samples in parts for item in samples.skipped)]
+    if not skipped:
         return []
-    names = "; ".join(f"{name} ({reason})" for name, reason in samples.skipped[:10])
-    more = f"; and {len(samples.skipped) - 10} more" if len(samples.skipped) > 10 else ""
-    return [f"{len(samples.skipped)} unreadable items were skipped: {names}{more}"]
+    names = "; ".join(f"{name} ({reason})" for name, reason in skipped[:10])
+    more = f"; and {len(skipped) - 10} more" if len(skipped) > 10 else ""
+    return [f"{len(skipped)} unreadable item{'s were' if len(skipped) > 1 else ' was'} skipped: {names}{more}"]
 
 
 def report_of(

@@ -17,17 +17,25 @@ def pattern(name: str) -> str:
 
 
 def folded(model: nn.Module, refused: Iterable[Group]) -> list[Mapping[str, Any]]:
-    """The refusals of a model's groups, those as one that say the same but for numbers; most groups first."""
+    """The refusals of a model's groups, those as one that say the same but for numbers; most groups first.
+
+    ``whole`` says of each whether its groups are blocks or sublayers, which go whole or not at all.
+    """
     hidden = getattr(getattr(model, "config", None), "hidden_size", None)
-    alike: dict[str, list[Group]] = {}
+    alike: dict[tuple[str, bool], list[Group]] = {}
     for g in refused:
         reason = re.sub(r" \([^()]*\)", "", str(g.refused))
         if g.n == hidden and "fixed or unknown tensor" in reason:
             reason = "their width is the hidden size"
         reason = "; ".join(dict.fromkeys(reason.split("; ")))
-        alike.setdefault(pattern(reason), []).append(g)
+        alike.setdefault((pattern(reason), bool(g.parts)), []).append(g)
     rows = [
-        {"reason": reason, "groups": len(members), "names": list(dict.fromkeys(pattern(g.name) for g in members))}
-        for reason, members in alike.items()
+        {
+            "reason": reason,
+            "groups": len(members),
+            "whole": whole,
+            "names": list(dict.fromkeys(pattern(g.name) for g in members)),
+        }
+        for (reason, whole), members in alike.items()
     ]
     return sorted(rows, key=lambda entry: -entry["groups"])
