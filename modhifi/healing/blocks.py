@@ -1,18 +1,81 @@
-"""The blocks of an original and of its smaller version whose outputs can be compared: one place, one shape."""
+"""The blocks of an original and of its smaller version whose outputs can be compared, channel by channel."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from modhifi.models.loaded import LoadedModel
-from modhifi.structure.depth import name_after
+from modhifi.structure.depth import inside, name_after, removed_parts
+from modhifi.structure.groups import Structure
+from modhifi.structure.operators import outputs_of
 from modhifi.structure.outputs import named_tensors
+from modhifi.structure.places import operator_at
+from modhifi.structure.plan import Plan
+from modhifi.structure.recurrent import Gates
+from modhifi.structure.stacked import Stacked
+from modhifi.structure.surgery import removed_positions, staying
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a student lacks of its original.
+
+    ``parts`` are blocks and sublayers, as `structure.depth.removed_parts` gives them. ``outputs`` are, for each
+    operator that lost some of its outputs, in order of execution, those that stay: bool ``(outputs,)``.
+    """
+
+    parts: Mapping[str, int] = field(default_factory=dict)
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, structure: Structure, plan: Plan) -> Cut:
+        """What a plan removes of a model."""
+        removed = removed_positions(structure, plan)
+        outputs = {}
+        for name in structure.operators:
+            operator = operator_at(model, name)
+            if (name, "producer") in removed and not isinstance(operator, Stacked | Gates):
+                outputs[name] = staying(outputs_of(operator), removed[name, "producer"])
+        return cls(removed_parts(structure, plan), outputs)
+
+    def positions(self, block: str, output: Tensor, smaller: Tensor) -> tuple[int, Tensor] | None:
+        """The axis along which a block's output is ``smaller`` in the student, and the positions that are left there.
+
+        They are those of the last operator in the block that has as many outputs, before and after: what comes behind
+        it, an addition or a norm, leaves channels in their places. None where there is no such operator.
+        """
+        axes = [axis for axis, sizes in enumerate(zip(output.shape, smaller.shape, strict=True)) if len(set(sizes)) > 1]
+        if len(axes) != 1:
+            return None
+        sizes = (output.shape[axes[0]], smaller.shape[axes[0]])
+        alike = [
+            stays
+            for name, stays in self.outputs.items()
+            if inside(name, (block,)) and (len(stays), int(stays.sum())) == sizes
+        ]
+        return (axes[0], alike[-1].nonzero().flatten()) if alike else None
+
+
+@dataclass(frozen=True)
+class Match:
+    """A block by its name in the ``student``, and what its output has left there: ``stays``, int64, along an axis.
+
+    None: all of it.
+    """
+
+    student: str
+    axis: int = 0
+    stays: Tensor | None = None
+
+    def part_of(self, output: Tensor) -> Tensor:
+        """What the student's block should put out, of the original's."""
+        return output if self.stays is None else output.index_select(self.axis, self.stays.to(output.device))
 
 
 class Watch:
@@ -54,22 +117,20 @@ class Watch:
 
 
 @torch.no_grad()
-def matched_blocks(
-    original: LoadedModel, student: nn.Module, removed: Mapping[str, int] = MappingProxyType({})
-) -> dict[str, str]:
-    """Names of the blocks that run once and whose outputs have one shape in both models, in order of execution.
+def matched_blocks(original: LoadedModel, student: nn.Module, cut: Cut) -> dict[str, Match]:
+    """The blocks that run once and whose outputs can be compared, by name in the original, in order of execution.
 
-    Each by its name in the original, with that in the student, which lacks the blocks and sublayers ``removed`` (as
-    `structure.depth.removed_parts` gives them). A block is an entry of a list or sequence that has parts of its own; it
-    is left out where the list has lost others than these. Of several that put out one and the same tensor the innermost
-    counts; one whose output is overwritten later in the pass does not.
+    They have one shape in both models, or are narrower in the student, and the ``cut`` says which channels are left. A
+    block is an entry of a list or sequence that has parts of its own; it is left out where the list has lost others
+    than ``cut.parts``. Of several that put out one and the same tensor the innermost counts; one whose output is
+    overwritten later in the pass does not.
     """
     names = {}
     for owner, name in _candidates(original.model):
-        theirs = name_after(name, removed)
+        theirs = name_after(name, cut.parts)
         if theirs is None:
             continue
-        if _entries(original.model, owner, removed) == _entries(student, theirs.rpartition(".")[0]):
+        if _entries(original.model, owner, cut.parts) == _entries(student, theirs.rpartition(".")[0]):
             names[name] = theirs
     seen: list[dict[str, Tensor]] = []
     for model, places in ((original.model, tuple(names)), (student, tuple(names.values()))):
@@ -78,20 +139,25 @@ def matched_blocks(
         once = {name: x for name, x in watch.outputs.items() if watch.runs[name] == 1 and x.ndim > 1}
         seen.append({name: x for name, x in once.items() if x._version == watch.versions[name]})
     ours, others = seen
-    by_memory: dict[int, str] = {}
-    for name in ours:
-        if names[name] in others and ours[name].shape == others[names[name]].shape:
-            by_memory.setdefault(ours[name].data_ptr(), name)
-    return {name: names[name] for name in by_memory.values()}
+    by_memory: dict[int, tuple[str, Match]] = {}
+    for name, output in ours.items():
+        smaller = others.get(names[name])
+        if smaller is None or output.ndim != smaller.ndim:
+            continue
+        if output.shape == smaller.shape:
+            by_memory.setdefault(output.data_ptr(), (name, Match(names[name])))
+        elif (left := cut.positions(name, output, smaller)) is not None:
+            by_memory.setdefault(output.data_ptr(), (name, Match(names[name], *left)))
+    return dict(by_memory.values())
 
 
-def _entries(model: nn.Module, owner: str, removed: Mapping[str, int] = MappingProxyType({})) -> int | None:
+def _entries(model: nn.Module, owner: str, removed: Mapping[str, int] | None = None) -> int | None:
     """How many entries a list has, without those ``removed``; None where there is no such list."""
     try:
         children = dict(model.get_submodule(owner).named_children())
     except AttributeError:
         return None
-    return sum(removed.get(f"{owner}.{key}".lstrip("."), 1) > 0 for key in children)
+    return sum((removed or {}).get(f"{owner}.{key}".lstrip("."), 1) > 0 for key in children)
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, str]]:

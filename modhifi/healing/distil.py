@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from types import MappingProxyType
 
 import torch
 from accelerate.utils import broadcast
@@ -16,7 +15,7 @@ from modhifi.bounds.held_out import classes_last
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError, is_out_of_memory
 from modhifi.healing.augment import augmented
-from modhifi.healing.blocks import Watch, matched_blocks
+from modhifi.healing.blocks import Cut, Match, Watch, matched_blocks
 from modhifi.healing.checkpoint import Checkpoint
 from modhifi.healing.devices import accelerator_for
 from modhifi.healing.healed import Healed, State, best_entry
@@ -45,7 +44,7 @@ def distil(
     settings: HealSettings,
     *,
     closed: Sequence[int] = (),
-    removed: Mapping[str, int] = MappingProxyType({}),
+    cut: Cut | None = None,
     checkpoint: Checkpoint | None = None,
     progress: Progress = silent,
     note: Callable[[str], None] = lambda text: None,
@@ -54,10 +53,10 @@ def distil(
 
     The given models stay as they are. ``validation`` samples, on which nothing is trained, choose the best weights.
     ``closed`` classes are taken from the teacher, and no block is matched then: they were erased on purpose.
-    ``removed`` are the blocks and sublayers that the student lacks. With a ``checkpoint`` a run goes on where it was
+    ``cut`` says what the student lacks, None for nothing. With a ``checkpoint`` a run goes on where it was
     ended. Raises ModhifiError where the models cannot be run on the samples.
     """
-    run = Distillation(original, student, train, validation, settings, closed, removed, checkpoint, progress, note)
+    run = Distillation(original, student, train, validation, settings, closed, cut or Cut(), checkpoint, progress, note)
     return run.run()
 
 
@@ -72,7 +71,7 @@ class Distillation:
         validation: Samples,
         settings: HealSettings,
         closed: Sequence[int],
-        removed: Mapping[str, int],
+        cut: Cut,
         checkpoint: Checkpoint | None,
         progress: Progress,
         note: Callable[[str], None],
@@ -88,7 +87,7 @@ class Distillation:
             self.model.float()
         self.norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         matched = settings.blocks > 0 and not self.closed
-        self.blocks = matched_blocks(original, student, removed) if matched else dict[str, str]()
+        self.blocks = matched_blocks(original, student, cut) if matched else dict[str, Match]()
         self.adapted = None
         if settings.lora is None:
             for parameter in self.model.parameters():
@@ -102,8 +101,8 @@ class Distillation:
         self.state = State(micro=self.size)
         self.schedule = Schedule(settings.steps, settings.minutes)
         keep, autocast = not settings.augment, self.accelerator.autocast
-        self.teacher = Teacher(original, tuple(self.blocks), len(train), keep, autocast)
-        self.examiner = Teacher(original, (), len(validation), keep=True)
+        self.teacher = Teacher(original, self.blocks, len(train), keep, autocast)
+        self.examiner = Teacher(original, {}, len(validation), keep=True)
         self.best = self._weights()
         self.losses: list[Tensor] = []
 
@@ -116,7 +115,7 @@ class Distillation:
             self._save()
         broken, early = None, False
         with ExitStack() as stack:
-            self.watch = stack.enter_context(Watch(self.model, tuple(self.blocks.values())))
+            self.watch = stack.enter_context(Watch(self.model, tuple(match.student for match in self.blocks.values())))
             share = self._share()
             while share < 1 and broken is None and not early:
                 self._step(share)
@@ -188,7 +187,9 @@ class Distillation:
             closed=self.closed,
         )
         if self.blocks:
-            loss = loss + settings.blocks * block_loss(wanted_blocks, self.watch.take(), real)
+            # As the divergence is, which would outweigh them otherwise: gradients of soft outputs are small.
+            softened = 1.0 if self.original.gives_features else settings.temperature**2
+            loss = loss + settings.blocks * softened * block_loss(wanted_blocks, self.watch.take(), real)
         return loss
 
     def _indices(self) -> list[int]:

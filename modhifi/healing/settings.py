@@ -11,10 +11,10 @@ class HealSettings:
 
     ``steps`` or ``minutes``, whichever is used up first, end it; the learning rate rises over the first ``WARM_UP`` of
     that and falls as a cosine. ``optimizer`` is a name of `modhifi.healing.optimizers.OPTIMIZERS`.
-    ``temperature`` softens the logits of both models; ``blocks`` weighs the distance of the blocks' outputs against
-    that of the model's. With ``augment`` images are flipped and shifted; with ``batch_statistics`` BatchNorm normalises
-    by the batch and follows it, else its statistics stay. ``lora`` is the rank of the adapters that are trained in
-    place of the weights, None for the weights.
+    ``temperature`` T softens the logits of both models; ``blocks`` weighs the distance of the blocks' outputs against
+    that of the model's, both of them times T² where there are logits. With ``augment`` images are flipped and shifted;
+    with ``batch_statistics`` BatchNorm normalises by the batch and follows it, else its statistics stay. ``lora`` is
+    the rank of the adapters that are trained in place of the weights, None for the weights.
     """
 
     learning_rate: float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modhifi.calibration.memory import free_bytes
-from modhifi.healing.blocks import Watch
+from modhifi.healing.blocks import Match, Watch
 from modhifi.models.loaded import LoadedModel
 
 # The share of the free memory that kept outputs may take.
@@ -18,7 +18,7 @@ SHARE = 0.25
 
 
 class Teacher:
-    """The outputs of ``original`` and of its ``blocks`` on batches of one set of ``count`` samples.
+    """The outputs of ``original``, and what those of its ``blocks`` should be in a student, on ``count`` samples.
 
     With ``keep`` those of a sample are computed once, if all of them fit into memory and have one shape. ``autocast``
     makes the context in which the original runs: in full precision it would take longer than a student in half.
@@ -27,7 +27,7 @@ class Teacher:
     def __init__(
         self,
         original: LoadedModel,
-        blocks: tuple[str, ...],
+        blocks: Mapping[str, Match],
         count: int,
         keep: bool,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -45,9 +45,10 @@ class Teacher:
             device = next(self.original.model.parameters()).device
             first, *others = (tensor[chosen].to(device) for tensor in self.kept)
             return first, tuple(others)
-        with Watch(self.original.model, self.blocks) as watch, self.autocast():
+        with Watch(self.original.model, tuple(self.blocks)) as watch, self.autocast():
             output = self.original.logits(batch)
-            outputs = (output, *watch.take())
+            seen = zip(self.blocks.values(), watch.take(), strict=True)
+            outputs = (output, *(match.part_of(whole) for match, whole in seen))
         if self.keep and not self.kept:
             self._make_room(outputs)
         padded = self.original.real_tokens(batch) is not None

@@ -149,7 +149,7 @@ def _distil(
             data.validation,
             recipe.settings(),
             closed=patient.closed,
-            removed=patient.removed,
+            cut=patient.cut,
             checkpoint=checkpoint,
             progress=clock.inner,
             note=clock.note,

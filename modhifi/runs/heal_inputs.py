@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
+from modhifi.healing.blocks import Cut
 from modhifi.healing.lora import check_lora
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import Manifest
@@ -18,27 +18,24 @@ from modhifi.runs.inputs import Given, load_data, original_of
 from modhifi.runs.recipes.heal import HealRecipe
 from modhifi.runs.recipes.prune import ModelSource
 from modhifi.runs.verify import load_pair
-from modhifi.structure.depth import removed_parts
 
 # The samples that choose the best weights: a share of those to learn from, and no more than this many, or windows of
 # text, where every position tells: both models read them in full precision twenty times.
 VALIDATION, MOST_VALIDATION, MOST_WINDOWS = 0.1, 500, 10
-# The kinds of groups whose components are whole modules.
-DEPTH = ("blocks", "sublayers")
 
 
 @dataclass(frozen=True)
 class Patient:
     """What is healed: ``edited`` made from ``original``, its ``manifest`` (None of a module), forgotten classes.
 
-    ``removed`` are the blocks and sublayers of the original that it lacks, as far as its manifest tells.
+    ``cut`` is what it lacks of the original, as far as its manifest tells.
     """
 
     original: LoadedModel
     edited: LoadedModel
     manifest: Manifest | None
     closed: tuple[int, ...]
-    removed: Mapping[str, int]
+    cut: Cut
 
 
 @dataclass(frozen=True)
@@ -64,13 +61,14 @@ def load_patient(recipe: HealRecipe, given: Given) -> Patient:
             raise ModhifiError("--lora is for models of transformers; leave it out to train the weights themselves")
         check_lora()
     closed = () if manifest is None else tuple(entry.index for entry in manifest.forgotten)
-    return Patient(original, edited, manifest, closed, _removed(original, manifest))
+    return Patient(original, edited, manifest, closed, _cut(original, manifest))
 
 
-def _removed(original: LoadedModel, manifest: Manifest | None) -> Mapping[str, int]:
-    if manifest is None or manifest.base.edits_before or not any(g.kind in DEPTH for g in manifest.groups):
-        return {}
-    return removed_parts(find_structure(original, depth=True), manifest.plan())
+def _cut(original: LoadedModel, manifest: Manifest | None) -> Cut:
+    kinds = set() if manifest is None or manifest.base.edits_before else {group.kind for group in manifest.groups}
+    if manifest is None or not kinds or "experts" in kinds:
+        return Cut()
+    return Cut.of(original.model, find_structure(original, depth=True), manifest.plan())
 
 
 def teacher_of(recipe: HealRecipe, patient: Patient) -> ModelSource:

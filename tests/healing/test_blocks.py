@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import timm
 import tiny_text
 import tiny_timm
 import torch
 from deep import known, of_kind
 from torch import nn
 
-from modhifi.healing.blocks import Watch, matched_blocks
+from modhifi.healing.blocks import Cut, Watch, matched_blocks
 from modhifi.models.load import load_model
+from modhifi.pruning.stages import find_structure
 from modhifi.structure.clone import clone
 from modhifi.structure.depth import drop, removed_parts
 from modhifi.structure.plan import Plan
+from modhifi.structure.surgery import mask_readers, shrink
 
 
 def test_blocks_of_residual_networks_and_transformers() -> None:
     resnet = load_model(tiny_timm.resnet())
-    assert tuple(matched_blocks(resnet, resnet.model)) == ("layer1.0", "layer2.0", "layer3.0", "layer4.0")
+    assert tuple(matched_blocks(resnet, resnet.model, Cut())) == ("layer1.0", "layer2.0", "layer3.0", "layer4.0")
     vit = load_model(tiny_timm.vit())
-    assert tuple(matched_blocks(vit, vit.model)) == ("blocks.0", "blocks.1")
+    assert tuple(matched_blocks(vit, vit.model, Cut())) == ("blocks.0", "blocks.1")
 
 
 def test_blocks_of_a_language_model() -> None:
     llama = load_model(tiny_text.llama())
-    assert tuple(matched_blocks(llama, llama.model)) == ("model.layers.0", "model.layers.1")
+    assert tuple(matched_blocks(llama, llama.model, Cut())) == ("model.layers.0", "model.layers.1")
 
 
 def test_a_block_of_another_width_is_left_out() -> None:
@@ -32,7 +39,7 @@ def test_a_block_of_another_width_is_left_out() -> None:
         nn.Sequential(nn.Sequential(nn.Linear(3, w), nn.ReLU()), nn.Sequential(nn.Linear(w, 4))) for w in (5, 2)
     )
     loaded = load_model(first, example=torch.randn(2, 3))
-    assert tuple(matched_blocks(loaded, second)) == ("1",)
+    assert tuple(matched_blocks(loaded, second, Cut())) == ("1",)
 
 
 def test_blocks_behind_a_removed_one_are_matched_with_what_they_were() -> None:
@@ -43,14 +50,33 @@ def test_blocks_behind_a_removed_one_are_matched_with_what_they_were() -> None:
     names = [f"model.layers.{n}" for n in range(4)]
     assert list(removed) == [names[2]]
     expected = {names[0]: names[0], names[1]: names[1], names[3]: names[2]}
-    assert matched_blocks(loaded, small, removed) == expected
-    assert matched_blocks(loaded, small) == {}  # which of them are gone is not known
+    matched = matched_blocks(loaded, small, Cut(removed))
+    assert {name: match.student for name, match in matched.items()} == expected
+    assert matched_blocks(loaded, small, Cut()) == {}  # which of them are gone is not known
+
+
+@pytest.mark.parametrize("make", [tiny_timm.resnet, partial(timm.create_model, "test_efficientnet")])
+def test_narrower_blocks_are_matched_channel_by_channel(make: Callable[[], nn.Module]) -> None:
+    """A student whose every channel stays what it was: nothing reads what is gone."""
+    loaded = load_model(make())
+    structure = find_structure(loaded)
+    plan = Plan({g.name: tuple(range(1, g.n, 2)) if g.n > 1 else (0,) for g in structure.prunable})
+    original = mask_readers(loaded.model, structure, plan)
+    masked, small = load_model(original, example=loaded.example), shrink(clone(original), structure, plan)
+    cut = Cut.of(original, structure, plan)
+    matched = matched_blocks(masked, small, cut)
+    assert any(match.stays is not None for match in matched.values())
+    with Watch(original, tuple(matched)) as dense, Watch(small, tuple(m.student for m in matched.values())) as narrow:
+        original(loaded.example)
+        small(loaded.example)
+    for match, wanted, got in zip(matched.values(), dense.take(), narrow.take(), strict=True):
+        torch.testing.assert_close(match.part_of(wanted), got)
 
 
 def test_what_is_overwritten_later_is_left_out() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(3, 4)), nn.ReLU(inplace=True), nn.Sequential(nn.Linear(4, 4)))
     loaded = load_model(model, example=torch.randn(2, 3))
-    assert tuple(matched_blocks(loaded, clone(loaded.model))) == ("2",)
+    assert tuple(matched_blocks(loaded, clone(loaded.model), Cut())) == ("2",)
 
 
 def test_outputs_come_in_the_order_of_the_names_and_are_taken_once() -> None:

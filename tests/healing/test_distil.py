@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
+from modhifi.healing.blocks import Cut, Watch
 from modhifi.healing.checkpoint import Checkpoint
 from modhifi.healing.distil import Distillation, distil
 from modhifi.healing.healed import Healed
+from modhifi.healing.losses import block_loss, output_loss
 from modhifi.healing.optimizers import OPTIMIZERS
 from modhifi.healing.settings import HealSettings
 from modhifi.models.load import load_model
@@ -82,6 +84,19 @@ def test_the_student_comes_nearer_and_the_given_models_stay(
     assert not healed.model.training and not any(p.requires_grad for p in healed.model.parameters())
     for model, state in zip((pair[0].model, pair[1]), before, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_loss_has_the_distance_of_blocks_on_the_scale_of_the_divergence(
+    pair: tuple[LoadedModel, nn.Module], images: tuple[Samples, Samples]
+) -> None:
+    settings = replace(SETTINGS, temperature=3.0, blocks=0.5)
+    run = Distillation(*pair, *images, settings, (), Cut(), None, silent, lambda text: None)
+    batch, names = next(images[0].batches(4)), tuple(run.blocks)
+    with Watch(run.model, names) as run.watch, Watch(pair[0].model, names) as dense, torch.no_grad():
+        loss = run._loss(range(4), 0)
+        outputs = [pair[0].logits(batch, model) for model in (None, run.model)]
+        expected = output_loss(*outputs, temperature=3.0) + 0.5 * 9 * block_loss(dense.take(), run.watch.take())
+    assert names and float(loss) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_the_statistics_of_batchnorm_move_only_where_that_is_asked_for(
@@ -293,7 +308,7 @@ def test_adapters_are_merged_into_weights_of_the_same_names(texts: Samples, tmp_
 def test_the_teacher_runs_in_the_precision_of_the_student(
     pair: tuple[LoadedModel, nn.Module], images: tuple[Samples, Samples]
 ) -> None:
-    run = Distillation(*pair, *images, SETTINGS, (), {}, None, silent, lambda text: None)
+    run = Distillation(*pair, *images, SETTINGS, (), Cut(), None, silent, lambda text: None)
     # what is examined is examined in full
     assert run.teacher.autocast == run.accelerator.autocast and run.examiner.autocast is nullcontext
     run.teacher.autocast = lambda: torch.autocast("cpu", torch.bfloat16)

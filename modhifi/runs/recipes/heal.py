@@ -46,7 +46,7 @@ class HealMethod(Strict):
     temperature: Annotated[float, Field(gt=0)] | None = None
     """Softens the logits of both models; by default 4 for images, 1 for text."""
     blocks: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the distance between the outputs of blocks of one shape."""
+    """Weight of the distance between the outputs of blocks, in the channels that are left."""
     augment: Annotated[bool | None, Option("--augment/--no-augment")] = None
     """Flip and shift images at random; by default done."""
     batch_statistics: Annotated[bool | None, Option("--batch-statistics/--no-batch-statistics")] = None
