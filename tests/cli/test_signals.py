@@ -24,8 +24,6 @@ def ended(*args, **kwargs):
     return result
 
 setattr(module, attribute, ended)
-# Its imports take seconds, and no run comes to need it.
-importlib.import_module("modhifi.runs.prune").FreshProcess = lambda library: None
 from modhifi.cli.main import main
 main()
 """

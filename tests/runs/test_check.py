@@ -41,6 +41,11 @@ def test_equal_refusals_are_one() -> None:
     assert sum(row["groups"] for row in report["folded"]) == len(report["refused"])
 
 
+def test_a_head_that_is_the_embedding_too_is_refused_for_that() -> None:
+    report = check_model(load_model(tiny_transformers.family("llama, tied")[0].float()))
+    assert report["refused"][-1]["name"] == "lm_head" and "shared with another layer" in report["refused"][-1]["reason"]
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [

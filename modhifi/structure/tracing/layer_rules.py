@@ -141,10 +141,11 @@ def _owner(watcher: Watcher, x: Tensor, weight: Tensor) -> tuple[str, str | None
     if not name.endswith(".weight") or id(weight) not in watcher.parameters:
         return "", "an operator computes its weight"
     module = watcher.model.get_submodule(owner)
-    if not isinstance(module, (_ConvNd, nn.Linear)) and not is_transposed(module):
-        return "", f"its layer, of the class {type(module).__name__}, is none that modhifi can edit"
+    known = isinstance(module, (_ConvNd, nn.Linear)) or is_transposed(module)
     if id(weight) in watcher.tied:
-        return owner, "the weight is shared with another layer"
+        return owner if known else "", "the weight is shared with another layer"
+    if not known:
+        return "", f"its layer, of the class {type(module).__name__}, is none that modhifi can edit"
     if not watcher.path or watcher.path[-1][0] != owner:
         return owner, _outside(owner)
     if full_name(type(module)) not in PREPARING and watcher.path[-1][1] != id(x):
