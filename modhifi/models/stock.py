@@ -142,6 +142,11 @@ def _candidates(config: Any, shapes: Shapes, wanted: Shapes) -> Iterator[tuple[C
         ratios = [((path, value * share),) for path, value in fields if type(value) is float and "ratio" in path[-1]]
         yield from exact
         yield from _heads(fields, before, after, {size for shape in shapes.values() for size in shape})
+        yield from (
+            ((path, value * after // before),)
+            for path, value in fields
+            if path[-1].endswith("head_dim") and _scales(value, before, after) and before % value == 0
+        )
         yield from unset
         yield from ratios
         yield from (

@@ -70,7 +70,7 @@ def load_patient(recipe: HealRecipe, given: Given) -> Patient:
 def _removed(original: LoadedModel, manifest: Manifest | None) -> Mapping[str, int]:
     if manifest is None or manifest.base.edits_before or not any(g.kind in DEPTH for g in manifest.groups):
         return {}
-    return removed_parts(find_structure(original, depth=True), manifest.plan())
+    return removed_parts(find_structure(original, on_request=True), manifest.plan())
 
 
 def teacher_of(recipe: HealRecipe, patient: Patient) -> ModelSource:

@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 Role = Literal["producer", "reader", "along", "rows", "biases", "matrices"]
-Kind = Literal["channels", "neurons", "heads", "experts", "blocks", "sublayers"]
+Kind = Literal["channels", "neurons", "heads", "experts", "ranks", "blocks", "sublayers"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Group:
 
     ``partition`` is int64 ``(n,)`` where equally many components must be kept per label (conv groups, chunks).
     ``refused`` says why nothing of the group may be removed. ``kind`` is ``channels``, ``neurons`` (of linear maps),
-    ``heads``, ``experts``, ``blocks`` or ``sublayers``; ``queries`` the number of query heads in one component, above 1
+    ``heads``, ``experts``, ``ranks`` (of values: channel i of every head), ``blocks`` or ``sublayers``; ``queries`` the number of query heads in one component, above 1
     where they share a key-value head and the component is that whole KV group; ``experts`` the number of experts of a
     mixture that have as many neurons each. What stays of every part is a ``multiple`` of that. ``attributes`` are
     integers of modules that count components: ``(module, attribute, amount per component)``; ``pieces`` are such that
@@ -103,6 +103,11 @@ class Group:
     def coupled(self) -> bool:
         """Whether several producers write the components into the same places (a residual width)."""
         return len({s.module for s in self.producers}) > 1 and self.kind == "channels"
+
+    @property
+    def on_request(self) -> bool:
+        """Whether the components go only where they are asked for, as they are made of others, or hold some."""
+        return bool(self.parts) or self.kind == "ranks"
 
     @property
     def label(self) -> str:
