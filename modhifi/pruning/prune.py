@@ -76,8 +76,8 @@ def contribute(
     if shared(None, team) and contribute_in_blocks(loaded, structure, samples, settings, team):
         return
     moments = measure_moments(loaded, structure, samples, settings.sampling, team=team)
-    loaded, moments = in_leading_basis(loaded, structure, moments, settings.ridge)
-    follow_plans(loaded, structure, samples, moments, settings, team)
+    loaded, turned = in_leading_basis(loaded, structure, moments, settings.ridge)
+    follow_plans(loaded, structure, samples, turned, settings, team)
 
 
 def prune_model(

@@ -71,9 +71,10 @@ def in_leading_basis(
 
 def _by_head(ends: Ends, second: Second) -> tuple[Tensor, Tensor]:
     """What reads the values of each key-value head, ``(H, Q o, n)``, and their second moment, ``(H, n, n)``."""
-    columns = ends.columns.to(second.device)
+    weight, columns = weight_matrix(ends.reader)[0], ends.columns
+    columns = columns.to(weight.device)
     blocks = second.blocks(columns) if isinstance(second, LowRank) else second[columns[:, :, None], columns[:, None]]
-    weight = weight_matrix(ends.reader)[0][:, columns].movedim(0, 1)
+    weight = weight[:, columns].movedim(0, 1)
     return weight.unflatten(0, (len(ends.rows), -1)).flatten(1, 2), blocks.unflatten(0, (len(ends.rows), -1)).sum(1)
 
 

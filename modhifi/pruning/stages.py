@@ -88,8 +88,8 @@ class Pruned:
 def find_structure(loaded: LoadedModel, on_request: bool = False) -> Structure:
     """Trace the model on its example batch, and refuse what its code would not survive.
 
-    With ``on_request``, whole blocks and sublayers and the ranks of values are among its groups, which go on request. Raises
-    ModhifiError where the model fails on its example.
+    With ``on_request``, those that go on request are among its groups: blocks, sublayers, ranks. Raises ModhifiError
+    where the model fails on its example.
     """
 
     def run(model: nn.Module) -> dict[str, Tensor]:
@@ -111,8 +111,8 @@ def find_structure(loaded: LoadedModel, on_request: bool = False) -> Structure:
 def choose_groups(structure: Structure, settings: PruneSettings, plan: Plan | None = None) -> Structure:
     """Keep the prunable groups that ``only`` and ``exclude`` (shell patterns on names or kinds) and ``coupled`` allow.
 
-    Blocks, sublayers and ranks go only where ``only`` or the ``plan`` to replay asks for them. Raises ModhifiError for a
-    pattern that matches nothing, where no group is left, and for ranks of heads that may go as well.
+    Blocks, sublayers and ranks go only where ``only`` or the ``plan`` to replay asks for them. Raises ModhifiError for
+    a pattern that matches nothing, where no group is left, and for ranks of heads that may go as well.
     """
 
     def matches(group: Group, patterns: Iterable[str]) -> bool:

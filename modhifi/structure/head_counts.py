@@ -38,8 +38,8 @@ def with_head_counts(model: nn.Module, group: Group) -> Group:
     if group.kind == "channels":
         return group
     if group.kind == "ranks":
-        wide = {group.n * s.index.shape[1]: s.index.shape[1] for s in group.readers}
-        return replace(group, attributes=_counting(model, group, ((VALUES, {group.n: 1}), (WIDTHS, wide))))
+        read = {group.n * s.index.shape[1]: s.index.shape[1] for s in group.readers}
+        return replace(group, attributes=_counting(model, group, ((VALUES, {group.n: 1}), (WIDTHS, read))))
     heads = {group.n * group.queries: group.queries, group.n: 1}
     widths = {group.n * s.index.shape[1]: s.index.shape[1] for s in group.slices if s.role != "along"}
     # Where queries, keys and values are one matrix, what reads the heads shows how wide one of them is.

@@ -156,11 +156,7 @@ def trace_ranks(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[Grou
     named: dict[str, Group] = {}
     for group in _traced(model, run, ranks=True).couplings.groups():
         if group.kind == "ranks":
-            writer = group.producers[0].module
-            name = next(
-                f"{writer}{end}"
-                for end in (RANKS, group.name.removeprefix(writer) + RANKS)
-                if f"{writer}{end}" not in named
-            )
+            plain = group.name.partition("#")[0] + RANKS
+            name = plain if plain not in named else group.name + RANKS
             named[name] = with_head_counts(model, replace(group, name=name))
     return tuple(named.values())
