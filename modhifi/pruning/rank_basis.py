@@ -61,7 +61,7 @@ def in_leading_basis(
         assert ends is not None
         second = applied_second(moments[name], structure.operators[name].sink)
         try:
-            turns, back = leading_basis(*_by_head(ends, second[0]), ridge)
+            turns, back = leading_basis(*by_head(ends, second[0]), ridge)
         except IndefiniteError:
             raise IndefiniteError((group.name,)) from None
         turn(ends, turns, back)
@@ -69,7 +69,7 @@ def in_leading_basis(
     return replace(loaded, model=model), moments
 
 
-def _by_head(ends: Ends, second: Second) -> tuple[Tensor, Tensor]:
+def by_head(ends: Ends, second: Second) -> tuple[Tensor, Tensor]:
     """What reads the values of each key-value head, ``(H, Q o, n)``, and their second moment, ``(H, n, n)``."""
     weight, columns = weight_matrix(ends.reader)[0], ends.columns
     columns = columns.to(weight.device)

@@ -1,0 +1,195 @@
+"""Ranks of values: which model types have them, and what fewer of them keep of real attention layers.
+
+    MODHIFI_DATA=DIR python eval/ranks.py [MODEL ...]   # writes eval/results/ranks.md and .json
+    python eval/ranks.py --families [--minutes M]       # writes eval/results/ranks_families.md and .json
+
+MODEL is whatever `modhifi.load` reads, ``smollm2`` the model of eval/lm_prune.py. Nothing is cut: the code of neither
+model can have values of another width than its keys. Every head keeps as many dimensions of its values; half of
+the windows of WikiText-2 (``$MODHIFI_DATA/wikitext2-valid.txt``) chooses them, the other half says what is lost.
+``--families`` builds the model types of transformers that have attention tiny (eval/tiny_configs.py) with random
+weights; those of which a results file of eval/support_transformers.py says so. ``--minutes`` ends it early, and
+the next call goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from common import RESULTS, Missing, write_results
+from lm_prune import smollm2
+from support_transformers import RECORD
+from tiny_configs import build
+from torch import Tensor
+
+from modhifi.calibration.sampling import Sampling
+from modhifi.data.sources import load_samples
+from modhifi.models.load import load_model
+from modhifi.models.loaded import LoadedModel
+from modhifi.models.stock import can_say
+from modhifi.pruning.rank_basis import by_head, leading_basis
+from modhifi.pruning.readers import second_of
+from modhifi.pruning.stages import find_structure, measure_moments
+from modhifi.structure.operators import weight_matrix
+from modhifi.structure.ranks import ends_of
+from modhifi.structure.tracing.tracer import trace, trace_ranks
+
+SHARES = (0.75, 0.5, 0.25)
+WINDOWS, TOKENS, RIDGE = 32, 128, 1e-4
+LEADING, PRODUCT, CHANNELS = "leading ranks", "SVD of the product of weights", "channels of most energy"
+FITTED = ", then least squares"
+FAMILIES = RESULTS / "ranks_families.json"
+
+
+def bases(loaded: LoadedModel, group: Any, second: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """The columns ``(H Q, n)`` of what reads the values, and by method a basis of each head's, best first."""
+    ends = ends_of(loaded.model, group)
+    assert ends is not None
+    weight, own = by_head(ends, second)
+    made = weight_matrix(ends.writer)[0][ends.rows]
+    energy = weight.square().sum(1) * own.diagonal(dim1=1, dim2=2)
+    choice = torch.eye(group.n, dtype=torch.float64)[energy.argsort(1, descending=True)]
+    by_method = {
+        LEADING: leading_basis(weight, own, RIDGE),
+        PRODUCT: leading_basis(weight, made @ made.mT, RIDGE),
+        CHANNELS: (choice, choice.mT),
+    }
+    repeated = {name: tuple(m.repeat_interleave(ends.queries, 0) for m in pair) for name, pair in by_method.items()}
+    return ends.columns, repeated  # type: ignore[return-value]
+
+
+def lost(weight: Tensor, change: Tensor, second: Tensor) -> float:
+    """The share of the output's energy that a change of the weights is."""
+    return float(((change @ second) * change).sum() / ((weight @ second) * weight).sum())
+
+
+def layer(weight: Tensor, columns: Tensor, basis: tuple[Tensor, Tensor], seen: Tensor, held: Tensor) -> Iterator[float]:
+    """What a share of the ranks loses of the held-out energy of one layer, as they are and after least squares."""
+    turns, back = basis
+    for share in SHARES:
+        rank = round(share * columns.shape[1])
+        keep = torch.block_diag(*turns[:, :rank])  # (H r, H n)
+        order = columns.flatten()
+        own, seen_here, held_here = weight[:, order], seen[order][:, order], held[order][:, order]
+        yield lost(own, own - own @ torch.block_diag(*back[:, :, :rank]) @ keep, held_here)
+        cross, inner = own @ seen_here @ keep.mT, keep @ seen_here @ keep.mT
+        inner.diagonal().add_(RIDGE * inner.diagonal().mean())
+        yield lost(own, own - torch.linalg.solve(inner, cross.mT).mT @ keep, held_here)
+
+
+def energies(name: str) -> list[dict[str, Any]]:
+    """A row for each share of ranks, with the mean over the layers of what each method loses."""
+    loaded = smollm2() if name == "smollm2" else load_model(name)
+    file = Path(os.environ.get("MODHIFI_DATA", "")) / "wikitext2-valid.txt"
+    if not file.is_file():
+        raise Missing("set MODHIFI_DATA to a directory that holds wikitext2-valid.txt")
+    samples = load_samples(f"text:{file}", loaded, n=2 * WINDOWS, window=TOKENS)
+    run = partial(loaded.outputs, loaded.example)
+    structure = replace(trace(loaded.model, run), groups=trace_ranks(loaded.model, run))
+    seen, held = (
+        measure_moments(loaded, structure, half, Sampling(None, 8, 0)) for half in samples.split(WINDOWS, WINDOWS)
+    )
+    figures: dict[str, list[list[float]]] = {}
+    for group in structure.prunable:
+        reader = group.readers[0].module
+        sink = structure.operators[reader].sink
+        first, second = (second_of(moments[reader], sink)[0] for moments in (seen, held))
+        weight = weight_matrix(loaded.model.get_submodule(reader))[0]
+        columns, by_method = bases(loaded, group, first)
+        for method, basis in by_method.items():
+            figures.setdefault(method, []).append(list(layer(weight, columns, basis, first, second)))
+    means = {method: torch.tensor(values).mean(0).view(-1, 2).tolist() for method, values in figures.items()}
+    label = {"model": Path(name).parent.name or name, "layers": len(structure.prunable)}
+    return [
+        label
+        | {"ranks kept": share}
+        | {method: 100 * values[row][0] for method, values in means.items()}
+        | {method + FITTED: 100 * values[row][1] for method, values in means.items()}
+        for row, share in enumerate(SHARES)
+    ]
+
+
+def family(name: str) -> dict[str, Any]:
+    """What becomes of the ranks of one model type: how many groups may go, whether stock code can say it, or why not."""
+    loaded = load_model(build(name))
+    structure = find_structure(loaded, on_request=True)
+    groups = [group for group in structure.groups if group.kind == "ranks"]
+    free = [group for group in groups if group.refused is None]
+    stock = bool(free) and can_say(loaded, structure, "ranks")
+    reasons = dict.fromkeys(str(group.refused) for group in groups if group.refused is not None)
+    return {"groups": len(groups), "prunable": len(free), "stock": stock, "reasons": list(reasons)}
+
+
+def families(minutes: float) -> None:
+    types = [row["type"] for row in json.loads(RECORD.read_text())["rows"] if row["attends"] and not row["failure"]]
+    rows = json.loads(FAMILIES.read_text())["by type"] if FAMILIES.is_file() else {}
+    end = time.monotonic() + 60 * minutes
+    for name in types:
+        if name not in rows and time.monotonic() < end:
+            try:
+                rows[name] = family(name)
+            except Exception as error:
+                rows[name] = {"groups": 0, "prunable": 0, "stock": False, "reasons": [type(error).__name__]}
+            FAMILIES.write_text(json.dumps({"by type": rows}))
+    free = {name: row for name, row in rows.items() if row["prunable"]}
+    kinds = {
+        "ranks go, and stock transformers loads the result": [name for name, row in free.items() if row["stock"]],
+        "ranks go; `modhifi.load` and the code beside the model": [
+            name for name, row in free.items() if not row["stock"]
+        ],
+        "values found, and all of them stay": [
+            name for name, row in rows.items() if row["groups"] and name not in free
+        ],
+        "no values of heads found": [name for name, row in rows.items() if not row["groups"]],
+    }
+    write_results(
+        "ranks_families",
+        [{"what": what, "types": len(names), "which": ", ".join(names)} for what, names in kinds.items()],
+        ["what", "types", "which"],
+        f"""# Model types whose values can have a width of their own
+{len(rows)} types of transformers {transformers.__version__} with attention, built tiny with random weights: which can
+lose ranks of their values (`--only ranks`).
+Command: `python eval/ranks.py --families`.""",
+        **{"by type": rows},
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=["smollm2"])
+    parser.add_argument("--families", action="store_true")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further type after so long")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    if arguments.families:
+        return families(arguments.minutes)
+    rows = [row for name in arguments.models for row in energies(name)]
+    methods = [method + end for end in ("", FITTED) for method in (LEADING, PRODUCT, CHANNELS)]
+    write_results(
+        "ranks",
+        rows,
+        ["model", "layers", "ranks kept", *methods],
+        f"""# What fewer ranks of the values lose of an attention's output
+Percent of the energy that the output projection puts out on {WINDOWS} held-out windows of {TOKENS} tokens (what a bias
+gives back left out), the mean over the layers; {WINDOWS} others chose what stays. Every head keeps as many dimensions
+of its values: the leading ranks, weighted by the Gram of what the projection reads; those of the plain singular value
+decomposition of the product of value and output weights; or the channels of most energy. Least squares then solve the
+projection anew, over all heads together.
+Command: `python eval/ranks.py {" ".join("/".join(Path(name).parts[-2:]) for name in arguments.models)}`.""",
+    )
+
+
+if __name__ == "__main__":
+    main()
