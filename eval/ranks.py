@@ -121,7 +121,7 @@ def energies(name: str) -> list[dict[str, Any]]:
 
 
 def family(name: str) -> dict[str, Any]:
-    """What becomes of the ranks of one model type: how many groups may go, whether stock code can say it, or why not."""
+    """What becomes of the ranks of one model type: how many groups may go, can stock code say it, or why not."""
     loaded = load_model(build(name))
     structure = find_structure(loaded, on_request=True)
     groups = [group for group in structure.groups if group.kind == "ranks"]
@@ -144,14 +144,10 @@ def families(minutes: float) -> None:
             FAMILIES.write_text(json.dumps({"by type": rows}))
     free = {name: row for name, row in rows.items() if row["prunable"]}
     kinds = {
-        "ranks go, and stock transformers loads the result": [name for name, row in free.items() if row["stock"]],
-        "ranks go; `modhifi.load` and the code beside the model": [
-            name for name, row in free.items() if not row["stock"]
-        ],
-        "values found, and all of them stay": [
-            name for name, row in rows.items() if row["groups"] and name not in free
-        ],
-        "no values of heads found": [name for name, row in rows.items() if not row["groups"]],
+        "ranks go, and stock transformers loads the result": [n for n, row in free.items() if row["stock"]],
+        "ranks go, and `modhifi.load` loads the result": [n for n, row in free.items() if not row["stock"]],
+        "values are found, and all of them stay": [n for n, row in rows.items() if row["groups"] and n not in free],
+        "no values inside heads are found": [n for n, row in rows.items() if not row["groups"]],
     }
     write_results(
         "ranks_families",
