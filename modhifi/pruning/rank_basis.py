@@ -14,10 +14,9 @@ from modhifi.errors import IndefiniteError
 from modhifi.models.loaded import LoadedModel
 from modhifi.pruning.linalg import mean_diagonal
 from modhifi.pruning.readers import applied_second
-from modhifi.structure.clone import clone
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import weight_matrix
-from modhifi.structure.ranks import Ends, ends_of, turn, turned
+from modhifi.structure.ranks import Ends, clone_to_turn, ends_of, turn, turned
 
 
 def leading_basis(weight: Tensor, second: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -52,10 +51,7 @@ def in_leading_basis(
     groups = [group for group in structure.prunable if group.kind == "ranks"]
     if not groups:
         return loaded, moments
-    touched = {f"{piece.module}." for group in groups for piece in group.slices}
-    own = loaded.model.named_parameters()
-    model = clone(loaded.model, (p for name, p in own if f"{name.rpartition('.')[0]}." not in touched))
-    moments = dict(moments)
+    model, moments = clone_to_turn(loaded.model, groups), dict(moments)
     for group in groups:
         ends, name = ends_of(model, group), group.readers[0].module
         assert ends is not None

@@ -6,7 +6,7 @@ values and R⁻¹ on the columns that read them, the model computes the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,6 +77,13 @@ def turn(ends: Ends, turns: Tensor, back: Tensor) -> None:
     write_weight(ends.reader, turned(weight_matrix(ends.reader), 2, ends.columns, back))
 
 
+def clone_to_turn(model: nn.Module, groups: Sequence[Group]) -> nn.Module:
+    """A copy of the model that shares all weights with it but those that :func:`turn` writes for some groups."""
+    touched = {piece.module for group in groups for piece in group.slices}
+    own = {id(p) for name in touched for p in operator_at(model, name).parameters()}
+    return clone(model, (p for p in model.parameters() if id(p) not in own))
+
+
 def confirm_ranks(
     model: nn.Module, structure: Structure, groups: tuple[Group, ...], run: Callable[[nn.Module], Any]
 ) -> Structure:
@@ -100,7 +107,7 @@ def confirm_ranks(
 @torch.no_grad()
 def _turns(model: nn.Module, groups: list[Group], run: Callable[[nn.Module], Any]) -> bool:
     """Whether the model computes the same once the values of every head are turned at random."""
-    copied, generator = clone(model), torch.Generator().manual_seed(0)
+    copied, generator = clone_to_turn(model, groups), torch.Generator().manual_seed(0)
     for group in groups:
         ends = ends_of(copied, group)
         assert ends is not None
