@@ -1,14 +1,13 @@
 """Ranks of values: which model types have them, and what fewer of them keep of real attention layers.
 
-    MODHIFI_DATA=DIR python eval/ranks.py [MODEL ...]   # writes eval/results/ranks.md and .json
-    python eval/ranks.py --families [--minutes M]       # writes eval/results/ranks_families.md and .json
+    MODHIFI_DATA=DIR python eval/ranks.py [MODEL ...]      # writes eval/results/ranks.md and .json
+    python eval/ranks.py --part families [--minutes M]     # writes eval/results/ranks_families.md and .json
 
 MODEL is whatever `modhifi.load` reads, ``smollm2`` the model of eval/lm_prune.py. Nothing is cut: the code of neither
 model can have values of another width than its keys. Every head keeps as many dimensions of its values; half of
 the windows of WikiText-2 (``$MODHIFI_DATA/wikitext2-valid.txt``) chooses them, the other half says what is lost.
-``--families`` builds the model types of transformers that have attention tiny (eval/tiny_configs.py) with random
-weights; those of which a results file of eval/support_transformers.py says so. ``--minutes`` ends it early, and
-the next call goes on.
+Families are the model types of transformers that have attention, as the results of eval/support_transformers.py say,
+built tiny with random weights (eval/tiny_configs.py). ``--minutes`` ends them early, and the next call goes on.
 """
 
 from __future__ import annotations
@@ -156,7 +155,7 @@ def families(minutes: float) -> None:
         f"""# Model types whose values can have a width of their own
 {len(rows)} types of transformers {transformers.__version__} with attention, built tiny with random weights: which can
 lose ranks of their values (`--only ranks`).
-Command: `python eval/ranks.py --families`.""",
+Command: `python eval/ranks.py --part families`.""",
         **{"by type": rows},
     )
 
@@ -164,12 +163,12 @@ Command: `python eval/ranks.py --families`.""",
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["smollm2"])
-    parser.add_argument("--families", action="store_true")
+    parser.add_argument("--part", choices=["energy", "families"], default="energy")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further type after so long")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    if arguments.families:
+    if arguments.part == "families":
         return families(arguments.minutes)
     rows = [row for name in arguments.models for row in energies(name)]
     methods = [method + end for end in ("", FITTED) for method in (LEADING, PRODUCT, CHANNELS)]
