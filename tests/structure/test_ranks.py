@@ -13,6 +13,7 @@ from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import choose_groups, find_structure
+from modhifi.runs.check import check_model
 from modhifi.structure.expand import expand
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
@@ -152,6 +153,11 @@ def test_ranks_go_on_request_and_not_with_heads():
     assert "ranks" not in chosen() and chosen("ranks", "neurons") == {"ranks", "neurons"}
     with pytest.raises(ModhifiError, match="ranks and heads are made of the same channels"):
         chosen("ranks", "heads")
-    llama = find_structure(load_model(tiny_transformers.family("llama")[0].float()), on_request=True)
+
+
+def test_who_asks_for_ranks_that_stay_is_told_why_and_nobody_else():
+    llama = load_model(tiny_transformers.family("llama")[0].float())
     with pytest.raises(ModhifiError, match="can be pruned with these settings; the model's code counts on this width"):
-        choose_groups(llama, PruneSettings(only=("ranks",)))
+        choose_groups(find_structure(llama, on_request=True), PruneSettings(only=("ranks",)))
+    report = check_model(llama)
+    assert not any("ranks" in row["name"] for row in (*report["refused"], *report["groups"]))
