@@ -24,9 +24,9 @@ ROWS_PER_COLUMN = 2
 def check_model(loaded: LoadedModel) -> dict[str, Any]:
     """The prunable and the refused groups of a model, and the saving of half of each group, as JSON-able data.
 
-    ``supported`` has the parameters that go with all components of the prunable groups, by pattern of names as well, and
-    under ``whole`` those of blocks, sublayers and ranks, which go on request; ``folded`` the refusals that say the same;
-    ``prediction`` what :func:`predict` says.
+    ``supported`` has the parameters that go with all components of the prunable groups, by pattern of names as well,
+    and under ``whole`` those of blocks, sublayers and ranks, which go on request; ``folded`` the refusals that say the
+    same; ``prediction`` what :func:`predict` says.
     """
     structure = find_structure(loaded, on_request=True)
     # Most attentions have no ranks: who asks for them is told why.

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import tiny_transformers
 import torch
 from tiny_values import grouped
 from torch import Tensor
 
+import modhifi
 from modhifi.calibration.moments import Moments, Spanned
 from modhifi.data.in_memory import from_items
 from modhifi.errors import IndefiniteError
 from modhifi.models.load import load_model
+from modhifi.models.manifest import read_manifest
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.rank_basis import in_leading_basis, leading_basis
@@ -125,3 +129,17 @@ def test_a_run_drops_the_last_ranks_and_loses_less_than_any_channels_would():
             columns = (removed + 8 * torch.arange(4)[:, None]).flatten()
             lost = rows[0][:, columns] @ reader.weight[:, columns].T
             assert error.error < float(lost.square().sum(1).mean())
+
+
+@pytest.mark.slow
+def test_fewer_ranks_everywhere_load_with_stock_transformers_in_a_fresh_process(tmp_path: Path):
+    model, _, _ = tiny_transformers.family("deepseek_v3")
+    items = torch.randint(3, 50, (24, 9), generator=torch.Generator().manual_seed(3))
+    settings = {"only": ["ranks"], "layout": "uniform"}
+    amounts = {"samples": 16, "evaluation_samples": 8, "checks": {"walked": 2}}
+    run = modhifi.prune(model.float(), items, ratio=0.5, method=settings, out=tmp_path / "small", **amounts)
+    entry = read_manifest(tmp_path / "small").model
+    assert entry.stock == "AutoModelForCausalLM" and not any(entry.differences.values())
+    assert run.model.config.v_head_dim == 4
+    assert {layer.where.rpartition(".")[2] for layer in run.bounds.layers} == {"o_proj"}
+    assert [v.verdict for v in run.bounds.verdicts if v.name == "self-test"] == ["HOLDS"]
