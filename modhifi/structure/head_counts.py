@@ -19,7 +19,8 @@ from modhifi.structure.stacked import Stacked
 HEADS = re.compile(r"(^|_|\.)(heads?|mp_num)$")  # num_heads, n_head, num_key_value_heads; shards of heads
 # all_head_size, dim_out_qk, hidden_size_output
 WIDTHS = re.compile(r"(^|_)(dim|size)(_out_(qk|v)|_output|_projection)?$")
-VALUES = re.compile(r"(^|_)v(al(ue)?)?_(head_)?(dim|size|channels(_per_head)?)$")  # v_head_dim, val_dim, v_channels
+# v_head_dim, val_dim, val_attn_dim, v_channels: of the values of one head, or of all
+VALUES = re.compile(r"^out_dim$|(^|_)v(al(ue)?)?_((head|attn)_)?(dim|size|channels(_per_head)?)$")
 SHARING = re.compile(r"num_(key_value|kv)_groups$")  # query heads to one key-value head
 # widths of one head, and sizes of something else
 OTHERS = re.compile(r"^(attention_|attn_)?head_(dim|size)$|window|patch|block|kernel|chunk|vocab|grid")
@@ -39,7 +40,7 @@ def with_head_counts(model: nn.Module, group: Group) -> Group:
         return group
     if group.kind == "ranks":
         read = {group.n * s.index.shape[1]: s.index.shape[1] for s in group.readers}
-        return replace(group, attributes=_counting(model, group, ((VALUES, read | {group.n: 1}), (WIDTHS, read))))
+        return replace(group, attributes=_counting(model, group, ((VALUES, read | {group.n: 1}),)))
     heads = {group.n * group.queries: group.queries, group.n: 1}
     widths = {group.n * s.index.shape[1]: s.index.shape[1] for s in group.slices if s.role != "along"}
     # Where queries, keys and values are one matrix, what reads the heads shows how wide one of them is.
