@@ -39,9 +39,10 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.models.stock import can_say
 from modhifi.pruning.rank_basis import by_head, leading_basis
 from modhifi.pruning.readers import second_of
-from modhifi.pruning.stages import find_structure, measure_moments
+from modhifi.pruning.stages import measure_moments
+from modhifi.structure.groups import Structure
 from modhifi.structure.operators import weight_matrix
-from modhifi.structure.ranks import ends_of
+from modhifi.structure.ranks import confirm_ranks, ends_of
 from modhifi.structure.tracing.tracer import trace, trace_ranks
 
 SHARES = (0.75, 0.5, 0.25)
@@ -122,12 +123,12 @@ def energies(name: str) -> list[dict[str, Any]]:
 def family(name: str) -> dict[str, Any]:
     """What becomes of the ranks of one model type: how many groups may go, can stock code say it, or why not."""
     loaded = load_model(build(name))
-    structure = find_structure(loaded, on_request=True)
-    groups = [group for group in structure.groups if group.kind == "ranks"]
-    free = [group for group in groups if group.refused is None]
-    stock = bool(free) and can_say(loaded, structure, "ranks")
-    reasons = dict.fromkeys(str(group.refused) for group in groups if group.refused is not None)
-    return {"groups": len(groups), "prunable": len(free), "stock": stock, "reasons": list(reasons)}
+    run = partial(loaded.outputs, loaded.example)
+    structure = confirm_ranks(loaded.model, Structure(()), trace_ranks(loaded.model, run), run)
+    stock = bool(structure.prunable) and can_say(loaded, structure, "ranks")
+    reasons = dict.fromkeys(str(group.refused) for group in structure.refused)
+    counts = {"groups": len(structure.groups), "prunable": len(structure.prunable)}
+    return counts | {"stock": stock, "reasons": list(reasons)}
 
 
 def families(minutes: float) -> None:
