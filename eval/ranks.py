@@ -1,22 +1,18 @@
 """Ranks of values: which model types have them, and what fewer of them keep of real attention layers.
 
     MODHIFI_DATA=DIR python eval/ranks.py [MODEL ...]      # writes eval/results/ranks.md and .json
-    python eval/ranks.py --part families [--minutes M]     # writes eval/results/ranks_families.md and .json
+    python eval/ranks.py --part families [TYPE ...]        # writes eval/results/ranks_families.md and .json
 
 MODEL is whatever `modhifi.load` reads, ``smollm2`` the model of eval/lm_prune.py. Nothing is cut: the code of neither
 model can have values of another width than its keys. Every head keeps as many dimensions of its values; half of
 the windows of WikiText-2 (``$MODHIFI_DATA/wikitext2-valid.txt``) chooses them, the other half says what is lost.
-Families are the model types of transformers that have attention, as the results of eval/support_transformers.py say,
-built tiny with random weights (eval/tiny_configs.py). ``--minutes`` ends them early, and the next call goes on.
+Families are model types of transformers, built tiny with random weights (eval/tiny_configs.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,9 +22,8 @@ from typing import Any
 
 import torch
 import transformers
-from common import RESULTS, Missing, write_results
+from common import Missing, write_results
 from lm_prune import smollm2
-from support_transformers import RECORD
 from tiny_configs import build
 from torch import Tensor
 
@@ -49,7 +44,11 @@ SHARES = (0.75, 0.5, 0.25)
 WINDOWS, TOKENS, RIDGE = 32, 128, 1e-4
 LEADING, PRODUCT, CHANNELS = "leading ranks", "SVD of the product of weights", "channels of most energy"
 FITTED = ", then least squares"
-FAMILIES = RESULTS / "ranks_families.json"
+# Of latent attention and others whose values have a width of their own, and the best known of all kinds.
+TYPES = (
+    "deepseek_v2 deepseek_v3 minicpm3 glm4_moe_lite longcat_flash youtu mimo_v2_flash perceiver deberta-v2 deberta "
+    "llama mistral qwen3 gemma3_text phi3 gpt_neox falcon gpt2 opt bert roberta distilbert albert vit clip t5 bart whisper"
+).split()
 
 
 def bases(loaded: LoadedModel, group: Any, second: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
@@ -131,17 +130,8 @@ def family(name: str) -> dict[str, Any]:
     return counts | {"stock": stock, "reasons": list(reasons)}
 
 
-def families(minutes: float) -> None:
-    types = [row["type"] for row in json.loads(RECORD.read_text())["rows"] if row["attends"] and not row["failure"]]
-    rows = json.loads(FAMILIES.read_text())["by type"] if FAMILIES.is_file() else {}
-    end = time.monotonic() + 60 * minutes
-    for name in types:
-        if name not in rows and time.monotonic() < end:
-            try:
-                rows[name] = family(name)
-            except Exception as error:
-                rows[name] = {"groups": 0, "prunable": 0, "stock": False, "reasons": [type(error).__name__]}
-            FAMILIES.write_text(json.dumps({"by type": rows}))
+def families(types: list[str]) -> None:
+    rows = {name: family(name) for name in types}
     free = {name: row for name, row in rows.items() if row["prunable"]}
     kinds = {
         "ranks go, and stock transformers loads the result": [n for n, row in free.items() if row["stock"]],
@@ -154,8 +144,8 @@ def families(minutes: float) -> None:
         [{"what": what, "types": len(names), "which": ", ".join(names)} for what, names in kinds.items()],
         ["what", "types", "which"],
         f"""# Model types whose values can have a width of their own
-{len(rows)} types of transformers {transformers.__version__} with attention, built tiny with random weights: which can
-lose ranks of their values (`--only ranks`).
+{len(rows)} types of transformers {transformers.__version__}, built tiny with random weights: which can lose ranks of
+their values (`--only ranks`).
 Command: `python eval/ranks.py --part families`.""",
         **{"by type": rows},
     )
@@ -163,15 +153,15 @@ Command: `python eval/ranks.py --part families`.""",
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=["smollm2"])
+    parser.add_argument("names", nargs="*", help="models, or types of models")
     parser.add_argument("--part", choices=["energy", "families"], default="energy")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further type after so long")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     if arguments.part == "families":
-        return families(arguments.minutes)
-    rows = [row for name in arguments.models for row in energies(name)]
+        return families(arguments.names or TYPES)
+    models = arguments.names or ["smollm2"]
+    rows = [row for name in models for row in energies(name)]
     methods = [method + end for end in ("", FITTED) for method in (LEADING, PRODUCT, CHANNELS)]
     write_results(
         "ranks",
@@ -183,7 +173,7 @@ gives back left out), the mean over the layers; {WINDOWS} others chose what stay
 of its values: the leading ranks, weighted by the Gram of what the projection reads; those of the plain singular value
 decomposition of the product of value and output weights; or the channels of most energy. Least squares then solve the
 projection anew, over all heads together.
-Command: `python eval/ranks.py {" ".join("/".join(Path(name).parts[-2:]) for name in arguments.models)}`.""",
+Command: `python eval/ranks.py {" ".join("/".join(Path(name).parts[-2:]) for name in models)}`.""",
     )
 
 

@@ -97,15 +97,17 @@ def find_structure(loaded: LoadedModel, on_request: bool = False) -> Structure:
 
     try:
         structure = trace(loaded.model, run)
-        ranks = trace_ranks(loaded.model, run) if on_request else ()
     except Exception:
         loaded.require_runs()
         raise  # the model is not to blame
     if on_request:
         structure = with_depth(loaded.model, structure, loaded.example_of_two(), loaded.outputs)
     few = loaded.example[:, :TRIAL_TOKENS] if loaded.kind == "text" else loaded.example
-    structure = confirm(loaded.model, structure, partial(loaded.outputs, few))
-    return confirm_ranks(loaded.model, structure, ranks, partial(loaded.outputs, few))
+    trial = partial(loaded.outputs, few)
+    structure = confirm(loaded.model, structure, trial)
+    if on_request:
+        structure = confirm_ranks(loaded.model, structure, trace_ranks(loaded.model, trial), trial)
+    return structure
 
 
 def choose_groups(structure: Structure, settings: PruneSettings, plan: Plan | None = None) -> Structure:
