@@ -6,7 +6,7 @@
 MODEL is whatever `modhifi.load` reads, ``smollm2`` the model of eval/lm_prune.py. Nothing is cut: the code of neither
 model can have values of another width than its keys. Every head keeps as many dimensions of its values; half of
 the windows of WikiText-2 (``$MODHIFI_DATA/wikitext2-valid.txt``) chooses them, the other half says what is lost.
-Families are model types of transformers, built tiny with random weights (eval/tiny_configs.py).
+Families are model types of transformers, built tiny (eval/tiny_configs.py), and models of timm, with random weights.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import transformers
 from common import Missing, write_results
 from lm_prune import smollm2
-from tiny_configs import build
+from tiny_configs import build, livelier
 from torch import Tensor
 
 from modhifi.calibration.sampling import Sampling
@@ -44,10 +45,12 @@ SHARES = (0.75, 0.5, 0.25)
 WINDOWS, TOKENS, RIDGE = 32, 128, 1e-4
 LEADING, PRODUCT, CHANNELS = "leading ranks", "SVD of the product of weights", "channels of most energy"
 FITTED = ", then least squares"
-# Of latent attention and others whose values have a width of their own, and the best known of all kinds.
+# Of latent attention and others whose values have a width of their own, the best known of all kinds, models of timm.
 TYPES = (
     "deepseek_v2 deepseek_v3 minicpm3 glm4_moe_lite longcat_flash youtu mimo_v2_flash perceiver deberta-v2 deberta "
-    "llama mistral qwen3 gemma3_text phi3 gpt_neox falcon gpt2 opt bert roberta distilbert albert vit clip t5 bart whisper"
+    "llama mistral qwen3 gemma3_text phi3 gpt_neox falcon gpt2 opt bert roberta distilbert albert vit clip t5 bart "
+    "whisper timm:tiny_vit_5m_224 timm:efficientformer_l1 timm:mobilenetv4_hybrid_medium timm:levit_128s "
+    "timm:vit_tiny_patch16_224 timm:swin_tiny_patch4_window7_224"
 ).split()
 
 
@@ -121,7 +124,8 @@ def energies(name: str) -> list[dict[str, Any]]:
 
 def family(name: str) -> dict[str, Any]:
     """What becomes of the ranks of one model type: how many groups may go, can stock code say it, or why not."""
-    loaded = load_model(build(name))
+    kind, _, timm_name = name.partition("timm:")
+    loaded = load_model(build(kind) if kind else livelier(timm.create_model(timm_name)))
     run = partial(loaded.outputs, loaded.example)
     structure = confirm_ranks(loaded.model, Structure(()), trace_ranks(loaded.model, run), run)
     stock = bool(structure.prunable) and can_say(loaded, structure, "ranks")
@@ -134,7 +138,7 @@ def families(types: list[str]) -> None:
     rows = {name: family(name) for name in types}
     free = {name: row for name, row in rows.items() if row["prunable"]}
     kinds = {
-        "ranks go, and stock transformers loads the result": [n for n, row in free.items() if row["stock"]],
+        "ranks go, and the stock class loads the result": [n for n, row in free.items() if row["stock"]],
         "ranks go, and `modhifi.load` loads the result": [n for n, row in free.items() if not row["stock"]],
         "values are found, and all of them stay": [n for n, row in rows.items() if row["groups"] and n not in free],
         "no values inside heads are found": [n for n, row in rows.items() if not row["groups"]],
@@ -144,8 +148,8 @@ def families(types: list[str]) -> None:
         [{"what": what, "types": len(names), "which": ", ".join(names)} for what, names in kinds.items()],
         ["what", "types", "which"],
         f"""# Model types whose values can have a width of their own
-{len(rows)} types of transformers {transformers.__version__}, built tiny with random weights: which can lose ranks of
-their values (`--only ranks`).
+{len(rows)} types of transformers {transformers.__version__}, built tiny, and models of timm {timm.__version__}, with
+random weights: which can lose ranks of their values (`--only ranks`).
 Command: `python eval/ranks.py --part families`.""",
         **{"by type": rows},
     )
