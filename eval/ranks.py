@@ -1,10 +1,10 @@
 """Ranks of values: which model types have them, and what fewer of them keep of real attention layers.
 
-    MODHIFI_DATA=DIR python eval/ranks.py [MODEL ...]      # writes eval/results/ranks.md and .json
+    MODHIFI_DATA=DIR python eval/ranks.py MODEL ...        # writes eval/results/ranks.md and .json
     python eval/ranks.py --part families [TYPE ...]        # writes eval/results/ranks_families.md and .json
 
-MODEL is whatever `modhifi.load` reads, ``smollm2`` the model of eval/lm_prune.py. Nothing is cut: the code of neither
-model can have values of another width than its keys. Every head keeps as many dimensions of its values; half of
+MODEL is a language model or encoder that `modhifi.load_model` reads. Nothing is cut: few models' code can have values of
+another width than keys. Every head keeps as many dimensions of its values; half of
 the windows of WikiText-2 (``$MODHIFI_DATA/wikitext2-valid.txt``) chooses them, the other half says what is lost.
 Families are model types of transformers, built tiny (eval/tiny_configs.py), and models of timm, with random weights.
 """
@@ -24,7 +24,6 @@ import timm
 import torch
 import transformers
 from common import Missing, write_results
-from lm_prune import smollm2
 from tiny_configs import build, livelier
 from torch import Tensor
 
@@ -92,7 +91,7 @@ def layer(weight: Tensor, columns: Tensor, basis: tuple[Tensor, Tensor], seen: T
 
 def energies(name: str) -> list[dict[str, Any]]:
     """A row for each share of ranks, with the mean over the layers of what each method loses."""
-    loaded = smollm2() if name == "smollm2" else load_model(name)
+    loaded = load_model(name)
     file = Path(os.environ.get("MODHIFI_DATA", "")) / "wikitext2-valid.txt"
     if not file.is_file():
         raise Missing("set MODHIFI_DATA to a directory that holds wikitext2-valid.txt")
@@ -164,8 +163,9 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     if arguments.part == "families":
         return families(arguments.names or TYPES)
-    models = arguments.names or ["smollm2"]
-    rows = [row for name in models for row in energies(name)]
+    if not arguments.names:
+        parser.error("name a model")
+    rows = [row for name in arguments.names for row in energies(name)]
     methods = [method + end for end in ("", FITTED) for method in (LEADING, PRODUCT, CHANNELS)]
     write_results(
         "ranks",
@@ -177,7 +177,7 @@ gives back left out), the mean over the layers; {WINDOWS} others chose what stay
 of its values: the leading ranks, weighted by the Gram of what the projection reads; those of the plain singular value
 decomposition of the product of value and output weights; or the channels of most energy. Least squares then solve the
 projection anew, over all heads together.
-Command: `python eval/ranks.py {" ".join("/".join(Path(name).parts[-2:]) for name in models)}`.""",
+Command: `python eval/ranks.py {" ".join("/".join(Path(name).parts[-2:]) for name in arguments.names)}`.""",
     )
 
 
