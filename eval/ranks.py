@@ -3,9 +3,9 @@
     MODHIFI_DATA=DIR python eval/ranks.py MODEL ...        # writes eval/results/ranks.md and .json
     python eval/ranks.py --part families [TYPE ...]        # writes eval/results/ranks_families.md and .json
 
-MODEL is a language model or encoder that `modhifi.load_model` reads. Nothing is cut: few models' code can have values of
-another width than keys. Every head keeps as many dimensions of its values; half of
-the windows of WikiText-2 (``$MODHIFI_DATA/wikitext2-valid.txt``) chooses them, the other half says what is lost.
+MODEL is a language model or encoder that `modhifi.load_model` reads. Nothing is cut, as the code of few models can have
+values of another width than keys. Every head keeps as many dimensions of its values; half of the windows of WikiText-2
+(``$MODHIFI_DATA/wikitext2-valid.txt``) chooses them, the other half says what is lost.
 Families are model types of transformers, built tiny (eval/tiny_configs.py), and models of timm, with random weights.
 """
 
