@@ -58,7 +58,7 @@ def _show(report: dict[str, Any], verbose: bool) -> None:
         print_line(f"a prune with default settings takes {demand(prediction)}")
         print_line(f"loads afterwards with {report['loads_with']}")
         if kinds := dict.fromkeys(row["kind"] for row in supported["whole"]):
-            print_line(f"{' and '.join(kinds)} go whole, where --only {' or --only '.join(kinds)} asks for them")
+            print_line(f"{' and '.join(kinds)} go where --only {' or --only '.join(kinds)} asks for them")
     if report["mixtures"]:
         sizes = " or ".join(str(size) for size in sorted({m["experts"] for m in report["mixtures"]}))
         print_line(f"{len(report['mixtures'])} mixtures of {sizes} experts: --experts 0.75x removes whole ones")

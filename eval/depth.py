@@ -50,7 +50,7 @@ class Work:
 
     def __init__(self, loaded: LoadedModel, calibration: Samples, cache: Path | None) -> None:
         self.loaded, self.calibration, self.cache = loaded, calibration, cache
-        self.structure = choose_groups(find_structure(loaded, depth=True), BLOCKS)
+        self.structure = choose_groups(find_structure(loaded, on_request=True), BLOCKS)
         (self.group,) = self.structure.prunable
         self.first = int(self.group.parts[0].rpartition(".")[2])
 

@@ -126,7 +126,7 @@ class Bench:
         """The structure with whole blocks, and the curves and weights of all its groups."""
         kinds = tuple({group.kind for group in self.structure.prunable})
         settings = replace(self.settings, only=(*kinds, "blocks"))
-        structure = choose_groups(find_structure(self.loaded, depth=True), settings)
+        structure = choose_groups(find_structure(self.loaded, on_request=True), settings)
         added = depth_curves(self.loaded, structure, self.calibration, Budget("macs", 0.5), settings, measured=True)
         return structure, {**self.curves, **added}, {**self.weights, **dict.fromkeys(added, 1.0)}
 

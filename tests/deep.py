@@ -64,7 +64,7 @@ def inputs(loaded: LoadedModel, count: int, length: int = 12) -> Tensor:
 def known(name: str) -> tuple[LoadedModel, Structure]:
     """A model that no test changes, and its structure."""
     loaded = deep(name)
-    return loaded, find_structure(loaded, depth=True)
+    return loaded, find_structure(loaded, on_request=True)
 
 
 def of_kind(structure: Structure, *kinds: str) -> Structure:

@@ -26,6 +26,8 @@ Change = tuple[tuple[str, ...], Any]
 LIKELY = re.compile(r"intermediate|inner|ffn|d_ff|hidden_dim|mlp|experts$|heads?$")
 # Widths of a single thing, not numbers of things.
 SIZES = re.compile(r"dim$|size$")
+# But that of a head, of which there are several.
+OF_ONE_HEAD = re.compile(r"head_dim$")
 # At most so many models are built for one answer.
 BUILDS = 32
 
@@ -150,7 +152,7 @@ def _candidates(config: Any, shapes: Shapes, wanted: Shapes) -> Iterator[tuple[C
             if type(value) is int
             and value > 1
             and before % value == 0
-            and not SIZES.search(path[-1])
+            and (OF_ONE_HEAD.search(path[-1]) or not SIZES.search(path[-1]))
             and value != before
             and value * after % before == 0
         )

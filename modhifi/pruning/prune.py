@@ -26,6 +26,7 @@ from modhifi.pruning.left_alone import UNSOLVED, leave, unmeasured
 from modhifi.pruning.metered import Meter, Metered
 from modhifi.pruning.metered_plan import metered_plan
 from modhifi.pruning.planned import Planned, Way
+from modhifi.pruning.rank_basis import in_leading_basis
 from modhifi.pruning.readers import best_singletons, readers_of
 from modhifi.pruning.selectors import SELECTORS
 from modhifi.pruning.sensitivity import least_change
@@ -46,7 +47,9 @@ from modhifi.structure.plan import Plan
 
 
 def _chosen(loaded: LoadedModel, settings: PruneSettings, plan: Plan | None) -> Structure:
-    structure = choose_groups(find_structure(loaded, depth=bool(settings.only) or plan is not None), settings, plan)
+    structure = choose_groups(
+        find_structure(loaded, on_request=bool(settings.only) or plan is not None), settings, plan
+    )
     if plan is None:
         return structure
     plan.check(structure)
@@ -55,7 +58,7 @@ def _chosen(loaded: LoadedModel, settings: PruneSettings, plan: Plan | None) -> 
 
 def needs_moments(structure: Structure, settings: PruneSettings, plan: Plan | None) -> bool:
     """Whether anything of a run asks what its layers do: the order, the budget's layout, or the compensation."""
-    if plan is None and any(group.parts for group in structure.prunable):
+    if any(group.kind == "ranks" or (plan is None and group.parts) for group in structure.prunable):
         return True
     if settings.sequential is not None or COMPENSATIONS[settings.compensate].needs_moments:
         return True
@@ -73,7 +76,8 @@ def contribute(
     if shared(None, team) and contribute_in_blocks(loaded, structure, samples, settings, team):
         return
     moments = measure_moments(loaded, structure, samples, settings.sampling, team=team)
-    follow_plans(loaded, structure, samples, moments, settings, team)
+    loaded, turned = in_leading_basis(loaded, structure, moments, settings.ridge)
+    follow_plans(loaded, structure, samples, turned, settings, team)
 
 
 def prune_model(
@@ -112,9 +116,8 @@ def prune_model(
     while True:
         structure = leave(structure, left, settings.strict)
         try:
-            pruned = solve(
-                loaded, structure, samples, budget, settings, plan, moments, progress, meter=meter, team=team
-            )
+            turned, known = in_leading_basis(loaded, structure, moments, settings.ridge)
+            pruned = solve(turned, structure, samples, budget, settings, plan, known, progress, meter=meter, team=team)
             shared(None, team)  # plan: there is no other
             return replace(pruned, left=left)
         except IndefiniteError as error:
@@ -134,6 +137,8 @@ def block_by_block(loaded: LoadedModel, structure: Structure, settings: PruneSet
     So it does where the layout asks for no costs, and where the Grams of all blocks cannot be ``cached`` or do not fit.
     """
     if LAYOUTS[settings.layout].reads_costs or settings.eta is not None or settings.sequential is not None:
+        return False
+    if any(group.kind == "ranks" for group in structure.prunable):
         return False
     return loaded.reads_tokens and not (cached and fit_in_memory(loaded.model, structure))
 

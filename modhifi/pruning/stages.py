@@ -36,11 +36,12 @@ from modhifi.structure.depth import removed_parts, spans
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import operator_modules
 from modhifi.structure.plan import Plan
+from modhifi.structure.ranks import confirm_ranks
 from modhifi.structure.sizes import sizes_of
 from modhifi.structure.stacked import Stacked
 from modhifi.structure.surgery import shrink
 from modhifi.structure.tracing.residual import with_depth
-from modhifi.structure.tracing.tracer import trace
+from modhifi.structure.tracing.tracer import trace, trace_ranks
 from modhifi.structure.trial_cut import confirm
 
 
@@ -84,11 +85,11 @@ class Pruned:
     metered: Metered | None = None
 
 
-def find_structure(loaded: LoadedModel, depth: bool = False) -> Structure:
+def find_structure(loaded: LoadedModel, on_request: bool = False) -> Structure:
     """Trace the model on its example batch, and refuse what its code would not survive.
 
-    With ``depth`` whole blocks and sublayers are among its groups. Raises ModhifiError where the model fails on its
-    example.
+    With ``on_request``, those that go on request are among its groups: blocks, sublayers, ranks. Raises ModhifiError
+    where the model fails on its example.
     """
 
     def run(model: nn.Module) -> dict[str, Tensor]:
@@ -99,17 +100,21 @@ def find_structure(loaded: LoadedModel, depth: bool = False) -> Structure:
     except Exception:
         loaded.require_runs()
         raise  # the model is not to blame
-    if depth:
+    if on_request:
         structure = with_depth(loaded.model, structure, loaded.example_of_two(), loaded.outputs)
     few = loaded.example[:, :TRIAL_TOKENS] if loaded.kind == "text" else loaded.example
-    return confirm(loaded.model, structure, partial(loaded.outputs, few))
+    trial = partial(loaded.outputs, few)
+    structure = confirm(loaded.model, structure, trial)
+    if on_request:
+        structure = confirm_ranks(loaded.model, structure, trace_ranks(loaded.model, trial), trial)
+    return structure
 
 
 def choose_groups(structure: Structure, settings: PruneSettings, plan: Plan | None = None) -> Structure:
     """Keep the prunable groups that ``only`` and ``exclude`` (shell patterns on names or kinds) and ``coupled`` allow.
 
-    Blocks and sublayers go only where ``only`` or the ``plan`` to replay asks for them. Raises ModhifiError for a
-    pattern that matches nothing and where no group is left.
+    Blocks, sublayers and ranks go only where ``only`` or the ``plan`` to replay asks for them. Raises ModhifiError for
+    a pattern that matches nothing, where no group is left, and for ranks of heads that may go as well.
     """
 
     def matches(group: Group, patterns: Iterable[str]) -> bool:
@@ -120,7 +125,7 @@ def choose_groups(structure: Structure, settings: PruneSettings, plan: Plan | No
             raise ModhifiError(f"the pattern '{pattern}' matches no group and no kind; `modhifi check` lists them")
     named = set() if plan is None else plan.kept.keys()
     asked = tuple(
-        g for g in structure.groups if not g.parts or g.kind in settings.only or g.name in {*settings.only, *named}
+        g for g in structure.groups if not g.on_request or g.kind in settings.only or g.name in {*settings.only, *named}
     )
     structure = replace(structure, groups=asked)
     chosen = [
@@ -131,8 +136,13 @@ def choose_groups(structure: Structure, settings: PruneSettings, plan: Plan | No
         and (settings.coupled or not g.coupled)
     ]
     if not chosen:
-        raise ModhifiError("no group of this model can be pruned with these settings; `modhifi check` says why")
-    return structure.select(chosen)
+        why = next((g.refused for g in structure.refused if g.on_request), None)
+        reason = "`modhifi check` says why" if why is None else why
+        raise ModhifiError(f"no group of this model can be pruned with these settings; {reason}")
+    structure = structure.select(chosen)
+    if plan is None and {"heads", "ranks"} <= {g.kind for g in structure.prunable}:
+        raise ModhifiError("ranks and heads are made of the same channels; prune the one, and then the other")
+    return structure
 
 
 def measure_moments(

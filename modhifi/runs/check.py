@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from modhifi.calibration.sampling import Sampling
@@ -24,10 +25,13 @@ def check_model(loaded: LoadedModel) -> dict[str, Any]:
     """The prunable and the refused groups of a model, and the saving of half of each group, as JSON-able data.
 
     ``supported`` has the parameters that go with all components of the prunable groups, by pattern of names as well,
-    and under ``whole`` those of blocks and sublayers, which go on request; ``folded`` the refusals that say the same;
-    ``prediction`` what :func:`predict` says.
+    and under ``whole`` those of blocks, sublayers and ranks, which go on request; ``folded`` the refusals that say the
+    same; ``prediction`` what :func:`predict` says.
     """
-    structure = find_structure(loaded, depth=True)
+    structure = find_structure(loaded, on_request=True)
+    # Most attentions have no ranks: who asks for them is told why.
+    known = tuple(g for g in structure.groups if g.refused is None or g.kind != "ranks")
+    structure = replace(structure, groups=known)
     sizes = sizes_of(loaded.model, structure)
     dense = {g.name: g.n for g in structure.prunable}
     kinds = dict.fromkeys(g.kind for g in structure.prunable if g.kind != "channels" and not g.parts)
@@ -97,13 +101,13 @@ def _supported(structure: Structure, sizes: Sizes) -> dict[str, Any]:
             for (name, kind), members in alike.items()
         ]
 
-    widths = [g for g in structure.prunable if not g.parts]
+    widths = [g for g in structure.prunable if not g.on_request]
     parameters = without(widths)
     return {
         "parameters": parameters,
         "share": parameters / total if total else 0.0,
         "patterns": rows(widths),
-        "whole": rows(g for g in structure.prunable if g.parts),
+        "whole": rows(g for g in structure.prunable if g.on_request),
     }
 
 
@@ -111,7 +115,7 @@ def _loads_with(loaded: LoadedModel, structure: Structure, sizes: Sizes, said_by
     """What loads the model after a cut of some kinds of components, in words."""
     if loaded.framework == "torch":
         return "modhifi.load, which is given the module that was pruned"
-    kinds = dict.fromkeys(g.kind for g in structure.prunable if not g.parts)
+    kinds = dict.fromkeys(g.kind for g in structure.prunable if not g.on_request)
     stock = [kind for kind in kinds if said_by_stock.get(kind)]
     rest = [kind for kind in kinds if kind not in stock]
     dense = {g.name: g.n for g in structure.prunable}

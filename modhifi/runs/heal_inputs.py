@@ -68,7 +68,7 @@ def _cut(original: LoadedModel, manifest: Manifest | None) -> Cut:
     kinds = set() if manifest is None or manifest.base.edits_before else {group.kind for group in manifest.groups}
     if manifest is None or not kinds or "experts" in kinds:
         return Cut()
-    return Cut.of(original.model, find_structure(original, depth=True), manifest.plan())
+    return Cut.of(original.model, find_structure(original, on_request=True), manifest.plan())
 
 
 def teacher_of(recipe: HealRecipe, patient: Patient) -> ModelSource:

@@ -119,7 +119,7 @@ def in_dense_shape(edited: nn.Module, original: LoadedModel, manifest: Manifest 
             return None
         if any(group.kind == "experts" for group in manifest.groups):
             return None
-        return expand(edited, original.model, find_structure(original, depth=True), manifest.plan())
+        return expand(edited, original.model, find_structure(original, on_request=True), manifest.plan())
     return edited if same_shapes(original.model, edited) else None
 
 

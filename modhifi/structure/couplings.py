@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modhifi.structure.groups import Group, Role, Slice, Work
+from modhifi.structure.groups import Group, Kind, Role, Slice, Work
 from modhifi.structure.splits import Count, Split, fate_of
 
 # Behind the name of a table whose rows are channels.
 ROWS = "[rows]"
+# What components are by what they are marked with, of several marks by the first.
+KINDS: dict[str, Kind] = {"ranks": "ranks", "heads": "heads", "sum": "channels"}
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,8 @@ class Event:
     """Channel numbers met at one place, a module or a parameter.
 
     ``parts`` asks for equal counts in every part; ``reason`` refuses them. ``mark`` is ``"sum"`` where channels are
-    added to others and ``"heads"`` where they are batch axes of a product of tensors. ``count`` is the integer of a
-    module that says how many they are.
+    added to others, ``"heads"`` where they are batch axes of a product of tensors, and ``"ranks"`` where they are its
+    columns inside heads. ``count`` is the integer of a module that says how many they are.
     """
 
     place: str
@@ -256,7 +258,7 @@ class Couplings:
             slices=tuple(slices),
             partition=None if partition is None else torch.from_numpy(partition),
             refused="; ".join(dict.fromkeys(reasons)) or None,
-            kind="heads" if "heads" in marks else "channels" if "sum" in marks else "neurons",
+            kind=next((kind for mark, kind in KINDS.items() if mark in marks), "neurons"),
             queries=marks.get("heads", 1),
             pieces=tuple(dict.fromkeys(pieces)),
         )

@@ -1,7 +1,7 @@
 """A cut model back in the shapes of its original: the same function, zero columns where components went.
 
 Blocks and sublayers that went are there again, and add nothing. Removed channels count once, at their readers: the
-producers keep the original's rows, which nobody reads any more.
+producers keep the original's rows, which nobody reads any more. So do ranks, whose readers take the original's basis.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from modhifi.structure.groups import Structure
 from modhifi.structure.operators import as_stored, conv_groups, last_wide, outputs_first
 from modhifi.structure.places import holder, operator_at
 from modhifi.structure.plan import Plan
+from modhifi.structure.ranks import in_dense_basis
 from modhifi.structure.stacked import TURNED, Stacked
 from modhifi.structure.surgery import removed_positions, staying
 
@@ -84,6 +85,7 @@ def expand(small: nn.Module, dense: nn.Module, structure: Structure, plan: Plan)
         if key not in done and (ours[key].data_ptr(), ours[key].shape) not in filled:
             _same_shape(ours[key], value, key)
             ours[key].copy_(value)
+    in_dense_basis(model, dense, structure, plan)
     return model
 
 

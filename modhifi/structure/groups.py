@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 Role = Literal["producer", "reader", "along", "rows", "biases", "matrices"]
-Kind = Literal["channels", "neurons", "heads", "experts", "blocks", "sublayers"]
+Kind = Literal["channels", "neurons", "heads", "experts", "ranks", "blocks", "sublayers"]
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ class Group:
 
     ``partition`` is int64 ``(n,)`` where equally many components must be kept per label (conv groups, chunks).
     ``refused`` says why nothing of the group may be removed. ``kind`` is ``channels``, ``neurons`` (of linear maps),
-    ``heads``, ``experts``, ``blocks`` or ``sublayers``; ``queries`` the number of query heads in one component, above 1
-    where they share a key-value head and the component is that whole KV group; ``experts`` the number of experts of a
-    mixture that have as many neurons each. What stays of every part is a ``multiple`` of that. ``attributes`` are
-    integers of modules that count components: ``(module, attribute, amount per component)``; ``pieces`` are such that
-    count a piece of some channels, of other groups too. Blocks and sublayers have no slices: their components are the
-    modules ``parts``, and all of them may go.
+    ``heads``, ``experts``, ``ranks`` (channel i of the values of every head), ``blocks`` or ``sublayers``; ``queries``
+    the number of query heads in one component, above 1 where they share a key-value head and the component is that
+    whole KV group; ``experts`` the number of experts of a mixture that have as many neurons each. What stays of every
+    part is a ``multiple`` of that. ``attributes`` are integers of modules that count components: ``(module, attribute,
+    amount per component)``; ``pieces`` are such that count a piece of some channels, of other groups too. Blocks and
+    sublayers have no slices: their components are the modules ``parts``, and all of them may go.
     """
 
     name: str
@@ -103,6 +103,11 @@ class Group:
     def coupled(self) -> bool:
         """Whether several producers write the components into the same places (a residual width)."""
         return len({s.module for s in self.producers}) > 1 and self.kind == "channels"
+
+    @property
+    def on_request(self) -> bool:
+        """Whether components go only where they are asked for: whole modules, and ranks, which lie across heads."""
+        return bool(self.parts) or self.kind == "ranks"
 
     @property
     def label(self) -> str:

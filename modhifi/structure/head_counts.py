@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from torch import nn
@@ -19,6 +19,8 @@ from modhifi.structure.stacked import Stacked
 HEADS = re.compile(r"(^|_|\.)(heads?|mp_num)$")  # num_heads, n_head, num_key_value_heads; shards of heads
 # all_head_size, dim_out_qk, hidden_size_output
 WIDTHS = re.compile(r"(^|_)(dim|size)(_out_(qk|v)|_output|_projection)?$")
+# v_head_dim, val_dim, val_attn_dim, v_channels: of the values of one head, or of all
+VALUES = re.compile(r"^out_dim$|(^|_)v(al(ue)?)?_((head|attn)_)?(dim|size|channels(_per_head)?)$")
 SHARING = re.compile(r"num_(key_value|kv)_groups$")  # query heads to one key-value head
 # widths of one head, and sizes of something else
 OTHERS = re.compile(r"^(attention_|attn_)?head_(dim|size)$|window|patch|block|kernel|chunk|vocab|grid")
@@ -36,20 +38,31 @@ def with_head_counts(model: nn.Module, group: Group) -> Group:
         return group if linear else replace(group, kind="channels")
     if group.kind == "channels":
         return group
+    if group.kind == "ranks":
+        read = {group.n * s.index.shape[1]: s.index.shape[1] for s in group.readers}
+        return replace(group, attributes=_counting(model, group, ((VALUES, read | {group.n: 1}),)))
     heads = {group.n * group.queries: group.queries, group.n: 1}
     widths = {group.n * s.index.shape[1]: s.index.shape[1] for s in group.slices if s.role != "along"}
     # Where queries, keys and values are one matrix, what reads the heads shows how wide one of them is.
     widths |= {group.n * (wide := s.index.shape[1] // group.queries): wide for s in group.readers}
     # Where components are query heads of their own, each with its key-value head, this integer is 1.
     sharing = {group.n: 1} if group.queries == 1 < group.n else {}
+    table = (HEADS, heads), (WIDTHS, widths), (SHARING, sharing)
+    return replace(group, attributes=_counting(model, group, table))
+
+
+def _counting(
+    model: nn.Module, group: Group, table: Iterable[tuple[re.Pattern[str], dict[int, int]]]
+) -> tuple[tuple[str, str, int], ...]:
+    """The attributes around a group of which a pattern knows the name, with the amount of one component by value."""
     counting = []
     for name in _around(group):
         for attribute, value in _integers(model.get_submodule(name)):
-            for pattern, amount in ((HEADS, heads), (WIDTHS, widths), (SHARING, sharing)):
+            for pattern, amount in table:
                 counts = pattern.search(attribute) and not OTHERS.search(attribute)
                 if counts and value in amount:
                     counting.append((name, attribute, amount[value]))
-    return replace(group, attributes=tuple(counting))
+    return tuple(counting)
 
 
 def _is_linear(module: nn.Module) -> bool:

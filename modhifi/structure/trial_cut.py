@@ -44,24 +44,31 @@ def confirm(model: nn.Module, structure: Structure, run: Callable[[nn.Module], A
     for blocks that may go, and for sublayers.
     """
 
-    def drawn_alike(model: nn.Module) -> Any:  # some models draw at random in every pass
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return run(model)
-
+    run = drawn_alike(run)
     trials: list[tuple[float, Callable[[Sequence[Group]], Sequence[Group]], str]] = [
         (MOST, _blocks, WHOLE),
         (MOST, _sublayers, WHOLE),
     ]
     plans = _unequal(structure.prunable)
-    if any(_wrong_output(model, structure, plan, drawn_alike) is not None for plan in plans if plan.kept):
+    if any(wrong_output(model, structure, plan, run) is not None for plan in plans if plan.kept):
         trials = [(ALL_BUT_ONE, _widths, FIXED), (MOST, _widths, FIXED), (MOST, _every_second, UNEQUAL), *trials]
     for share, chosen, reason in trials:
         before = structure
-        structure = _confirm(model, structure, chosen(structure.prunable), drawn_alike, share, reason)
+        structure = _confirm(model, structure, chosen(structure.prunable), run, share, reason)
         if reason == UNEQUAL:
-            structure = _tied(model, before, structure, drawn_alike, share)
+            structure = _tied(model, before, structure, run, share)
     return structure
+
+
+def drawn_alike(run: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
+    """A pass in which models that draw at random draw the same every time."""
+
+    def seeded(model: nn.Module) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return run(model)
+
+    return seeded
 
 
 def _tied(
@@ -72,7 +79,7 @@ def _tied(
     A component of it is one of every block, at the same place.
     """
     alone = {group.name for group in before.prunable} - {group.name for group in after.prunable}
-    for members in _roles(before.prunable).values():
+    for members in roles(before.prunable).values():
         if len(members) < 2 or not alone & {g.name for g in members} or not all(_alike(members[0], g) for g in members):
             continue
         first, others = members[0], {g.name for g in members[1:]}
@@ -90,8 +97,8 @@ def _tied(
                 for w in after.work
             ),
         )
-        plans = [_cut(groups, share) for groups in ((one,), _every_second(tied.prunable)) if groups]
-        if all(_wrong_output(model, tied, plan, run) is None for plan in plans):
+        plans = [cut(groups, share) for groups in ((one,), _every_second(tied.prunable)) if groups]
+        if all(wrong_output(model, tied, plan, run) is None for plan in plans):
             after = tied
     return after
 
@@ -121,16 +128,16 @@ def _every_second(groups: Sequence[Group]) -> Sequence[Group]:
 
     Of two such names that follow each other, one begins with its first group and the other with its second.
     """
-    repeated = [members for members in _roles(groups).values() if len(members) > 1]
+    repeated = [members for members in roles(groups).values() if len(members) > 1]
     return [group for number, members in enumerate(repeated) for group in members[number % 2 :: 2]]
 
 
-def _roles(groups: Sequence[Group]) -> dict[str, list[Group]]:
+def roles(groups: Sequence[Group]) -> dict[str, list[Group]]:
     """The groups by their names without numbers."""
-    roles: dict[str, list[Group]] = {}
+    members: dict[str, list[Group]] = {}
     for group in _widths(groups):
-        roles.setdefault(re.sub(r"\d+", "", group.name), []).append(group)
-    return roles
+        members.setdefault(re.sub(r"\d+", "", group.name), []).append(group)
+    return members
 
 
 def _confirm(
@@ -142,7 +149,7 @@ def _confirm(
     reason: str,
 ) -> Structure:
     def problem(groups: Sequence[Group]) -> str | None:
-        output = _wrong_output(model, structure, _cut(groups, share), run)
+        output = wrong_output(model, structure, cut(groups, share), run)
         return None if output is None else f"{reason} (output '{output}')" if output else reason
 
     together = problem(chosen) if chosen else None
@@ -162,7 +169,7 @@ def _confirm(
 
 
 @torch.no_grad()
-def _wrong_output(model: nn.Module, structure: Structure, plan: Plan, run: Callable[[nn.Module], Any]) -> str | None:
+def wrong_output(model: nn.Module, structure: Structure, plan: Plan, run: Callable[[nn.Module], Any]) -> str | None:
     """The output that is wrong once a plan is cut, "" for all; None where none is."""
     masked = dict(named_tensors(run(mask_readers(model, structure, plan, model.parameters()))))
     try:
@@ -171,21 +178,31 @@ def _wrong_output(model: nn.Module, structure: Structure, plan: Plan, run: Calla
         if is_out_of_memory(error):
             raise
         return ""
+    return first_wrong(masked, small, model, lambda: run(nudged(mask_readers(model, structure, plan))))
+
+
+def first_wrong(
+    expected: dict[str, Tensor], given: dict[str, Tensor], model: nn.Module, nudge: Callable[[], Any]
+) -> str | None:
+    """The first output that is not as expected, None where all are.
+
+    In half precision it may differ by as much as it does in ``nudge()``, a pass with every weight moved by rounding.
+    """
     half, noisy = any(p.dtype in HALF for p in model.parameters()), dict[str, Tensor]()
-    for name in masked | small:
-        if name not in masked or name not in small or small[name].shape != masked[name].shape:
+    for name in expected | given:
+        if name not in expected or name not in given or given[name].shape != expected[name].shape:
             return name
-        change = difference(small[name], masked[name])
+        change = difference(given[name], expected[name])
         if change <= (5e-2 if half else 1e-3):
             continue
         if half and not noisy:
-            noisy = dict(named_tensors(run(_nudged(mask_readers(model, structure, plan)))))
-        if not half or not change <= difference(noisy[name], masked[name]):
+            noisy = dict(named_tensors(nudge()))
+        if not half or not change <= difference(noisy[name], expected[name]):
             return name
     return None
 
 
-def _nudged(model: nn.Module) -> nn.Module:
+def nudged(model: nn.Module) -> nn.Module:
     """The model with every weight moved by half of its type's precision, in place: what rounding alone does.
 
     Through tens of blocks of half precision that is no small change of the output.
@@ -207,7 +224,7 @@ def _unequal(groups: Sequence[Group]) -> list[Plan]:
     ]
 
 
-def _cut(groups: Iterable[Group], share: float) -> Plan:
+def cut(groups: Iterable[Group], share: float) -> Plan:
     """The plan that keeps a share of the components of these groups."""
     return Plan({g.name: _last(g, share) for g in groups})
 

@@ -13,6 +13,7 @@ from modhifi.models.load import load_model
 from modhifi.models.plain_copy import normed_again
 from modhifi.models.skeleton import record
 from modhifi.models.stock import can_say, on_meta, shapes_of, stating
+from modhifi.pruning.stages import find_structure
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import shrink
 from modhifi.structure.tracing.tracer import trace
@@ -38,6 +39,21 @@ def test_what_a_configuration_can_say_is_found_by_trying(name: str):
     loaded, structure = traced(name)
     kinds = {g.kind for g in structure.prunable} - {"channels"}
     assert {kind for kind in kinds if can_say(loaded, structure, kind)} == SAID[name]
+
+
+def test_fewer_ranks_are_a_narrower_head_of_values():
+    model, _, _ = tiny_transformers.family("deepseek_v3")
+    loaded = load_model(model.float())
+    structure = find_structure(loaded, on_request=True)
+    assert can_say(loaded, structure, "ranks")
+    plan = Plan({g.name: (0, 2, 5) for g in structure.prunable if g.kind == "ranks"})
+    small = stating(shrink(copy.deepcopy(loaded.model), structure, plan), loaded)
+    config = small.config
+    assert (config.v_head_dim, config.qk_nope_head_dim, config.num_attention_heads) == (3, 8, 4)
+    stock = transformers.DeepseekV3ForCausalLM(config).eval()
+    stock.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        assert torch.equal(loaded.logits(loaded.example, stock), loaded.logits(loaded.example, small))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "dinov2"])

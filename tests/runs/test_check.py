@@ -91,5 +91,5 @@ def test_a_causal_model_is_tried_out_on_few_tokens_and_timed_in_one_pass(monkeyp
 
     monkeypatch.setattr(LoadedModel, "_forward", counting)
     check_model(loaded)
-    # Tracing, branches and the forecast read the whole example; four trials take two passes each.
-    assert sorted(lengths) == [TRIAL_TOKENS] * 8 + [loaded.example.shape[1]] * 3
+    # Tracing, branches and the forecast read the whole example; four trials take two passes each, and ranks three.
+    assert sorted(lengths) == [TRIAL_TOKENS] * 11 + [loaded.example.shape[1]] * 3

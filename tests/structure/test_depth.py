@@ -59,7 +59,7 @@ def test_every_block_but_the_first_can_go() -> None:
 
 @pytest.mark.parametrize(("name", "reason"), [("bert", NORMED), ("gpt_neox", JOINED), ("convnext_atto", FIRST)])
 def test_blocks_that_cannot_go_say_why(name: str, reason: str) -> None:
-    structure = find_structure(load_model(family(name)[0].float()), depth=True)
+    structure = find_structure(load_model(family(name)[0].float()), on_request=True)
     groups = [g for g in structure.groups if g.kind == "blocks"]
     assert groups and all(g.refused and reason in g.refused for g in groups)
 
@@ -89,14 +89,14 @@ class Step(nn.Module):
 
 def test_code_that_counts_on_its_blocks_is_found() -> None:
     torch.manual_seed(0)
-    structure = find_structure(load_model(Numbered(), example=torch.randn(2, 6)), depth=True)
+    structure = find_structure(load_model(Numbered(), example=torch.randn(2, 6)), on_request=True)
     assert {g.refused for g in structure.groups if g.kind == "blocks"} == {WHOLE}
 
 
 def test_layers_are_numbered_anew_and_so_is_what_is_said_of_each() -> None:
     types = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     loaded = deep("qwen2", layer_types=types, sliding_window=8, use_sliding_window=True)
-    structure = of_kind(find_structure(loaded, depth=True), "blocks")
+    structure = of_kind(find_structure(loaded, on_request=True), "blocks")
     small = shrink(clone(loaded.model), structure, Plan({"model.layers": (1, 2)}))
     assert small.config.num_hidden_layers == len(small.model.layers) == DEPTH - 1
     assert small.config.layer_types == [types[0], *types[2:]]

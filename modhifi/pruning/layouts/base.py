@@ -25,7 +25,7 @@ class Rounding:
 
     def step(self, group: Group) -> int:
         """The widths of a group are multiples of this: the rounding and one component for every part of it."""
-        to = self.to if group.kind in ("channels", "neurons") else 1
+        to = self.to if group.kind in ("channels", "neurons", "ranks") else 1
         while self.less and 2 * to > group.n and to > 1:
             to //= 2
         return math.lcm(to, group.step)

@@ -183,7 +183,7 @@ class Method(Strict):
     """Rows a Gram looks at per column; 0 takes all."""
     only: list[str] = []
     """Prune only groups of this name pattern or kind (channels, neurons, heads; on request alone whole blocks and
-    sublayers); repeat it."""
+    sublayers, and ranks of values); repeat it."""
     exclude: list[str] = []
     """Leave groups of this pattern or kind alone; repeat it."""
     coupled: Annotated[bool, Option("--coupled/--inner-only")] = True

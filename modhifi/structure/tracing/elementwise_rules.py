@@ -107,6 +107,8 @@ def attention(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     names = ("query", "key", "value", "attn_mask")
     tensors = [call.argument(number, name) for number, name in enumerate(names)]
     places = [(t, {d: d + dims - t.ndim for d in range(t.ndim - 2)}) for t in tensors if isinstance(t, Tensor)]
+    if watcher.ranks:
+        places[2][1][tensors[2].ndim - 1] = dims - 1
     return couple(watcher, call, places, "heads", grouped=bool(call.argument(7, "enable_gqa", False)))
 
 
@@ -165,6 +167,8 @@ def couple(
         watcher.couplings.mark(first, mark)
     if mark == "heads" and dim < out.ndim - 2:
         watcher.couplings.mark(first, mark)
+    if mark == "heads" and watcher.ranks and dim == out.ndim - 1:
+        watcher.couplings.mark(first, "ranks")
     return [Axis(dim, first)] * len(call.outputs)
 
 

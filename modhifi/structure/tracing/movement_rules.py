@@ -136,9 +136,14 @@ def _carries_nothing(call: TracedCall, tensor: Tensor) -> bool:
 def _collapse(watcher: Watcher, grid: Grid) -> Placement:
     """A reshape has spread components over several axes: let those that differ in the last one live as one.
 
-    So the channels of an attention head become one component where ``(..., H * D)`` is seen as ``(..., H, D)``.
+    So the channels of an attention head become one component where ``(..., H * D)`` is seen as ``(..., H, D)``; where
+    ranks are looked for, it is channel i of every head.
     """
     dim = last_wide(grid.ids)
+    if watcher.ranks:
+        by_head = grid.ids.movedim(dim, -1).flatten(0, -2)
+        watcher.couplings.unite(by_head[:1].expand_as(by_head).flatten(), by_head.flatten())
+        return Axis(dim, by_head[0].clone())
     heads = grid.ids.narrow(dim, 0, 1)
     watcher.couplings.unite(heads.expand_as(grid.ids).flatten(), grid.ids.flatten())
     wide = [d for d, size in enumerate(heads.shape) if size > 1]
@@ -153,6 +158,10 @@ def _takes_alike(watcher: Watcher, call: TracedCall, source: Tensor, placements:
     taken = [torch.isin(source, p.ids) for p in placements]
     if not all(torch.equal(source[t], p.ids.flatten()) for t, p in zip(taken, placements, strict=True)):
         return False
+    if watcher.ranks:  # queries, keys and values of one matrix, each with a width of its own
+        for mask in taken:
+            watcher.couplings.part(source[mask], None)
+        return True
     complete = len(taken) > 1 and bool((torch.stack(taken).sum(0) == 1).all()) and not call.grids
     for masks in [taken] if complete else [[t, ~t] for t in taken if not bool(t.all())]:
         pieces = tuple(torch.nonzero(mask).flatten() for mask in masks)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from modhifi.structure.tracing.operations import OWN_RULES, RULES
 from modhifi.structure.tracing.placements import Placement, TracedCall
 from modhifi.structure.tracing.watcher import Watcher
 
+# Behind the name of what writes the values of an attention.
+RANKS = "#ranks"
 # Kinds whose rules know of components along several axes.
 GRID_KINDS: frozenset[Kind] = MOVEMENTS | {
     "activation",
@@ -95,10 +98,10 @@ def _unseen(model: nn.Module, seen: set[str], obstacles: dict[str, str]) -> Iter
 
 
 def _watched(
-    model: nn.Module, run: Callable[[nn.Module], Any], older: Iterable[Tensor] = ()
+    model: nn.Module, run: Callable[[nn.Module], Any], ranks: bool, older: Iterable[Tensor] = ()
 ) -> tuple[ChannelTracer, Any]:
     """One watched pass; tensors ``older`` than it carry nothing."""
-    tracer = ChannelTracer(model)
+    tracer = ChannelTracer(model, ranks)
     for tensor in older:
         if id(tensor) not in tracer.placements:
             tracer.remember(tensor, None)
@@ -111,21 +114,27 @@ def _alive() -> list[Tensor]:
     return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
 
 
+def _traced(model: nn.Module, run: Callable[[nn.Module], Any], ranks: bool = False) -> ChannelTracer:
+    """The watched pass that counts: a second one where the first meets tensors that it has not made."""
+    tracer, outputs = _watched(without_caches(model), run, ranks)
+    if tracer.unobserved:  # libraries keep positions and anchors in caches that no module shows
+        tracer, outputs = None, None  # type: ignore[assignment]  # nothing of that pass is to count as older
+        tracer, outputs = _watched(without_caches(model), run, ranks, _alive())
+    for _, tensor in named_tensors(outputs):
+        tracer.uses[id(tensor)] += 1
+        placement = tracer.placements.get(id(tensor))
+        if placement is not None:
+            tracer.couplings.freeze(placement.ids.flatten(), "these channels are the model's output")
+    return tracer
+
+
 def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Structure:
     """Watch ``run(model)``, one forward pass on a batch of at least two samples, and return the groups found.
 
     The model must be in eval mode. Costs one forward pass, or two where the first meets tensors that it has not made;
     nothing of the model is changed, but what it remembered of earlier passes for a device is forgotten.
     """
-    tracer, outputs = _watched(without_caches(model), run)
-    if tracer.unobserved:  # libraries keep positions and anchors in caches that no module shows
-        tracer, outputs = None, None  # type: ignore[assignment]  # nothing of that pass is to count as older
-        tracer, outputs = _watched(without_caches(model), run, _alive())
-    for _, tensor in named_tensors(outputs):
-        tracer.uses[id(tensor)] += 1
-        placement = tracer.placements.get(id(tensor))
-        if placement is not None:
-            tracer.couplings.freeze(placement.ids.flatten(), "these channels are the model's output")
+    tracer = _traced(model, run)
     groups = tuple(with_head_counts(model, by_expert(model, group)) for group in tracer.couplings.groups())
     operators = {o.module: o for o in _operators(tracer)}
     seen = {s.module for g in groups for s in g.slices} | set(operators)
@@ -137,3 +146,17 @@ def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Structure:
         counter.total // 2 // samples,
         tuple(counter.uncounted),
     )
+
+
+def trace_ranks(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[Group, ...]:
+    """The groups of ranks: a component is channel i of the values of every head of an attention.
+
+    Watches as :func:`trace` does. Components of other groups lie across these, so the two cannot go together.
+    """
+    named: dict[str, Group] = {}
+    for group in _traced(model, run, ranks=True).couplings.groups():
+        if group.kind == "ranks":
+            plain = group.name.partition("#")[0] + RANKS
+            name = plain if plain not in named else group.name + RANKS
+            named[name] = with_head_counts(model, replace(group, name=name))
+    return tuple(named.values())

@@ -33,9 +33,11 @@ class FrozenNorm(nn.Module):
 class Watcher(TorchFunctionMode):
     """The placements of one pass, and what its rules find: couplings, operators, multiply-adds, obstacles."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, ranks: bool = False) -> None:
         super().__init__()
         self.model = model
+        # Whether components are channels inside heads, alike in all of them, and not heads.
+        self.ranks = ranks
         self.couplings = Couplings()
         self.placements: dict[int, Placement | None] = {}
         self.alive: list[Tensor] = []
