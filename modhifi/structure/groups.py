@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Role = Literal["producer", "reader", "along", "rows", "biases", "matrices"]
+Role = Literal["producer", "reader", "along", "rows", "biases", "matrices", "argument"]
 Kind = Literal["channels", "neurons", "heads", "experts", "blocks", "sublayers"]
 
 
@@ -24,12 +24,14 @@ class Slice:
     producer, on the input axis of a reader, on the only channel axis of a module (or parameter) that the components
     pass along (a norm, a depthwise conv, a layer scale), on the first axis of a table with ``rows`` for them, in the
     flattened ``biases`` ``(E, width)`` of stacked
-    matrices, on the first axis of a tensor with something for each expert (``matrices``).
+    matrices, on the first axis of a tensor with something for each expert (``matrices``). With the role ``argument``
+    ``module`` is a module's name and that of an argument of its forward, on whose axis ``dim`` they stand.
     """
 
     module: str
     role: Role
     index: Tensor
+    dim: int = 0
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def with_head_counts(model: nn.Module, group: Group) -> Group:
     if group.kind == "channels":
         return group
     heads = {group.n * group.queries: group.queries, group.n: 1}
-    widths = {group.n * s.index.shape[1]: s.index.shape[1] for s in group.slices if s.role != "along"}
+    widths = {group.n * s.index.shape[1]: s.index.shape[1] for s in group.slices if s.role not in ("along", "argument")}
     # Where queries, keys and values are one matrix, what reads the heads shows how wide one of them is.
     widths |= {group.n * (wide := s.index.shape[1] // group.queries): wide for s in group.readers}
     # Where components are query heads of their own, each with its key-value head, this integer is 1.

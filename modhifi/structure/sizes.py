@@ -148,7 +148,7 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
     outputs: dict[str, dict[str, int]] = defaultdict(dict)
     places, tables = dict.fromkeys(structure.operators), dict[str, str]()
     for group in structure.prunable:
-        for piece in group.slices:
+        for piece in (piece for piece in group.slices if piece.role != "argument"):
             places[piece.module] = None
             if piece.role in ("along", "rows", "biases", "matrices"):
                 tables[piece.module] = piece.role

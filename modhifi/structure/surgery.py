@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modhifi.structure.arguments import take_fewer
 from modhifi.structure.clone import clone, without_caches
 from modhifi.structure.depth import drop, removed_parts, silence, silenced
 from modhifi.structure.families import restate, restate_depth
@@ -35,7 +36,7 @@ def removed_positions(structure: Structure, plan: Plan) -> dict[tuple[str, str],
     for group in structure.groups:
         if group.name in plan.kept:
             out = ~plan.mask(group)
-            for piece in group.slices:
+            for piece in (piece for piece in group.slices if piece.role != "argument"):
                 removed[piece.module, piece.role].append(piece.index[out].reshape(-1))
     return {key: torch.cat(pieces) for key, pieces in removed.items()}
 
@@ -96,6 +97,9 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
             _shrink_operator(place, inputs, outputs)
     for group in structure.groups:
         if group.name in plan.kept:
+            for piece in group.of("argument"):
+                out = piece.index[~plan.mask(group)].flatten()
+                take_fewer(*holder(model, piece.module), piece.dim, staying(piece.index.numel(), out))
             for name, attribute, amount in group.attributes:
                 set_count(model.get_submodule(name), attribute, amount * len(plan.kept[group.name]))
             for name, attribute, amount in group.pieces:

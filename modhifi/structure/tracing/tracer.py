@@ -9,7 +9,8 @@ a reason: no operation is ever guessed to be elementwise.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -95,10 +96,13 @@ def _unseen(model: nn.Module, seen: set[str], obstacles: dict[str, str]) -> Iter
 
 
 def _watched(
-    model: nn.Module, run: Callable[[nn.Module], Any], older: Iterable[Tensor] = ()
+    model: nn.Module,
+    run: Callable[[nn.Module], Any],
+    older: Iterable[Tensor] = (),
+    arguments: Mapping[str, dict[str, tuple[int, int]]] = MappingProxyType({}),
 ) -> tuple[ChannelTracer, Any]:
-    """One watched pass; tensors ``older`` than it carry nothing."""
-    tracer = ChannelTracer(model)
+    """One watched pass; tensors ``older`` than it carry nothing, ``arguments`` something for each head."""
+    tracer = ChannelTracer(model, arguments)
     for tensor in older:
         if id(tensor) not in tracer.placements:
             tracer.remember(tensor, None)
@@ -114,13 +118,15 @@ def _alive() -> list[Tensor]:
 def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Structure:
     """Watch ``run(model)``, one forward pass on a batch of at least two samples, and return the groups found.
 
-    The model must be in eval mode. Costs one forward pass, or two where the first meets tensors that it has not made;
-    nothing of the model is changed, but what it remembered of earlier passes for a device is forgotten.
+    The model must be in eval mode. Costs one forward pass, or two where the first meets tensors that it has not made or
+    a module is given something for each head; nothing of the model is changed, but what it remembered of earlier passes
+    for a device is forgotten.
     """
     tracer, outputs = _watched(without_caches(model), run)
-    if tracer.unobserved:  # libraries keep positions and anchors in caches that no module shows
+    if tracer.unobserved or tracer.of_heads:  # libraries keep positions and anchors in caches that no module shows
+        unobserved, arguments = tracer.unobserved, tracer.of_heads
         tracer, outputs = None, None  # type: ignore[assignment]  # nothing of that pass is to count as older
-        tracer, outputs = _watched(without_caches(model), run, _alive())
+        tracer, outputs = _watched(without_caches(model), run, _alive() if unobserved else (), arguments)
     for _, tensor in named_tensors(outputs):
         tracer.uses[id(tensor)] += 1
         placement = tracer.placements.get(id(tensor))

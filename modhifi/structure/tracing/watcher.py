@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,13 +15,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from modhifi.errors import ModhifiError
+from modhifi.structure.arguments import with_argument
 from modhifi.structure.couplings import Couplings
 from modhifi.structure.flops import WorkCounter, counting
 from modhifi.structure.library_layers import is_frozen_norm
 from modhifi.structure.operators import last_wide
 from modhifi.structure.stacked import may_be_stacked
 from modhifi.structure.torch_ops import METADATA, OPERATIONS, Kind, operation_name, tensors_in
-from modhifi.structure.tracing.placements import Axis, Placement, TracedCall
+from modhifi.structure.tracing.placements import Axis, Placement, TracedCall, of_one_item
 from modhifi.structure.tracing.stacks import StackViews
 
 # Kinds whose operations can make components of an input that carries none.
@@ -31,11 +34,19 @@ class FrozenNorm(nn.Module):
 
 
 class Watcher(TorchFunctionMode):
-    """The placements of one pass, and what its rules find: couplings, operators, multiply-adds, obstacles."""
+    """The placements of one pass, and what its rules find: couplings, operators, multiply-adds, obstacles.
 
-    def __init__(self, model: nn.Module) -> None:
+    ``arguments`` are those of modules, by name, which hold something for each head: the axis and how many heads.
+    """
+
+    def __init__(self, model: nn.Module, arguments: Mapping[str, dict[str, tuple[int, int]]] = MappingProxyType({})):
         super().__init__()
         self.model = model
+        self.arguments = arguments
+        # Arguments that may hold something for each head, as an operation met it.
+        self.of_heads: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
+        # What the modules being run were given.
+        self.given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.couplings = Couplings()
         self.placements: dict[int, Placement | None] = {}
         self.alive: list[Tensor] = []
@@ -118,6 +129,37 @@ class Watcher(TorchFunctionMode):
         index = call.args[1]
         columns = isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None)
         return self.names[id(call.args[0])] if columns and isinstance(index[1], Tensor) else None
+
+    def per_head(self, ids: Tensor, dim: int) -> None:
+        """Note which arguments of the innermost module being run could hold something for each of some heads.
+
+        Something that carries nothing has met them along its axis ``dim``: it may be an argument, or made of one.
+        """
+        heads = len(of_one_item(ids))
+        if not self.path or bool((ids < 0).any()):
+            return
+        (name, _), (args, kwargs) = self.path[-1], self.given[-1]
+        bound = inspect.signature(self.model.get_submodule(name).forward).bind(*args, **kwargs)
+        for argument, value in bound.arguments.items():
+            if isinstance(value, Tensor) and self.placements.get(id(value)) is None:
+                fits = [d for d, length in enumerate(value.shape) if length in (heads, len(ids))]
+                if fits:
+                    self.of_heads[name][argument] = (dim if dim in fits else fits[0], heads)
+
+    def _seen(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a module is given, where arguments that hold something for each head carry components of their own."""
+        for argument, (dim, heads) in self.arguments.get(name, {}).items():
+
+            def carrying(value: Any, argument: str = argument, dim: int = dim, heads: int = heads) -> Any:
+                if not isinstance(value, Tensor) or self.placements.get(id(value)) is not None or value.shape[dim] == 1:
+                    return value
+                alias = value.view_as(value)
+                ids = self.couplings.argument(f"{name}.{argument}", dim, heads)
+                self.remember(alias, Axis(dim, ids.repeat(value.shape[dim] // heads)))
+                return alias
+
+            args, kwargs = with_argument(self.model.get_submodule(name), args, kwargs, argument, carrying)
+        return args, kwargs
 
     @property
     def where(self) -> str:
@@ -207,20 +249,25 @@ class Watcher(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
             self.path.clear()
+            self.given.clear()
             self.closed = 0
 
-    def _hooks(self, name: str, module: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
+    def _hooks(self, name: str, module: nn.Module) -> tuple[Callable[..., Any], Callable[..., None]]:
         key: type[nn.Module] = FrozenNorm if is_frozen_norm(module) else type(module)
         registered = key in OPERATIONS
         begun: list[int] = []
 
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+                args, kwargs = self._seen(name, args, kwargs)
             received = next(tensors_in((args, kwargs)), None)
             if not self.samples and received is not None and received.ndim:
                 self.samples = len(received)
             self.path.append((name, id(received)))
+            self.given.append((args, kwargs))
             begun.append(self.counter.total)
             self.closed += registered
+            return (args, kwargs) if name in self.arguments else None
 
         def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             self.closed -= registered
@@ -231,6 +278,7 @@ class Watcher(TorchFunctionMode):
                     placements = {id(tensor): self.placement(tensor) for tensor in tensors_in((args, kwargs))}
                     self.follow(TracedCall(key.__name__, module.forward, args, kwargs, key, outputs, placements, macs))
             self.path.pop()
+            self.given.pop()
 
         return enter, leave
 
