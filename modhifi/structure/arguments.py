@@ -34,7 +34,7 @@ def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
     The heads of every item may stand on one axis, item after item. What is the same for all heads stays as it is.
     """
-    for attribute, (dim, heads, *stay) in [(k, v) for k, v in vars(module).items() if k.startswith("takes_of_")]:
+    for attribute, (dim, heads, *stay) in [(k, v) for k, v in vars(module).items() if k.startswith(TAKES)]:
 
         def of_those(value: Any, dim: int = dim, heads: int = heads, stay: list[int] = stay) -> Any:
             if not isinstance(value, Tensor) or value.shape[dim] == 1:
@@ -42,7 +42,7 @@ def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
             each = value.unflatten(dim, (-1, heads)).unbind(dim + 1)
             return torch.stack([each[head] for head in stay], dim + 1).flatten(dim, dim + 1)
 
-        args, kwargs = with_argument(module, args, kwargs, attribute.removeprefix("takes_of_"), of_those)
+        args, kwargs = with_argument(module, args, kwargs, attribute.removeprefix(TAKES), of_those)
     return args, kwargs
 
 
