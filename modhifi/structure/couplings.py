@@ -21,7 +21,7 @@ class Event:
 
     ``parts`` asks for equal counts in every part; ``reason`` refuses them. ``mark`` is ``"sum"`` where channels are
     added to others and ``"heads"`` where they are batch axes of a product of tensors. ``count`` is the integer of a
-    module that says how many they are, ``dim`` the axis of an argument that they stand on.
+    module that says how many they are, ``dim`` the axis of an argument or of a table that they stand on.
     """
 
     place: str
@@ -68,13 +68,13 @@ class Couplings:
             self.events.append(Event(name, "along", self.made[name]))
         return self.made[name]
 
-    def rows(self, name: str, width: int) -> Tensor:
-        """New channels along the first axis of a parameter, a table; asked for twice, the same ones."""
+    def rows(self, name: str, width: int, dim: int = 0) -> Tensor:
+        """New channels along an axis of a parameter, a table; asked for twice, the same ones."""
         key = f"{name}{ROWS}"
         if key not in self.made:
             self.made[key] = self.fresh(width)
             self.loose.update(self.made[key].tolist())
-            self.events.append(Event(name, "rows", self.made[key]))
+            self.events.append(Event(name, "rows", self.made[key], dim=dim))
         return self.made[key]
 
     def argument(self, name: str, dim: int, width: int) -> Tensor:

@@ -22,7 +22,7 @@ class Slice:
 
     ``index`` is int64 ``(n, m)``: the ``m`` channel positions of each of the ``n`` components, on the output axis of a
     producer, on the input axis of a reader, on the only channel axis of a module (or parameter) that the components
-    pass along (a norm, a depthwise conv, a layer scale), on the first axis of a table with ``rows`` for them, in the
+    pass along (a norm, a depthwise conv, a layer scale), on the axis ``dim`` of a table with ``rows`` for them, in the
     flattened ``biases`` ``(E, width)`` of stacked
     matrices, on the first axis of a tensor with something for each expert (``matrices``). With the role ``argument``
     ``module`` is a module's name and that of an argument of its forward, on whose axis ``dim`` they stand.
@@ -173,6 +173,11 @@ class Structure:
     @property
     def refused(self) -> tuple[Group, ...]:
         return tuple(g for g in self.groups if g.refused is not None)
+
+    @property
+    def table_axes(self) -> dict[str, int]:
+        """The axis on which components stand in each table that has rows for them, by the table's name."""
+        return {piece.module: piece.dim for group in self.groups for piece in group.of("rows")}
 
     def select(self, names: Iterable[str]) -> Structure:
         """The same structure with every prunable group that is not named refused as excluded by the user."""

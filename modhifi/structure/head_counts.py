@@ -21,7 +21,7 @@ HEADS = re.compile(r"(^|_|\.)(heads?|mp_num)$")  # num_heads, n_head, num_key_va
 WIDTHS = re.compile(r"(^|_)(dim|size)(_out_(qk|v)|_output|_projection)?$")
 SHARING = re.compile(r"num_(key_value|kv)_groups$")  # query heads to one key-value head
 # widths of one head, and sizes of something else
-OTHERS = re.compile(r"^(attention_|attn_)?head_(dim|size)$|window|patch|block|kernel|chunk|vocab|grid")
+OTHERS = re.compile(r"(^|\.)((attention_|attn_)?head_(dim|size)|d_head)$|window|patch|block|kernel|chunk|vocab|grid")
 
 
 def with_head_counts(model: nn.Module, group: Group) -> Group:

@@ -73,7 +73,7 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
     (:meth:`Plan.check`).
     """
     plan.check(structure)
-    removed = removed_positions(structure, plan)
+    removed, axes = removed_positions(structure, plan), structure.table_axes
     for name in dict.fromkeys(name for name, _ in removed):
         none = torch.empty(0, dtype=torch.int64)
         outputs = removed.get((name, "producer"), none)
@@ -83,7 +83,8 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
         place = getattr(parent, leaf)
         first = removed.get((name, "matrices"), removed.get((name, "rows")))
         if first is not None:
-            _replace(parent, leaf, select(place.data, 0, staying(len(place), first)))
+            dim = axes.get(name, 0)
+            _replace(parent, leaf, select(place.data, dim, staying(place.shape[dim], first)))
         elif (name, "biases") in removed:
             stay = staying(place.numel(), removed[name, "biases"])
             _replace(parent, leaf, select(place.data.flatten(), 0, stay).view(len(place), -1))

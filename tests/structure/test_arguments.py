@@ -23,6 +23,7 @@ from modhifi.structure.expand import expand
 from modhifi.structure.groups import Structure
 from modhifi.structure.outputs import difference
 from modhifi.structure.plan import Plan
+from modhifi.structure.sizes import sizes_of
 from modhifi.structure.surgery import mask_readers, shrink
 from modhifi.structure.tracing.tracer import trace
 from modhifi.structure.trial_cut import confirm
@@ -109,6 +110,34 @@ def test_what_a_block_takes_is_loaded_again_in_a_fresh_process(name: str, tmp_pa
     assert (entry.stock, entry.remote) == (None, "AutoModelForCausalLM")
     values = [value for counts in entry.differences["attributes"].values() for value in counts.values()]
     assert [0, 6, 1, 2, 3, 4, 5] in values and [0, 6, 0, 5] in values
+
+
+@torch.no_grad()
+def test_tables_with_heads_between_rows_and_their_width_are_cut_along() -> None:
+    """Funnel's relative positions, ``(width, heads, size)``, and its token types, ``(2, heads, size)``."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = dict(vocab_size=50, block_sizes=[1, 1], num_decoder_layers=1, d_model=32)
+    config = transformers.FunnelConfig(**sizes, n_head=4, d_head=4, d_inner=40)
+    model = transformers.FunnelForMaskedLM(config).eval().requires_grad_(False)
+    loaded = load_model(tiny_transformers.livelier(model).double())
+    structure = find_structure(loaded)
+    heads = [group for group in structure.prunable if group.kind == "heads"]
+    assert len(heads) == 3
+    plan = Plan({group.name: (0, 2, 3)[number:] for number, group in enumerate(heads)})
+    small = shrink(copy.deepcopy(loaded.model), structure, plan)
+    attention = small.get_submodule("funnel.encoder.blocks.1.0.attention")
+    shapes = {leaf: tuple(attention.get_parameter(leaf).shape) for leaf in ("r_kernel", "seg_embed")}
+    assert shapes == {"r_kernel": (32, 2, 4), "seg_embed": (2, 2, 4)}
+    widths = {name: len(kept) for name, kept in plan.kept.items()}
+    assert sizes_of(loaded.model, structure).parameters(widths) == sum(p.numel() for p in small.parameters())
+
+    def outputs(model: nn.Module) -> Tensor:
+        return loaded.outputs(loaded.example, model)["logits"]
+
+    masked = outputs(mask_readers(loaded.model, structure, plan))
+    assert difference(masked, outputs(loaded.model)) > 1e-3
+    assert difference(outputs(small), masked) < 1e-9
+    assert difference(outputs(expand(small, loaded.model, structure, plan)), masked) < 1e-9
 
 
 class Attention(nn.Module):

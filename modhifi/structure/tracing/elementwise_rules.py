@@ -158,7 +158,7 @@ def couple(
         if here is not None and call.axis(tensor) is None and tensor.shape[here] > 1:
             if id(tensor) in watcher.parameters or not is_constant(tensor, here):
                 if (mark == "heads" and dim < out.ndim - 2) or watcher.couplings.are_heads(first):
-                    watcher.per_head(first, here)
+                    watcher.meets_heads(first, here)
                 return watcher.refuse(call, "a fixed or unknown tensor spans these channels")
     others = [ids for other, ids in met if other == dim and ids is not first]
     for ids in others:

@@ -9,8 +9,7 @@ a reason: no operation is ever guessed to be elementwise.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from modhifi.structure.torch_ops import MOVEMENTS, Kind
 from modhifi.structure.tracing import elementwise_rules, layer_rules, movement_rules, recurrent_rules  # noqa: F401
 from modhifi.structure.tracing.layer_rules import MULTIHEAD
 from modhifi.structure.tracing.operations import OWN_RULES, RULES
+from modhifi.structure.tracing.per_head import PerHead
 from modhifi.structure.tracing.placements import Placement, TracedCall
 from modhifi.structure.tracing.watcher import Watcher
 
@@ -99,10 +99,10 @@ def _watched(
     model: nn.Module,
     run: Callable[[nn.Module], Any],
     older: Iterable[Tensor] = (),
-    arguments: Mapping[str, dict[str, tuple[int, int]]] = MappingProxyType({}),
+    known: PerHead | None = None,
 ) -> tuple[ChannelTracer, Any]:
-    """One watched pass; tensors ``older`` than it carry nothing, ``arguments`` something for each head."""
-    tracer = ChannelTracer(model, arguments)
+    """One watched pass; tensors ``older`` than it carry nothing, ``known`` is what there is for each head."""
+    tracer = ChannelTracer(model, known or PerHead())
     for tensor in older:
         if id(tensor) not in tracer.placements:
             tracer.remember(tensor, None)
@@ -119,14 +119,14 @@ def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Structure:
     """Watch ``run(model)``, one forward pass on a batch of at least two samples, and return the groups found.
 
     The model must be in eval mode. Costs one forward pass, or two where the first meets tensors that it has not made or
-    a module is given something for each head; nothing of the model is changed, but what it remembered of earlier passes
+    a module has something for each head; nothing of the model is changed, but what it remembered of earlier passes
     for a device is forgotten.
     """
     tracer, outputs = _watched(without_caches(model), run)
-    if tracer.unobserved or tracer.of_heads:  # libraries keep positions and anchors in caches that no module shows
-        unobserved, arguments = tracer.unobserved, tracer.of_heads
+    if tracer.unobserved or tracer.met:  # libraries keep positions and anchors in caches that no module shows
+        unobserved, known = tracer.unobserved, tracer.met
         tracer, outputs = None, None  # type: ignore[assignment]  # nothing of that pass is to count as older
-        tracer, outputs = _watched(without_caches(model), run, _alive() if unobserved else (), arguments)
+        tracer, outputs = _watched(without_caches(model), run, _alive() if unobserved else (), known)
     for _, tensor in named_tensors(outputs):
         tracer.uses[id(tensor)] += 1
         placement = tracer.placements.get(id(tensor))

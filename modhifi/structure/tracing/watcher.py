@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +20,8 @@ from modhifi.structure.library_layers import is_frozen_norm
 from modhifi.structure.operators import last_wide
 from modhifi.structure.stacked import may_be_stacked
 from modhifi.structure.torch_ops import METADATA, OPERATIONS, Kind, operation_name, tensors_in
-from modhifi.structure.tracing.placements import Axis, Placement, TracedCall, of_one_item
+from modhifi.structure.tracing.per_head import PerHead
+from modhifi.structure.tracing.placements import Axis, Placement, TracedCall
 from modhifi.structure.tracing.stacks import StackViews
 
 # Kinds whose operations can make components of an input that carries none.
@@ -36,15 +35,13 @@ class FrozenNorm(nn.Module):
 class Watcher(TorchFunctionMode):
     """The placements of one pass, and what its rules find: couplings, operators, multiply-adds, obstacles.
 
-    ``arguments`` are those of modules, by name, which hold something for each head: the axis and how many heads.
+    ``known`` is what modules have for each head, as the pass before has ``met`` it.
     """
 
-    def __init__(self, model: nn.Module, arguments: Mapping[str, dict[str, tuple[int, int]]] = MappingProxyType({})):
+    def __init__(self, model: nn.Module, known: PerHead) -> None:
         super().__init__()
         self.model = model
-        self.arguments = arguments
-        # Arguments that may hold something for each head, as an operation met it.
-        self.of_heads: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
+        self.known, self.met = known, PerHead()
         # What the modules being run were given.
         self.given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.couplings = Couplings()
@@ -108,6 +105,10 @@ class Watcher(TorchFunctionMode):
             self.couplings.freeze_everything(f"an operation before {self.where} could not be observed")
             self.remember(tensor, None)
         placement = self.placements[id(tensor)]
+        if placement is None and self.names.get(id(tensor)) in self.known.tables and id(tensor) not in self.tied:
+            name = self.names[id(tensor)]
+            placement = Axis(1, self.couplings.rows(name, self.known.tables[name], 1))
+            self.placements[id(tensor)] = placement
         if placement is None and id(tensor) in self.parameters and id(tensor) not in self.tied:
             wide, name = sum(size > 1 for size in tensor.shape), self.names[id(tensor)]
             owner = self.model.get_submodule(name.rpartition(".")[0])
@@ -130,25 +131,16 @@ class Watcher(TorchFunctionMode):
         columns = isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None)
         return self.names[id(call.args[0])] if columns and isinstance(index[1], Tensor) else None
 
-    def per_head(self, ids: Tensor, dim: int) -> None:
-        """Note which arguments of the innermost module being run could hold something for each of some heads.
-
-        Something that carries nothing has met them along its axis ``dim``: it may be an argument, or made of one.
-        """
-        heads = len(of_one_item(ids))
-        if not self.path or bool((ids < 0).any()):
-            return
-        (name, _), (args, kwargs) = self.path[-1], self.given[-1]
-        bound = inspect.signature(self.model.get_submodule(name).forward).bind(*args, **kwargs)
-        for argument, value in bound.arguments.items():
-            if isinstance(value, Tensor) and self.placements.get(id(value)) is None:
-                fits = [d for d, length in enumerate(value.shape) if length in (heads, len(ids))]
-                if fits:
-                    self.of_heads[name][argument] = (dim if dim in fits else fits[0], heads)
+    def meets_heads(self, ids: Tensor, dim: int) -> None:
+        """Something that carries nothing meets heads along its axis ``dim``: note what it could be made of."""
+        if self.path and bool((ids >= 0).all()):
+            name = self.path[-1][0]
+            module = self.model.get_submodule(name)
+            self.met.note(name, module, self.given[-1], ids, dim, lambda t: self.placements.get(id(t)) is None)
 
     def _seen(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What a module is given, where arguments that hold something for each head carry components of their own."""
-        for argument, (dim, heads) in self.arguments.get(name, {}).items():
+        for argument, (dim, heads) in self.known.arguments.get(name, {}).items():
 
             def carrying(value: Any, argument: str = argument, dim: int = dim, heads: int = heads) -> Any:
                 if not isinstance(value, Tensor) or self.placements.get(id(value)) is not None or value.shape[dim] == 1:
@@ -267,7 +259,7 @@ class Watcher(TorchFunctionMode):
             self.given.append((args, kwargs))
             begun.append(self.counter.total)
             self.closed += registered
-            return (args, kwargs) if name in self.arguments else None
+            return (args, kwargs) if name in self.known.arguments else None
 
         def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             self.closed -= registered
