@@ -34,6 +34,12 @@ print(float(torch.stack(losses).mean().exp()), sum(p.numel() for p in model.para
 """
 
 
+def windows(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+    """The first windows of a text, each behind the token of a beginning, as Gemma asks for it."""
+    tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][: WINDOWS * (TOKENS - 1)])
+    return torch.nn.functional.pad(tokens.view(WINDOWS, -1), (1, 0), value=tokenizer.bos_token_id)
+
+
 def perplexity(place: dict[str, str], batch: Path) -> tuple[float, int]:
     """The perplexity of a model on a batch, and its parameters, by plain transformers in a process of its own."""
     command = [sys.executable, "-c", READ, json.dumps(place), str(batch)]
@@ -60,8 +66,7 @@ def main() -> None:
             subprocess.run([sys.executable, "-m", "modhifi", "prune", str(arguments.model), *options], check=True)
         entry = json.loads((work / "small" / "modhifi.json").read_text(encoding="utf-8"))["model"]
         report = json.loads((work / "small" / "report.json").read_text(encoding="utf-8"))
-        tokens = transformers.AutoTokenizer.from_pretrained(work / "small")(held_out)["input_ids"]
-        torch.save(torch.tensor(tokens[: WINDOWS * TOKENS]).view(WINDOWS, TOKENS), work / "batch.pt")
+        torch.save(windows(transformers.AutoTokenizer.from_pretrained(work / "small"), held_out), work / "batch.pt")
         original = {
             "pretrained_model_name_or_path": str(arguments.model.parent),
             "gguf_file": arguments.model.name,
