@@ -8,7 +8,7 @@
 No weights are downloaded: every type is built tiny (eval/tiny_configs.py) with random weights. Its prunable groups are
 cut to 60 % at once, and the outputs are compared, in float64, with the full-size model whose readers see the same
 components only (the mask oracle). The cut model is saved and loaded again, by `modhifi.load` and by transformers alone.
-Each type is tried in a process of its own, for two minutes of the processor's time at most (``--seconds``).
+Each type is tried in a process of its own, for two minutes of the processor's time at most.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import mask_readers, shrink
 
 RECORD = Path(__file__).parent / "results" / "support_transformers.json"
+SECONDS = 120
 KINDS = ("neurons", "heads", "experts", "channels")
 YES, NO = "yes", "no"
 ATTENTION = re.compile("attention|attn|experts", re.IGNORECASE)
@@ -217,8 +218,8 @@ def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''}"
 
 
-def _child(model_type: str, answer: Connection, seconds: int) -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+def _child(model_type: str, answer: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     try:
         answer.send(examine(model_type))
     except BaseException as error:  # the table is to show what fails, whatever it is
@@ -226,11 +227,11 @@ def _child(model_type: str, answer: Connection, seconds: int) -> None:
         answer.send(Row(model_type, str(class_name(model_type)), failure=f"crash: {said(error)}"))
 
 
-def apart(model_type: str, seconds: int) -> Row:
-    """:func:`examine` in a process of its own, ended after so many ``seconds`` of the processor's time."""
+def apart(model_type: str) -> Row:
+    """:func:`examine` in a process of its own, ended after ``SECONDS`` of the processor's time."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(model_type, theirs, seconds))
+    process = context.Process(target=_child, args=(model_type, theirs))
     process.start()
     theirs.close()
     try:
@@ -311,7 +312,6 @@ def main() -> None:
     parser.add_argument("--part", default="1/1", help="which part of all, such as 2/6")
     parser.add_argument("--missing", action="store_true", help="only types without a row")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further type after so long")
-    parser.add_argument("--seconds", type=int, default=120, help="processor time for each type (default: 120)")
     parser.add_argument("--keep", action="store_true", help="write the rows of the named types among the results")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -326,7 +326,7 @@ def main() -> None:
     for name in chosen:
         if (arguments.missing and name in rows) or time.monotonic() > end:
             continue
-        rows[name] = apart(name, arguments.seconds)
+        rows[name] = apart(name)
         print(line(rows[name]), file=sys.stderr, flush=True)
         if arguments.keep or not arguments.names:
             write([rows[name] for name in sorted(rows)])
