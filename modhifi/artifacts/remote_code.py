@@ -37,7 +37,6 @@ TAKES = "$takes"
 
 $functions
 
-
 class NoBranch(nn.Module):
     """Stands in for a sublayer that was removed: it adds nothing to the stream."""
 
