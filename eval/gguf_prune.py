@@ -4,7 +4,7 @@
     python eval/gguf_prune.py MODEL.gguf --work DIR # keeps what the command wrote, and does not prune twice
 
 Half of the articles of WikiText-2's validation text (``$MODHIFI_DATA/wikitext2-valid.txt``) calibrates; windows of the
-other half are read by both models, each in a process that loads transformers alone.
+other half are read by the result, in a process that loads transformers alone.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ import transformers
 from common import Missing, write_results
 from encoder_prune import halves
 
-OPTIONS = "--ratio 0.25 --only neurons --layout uniform --samples 32 --evaluation-samples 8".split()
-WINDOWS, TOKENS = 8, 512
+WINDOWS, TOKENS = 8, 256
+OPTIONS = f"--ratio 0.25 --only neurons --layout uniform --samples 16 --evaluation-samples 4 --window {TOKENS}".split()
+OPTIONS += ["--only-this-data", "--walked", "0"]
 READ = """
-import json, sys, torch, transformers
-place, batch = json.loads(sys.argv[1]), torch.load(sys.argv[2])
-model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).eval()
+import sys, torch, transformers
+batch = torch.load(sys.argv[2])
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
 with torch.inference_mode():
     losses = [model(input_ids=row[None], labels=row[None]).loss for row in batch]
 print(float(torch.stack(losses).mean().exp()), sum(p.numel() for p in model.parameters()))
@@ -40,9 +41,9 @@ def windows(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> torch
     return torch.nn.functional.pad(tokens.view(WINDOWS, -1), (1, 0), value=tokenizer.bos_token_id)
 
 
-def perplexity(place: dict[str, str], batch: Path) -> tuple[float, int]:
+def perplexity(directory: Path, batch: Path) -> tuple[float, int]:
     """The perplexity of a model on a batch, and its parameters, by plain transformers in a process of its own."""
-    command = [sys.executable, "-c", READ, json.dumps(place), str(batch)]
+    command = [sys.executable, "-c", READ, str(directory), str(batch)]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
     value, parameters = run.stdout.split()
     return float(value), int(parameters)
@@ -67,16 +68,11 @@ def main() -> None:
         entry = json.loads((work / "small" / "modhifi.json").read_text(encoding="utf-8"))["model"]
         report = json.loads((work / "small" / "report.json").read_text(encoding="utf-8"))
         torch.save(windows(transformers.AutoTokenizer.from_pretrained(work / "small"), held_out), work / "batch.pt")
-        original = {
-            "pretrained_model_name_or_path": str(arguments.model.parent),
-            "gguf_file": arguments.model.name,
-        }
-        small = {"pretrained_model_name_or_path": str(work / "small")}
-        before, after = (perplexity(place, work / "batch.pt") for place in (original, small))
+        value, parameters = perplexity(work / "small", work / "batch.pt")
     rows = [
         *(row for row in report["before_after"] if "latency" not in row["name"] and "throughput" not in row["name"]),
-        {"name": "perplexity, transformers alone", "before": before[0], "after": after[0]},
-        {"name": "parameters, transformers alone", "before": before[1], "after": after[1]},
+        {"name": "perplexity, by transformers alone", "after": value},
+        {"name": "parameters, by transformers alone", "after": parameters},
     ]
     write_results(
         "gguf_prune",
@@ -84,7 +80,7 @@ def main() -> None:
         ["name", "before", "after", "unit"],
         f"""# A language model of a GGUF file, pruned from the command line
 {arguments.model.name}: a quarter of the feed-forward neurons gone. The last two rows are of {WINDOWS} windows of
-{TOKENS} tokens from other articles, read by `transformers.{entry["stock"]}` in fresh processes.
+{TOKENS} tokens from other articles, read by `transformers.{entry["stock"]}` in a fresh process.
 Command: `python eval/gguf_prune.py {arguments.model.name}`, which runs
 `modhifi prune MODEL --data text:FILE {" ".join(OPTIONS)}`.""",
         stock=entry["stock"],
