@@ -123,8 +123,8 @@ def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Structure:
     for a device is forgotten.
     """
     tracer, outputs = _watched(without_caches(model), run)
-    if tracer.unobserved or tracer.met:  # libraries keep positions and anchors in caches that no module shows
-        unobserved, known = tracer.unobserved, tracer.met
+    if tracer.unobserved or tracer.met:
+        unobserved, known = tracer.unobserved, tracer.met  # libraries keep positions in caches that no module shows
         tracer, outputs = None, None  # type: ignore[assignment]  # nothing of that pass is to count as older
         tracer, outputs = _watched(without_caches(model), run, _alive() if unobserved else (), known)
     for _, tensor in named_tensors(outputs):

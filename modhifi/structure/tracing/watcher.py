@@ -143,8 +143,10 @@ class Watcher(TorchFunctionMode):
         for argument, (dim, heads) in self.known.arguments.get(name, {}).items():
 
             def carrying(value: Any, argument: str = argument, dim: int = dim, heads: int = heads) -> Any:
-                if not isinstance(value, Tensor) or self.placements.get(id(value)) is not None or value.shape[dim] == 1:
+                if not isinstance(value, Tensor) or self.placements.get(id(value)) is not None:
                     return value
+                if value.ndim <= dim or value.shape[dim] % heads:
+                    return value  # another call of the module, with another form
                 alias = value.view_as(value)
                 ids = self.couplings.argument(f"{name}.{argument}", dim, heads)
                 self.remember(alias, Axis(dim, ids.repeat(value.shape[dim] // heads)))
