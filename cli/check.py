@@ -56,7 +56,8 @@ def _show(report: dict[str, Any], verbose: bool) -> None:
             table.add_row(row["pattern"], row["kind"], str(row["groups"]), components, number(round(row["parameters"])))
         console.print(table)
         print_line(f"a prune with default settings takes {demand(prediction)}")
-        print_line(f"loads afterwards with {report['loads_with']}")
+        if report["loads_with"]:
+            print_line(f"loads afterwards with {report['loads_with']}")
         if kinds := dict.fromkeys(row["kind"] for row in supported["whole"]):
             print_line(f"{' and '.join(kinds)} go where --only {' or --only '.join(kinds)} asks for them")
     if report["mixtures"]:

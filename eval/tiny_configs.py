@@ -102,6 +102,12 @@ PECULIAR: dict[str, dict[str, Any]] = {
     **dict.fromkeys("albert electra".split(), {"embedding_size": 32}),
     **dict.fromkeys("dinov2 dinov2_with_registers".split(), {"mlp_ratio": 2}),
     "bamba": {"attn_layer_indices": [1]},
+    "chmv2": {
+        "post_process_channels": [16, 16, 24, 24],
+        "fusion_hidden_size": 16,
+        "head_hidden_size": 16,
+        "number_output_channels": 16,
+    },
     "beit": {"use_relative_position_bias": True, "hidden_size": 96},
     "clap_audio_model": {"num_mel_bins": 64, "hidden_size": 768},
     "clvp_encoder": {"num_attention_heads": 2},

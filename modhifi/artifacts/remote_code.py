@@ -6,6 +6,7 @@ needs no modhifi, but ``trust_remote_code=True``.
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -15,15 +16,26 @@ import transformers
 from modhifi.models.from_transformers import class_name
 from modhifi.models.manifest import Differences
 from modhifi.models.skeleton import FIELD, without_code
+from modhifi.structure.arguments import TAKES, take, taking, with_argument
 
 MODULE = "modeling_modhifi"
 CODE = Template('''"""$name with the layers and widths that config.json records under "$field"; written by modhifi."""
 
-import copy
+from __future__ import annotations
 
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from transformers import $name as Stock
 
+TAKES = "$takes"
+
+
+$functions
 
 class NoBranch(nn.Module):
     """Stands in for a sublayer that was removed: it adds nothing to the stream."""
@@ -56,7 +68,10 @@ class $name(Stock):
                     setattr(module.config, attribute.removeprefix("config."), value)
                 else:
                     setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
+        taking(self)
 ''')
+# What that code needs of modhifi's own, as it stands there.
+FUNCTIONS = "\n\n".join(inspect.getsource(function) for function in (with_argument, take, taking))
 
 
 def add_code(directory: Path, config: Any, changes: Differences) -> str | None:
@@ -71,7 +86,9 @@ def add_code(directory: Path, config: Any, changes: Differences) -> str | None:
         return None
     stock = class_name(config)
     auto = stock if stock.startswith("Auto") else "AutoModel"  # a map of code has no other keys
-    (directory / f"{MODULE}.py").write_text(CODE.substitute(name=name, field=FIELD), encoding="utf-8")
+    (directory / f"{MODULE}.py").write_text(
+        CODE.substitute(name=name, field=FIELD, functions=FUNCTIONS, takes=TAKES), encoding="utf-8"
+    )
     config.auto_map = {auto: f"{MODULE}.{name}"}
     setattr(config, FIELD, {key: changes[key] for key in ("shapes", "attributes", "removed")})
     return auto

@@ -23,6 +23,7 @@ from modhifi.models.loaded import LoadedModel, frozen
 from modhifi.models.manifest import Count, Differences
 from modhifi.models.standardised import with_plain_weights
 from modhifi.models.trust import PLACES
+from modhifi.structure.arguments import taking
 from modhifi.structure.clone import clone
 from modhifi.structure.depth import both_removed, drop, name_after
 from modhifi.structure.head_counts import set_count
@@ -183,7 +184,7 @@ def reshape(model: nn.Module, changes: Differences) -> nn.Module:
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
             module._buffers[leaf] = getattr(module, leaf).to(getattr(torch, dtype))
-    return model
+    return taking(model)
 
 
 def _recount(module: nn.Module, attribute: str, value: Count) -> None:

@@ -60,6 +60,8 @@ def can_say(loaded: LoadedModel, structure: Structure, kind: str) -> bool:
             )
     if loaded.framework != "transformers":
         return says(loaded.model, kind)
+    if any(group.of("argument") for group in structure.prunable if group.name in kept):
+        return False  # what a module takes of its arguments is no shape
     narrow = normed_again(shrink(on_meta(loaded.model), structure, Plan(kept)), loaded.info.get("weight_norms", {}))
     return stock_config(loaded, own_config(narrow), shapes_of(narrow)) is not None
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from modhifi.structure.groups import Group, Kind, Role, Slice, Work
 from modhifi.structure.splits import Count, Split, fate_of
 
-# Behind the name of a table whose rows are channels.
-ROWS = "[rows]"
+# Behind the name of a table whose rows are channels, and of an argument that has an axis of them.
+ROWS, ARGUMENT = "[rows]", "[argument]"
 # What components are by what they are marked with, of several marks by the first.
 KINDS: dict[str, Kind] = {"ranks": "ranks", "heads": "heads", "sum": "channels"}
 
@@ -23,7 +23,8 @@ class Event:
 
     ``parts`` asks for equal counts in every part; ``reason`` refuses them. ``mark`` is ``"sum"`` where channels are
     added to others, ``"heads"`` where they are batch axes of a product of tensors, and ``"ranks"`` where they are its
-    columns inside heads. ``count`` is the integer of a module that says how many they are.
+    columns inside heads. ``count`` is the integer of a module that says how many they are, ``dim`` the axis of an
+    argument or of a table that they stand on.
     """
 
     place: str
@@ -33,6 +34,7 @@ class Event:
     reason: str | None = None
     mark: str | None = None
     count: Count | None = None
+    dim: int = 0
 
 
 class Couplings:
@@ -69,19 +71,28 @@ class Couplings:
             self.events.append(Event(name, "along", self.made[name]))
         return self.made[name]
 
-    def rows(self, name: str, width: int) -> Tensor:
-        """New channels along the first axis of a parameter, a table; asked for twice, the same ones."""
+    def rows(self, name: str, width: int, dim: int = 0) -> Tensor:
+        """New channels along an axis of a parameter, a table; asked for twice, the same ones."""
         key = f"{name}{ROWS}"
         if key not in self.made:
             self.made[key] = self.fresh(width)
             self.loose.update(self.made[key].tolist())
-            self.events.append(Event(name, "rows", self.made[key]))
+            self.events.append(Event(name, "rows", self.made[key], dim=dim))
+        return self.made[key]
+
+    def argument(self, name: str, dim: int, width: int) -> Tensor:
+        """New channels along one axis of an argument of a module; asked for twice, the same ones."""
+        key = f"{name}{ARGUMENT}"
+        if key not in self.made:
+            self.made[key] = self.fresh(width)
+            self.loose.update(self.made[key].tolist())
+            self.events.append(Event(name, "argument", self.made[key], dim=dim))
         return self.made[key]
 
     def parameter_of(self, ids: Tensor) -> str | None:
         """The parameter whose own channels these are, along its last wide axis."""
         own = (name for name, made in self.made.items() if torch.equal(made, ids) and self.is_loose(ids))
-        return next((name for name in own if not name.endswith(ROWS)), None)
+        return next((name for name in own if not name.endswith((ROWS, ARGUMENT))), None)
 
     def is_loose(self, ids: Tensor) -> bool:
         """Whether these are a parameter's own channels, which no operator has produced."""
@@ -143,6 +154,10 @@ class Couplings:
     def spend(self, macs: int, ids: Tensor) -> None:
         """Multiply-adds of an operation scale with the number of these channels."""
         self.work.append((macs, ids[ids >= 0]))
+
+    def are_heads(self, ids: Tensor) -> bool:
+        """Whether all of these channels were seen as batch axes of a product of tensors."""
+        return any(e.mark == "heads" and bool(torch.isin(ids, e.ids).all()) for e in self.events)
 
     def freeze(self, ids: Tensor, reason: str) -> None:
         """These channels must stay, for a reason that is printed."""
@@ -240,7 +255,9 @@ class Couplings:
             if event.count is not None:
                 pieces.append((*event.count, count))
             if event.role is not None:
-                slices.append(Slice(event.place, event.role, torch.from_numpy(index)))
+                slices.append(Slice(event.place, event.role, torch.from_numpy(index), event.dim))
+            if event.role == "argument" and index.size < len(event.ids):
+                reasons.append(f"{event.place} holds something for other heads as well")
             if event.parts > 1:
                 partition, reason = _refine(partition, index // (len(owner) // event.parts), event)
                 if reason:

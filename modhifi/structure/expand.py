@@ -55,7 +55,8 @@ def expand(small: nn.Module, dense: nn.Module, structure: Structure, plan: Plan)
             if (name, "biases") in removed:
                 _fill(ours[key].view(-1), theirs[key].reshape(-1), removed[name, "biases"], name)
             elif (name, "rows") in removed:
-                _fill(ours[key], theirs[key], removed[name, "rows"], name)
+                dim = structure.table_axes[name]
+                _fill(ours[key].movedim(dim, 0), theirs[key].movedim(dim, 0), removed[name, "rows"], name)
             elif len(along):
                 dim = last_wide(ours[key])
                 _fill(ours[key].movedim(dim, 0), theirs[key].movedim(dim, 0), along, name)

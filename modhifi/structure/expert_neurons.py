@@ -20,7 +20,9 @@ def by_expert(model: nn.Module, group: Group) -> Group:
 
     Every expert loses as many. Refused where a channel of stacked matrices is one of other layers as well.
     """
-    operators = {s.module: operator_at(model, s.module) for s in group.slices if s.role not in ("along", "rows")}
+    operators = {
+        s.module: operator_at(model, s.module) for s in group.slices if s.role not in ("along", "rows", "argument")
+    }
     stacks = {name: operator for name, operator in operators.items() if isinstance(operator, Stacked)}
     if not stacks:
         return group

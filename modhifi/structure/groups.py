@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Role = Literal["producer", "reader", "along", "rows", "biases", "matrices"]
+Role = Literal["producer", "reader", "along", "rows", "biases", "matrices", "argument"]
 Kind = Literal["channels", "neurons", "heads", "experts", "ranks", "blocks", "sublayers"]
 
 
@@ -22,14 +22,16 @@ class Slice:
 
     ``index`` is int64 ``(n, m)``: the ``m`` channel positions of each of the ``n`` components, on the output axis of a
     producer, on the input axis of a reader, on the only channel axis of a module (or parameter) that the components
-    pass along (a norm, a depthwise conv, a layer scale), on the first axis of a table with ``rows`` for them, in the
+    pass along (a norm, a depthwise conv, a layer scale), on the axis ``dim`` of a table with ``rows`` for them, in the
     flattened ``biases`` ``(E, width)`` of stacked
-    matrices, on the first axis of a tensor with something for each expert (``matrices``).
+    matrices, on the first axis of a tensor with something for each expert (``matrices``). With the role ``argument``
+    ``module`` is a module's name and that of an argument of its forward, on whose axis ``dim`` they stand.
     """
 
     module: str
     role: Role
     index: Tensor
+    dim: int = 0
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,11 @@ class Structure:
     @property
     def refused(self) -> tuple[Group, ...]:
         return tuple(g for g in self.groups if g.refused is not None)
+
+    @property
+    def table_axes(self) -> dict[str, int]:
+        """The axis on which components stand in each table that has rows for them, by the table's name."""
+        return {piece.module: piece.dim for group in self.groups for piece in group.of("rows")}
 
     def select(self, names: Iterable[str]) -> Structure:
         """The same structure with every prunable group that is not named refused as excluded by the user."""

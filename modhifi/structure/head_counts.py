@@ -23,7 +23,7 @@ WIDTHS = re.compile(r"(^|_)(dim|size)(_out_(qk|v)|_output|_projection)?$")
 VALUES = re.compile(r"^out_dim$|(^|_)v(al(ue)?)?_((head|attn)_)?(dim|size|channels(_per_head)?)$")
 SHARING = re.compile(r"num_(key_value|kv)_groups$")  # query heads to one key-value head
 # widths of one head, and sizes of something else
-OTHERS = re.compile(r"^(attention_|attn_)?head_(dim|size)$|window|patch|block|kernel|chunk|vocab|grid")
+OTHERS = re.compile(r"(^|\.)((attention_|attn_)?head_(dim|size)|d_head)$|window|patch|block|kernel|chunk|vocab|grid")
 
 
 def with_head_counts(model: nn.Module, group: Group) -> Group:
@@ -42,7 +42,7 @@ def with_head_counts(model: nn.Module, group: Group) -> Group:
         read = {group.n * s.index.shape[1]: s.index.shape[1] for s in group.readers}
         return replace(group, attributes=_counting(model, group, ((VALUES, read | {group.n: 1}),)))
     heads = {group.n * group.queries: group.queries, group.n: 1}
-    widths = {group.n * s.index.shape[1]: s.index.shape[1] for s in group.slices if s.role != "along"}
+    widths = {group.n * s.index.shape[1]: s.index.shape[1] for s in group.slices if s.role not in ("along", "argument")}
     # Where queries, keys and values are one matrix, what reads the heads shows how wide one of them is.
     widths |= {group.n * (wide := s.index.shape[1] // group.queries): wide for s in group.readers}
     # Where components are query heads of their own, each with its key-value head, this integer is 1.

@@ -147,8 +147,9 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
     inputs: dict[str, dict[str, int]] = defaultdict(dict)
     outputs: dict[str, dict[str, int]] = defaultdict(dict)
     places, tables = dict.fromkeys(structure.operators), dict[str, str]()
+    axes = structure.table_axes
     for group in structure.prunable:
-        for piece in group.slices:
+        for piece in (piece for piece in group.slices if piece.role != "argument"):
             places[piece.module] = None
             if piece.role in ("along", "rows", "biases", "matrices"):
                 tables[piece.module] = piece.role
@@ -172,8 +173,8 @@ def sizes_of(model: nn.Module, structure: Structure) -> Sizes:
             continue
         if isinstance(place, Tensor) and (name in tables or place.ndim < 3):
             role = tables.get(name)
-            first = role in ("rows", "matrices")
-            total = place.numel() if role == "biases" else place.shape[0 if first else last_wide(place)]
+            axis = axes.get(name, 0) if role in ("rows", "matrices") else last_wide(place)
+            total = place.numel() if role == "biases" else place.shape[axis]
             if not isinstance(place, nn.Parameter):
                 continue
             terms.append(Term(0, 0, place.numel(), {}, 0, outputs[name], total, parts=parts_of(name, whole)))

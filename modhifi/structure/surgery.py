@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modhifi.structure.arguments import take_fewer
 from modhifi.structure.clone import clone, without_caches
 from modhifi.structure.depth import drop, removed_parts, silence, silenced
 from modhifi.structure.families import restate, restate_depth
@@ -35,7 +36,7 @@ def removed_positions(structure: Structure, plan: Plan) -> dict[tuple[str, str],
     for group in structure.groups:
         if group.name in plan.kept:
             out = ~plan.mask(group)
-            for piece in group.slices:
+            for piece in (piece for piece in group.slices if piece.role != "argument"):
                 removed[piece.module, piece.role].append(piece.index[out].reshape(-1))
     return {key: torch.cat(pieces) for key, pieces in removed.items()}
 
@@ -72,7 +73,7 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
     (:meth:`Plan.check`).
     """
     plan.check(structure)
-    removed = removed_positions(structure, plan)
+    removed, axes = removed_positions(structure, plan), structure.table_axes
     for name in dict.fromkeys(name for name, _ in removed):
         none = torch.empty(0, dtype=torch.int64)
         outputs = removed.get((name, "producer"), none)
@@ -82,7 +83,8 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
         place = getattr(parent, leaf)
         first = removed.get((name, "matrices"), removed.get((name, "rows")))
         if first is not None:
-            _replace(parent, leaf, select(place.data, 0, staying(len(place), first)))
+            dim = axes.get(name, 0)
+            _replace(parent, leaf, select(place.data, dim, staying(place.shape[dim], first)))
         elif (name, "biases") in removed:
             stay = staying(place.numel(), removed[name, "biases"])
             _replace(parent, leaf, select(place.data.flatten(), 0, stay).view(len(place), -1))
@@ -96,6 +98,9 @@ def shrink(model: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
             _shrink_operator(place, inputs, outputs)
     for group in structure.groups:
         if group.name in plan.kept:
+            for piece in group.of("argument"):
+                out = piece.index[~plan.mask(group)].flatten()
+                take_fewer(*holder(model, piece.module), piece.dim, staying(piece.index.numel(), out))
             for name, attribute, amount in group.attributes:
                 set_count(model.get_submodule(name), attribute, amount * len(plan.kept[group.name]))
             for name, attribute, amount in group.pieces:

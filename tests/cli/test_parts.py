@@ -83,6 +83,14 @@ def test_the_library_loads_the_result_in_a_fresh_process(name: str, tmp_path: Pa
         assert torch.equal(loaded.logits(loaded.example), loaded.logits(loaded.example, theirs))
 
 
+def test_check_of_a_model_whose_norms_forbid_every_width(tmp_path: Path) -> None:
+    sizes = dict(tiny_transformers.TEXT, num_key_value_heads=4)
+    transformers.BitNetForCausalLM(transformers.BitNetConfig(**sizes)).save_pretrained(tmp_path)
+    code, stdout, _ = run("check", tmp_path)
+    assert code == 0 and "an RMSNorm normalises across these channels" in stdout
+    assert "blocks and sublayers go whole" in stdout and "loads afterwards" not in stdout
+
+
 @pytest.mark.parametrize("name", ["whisper", "smolvlm"])
 def test_check_lists_what_can_be_cut(name: str, tmp_path: Path) -> None:
     code, stdout, stderr = run("check", tiny_parts.save(name, tmp_path / "model"), "--json")

@@ -341,6 +341,29 @@ def test_operations_that_are_refused(operation: Callable[[Tensor], Tensor], reas
     assert reason in str(group(trace(model, lambda model: model(x)), "inner").refused)
 
 
+class Mean(nn.Module):
+    """Divides by a mean over the channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.square().mean(1, keepdim=True).sqrt()
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("OwnRMSNorm", "an RMSNorm normalises across these channels"),
+        ("OwnLayerNorm", "a LayerNorm normalises across these channels"),
+        ("OwnGRN", "a global response norm normalises across these channels"),
+        ("OwnNorm", "a norm normalises across these channels"),
+        ("Mean", "a mean, sum or norm runs across these channels"),
+    ],
+)
+def test_a_norm_whose_code_computes_its_means_is_called_a_norm(name: str, reason: str):
+    norm = type(name, (Mean,), {})()
+    model, x = tiny.randomise(Through(norm)), torch.randn(2, 3, 12, 12)
+    assert reason in str(group(trace(model, lambda model: model(x)), "inner").refused)
+
+
 class Sinks(nn.Module):
     """Scores of heads, joined along the keys with a sink for each head."""
 

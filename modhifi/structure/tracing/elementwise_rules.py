@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from modhifi.structure.tracing.operations import register_operation, rule_for
-from modhifi.structure.tracing.placements import Axis, Placement, TracedCall, is_constant
+from modhifi.structure.tracing.placements import Axis, Placement, TracedCall, is_constant, of_one_item
 from modhifi.structure.tracing.watcher import Watcher
 
 
@@ -159,6 +159,8 @@ def couple(
         here = next((d for d, o in place.items() if o == dim), None)
         if here is not None and call.axis(tensor) is None and tensor.shape[here] > 1:
             if id(tensor) in watcher.parameters or not is_constant(tensor, here):
+                if (mark == "heads" and dim < out.ndim - 2) or watcher.couplings.are_heads(first):
+                    watcher.meets_heads(first, here)
                 return watcher.refuse(call, "a fixed or unknown tensor spans these channels")
     others = [ids for other, ids in met if other == dim and ids is not first]
     for ids in others:
@@ -166,7 +168,7 @@ def couple(
     if mark == "sum" and any(not torch.equal(ids, first) for ids in others):
         watcher.couplings.mark(first, mark)
     if mark == "heads" and dim < out.ndim - 2:
-        watcher.couplings.mark(first, mark)
+        watcher.couplings.mark(of_one_item(first), mark)
     if mark == "heads" and watcher.ranks and dim == out.ndim - 1:
         watcher.couplings.mark(first, "ranks")
     return [Axis(dim, first)] * len(call.outputs)

@@ -16,6 +16,14 @@ from modhifi.structure.tracing.watcher import Watcher
 
 # These take nothing but a shape from their second input.
 LIKE = ("expand_as", "view_as", "reshape_as")
+# What a class of a norm, which computes its means itself, is called by one of these names in its own.
+NORMS = {
+    "RMSNorm": "an RMSNorm normalises across these channels",
+    "LayerNorm": "a LayerNorm normalises across these channels",
+    "GRN": "a global response norm normalises across these channels",
+    "ResponseNorm": "a global response norm normalises across these channels",
+    "Norm": "a norm normalises across these channels",
+}
 # These read whole numbers that say which elements they take.
 INDEXING = ("__getitem__", "index_select")
 
@@ -258,7 +266,9 @@ def reduce(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
         dims = tuple(range(x.ndim))
     reduced = {d % x.ndim for d in ((dims,) if isinstance(dims, int) else dims)}
     if axis.dim in reduced:
-        watcher.freeze(axis, "a mean, sum or norm runs across these channels")
+        kind = type(watcher.model.get_submodule(watcher.path[-1][0] if watcher.path else "")).__name__
+        norms = (reason for name, reason in NORMS.items() if name in kind)
+        watcher.freeze(axis, next(norms, "a mean, sum or norm runs across these channels"))
         return [None] * len(call.outputs)
     before = 0 if call.argument(place + 1, "keepdim", False) else sum(d < axis.dim for d in reduced)
     return [Axis(axis.dim - before, axis.ids)] * len(call.outputs)

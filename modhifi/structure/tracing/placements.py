@@ -86,6 +86,14 @@ def numbered(placement: Placement, like: Tensor) -> Tensor:
     return torch.empty_like(like, dtype=torch.int64, device="cpu").copy_(ids)
 
 
+def of_one_item(ids: Tensor) -> Tensor:
+    """Of components that stand on one axis once for every item, as heads folded into a batch do, those of one item."""
+    if len(ids) == 0 or bool((ids == ids[0]).all()):
+        return ids
+    periods = (size for size in range(2, len(ids) + 1) if len(ids) % size == 0)
+    return next(ids[:size] for size in periods if torch.equal(ids, ids[:size].repeat(len(ids) // size)))
+
+
 def is_constant(tensor: Tensor, dim: int) -> bool:
     """Whether a tensor's values do not vary along one axis."""
     return bool((tensor == tensor.narrow(dim, 0, 1)).all())

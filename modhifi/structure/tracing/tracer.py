@@ -29,6 +29,7 @@ from modhifi.structure.torch_ops import MOVEMENTS, Kind
 from modhifi.structure.tracing import elementwise_rules, layer_rules, movement_rules, recurrent_rules  # noqa: F401
 from modhifi.structure.tracing.layer_rules import MULTIHEAD
 from modhifi.structure.tracing.operations import OWN_RULES, RULES
+from modhifi.structure.tracing.per_head import PerHead
 from modhifi.structure.tracing.placements import Placement, TracedCall
 from modhifi.structure.tracing.watcher import Watcher
 
@@ -98,10 +99,14 @@ def _unseen(model: nn.Module, seen: set[str], obstacles: dict[str, str]) -> Iter
 
 
 def _watched(
-    model: nn.Module, run: Callable[[nn.Module], Any], ranks: bool, older: Iterable[Tensor] = ()
+    model: nn.Module,
+    run: Callable[[nn.Module], Any],
+    ranks: bool,
+    older: Iterable[Tensor] = (),
+    known: PerHead | None = None,
 ) -> tuple[ChannelTracer, Any]:
-    """One watched pass; tensors ``older`` than it carry nothing."""
-    tracer = ChannelTracer(model, ranks)
+    """One watched pass; tensors ``older`` than it carry nothing, ``known`` is what there is for each head."""
+    tracer = ChannelTracer(model, known or PerHead(), ranks)
     for tensor in older:
         if id(tensor) not in tracer.placements:
             tracer.remember(tensor, None)
@@ -115,11 +120,16 @@ def _alive() -> list[Tensor]:
 
 
 def _traced(model: nn.Module, run: Callable[[nn.Module], Any], ranks: bool = False) -> ChannelTracer:
-    """The watched pass that counts: a second one where the first meets tensors that it has not made."""
+    """The watched pass that counts.
+
+    A second one where the first meets tensors that it has not made, or heads meet something that there is for each.
+    """
     tracer, outputs = _watched(without_caches(model), run, ranks)
-    if tracer.unobserved:  # libraries keep positions and anchors in caches that no module shows
+    met = None if ranks else tracer.met
+    if tracer.unobserved or met:
+        unobserved = tracer.unobserved  # libraries keep positions in caches that no module shows
         tracer, outputs = None, None  # type: ignore[assignment]  # nothing of that pass is to count as older
-        tracer, outputs = _watched(without_caches(model), run, ranks, _alive())
+        tracer, outputs = _watched(without_caches(model), run, ranks, _alive() if unobserved else (), met)
     for _, tensor in named_tensors(outputs):
         tracer.uses[id(tensor)] += 1
         placement = tracer.placements.get(id(tensor))
@@ -131,8 +141,9 @@ def _traced(model: nn.Module, run: Callable[[nn.Module], Any], ranks: bool = Fal
 def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Structure:
     """Watch ``run(model)``, one forward pass on a batch of at least two samples, and return the groups found.
 
-    The model must be in eval mode. Costs one forward pass, or two where the first meets tensors that it has not made;
-    nothing of the model is changed, but what it remembered of earlier passes for a device is forgotten.
+    The model must be in eval mode. Costs one forward pass, or two where the first meets tensors that it has not made or
+    a module has something for each head; nothing of the model is changed, but what it remembered of earlier passes
+    for a device is forgotten.
     """
     tracer = _traced(model, run)
     groups = tuple(with_head_counts(model, by_expert(model, group)) for group in tracer.couplings.groups())

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from modhifi.errors import ModhifiError
+from modhifi.structure.arguments import with_argument
 from modhifi.structure.couplings import Couplings
 from modhifi.structure.flops import WorkCounter, counting
 from modhifi.structure.library_layers import is_frozen_norm
 from modhifi.structure.operators import last_wide
 from modhifi.structure.stacked import may_be_stacked
 from modhifi.structure.torch_ops import METADATA, OPERATIONS, Kind, operation_name, tensors_in
+from modhifi.structure.tracing.per_head import PerHead
 from modhifi.structure.tracing.placements import Axis, Placement, TracedCall
 from modhifi.structure.tracing.stacks import StackViews
 
@@ -31,13 +33,18 @@ class FrozenNorm(nn.Module):
 
 
 class Watcher(TorchFunctionMode):
-    """The placements of one pass, and what its rules find: couplings, operators, multiply-adds, obstacles."""
+    """The placements of one pass, and what its rules find: couplings, operators, multiply-adds, obstacles.
 
-    def __init__(self, model: nn.Module, ranks: bool = False) -> None:
+    ``known`` is what modules have for each head, as the pass before has ``met`` it. With ``ranks`` components are
+    channels inside heads, alike in all of them, and not heads.
+    """
+
+    def __init__(self, model: nn.Module, known: PerHead, ranks: bool = False) -> None:
         super().__init__()
-        self.model = model
-        # Whether components are channels inside heads, alike in all of them, and not heads.
-        self.ranks = ranks
+        self.model, self.ranks = model, ranks
+        self.known, self.met = known, PerHead()
+        # What the modules being run were given.
+        self.given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.couplings = Couplings()
         self.placements: dict[int, Placement | None] = {}
         self.alive: list[Tensor] = []
@@ -99,6 +106,10 @@ class Watcher(TorchFunctionMode):
             self.couplings.freeze_everything(f"an operation before {self.where} could not be observed")
             self.remember(tensor, None)
         placement = self.placements[id(tensor)]
+        if placement is None and self.names.get(id(tensor)) in self.known.tables and id(tensor) not in self.tied:
+            name = self.names[id(tensor)]
+            placement = Axis(1, self.couplings.rows(name, self.known.tables[name], 1))
+            self.placements[id(tensor)] = placement
         if placement is None and id(tensor) in self.parameters and id(tensor) not in self.tied:
             wide, name = sum(size > 1 for size in tensor.shape), self.names[id(tensor)]
             owner = self.model.get_submodule(name.rpartition(".")[0])
@@ -120,6 +131,30 @@ class Watcher(TorchFunctionMode):
         index = call.args[1]
         columns = isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None)
         return self.names[id(call.args[0])] if columns and isinstance(index[1], Tensor) else None
+
+    def meets_heads(self, ids: Tensor, dim: int) -> None:
+        """Something that carries nothing meets heads along its axis ``dim``: note what it could be made of."""
+        if self.path and bool((ids >= 0).all()):
+            name = self.path[-1][0]
+            module = self.model.get_submodule(name)
+            self.met.note(name, module, self.given[-1], ids, dim, lambda t: self.placements.get(id(t)) is None)
+
+    def _seen(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a module is given, where arguments that hold something for each head carry components of their own."""
+        for argument, (dim, heads) in self.known.arguments.get(name, {}).items():
+
+            def carrying(value: Any, argument: str = argument, dim: int = dim, heads: int = heads) -> Any:
+                if not isinstance(value, Tensor) or self.placements.get(id(value)) is not None:
+                    return value
+                if value.ndim <= dim or value.shape[dim] % heads:
+                    return value  # another call of the module, with another form
+                alias = value.view_as(value)
+                ids = self.couplings.argument(f"{name}.{argument}", dim, heads)
+                self.remember(alias, Axis(dim, ids.repeat(value.shape[dim] // heads)))
+                return alias
+
+            args, kwargs = with_argument(self.model.get_submodule(name), args, kwargs, argument, carrying)
+        return args, kwargs
 
     @property
     def where(self) -> str:
@@ -209,20 +244,25 @@ class Watcher(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
             self.path.clear()
+            self.given.clear()
             self.closed = 0
 
-    def _hooks(self, name: str, module: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
+    def _hooks(self, name: str, module: nn.Module) -> tuple[Callable[..., Any], Callable[..., None]]:
         key: type[nn.Module] = FrozenNorm if is_frozen_norm(module) else type(module)
         registered = key in OPERATIONS
         begun: list[int] = []
 
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+                args, kwargs = self._seen(name, args, kwargs)
             received = next(tensors_in((args, kwargs)), None)
             if not self.samples and received is not None and received.ndim:
                 self.samples = len(received)
             self.path.append((name, id(received)))
+            self.given.append((args, kwargs))
             begun.append(self.counter.total)
             self.closed += registered
+            return (args, kwargs) if name in self.known.arguments else None
 
         def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             self.closed -= registered
@@ -233,6 +273,7 @@ class Watcher(TorchFunctionMode):
                     placements = {id(tensor): self.placement(tensor) for tensor in tensors_in((args, kwargs))}
                     self.follow(TracedCall(key.__name__, module.forward, args, kwargs, key, outputs, placements, macs))
             self.path.pop()
+            self.given.pop()
 
         return enter, leave
 
