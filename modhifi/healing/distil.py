@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
@@ -11,16 +10,16 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from modhifi.bounds.held_out import classes_last
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError, is_out_of_memory
 from modhifi.healing.augment import augmented
 from modhifi.healing.blocks import Cut, Match, Watch, matched_blocks
 from modhifi.healing.checkpoint import Checkpoint
 from modhifi.healing.devices import accelerator_for
+from modhifi.healing.examination import Examination
 from modhifi.healing.healed import Healed, State, best_entry
 from modhifi.healing.lora import add_adapters, merge
-from modhifi.healing.losses import agreement, block_loss, output_loss
+from modhifi.healing.losses import block_loss, output_loss
 from modhifi.healing.optimizers import OPTIMIZERS
 from modhifi.healing.schedule import Schedule, interval, learning_rate
 from modhifi.healing.settings import HealSettings
@@ -77,7 +76,7 @@ class Distillation:
         note: Callable[[str], None],
     ) -> None:
         self.original, self.settings, self.closed = original, settings, tuple(closed)
-        self.train, self.validation, self.checkpoint = train, validation, checkpoint
+        self.train, self.checkpoint = train, checkpoint
         self.progress, self.note = progress, note
         self.device = next(original.model.parameters()).device
         self.accelerator = accelerator_for(self.device, settings.precision)
@@ -102,7 +101,7 @@ class Distillation:
         self.schedule = Schedule(settings.steps, settings.minutes)
         keep, autocast = not settings.augment, self.accelerator.autocast
         self.teacher = Teacher(original, self.blocks, len(train), keep, autocast)
-        self.examiner = Teacher(original, {}, len(validation), keep=True)
+        self.examination = Examination(original, validation, settings.batch_size, self.closed)
         self.best = self._weights()
         self.losses: list[Tensor] = []
 
@@ -212,25 +211,11 @@ class Distillation:
         if self.losses:
             loss = float(self.accelerator.reduce(torch.stack(self.losses).mean(), "mean"))
         self.losses = []
-        divergence, agreed, count, compared = 0.0, 0.0, 0, 0
-        for batch in self.validation.batches(self.settings.batch_size):
-            indices = range(count, count + len(batch))
-            wanted, _ = self.examiner.outputs(batch, indices)
-            output, real = self.original.logits(batch, self.model), self._real(batch)
-            features = self.original.gives_features
-            distance = output_loss(wanted, output, real, features=features, closed=self.closed)
-            divergence += len(batch) * float(distance)
-            agreed += len(batch) * (0.0 if features else float(agreement(wanted, output, real, self.closed)))
-            count += len(batch)
-            compared += classes_last(output)[..., 0].numel() if real is None else int(real.sum())
-        agreed /= count
         entry = {
             "step": self.state.step,
             "seconds": self.schedule.seconds,
             "loss": loss,
-            "divergence": divergence / count,
-            "agreement": None if self.original.gives_features else agreed,
-            "error": math.sqrt(max(0.0, agreed * (1 - agreed)) / compared),
+            **self.examination.figures(self.model),
         }
         if not all(value is None or torch.tensor(value).isfinite() for value in entry.values()):
             return False

@@ -310,7 +310,7 @@ def test_the_teacher_runs_in_the_precision_of_the_student(
 ) -> None:
     run = Distillation(*pair, *images, SETTINGS, (), Cut(), None, silent, lambda text: None)
     # what is examined is examined in full
-    assert run.teacher.autocast == run.accelerator.autocast and run.examiner.autocast is nullcontext
+    assert run.teacher.autocast == run.accelerator.autocast and run.examination.teacher.autocast is nullcontext
     run.teacher.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
     output, _ = run.teacher.outputs(next(images[0].batches(4)), range(4))
     assert output.dtype == torch.bfloat16

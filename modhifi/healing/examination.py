@@ -1,0 +1,50 @@
+"""What a student says of samples that it does not learn from, against what its teacher says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from modhifi.bounds.held_out import classes_last
+from modhifi.data.samples import Samples
+from modhifi.healing.losses import agreement, output_loss
+from modhifi.healing.teacher import Teacher
+from modhifi.models.loaded import LoadedModel
+
+
+class Examination:
+    """Compares students with ``original`` on ``samples``, a batch of ``size`` at a time; ``closed`` classes apart.
+
+    What the original says is kept where it fits; it runs in full precision.
+    """
+
+    def __init__(self, original: LoadedModel, samples: Samples, size: int, closed: Sequence[int]) -> None:
+        self.original, self.samples, self.size, self.closed = original, samples, size, tuple(closed)
+        self.teacher = Teacher(original, {}, len(samples), keep=True)
+
+    @torch.no_grad()
+    def figures(self, student: nn.Module) -> dict[str, float | None]:
+        """The mean ``divergence`` in nats, the ``agreement`` as a share and its standard ``error``.
+
+        Of a model without logits the divergence is that of :func:`output_loss` for features, and there is no agreement.
+        """
+        original, features = self.original, self.original.gives_features
+        divergence, agreed, count, compared = 0.0, 0.0, 0, 0
+        for batch in self.samples.batches(self.size):
+            wanted, _ = self.teacher.outputs(batch, range(count, count + len(batch)))
+            output, real = original.logits(batch, student), original.real_tokens(batch)
+            real = None if real is None else real.to(output.device)
+            distance = output_loss(wanted, output, real, features=features, closed=self.closed)
+            divergence += len(batch) * float(distance)
+            agreed += len(batch) * (0.0 if features else float(agreement(wanted, output, real, self.closed)))
+            count += len(batch)
+            compared += classes_last(output)[..., 0].numel() if real is None else int(real.sum())
+        agreed /= count
+        return {
+            "divergence": divergence / count,
+            "agreement": None if features else agreed,
+            "error": math.sqrt(max(0.0, agreed * (1 - agreed)) / compared),
+        }
