@@ -98,8 +98,8 @@ class Support:
     failure: str | None = None
 
 
-def randomise(model: nn.Module) -> nn.Module:
-    """Random normalisation statistics and affine parameters; layer scales near one; nothing that hides all the rest.
+def visible(model: nn.Module) -> nn.Module:
+    """Nothing that hides all the rest, in double precision.
 
     A head of zeros puts out zeros whatever is cut, and a detector whose biases are set to see nothing sees nothing.
     """
@@ -107,12 +107,17 @@ def randomise(model: nn.Module) -> nn.Module:
         constant = parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all())
         if constant and (parameter.ndim > 1 or name.endswith("bias")):
             parameter.data.normal_(0, 0.02)
+    return model.eval().requires_grad_(False).double()
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Random normalisation statistics and affine parameters; layer scales near one."""
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
             buffer.normal_(0, 0.1)
         elif name.endswith("running_var"):
             buffer.uniform_(0.5, 1.5)
-    for module in model.modules():
+    for module in visible(model).modules():
         if "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), nn.Parameter):
             module.weight.uniform_(0.5, 1.5)
             if isinstance(getattr(module, "bias", None), nn.Parameter):
@@ -120,7 +125,7 @@ def randomise(model: nn.Module) -> nn.Module:
         for name in ("gamma", "ls1", "ls2", "layer_scale"):
             if isinstance(getattr(module, name, None), nn.Parameter):
                 getattr(module, name).uniform_(0.5, 1.5)
-    return model.eval().requires_grad_(False).double()
+    return model
 
 
 def built(name: str) -> tuple[nn.Module, int]:
@@ -131,7 +136,10 @@ def built(name: str) -> tuple[nn.Module, int]:
         return randomise(model), model.pretrained_cfg["input_size"][-1]
     takes = inspect.signature(torchvision.models.get_model_builder(leaf)).parameters
     options: dict[str, Any] = {"weights_backbone": None, "num_classes": 5} if "weights_backbone" in takes else {}
-    return randomise(torchvision.models.get_model(leaf, weights=None, **options)), 320 if "320" in leaf else 224
+    model = torchvision.models.get_model(leaf, weights=None, **options)
+    # Boxes of a detector whose norms are drawn come in an order that rounding decides.
+    disturb = visible if hasattr(torchvision.models.detection, leaf) else randomise
+    return disturb(model), 320 if "320" in leaf else 224
 
 
 def runnable(model: nn.Module, own: int) -> Tensor:
