@@ -40,6 +40,7 @@ COLUMNS = [
     "healed",
     "agreement, pruned",
     "agreement, healed",
+    "blocks matched",
     "steps",
     "core minutes",
 ]
@@ -47,7 +48,8 @@ INTRO = """# Healed by distillation, without labels
 Pruned on 1,000 unlabelled training images (the inverted row: on the inverted images that it is healed on), then
 distilled from the original (`modhifi heal`). Top-1 and agreement with the original in % of all 5,000 CIFAR-10 test
 images, of the ResNet-50 in % of 2,000. Core minutes are processor time of the whole, from pruning to the report:
-drawing of images included.
+drawing of images included. *Blocks matched* are those whose outputs are learnt beside the model's: none before narrower
+ones could be.
 Command: `python eval/heal.py --part PART`."""
 # What a network that is near its original already takes no harm from.
 CAREFUL = {"precision": "bf16", "learning_rate": 0.002, "batch_statistics": False}
@@ -94,6 +96,7 @@ def run(part: str, steps: int) -> dict[str, Any]:
         **{name: 100 * top[key] for name, key in (("original", "before"), ("pruned", "between"), ("healed", "after"))},
         "agreement, pruned": 100 * agreed["between"],
         "agreement, healed": 100 * agreed["after"],
+        "blocks matched": len(result["healing"]["matched blocks"]),
         "steps": result["healing"]["steps"],
         "core minutes": seconds / 60,
         "part": part,
