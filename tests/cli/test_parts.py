@@ -88,7 +88,7 @@ def test_check_of_a_model_whose_norms_forbid_every_width(tmp_path: Path) -> None
     transformers.BitNetForCausalLM(transformers.BitNetConfig(**sizes)).save_pretrained(tmp_path)
     code, stdout, _ = run("check", tmp_path)
     assert code == 0 and "an RMSNorm normalises across these channels" in stdout
-    assert "blocks and sublayers go whole" in stdout and "loads afterwards" not in stdout
+    assert "blocks and sublayers go where --only" in stdout and "loads afterwards" not in stdout
 
 
 @pytest.mark.parametrize("name", ["whisper", "smolvlm"])
