@@ -50,7 +50,7 @@ def _show(report: dict[str, Any], verbose: bool) -> None:
     print_line(f"{supported['share']:.0%} of its {total} parameters lie in groups that can be cut")
     if report["prunable"]:
         table = Table("groups", "kind", "number", "components", "parameters", title=report["model"])
-        for row in (*supported["patterns"], *supported["whole"]):
+        for row in (*supported["patterns"], *supported["on_request"]):
             least, *_, most = row["components"] * 2
             components = f"{least:,}" if least == most else f"{least:,} to {most:,}"
             table.add_row(row["pattern"], row["kind"], str(row["groups"]), components, number(round(row["parameters"])))
@@ -58,16 +58,16 @@ def _show(report: dict[str, Any], verbose: bool) -> None:
         print_line(f"a prune with default settings takes {demand(prediction)}")
         if report["loads_with"]:
             print_line(f"loads afterwards with {report['loads_with']}")
-        if kinds := dict.fromkeys(row["kind"] for row in supported["whole"]):
+        if kinds := dict.fromkeys(row["kind"] for row in supported["on_request"]):
             print_line(f"{' and '.join(kinds)} go where --only {' or --only '.join(kinds)} asks for them")
     if report["mixtures"]:
         sizes = " or ".join(str(size) for size in sorted({m["experts"] for m in report["mixtures"]}))
         print_line(f"{len(report['mixtures'])} mixtures of {sizes} experts: --experts 0.75x removes whole ones")
-    for title, rows, whole in (
+    for title, rows, on_request in (
         ("groups can be pruned", supported["patterns"], False),
-        ("groups can go whole", supported["whole"], True),
+        ("groups go on request", supported["on_request"], True),
     ):
-        refusals = [row for row in report["folded"] if row["whole"] == whole]
+        refusals = [row for row in report["folded"] if row["on_request"] == on_request]
         if rows or refusals:
             print_line(f"{sum(row['groups'] for row in rows)} {title}, {sum(row['groups'] for row in refusals)} cannot")
             show_refusals(console, refusals)

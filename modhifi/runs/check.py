@@ -25,8 +25,8 @@ def check_model(loaded: LoadedModel) -> dict[str, Any]:
     """The prunable and the refused groups of a model, and the saving of half of each group, as JSON-able data.
 
     ``supported`` has the parameters that go with all components of the prunable groups, by pattern of names as well,
-    and under ``whole`` those of blocks, sublayers and ranks, which go on request; ``folded`` the refusals that say the
-    same; ``prediction`` what :func:`predict` says.
+    and under ``on_request`` those of blocks, sublayers and ranks, which go where they are asked for; ``folded`` the
+    refusals that say the same; ``prediction`` what :func:`predict` says.
     """
     structure = find_structure(loaded, on_request=True)
     # Most attentions have no ranks: who asks for them is told why.
@@ -107,7 +107,7 @@ def _supported(structure: Structure, sizes: Sizes) -> dict[str, Any]:
         "parameters": parameters,
         "share": parameters / total if total else 0.0,
         "patterns": rows(widths),
-        "whole": rows(g for g in structure.prunable if g.on_request),
+        "on_request": rows(g for g in structure.prunable if g.on_request),
     }
 
 

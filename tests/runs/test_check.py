@@ -35,7 +35,7 @@ def test_equal_refusals_are_one() -> None:
     assert report["folded"][0] == {
         "reason": "their width is the hidden size",
         "groups": 4,
-        "whole": False,
+        "on_request": False,
         "names": ["model.layers.*.self_attn.o_proj", "model.layers.*.mlp.down_proj"],
     }
     assert sum(row["groups"] for row in report["folded"]) == len(report["refused"])

@@ -19,7 +19,7 @@ def pattern(name: str) -> str:
 def folded(model: nn.Module, refused: Iterable[Group]) -> list[Mapping[str, Any]]:
     """The refusals of a model's groups, those as one that say the same but for numbers; most groups first.
 
-    ``whole`` says of each whether its groups are blocks or sublayers, which go whole or not at all.
+    ``on_request`` says of each whether its groups are blocks, sublayers or ranks, which go where they are asked for.
     """
     hidden = getattr(getattr(model, "config", None), "hidden_size", None)
     alike: dict[tuple[str, bool], list[Group]] = {}
@@ -28,14 +28,14 @@ def folded(model: nn.Module, refused: Iterable[Group]) -> list[Mapping[str, Any]
         if g.n == hidden and "fixed or unknown tensor" in reason:
             reason = "their width is the hidden size"
         reason = "; ".join(dict.fromkeys(reason.split("; ")))
-        alike.setdefault((pattern(reason), bool(g.parts)), []).append(g)
+        alike.setdefault((pattern(reason), g.on_request), []).append(g)
     rows = [
         {
             "reason": reason,
             "groups": len(members),
-            "whole": whole,
+            "on_request": on_request,
             "names": list(dict.fromkeys(pattern(g.name) for g in members)),
         }
-        for (reason, whole), members in alike.items()
+        for (reason, on_request), members in alike.items()
     ]
     return sorted(rows, key=lambda entry: -entry["groups"])
