@@ -27,8 +27,8 @@ OPTIONS = f"--ratio 0.25 --only neurons --layout uniform --samples 16 --evaluati
 OPTIONS += ["--only-this-data", "--walked", "0"]
 READ = """
 import sys, torch, transformers
-batch = torch.load(sys.argv[2])
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+batch, place = torch.load(sys.argv[2]), dict(zip(("pretrained_model_name_or_path", "gguf_file"), sys.argv[1::2]))
+model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).eval()
 with torch.inference_mode():
     losses = [model(input_ids=row[None], labels=row[None]).loss for row in batch]
 print(float(torch.stack(losses).mean().exp()), sum(p.numel() for p in model.parameters()))
@@ -41,9 +41,9 @@ def windows(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> torch
     return torch.nn.functional.pad(tokens.view(WINDOWS, -1), (1, 0), value=tokenizer.bos_token_id)
 
 
-def perplexity(directory: Path, batch: Path) -> tuple[float, int]:
+def perplexity(directory: Path, batch: Path, file: str | None = None) -> tuple[float, int]:
     """The perplexity of a model on a batch, and its parameters, by plain transformers in a process of its own."""
-    command = [sys.executable, "-c", READ, str(directory), str(batch)]
+    command = [sys.executable, "-c", READ, str(directory), str(batch), *([] if file is None else [file])]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
     value, parameters = run.stdout.split()
     return float(value), int(parameters)
@@ -68,11 +68,13 @@ def main() -> None:
         entry = json.loads((work / "small" / "modhifi.json").read_text(encoding="utf-8"))["model"]
         report = json.loads((work / "small" / "report.json").read_text(encoding="utf-8"))
         torch.save(windows(transformers.AutoTokenizer.from_pretrained(work / "small"), held_out), work / "batch.pt")
+        original = arguments.model.resolve()
         value, parameters = perplexity(work / "small", work / "batch.pt")
+        dense, of_dense = perplexity(original.parent, work / "batch.pt", original.name)
     rows = [
         *(row for row in report["before_after"] if "latency" not in row["name"] and "throughput" not in row["name"]),
-        {"name": "perplexity, by transformers alone", "after": value},
-        {"name": "parameters, by transformers alone", "after": parameters},
+        {"name": "perplexity, by transformers alone", "before": dense, "after": value},
+        {"name": "parameters, by transformers alone", "before": of_dense, "after": parameters},
     ]
     write_results(
         "gguf_prune",
