@@ -48,8 +48,8 @@ INTRO = """# Healed by distillation, without labels
 Pruned on 1,000 unlabelled training images (the inverted row: on the inverted images that it is healed on), then
 distilled from the original (`modhifi heal`). Top-1 and agreement with the original in % of all 5,000 CIFAR-10 test
 images, of the ResNet-50 in % of 2,000. Core minutes are processor time of the whole, from pruning to the report:
-drawing of images included. *Blocks matched* are those whose outputs are learnt beside the model's; the inverted row and that
-of the ResNet-50 are of before narrower ones could be.
+drawing of images included. *Blocks matched* are those whose outputs are learnt beside the model's; the inverted row and
+that of the ResNet-50 are of before narrower ones could be.
 Command: `python eval/heal.py --part PART`."""
 # What a network that is near its original already takes no harm from.
 CAREFUL = {"precision": "bf16", "learning_rate": 0.002, "batch_statistics": False}
