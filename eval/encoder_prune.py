@@ -16,6 +16,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -51,6 +53,30 @@ def halves(text: str) -> tuple[str, str]:
     return "".join(articles[: len(articles) // 2]), "".join(articles[len(articles) // 2 :])
 
 
+@contextmanager
+def pruned(about: str | None, options: list[str]) -> Iterator[tuple[Path, Path, str]]:
+    """The model that the command line names, a directory with ``small``, pruned on half of a text, and the other half.
+
+    Raises Missing where the text is not at hand. With ``--work`` the directory stays, and what is in it counts.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--work", type=Path)
+    arguments = parser.parse_args()
+    file = Path(os.environ.get("MODHIFI_DATA", "")) / "wikitext2-valid.txt"
+    if not file.is_file():
+        raise Missing("set MODHIFI_DATA to a directory that holds wikitext2-valid.txt")
+    with tempfile.TemporaryDirectory() as place:
+        work = arguments.work or Path(place)
+        work.mkdir(exist_ok=True)
+        calibration, held_out = halves(file.read_text(encoding="utf-8"))
+        (work / "calibration.txt").write_text(calibration, encoding="utf-8")
+        options = ["--data", f"text:{work / 'calibration.txt'}", *options, "--out", str(work / "small")]
+        if not (work / "small" / "modhifi.json").is_file():
+            subprocess.run([sys.executable, "-m", "modhifi", "prune", str(arguments.model), *options], check=True)
+        yield arguments.model, work, held_out
+
+
 def embedded(directory: Path, batch: Tensor, work: Path) -> Tensor:
     """The embeddings of a batch by plain transformers, which has never heard of modhifi."""
     torch.save(batch, work / "batch.pt")
@@ -61,23 +87,10 @@ def embedded(directory: Path, batch: Tensor, work: Path) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--work", type=Path)
-    arguments = parser.parse_args()
-    file = Path(os.environ.get("MODHIFI_DATA", "")) / "wikitext2-valid.txt"
-    if not file.is_file():
-        raise Missing("set MODHIFI_DATA to a directory that holds wikitext2-valid.txt")
-    with tempfile.TemporaryDirectory() as place:
-        work = arguments.work or Path(place)
-        calibration, held_out = halves(file.read_text(encoding="utf-8"))
-        (work / "calibration.txt").write_text(calibration, encoding="utf-8")
-        options = ["--data", f"text:{work / 'calibration.txt'}", *OPTIONS, "--out", str(work / "small")]
-        if not (work / "small" / "modhifi.json").is_file():
-            subprocess.run([sys.executable, "-m", "modhifi", "prune", str(arguments.model), *options], check=True)
-        tokens = transformers.AutoTokenizer.from_pretrained(arguments.model)(held_out)["input_ids"]
+    with pruned(__doc__, OPTIONS) as (model, work, held_out):
+        tokens = transformers.AutoTokenizer.from_pretrained(model)(held_out)["input_ids"]
         batch = torch.tensor(tokens[: WINDOWS * TOKENS]).view(WINDOWS, TOKENS)
-        before, after = (embedded(directory, batch, work) for directory in (arguments.model, work / "small"))
+        before, after = (embedded(directory, batch, work) for directory in (model, work / "small"))
         report = json.loads((work / "small" / "report.json").read_text(encoding="utf-8"))
         entry = json.loads((work / "small" / "modhifi.json").read_text(encoding="utf-8"))["model"]
         cosine = torch.nn.functional.cosine_similarity(before, after)
@@ -91,9 +104,9 @@ def main() -> None:
         rows,
         ["name", "before", "after", "unit"],
         f"""# A sentence encoder, pruned from the command line
-{arguments.model.parent.name}: a quarter of the feed-forward neurons gone. The last two rows are of {WINDOWS} held-out
+{model.parent.name}: a quarter of the feed-forward neurons gone. The last two rows are of {WINDOWS} held-out
 windows of {TOKENS} tokens, embedded by `transformers.{entry["stock"]}` in fresh processes.
-Command: `python eval/encoder_prune.py {"/".join(arguments.model.parts[-2:])}`, which runs
+Command: `python eval/encoder_prune.py {"/".join(model.parts[-2:])}`, which runs
 `modhifi prune MODEL --data text:FILE {" ".join(OPTIONS)}`.""",
         stock=entry["stock"],
     )

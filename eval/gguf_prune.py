@@ -9,18 +9,15 @@ other half are read by the result, in a process that loads transformers alone.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 import transformers
-from common import Missing, write_results
-from encoder_prune import halves
+from common import write_results
+from encoder_prune import pruned
 
 WINDOWS, TOKENS = 8, 256
 OPTIONS = f"--ratio 0.25 --only neurons --layout uniform --samples 16 --evaluation-samples 4 --window {TOKENS}".split()
@@ -50,25 +47,11 @@ def perplexity(directory: Path, batch: Path, file: str | None = None) -> tuple[f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--work", type=Path)
-    arguments = parser.parse_args()
-    file = Path(os.environ.get("MODHIFI_DATA", "")) / "wikitext2-valid.txt"
-    if not file.is_file():
-        raise Missing("set MODHIFI_DATA to a directory that holds wikitext2-valid.txt")
-    with tempfile.TemporaryDirectory() as place:
-        work = arguments.work or Path(place)
-        work.mkdir(exist_ok=True)
-        calibration, held_out = halves(file.read_text(encoding="utf-8"))
-        (work / "calibration.txt").write_text(calibration, encoding="utf-8")
-        options = ["--data", f"text:{work / 'calibration.txt'}", *OPTIONS, "--out", str(work / "small")]
-        if not (work / "small" / "modhifi.json").is_file():
-            subprocess.run([sys.executable, "-m", "modhifi", "prune", str(arguments.model), *options], check=True)
+    with pruned(__doc__, OPTIONS) as (model, work, held_out):
         entry = json.loads((work / "small" / "modhifi.json").read_text(encoding="utf-8"))["model"]
         report = json.loads((work / "small" / "report.json").read_text(encoding="utf-8"))
         torch.save(windows(transformers.AutoTokenizer.from_pretrained(work / "small"), held_out), work / "batch.pt")
-        original = arguments.model.resolve()
+        original = model.resolve()
         value, parameters = perplexity(work / "small", work / "batch.pt")
         dense, of_dense = perplexity(original.parent, work / "batch.pt", original.name)
     rows = [
@@ -81,9 +64,9 @@ def main() -> None:
         rows,
         ["name", "before", "after", "unit"],
         f"""# A language model of a GGUF file, pruned from the command line
-{arguments.model.name}: a quarter of the feed-forward neurons gone. The last two rows are of {WINDOWS} windows of
+{model.name}: a quarter of the feed-forward neurons gone. The last two rows are of {WINDOWS} windows of
 {TOKENS} tokens from other articles, read by `transformers.{entry["stock"]}` in a fresh process.
-Command: `python eval/gguf_prune.py {arguments.model.name}`, which runs
+Command: `python eval/gguf_prune.py {model.name}`, which runs
 `modhifi prune MODEL --data text:FILE {" ".join(OPTIONS)}`.""",
         stock=entry["stock"],
     )
