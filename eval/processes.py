@@ -38,9 +38,6 @@ block by block, with 20 % of the FFN's neurons removed, and reader after reader;
 half the MACs. *components that differ* are those kept by one plan alone, *weights* the largest relative difference
 of a tensor, by its Frobenius norm. Command: `python eval/processes.py --processes {count}`."""
 
-# Two rows for each of the 2,048 columns that the last stage's readers have at 16 positions of an image.
-IMAGES = 256
-
 Task = tuple[LoadedModel, Samples, Budget, PruneSettings]
 
 
@@ -52,8 +49,8 @@ def text(samples: int, **changes: Any) -> Task:
 
 def images() -> Task:
     loaded = resnet50()
-    settings = PruneSettings(weighting="energy", sequential="dense", batch_size=16)
-    return loaded, load_samples(f"images:{cifar10() / 'train'}", loaded, n=IMAGES), Budget("macs", 0.5), settings
+    settings = PruneSettings(weighting="energy", sequential="dense", batch_size=4)
+    return loaded, load_samples(f"images:{cifar10() / 'train'}", loaded, n=32), Budget("macs", 0.5), settings
 
 
 PARTS: dict[str, dict[str, Callable[[], Task]]] = {
