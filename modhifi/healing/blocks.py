@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.models.loaded import LoadedModel
+from modhifi.structure.clone import clone
 from modhifi.structure.depth import inside, name_after, removed_parts
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import outputs_of
-from modhifi.structure.outputs import named_tensors
+from modhifi.structure.outputs import difference, named_tensors
 from modhifi.structure.places import operator_at
 from modhifi.structure.plan import Plan
 from modhifi.structure.recurrent import Gates
 from modhifi.structure.stacked import Stacked
-from modhifi.structure.surgery import removed_positions, staying
+from modhifi.structure.surgery import mask_readers, removed_positions, shrink, staying
+from modhifi.structure.trial_cut import HALF
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,13 @@ class Cut:
     """What a student lacks of its original.
 
     ``parts`` are blocks and sublayers, as `structure.depth.removed_parts` gives them. ``outputs`` are, for each
-    operator that lost some of its outputs, in order of execution, those that stay: bool ``(outputs,)``.
+    operator that lost some of its outputs, in order of execution, those that stay: bool ``(outputs,)``. ``plan`` made
+    them.
     """
 
     parts: Mapping[str, int] = field(default_factory=dict)
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    plan: tuple[Structure, Plan] | None = None
 
     @classmethod
     def of(cls, model: nn.Module, structure: Structure, plan: Plan) -> Cut:
@@ -42,13 +46,14 @@ class Cut:
             operator = operator_at(model, name)
             if (name, "producer") in removed and not isinstance(operator, Stacked | Gates):
                 outputs[name] = staying(outputs_of(operator), removed[name, "producer"])
-        return cls(removed_parts(structure, plan), outputs)
+        return cls(removed_parts(structure, plan), outputs, (structure, plan))
 
     def positions(self, block: str, output: Tensor, smaller: Tensor) -> tuple[int, Tensor] | None:
         """The axis along which a block's output is ``smaller`` in the student, and the positions that are left there.
 
         They are those of the last operator in the block that has as many outputs, before and after: what comes behind
-        it, an addition or a norm, leaves channels in their places. None where there is no such operator.
+        it, an addition or a norm, leaves channels in their places; :meth:`confirmed` tells. None where there is no such
+        operator.
         """
         axes = [axis for axis, sizes in enumerate(zip(output.shape, smaller.shape, strict=True)) if len(set(sizes)) > 1]
         if len(axes) != 1:
@@ -60,6 +65,25 @@ class Cut:
             if inside(name, (block,)) and (len(stays), int(stays.sum())) == sizes
         ]
         return (axes[0], alike[-1].nonzero().flatten()) if alike else None
+
+    @torch.no_grad()
+    def confirmed(self, original: LoadedModel, narrower: Mapping[str, Match]) -> set[str]:
+        """Those of the ``narrower`` blocks whose channels are where they are said to be.
+
+        A block may turn its channels round on the way out. The original with masked readers and the same cut out of it
+        compute one function, so that a wrong place shows. Costs a pass of each.
+        """
+        if self.plan is None or not narrower:
+            return set()
+        masked = mask_readers(original.model, *self.plan)
+        small = shrink(clone(masked), *self.plan)
+        most = 5e-2 if any(p.dtype in HALF for p in masked.parameters()) else 1e-3
+        names = tuple(match.student for match in narrower.values())
+        with Watch(masked, tuple(narrower)) as dense, Watch(small, names) as cut:
+            for model in (masked, small):
+                original.run(original.example, model)
+            seen = zip(narrower.items(), dense.take(), cut.take(), strict=True)
+            return {name for (name, match), wanted, got in seen if difference(got, match.part_of(wanted)) <= most}
 
 
 @dataclass(frozen=True)
@@ -148,7 +172,9 @@ def matched_blocks(original: LoadedModel, student: nn.Module, cut: Cut) -> dict[
             by_memory.setdefault(output.data_ptr(), (name, Match(names[name])))
         elif (left := cut.positions(name, output, smaller)) is not None:
             by_memory.setdefault(output.data_ptr(), (name, Match(names[name], *left)))
-    return dict(by_memory.values())
+    matches = dict(by_memory.values())
+    right = cut.confirmed(original, {name: match for name, match in matches.items() if match.stays is not None})
+    return {name: match for name, match in matches.items() if match.stays is None or name in right}
 
 
 def _entries(model: nn.Module, owner: str, removed: Mapping[str, int] | None = None) -> int | None:

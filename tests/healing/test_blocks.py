@@ -87,3 +87,20 @@ def test_outputs_come_in_the_order_of_the_names_and_are_taken_once() -> None:
         assert not watch.outputs
     model(torch.randn(1, 2))
     assert not watch.outputs
+
+
+def test_a_narrower_block_that_turns_its_channels_round_is_left_out() -> None:
+    class Turned(nn.Module):
+        def __init__(self, inputs: int) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Conv2d(inputs, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.outer(self.inner(x).relu()).flip(1).relu()
+
+    net = nn.Sequential(Turned(3), Turned(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    loaded = load_model(net, example=torch.randn(2, 3, 6, 6))
+    structure = find_structure(loaded)
+    plan = Plan({g.name: tuple(range(1, g.n, 2)) for g in structure.prunable})
+    cut, small = Cut.of(loaded.model, structure, plan), shrink(clone(loaded.model), structure, plan)
+    assert "0.outer" in cut.outputs and matched_blocks(loaded, small, cut) == {}
