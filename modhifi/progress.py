@@ -50,6 +50,18 @@ def live_log(out: Path | None) -> Iterator[None]:
         Path(handler.baseFilename).unlink(missing_ok=True)
 
 
+@contextmanager
+def muted(name: str) -> Iterator[None]:
+    """Keeps the warnings of another package's logger out of the output: what it says is known, or said elsewhere."""
+    other = logging.getLogger(name)
+    level = other.level
+    other.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        other.setLevel(level)
+
+
 class Clock:
     """The times and the log of a run.
 

@@ -24,7 +24,7 @@ from modhifi.models.plain_copy import normed_again
 from modhifi.models.skeleton import is_stock, own_config, record
 from modhifi.models.stock import stating
 from modhifi.models.weights import state_hash
-from modhifi.progress import LOG
+from modhifi.progress import LOG, muted
 from modhifi.staging import staging
 from modhifi.structure.depth import removed_parts
 from modhifi.structure.groups import Structure
@@ -160,7 +160,8 @@ def _write_timm_files(
     from timm.models._hub import save_config_for_hf
 
     # Where it cannot say the widths, timm's own loading stops at the first tensor that has another shape.
-    save_config_for_hf(edited, str(directory / "config.json"))
+    with muted("timm.data.model_config"):  # it writes the means of the channels that the model has, and says so
+        save_config_for_hf(edited, str(directory / "config.json"))
     unsharded = (directory / WEIGHTS).is_file()  # timm reads no shards
     if not (unsharded and is_stock(edited, original, None, changes)):
         return {"stock": None, "remote": None}

@@ -295,6 +295,14 @@ class Own(nn.Module):
         return self.down(self.up(x).relu()) + self.shift
 
 
+def test_timm_does_not_warn_of_the_means_of_one_channel(tmp_path, caplog):
+    loaded = load_model("timm:resnet18", pretrained=False, model_args=RESNET | {"in_chans": 1})
+    caplog.clear()
+    path = save(tmp_path / "one", loaded, loaded.model)
+    assert not [record.name for record in caplog.records if record.name.startswith("timm")]
+    assert json.loads((path / "config.json").read_text())["pretrained_cfg"]["input_size"][0] == 1
+
+
 def test_own_module_needs_its_skeleton(tmp_path):
     torch.manual_seed(0)
     module = Own()

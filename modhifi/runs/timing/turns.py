@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
 import time
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
+from modhifi.progress import muted
 from modhifi.runs.measure import Forward, device_of, plainly
 from modhifi.runs.timing.runtimes.base import Run
 from modhifi.runs.timing.steady_memory import steady_memory
@@ -148,11 +148,6 @@ def compare_latency(
 
 def _timer() -> Callable[..., Any]:
     """The class ``torch.utils.benchmark.Timer``, imported without torch's warning of a missing CUDA toolkit."""
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
+    with muted("torch.utils.cpp_extension"):
         from torch.utils.benchmark import Timer
-    finally:
-        logger.setLevel(level)
     return Timer
