@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.calibration.collect import MomentCollector
+from modhifi.calibration.distributed import ALONE, Processes
 from modhifi.calibration.moments import Moments
 from modhifi.calibration.prefix_cache import PrefixCache
 from modhifi.calibration.sampling import Sampling
@@ -66,10 +67,11 @@ def moments_by_block(
     *,
     samples: int,
     numbers: Sequence[int] | None = None,
+    team: Processes = ALONE,
 ) -> Iterator[dict[str, Moments]]:
     """Moments of the readers inside one block after the other, in one pass in all.
 
-    ``numbers`` as in :func:`modhifi.calibration.collect.collect`.
+    ``numbers`` and ``team`` as in :func:`modhifi.calibration.collect.collect`.
     Memory: one block's Grams and what one block puts out for all batches.
     Edits of a block that has been yielded do not reach the next one: the pass is the one of the model as it was.
     """
@@ -77,7 +79,7 @@ def moments_by_block(
         numbers = [0, *accumulate(map(len, batches))][:-1]
     for name in stream.blocks:
         inside = {reader: m for reader, m in readers.items() if reader.startswith(f"{name}.")}
-        collector, firsts = MomentCollector(inside, sampling, samples=samples), iter(numbers)
+        collector, firsts = MomentCollector(inside, sampling, samples=samples, team=team), iter(numbers)
 
         def start(batch: Tensor, collector: MomentCollector = collector, firsts: Iterator[int] = firsts) -> None:
             collector.start(next(firsts), real_tokens(batch))

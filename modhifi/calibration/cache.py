@@ -17,13 +17,13 @@ from pathlib import Path
 from torch import nn
 
 from modhifi.cache import Cache
-from modhifi.calibration.moments import Accumulator
+from modhifi.calibration.accumulator import Accumulator
 from modhifi.calibration.sampling import LEAST_ROWS, Sampling
 from modhifi.data.samples import Samples, digest
 from modhifi.models.fingerprint import fingerprint
 from modhifi.models.loaded import LoadedModel
 
-FORMAT = 3
+FORMAT = 4
 # Writing takes at most this share of the time of a pass.
 OVERHEAD = 0.1
 PARTS = ("shift", "first", "second", "held")

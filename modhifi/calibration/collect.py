@@ -10,8 +10,10 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 
+from modhifi.calibration.accumulator import Accumulator
 from modhifi.calibration.cache import StoredSums
-from modhifi.calibration.moments import Accumulator, Moments
+from modhifi.calibration.distributed import ALONE, InStep, Processes
+from modhifi.calibration.moments import Moments
 from modhifi.calibration.routed import RoutedSums, watched
 from modhifi.calibration.sampling import Sampling
 from modhifi.models.hooks import attached, batch_statistics, on_input
@@ -25,7 +27,9 @@ class MomentCollector:
     in all.
     """
 
-    def __init__(self, readers: Mapping[str, nn.Module], sampling: Sampling, *, samples: int) -> None:
+    def __init__(
+        self, readers: Mapping[str, nn.Module], sampling: Sampling, *, samples: int, team: Processes = ALONE
+    ) -> None:
         self.readers, self.sampling, self.samples = readers, sampling, samples
         self.first = 0
         self.keep: Tensor | None = None
@@ -33,11 +37,13 @@ class MomentCollector:
         self.routed = {
             name: RoutedSums(module.experts) for name, module in readers.items() if isinstance(module, Stacked)
         }
+        self.step = InStep(self.sums, samples, sampling.batch_size, team)
         self._hooks = ExitStack()
 
     def start(self, first: int, keep: Tensor | None = None) -> None:
         """Announce the batch from sample number ``first`` on; ``keep`` as in :meth:`Sampling.rows`."""
         self.first, self.keep = first, keep
+        self.step.start(first)
 
     def __enter__(self) -> MomentCollector:
         hooks = [on_input(self.readers[name], partial(self._add, name)) for name in self.sums]
@@ -50,14 +56,17 @@ class MomentCollector:
         self._hooks.close()
 
     def _add(self, name: str, x: Tensor) -> None:
-        rows = self.sampling.rows(self.readers[name], x, self.first, self.samples, self.keep)
-        self.sums[name].add(rows)
+        rows, sums = self.sampling.rows(self.readers[name], x, self.first, self.samples, self.keep), self.sums[name]
+        if sums.expected is None:
+            sums.expected = rows.shape[2] * self.samples // len(x)
+        sums.add(rows)
 
     def _begin(self, sums: RoutedSums, tokens: int) -> None:
         sums.begin(tokens, self.keep)
 
     def moments(self) -> dict[str, Moments]:
         """The moments of every reader that has run; spends the sums."""
+        self.step.agree()
         return {name: sums.finish() for name, sums in (self.sums | self.routed).items() if sums.n}
 
 
@@ -74,14 +83,16 @@ def collect(
     real: Callable[[Tensor], Tensor | None] = lambda batch: None,
     use_batch_statistics: bool = False,
     stored: StoredSums | None = None,
+    team: Processes = ALONE,
 ) -> dict[str, Moments]:
     """Moments of every reader over ``batches`` of model-ready inputs, in one forward pass each.
 
     ``run(batch)`` runs the model; ``numbers`` says the number of each batch's first sample where they are not all of
-    them; ``real(batch)`` which of a batch's tokens count, as `LoadedModel.real_tokens` does. Raises nothing of its
-    own; a reader that was never called is missing from the result.
+    them; ``real(batch)`` which of a batch's tokens count, as `LoadedModel.real_tokens` does. Of a ``team`` the moments
+    are those of this process's batches. Raises nothing of its own; a reader that was never called is missing from the
+    result.
     """
-    collector = MomentCollector(readers, sampling, samples=samples)
+    collector = MomentCollector(readers, sampling, samples=samples, team=team)
     first = 0
     if stored is not None:
         stored.restore(collector.sums, readers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from modhifi.calibration.accumulator import Accumulator, few_rows_pay
 from modhifi.calibration.low_rank import as_tensor
-from modhifi.calibration.moments import Moments, PairedMoments, Spanned, few_rows_pay
+from modhifi.calibration.moments import Moments, PairedMoments, Spanned
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError, is_out_of_memory
 
@@ -85,20 +86,68 @@ def shared(value: Any, team: Processes) -> Any:
     return values[0]
 
 
-def share_of(samples: Samples, size: int, team: Processes, done: int = 0) -> range:
+# Batches are dealt to the processes, and their rows are multiplied, by so many at a time, or fewer where that would not
+# give every one of so many processes its share.
+TOGETHER, SHARES = 8, 4
+
+
+def batches_together(samples: int, size: int) -> int:
+    """The batches of ``size`` that one process runs one after the other: a power of two, which the samples decide."""
+    most = max(1, len(range(0, samples, size)) // SHARES)
+    return min(TOGETHER, 1 << (most.bit_length() - 1))
+
+
+def share_of(samples: Samples, size: int, team: Processes, done: int = 0) -> Sequence[int]:
     """The numbers of the first samples of those batches, of ``size``, that this process runs, without those ``done``.
 
     Raises ModhifiError where there are fewer batches than processes.
     """
-    if len(range(0, len(samples), size)) < team.count > 1:
+    firsts = range(done, len(samples), size)
+    if team.count == 1:
+        return firsts
+    if len(firsts) < team.count:
         raise ModhifiError(f"{len(samples)} samples are fewer than {team.count} batches of {size}; use fewer processes")
-    return range(done, len(samples), size)[team.index :: team.count]
+    together = batches_together(len(samples), size)
+    while -(-len(firsts) // together) < team.count:
+        together //= 2
+    return [first for number, first in enumerate(firsts) if number // together % team.count == team.index]
 
 
-def batches_at(samples: Samples, size: int, numbers: range) -> Iterator[Tensor]:
+def batches_at(samples: Samples, size: int, numbers: Sequence[int]) -> Iterator[Tensor]:
     """The batches that begin at some ``numbers``."""
     for number in numbers:
         yield from samples.subset(range(number, min(number + size, len(samples)))).batches(size)
+
+
+class InStep:
+    """Sums that are, but for the order of their addition, those of one process, however many share the batches.
+
+    All processes subtract the shifts of the main one's first batch, and multiply the rows of the same batches together.
+    """
+
+    def __init__(self, sums: Mapping[str, Accumulator], samples: int, size: int, team: Processes = ALONE) -> None:
+        self.sums, self.size, self.team = sums, size, team
+        self.together = batches_together(samples, size)
+        self.waits, self.agreed = team.main, team.count == 1
+
+    def start(self, first: int) -> None:
+        """Announce the batch from sample number ``first`` on; the others wait here for the main process's first one."""
+        if self.waits:
+            self.waits = False
+        else:
+            self.agree()
+        if first // self.size % self.together == 0:
+            for sums in self.sums.values():
+                sums.settle()
+
+    def agree(self) -> None:
+        """Takes over the main process's shifts, once."""
+        if self.agreed:
+            return
+        self.agreed = True
+        shifts = {name: sums.shift.cpu() for name, sums in self.sums.items() if sums.shift is not None}
+        for name, shift in shared(shifts, self.team).items():
+            self.sums[name].shift = shift
 
 
 def merged(moments: Mapping[str, Moments], team: Processes) -> dict[str, Moments]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from modhifi.calibration.moments import EXACT_IN_SINGLE
+from modhifi.calibration.accumulator import EXACT_IN_SINGLE
 from modhifi.structure.library_layers import is_same_padded
 from modhifi.structure.operators import conv_groups
 

@@ -9,7 +9,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from torch import nn
 
-from modhifi.calibration.moments import few_rows_pay
+from modhifi.calibration.accumulator import few_rows_pay
 from modhifi.calibration.sampling import LEAST_ROWS, Sampling
 from modhifi.errors import ModhifiError
 from modhifi.structure.groups import Structure

@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from modhifi.calibration.moments import Accumulator, Moments
+from modhifi.calibration.accumulator import Accumulator
+from modhifi.calibration.moments import Moments
 from modhifi.calibration.sampling import Sampling
 from modhifi.data.samples import Samples
 from modhifi.models.hooks import attached, batch_statistics, on_input

@@ -169,7 +169,9 @@ def _moments(
         numbers = share_of(source, settings.batch_size, team)
         batches = list(batches_at(source, settings.batch_size, numbers))
         stream = Stream(loaded.model, blocks, loaded.run, timeline)
-        own = moments_by_block(stream, batches, readers, settings.sampling, samples=len(source), numbers=numbers)
+        own = moments_by_block(
+            stream, batches, readers, settings.sampling, samples=len(source), numbers=numbers, team=team
+        )
         shares.append(share)
         passes.append(map(partial(merged, team=team), own))
     for _ in blocks:

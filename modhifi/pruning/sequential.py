@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from modhifi.calibration.distributed import ALONE, Processes, batches_at, gathered, merged_pairs, share_of
+from modhifi.calibration.accumulator import Accumulator
+from modhifi.calibration.distributed import ALONE, InStep, Processes, batches_at, gathered, merged_pairs, share_of
 from modhifi.calibration.memory import place_to_remember
-from modhifi.calibration.moments import Accumulator, Moments, PairedMoments, Spanned, combined_pairs
+from modhifi.calibration.moments import Moments, PairedMoments, Spanned, combined_pairs
 from modhifi.calibration.prefix_cache import PrefixCache
 from modhifi.calibration.sampling import Sampling
 from modhifi.calibration.timeline import Timeline
@@ -103,18 +104,25 @@ class PairedPasses:
                 paired = PairedMoments.of_rows(rows.double(), targets.double())
             else:
                 sums = Accumulator(targets=len(weight_matrix(module)[0]))
-                for rows, targets in pairs:
+                step = InStep({reader: sums}, len(source), self.sampling.batch_size, self.team)
+                for number, (rows, targets) in zip(self._numbers(source), pairs, strict=True):
+                    step.start(number)
                     sums.add(torch.cat([rows, targets], 1))
+                step.agree()
                 paired = merged_pairs(sums.finish_paired(), self.team)
             parts.append((share, paired))
         return combined_pairs(parts).to(next(module.parameters()).device)
+
+    def _numbers(self, samples: Samples) -> Sequence[int]:
+        """The numbers of the first samples of this process's batches."""
+        return share_of(samples, self.sampling.batch_size, self.team)
 
     def _rows(self, reader: str, columns: Tensor, samples: Samples, before: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batch by batch the rows that the moments are of, ``(G, k, r)``, and their targets, ``(G, out / G, r)``.
 
         They are those of one source, in front of which others have ``before`` samples.
         """
-        numbers = share_of(samples, self.sampling.batch_size, self.team)
+        numbers = self._numbers(samples)
         for first, batch in zip(numbers, batches_at(samples, self.sampling.batch_size, numbers), strict=True):
             with self._statistics(samples.adapted, before + first):
                 rows, targets = self._pair(reader, samples, first, before, batch)

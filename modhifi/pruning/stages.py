@@ -202,6 +202,7 @@ def _measured(
         real=loaded.real_tokens,
         use_batch_statistics=samples.adapted,
         stored=stored,
+        team=team,
     )
     return merged(share, team)
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modhifi.calibration.accumulator import Accumulator
 from modhifi.calibration.im2col import reader_rows, spread_positions
-from modhifi.calibration.moments import Accumulator, Moments
+from modhifi.calibration.moments import Moments
 from modhifi.calibration.prefix_cache import Passes
 from modhifi.models.hooks import StopForward, attached, on_input
 from modhifi.structure.operators import columns_of, conv_groups

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from modhifi.calibration.accumulator import Accumulator
 from modhifi.calibration.low_rank import LowRank, add_outer, as_tensor
-from modhifi.calibration.moments import Accumulator, Moments, PairedMoments, Spanned
+from modhifi.calibration.moments import Moments, PairedMoments, Spanned
 
 GROUPS, WIDTH, ROWS = 2, 9, 4
 
@@ -44,7 +45,7 @@ def test_it_says_what_the_matrix_says() -> None:
 
 def test_few_rows_of_a_large_gram_are_kept_as_they_are(monkeypatch) -> None:
     rows = torch.randn(1, 20, 9) + 3
-    monkeypatch.setattr("modhifi.calibration.moments.LARGE", 20 * 20 * 8)
+    monkeypatch.setattr("modhifi.calibration.accumulator.LARGE", 20 * 20 * 8)
     few, many = Accumulator(), Accumulator()
     for part in rows.split(4, 2):
         few.add(part)
@@ -58,7 +59,7 @@ def test_few_rows_of_a_large_gram_are_kept_as_they_are(monkeypatch) -> None:
     assert torch.equal(spanned.rows, rows) and torch.equal(again.finish().rows, rows)
     for value, expected in ((spanned.mean, dense.mean), (spanned.cov, dense.cov), (spanned.gram, dense.gram)):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr("modhifi.calibration.moments.LARGE", 20 * 20 * 8 + 1)
+    monkeypatch.setattr("modhifi.calibration.accumulator.LARGE", 20 * 20 * 8 + 1)
     assert type(of(rows)) is Moments
 
 

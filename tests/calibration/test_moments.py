@@ -8,9 +8,10 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from modhifi.calibration import sampling as sampling_module
+from modhifi.calibration.accumulator import Accumulator
 from modhifi.calibration.collect import MomentCollector, collect
 from modhifi.calibration.im2col import reader_rows, spread_positions
-from modhifi.calibration.moments import Accumulator, Moments
+from modhifi.calibration.moments import Moments
 from modhifi.calibration.sampling import Sampling
 from modhifi.models.hooks import batch_statistics
 

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from modhifi.calibration.accumulator import Accumulator
 from modhifi.calibration.gram_quality import gram_quality, gram_warnings
-from modhifi.calibration.moments import Accumulator, Moments
+from modhifi.calibration.moments import Moments
 from modhifi.cli.main import app
 from modhifi.data.contact_sheet import contact_sheet
 from modhifi.data.inversion import improve, inverted, patch_likeness

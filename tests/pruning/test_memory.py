@@ -68,7 +68,7 @@ def test_moments_of_few_rows_take_their_rows(monkeypatch: pytest.MonkeyPatch) ->
     assert rows_seen(conv, macs, 10, Sampling(None)) == 490
     assert rows_seen(conv, macs, 1000, Sampling(2)) == LEAST_ROWS
     assert moment_bytes(linear, 20) == gram_bytes(linear)
-    monkeypatch.setattr("modhifi.calibration.moments.LARGE", 0)
+    monkeypatch.setattr("modhifi.calibration.accumulator.LARGE", 0)
     assert moment_bytes(linear, 20) == 20 * 40 * 4
     assert moment_bytes(linear, 21) == gram_bytes(linear)
 

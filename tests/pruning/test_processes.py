@@ -16,7 +16,7 @@ import tiny_transformers
 import torch
 from team import in_team
 
-from modhifi.calibration import moments
+from modhifi.calibration import accumulator
 from modhifi.calibration.distributed import ALONE, Processes, share_of
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
@@ -33,7 +33,7 @@ BLOCKS = PruneSettings(layout="uniform", batch_size=2)
 READERS = PruneSettings(weighting="energy", sequential="dense", batch_size=2)
 HALF = Budget("components", 0.5)
 # Products of rows are float32, and other rows are multiplied at a time.
-CLOSE = 2e-3
+CLOSE = 1e-9
 LENGTHS = [12, 12, 9, 12, 7, 12, 12, 12, 5]
 
 
@@ -86,7 +86,7 @@ def test_processes_prune_as_one_does(
     else:
         samples = tiny_text.token_samples(LENGTHS)
     if "few rows" in name:
-        monkeypatch.setattr(moments, "LARGE", 1)
+        monkeypatch.setattr(accumulator, "LARGE", 1)
     kept, weights, errors = part(loaded, samples, settings, ALONE)
 
     def run(team: Processes) -> Any:

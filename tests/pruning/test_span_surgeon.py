@@ -58,7 +58,7 @@ def test_the_span_of_the_rows_gives_the_same_plan(bias: bool, how: str, monkeypa
     elif not how.startswith("obs"):
         settings = replace(settings, selector=how)
     with_grams = pruned(loaded, samples, settings)
-    monkeypatch.setattr("modhifi.calibration.moments.LARGE", 0)
+    monkeypatch.setattr("modhifi.calibration.accumulator.LARGE", 0)
     moments = measure_moments(loaded, find_structure(loaded), samples, settings.sampling)
     assert isinstance(moments["wide"], Spanned) and not isinstance(moments["last"], Spanned)
     spanned = pruned(loaded, samples, settings)
