@@ -166,20 +166,25 @@ Command: `python eval/heal.py --part smollm2`."""
     write_results("heal_smollm2", rows, ["model", "worst", "mean", *held], intro, **more)
 
 
-UNLEARNED = {"unlearned": (DEMO, 2000, 1000), "unlearned-resnet50": (RESNET50, 800, 800)}
+UNLEARNED: dict[str, tuple[str, int, int, dict[str, Any]]] = {
+    "unlearned": (DEMO, 2000, 1000, {}),
+    "unlearned-resnet50": (RESNET50, 800, 800, CAREFUL),
+}
 KEYS = ("forget", "retain", "recall", "probe", "neighbours")
 
 
 def unlearned(part: str, steps: int) -> None:
     """Forgets the class cat, heals on 5,000 images that are said to be of others, and attacks both."""
-    (name, learnt, attacked), images = UNLEARNED[part], cifar10()
+    (name, learnt, attacked, method), images = UNLEARNED[part], cifar10()
     model = source_of(name)
     train, test = f"images:{images / 'train'}", f"images:{images / 'test'}"
     directory, out = WORK / part, WORK / f"{part}-healed"
     common = {"evaluate": test, "evaluation_samples": attacked, "checks": {"walked": 0}, "progress": show}
     if not directory.is_dir():
         modhifi.unlearn(model, train, forget="cat", samples=learnt, out=directory, **common)
-    result = modhifi.heal(directory, train, samples=5000, steps=steps, out=out, force=True, **common).report
+    result = modhifi.heal(
+        directory, train, samples=5000, steps=steps, method=method, out=out, force=True, **common
+    ).report
     before = json.loads((directory / "report.json").read_text())["audit"]["rows"]
     after = result["audit"]["rows"]
     named = {"original": before["original"], "unlearned": before["edited"], "healed": after["edited"]}
