@@ -16,6 +16,7 @@ import transformers
 from accelerate import init_empty_weights
 from PIL import Image
 from torch import Tensor, nn
+from transformers import modeling_gguf_pytorch_utils
 from transformers.models.auto import modeling_auto as auto
 from transformers.utils import logging
 
@@ -113,12 +114,15 @@ def _refuse_foreign(model: Any, missing: set[str], source: str) -> None:
 @contextmanager
 def _bars_on_terminals_only() -> Iterator[None]:
     """Keeps transformers' own progress bars out of logs and pipes."""
-    were_enabled = logging.is_progress_bar_enabled()
+    were_enabled, of_gguf = logging.is_progress_bar_enabled(), modeling_gguf_pytorch_utils.tqdm
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+        # It asks no one.
+        modeling_gguf_pytorch_utils.tqdm = partial(of_gguf, disable=True)
     try:
         yield
     finally:
+        modeling_gguf_pytorch_utils.tqdm = of_gguf
         if were_enabled:
             logging.enable_progress_bar()
 
