@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,7 @@ from modhifi.structure.clone import clone
 from modhifi.structure.depth import removed_parts, spans
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
+from modhifi.structure.sizes import Sizes, sizes_of
 
 SETTINGS = PruneSettings(ridge=1e-12, rows_per_column=None, batch_size=8, only=("blocks",))
 
@@ -165,6 +166,61 @@ def test_the_budget_decides_how_many_blocks_go(world: tuple[LoadedModel, Structu
         pruned = prune_model(loaded, samples, Budget("parameters", 1 - count * block / total), settings)
         assert len(pruned.model.model.layers) == 4 - count
         assert sum(p.numel() for p in pruned.model.parameters()) == total - count * block
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A gauge by parameters."""
+
+    sizes: Sizes
+    at_once: int = 1
+    rest: float = 0.0
+
+    def amount(self, widths: Mapping[str, int]) -> float:
+        return self.sizes.parameters(widths)
+
+    def by_operator(self, widths: Mapping[str, int]) -> dict[str, float]:
+        return {}
+
+    def touching(self) -> dict[str, Parameters]:
+        return {name: replace(self, sizes=own) for name, own in self.sizes.touching().items()}
+
+    def ordered(self, removed: Mapping[str, Sequence[int]]) -> Parameters:
+        return replace(self, sizes=self.sizes.ordered(removed))
+
+    def of(self, plan: Plan) -> Parameters:
+        return replace(self, sizes=self.sizes.of(plan))
+
+
+@dataclass(frozen=True)
+class Slow:
+    """A meter that finds every smaller network to take ``slower`` times its share of the parameters."""
+
+    told: Parameters
+    slower: float
+
+    def gauge(self, *_: object) -> Parameters:
+        return self.told
+
+    def ratio(self, loaded: LoadedModel, structure: Structure, plan: Plan) -> tuple[float, float]:
+        left = self.told.of(plan).amount({name: len(kept) for name, kept in plan.kept.items()})
+        return self.slower * left / self.told.amount({}), 0.0
+
+    def by_operator(self, *_: object) -> dict[str, tuple[float, float]]:
+        return {}
+
+
+def test_one_block_more_goes_where_the_time_is_longer_than_predicted(
+    world: tuple[LoadedModel, Structure, Samples],
+) -> None:
+    loaded, structure, samples = world
+    told, (group,) = Parameters(sizes_of(loaded.model, structure)), structure.prunable
+    left = [told.amount({group.name: group.n - gone}) / told.amount({}) for gone in range(3)]
+    settings, budget = replace(SETTINGS, layout="global"), Budget("latency", left[1])
+    for slower, blocks in ((1.0, 3), (left[1] / left[2], 2)):
+        pruned = prune_model(loaded, samples, budget, settings, meter=Slow(told, slower))
+        assert len(pruned.model.model.layers) == blocks
+        assert pruned.metered is not None and pruned.metered.met
 
 
 def test_what_lies_in_a_block_that_goes_stays_out_of_the_plan(world: tuple[LoadedModel, Structure, Samples]) -> None:
