@@ -24,12 +24,14 @@ class Accumulator:
     Products of float32 rows are float32 and sums over them float64: a mean that is large beside the deviations costs
     no digits. Rows of half precision have digits for no such mean; their products are made without a shift.
     Of the last ``targets`` columns only the squares, and the products with those before, are summed. ``expected`` is
-    how many rows there will be, those of other processes included, None where that is not known.
+    how many rows there will be, those of other processes included, None where that is not known. Rows are held while
+    it is not ``ready``, until :meth:`begin`.
     """
 
     def __init__(self, targets: int = 0) -> None:
         self.n, self.targets = 0, targets
         self.expected: int | None = None
+        self.ready = True
         self.shift: Tensor | None = None
         self.first: Tensor | None = None
         self.held: list[Tensor] = []
@@ -37,14 +39,24 @@ class Accumulator:
     def add(self, rows: Tensor) -> None:
         """Add r new rows, which are the columns of ``rows`` ``(G, d, r)`` and may not change afterwards."""
         self.n += rows.shape[2]
-        groups, width = rows.shape[:2]
         if self.shift is None:
             exact = rows.dtype in EXACT_IN_SINGLE
-            self.shift = rows.new_zeros((groups, width), dtype=torch.float32) if exact else rows.mean(2)
+            self.shift = rows.new_zeros(rows.shape[:2], dtype=torch.float32) if exact else rows.mean(2)
         self.held.append(rows)
-        most = max(HELD_ROWS, HELD_ELEMENTS // (groups * width)) - 1
-        if few_rows_pay(groups, width):
-            most = width // 2
+        if self.ready:
+            self._sum_many()
+
+    def begin(self, shift: Tensor | None) -> None:
+        """Subtract this ``shift`` ``(G, d)``, if there is one, from the first row on."""
+        self.ready = True
+        self.shift = self.shift if shift is None else shift
+        if self.held:
+            self._sum_many()
+
+    def _sum_many(self) -> None:
+        """Sum the products of the rows that are held if they are many."""
+        groups, width = self.held[0].shape[:2]
+        most = width // 2 if few_rows_pay(groups, width) else max(HELD_ROWS, HELD_ELEMENTS // (groups * width)) - 1
         if sum(piece.shape[2] for piece in self.held) > most:
             self._sum()
 

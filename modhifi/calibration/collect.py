@@ -37,7 +37,8 @@ class MomentCollector:
         self.routed = {
             name: RoutedSums(module.experts) for name, module in readers.items() if isinstance(module, Stacked)
         }
-        self.step = InStep(self.sums, samples, sampling.batch_size, team)
+        hold = sampling.rows_per_column is not None  # all rows of a batch may be too many
+        self.step = InStep(self.sums, samples, sampling.batch_size, team, hold)
         self._hooks = ExitStack()
 
     def start(self, first: int, keep: Tensor | None = None) -> None:

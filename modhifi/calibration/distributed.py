@@ -123,31 +123,36 @@ class InStep:
     """Sums that are, but for the order of their addition, those of one process, however many share the batches.
 
     All processes subtract the shifts of the main one's first batch, and multiply the rows of the same batches together.
+    With ``hold`` the others hold the rows of their own first batch until they know the shifts, else they wait with it.
     """
 
-    def __init__(self, sums: Mapping[str, Accumulator], samples: int, size: int, team: Processes = ALONE) -> None:
+    def __init__(
+        self, sums: Mapping[str, Accumulator], samples: int, size: int, team: Processes = ALONE, hold: bool = True
+    ) -> None:
         self.sums, self.size, self.team = sums, size, team
         self.together = batches_together(samples, size)
-        self.waits, self.agreed = team.main, team.count == 1
+        self.agreed, self.due = team.count == 1, not (team.main or hold)
+        for own in sums.values():
+            own.ready = team.main
 
     def start(self, first: int) -> None:
-        """Announce the batch from sample number ``first`` on; the others wait here for the main process's first one."""
-        if self.waits:
-            self.waits = False
-        else:
+        """Announce the batch from sample number ``first`` on."""
+        if self.due:
             self.agree()
+        self.due = True
         if first // self.size % self.together == 0:
             for sums in self.sums.values():
                 sums.settle()
 
     def agree(self) -> None:
-        """Takes over the main process's shifts, once."""
+        """Takes over the main process's shifts, once; called behind the last batch too."""
         if self.agreed:
             return
         self.agreed = True
-        shifts = {name: sums.shift.cpu() for name, sums in self.sums.items() if sums.shift is not None}
-        for name, shift in shared(shifts, self.team).items():
-            self.sums[name].shift = shift
+        shifts = shared({name: own.shift.cpu() for name, own in self.sums.items() if own.shift is not None}, self.team)
+        if not self.team.main:
+            for name, own in self.sums.items():
+                own.begin(shifts.get(name))
 
 
 def merged(moments: Mapping[str, Moments], team: Processes) -> dict[str, Moments]:

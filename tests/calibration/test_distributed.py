@@ -17,6 +17,7 @@ import torch
 from team import in_team
 from typer.testing import CliRunner
 
+from modhifi.calibration import accumulator
 from modhifi.calibration.accumulator import Accumulator
 from modhifi.calibration.distributed import (
     ALONE,
@@ -131,15 +132,21 @@ def test_batches_are_dealt_in_runs_and_everyone_gets_some(batches: int, count: i
         assert sum(map(len, runs)) == len(set().union(*runs)), "a run was split"
 
 
-def test_sums_of_processes_are_those_of_one_to_the_last_digits(tmp_path: Path) -> None:
-    """Rows with a mean that only a shift takes away, in batches that are dealt round by round."""
+@pytest.mark.parametrize("hold", [True, False])
+@pytest.mark.parametrize("most", [1024, 4])
+def test_sums_of_processes_are_those_of_one_to_the_last_digits(
+    most: int, hold: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows with a mean that only a shift takes away, in batches that are dealt in runs."""
+    monkeypatch.setattr(accumulator, "HELD_ROWS", most)
+    monkeypatch.setattr(accumulator, "HELD_ELEMENTS", 1)
     rows = torch.randn(1, 6, 32 * 5, generator=torch.Generator().manual_seed(0)) + 100
     names = tuple(map(str, range(32)))
     samples = Samples(lambda i: rows[:, :, 5 * i : 5 * i + 5], names, None, names, "test", False)
 
     def run(team: Processes) -> Moments:
         sums = Accumulator()
-        step = InStep({"it": sums}, 32, 1, team)
+        step = InStep({"it": sums}, 32, 1, team, hold)
         for number in share_of(samples, 1, team):
             step.start(number)
             sums.add(samples.load(number))
