@@ -77,12 +77,15 @@ class Accumulator:
         sums = {} if self.shift is None else {"shift": self.shift}
         if self.first is not None:
             sums |= {"first": self.first, "second": self.second}
+        if self.expected is not None:
+            sums["expected"] = torch.tensor(self.expected)
         return sums | ({"held": torch.cat(self.held, 2)} if self.held else {})
 
     def restore(self, n: int, state: Mapping[str, Tensor]) -> None:
         """Become what another accumulator was with this ``state`` after ``n`` rows."""
         self.n, self.held = n, [state["held"]] if "held" in state else []
         self.shift = state.get("shift")
+        self.expected = int(state["expected"]) if "expected" in state else None
         if "first" in state:
             self.first, self.second = state["first"], state["second"]
 

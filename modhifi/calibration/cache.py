@@ -26,7 +26,7 @@ from modhifi.models.loaded import LoadedModel
 FORMAT = 4
 # Writing takes at most this share of the time of a pass.
 OVERHEAD = 0.1
-PARTS = ("shift", "first", "second", "held")
+PARTS = ("shift", "first", "second", "held", "expected")
 
 
 class MomentCache:

@@ -131,6 +131,30 @@ def test_wide_readers_are_summed_in_strips():
     close(sums.finish(), of_rows(rows))
 
 
+@pytest.mark.parametrize("large", [1, 2**27])
+def test_a_pass_that_goes_on_from_stored_sums_gives_the_same_bits(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a large Gram are held where few are to come, and else summed with those of their batches."""
+    monkeypatch.setattr("modhifi.calibration.accumulator.LARGE", large)
+    module, sampling, batches = nn.Linear(40, 2), Sampling(batch_size=1), list(torch.randn(16, 1, 2, 40))
+
+    def run(collector: MomentCollector, numbers: range) -> MomentCollector:
+        with collector, torch.no_grad():
+            for number in numbers:
+                collector.start(number)
+                module(batches[number])
+        return collector
+
+    def fresh() -> MomentCollector:
+        return MomentCollector({"it": module}, sampling, samples=16)
+
+    whole = run(fresh(), range(16)).moments()["it"]
+    for end in (1, 4, 7):
+        begun, rest = run(fresh(), range(end)).sums["it"], fresh()
+        rest.sums["it"].restore(begun.n, begun.state())
+        moments = run(rest, range(end, 16)).moments()["it"]
+        assert torch.equal(moments.mean, whole.mean) and torch.equal(moments.cov, whole.cov)
+
+
 def test_positions_depend_on_the_sample_and_not_on_the_batch(monkeypatch):
     monkeypatch.setattr(sampling_module, "LEAST_ROWS", 1)
     module = nn.Conv2d(4, 6, 3, padding=1)
