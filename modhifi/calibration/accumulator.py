@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,9 +11,11 @@ from modhifi.calibration.moments import Moments, PairedMoments, Spanned
 
 # A product of two numbers of these types is exact in single precision, in which it is added up.
 EXACT_IN_SINGLE = (torch.bfloat16, torch.float16)
-# Rows are held until they have so many elements, and are at least so many, before their products are summed: adding to
-# a wide Gram costs more than the product of few rows.
+# Rows are held until they have so many elements, and are at least so many, or a run of batches ends, before their
+# products are summed: adding to a wide Gram costs more than the product of few rows.
 HELD_ELEMENTS, HELD_ROWS = 2**20, 1024
+# Rather than wait for another process, a first batch holds so many times these.
+PATIENT = 2
 # Of a Gram of so many bytes, rows are held as long as they are at most half as many as its columns.
 LARGE = 2**27
 
@@ -24,45 +26,58 @@ class Accumulator:
     Products of float32 rows are float32 and sums over them float64: a mean that is large beside the deviations costs
     no digits. Rows of half precision have digits for no such mean; their products are made without a shift.
     Of the last ``targets`` columns only the squares, and the products with those before, are summed. ``expected`` is
-    how many rows there will be, those of other processes included, None where that is not known. Rows are held while
-    it is not ``ready``, until :meth:`begin`.
+    how many rows there will be, those of other processes included, None where that is not known. ``wait``, until it is
+    None, is called before anything is summed: it calls :meth:`begin`.
     """
 
     def __init__(self, targets: int = 0) -> None:
         self.n, self.targets = 0, targets
         self.expected: int | None = None
-        self.ready = True
+        self.wait: Callable[[], None] | None = None
         self.shift: Tensor | None = None
         self.first: Tensor | None = None
         self.held: list[Tensor] = []
 
     def add(self, rows: Tensor) -> None:
         """Add r new rows, which are the columns of ``rows`` ``(G, d, r)`` and may not change afterwards."""
+        if not rows.shape[2]:
+            return
         self.n += rows.shape[2]
         if self.shift is None:
             exact = rows.dtype in EXACT_IN_SINGLE
             self.shift = rows.new_zeros(rows.shape[:2], dtype=torch.float32) if exact else rows.mean(2)
         self.held.append(rows)
-        if self.ready:
+        if self.wait is None:
             self._sum_many()
+        elif self._rows_held > PATIENT * self._most:
+            self.wait()
 
-    def begin(self, shift: Tensor | None) -> None:
-        """Subtract this ``shift`` ``(G, d)``, if there is one, from the first row on."""
-        self.ready = True
-        self.shift = self.shift if shift is None else shift
+    def begin(self, shift: Tensor | None, expected: int | None) -> None:
+        """Subtract this ``shift`` ``(G, d)`` from the first row on, and expect so many, where there is one."""
+        self.wait = None
+        if shift is not None:
+            self.shift, self.expected = shift, expected
         if self.held:
             self._sum_many()
 
+    @property
+    def _rows_held(self) -> int:
+        return sum(piece.shape[2] for piece in self.held)
+
+    @property
+    def _most(self) -> int:
+        """So many rows are held at most."""
+        groups, width = self.held[0].shape[:2]
+        return width // 2 if self._stay_rows() else max(HELD_ROWS, HELD_ELEMENTS // (groups * width)) - 1
+
     def _sum_many(self) -> None:
         """Sum the products of the rows that are held if they are many."""
-        groups, width = self.held[0].shape[:2]
-        most = width // 2 if few_rows_pay(groups, width) else max(HELD_ROWS, HELD_ELEMENTS // (groups * width)) - 1
-        if sum(piece.shape[2] for piece in self.held) > most:
+        if self._rows_held > self._most:
             self._sum()
 
     def settle(self) -> None:
         """Sum the products of the rows that are held, unless they are to stay rows: those to come go apart."""
-        if self.held and not self._stay_rows():
+        if self.held and self.wait is None and not self._stay_rows():
             self._sum()
 
     def _stay_rows(self) -> bool:

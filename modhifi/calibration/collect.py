@@ -37,8 +37,7 @@ class MomentCollector:
         self.routed = {
             name: RoutedSums(module.experts) for name, module in readers.items() if isinstance(module, Stacked)
         }
-        hold = sampling.rows_per_column is not None  # all rows of a batch may be too many
-        self.step = InStep(self.sums, samples, sampling.batch_size, team, hold)
+        self.step = InStep(self.sums, samples, sampling.batch_size, team)
         self._hooks = ExitStack()
 
     def start(self, first: int, keep: Tensor | None = None) -> None:
@@ -59,7 +58,8 @@ class MomentCollector:
     def _add(self, name: str, x: Tensor) -> None:
         rows, sums = self.sampling.rows(self.readers[name], x, self.first, self.samples, self.keep), self.sums[name]
         if sums.expected is None:
-            sums.expected = rows.shape[2] * self.samples // len(x)
+            batch = min(self.sampling.batch_size, self.samples - self.first)
+            sums.expected = rows.shape[2] * self.samples // batch
         sums.add(rows)
 
     def _begin(self, sums: RoutedSums, tokens: int) -> None:

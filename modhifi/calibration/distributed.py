@@ -86,15 +86,23 @@ def shared(value: Any, team: Processes) -> Any:
     return values[0]
 
 
-# Batches are dealt to the processes, and their rows are multiplied, by so many at a time, or fewer where that would not
-# give every one of so many processes its share.
-TOGETHER, SHARES = 8, 4
+# Batches are dealt to the processes, and their rows are multiplied, in runs of at most so many. So many processes all
+# have a share, of which none is longer than an even one by more than this.
+TOGETHER, SHARES, LONGER = 8, 4, 1 / 3
 
 
 def batches_together(samples: int, size: int) -> int:
-    """The batches of ``size`` that one process runs one after the other: a power of two, which the samples decide."""
-    most = max(1, len(range(0, samples, size)) // SHARES)
-    return min(TOGETHER, 1 << (most.bit_length() - 1))
+    """The batches of ``size`` in a run, which one process has in a piece: a power of two, which the samples decide."""
+    batches, together = len(range(0, samples, size)), TOGETHER
+    while together > 1 and not _dealt_well(batches, together):
+        together //= 2
+    return together
+
+
+def _dealt_well(batches: int, together: int) -> bool:
+    """Whether runs of so many batches give every one of ``SHARES`` processes about as many."""
+    runs = -(-batches // together)
+    return runs >= SHARES and -(-runs // SHARES) * together <= (1 + LONGER) * -(-batches // SHARES)
 
 
 def share_of(samples: Samples, size: int, team: Processes, done: int = 0) -> Sequence[int]:
@@ -120,39 +128,39 @@ def batches_at(samples: Samples, size: int, numbers: Sequence[int]) -> Iterator[
 
 
 class InStep:
-    """Sums that are, but for the order of their addition, those of one process, however many share the batches.
+    """Keeps sums in step: but for the order of addition those of one process, however many share the batches.
 
     All processes subtract the shifts of the main one's first batch, and multiply the rows of the same batches together.
-    With ``hold`` the others hold the rows of their own first batch until they know the shifts, else they wait with it.
+    They agree once, behind their first batch, or in it where it has too many rows to hold.
     """
 
-    def __init__(
-        self, sums: Mapping[str, Accumulator], samples: int, size: int, team: Processes = ALONE, hold: bool = True
-    ) -> None:
+    def __init__(self, sums: Mapping[str, Accumulator], samples: int, size: int, team: Processes = ALONE) -> None:
         self.sums, self.size, self.team = sums, size, team
         self.together = batches_together(samples, size)
-        self.agreed, self.due = team.count == 1, not (team.main or hold)
-        for own in sums.values():
-            own.ready = team.main
+        self.begun, self.agreed = False, team.count == 1
+        if not team.main:
+            for own in sums.values():
+                own.wait = self.agree
 
     def start(self, first: int) -> None:
         """Announce the batch from sample number ``first`` on."""
-        if self.due:
+        if self.begun:
             self.agree()
-        self.due = True
+        self.begun = True
         if first // self.size % self.together == 0:
             for sums in self.sums.values():
                 sums.settle()
 
     def agree(self) -> None:
-        """Takes over the main process's shifts, once; called behind the last batch too."""
+        """Takes over the main process's shifts and numbers of rows, once; called behind the last batch too."""
         if self.agreed:
             return
         self.agreed = True
-        shifts = shared({name: own.shift.cpu() for name, own in self.sums.items() if own.shift is not None}, self.team)
+        known = {n: (own.shift.cpu(), own.expected) for n, own in self.sums.items() if own.shift is not None}
+        known = shared(known, self.team)
         if not self.team.main:
             for name, own in self.sums.items():
-                own.begin(shifts.get(name))
+                own.begin(*known.get(name, (None, None)))
 
 
 def merged(moments: Mapping[str, Moments], team: Processes) -> dict[str, Moments]:

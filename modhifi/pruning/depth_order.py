@@ -26,8 +26,9 @@ from modhifi.structure.sizes import sizes_of
 
 # How many of the sublayers that cost least alone are tried next to those that are gone.
 CANDIDATES = 2
-# A time or a memory is predicted first, and measured then: by so large a share more has to go where that misses.
-FURTHER = 0.1
+# The order goes on until a predicted time or memory is by this share below the target: where measuring shows that the
+# prediction is too low, more than it says has to go.
+BEYOND = 0.1
 
 
 @torch.no_grad()
@@ -47,11 +48,11 @@ def depth_curves(
     alone; and once more the neighbours by themselves, as one long run is made up for better than many short ones. What
     costs less in the end is taken. The cost is the divergence of the output on a few samples, in nats, or, where that
     is not ``measured``, the share of what the branches added that nothing makes up for. A curve ends at the floor, or
-    where the group meets the budget by itself, and some more where that is a prediction.
+    where the group meets the budget by itself, or, of a time or a memory, by a prediction that is lower by ``BEYOND``.
     """
     trials = Trials(loaded, structure, samples, probe_of(structure, samples) if measured else None, settings, progress)
     sizes = sizes_of(loaded.model, structure)
-    target = budget.keep * budget.size(sizes, {}) * (1.0 if budget.gauge is None else 1 - FURTHER)
+    target = budget.keep * budget.size(sizes, {}) * (1.0 if budget.gauge is None else 1 - BEYOND)
 
     def enough(group: Group, gone: tuple[int, ...]) -> bool:
         order = {group.name: gone}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from modhifi.pruning.settings import PruneSettings
 BLOCKS = PruneSettings(layout="uniform", batch_size=2)
 READERS = PruneSettings(weighting="energy", sequential="dense", batch_size=2)
 HALF = Budget("components", 0.5)
-# Products of rows are float32, and other rows are multiplied at a time.
+# Products of rows are float32, but the same rows are multiplied at a time.
 CLOSE = 1e-9
 LENGTHS = [12, 12, 9, 12, 7, 12, 12, 12, 5]
 
@@ -61,9 +61,19 @@ CASES: dict[str, tuple[Callable[[Path], LoadedModel], PruneSettings]] = {
     "readers, own target": (llama, replace(READERS, sequential="own")),
     "convolutions": (load_model, READERS),
     "convolutions, few rows": (load_model, READERS),
+    "blocks, few rows": (llama, BLOCKS),
 }
 LONG = ("readers, own target", "convolutions, few rows")
 COUNTS = {"blocks": [2, 4], "readers": [4]}
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """One thread, as in a process of a team: products may be added up otherwise by several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def part(loaded: LoadedModel, samples: Samples, settings: PruneSettings, team: Processes) -> Any:
