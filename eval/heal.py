@@ -45,10 +45,10 @@ COLUMNS = [
     "core minutes",
 ]
 INTRO = """# Healed by distillation, without labels
-Pruned on 1,000 unlabelled training images (the inverted row: on the inverted images that it is healed on; the ResNet-50:
-on 2,500 images with 8 rows a column), then distilled from the original (`modhifi heal`). Top-1 and agreement with the
+Pruned on 1,000 unlabelled training images (the inverted row: on the inverted images that it is healed on; ResNet-50: on
+2,500 images with 8 rows a column), then distilled from the original (`modhifi heal`). Top-1 and agreement with the
 original in % of all 5,000 CIFAR-10 test images. Core minutes are processor time of the whole, from pruning to the
-report where that was done in one go: drawing of images included. *Blocks matched* are those whose outputs are learnt
+report where that was done in one go, drawing of images included. *Blocks matched* are those whose outputs are learnt
 beside the model's; the inverted row is of before narrower ones could be.
 Command: `python eval/heal.py --part PART`."""
 # What a network that is near its original already takes no harm from.

@@ -11,7 +11,7 @@ from modhifi.calibration import sampling as sampling_module
 from modhifi.calibration.accumulator import Accumulator
 from modhifi.calibration.collect import MomentCollector, collect
 from modhifi.calibration.im2col import reader_rows, spread_positions
-from modhifi.calibration.moments import Moments
+from modhifi.calibration.moments import Moments, Spanned
 from modhifi.calibration.sampling import Sampling
 from modhifi.models.hooks import batch_statistics
 
@@ -123,6 +123,13 @@ def test_a_large_mean_does_not_eat_the_variance():
     assert bool((found.cov[0].diagonal() > 0.8).all())
 
 
+def test_a_batch_without_rows_changes_nothing():
+    rows, sums = torch.randn(1, 4, 30) + 5, Accumulator()
+    for part in (rows[:, :, :0], rows[:, :, :20], rows[:, :, :0], rows[:, :, 20:]):
+        sums.add(part)
+    close(sums.finish(), of_rows(rows))
+
+
 def test_wide_readers_are_summed_in_strips():
     rows = torch.randn(1, 1100, 30)
     sums = Accumulator()
@@ -131,11 +138,14 @@ def test_wide_readers_are_summed_in_strips():
     close(sums.finish(), of_rows(rows))
 
 
-@pytest.mark.parametrize("large", [1, 2**27])
-def test_a_pass_that_goes_on_from_stored_sums_gives_the_same_bits(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of a large Gram are held where few are to come, and else summed with those of their batches."""
+@pytest.mark.parametrize(("large", "width"), [(2**27, 40), (1, 40), (1, 100)])
+def test_a_pass_that_goes_on_from_stored_sums_gives_the_same_bits(
+    large: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a large Gram are held where few are expected, by the first batch, and else summed in runs of batches."""
     monkeypatch.setattr("modhifi.calibration.accumulator.LARGE", large)
-    module, sampling, batches = nn.Linear(40, 2), Sampling(batch_size=1), list(torch.randn(16, 1, 2, 40))
+    module, sampling = nn.Linear(width, 2), Sampling(batch_size=1)
+    batches = [torch.randn(1, 2 + number % 2, width) for number in range(16)]
 
     def run(collector: MomentCollector, numbers: range) -> MomentCollector:
         with collector, torch.no_grad():
@@ -148,6 +158,7 @@ def test_a_pass_that_goes_on_from_stored_sums_gives_the_same_bits(large: int, mo
         return MomentCollector({"it": module}, sampling, samples=16)
 
     whole = run(fresh(), range(16)).moments()["it"]
+    assert isinstance(whole, Spanned) == (large == 1 and width == 100)
     for end in (1, 4, 7):
         begun, rest = run(fresh(), range(end)).sums["it"], fresh()
         rest.sums["it"].restore(begun.n, begun.state())
