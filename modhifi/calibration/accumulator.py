@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from modhifi.calibration.moments import Moments, PairedMoments, Spanned
 
@@ -172,4 +173,9 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     """The matrix products ``left right``, float32; on a GPU those of half precision are made as they are."""
     if left.dtype in EXACT_IN_SINGLE and left.is_cuda:
         return torch.bmm(left, right, out_dtype=torch.float32)
-    return torch.bmm(left.float(), right.float())
+    left, right = left.float(), right.float()
+    if len(left) == 1 and left.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        # MKL makes single products at half of what processors of another maker can do, oneDNN does not
+        rows: Tensor = linear(left[0].to_mkldnn(), right[0].mT)
+        return rows.to_dense()[None]
+    return torch.bmm(left, right)
