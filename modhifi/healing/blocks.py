@@ -99,7 +99,13 @@ class Match:
 
     def part_of(self, output: Tensor) -> Tensor:
         """What the student's block should put out, of the original's."""
-        return output if self.stays is None else output.index_select(self.axis, self.stays.to(output.device))
+        if self.stays is None:
+            return output
+        stays = self.stays.to(output.device)
+        if output.ndim == 4 and self.axis == 1 and output.is_contiguous(memory_format=torch.channels_last):
+            # laid out as the student's block is, which is compared with it
+            return output.movedim(1, -1)[..., stays].movedim(-1, 1)
+        return output.index_select(self.axis, stays)
 
 
 class Watch:

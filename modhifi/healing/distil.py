@@ -173,6 +173,8 @@ class Distillation:
         if settings.augment:
             seed = hash((settings.seed, self.state.step, number, self.accelerator.process_index))
             batch = augmented(batch, torch.Generator().manual_seed(seed))
+        if batch.ndim == 4:
+            batch = batch.contiguous(memory_format=torch.channels_last)
         wanted, wanted_blocks = self.teacher.outputs(batch, indices)
         real = self._real(batch)
         with self.accelerator.autocast():

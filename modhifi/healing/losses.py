@@ -6,9 +6,11 @@ Sources: Hinton et al. 2015, "Distilling the knowledge in a neural network"; Rom
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.functional import kl_div
 
 from modhifi.bounds.held_out import classes_last
@@ -46,10 +48,11 @@ def block_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], real: Tenso
     """
     shares = []
     for wanted, got in zip(teacher, student, strict=True):
-        wanted, got = wanted.float(), got.float()
-        if wanted.ndim != 3:
-            wanted, got = wanted.flatten(1), got.flatten(1)
-        distance, norm = (wanted - got).square().sum(-1), wanted.square().sum(-1)
+        # bfloat16 has the range of squares, and converting outputs costs as much as comparing them
+        wanted, got = (x if x.dtype == torch.bfloat16 else x.float() for x in (wanted, got))
+        row = (2,) if wanted.ndim == 3 else tuple(range(1, wanted.ndim))
+        distance = _SquaredNorm.apply(got - wanted, row)
+        norm = _SquaredNorm.apply(wanted, row)
         shares.append(_mean(distance / norm.clamp_min(torch.finfo(norm.dtype).tiny), real))
     return torch.stack(shares).mean()
 
@@ -67,3 +70,19 @@ def _mean(rows: Tensor, real: Tensor | None) -> Tensor:
     if real is None or real.shape != rows.shape:
         return rows.mean()
     return (rows * real).sum() / real.sum()
+
+
+class _SquaredNorm(torch.autograd.Function):
+    """The squared norms over some axes, float32 whatever the dtype: a pass each way, as blocks' outputs are large."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, axes: tuple[int, ...]) -> Tensor:
+        context.save_for_backward(x)
+        norm = vector_norm(x, dim=axes, keepdim=True, dtype=torch.float32)
+        context.shape = norm.shape
+        return norm.square().squeeze(axes)
+
+    @staticmethod
+    def backward(context: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = context.saved_tensors
+        return x * (2 * grad).view(context.shape).to(x.dtype), None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from modhifi.healing.losses import agreement, block_loss, output_loss
@@ -49,6 +50,20 @@ def test_every_block_counts_the_same_whatever_its_scale() -> None:
     wanted = (teacher - student).flatten(1).square().sum(1) / teacher.flatten(1).square().sum(1)
     assert torch.isclose(loss, wanted.mean())
     assert torch.isclose(output_loss(teacher.flatten(1), student.flatten(1), features=True), wanted.mean())
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_of_blocks_is_that_of_the_squares(
+    dtype: torch.dtype, close: float, layout: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    teacher, student = (torch.randn(2, 3, 4, 4).to(dtype).to(memory_format=layout) for _ in range(2))
+    student.requires_grad_()
+    (grad,) = torch.autograd.grad(block_loss([teacher], [student]), student)
+    norms = teacher.double().square().sum((1, 2, 3), keepdim=True)
+    assert torch.allclose(grad.double(), (student - teacher).double() / norms, rtol=close, atol=close / 100)
+    assert grad.is_contiguous(memory_format=layout)
 
 
 def test_maps_of_classes_count_position_by_position() -> None:
