@@ -34,10 +34,13 @@ def output_loss(
     teacher, student = classes_last(teacher).float(), classes_last(student).float()
     if features:
         return block_loss([teacher], [student], real)
-    if closed:
-        teacher = teacher.index_fill(-1, torch.tensor(closed, device=teacher.device), -torch.inf)
-    wanted = (teacher / temperature).softmax(-1)
-    rows = kl_div((student / temperature).log_softmax(-1), wanted, reduction="none").sum(-1)
+    if closed:  # the lowest number, of which the exponential is 0 as that of -inf is, and 0 times it no NaN
+        lowest = torch.finfo(teacher.dtype).min
+        teacher = teacher.index_fill(-1, torch.tensor(closed, device=teacher.device), lowest)
+    if temperature != 1:  # logits of a vocabulary are large
+        teacher, student = teacher / temperature, student / temperature
+    wanted = teacher.log_softmax(-1)
+    rows = kl_div(student.log_softmax(-1), wanted, reduction="none", log_target=True).sum(-1)
     return temperature**2 * _mean(rows, real)
 
 
