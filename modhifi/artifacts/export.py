@@ -22,13 +22,13 @@ TOLERANCE = 1e-4
 
 
 class MainOutput(nn.Module):
-    """The model as a function of the input batch alone, which returns the main output alone."""
+    """The model, with ``options``, as a function of the input batch alone, which returns the main output alone."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, **options: Any) -> None:
         super().__init__()
         self.model = model
         caches = getattr(getattr(model, "config", None), "use_cache", None) is not None
-        self.options: dict[str, Any] = {"use_cache": False} if caches else {}
+        self.options = {**options, "use_cache": False} if caches else options
 
     def forward(self, input: Tensor) -> Tensor:
         return main_output(self.model(input, **self.options))

@@ -123,8 +123,7 @@ class LoadedModel:
         A language model that can restrict its logits computes only those of the last position.
         """
         model = self.model if model is None else model
-        few_logits = self.kind == "text" and "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._forward(batch, model, **({"logits_to_keep": 1} if few_logits else {}))
+        self._forward(batch, model, **(last_logits(model) if self.kind == "text" else {}))
 
     @property
     def gives_features(self) -> bool:
@@ -196,6 +195,11 @@ class LoadedModel:
 def real_tokens(batch: Tensor) -> Tensor | None:
     """The mask of the token ids that are no padding, bool of the batch's shape; None without padding."""
     return None if not batch.numel() or int(batch.min()) >= 0 else batch != PADDING
+
+
+def last_logits(model: nn.Module) -> dict[str, int]:
+    """The option with which a language model computes the logits of the last position alone, if it has one."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def main_output(out: Any) -> Tensor:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_text
 import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -155,6 +156,14 @@ def test_every_runtime_runs_the_model(runtime: str) -> None:
     model, batch = linear(0), torch.randn(3, 6)
     outputs = RUNTIMES[runtime].load(model, batch)(batch, 1)()
     torch.testing.assert_close(torch.as_tensor(outputs), model(batch))
+
+
+@pytest.mark.parametrize("runtime", ["eager", pytest.param("compile", marks=pytest.mark.slow)])
+def test_a_language_model_is_timed_with_the_logits_of_the_last_token(runtime: str) -> None:
+    model, batch = tiny_text.llama(), torch.randint(3, 50, (2, 7))
+    outputs = RUNTIMES[runtime].load(model, batch)(batch, 1)()
+    assert isinstance(outputs, Tensor)
+    torch.testing.assert_close(outputs, model(batch).logits[:, -1:])
 
 
 def test_onnx_files_are_timed_where_onnx_runs(tmp_path: Path, quick: None) -> None:

@@ -62,7 +62,7 @@ def measure_run(
     models = {"before": original.model, "after": edited}
     if exact is not None:
         models["exact"] = exact
-    latency = compare_latency(models, item, forward, rounds=9)
+    latency = compare_latency(models, item, lambda model, batch: original.run(batch, model), rounds=9)
     progress("checking", 2, 2)
     return {
         "errors": errors,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from modhifi.artifacts.export import MainOutput
 from modhifi.models.hub import explained
+from modhifi.models.loaded import last_logits
 from modhifi.runs.timing.runtimes.base import RUNTIMES, Program, Run, Runtime
 from modhifi.runs.timing.runtimes.eager import operator
 
@@ -21,7 +22,7 @@ def load(model: nn.Module, example: Tensor) -> Program:
     """Compiles for every batch and number of threads anew: both are written into the code."""
     import torch
 
-    wrapped = MainOutput(model)
+    wrapped = MainOutput(model, **last_logits(model))
 
     def program(batch: Tensor, threads: int) -> Run:
         compiled = torch.compile(wrapped, dynamic=False)

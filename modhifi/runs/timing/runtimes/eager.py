@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from modhifi.artifacts.export import MainOutput
+from modhifi.models.loaded import last_logits
 from modhifi.runs.timing.runtimes.base import RUNTIMES, Program, Run, Runtime
 
 if TYPE_CHECKING:
@@ -12,10 +13,13 @@ if TYPE_CHECKING:
 
 
 def load(model: nn.Module, example: Tensor) -> Program:
-    """The model as it is; its number of threads is whatever torch's is when it runs."""
+    """The model as it is; its number of threads is whatever torch's is when it runs.
+
+    A language model computes the logits of the last position alone, as where it writes.
+    """
     import torch
 
-    wrapped = MainOutput(model)
+    wrapped = MainOutput(model, **last_logits(model))
 
     def program(batch: Tensor, threads: int) -> Run:
         @torch.inference_mode()
