@@ -52,7 +52,7 @@ report where that was done in one go, drawing of images included. *Blocks matche
 beside the model's; the inverted row is of before narrower ones could be.
 Command: `python eval/heal.py --part PART`."""
 # What a network that is near its original already takes no harm from.
-CAREFUL = {"precision": "bf16", "learning_rate": 0.004, "batch_statistics": False}
+CAREFUL = {"precision": "bf16", "learning_rate": 0.006, "batch_statistics": False}
 DEMO, RESNET50 = "demo's ResNet", "ResNet-50"
 PARTS: dict[str, dict[str, Any]] = {
     "half": {"model": DEMO, "flops": "0.5x", "data": "images", "samples": 10_000},

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from common import RESULTS, write_results
 from lm_prune import SETTINGS, cached, smollm2
-from lm_texts import KINDS, one_kind
+from lm_texts import KINDS, Judge, one_kind, stacked
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from modhifi.calibration.moments import Moments, combined
 from modhifi.data.in_memory import from_items
@@ -59,10 +58,7 @@ class Bench:
         self.loaded, self.windows, self.window, self.cache = smollm2(), windows, window, cache
         self.structure = choose_groups(find_structure(self.loaded), SETTINGS)
         self.loaded.model.to(torch.bfloat16)
-        self.held = {kind: self.split(kind)[1] for kind in KINDS}
-        self.dense: dict[str, tuple[float, Tensor]] = self.kept(
-            "dense", lambda: {kind: self.measured(self.loaded.model, tokens) for kind, tokens in self.held.items()}
-        )
+        self.judge = Judge(self.loaded, {kind: self.split(kind)[1] for kind in KINDS}, self.kept)
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
         return cached(self.cache and self.cache / f"{name}-{self.windows}-{self.window}.pt", make)
@@ -104,29 +100,6 @@ class Bench:
         samples = self.samples(next(iter(shares))) if settings.sequential else None
         return apply_plan(self.loaded, self.structure, plan, moments, settings, samples).model
 
-    @torch.inference_mode()
-    def measured(self, model: nn.Module, tokens: Tensor) -> tuple[float, Tensor]:
-        """The mean loss of the next token, and the likeliest token everywhere."""
-        losses, tops = [], []
-        for batch in tokens.split(4):
-            logits = self.loaded.logits(batch, model).float()
-            losses.append(cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="none"))
-            tops.append(logits.argmax(-1))
-        return float(torch.cat(losses).mean()), torch.cat(tops)
-
-    def row(self, model: nn.Module) -> dict[str, float]:
-        """Perplexity over the dense model's by kind, the worst and the geometric mean, and the lowest agreement."""
-        after = {kind: self.measured(model, tokens) for kind, tokens in self.held.items()}
-        growth = {kind: loss - self.dense[kind][0] for kind, (loss, _) in after.items()}
-        agreement = [float((top == self.dense[kind][1]).double().mean()) for kind, (_, top) in after.items()]
-        ratios = {kind: math.exp(value) for kind, value in growth.items()}
-        mean = math.exp(sum(growth.values()) / len(growth))
-        return {"worst": max(ratios.values()), "mean": mean, **ratios, "lowest agreement": min(agreement)}
-
-
-def stacked(samples: Samples) -> Tensor:
-    return torch.stack([samples.load(i) for i in range(len(samples))])
-
 
 def main(options: argparse.Namespace) -> None:
     settings = {"windows": options.windows, "window": options.window}
@@ -138,12 +111,12 @@ def main(options: argparse.Namespace) -> None:
     bench = Bench(options.windows, options.window, options.cache) if missing else None
     for name in missing:
         assert bench is not None
-        rows.append({"calibration": name, **bench.row(bench.edited(*CALIBRATIONS[name]))})
+        rows.append({"calibration": name, **bench.judge.row(bench.edited(*CALIBRATIONS[name]))})
         rows.sort(key=lambda row: list(CALIBRATIONS).index(row["calibration"]))
         write_results(
             name_of_results,
             rows,
-            ["calibration", "worst", "mean", *KINDS, "lowest agreement"],
+            ["calibration", *Judge.COLUMNS],
             f"""# What calibration costs on every kind of text: SmolLM2-135M, a fifth of the FFN, no training
 {options.windows} windows of {options.window} tokens calibrate, of each source in a mixture; perplexity over the dense
 model's on {HELD} windows of every kind, none of which calibrates anything: the worst, the geometric mean, the lowest
@@ -151,7 +124,7 @@ share of equal next tokens. "{ONE}": from the beginning alone; "self": from the 
 at random.
 Command: `python eval/lm_kinds.py --windows {options.windows} --window {options.window}`.""",
             settings=settings,
-            dense={kind: math.exp(loss) for kind, (loss, _) in bench.dense.items()},
+            dense={kind: math.exp(loss) for kind, (loss, _) in bench.judge.dense.items()},
         )
 
 

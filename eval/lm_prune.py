@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from common import RESULTS, Missing, perplexity, write_results
 from lm_peers import BlockStatistics, flap, short_gpt, slice_gpt
+from lm_texts import KINDS, Judge, stacked
 from torch import nn
 
 from modhifi.calibration.moments import Moments
@@ -41,6 +42,8 @@ from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
 
 WINDOW, HELD, RATIOS = 512, 16, (0.2, 0.3, 0.1)
+# Windows of every kind of text but the calibrating one's.
+WIKI, OTHERS = "WikiText-2", 4
 # As `modhifi prune` has them for text, three windows that probe an allocation included.
 SETTINGS = PruneSettings(rows_per_column=None, batch_size=4, layout="uniform", only=("neurons",))
 PROBES = 3
@@ -76,8 +79,11 @@ def cached(path: Path | None, make: Callable[[], Any]) -> Any:
 class Table:
     """Measures edited models on the held-out windows; every row is written at once, and is not measured again.
 
-    ``further`` are held-out windows of other text by the name of their column.
+    ``further`` are held-out windows of other text by the name of their column; with a ``judge`` rows have its columns
+    too.
     """
+
+    judge: Judge | None = None
 
     def __init__(
         self, name: str, loaded: LoadedModel, held: Samples, columns: list[str], intro: str, **further: Samples
@@ -97,14 +103,19 @@ class Table:
         return perplexity(partial(self.loaded.logits, model=model), held)
 
     def add(self, edit: Callable[[], nn.Module], **row: Any) -> None:
-        if any(row.items() <= known.items() for known in self.rows):
+        judged = () if self.judge is None else Judge.COLUMNS
+        if any(row.items() <= known.items() and known.keys() >= {*judged} for known in self.rows):
             return
         model = edit()
-        values = {name: self.perplexity(model, held) for name, held in self.held.items()}
-        ratios = {name: value / self.dense[name] for name, value in values.items()}
-        self.rows.append({**row, "perplexity": values["over dense"], **ratios})
+        if self.judge is None:
+            more = {name: self.perplexity(model, held) / self.dense[name] for name, held in self.held.items()}
+        else:
+            more = self.judge.row(model)
+            more["over dense"] = more[WIKI]
+        self.rows = [known for known in self.rows if not row.items() <= known.items()]
+        self.rows.append({**row, "perplexity": more["over dense"] * self.dense["over dense"], **more})
         self.rows.sort(key=lambda r: r[self.columns[0]])
-        columns = [*self.columns, "perplexity", *self.held]
+        columns = [*self.columns, "perplexity", *self.held, *judged]
         write_results(self.name, self.rows, columns, self.intro, dense=self.dense, settings=self.settings)
 
 
@@ -218,10 +229,13 @@ def table(windows: int, cache: Path | None, ratios: list[float], only: str) -> N
         ["FFN removed", "layout", "method"],
         f"""# FFN pruning of SmolLM2-135M, no training
 WikiText-2's validation text in windows of {WINDOW} tokens: {windows} calibrate ({windows * WINDOW} tokens), {HELD} of
-other articles are held out. `FFN removed` is the share of FFN parameters; ShortGPT and SliceGPT remove as many
-parameters elsewhere.
+other articles are held out, and {OTHERS} of every other kind of text, none of which calibrates: the worst ratio of the
+five, their geometric mean, and the lowest share of equal next tokens stand beside. `FFN removed` is the share of FFN
+parameters; ShortGPT and SliceGPT remove as many parameters elsewhere.
 Command: `python eval/lm_prune.py --windows {windows}`.""",
     )
+    texts = {kind: held if kind == WIKI else make(loaded, OTHERS, WINDOW) for kind, make in KINDS.items()}
+    result.judge = Judge(loaded, {kind: stacked(text) for kind, text in texts.items()}, work.kept)
     result.add(lambda: loaded.model, **{"FFN removed": 0.0, "layout": "", "method": "dense"})
     for ratio in ratios:
         for (layout, method), edit in work.methods().items():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pydoc_data import topics
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from common import Missing
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from modhifi.data.beginnings import beginnings
 from modhifi.data.in_memory import from_items
@@ -112,3 +115,44 @@ KINDS: dict[str, Callable[[LoadedModel, int, int], Samples]] = {
     "own writing": own,
     "dialogue": dialogue,
 }
+
+
+def stacked(samples: Samples) -> Tensor:
+    return torch.stack([samples.load(i) for i in range(len(samples))])
+
+
+class Judge:
+    """Compares edited models with the dense one on held-out windows ``(n, tokens)`` of every kind.
+
+    ``kept`` returns what a function makes, by a name under which it may have been kept.
+    """
+
+    COLUMNS = ("worst", "mean", *KINDS, "lowest agreement")
+
+    def __init__(
+        self, loaded: LoadedModel, held: Mapping[str, Tensor], kept: Callable[[str, Callable[[], Any]], Any]
+    ) -> None:
+        self.loaded, self.held = loaded, held
+        self.dense: dict[str, tuple[float, Tensor]] = kept("dense", lambda: self.measured(loaded.model))
+
+    @torch.inference_mode()
+    def measured(self, model: nn.Module) -> dict[str, tuple[float, Tensor]]:
+        """By kind the mean loss of the next token, and the likeliest token everywhere."""
+        result = {}
+        for kind, windows in self.held.items():
+            losses, tops = [], []
+            for batch in windows.split(4):
+                logits = self.loaded.logits(batch, model).float()
+                losses.append(cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="none"))
+                tops.append(logits.argmax(-1))
+            result[kind] = float(torch.cat(losses).mean()), torch.cat(tops)
+        return result
+
+    def row(self, model: nn.Module) -> dict[str, float]:
+        """Perplexity over the dense model's by kind, the worst and the geometric mean, and the lowest agreement."""
+        after = self.measured(model)
+        growth = {kind: loss - self.dense[kind][0] for kind, (loss, _) in after.items()}
+        agreement = [float((top == self.dense[kind][1]).double().mean()) for kind, (_, top) in after.items()]
+        ratios = {kind: math.exp(value) for kind, value in growth.items()}
+        mean = math.exp(sum(growth.values()) / len(growth))
+        return {"worst": max(ratios.values()), "mean": mean, **ratios, "lowest agreement": min(agreement)}
