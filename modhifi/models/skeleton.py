@@ -23,6 +23,7 @@ from modhifi.models.loaded import LoadedModel, frozen
 from modhifi.models.manifest import Count, Differences
 from modhifi.models.standardised import with_plain_weights
 from modhifi.models.trust import PLACES
+from modhifi.models.undrawn import Undrawn
 from modhifi.structure.arguments import taking
 from modhifi.structure.clone import clone
 from modhifi.structure.depth import both_removed, drop, name_after
@@ -54,7 +55,7 @@ def build_skeleton(
 
 
 def _skeleton(framework: str, info: Mapping[str, Any], config: Any, values: bool) -> nn.Module:
-    with explained(f"the architecture {info.get('architecture')}"), torch.random.fork_rng(devices=[]):
+    with explained(f"the architecture {info.get('architecture')}"), torch.random.fork_rng(devices=[]), Undrawn():
         try:
             with torch.device("meta"):
                 model = _construct(framework, info, config)
