@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from modhifi.calibration.low_rank import as_tensor
 from modhifi.pruning.fidelity import singleton_fidelity
-from modhifi.pruning.linalg import damped_inverse
+from modhifi.pruning.linalg import columns_at, damped_inverse, rows_at
 from modhifi.pruning.slots import Slot, by_group, components_first, scales_of
 
 # Readers of more columns lose their components in single precision, which costs half. Their inverse is still made in
@@ -44,9 +44,8 @@ class GramStack:
         positions = components_first(columns, d)
         self.positions = positions.to(device)
         if not torch.equal(positions, torch.arange(d, device=positions.device).expand_as(positions)):
-            second = second.take_along_dim(self.positions[:, :, None], 1)
-            second = second.take_along_dim(self.positions[:, None], 2)
-            weight = weight.take_along_dim(self.positions[:, None], 2)
+            second = columns_at(rows_at(second, self.positions), self.positions)
+            weight = columns_at(weight, self.positions)
         self.columns = torch.arange(k * self.m, device=device).view(k, self.m)
         # which components of the group they are, counted through all groups and readers
         self.owner = torch.tensor([slot.group for slot in slots], device=device)
@@ -166,7 +165,7 @@ class GramStack:
         rest = torch.arange(k * m, self.both.shape[2], device=left.device).expand(size, -1)
         across, last = torch.cat([self.columns[left].flatten(1), rest], 1), self.ends[-1]
         rows = across[:, : width - self.gone * m]
-        self.both = self.both.take_along_dim(rows[:, :, None], 1).take_along_dim(across[:, None], 2)
+        self.both = columns_at(rows_at(self.both, rows), across)
         before, self.taken = self.taken, self.taken.new_empty(*self.taken.shape[:2], across.shape[1])
         torch.gather(before[:, :last], 2, across[:, None].expand(-1, last, -1), out=self.taken[:, :last])
         self.positions = self.positions.gather(1, rows)

@@ -23,6 +23,17 @@ def diagonals(second: Second) -> Tensor:
     return second.diagonals() if isinstance(second, LowRank) else second.diagonal(dim1=1, dim2=2)
 
 
+def rows_at(matrices: Tensor, places: Tensor) -> Tensor:
+    """The rows of each of ``(B, r, c)`` at its ``places``, int64 ``(B, p)``."""
+    return matrices[torch.arange(len(places), device=places.device)[:, None], places]
+
+
+def columns_at(matrices: Tensor, places: Tensor) -> Tensor:
+    """The columns of each of ``(B, r, c)`` at its ``places``, int64 ``(B, p)``."""
+    # take_along_dim would write an index as large as the result
+    return matrices.gather(2, places[:, None].expand(-1, matrices.shape[1], -1))
+
+
 def mean_diagonal(second: Second) -> Tensor:
     """``tr S / d`` of each matrix of ``(G, d, d)``, ``(G,)``."""
     return diagonals(second).mean(1)

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from modhifi.calibration.low_rank import LowRank
 from modhifi.pruning.fidelity import singleton_fidelity
+from modhifi.pruning.linalg import columns_at, rows_at
 from modhifi.pruning.slots import Slot, by_group, components_first, scales_of
 
 
@@ -33,8 +34,8 @@ class SpanStack:
         self.place = owner[:, None] * self.n + torch.arange(self.n, device=device)
         seconds = [part.second for part in parts if isinstance(part.second, LowRank)]
         constant = torch.stack([second.constant for second in seconds])
-        self.factor = torch.stack([second.factor for second in seconds]).take_along_dim(self.positions[:, :, None], 1)
-        self.weight = weight.take_along_dim(self.positions[:, None], 2)
+        self.factor = rows_at(torch.stack([second.factor for second in seconds]), self.positions)
+        self.weight = columns_at(weight, self.positions)
         product = self.weight @ LowRank(self.factor, constant)
         self.energy = by_group((product * self.weight).sum((1, 2)), groups)
         self.fidelity = torch.vmap(lambda w, f, c, p: singleton_fidelity(w, LowRank(f, c), self.columns, p).amax(0))(
