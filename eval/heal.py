@@ -131,7 +131,7 @@ def language_model(steps: int, minutes: float) -> None:
         "checks": {"walked": 0},
     }
     if not small.is_dir():
-        method = {"only": ["neurons"], "layout": "uniform"}
+        method = {"only": ["neurons"], "layout": "global"}
         data = modhifi.Mixture(["self", articles], [0.8, 0.2])
         modhifi.prune(original, data, ratio=0.2, samples=64, method=method, out=small, **common)
     start, wall = time.process_time(), time.perf_counter()
@@ -169,8 +169,8 @@ def language_model(steps: int, minutes: float) -> None:
     intro = f"""# SmolLM2-135M without 20 % of its FFN neurons, healed
 Perplexity over the original's on {HELD} windows of {WINDOW} tokens of every kind of text (`eval/lm_texts.py`), none of
 which was learnt from. Pruned on 64 windows, four fifths of them the model's own writing, the rest articles of
-WikiText-2, then distilled from the original on {len(train)}, half of them articles, for {learnt} steps of {LM_BATCH}
-windows, in bfloat16 ({core_minutes:.1f} core minutes, {wall_minutes:.1f} minutes beside other work).
+WikiText-2, each layer to a width of its own (`--layout global`), then distilled from the original on {len(train)}, half
+of them articles, for {learnt} steps of {LM_BATCH} windows, in bfloat16 ({core_minutes:.1f} core minutes, {wall_minutes:.1f} minutes beside other work).
 Command: `python eval/heal.py --part smollm2`."""
     more = {"healing": result.report["healing"], "core minutes": core_minutes, "minutes": wall_minutes}
     write_results("heal_smollm2", rows, ["model", "worst", "mean", *held], intro, **more)

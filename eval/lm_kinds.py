@@ -28,6 +28,7 @@ from modhifi.data.samples import Samples
 from modhifi.data.self_generated import write
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.curves import removal_curves
+from modhifi.pruning.sensitivity import probed_plan
 from modhifi.pruning.stages import apply_plan, choose_groups, find_structure, make_plan, measure_moments
 
 RATIO, HELD, ONE, DEFAULT = 0.2, 4, "self, one kind", 64
@@ -38,6 +39,9 @@ CALIBRATIONS: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
     "self": ({"self": 1}, {}),
     f"self, 10 % {WIKI}": ({"self": 0.9, WIKI: 0.1}, {}),
     f"self, 10 % {MANUAL}": ({"self": 0.9, MANUAL: 0.1}, {}),
+    "self, --layout global": ({"self": 1}, {"layout": "global"}),
+    f"self, 10 % {WIKI}, --layout global": ({"self": 0.9, WIKI: 0.1}, {"layout": "global"}),
+    f"self, 10 % {MANUAL}, --layout global": ({"self": 0.9, MANUAL: 0.1}, {"layout": "global"}),
     f"self, 50 % {WIKI}": ({"self": 0.5, WIKI: 0.5}, {}),
     f"thirds of self, {WIKI} and {MANUAL}": ({"self": 1 / 3, WIKI: 1 / 3, MANUAL: 1 / 3}, {}),
     WIKI: ({WIKI: 1}, {}),
@@ -94,11 +98,16 @@ class Bench:
     def edited(self, shares: dict[str, float], changes: dict[str, Any]) -> nn.Module:
         settings = replace(SETTINGS, **changes)
         moments = combined([(share, self.moments(source)) for source, share in shares.items()])
-        widths = {g.name: math.ceil((1 - RATIO) * g.n) for g in self.structure.prunable}
-        curves = removal_curves(self.loaded.model, self.structure, moments, settings, widths=widths)
-        plan = make_plan(self.loaded.model, self.structure, curves, Budget("components", 1 - RATIO), settings)
-        samples = self.samples(next(iter(shares))) if settings.sequential else None
-        return apply_plan(self.loaded, self.structure, plan, moments, settings, samples).model
+        budget, samples = Budget("components", 1 - RATIO), self.samples(next(iter(shares)))
+        if settings.layout == "global":
+            curves = removal_curves(self.loaded.model, self.structure, moments, settings)
+            plan = probed_plan(self.loaded, self.structure, curves, moments, samples, budget, settings).plan
+        else:
+            widths = {g.name: math.ceil((1 - RATIO) * g.n) for g in self.structure.prunable}
+            curves = removal_curves(self.loaded.model, self.structure, moments, settings, widths=widths)
+            plan = make_plan(self.loaded.model, self.structure, curves, budget, settings)
+        used = samples if settings.sequential else None
+        return apply_plan(self.loaded, self.structure, plan, moments, settings, used).model
 
 
 def main(options: argparse.Namespace) -> None:
