@@ -170,7 +170,8 @@ def language_model(steps: int, minutes: float) -> None:
 Perplexity over the original's on {HELD} windows of {WINDOW} tokens of every kind of text (`eval/lm_texts.py`), none of
 which was learnt from. Pruned on 64 windows, four fifths of them the model's own writing, the rest articles of
 WikiText-2, each layer to a width of its own (`--layout global`), then distilled from the original on {len(train)}, half
-of them articles, for {learnt} steps of {LM_BATCH} windows, in bfloat16 ({core_minutes:.1f} core minutes, {wall_minutes:.1f} minutes beside other work).
+of them articles, for {learnt} steps of {LM_BATCH} windows, in bfloat16 ({core_minutes:.1f} core minutes,
+{wall_minutes:.1f} minutes beside other work).
 Command: `python eval/heal.py --part smollm2`."""
     more = {"healing": result.report["healing"], "core minutes": core_minutes, "minutes": wall_minutes}
     write_results("heal_smollm2", rows, ["model", "worst", "mean", *held], intro, **more)
