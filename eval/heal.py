@@ -2,7 +2,7 @@
 fifth of its FFN.
 
     MODHIFI_DATA=DIR python eval/heal.py --part half|quarter|inverted|resnet50|resnet50-synthetic|smollm2|
-        unlearned|unlearned-resnet50
+        smollm2-global|unlearned|unlearned-resnet50
         [--steps N] [--minutes M]
 
 Every image part adds its row to results/heal.json and results/heal.md; the language model has a table of its own. A
@@ -115,11 +115,12 @@ def run(part: str, steps: int) -> dict[str, Any]:
     }
 
 
-def language_model(steps: int, minutes: float) -> None:
+def language_model(part: str, steps: int, minutes: float) -> None:
     """Prunes a fifth of the neurons on the model's own writing and some articles, and distils the original on more."""
+    layout = LAYOUTS[part]
     original = smollm2()
     articles, _ = wikitext(original, 128)
-    small, out = WORK / "smollm2-pruned", WORK / "smollm2-healed"
+    small, out = WORK / f"{part}-pruned", WORK / f"{part}-healed"
     held = {kind: make(original, HELD, WINDOW) for kind, make in KINDS.items() if kind != WIKITEXT}
     held[WIKITEXT] = wikitext(original, 128)[1].subset(range(HELD))
     common: dict[str, Any] = {
@@ -131,7 +132,7 @@ def language_model(steps: int, minutes: float) -> None:
         "checks": {"walked": 0},
     }
     if not small.is_dir():
-        method = {"only": ["neurons"], "layout": "global"}
+        method = {"only": ["neurons"], "layout": layout}
         data = modhifi.Mixture(["self", articles], [0.8, 0.2])
         modhifi.prune(original, data, ratio=0.2, samples=64, method=method, out=small, **common)
     start, wall = time.process_time(), time.perf_counter()
@@ -169,18 +170,19 @@ def language_model(steps: int, minutes: float) -> None:
     intro = f"""# SmolLM2-135M without 20 % of its FFN neurons, healed
 Perplexity over the original's on {HELD} windows of {WINDOW} tokens of every kind of text (`eval/lm_texts.py`), none of
 which was learnt from. Pruned on 64 windows, four fifths of them the model's own writing, the rest articles of
-WikiText-2, each layer to a width of its own (`--layout global`), then distilled from the original on {len(train)}, half
-of them articles, for {learnt} steps of {LM_BATCH} windows, in bfloat16 ({core_minutes:.1f} core minutes,
-{wall_minutes:.1f} minutes beside other work).
-Command: `python eval/heal.py --part smollm2`."""
+WikiText-2, in `{layout}` layout, then distilled from the original on {len(train)}, half of them articles, for {learnt}
+steps of {LM_BATCH} windows, in bfloat16 ({core_minutes:.1f} core minutes, {wall_minutes:.1f} minutes beside
+other work). Command: `python eval/heal.py --part {part}`."""
     more = {"healing": result.report["healing"], "core minutes": core_minutes, "minutes": wall_minutes}
-    write_results("heal_smollm2", rows, ["model", "worst", "mean", *held], intro, **more)
+    write_results(f"heal_{part.replace('-', '_')}", rows, ["model", "worst", "mean", *held], intro, **more)
 
 
 UNLEARNED: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     "unlearned": (DEMO, 2000, 1000, {}),
     "unlearned-resnet50": (RESNET50, 800, 800, CAREFUL),
 }
+# Of the language models.
+LAYOUTS = {"smollm2": "uniform", "smollm2-global": "global"}
 KEYS = ("forget", "retain", "recall", "probe", "neighbours")
 
 
@@ -229,16 +231,16 @@ def add(row: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--part", choices=[*PARTS, "smollm2", *UNLEARNED], required=True)
+    parser.add_argument("--part", choices=[*PARTS, *LAYOUTS, *UNLEARNED], required=True)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--minutes", type=float, default=15.0, help="of smollm2")
+    parser.add_argument("--minutes", type=float, default=15.0, help="of language models")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     WORK.mkdir(parents=True, exist_ok=True)
     # The time that drawing takes is part of the result.
     os.environ["MODHIFI_CACHE"] = str(WORK / "cache")
-    if arguments.part == "smollm2":
-        language_model(arguments.steps, arguments.minutes)
+    if arguments.part in LAYOUTS:
+        language_model(arguments.part, arguments.steps, arguments.minutes)
     elif arguments.part in UNLEARNED:
         unlearned(arguments.part, arguments.steps)
     else:
