@@ -34,7 +34,8 @@ class BlockStatistics:
     def _see(self, i: int) -> Any:
         def see(block: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
             before, after = args[0].flatten(0, 1), (out[0] if isinstance(out, tuple) else out).flatten(0, 1)
-            self.second[i] = self.second[i] + (before.T @ before).double()
+            # beside the stream's few huge values, single precision would round the directions that are left out
+            self.second[i] = self.second[i] + before.double().T @ before.double()
             self.turned[i] += (1 - torch.cosine_similarity(before, after, dim=-1)).double().sum()
 
         return see

@@ -199,7 +199,11 @@ def real_tokens(batch: Tensor) -> Tensor | None:
 
 def last_logits(model: nn.Module) -> dict[str, int]:
     """The option with which a language model computes the logits of the last position alone, if it has one."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    try:
+        arguments = inspect.signature(model.forward).parameters
+    except ValueError:  # a function of C++ in its place
+        return {}
+    return {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
 
 
 def main_output(out: Any) -> Tensor:
