@@ -81,7 +81,7 @@ class _SquaredNorm(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, axes: tuple[int, ...]) -> Tensor:
         context.save_for_backward(x)
-        norm = vector_norm(x, dim=axes, keepdim=True, dtype=torch.float32)
+        norm: Tensor = vector_norm(x, dim=axes, keepdim=True, dtype=torch.float32)
         context.shape = norm.shape
         return norm.square().squeeze(axes)
 
