@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from modhifi.artifacts.diff import LATENCY, THROUGHPUT
 from modhifi.bounds.held_out import HeldOut
 from modhifi.data.samples import Samples
-from modhifi.models.loaded import LoadedModel
+from modhifi.models.loaded import LoadedModel, last_logits
 from modhifi.progress import Progress, silent
 from modhifi.runs import measure
 from modhifi.runs.reports.agreements import agreements
@@ -79,7 +79,8 @@ def _conditions(original: LoadedModel, held: Samples, latency: Latency) -> str:
     what = f"a window of {len(held.load(0))} tokens" if original.reads_tokens else "one input"
     threads = f"{latency.threads} thread{'s' if latency.threads > 1 else ''}"
     where = f", {threads}" if latency.device == "cpu" else ""
-    return f"A sample is {what}; times are those of eager PyTorch on {device_name(latency.device)}{where}."
+    logits = ", with the logits of the last token" if last_logits(original.model) else ""
+    return f"A sample is {what}; times are those of eager PyTorch on {device_name(latency.device)}{where}{logits}."
 
 
 def _errors(original: LoadedModel, held: Samples, table: HeldOut) -> dict[str, Any]:
