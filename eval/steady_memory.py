@@ -14,8 +14,8 @@ import torch
 from common import write_results
 from torch import nn
 
+from modhifi.runs.steady_memory import steady_memory
 from modhifi.runs.timing.machine import device_name
-from modhifi.runs.timing.steady_memory import steady_memory
 
 BATCH, SIDE, ROUNDS = 32, 32, 9
 INPUTS, OUTPUTS = (8, 64), (8, 16, 24, 32, 40, 48, 56, 64)

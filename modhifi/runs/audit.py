@@ -18,6 +18,7 @@ from modhifi.progress import Progress, silent
 from modhifi.runs.inputs import NOTHING, Given, forgotten_before, load_source, original_of
 from modhifi.runs.recipes.tasks import AuditChecks, AuditRecipe
 from modhifi.runs.reports.head import head
+from modhifi.runs.steady_memory import steady_memory
 from modhifi.unlearning.attacks import measures
 from modhifi.unlearning.audit import audit
 from modhifi.unlearning.audit_text import VERDICTS
@@ -40,6 +41,7 @@ def load_reference(name: str | None, device: torch.device | str) -> tuple[Loaded
     return loaded, find_sites(loaded)
 
 
+@steady_memory()
 def run_audit(
     recipe: AuditRecipe,
     *,

@@ -30,6 +30,7 @@ from modhifi.runs.recipes.compare import CompareRecipe
 from modhifi.runs.reports.head import head
 from modhifi.runs.reports.measurements import measure_run
 from modhifi.runs.reports.prune import skipped_warnings
+from modhifi.runs.steady_memory import steady_memory
 from modhifi.staging import staging
 
 # Half the width of a 95 % interval, in standard errors of a share.
@@ -44,6 +45,7 @@ class Comparison:
     path: Path | None
 
 
+@steady_memory()
 def run_compare(
     recipe: CompareRecipe,
     *,

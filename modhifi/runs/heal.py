@@ -41,6 +41,7 @@ from modhifi.runs.reports.continuations import continuations
 from modhifi.runs.reports.heal import add_audit, healing_verdicts, measure_healing, report_of
 from modhifi.runs.reports.outcome import add_outcome, heal_advice
 from modhifi.runs.reports.prune import skipped_warnings
+from modhifi.runs.steady_memory import steady_memory
 from modhifi.runs.verify import in_dense_shape
 from modhifi.unlearning.audit import audit
 from modhifi.unlearning.data import load_unlearn_data
@@ -63,6 +64,7 @@ class HealResult:
     broken: bool = False
 
 
+@steady_memory()
 def run_heal(
     recipe: HealRecipe,
     *,

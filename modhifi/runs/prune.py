@@ -54,6 +54,7 @@ from modhifi.runs.reports.prune import (
     rounding_verdict,
     skipped_warnings,
 )
+from modhifi.runs.steady_memory import steady_memory
 from modhifi.structure.clone import clone
 from modhifi.structure.expand import expand
 from modhifi.structure.plan import Plan
@@ -75,6 +76,7 @@ class PruneResult:
     bounds: BoundReport | None = None
 
 
+@steady_memory()
 def run_prune(
     recipe: PruneRecipe,
     *,

@@ -33,6 +33,7 @@ from modhifi.pruning.selectors.base import summed
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import choose_groups, find_structure, measure_moments
 from modhifi.runs.defaults import amounts
+from modhifi.runs.steady_memory import steady_memory
 from modhifi.structure.groups import Structure
 
 # The fidelities that a HiFi set is asked to reach, as in arXiv 2511.19566.
@@ -122,6 +123,7 @@ class Scores(list[GroupScores]):
         self.left: dict[str, str] = {}
 
 
+@steady_memory()
 def score_model(
     loaded: LoadedModel,
     data: Data,

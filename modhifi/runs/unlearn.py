@@ -32,6 +32,7 @@ from modhifi.runs.recipes.unlearn import UnlearnRecipe
 from modhifi.runs.reports.bounds import add_bounds
 from modhifi.runs.reports.head import head
 from modhifi.runs.reports.outcome import add_outcome
+from modhifi.runs.steady_memory import steady_memory
 from modhifi.unlearning.audit import audit
 from modhifi.unlearning.batchnorm import settle_norms, settled_names
 from modhifi.unlearning.data import UnlearnData, find_classes, load_unlearn_data
@@ -49,6 +50,7 @@ class UnlearnResult:
     bounds: BoundReport | None = None
 
 
+@steady_memory()
 def run_unlearn(
     recipe: UnlearnRecipe,
     *,

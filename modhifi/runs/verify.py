@@ -24,9 +24,11 @@ from modhifi.runs.inputs import NOTHING, Given, load_source, original_of
 from modhifi.runs.recipes.prune import ModelSource
 from modhifi.runs.recipes.tasks import VerifyRecipe
 from modhifi.runs.reports.prune import skipped_warnings
+from modhifi.runs.steady_memory import steady_memory
 from modhifi.structure.expand import expand
 
 
+@steady_memory()
 def run_verify(
     recipe: VerifyRecipe,
     *,

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from modhifi.runs.timing.steady_memory import steady_memory
+from modhifi.runs.steady_memory import steady_memory
 
 pytest.importorskip("resource")
 
@@ -18,7 +18,7 @@ pytest.importorskip("resource")
 COUNT = """
 import ctypes, json, resource
 import torch
-from modhifi.runs.timing.steady_memory import MMAP_THRESHOLD, steady_memory
+from modhifi.runs.steady_memory import MMAP_THRESHOLD, steady_memory
 from modhifi.runs.timing.turns import time_in_turns
 
 def faults():

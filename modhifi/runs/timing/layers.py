@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from modhifi.models.hooks import attached
+from modhifi.runs.steady_memory import steady_memory
 from modhifi.runs.timing.runtimes.base import Run
-from modhifi.runs.timing.steady_memory import steady_memory
 
 ROUNDS = 9
 

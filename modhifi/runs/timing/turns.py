@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from modhifi.errors import ModhifiError
 from modhifi.progress import muted
 from modhifi.runs.measure import Forward, device_of, plainly
+from modhifi.runs.steady_memory import steady_memory
 from modhifi.runs.timing.runtimes.base import Run
-from modhifi.runs.timing.steady_memory import steady_memory
 
 ROUNDS = 21
 FEWEST_ROUNDS = 5
@@ -88,7 +88,7 @@ def time_in_turns(
     A round's figure is the mean of as many passes as take about ``round_seconds`` (0.05); two passes before the first
     round warm up. There are fewer rounds, at least 5, where they would take more than ``most_seconds`` together. One
     thread on a CPU is timed by its own clock, which stands still while other processes have the core. Freed memory is
-    kept meanwhile (:mod:`modhifi.runs.timing.steady_memory`).
+    kept meanwhile (:mod:`modhifi.runs.steady_memory`).
     """
     timer_class = _timer()
     clock = {"timer": time.thread_time} if threads == 1 and not on_gpu else {}
