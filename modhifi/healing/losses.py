@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
-from torch.nn.functional import kl_div
 
 from modhifi.bounds.held_out import classes_last
+
+# The logits that are compared at a time.
+PART = 2**21
 
 
 def output_loss(
@@ -31,17 +33,13 @@ def output_loss(
     teacher gives the ``closed`` classes no probability, and shares theirs out. Of ``features`` the squared distance
     over the teacher's squared norm. ``real`` is a bool mask ``(batch, positions)``.
     """
-    teacher, student = classes_last(teacher).float(), classes_last(student).float()
+    teacher, student = classes_last(teacher), classes_last(student)
     if features:
-        return block_loss([teacher], [student], real)
+        return block_loss([teacher.float()], [student.float()], real)
     if closed:  # the lowest number, of which the exponential is 0 as that of -inf is, and 0 times it no NaN
         lowest = torch.finfo(teacher.dtype).min
         teacher = teacher.index_fill(-1, torch.tensor(closed, device=teacher.device), lowest)
-    if temperature != 1:  # logits of a vocabulary are large
-        teacher, student = teacher / temperature, student / temperature
-    wanted = teacher.log_softmax(-1)
-    rows = kl_div(student.log_softmax(-1), wanted, reduction="none", log_target=True).sum(-1)
-    return temperature**2 * _mean(rows, real)
+    return temperature**2 * _mean(_Divergence.apply(teacher, student, temperature), real)
 
 
 def block_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], real: Tensor | None = None) -> Tensor:
@@ -73,6 +71,36 @@ def _mean(rows: Tensor, real: Tensor | None) -> Tensor:
     if real is None or real.shape != rows.shape:
         return rows.mean()
     return (rows * real).sum() / real.sum()
+
+
+class _Divergence(torch.autograd.Function):
+    """The divergence of every row of softened logits ``(..., classes)``, float32.
+
+    Its gradient, the difference of the two probabilities, is taken on the way, some rows at a time: the logits of a
+    vocabulary are the largest tensors of a step, and each would be read and written a dozen times.
+    """
+
+    @staticmethod
+    def forward(context: Any, teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+        size = max(1, PART // student.shape[-1])
+        difference = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+        parts = zip(*(x.flatten(0, -2).split(size) for x in (teacher, student, difference)), strict=True)
+        rows = []
+        for given, seen, kept in parts:
+            wanted, got = (x.float() if temperature == 1 else x.float() / temperature for x in (given, seen))
+            wanted, got = wanted.log_softmax(-1), got.log_softmax(-1)
+            probability = wanted.exp()
+            rows.append(wanted.sub_(got).mul_(probability).sum(-1))
+            if context.needs_input_grad[1]:
+                kept.copy_(got.exp_().sub_(probability))
+        context.save_for_backward(difference)
+        context.temperature = temperature
+        return torch.cat(rows).view(student.shape[:-1])
+
+    @staticmethod
+    def backward(context: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        (difference,) = context.saved_tensors
+        return None, difference * (grad / context.temperature).unsqueeze(-1).to(difference.dtype), None
 
 
 class _SquaredNorm(torch.autograd.Function):

@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import kl_div
 
+from modhifi.healing import losses
 from modhifi.healing.losses import agreement, block_loss, output_loss
 
 
@@ -71,3 +73,28 @@ def test_maps_of_classes_count_position_by_position() -> None:
     teacher, student = torch.randn(2, 5, 3, 3), torch.randn(2, 5, 3, 3)
     rows = [t.movedim(0, -1).reshape(-1, 5) for t in (*teacher, *student)]
     assert torch.isclose(output_loss(teacher, student), output_loss(torch.cat(rows[:2]), torch.cat(rows[2:])))
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("part", [1, 12, 2**20])
+def test_the_gradient_of_the_divergence_is_that_of_soft_targets(
+    dtype: torch.dtype, close: float, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the rows that are compared at a time: torch's own divergence, in float64."""
+    monkeypatch.setattr(losses, "PART", part)
+    torch.manual_seed(0)
+    teacher, student = (torch.randn(2, 3, 5).to(dtype) for _ in range(2))
+    real = torch.tensor([[True, True, True], [True, False, False]])
+    student.requires_grad_()
+    loss = output_loss(teacher, student, real, temperature=1.7, closed=(3,))
+    loss.backward()
+    exact = student.detach().double().requires_grad_()
+    target = teacher.double().index_fill(-1, torch.tensor(3), -torch.inf).div(1.7).softmax(-1)
+    rows = kl_div((exact / 1.7).log_softmax(-1), target, reduction="none").sum(-1)
+    wanted = 1.7**2 * rows[real].mean()
+    wanted.backward()
+    assert student.grad is not None and exact.grad is not None
+    assert torch.isclose(loss.double(), wanted, rtol=1e-5)
+    assert torch.allclose(student.grad.double(), exact.grad, rtol=close, atol=close / 100)
+    with torch.no_grad():
+        assert torch.equal(output_loss(teacher, student, real, temperature=1.7, closed=(3,)), loss)
