@@ -197,3 +197,23 @@ def test_encoders_without_a_masked_head_cannot_write() -> None:
         load_samples("self", replace(masked(), tokenizer=tiny_text.tokenizer()), n=4)
     with pytest.raises(ModhifiError, match="window of 2 tokens is no longer than the tokenizer's frame"):
         load_samples("self", masked(), n=4, window=2)
+
+
+@pytest.mark.parametrize("likeliest", [1, 3, 40])
+def test_the_tokens_that_are_looked_at_first_change_no_draw(likeliest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every draw is the first token, from the likeliest on, at which the shares pass its place in the nucleus."""
+    monkeypatch.setattr(self_generated, "LIKELIEST", likeliest)
+    logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 51)[:, None] / 10
+    drawn = self_generated.draw(logits, torch.Generator().manual_seed(0)).flatten().tolist()
+    places = torch.rand(50, 1, generator=torch.Generator().manual_seed(0)).flatten().tolist()
+    for row, place, token in zip(logits.softmax(-1).tolist(), places, drawn, strict=True):
+        nucleus: list[int] = []
+        for index in sorted(range(40), key=lambda i, row=row: -row[i]):  # type: ignore[misc]
+            if sum(row[i] for i in nucleus) < self_generated.NUCLEUS:
+                nucleus.append(index)
+        goal, passed = place * sum(row[i] for i in nucleus), 0.0
+        for index in nucleus:
+            passed += row[index]
+            if passed > goal:
+                break
+        assert token == index
