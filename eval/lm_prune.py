@@ -234,8 +234,11 @@ five, their geometric mean, and the lowest share of equal next tokens stand besi
 parameters; ShortGPT and SliceGPT remove as many parameters elsewhere.
 Command: `python eval/lm_prune.py --windows {windows}`.""",
     )
-    texts = {kind: held if kind == WIKI else make(loaded, OTHERS, WINDOW) for kind, make in KINDS.items()}
-    result.judge = Judge(loaded, {kind: stacked(text) for kind, text in texts.items()}, work.kept)
+    others = work.kept(
+        "others", lambda: {k: stacked(make(loaded, OTHERS, WINDOW)) for k, make in KINDS.items() if k != WIKI}
+    )
+    texts = {kind: stacked(held) if kind == WIKI else others[kind] for kind in KINDS}
+    result.judge = Judge(loaded, texts, work.kept)
     result.add(lambda: loaded.model, **{"FFN removed": 0.0, "layout": "", "method": "dense"})
     for ratio in ratios:
         for (layout, method), edit in work.methods().items():
