@@ -29,6 +29,16 @@ class LowRank:
     def __rmatmul__(self, weight: Tensor) -> Tensor:
         return (weight @ self.factor) @ self.factor.mT + weight * self.constant[..., None, None]
 
+    def energy(self, weight: Tensor) -> Tensor:
+        """``tr[W S Wᵀ]`` of weights ``(..., o, d)``, ``(...,)``, without a product of their size."""
+        spanned, own = (torch.linalg.matrix_norm(x).square() for x in (weight @ self.factor, weight))
+        total: Tensor = spanned + self.constant * own
+        return total
+
+    def product(self, weight: Tensor, columns: Tensor) -> Tensor:
+        """``W S_{:,K}`` ``(o, k)`` of one matrix, without the other columns."""
+        return weight[:, columns].mul_(self.constant).addmm_(weight @ self.factor, self.factor[columns].mT)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """That of the matrices."""
@@ -62,7 +72,8 @@ class LowRank:
         inner = self.inner.clone()
         inner.diagonal().add_(alpha)
         root = torch.linalg.cholesky(inner)
-        return (weight - torch.cholesky_solve((weight @ self.factor).mT, root).mT @ self.factor.mT) / alpha
+        solved = torch.cholesky_solve((weight @ self.factor).mT, root)
+        return torch.addmm(weight, solved.mT, self.factor.mT, alpha=-1).div_(alpha)
 
     def restricted(self, columns: Tensor) -> LowRank:
         """The matrix of some columns, of one matrix."""

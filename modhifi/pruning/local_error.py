@@ -14,9 +14,9 @@ def local_error(weight: Tensor, edited: Tensor, second: Second) -> tuple[float, 
     ``(d, d)``, the covariance where the change of the mean is restored, else the uncentred Gram.
     """
     gap = weight - edited
-    through = gap @ second
     if isinstance(second, LowRank):
-        return max(0.0, float((through * gap).sum())), max(0.0, float(((weight @ second) * weight).sum()))
+        return float(second.energy(gap)), float(second.energy(weight))
+    through = gap @ second
     error, used = max(0.0, float((through * gap).sum())), edited.any(0)
     own = edited[:, used]
     # W = gap + edited: only the columns in use have to meet S once more

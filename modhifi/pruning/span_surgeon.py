@@ -13,6 +13,9 @@ from modhifi.pruning.fidelity import singleton_fidelity
 from modhifi.pruning.linalg import columns_at, rows_at
 from modhifi.pruning.slots import Slot, by_group, components_first, scales_of
 
+# The weights that are looked at together: what is made of them takes several times their memory.
+PART = 2**24
+
 
 class SpanStack:
     """What `gram_surgeon.GramStack` is, for slots whose second moment is ``S + λI = F Fᵀ + αI`` with few columns in F.
@@ -36,11 +39,12 @@ class SpanStack:
         constant = torch.stack([second.constant for second in seconds])
         self.factor = rows_at(torch.stack([second.factor for second in seconds]), self.positions)
         self.weight = columns_at(weight, self.positions)
-        product = self.weight @ LowRank(self.factor, constant)
-        self.energy = by_group((product * self.weight).sum((1, 2)), groups)
-        self.fidelity = torch.vmap(lambda w, f, c, p: singleton_fidelity(w, LowRank(f, c), self.columns, p).amax(0))(
-            self.weight, self.factor, constant, product
-        )
+        del weight
+        self.energy = by_group(LowRank(self.factor, constant).energy(self.weight), groups)
+        outputs = max(1, PART // self.weight[:, 0].numel())
+        fidelity = torch.vmap(lambda w, f, c: singleton_fidelity(w, LowRank(f, c), self.columns).amax(0))
+        some = [fidelity(part, self.factor, constant) for part in self.weight.split(outputs, 1)]
+        self.fidelity = torch.stack(some).amax(0)
         self.scale = scales_of(slots)
         if self.scale is not None:
             self.weight = self.weight * self.scale[:, :, None]
@@ -65,11 +69,14 @@ class SpanStack:
 
     def costs(self) -> Tensor:
         """``tr[W_I H_II⁻¹ W_Iᵀ]`` of each component alone, added up over the readers, float64 ``(groups, n)``."""
-        sizes = (self.n, self.m)
-        half, weight = (
-            now[:, :, : self.n * self.m].unflatten(2, sizes).transpose(1, 2).flatten(0, 1) for now in self._now()
-        )
-        return by_group(_cost(half, weight).view(-1, self.n) * self.alpha, self.groups)
+        now = self._now()
+        some = max(1, PART // (self.m * now[1][:, :, 0].numel())) * self.m
+        parts = zip(*(x[:, :, : self.n * self.m].split(some, 2) for x in now), strict=True)
+        costs = [
+            _cost(*(x.unflatten(2, (-1, self.m)).transpose(1, 2).flatten(0, 1) for x in part)).view(len(self.slots), -1)
+            for part in parts
+        ]
+        return by_group(torch.cat(costs, 1) * self.alpha, self.groups)
 
     def remove(self, chosen: Tensor, labels: int) -> None:
         """Remove ``chosen`` int64 ``(groups, c)`` jointly."""
@@ -97,8 +104,8 @@ class SpanStack:
         if self.scale is not None:
             weight = weight / self.scale[:, :, None]
         removed = gone.view(-1)[self.place].repeat_interleave(self.m, 1)
-        rest = weight.shape[2] - removed.shape[1]
-        weight = weight.float().masked_fill(torch.nn.functional.pad(removed, (0, rest))[:, None], 0)
+        zeros = torch.nn.functional.pad(removed, (0, weight.shape[2] - removed.shape[1]))[:, None]
+        weight = weight.to(torch.float32, copy=True).masked_fill_(zeros, 0)
         return torch.empty_like(weight).scatter_(2, self.positions[:, None].expand_as(weight), weight)
 
     def solved(self) -> Tensor:
@@ -112,5 +119,5 @@ def _cost(half: Tensor, weight: Tensor) -> Tensor:
     identity = torch.eye(half.shape[2], dtype=half.dtype, device=half.device)
     inverse = torch.baddbmm(identity, half.mT, half, alpha=-1)
     root, info = torch.linalg.cholesky_ex(inverse)
-    solved: Tensor = torch.linalg.solve_triangular(root, weight.mT, upper=False).square().sum((1, 2))
+    solved: Tensor = torch.linalg.matrix_norm(torch.linalg.solve_triangular(root, weight.mT, upper=False)).square()
     return solved.masked_fill(info != 0, 0)

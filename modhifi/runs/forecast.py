@@ -20,6 +20,8 @@ from modhifi.structure.groups import Structure
 from modhifi.structure.operators import columns_of, operator_modules
 from modhifi.structure.torch_ops import tensors_in
 
+# How often the weights of the largest reader are there in float64 while it is solved for.
+FLOAT64_COPIES = 5
 # Passes over the calibration data that sequential compensation adds, by its target.
 STREAMS = {None: 0, "own": 1, "dense": 2}
 
@@ -37,8 +39,9 @@ def forecast(
     One pass on the example is timed, on a model that has run before. A run makes one for every calibration sample, two
     for every held-out one and those of ``sequential``, the moments of every reader, and about four matrix products of
     each Gram's size in float64, at half of that pass's speed. In memory are the model, its edited copy, the moments, of
-    which ``blocks`` says that one block's are there at a time, what is worked on, and the ``activations``: the input
-    and output of the largest layer for a batch, and what sequential compensation remembers.
+    which ``blocks`` says that one block's are there at a time, what is worked on, the largest weights in float64 among
+    it, and the ``activations``: the input and output of the largest layer for a batch, and what sequential compensation
+    remembers.
     """
     device = next(loaded.model.parameters()).device
     start = time.perf_counter()
@@ -48,11 +51,12 @@ def forecast(
     pace = (time.perf_counter() - start) / items
     length = 1.0 if usual.window is None else usual.window / loaded.example.shape[1]
     readers = dict(operator_modules(loaded.model, structure.prunable))
-    products, sizes = 0.0, []
+    products, sizes, widest = 0.0, [], 0
     for name, module in readers.items():
         rows = rows_seen(module, structure.operators[name].macs, usual.samples * length, sampling)
         groups, columns = columns_of(module)
         sizes.append(moment_bytes(module, rows))
+        widest = max(widest, module.get_parameter("weight").numel())
         span = columns if sizes[-1] == gram_bytes(module) else rows
         products += groups * columns * span * (rows + 2 * COPIES * span)
     passes = (1 + STREAMS[sequential]) * usual.samples + 2 * usual.evaluation_samples
@@ -66,7 +70,7 @@ def forecast(
     held = max(sizes, default=0) if blocks else sum(sizes)
     return {
         "seconds": seconds,
-        "bytes": 2 * weights + held + (COPIES - 1) * max(sizes, default=0) + activations,
+        "bytes": 2 * weights + held + (COPIES - 1) * max(sizes, default=0) + 8 * FLOAT64_COPIES * widest + activations,
         "activations": activations,
         "disk": 0 if blocks or sum(sizes) > size_limit() else sum(sizes),
     }

@@ -34,6 +34,8 @@ def test_it_says_what_the_matrix_says() -> None:
         (second.squares(), matrix.square().sum((1, 2))),
         (second.shrunk(share, scale).dense(), shrunk),
         (second[1].restricted(some).dense(), matrix[1][some][:, some]),
+        (second.energy(weight), (weight @ matrix * weight).sum((1, 2))),
+        (second[1].product(weight[1], some), (weight[1] @ matrix[1])[:, some]),
         (second[1].blocks(columns), matrix[1][columns[:, :, None], columns[:, None]]),
         (second[1].times_inverse(weight[1], 0.1), weight[1] @ torch.linalg.inv(matrix[1] + 0.1 * identity)),
         (as_tensor(add_outer(second, vector)), matrix + vector[:, :, None] * vector[:, None]),

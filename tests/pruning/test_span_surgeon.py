@@ -47,8 +47,11 @@ def pruned(loaded: LoadedModel, samples: Samples, settings: PruneSettings) -> Pr
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["without bias", "with bias"])
+@pytest.mark.parametrize("part", [1, 2**24], ids=["few weights at a time", "all weights at once"])
 @pytest.mark.parametrize("how", ["obs", "obs behind norms", "dense", "own", "energy", "naive", "wanda", "delta"])
-def test_the_span_of_the_rows_gives_the_same_plan(bias: bool, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_span_of_the_rows_gives_the_same_plan(
+    bias: bool, how: str, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded, samples = world(bias)
     settings = PruneSettings(rows_per_column=None, behind_norms=how == "obs behind norms")
     if how in ("dense", "own"):
@@ -59,6 +62,7 @@ def test_the_span_of_the_rows_gives_the_same_plan(bias: bool, how: str, monkeypa
         settings = replace(settings, selector=how)
     with_grams = pruned(loaded, samples, settings)
     monkeypatch.setattr("modhifi.calibration.accumulator.LARGE", 0)
+    monkeypatch.setattr("modhifi.pruning.span_surgeon.PART", part)
     moments = measure_moments(loaded, find_structure(loaded), samples, settings.sampling)
     assert isinstance(moments["wide"], Spanned) and not isinstance(moments["last"], Spanned)
     spanned = pruned(loaded, samples, settings)

@@ -19,7 +19,7 @@ def least_squares(weight: Tensor, second: Second, kept: Tensor, ridge: float = 1
     if not isinstance(second, LowRank):
         return least_squares_towards(weight, second, second, kept, ridge)
     unit = float(second.diagonals().mean()) or 1.0
-    target = (weight @ second)[:, kept]
+    target = second.product(weight, kept)
     result = torch.zeros_like(weight)
     result[:, kept] = regression(weight[:, kept], target, second.restricted(kept), unit, ridge)
     return result
