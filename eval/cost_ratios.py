@@ -31,9 +31,11 @@ from modhifi.pruning.elimination import eliminate
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.readers import Reader
 from modhifi.pruning.settings import PruneSettings
+from modhifi.runs.defaults import TEXT_ON_CPU
 from modhifi.runs.steady_memory import steady_memory
 
 IMAGES, BATCH, PIXELS = 256, 32, 224
+# Beside as many as a run takes by default.
 WINDOWS = 16
 # A feed-forward layer of Llama-2-7B; random rows and outputs of its reader.
 COLUMNS, REMOVED, OUTPUTS = 11008, 0.3, 256
@@ -81,11 +83,13 @@ def resnet50(rounds: int) -> Iterator[Row]:
 
 def language_model(rounds: int) -> Iterator[Row]:
     loaded = smollm2()
-    samples = samples_of(list(torch.randint(3, 49000, (WINDOWS, WINDOW))), "tokens")
     one_shot = replace(SETTINGS, floor=0.1)
-    ways = {"one-shot": (one_shot, "1.6"), "sequential dense": (replace(one_shot, sequential="dense"), "4")}
-    name = f"SmolLM2-135M, {WINDOWS} windows of {WINDOW} tokens, neurons × 0.8"
-    yield from ratios(name, loaded, samples, Budget("components", 0.8), ways, rounds)
+    sequential = {"sequential dense": (replace(one_shot, sequential="dense"), "4")}
+    for windows, more in ((TEXT_ON_CPU.samples, {}), (WINDOWS, sequential)):
+        samples = samples_of(list(torch.randint(3, 49000, (windows, WINDOW))), "tokens")
+        name = f"SmolLM2-135M, {windows} windows of {WINDOW} tokens, neurons × 0.8"
+        ways = {"one-shot": (one_shot, "1.6"), **more}
+        yield from ratios(name, loaded, samples, Budget("components", 0.8), ways, rounds)
 
 
 def wide_reader(rounds: int) -> Iterator[Row]:
