@@ -53,10 +53,10 @@ def ratios(
     """A row for each way to prune: its time over that of the plain passes around it."""
     size = next(iter(ways.values()))[0].batch_size
     forward(loaded, samples.subset(range(2)), size)  # warms up
+    default = seconds(lambda: forward(loaded, samples, size))
     for way, (settings, goal) in ways.items():
         taken = []
         for _ in range(rounds):
-            default = seconds(lambda: forward(loaded, samples, size))
             with steady_memory():  # as in a run
                 before = seconds(lambda: forward(loaded, samples, size))
                 whole = seconds(lambda settings=settings: prune_model(loaded, samples, budget, settings))  # type: ignore[misc]
@@ -127,8 +127,8 @@ def main() -> None:
             f"""# Cost of a prune over plain forward passes
 Tracing, moments, selection, compensation and cutting against plain forward passes before and behind it; processor time
 of one thread, so that what other programs do counts little. A run keeps freed memory; so do these plain passes, and
-those "by default" do what torch does without being told: they give it back, and fetch it again. With few windows, what
-does not grow with them weighs more than in a usual run.
+those "by default", before any run, give it back and fetch it again, as torch does without being told. With few windows,
+what does not grow with them weighs more than in a usual run.
 Command: `python eval/cost_ratios.py --rounds {options.rounds}`.""",
         )
 
