@@ -49,8 +49,12 @@ def ratios(
     budget: Budget,
     ways: dict[str, tuple[PruneSettings, str]],
     rounds: int,
+    only: str,
 ) -> Iterator[Row]:
     """A row for each way to prune: its time over that of the plain passes around it."""
+    ways = {way: value for way, value in ways.items() if only in f"{name}, {way}"}
+    if not ways:
+        return
     size = next(iter(ways.values()))[0].batch_size
     forward(loaded, samples.subset(range(2)), size)  # warms up
     default = seconds(lambda: forward(loaded, samples, size))
@@ -72,27 +76,28 @@ def ratios(
         }
 
 
-def resnet50(rounds: int) -> Iterator[Row]:
+def resnet50(rounds: int, only: str) -> Iterator[Row]:
     torch.manual_seed(0)
     loaded = load_model(timm.create_model("resnet50"))
     samples = samples_of(list(torch.randn(IMAGES, 3, PIXELS, PIXELS)), "images")
     one_shot = PruneSettings(batch_size=BATCH)
     ways = {"one-shot": (one_shot, "1.8"), "sequential dense": (replace(one_shot, sequential="dense"), "4")}
-    yield from ratios(f"ResNet-50, {IMAGES} images of {PIXELS} px, FLOPs × 0.5", loaded, samples, HALF, ways, rounds)
+    yield from ratios(
+        f"ResNet-50, {IMAGES} images of {PIXELS} px, FLOPs × 0.5", loaded, samples, HALF, ways, rounds, only
+    )
 
 
-def language_model(rounds: int) -> Iterator[Row]:
+def language_model(rounds: int, only: str) -> Iterator[Row]:
     loaded = smollm2()
     one_shot = replace(SETTINGS, floor=0.1)
-    sequential = {"sequential dense": (replace(one_shot, sequential="dense"), "4")}
-    for windows, more in ((TEXT_ON_CPU.samples, {}), (WINDOWS, sequential)):
+    ways = {"one-shot": (one_shot, "1.6"), "sequential dense": (replace(one_shot, sequential="dense"), "4")}
+    for windows in (TEXT_ON_CPU.samples, WINDOWS):
         samples = samples_of(list(torch.randint(3, 49000, (windows, WINDOW))), "tokens")
         name = f"SmolLM2-135M, {windows} windows of {WINDOW} tokens, neurons × 0.8"
-        ways = {"one-shot": (one_shot, "1.6"), **more}
-        yield from ratios(name, loaded, samples, Budget("components", 0.8), ways, rounds)
+        yield from ratios(name, loaded, samples, Budget("components", 0.8), ways, rounds, only)
 
 
-def wide_reader(rounds: int) -> Iterator[Row]:
+def wide_reader(rounds: int, only: str) -> Iterator[Row]:
     """A Gram of fewer random rows than columns, which damping makes definite: it costs what any other does."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(COLUMNS, COLUMNS // 4, generator=generator)
@@ -112,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, action="append", help="only this; may be repeated")
     parser.add_argument("--rounds", type=int, default=1, help="take medians of so many")
+    parser.add_argument("--only", default="", help="only rows whose name holds this")
     options = parser.parse_args()
     torch.set_num_threads(1)
     earlier = RESULTS / "cost_ratios.json"
@@ -119,7 +125,7 @@ def main() -> None:
     if earlier.is_file():
         known = {row["what"]: row for row in json.loads(earlier.read_text())["rows"]}
     for part in options.part or PARTS:
-        known |= {row["what"]: row for row in PARTS[part](options.rounds)}
+        known |= {row["what"]: row for row in PARTS[part](options.rounds, options.only)}
         write_results(
             "cost_ratios",
             list(known.values()),
