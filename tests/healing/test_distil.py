@@ -244,7 +244,7 @@ def test_a_run_ends_early_where_it_gets_no_better(
     pair: tuple[LoadedModel, nn.Module], images: tuple[Samples, Samples]
 ) -> None:
     same_model = (pair[0], pair[0].model)
-    healed = heal(same_model, images, learning_rate=0.16, steps=200)
+    healed = heal(same_model, images, learning_rate=0.08, steps=200)
     # ten intervals of ten steps, counted from where it began anew: rounding decides whether it does
     begun = max((int(note.split("from step ")[1].split()[0]) for note in healed.notes), default=0)
     assert healed.early and healed.best == 0 and healed.steps == begun + 100
