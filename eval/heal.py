@@ -185,7 +185,7 @@ WikiText-2, in `{layout}` layout, then distilled from the original on {OWN} wind
 {len(articles)} of articles, for {learnt} steps of {LM_BATCH} windows, in bfloat16: {core_minutes:.1f} core minutes and
 {writing / 60:.1f} for the writing.
 Command: `python eval/heal.py --part {part} --minutes {minutes:g}`."""
-    more = {"healing": result.report["healing"], "core minutes": core_minutes}
+    more = {"healing": result.report["healing"], "core minutes": core_minutes, "writing minutes": writing / 60}
     write_results(f"heal_{part.replace('-', '_')}", rows, ["model", "worst", "mean", *held], intro, **more)
 
 
