@@ -26,9 +26,11 @@ from modhifi.models.load import load_model
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.prune import prune_model
 from modhifi.pruning.settings import PruneSettings
+from modhifi.runs.steady_memory import steady_memory
 loaded = load_model(sys.argv[1])
 samples = load_samples("synthetic", loaded, n=64, balanced=False)
-pruned = prune_model(loaded, samples, Budget("macs", 0.5), PruneSettings(weighting="energy"))
+with steady_memory():  # as in a run
+    pruned = prune_model(loaded, samples, Budget("macs", 0.5), PruneSettings(weighting="energy"))
 assert max(quality.width for quality in pruned.grams) == 25088
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
