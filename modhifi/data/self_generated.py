@@ -212,11 +212,13 @@ def draw(logits: Tensor, chance: torch.Generator) -> Tensor:
     """One token for each row of logits ``(n, vocabulary)``, int64 ``(n, 1)``, from the nucleus of the distribution.
 
     The nucleus holds the likeliest tokens that together have ``NUCLEUS`` of the probability (Holtzman et al., ICLR
-    2020).
+    2020). Raises ModhifiError for logits that are not finite.
     """
     shares = logits.float().softmax(-1)
     places = torch.rand(len(shares), 1, generator=chance).to(shares.device)
     likeliest, order = shares.topk(min(LIKELIEST, shares.shape[-1]))
+    if not bool(likeliest.isfinite().all()):
+        raise ModhifiError("the model's logits are not finite while it writes; load it in float32, or give text")
     drawn = _at(places, likeliest, order)
     flat = (likeliest.sum(-1) < NUCLEUS).nonzero()[:, 0]
     if len(flat):

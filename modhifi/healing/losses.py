@@ -16,6 +16,9 @@ from modhifi.bounds.held_out import classes_last
 
 # The logits that are compared at a time.
 PART = 2**21
+# The logit of a closed class: its exponential is 0 as that of -inf is, and 0 times it no NaN, in every dtype and at
+# every temperature.
+LOWEST = -1e30
 
 
 def output_loss(
@@ -36,8 +39,8 @@ def output_loss(
     teacher, student = classes_last(teacher), classes_last(student)
     if features:
         return block_loss([teacher.float()], [student.float()], real)
-    if closed:  # the lowest number, of which the exponential is 0 as that of -inf is, and 0 times it no NaN
-        lowest = torch.finfo(teacher.dtype).min
+    if closed:
+        lowest = max(torch.finfo(teacher.dtype).min, LOWEST)
         teacher = teacher.index_fill(-1, torch.tensor(closed, device=teacher.device), lowest)
     return temperature**2 * _mean(_Divergence.apply(teacher, student, temperature), real)
 

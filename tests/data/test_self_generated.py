@@ -217,3 +217,11 @@ def test_the_tokens_that_are_looked_at_first_change_no_draw(likeliest: int, monk
             if passed > goal:
                 break
         assert token == index
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
+    logits = torch.zeros(3, 8)
+    logits[1, 2] = bad
+    with pytest.raises(ModhifiError, match="not finite"):
+        self_generated.draw(logits, torch.Generator())

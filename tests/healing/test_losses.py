@@ -35,6 +35,18 @@ def test_a_closed_class_gets_no_probability_and_the_student_pays_for_its_own() -
     assert float(agreement(teacher, torch.tensor([[2.0, 1.0, 0.0]]), closed=(2,))) == 1.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heat", [0.5, 4.0])
+def test_a_closed_class_costs_the_same_in_every_dtype(dtype: torch.dtype, heat: float) -> None:
+    teacher, student = torch.tensor([[2.0, 1.0, 5.0]]), torch.tensor([[1.0, 2.0, 0.5]])
+    wanted = output_loss(teacher, student, temperature=heat, closed=(2,))
+    student = student.to(dtype).requires_grad_()
+    loss = output_loss(teacher.to(dtype), student, temperature=heat, closed=(2,))
+    loss.backward()
+    assert torch.isclose(loss, wanted) and loss > 0
+    assert student.grad is not None and bool(student.grad.isfinite().all())
+
+
 def test_padding_counts_for_nothing() -> None:
     torch.manual_seed(0)
     teacher, student = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
