@@ -32,7 +32,7 @@ from modhifi.data.sources import load_samples
 from modhifi.models.loaded import LoadedModel
 
 WORK = HERE / "data" / "heal"
-WIKITEXT, HELD, OWN, ARTICLES, LM_BATCH = "WikiText-2", 8, 384, 256, 4
+WIKITEXT, HELD, OWN, CUT_ON, ARTICLES, LM_BATCH = "WikiText-2", 8, 384, 256, 256, 4
 # 30 steps brought code and Python's reference to 1.456 and 1.300 of the perplexity at 1e-4, to 1.441 and 1.342 at 3e-4.
 LM_RATE = 2e-4
 COLUMNS = [
@@ -56,7 +56,7 @@ report where that was done in one go, drawing of images included. *Blocks matche
 beside the model's; the inverted row is of before narrower ones could be.
 Command: `python eval/heal.py --part PART`."""
 # What a network that is near its original already takes no harm from.
-CAREFUL = {"precision": "bf16", "learning_rate": 0.006, "batch_statistics": False}
+CAREFUL = {"precision": "bf16", "optimizer": "muon", "batch_statistics": False}
 DEMO, RESNET50 = "demo's ResNet", "ResNet-50"
 PARTS: dict[str, dict[str, Any]] = {
     "half": {"model": DEMO, "flops": "0.5x", "data": "images", "samples": 10_000},
@@ -142,11 +142,11 @@ def language_model(part: str, steps: int, minutes: float) -> None:
         "progress": show,
         "checks": {"walked": 0},
     }
+    own, writing = cached(WORK / f"own-{OWN}.pt", partial(own_writing, original))
     if not small.is_dir():
         method = {"only": ["neurons"], "layout": layout}
-        data = modhifi.Mixture(["self", articles], [0.8, 0.2])
-        modhifi.prune(original, data, ratio=0.2, samples=64, method=method, out=small, **common)
-    own, writing = cached(WORK / f"own-{OWN}.pt", partial(own_writing, original))
+        data = modhifi.Mixture([from_items(own[:CUT_ON], None, n=CUT_ON, seed=0), articles], [0.8, 0.2])
+        modhifi.prune(original, data, ratio=0.2, samples=CUT_ON, method=method, out=small, **common)
     start = time.process_time()
     train = from_items(
         [*own, *(articles.load(i) for i in range(len(articles)))],
@@ -180,10 +180,10 @@ def language_model(part: str, steps: int, minutes: float) -> None:
     learnt = result.report["healing"]["steps"]
     intro = f"""# SmolLM2-135M without 20 % of its FFN neurons, healed
 Perplexity over the original's on {HELD} windows of {WINDOW} tokens of every kind of text (`eval/lm_texts.py`), none of
-which was learnt from. Pruned on 64 windows, four fifths of them the model's own writing, the rest articles of
-WikiText-2, in `{layout}` layout, then distilled from the original on {OWN} windows of its own writing and
-{len(articles)} of articles, for {learnt} steps of {LM_BATCH} windows, in bfloat16: {core_minutes:.1f} core minutes and
-{writing / 60:.1f} for the writing.
+which was learnt from. Pruned on {CUT_ON} windows of the model's own writing, four fifths of the mass, and
+{len(articles)} of articles of WikiText-2, in `{layout}` layout, then distilled from the original on {OWN} windows of
+its own writing and the articles, for {learnt} steps of {LM_BATCH} windows, in bfloat16: {core_minutes:.1f} core minutes
+and {writing / 60:.1f} for the writing.
 Command: `python eval/heal.py --part {part} --minutes {minutes:g}`."""
     more = {"healing": result.report["healing"], "core minutes": core_minutes, "writing minutes": writing / 60}
     write_results(f"heal_{part.replace('-', '_')}", rows, ["model", "worst", "mean", *held], intro, **more)

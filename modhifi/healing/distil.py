@@ -93,8 +93,8 @@ class Distillation:
                 parameter.requires_grad_(parameter.is_floating_point())
         else:
             self.adapted = add_adapters(self.model, settings.lora, settings.seed)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = OPTIMIZERS[settings.optimizer].make(trained, settings.learning_rate)
+        products = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
+        optimizer = OPTIMIZERS[settings.optimizer].make(self.model, settings.learning_rate, products)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.size = min(settings.batch_size, len(train))
         self.state = State(micro=self.size)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import nn
 from torch.optim import Optimizer
 
+from modhifi.healing.muon import Muon
 from modhifi.registry import Registry
 
 # Nothing decays: the student starts from weights that are nearly right.
@@ -17,11 +18,14 @@ MOMENTUM, DECAY = 0.9, 0.0
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """An optimiser: ``make`` takes parameters and the largest learning rate, ``rate`` is the default of that one."""
+    """An optimiser of what takes gradients in a model.
+
+    ``make`` takes the model, the largest learning rate, whose default is ``rate``, and the dtype of matrix products.
+    """
 
     name: str
     summary: str
-    make: Callable[[Iterable[Tensor], float], Optimizer]
+    make: Callable[[nn.Module, float, torch.dtype], Optimizer]
     rate: float
     source: str = ""
 
@@ -29,14 +33,18 @@ class OptimizerKind:
 OPTIMIZERS: Registry[OptimizerKind] = Registry("optimizer")
 
 
-def sgd(parameters: Iterable[Tensor], rate: float) -> Optimizer:
+def sgd(model: nn.Module, rate: float, dtype: torch.dtype) -> Optimizer:
     """Stochastic gradient descent with Nesterov's momentum."""
-    return torch.optim.SGD(parameters, lr=rate, momentum=MOMENTUM, nesterov=True, weight_decay=DECAY)
+    return torch.optim.SGD(_trained(model), lr=rate, momentum=MOMENTUM, nesterov=True, weight_decay=DECAY)
 
 
-def adamw(parameters: Iterable[Tensor], rate: float) -> Optimizer:
+def adamw(model: nn.Module, rate: float, dtype: torch.dtype) -> Optimizer:
     """AdamW without decay."""
-    return torch.optim.AdamW(parameters, lr=rate, weight_decay=DECAY)
+    return torch.optim.AdamW(_trained(model), lr=rate, weight_decay=DECAY)
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 OPTIMIZERS.register(
@@ -55,5 +63,14 @@ OPTIMIZERS.register(
         adamw,
         rate=1e-4,
         source="Loshchilov and Hutter 2019",
+    )
+)
+OPTIMIZERS.register(
+    OptimizerKind(
+        "muon",
+        "momentum whose matrices are orthogonalised, in steps relative to the weights",
+        Muon,
+        rate=0.003,
+        source="Jordan et al. 2024",
     )
 )

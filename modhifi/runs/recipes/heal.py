@@ -42,7 +42,7 @@ class HealMethod(Strict):
     optimizer: one_of(OPTIMIZERS) | None = None  # type: ignore[valid-type]
     """The optimiser; by default sgd for networks with BatchNorm, adamw for others."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Largest learning rate; by default 0.02 of sgd, 0.0001 of adamw."""
+    """Largest learning rate; by default 0.02 of sgd, 0.0001 of adamw, 0.003 of muon."""
     temperature: Annotated[float, Field(gt=0)] | None = None
     """Softens the logits of both models; by default 4 for images, 1 for text."""
     blocks: Annotated[float, Field(ge=0)] = 1.0
