@@ -50,7 +50,7 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 OPTIMIZERS.register(
     OptimizerKind(
         "sgd",
-        "gradient descent with Nesterov's momentum; the default of networks with BatchNorm",
+        "gradient descent with Nesterov's momentum",
         sgd,
         rate=0.02,
         source="Sutskever et al. 2013",
@@ -68,7 +68,7 @@ OPTIMIZERS.register(
 OPTIMIZERS.register(
     OptimizerKind(
         "muon",
-        "momentum whose matrices are orthogonalised, in steps relative to the weights",
+        "momentum, orthogonalised, in steps relative to the weights; the default of networks with BatchNorm",
         Muon,
         rate=0.003,
         source="Jordan et al. 2024",

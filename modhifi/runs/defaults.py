@@ -8,7 +8,6 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from modhifi.data.mixture import Mixture, beside_self
-from modhifi.data.samples import Samples
 from modhifi.data.text import window_of
 from modhifi.healing.optimizers import OPTIMIZERS
 from modhifi.models.hooks import normalises_by_batch
@@ -155,10 +154,9 @@ def complete(recipe: PruneRecipe, loaded: LoadedModel, device: torch.device | st
 def complete_heal(
     recipe: HealRecipe, loaded: LoadedModel, device: torch.device | str, against: ModelSource
 ) -> HealRecipe:
-    """The healing run of a version of ``loaded``, which ``against`` names, with every default but one written out.
+    """The healing run of a version of ``loaded``, which ``against`` names, with every default written out.
 
-    What BatchNorm does is decided when the samples are known: see :func:`settle_batchnorm`. Raises ModhifiError for a
-    window that the model does not take.
+    Raises ModhifiError for a window that the model does not take.
     """
     data, method, budget, source = recipe.data, recipe.method, recipe.budget, recipe.data.source
     text = amounts(loaded, device).window is not None
@@ -173,7 +171,7 @@ def complete_heal(
         window = window_of(loaded, window) if window else min(usual.window, window_of(loaded, None))
     if budget.steps is None and budget.minutes is None:
         budget = budget.model_copy(update={"minutes": MINUTES})
-    optimizer = method.optimizer or ("sgd" if _has_batchnorm(loaded) else "adamw")
+    optimizer = method.optimizer or ("muon" if _has_batchnorm(loaded) else "adamw")
     return recipe.model_copy(
         update={
             "against": against,
@@ -196,17 +194,6 @@ def complete_heal(
             ),
         }
     )
-
-
-def settle_batchnorm(recipe: HealRecipe, loaded: LoadedModel, samples: Samples) -> HealRecipe:
-    """The healing run with the default of ``batch_statistics``: BatchNorm follows real images, drawn ones never.
-
-    The statistics of drawn images are not those of the data: what follows them is lost (docs/after-pruning.md).
-    """
-    if recipe.method.batch_statistics is not None:
-        return recipe
-    follow = _has_batchnorm(loaded) and not samples.synthetic
-    return recipe.model_copy(update={"method": recipe.method.model_copy(update={"batch_statistics": follow})})
 
 
 def _has_batchnorm(loaded: LoadedModel) -> bool:

@@ -31,7 +31,7 @@ from modhifi.healing.healed import Healed
 from modhifi.models.skeleton import same_shapes
 from modhifi.models.weights import state_hash
 from modhifi.progress import Clock, Progress, silent
-from modhifi.runs.defaults import complete_heal, settle_batchnorm
+from modhifi.runs.defaults import complete_heal
 from modhifi.runs.heal_inputs import LearningData, Patient, load_learning_data, load_patient, teacher_of
 from modhifi.runs.inputs import NOTHING, Given, local_paths, located
 from modhifi.runs.measure import stored_bytes
@@ -99,7 +99,6 @@ def run_heal(
             check_space(out, stored_bytes(patient.edited.model))
     with clock.stage("data"):
         data = load_learning_data(recipe, patient, given, clock.inner)
-        recipe = settle_batchnorm(recipe, original, data.train)
         warnings = [*original.warnings, *warn_degenerate(data.train), *skipped_warnings(data.train, data.held)]
     checkpoint = None if out is None else _checkpoint(out, recipe, patient, data, force)
     with clock.stage("heal"):

@@ -23,13 +23,11 @@ from unlearn_world import NAMES, world
 import modhifi
 from modhifi.cli.main import app
 from modhifi.data.labels import label_samples
-from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.healing.distil import Distillation
 from modhifi.models.artifact import load_artifact
 from modhifi.models.load import load_model
 from modhifi.models.manifest import read_manifest
-from modhifi.runs.defaults import settle_batchnorm
 from modhifi.runs.heal_inputs import load_learning_data, load_patient
 from modhifi.runs.inputs import NOTHING, original_of
 from modhifi.runs.recipes.tasks import parse
@@ -114,19 +112,8 @@ def test_a_healed_model_is_healed_again(healed: Path, image_dir: Path, tmp_path:
 def test_the_defaults_are_written_into_the_recipe(healed: Path, model_dir: Path) -> None:
     content = json.loads((healed / "modhifi.json").read_text())["recipe"]
     assert content["against"]["name"] == str(model_dir)
-    assert content["method"]["batch_statistics"] and content["method"]["augment"]
+    assert content["method"]["optimizer"] == "muon" and content["method"]["augment"]
     assert content["method"]["temperature"] == 4.0 and content["batch_size"] == 8
-
-
-def test_batchnorm_never_follows_drawn_images(model_dir: Path) -> None:
-    loaded, names = load_model(model_dir), ("0", "1")
-    recipe = parse({"task": "heal", "directory": "small"}, "test")
-    for synthetic in (True, False):
-        images = Samples(lambda i: loaded.example[i], names, None, names, "two images", synthetic)
-        settled = settle_batchnorm(recipe, loaded, images)
-        assert settled.method.batch_statistics is not synthetic
-    asked = recipe.model_copy(update={"method": recipe.method.model_copy(update={"batch_statistics": False})})
-    assert settle_batchnorm(asked, loaded, images) is asked
 
 
 @pytest.mark.slow

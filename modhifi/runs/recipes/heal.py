@@ -40,7 +40,7 @@ class HealMethod(Strict):
     panel: ClassVar[str] = "Method"
 
     optimizer: one_of(OPTIMIZERS) | None = None  # type: ignore[valid-type]
-    """The optimiser; by default sgd for networks with BatchNorm, adamw for others."""
+    """The optimiser; by default muon for networks with BatchNorm, adamw for others."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Largest learning rate; by default 0.02 of sgd, 0.0001 of adamw, 0.003 of muon."""
     temperature: Annotated[float, Field(gt=0)] | None = None
@@ -49,8 +49,8 @@ class HealMethod(Strict):
     """Weight of the distance between the outputs of blocks, in the channels that are left."""
     augment: Annotated[bool | None, Option("--augment/--no-augment")] = None
     """Flip and shift images at random; by default done."""
-    batch_statistics: Annotated[bool | None, Option("--batch-statistics/--no-batch-statistics")] = None
-    """Let BatchNorm follow the samples; by default on real images only."""
+    batch_statistics: Annotated[bool, Option("--batch-statistics/--no-batch-statistics")] = False
+    """Let BatchNorm normalise by the batch and follow it."""
     lora: Count | None = None
     """Train adapters of this rank in place of the weights (pip install 'modhifi[lora]'); they are merged at the end."""
     precision: Annotated[Literal["auto", "no", "bf16", "fp16"], Option(panel="Advanced")] = "auto"
@@ -95,7 +95,7 @@ class HealRecipe(Strict):
             temperature=method.temperature,
             blocks=method.blocks,
             augment=bool(method.augment),
-            batch_statistics=bool(method.batch_statistics),
+            batch_statistics=method.batch_statistics,
             lora=method.lora,
             precision=method.precision,
             seed=self.seed,
