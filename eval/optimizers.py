@@ -39,6 +39,7 @@ WAYS: dict[str, tuple[str, float | None, bool]] = {
     "muon, BatchNorm follows": ("muon", None, True),
     "muon": ("muon", None, False),
     "muon, 0.001": ("muon", 0.001, False),
+    "muon, 0.002": ("muon", 0.002, False),
     "muon, 0.01": ("muon", 0.01, False),
 }
 COLUMNS = ["way", "learning rate", "divergence, pruned", "divergence, healed", "agreement, healed", "core s a step"]

@@ -171,7 +171,7 @@ def complete_heal(
         window = window_of(loaded, window) if window else min(usual.window, window_of(loaded, None))
     if budget.steps is None and budget.minutes is None:
         budget = budget.model_copy(update={"minutes": MINUTES})
-    optimizer = method.optimizer or ("muon" if _has_batchnorm(loaded) else "adamw")
+    optimizer = method.optimizer or ("muon" if _has_batchnorm(loaded) and method.lora is None else "adamw")
     return recipe.model_copy(
         update={
             "against": against,

@@ -57,6 +57,10 @@ def load_patient(recipe: HealRecipe, given: Given) -> Patient:
     if recipe.export and original.packing is not None:
         raise ModhifiError("an export has one input, and this model reads several; leave out --export")
     if recipe.method.lora is not None:
+        if recipe.method.optimizer == "muon":
+            raise ModhifiError(
+                "muon's steps are relative to the weights, and adapters start at zero; take adamw or sgd"
+            )
         if original.framework != "transformers":
             raise ModhifiError("--lora is for models of transformers; leave it out to train the weights themselves")
         check_lora()

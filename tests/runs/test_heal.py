@@ -28,8 +28,11 @@ from modhifi.healing.distil import Distillation
 from modhifi.models.artifact import load_artifact
 from modhifi.models.load import load_model
 from modhifi.models.manifest import read_manifest
+from modhifi.runs.defaults import complete_heal
 from modhifi.runs.heal_inputs import load_learning_data, load_patient
 from modhifi.runs.inputs import NOTHING, original_of
+from modhifi.runs.recipes.heal import HealRecipe
+from modhifi.runs.recipes.prune import ModelSource
 from modhifi.runs.recipes.tasks import parse
 
 __all__ = ["world"]
@@ -116,6 +119,15 @@ def test_the_defaults_are_written_into_the_recipe(healed: Path, model_dir: Path)
     assert content["method"]["temperature"] == 4.0 and content["batch_size"] == 8
 
 
+@pytest.mark.parametrize(("method", "optimizer"), [({}, "muon"), ({"lora": 2}, "adamw"), ({"optimizer": "sgd"}, "sgd")])
+def test_muon_is_the_default_of_networks_with_batchnorm_but_not_of_adapters(
+    model_dir: Path, method: dict[str, Any], optimizer: str
+) -> None:
+    recipe = HealRecipe.model_validate({"directory": "small", "method": method})
+    completed = complete_heal(recipe, load_model(model_dir), "cpu", ModelSource(name=str(model_dir)))
+    assert completed.method.optimizer == optimizer
+
+
 @pytest.mark.slow
 def test_a_recipe_prunes_heals_and_verifies_with_the_first_budget_that_passes(
     model_dir: Path, image_dir: Path, tmp_path: Path
@@ -172,6 +184,7 @@ def test_an_original_that_is_gone_or_another_one(small: Path, model_dir: Path, i
         (["--steps", "0"], "--steps: input should be greater than or equal to 1"),
         (["--minutes", "0"], "--minutes: input should be greater than 0"),
         (["--steps", "1", "--lora", "4"], "--lora is for models of transformers"),
+        (["--steps", "1", "--lora", "4", "--optimizer", "muon"], "adapters start at zero; take adamw or sgd"),
         (["--steps", "1", "--samples", "2"], "too few to learn from"),
         (["--steps", "1", "--max-perplexity-ratio", "1.1"], "perplexity"),
     ],

@@ -40,7 +40,7 @@ class HealMethod(Strict):
     panel: ClassVar[str] = "Method"
 
     optimizer: one_of(OPTIMIZERS) | None = None  # type: ignore[valid-type]
-    """The optimiser; by default muon for networks with BatchNorm, adamw for others."""
+    """The optimiser; by default muon for networks with BatchNorm, adamw for others and for adapters."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Largest learning rate; by default 0.02 of sgd, 0.0001 of adamw, 0.003 of muon."""
     temperature: Annotated[float, Field(gt=0)] | None = None
