@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from common import HERE, RESULTS, cifar10, perplexity, write_results
-from lm_prune import WINDOW, cached, smollm2, wikitext
+from lm_prune import WINDOW, cached, smollm2
 from lm_texts import KINDS
 from torch import Tensor
 
@@ -32,7 +32,9 @@ from modhifi.data.sources import load_samples
 from modhifi.models.loaded import LoadedModel
 
 WORK = HERE / "data" / "heal"
-WIKITEXT, HELD, OWN, CUT_ON, ARTICLES, LM_BATCH = "WikiText-2", 8, 384, 256, 256, 4
+HELD, OWN, LM_BATCH = 8, 384, 4
+# Windows that anyone has, by kind, and their share of the mass of a cut; the rest is the model's own writing.
+ANYONE, ANYONES = {"WikiText-2": 256, "Python's reference": 256}, 0.1
 # 30 steps brought code and Python's reference to 1.456 and 1.300 of the perplexity at 1e-4, to 1.441 and 1.342 at 3e-4.
 LM_RATE = 2e-4
 COLUMNS = [
@@ -127,15 +129,18 @@ def own_writing(original: LoadedModel) -> tuple[list[Tensor], float]:
 
 
 def language_model(part: str, steps: int, minutes: float) -> None:
-    """Prunes a fifth of the neurons on the model's own writing and some articles, and distils the original on more."""
+    """Prunes a fifth of the neurons on the model's own writing and anyone's text, and distils the original on both."""
     layout = LAYOUTS[part]
     original = smollm2()
-    articles, held_articles = wikitext(original, ARTICLES)
     small, out = WORK / f"{part}-pruned", WORK / f"{part}-healed"
-    held = {kind: make(original, HELD, WINDOW) for kind, make in KINDS.items() if kind != WIKITEXT}
-    held[WIKITEXT] = held_articles.subset(range(HELD))
+    texts, held = {}, {}
+    for kind, make in KINDS.items():
+        if kind in ANYONE:
+            texts[kind], held[kind] = make(original, ANYONE[kind] + HELD, WINDOW).split(ANYONE[kind], HELD)
+        else:
+            held[kind] = make(original, HELD, WINDOW)
     common: dict[str, Any] = {
-        "evaluate": held[WIKITEXT],
+        "evaluate": next(iter(held.values())),
         "evaluation_samples": HELD,
         "window": WINDOW,
         "force": True,
@@ -145,15 +150,12 @@ def language_model(part: str, steps: int, minutes: float) -> None:
     own, writing = cached(WORK / f"own-{OWN}.pt", partial(own_writing, original))
     if not small.is_dir():
         method = {"only": ["neurons"], "layout": layout}
-        data = modhifi.Mixture([from_items(own[:CUT_ON], None, n=CUT_ON, seed=0), articles], [0.8, 0.2])
-        modhifi.prune(original, data, ratio=0.2, samples=CUT_ON, method=method, out=small, **common)
+        sources = [from_items(own, None, n=OWN, seed=0), *texts.values()]
+        data = modhifi.Mixture(sources, [1 - ANYONES * len(texts), *[ANYONES] * len(texts)])
+        modhifi.prune(original, data, ratio=0.2, samples=OWN, method=method, out=small, **common)
     start = time.process_time()
-    train = from_items(
-        [*own, *(articles.load(i) for i in range(len(articles)))],
-        None,
-        n=OWN + len(articles),
-        seed=0,
-    )
+    items = [*own, *(text.load(i) for text in texts.values() for i in range(len(text)))]
+    train = from_items(items, None, n=len(items), seed=0)
     result = modhifi.heal(
         small,
         train,
@@ -179,11 +181,11 @@ def language_model(part: str, steps: int, minutes: float) -> None:
         rows.append({"model": name, "worst": max(ratios.values()), "mean": mean, **ratios})
     learnt = result.report["healing"]["steps"]
     intro = f"""# SmolLM2-135M without 20 % of its FFN neurons, healed
-Perplexity over the original's on {HELD} windows of {WINDOW} tokens of every kind of text (`eval/lm_texts.py`), none of
-which was learnt from. Pruned on {CUT_ON} windows of the model's own writing, four fifths of the mass, and
-{len(articles)} of articles of WikiText-2, in `{layout}` layout, then distilled from the original on {OWN} windows of
-its own writing and the articles, for {learnt} steps of {LM_BATCH} windows, in bfloat16: {core_minutes:.1f} core minutes
-and {writing / 60:.1f} for the writing.
+Perplexity over the original's on up to {HELD} windows of {WINDOW} tokens of every kind of text (`eval/lm_texts.py`),
+none of which was learnt from. Pruned on {OWN} windows of the model's own writing and on other documents of two of the
+kinds, {" and ".join(f"{len(text)} windows of {kind}" for kind, text in texts.items())}, {ANYONES:.0%} of the mass
+each, in `{layout}` layout, then distilled from the original on the same windows, for {learnt} steps of {LM_BATCH} of
+them, in bfloat16: {core_minutes:.1f} core minutes and {writing / 60:.1f} for the writing.
 Command: `python eval/heal.py --part {part} --minutes {minutes:g}`."""
     more = {"healing": result.report["healing"], "core minutes": core_minutes, "writing minutes": writing / 60}
     write_results(f"heal_{part.replace('-', '_')}", rows, ["model", "worst", "mean", *held], intro, **more)

@@ -73,7 +73,8 @@ class Bench:
         def both() -> tuple[Tensor, Tensor]:
             if kind not in (WIKI, MANUAL):
                 return torch.empty(0), stacked(KINDS[kind](self.loaded, HELD, self.window))
-            calibration, held = KINDS[kind](self.loaded, self.windows + HELD, self.window).split(self.windows, HELD)
+            all_of_it = KINDS[kind](self.loaded, self.windows + HELD, self.window)
+            calibration, held = all_of_it.split(len(all_of_it) - HELD, HELD)
             return stacked(calibration), stacked(held)
 
         return self.kept(kind, both)  # type: ignore[no-any-return]
@@ -127,10 +128,10 @@ def main(options: argparse.Namespace) -> None:
             rows,
             ["calibration", *Judge.COLUMNS],
             f"""# What calibration costs on every kind of text: SmolLM2-135M, a fifth of the FFN, no training
-{options.windows} windows of {options.window} tokens calibrate, of each source in a mixture; perplexity over the dense
-model's on {HELD} windows of every kind, none of which calibrates anything: the worst, the geometric mean, the lowest
-share of equal next tokens. "{ONE}": from the beginning alone; "self": from the beginning, the chat template and tokens
-at random.
+Up to {options.windows} windows of {options.window} tokens calibrate, of each source in a mixture (Python's reference
+has fewer than 200); perplexity over the dense model's on {HELD} windows of every kind, none of which calibrates
+anything: the worst, the geometric mean, the lowest share of equal next tokens. "{ONE}": from the beginning alone;
+"self": from the beginning, the chat template and tokens at random.
 Command: `python eval/lm_kinds.py --windows {options.windows} --window {options.window}`.""",
             settings=settings,
             dense={kind: math.exp(loss) for kind, (loss, _) in bench.judge.dense.items()},

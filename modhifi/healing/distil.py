@@ -50,7 +50,8 @@ def distil(
 ) -> Healed:
     """Trains a copy of ``student``, a smaller or edited version of ``original``, towards the outputs of the original.
 
-    The given models stay as they are. ``validation`` samples, on which nothing is trained, choose the best weights.
+    The given models stay as they are, and so do tables of embeddings and the heads that share them. ``validation``
+    samples, on which nothing is trained, choose the best weights.
     ``closed`` classes are taken from the teacher, and no block is matched then: they were erased on purpose.
     ``cut`` says what the student lacks, None for nothing. With a ``checkpoint`` a run goes on where it was
     ended. Raises ModhifiError where the models cannot be run on the samples.
@@ -89,8 +90,10 @@ class Distillation:
         self.blocks = matched_blocks(original, student, cut) if matched else dict[str, Match]()
         self.adapted = None
         if settings.lora is None:
+            # Of a vocabulary the samples have a part; the rows of other tokens would learn noise.
+            tables = {module.weight for module in self.model.modules() if isinstance(module, nn.Embedding)}
             for parameter in self.model.parameters():
-                parameter.requires_grad_(parameter.is_floating_point())
+                parameter.requires_grad_(parameter.is_floating_point() and parameter not in tables)
         else:
             self.adapted = add_adapters(self.model, settings.lora, settings.seed)
         products = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32

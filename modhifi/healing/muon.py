@@ -25,13 +25,12 @@ class Muon(Optimizer):
     """Muon for every parameter of ``model`` that takes gradients.
 
     ``lr`` is the Frobenius norm of a step over that of the weights. Convolutions are matrices ``(outputs, rest)``, and
-    stacks of matrices are so many. Vectors go along their normalised momentum, as a matrix of one row would, and so do
-    the tables of embeddings, in which no row goes further than ``lr`` times a row's root mean square norm. The
+    stacks of matrices are so many. Vectors go along their normalised momentum, as a matrix of one row would. The
     iteration runs in ``dtype``.
     """
 
     def __init__(self, model: nn.Module, lr: float, dtype: torch.dtype = torch.float32) -> None:
-        kinds: dict[str, list[nn.Parameter]] = {"vector": [], "table": [], "convolution": [], "matrix": []}
+        kinds: dict[str, list[nn.Parameter]] = {"vector": [], "convolution": [], "matrix": []}
         for parameter, kind in _kinds(model):
             kinds[kind].append(parameter)
         groups = [{"params": params, "kind": kind} for kind, params in kinds.items() if params]
@@ -98,19 +97,12 @@ def _kinds(model: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
             seen.add(parameter)
             if parameter.ndim < 2:
                 yield parameter, "vector"
-            elif isinstance(module, nn.Embedding):
-                yield parameter, "table"
             else:
                 yield parameter, "convolution" if isinstance(module, _ConvNd) else "matrix"
 
 
 def _directions(stacked: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-    """The directions of norm 1 of parameters of one shape, ``(n, ...)``; those of tables are shorter."""
-    if kind == "table":
-        # a batch reads few rows, and one of them must not take a step for them all
-        longest = torch.linalg.vector_norm(stacked, dim=-1, keepdim=True).amax(-2, keepdim=True)
-        step: Tensor = stacked / (longest.clamp_min(torch.finfo(longest.dtype).tiny) * stacked.shape[-2] ** 0.5)
-        return step
+    """The directions of norm 1 of parameters of one shape, ``(n, ...)``."""
     if kind == "vector":
         rows = stacked.reshape(len(stacked), -1)  # a number is one of length 1
         return (rows / _norm(rows, (-1,))).view(stacked.shape)

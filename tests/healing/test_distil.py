@@ -274,6 +274,21 @@ def disturbed(dtype: torch.dtype) -> tuple[LoadedModel, nn.Module]:
     return loaded, student
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_table_of_embeddings_stays_and_so_does_a_head_that_shares_it(
+    tied: bool, optimizer: str, texts: Samples
+) -> None:
+    loaded = load_model(tiny_text.llama(tie_word_embeddings=tied))
+    student = clone(loaded.model)
+    for name, parameter in student.named_parameters():
+        parameter.data *= 1 if "embed" in name else 1.1
+    healed = distil(loaded, student, texts, texts, replace(SETTINGS, learning_rate=3e-3, optimizer=optimizer))
+    after, changed = healed.model.state_dict(), {"lm_head.weight"} if not tied else set()
+    stayed = {name for name, tensor in student.state_dict().items() if torch.equal(tensor, after[name])}
+    assert stayed == {"model.embed_tokens.weight", "lm_head.weight"} - changed
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_language_model_in_half_precision_learns_and_stays_in_it(dtype: torch.dtype, texts: Samples) -> None:
     healed = distil(*disturbed(dtype), texts, texts, replace(SETTINGS, learning_rate=3e-3, batch_size=4))

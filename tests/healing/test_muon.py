@@ -63,16 +63,6 @@ def test_vectors_go_along_their_gradient() -> None:
     assert torch.allclose(stepped(module, gradient), along(before, gradient), atol=1e-6)
 
 
-def test_no_row_of_a_table_goes_further_than_a_row_may() -> None:
-    torch.manual_seed(2)
-    module = nn.Embedding(5, 3)
-    before, gradient = module.weight.detach().clone(), torch.randn(5, 3)
-    gradient[1] = 0
-    step = stepped(module, gradient)
-    assert torch.allclose(step / step.norm(), -gradient / gradient.norm(), atol=1e-5)
-    assert float(step.norm(dim=1).max()) == pytest.approx(RATE * float(before.square().sum(1).mean().sqrt()), rel=1e-5)
-
-
 def test_a_stack_of_matrices_is_so_many_matrices() -> None:
     torch.manual_seed(3)
     module = nn.Module()
