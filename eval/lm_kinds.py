@@ -80,10 +80,10 @@ class Bench:
         return self.kept(kind, both)  # type: ignore[no-any-return]
 
     def written(self, source: str) -> Tensor:
-        """Windows that the model writes, from one kind of beginning or from all."""
+        """Windows that the model writes, in float32, from one kind of beginning or from all."""
         if source == "self":
-            return stacked(write(self.loaded, self.windows, window=self.window))
-        return stacked(one_kind(self.loaded, self.windows, self.window))
+            return stacked(write(smollm2(), self.windows, window=self.window))
+        return stacked(one_kind(smollm2(), self.windows, self.window))
 
     def samples(self, source: str) -> Samples:
         own = source in ("self", ONE)

@@ -1,4 +1,4 @@
-"""The original as a teacher: its outputs and those of its blocks, kept in memory where they come again and fit."""
+"""The original as a teacher: its outputs and those of its blocks, kept where they come again and fit."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from modhifi.calibration.memory import free_bytes
 from modhifi.healing.blocks import Match, Watch
+from modhifi.healing.kept import Kept, room_for
 from modhifi.models.loaded import LoadedModel
-
-# The share of the free memory that kept outputs may take.
-SHARE = 0.25
 
 
 class Teacher:
     """The outputs of ``original``, and what those of its ``blocks`` should be in a student, on ``count`` samples.
 
-    With ``keep`` those of a sample are computed once, if all of them fit into memory and have one shape. ``autocast``
+    With ``keep`` those of a sample are computed once, if all of them fit into memory or on the disk and have one shape;
+    of a language model what its head reads is kept in place of the logits, which are a vocabulary wide. ``autocast``
     makes the context in which the original runs: in full precision it would take longer than a student in half.
     """
 
@@ -33,35 +31,70 @@ class Teacher:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.original, self.blocks, self.count, self.autocast = original, blocks, count, autocast
-        self.keep = keep
-        self.kept: list[Tensor] = []
+        self.keep, self.head = keep, _head(original.model)
+        self.kept: Kept | None = None
+        self.shape = torch.Size()
         self.known = torch.zeros(count, dtype=torch.bool)
 
     @torch.no_grad()
     def outputs(self, batch: Tensor, indices: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The output on a batch, made of the samples at ``indices``, and those of the blocks, on the model's device."""
-        chosen = torch.tensor(indices)
-        if self.kept and bool(self.known[chosen].all()):
-            device = next(self.original.model.parameters()).device
-            first, *others = (tensor[chosen].to(device) for tensor in self.kept)
-            return first, tuple(others)
-        with Watch(self.original.model, tuple(self.blocks)) as watch, self.autocast():
-            output = self.original.logits(batch)
-            seen = zip(self.blocks.values(), watch.take(), strict=True)
-            outputs = (output, *(match.part_of(whole) for match, whole in seen))
-        if self.keep and not self.kept:
-            self._make_room(outputs)
-        padded = self.original.real_tokens(batch) is not None
-        if padded or (self.kept and self.kept[0].shape[1:] != outputs[0].shape[1:]):
-            self.keep, self.kept = False, []  # texts of several lengths
-        if self.kept:
-            for kept, tensor in zip(self.kept, outputs, strict=True):
-                kept[chosen] = tensor.to(kept.device)
-            self.known[chosen] = True
-        return outputs[0], outputs[1:]
-
-    def _make_room(self, outputs: Sequence[Tensor]) -> None:
-        needed = sum(self.count * tensor[0].nbytes for tensor in outputs)
-        self.keep = needed <= SHARE * free_bytes(torch.device("cpu"))
+        if self.kept is not None and bool(self.known[torch.tensor(indices)].all()):
+            try:
+                return self._remembered(self.kept, indices)
+            except OSError:
+                self.keep, self.kept = False, None
+        read: list[Tensor] = []
+        watched = [] if self.head is None else [self.head.register_forward_pre_hook(lambda _, x: read.append(x[0]))]
+        try:
+            with Watch(self.original.model, tuple(self.blocks)) as watch, self.autocast():
+                output = self.original.logits(batch)
+                seen = zip(self.blocks.values(), watch.take(), strict=True)
+                blocks = tuple(self._rounded(match.part_of(whole)) for match, whole in seen)
+        finally:
+            for hook in watched:
+                hook.remove()
         if self.keep:
-            self.kept = [torch.empty(self.count, *tensor.shape[1:], dtype=tensor.dtype) for tensor in outputs]
+            self._remember(batch, indices, output, read, blocks)
+        return output, blocks
+
+    def _remembered(self, kept: Kept, indices: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        device = next(self.original.model.parameters()).device
+        first, *others = (tensor.to(device) for tensor in kept.get(indices))
+        with self.autocast():
+            return first if self.head is None else self.head(first), tuple(others)
+
+    def _remember(
+        self, batch: Tensor, indices: Sequence[int], output: Tensor, read: Sequence[Tensor], blocks: Sequence[Tensor]
+    ) -> None:
+        """Keeps what was put out; nothing from then on where samples have several lengths or there is no room."""
+        if self.kept is None:
+            with self.autocast():
+                # Logits may be scaled or capped behind the head.
+                if self.head is None or len(read) != 1 or not torch.equal(self.head(read[0]), output):
+                    self.head = None
+        first = output if self.head is None else read[0]
+        if self.kept is None:
+            self.kept, self.shape = room_for(self.count, (first, *blocks)), first.shape[1:]
+        padded = self.original.real_tokens(batch) is not None
+        try:
+            if padded or self.kept is None or first.shape[1:] != self.shape:
+                raise OSError
+            self.kept.put(indices, (first, *blocks))
+        except OSError:
+            self.keep, self.kept = False, None
+        else:
+            self.known[torch.tensor(indices)] = True
+
+    def _rounded(self, block: Tensor) -> Tensor:
+        """In bfloat16 where products are: a sum of them is no more exact, and half as large."""
+        kind = block.device.type
+        half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+        return block.bfloat16() if half else block
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """What makes logits of a language model's last hidden states."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    return head if isinstance(head, nn.Module) else None
