@@ -236,10 +236,11 @@ def show(stage: str, done: int, total: int) -> None:
 
 
 def add(row: dict[str, Any]) -> None:
-    """Writes the table with the row in the place of an earlier one of its part."""
+    """Writes the table with the row in the place of an earlier one of its part and steps."""
     file = RESULTS / "heal.json"
-    others = [r for r in json.loads(file.read_text())["rows"] if r["part"] != row["part"]] if file.is_file() else []
-    rows = sorted([*others, row], key=lambda r: list(PARTS).index(r["part"]))
+    others = json.loads(file.read_text())["rows"] if file.is_file() else []
+    others = [r for r in others if (r["part"], r["steps"]) != (row["part"], row["steps"])]
+    rows = sorted([*others, row], key=lambda r: (list(PARTS).index(r["part"]), r["steps"]))
     write_results("heal", rows, COLUMNS, INTRO)
 
 
