@@ -111,22 +111,31 @@ def test_the_statistics_of_batchnorm_move_only_where_that_is_asked_for(
 
 
 def test_what_the_teacher_said_is_kept_or_asked_again_with_the_same_result(
-    pair: tuple[LoadedModel, nn.Module], images: tuple[Samples, Samples], monkeypatch: pytest.MonkeyPatch
+    pair: tuple[LoadedModel, nn.Module],
+    images: tuple[Samples, Samples],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    asked, real = [], LoadedModel.logits
+    asked, real = list[None](), LoadedModel.logits
 
     def logits(loaded: LoadedModel, batch: Tensor, model: nn.Module | None = None) -> Tensor:
         asked.extend([None] * (model is None))
         return real(loaded, batch, model)
 
     monkeypatch.setattr(LoadedModel, "logits", logits)
-    kept, calls = heal(pair, images), len(asked)
-    monkeypatch.setattr("modhifi.healing.teacher.SHARE", 0.0)
-    again = heal(pair, images)
-    # Batches of other items round otherwise.
-    for name, tensor in kept.model.state_dict().items():
-        torch.testing.assert_close(again.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
-    assert calls < 20 < len(asked) - calls
+    monkeypatch.setenv("MODHIFI_CACHE", str(tmp_path))
+    runs, calls = [], []
+    for place in ("in memory", "MEMORY", "DISK"):
+        if place != "in memory":
+            monkeypatch.setattr(f"modhifi.healing.kept.{place}", 0.0)
+        asked.clear()
+        runs.append(heal(pair, images).model.state_dict())
+        calls.append(len(asked))
+    for again in runs[1:]:
+        # Batches of other items round otherwise.
+        for name, tensor in runs[0].items():
+            torch.testing.assert_close(again[name], tensor, rtol=1e-3, atol=1e-4)
+    assert calls[0] == calls[1] < 20 < calls[2]
 
 
 class Killed(BaseException):
