@@ -45,7 +45,7 @@ class Teacher:
             except OSError:
                 self.keep, self.kept = False, None
         read: list[Tensor] = []
-        watched = [] if self.head is None else [self.head.register_forward_pre_hook(lambda _, x: read.append(x[0]))]
+        watched = [] if self.head is None else [self.head.register_forward_pre_hook(lambda _, x: read.extend(x[:1]))]
         try:
             with Watch(self.original.model, tuple(self.blocks)) as watch, self.autocast():
                 output = self.original.logits(batch)
@@ -69,10 +69,7 @@ class Teacher:
     ) -> None:
         """Keeps what was put out; nothing from then on where samples have several lengths or there is no room."""
         if self.kept is None:
-            with self.autocast():
-                # Logits may be scaled or capped behind the head.
-                if self.head is None or len(read) != 1 or not torch.equal(self.head(read[0]), output):
-                    self.head = None
+            self.head = self.head if len(read) == 1 and self._makes(read[0], output) else None
         first = output if self.head is None else read[0]
         if self.kept is None:
             self.kept, self.shape = room_for(self.count, (first, *blocks)), first.shape[1:]
@@ -85,6 +82,12 @@ class Teacher:
             self.keep, self.kept = False, None
         else:
             self.known[torch.tensor(indices)] = True
+
+    def _makes(self, read: Tensor, output: Tensor) -> bool:
+        """Whether the head makes the output of what it read; logits may be scaled, capped or cast behind it."""
+        with self.autocast():
+            made = None if self.head is None else self.head(read)
+        return made is not None and made.dtype == output.dtype and torch.equal(made, output)
 
     def _rounded(self, block: Tensor) -> Tensor:
         """In bfloat16 where products are: a sum of them is no more exact, and half as large."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,18 +50,18 @@ def test_memory_comes_first_then_the_disk_then_nothing(monkeypatch: pytest.Monke
     assert room_for(6, TENSORS) is None
 
 
-class Capped(nn.Module):
-    """A language model that caps its logits behind the head."""
+class Changed(nn.Module):
+    """A language model that does something to its logits behind the head."""
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, behind: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.inner, self.config = inner, inner.config
+        self.inner, self.config, self.behind = inner, inner.config, behind
 
     def get_output_embeddings(self) -> nn.Module:
         return self.inner.lm_head  # type: ignore[no-any-return, union-attr]
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.inner(input_ids).logits.tanh()  # type: ignore[no-any-return]
+        return self.behind(self.inner(input_ids).logits)
 
 
 def asked(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -76,15 +77,15 @@ def asked(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("memory", [1.0, 0.0])
-@pytest.mark.parametrize("capped", [False, True])
+@pytest.mark.parametrize("behind", [None, Tensor.tanh, Tensor.double])
 def test_a_language_model_is_asked_once_and_its_logits_are_not_kept(
-    capped: bool, memory: float, monkeypatch: pytest.MonkeyPatch
+    behind: Callable[[Tensor], Tensor] | None, memory: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kept, "MEMORY", memory)
     model = tiny_text.llama()
     tokens = torch.randint(3, tiny_text.VOCABULARY, (6, 8))
-    loaded = load_model(Capped(model), example=tokens[:2]) if capped else load_model(model)
-    blocks = {f"inner.{name}": match for name, match in BLOCKS.items()} if capped else BLOCKS
+    loaded = load_model(Changed(model, behind), example=tokens[:2]) if behind else load_model(model)
+    blocks = {f"inner.{name}": match for name, match in BLOCKS.items()} if behind else BLOCKS
     teacher, batches = Teacher(loaded, blocks, 6, keep=True), asked(loaded, monkeypatch)
     first = [teacher.outputs(tokens[indices], indices) for indices in ([0, 1], [2, 3], [4, 5])]
     again, others = teacher.outputs(tokens[[4, 1]], [4, 1])
@@ -92,7 +93,7 @@ def test_a_language_model_is_asked_once_and_its_logits_are_not_kept(
     assert torch.equal(again, torch.stack([first[2][0][0], first[0][0][1]]))
     for place, block in enumerate(others):
         assert torch.equal(block, torch.stack([first[2][1][place][0], first[0][1][place][1]]))
-    assert (teacher.head is None) == capped
+    assert (teacher.head is None) == (behind is not None)
 
 
 def test_a_teacher_that_cannot_keep_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
