@@ -2,7 +2,7 @@
 fifth of its FFN.
 
     MODHIFI_DATA=DIR python eval/heal.py --part half|quarter|inverted|resnet50|resnet50-synthetic|smollm2|
-        smollm2-global|smollm2-global-again|unlearned|unlearned-resnet50
+        smollm2-global|unlearned|unlearned-resnet50
         [--steps N] [--minutes M]
 
 Every image part adds its row to results/heal.json and results/heal.md; the language model has a table of its own. A
@@ -132,9 +132,7 @@ def language_model(part: str, steps: int, minutes: float) -> None:
     """Prunes a fifth of the neurons on the model's own writing and anyone's text, and distils the original on both."""
     layout = LAYOUTS[part]
     original = smollm2()
-    again = part.endswith(AGAIN)
-    small = WORK / (f"{part.removesuffix(AGAIN)}-healed" if again else f"{part}-pruned")
-    out = WORK / f"{part}-healed"
+    small, out = WORK / f"{part}-pruned", WORK / f"{part}-healed"
     texts, held = {}, {}
     for kind, make in KINDS.items():
         if kind in ANYONE:
@@ -171,8 +169,7 @@ def language_model(part: str, steps: int, minutes: float) -> None:
         **common,
     )
     core_minutes = (time.process_time() - start) / 60
-    names = ("healed", "healed again") if again else ("pruned", "healed")
-    models = {"original": original.model, names[0]: modhifi.load(small), names[1]: result.model}
+    models = {"original": original.model, "pruned": modhifi.load(small), "healed": result.model}
     values = {
         name: {kind: perplexity(partial(original.logits, model=model), text) for kind, text in held.items()}
         for name, model in models.items()
@@ -183,7 +180,7 @@ def language_model(part: str, steps: int, minutes: float) -> None:
         mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
         rows.append({"model": name, "worst": max(ratios.values()), "mean": mean, **ratios})
     learnt = result.report["healing"]["steps"]
-    intro = f"""# SmolLM2-135M without 20 % of its FFN neurons, {names[1]}
+    intro = f"""# SmolLM2-135M without 20 % of its FFN neurons, healed
 Perplexity over the original's on up to {HELD} windows of {WINDOW} tokens of every kind of text (`eval/lm_texts.py`),
 none of which was learnt from. Pruned on {OWN} windows of the model's own writing and on other documents of two of the
 kinds, {" and ".join(f"{len(text)} windows of {kind}" for kind, text in texts.items())}, {ANYONES:.0%} of the mass
@@ -199,8 +196,7 @@ UNLEARNED: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     "unlearned-resnet50": (RESNET50, 800, 800, HALF),
 }
 # Of the language models.
-AGAIN = "-again"
-LAYOUTS = {"smollm2": "uniform", "smollm2-global": "global", "smollm2-global-again": "global"}
+LAYOUTS = {"smollm2": "uniform", "smollm2-global": "global"}
 KEYS = ("forget", "retain", "recall", "probe", "neighbours")
 
 
