@@ -103,7 +103,8 @@ class Distillation:
         self.state = State(micro=self.size)
         self.schedule = Schedule(settings.steps, settings.minutes)
         keep, autocast = not settings.augment, self.accelerator.autocast
-        self.teacher = Teacher(original, self.blocks, len(train), keep, autocast)
+        processes = self.accelerator.num_processes
+        self.teacher = Teacher(original, self.blocks, len(train), keep, autocast, processes)
         self.examination = Examination(original, validation, settings.batch_size, self.closed)
         self.best = self._weights()
         self.losses: list[Tensor] = []

@@ -14,7 +14,7 @@ from torch import Tensor
 from modhifi.cache import default_directory
 from modhifi.calibration.memory import free_bytes
 
-# The shares of the free memory, and of the free disk, that may be taken.
+# The shares of the free memory, and of the free disk, that all processes of a run may take.
 MEMORY, DISK = 0.25, 1 / 3
 # Tensors of every dtype begin at multiples of so many bytes.
 ALIGNED = 16
@@ -30,12 +30,12 @@ class Kept(Protocol):
         """The tensors ``(n, ...)`` of samples that were put, on the CPU; raises OSError where they cannot be read."""
 
 
-def room_for(count: int, tensors: Sequence[Tensor]) -> Kept | None:
-    """Room for tensors like these, ``(n, ...)``, of ``count`` samples; None where there is none.
+def room_for(count: int, tensors: Sequence[Tensor], processes: int = 1) -> Kept | None:
+    """Room for tensors like these, ``(n, ...)``, of ``count`` samples in every process; None if there is none.
 
     What a GPU puts out goes into memory alone: it is sooner computed than read from a disk.
     """
-    needed = count * sum(tensor[0].nbytes for tensor in tensors)
+    needed = processes * count * sum(tensor[0].nbytes for tensor in tensors)
     if needed <= MEMORY * free_bytes(torch.device("cpu")):
         return InMemory(count, tensors)
     if tensors[0].device.type != "cpu":

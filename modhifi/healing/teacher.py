@@ -19,7 +19,8 @@ class Teacher:
 
     With ``keep`` those of a sample are computed once, if all of them fit into memory or on the disk and have one shape;
     of a language model what its head reads is kept in place of the logits, which are a vocabulary wide. ``autocast``
-    makes the context in which the original runs: in full precision it would take longer than a student in half.
+    makes the context in which the original runs: in full precision it would take longer than a student in half. Each of
+    the ``processes`` of a run keeps for itself.
     """
 
     def __init__(
@@ -29,8 +30,10 @@ class Teacher:
         count: int,
         keep: bool,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        processes: int = 1,
     ) -> None:
         self.original, self.blocks, self.count, self.autocast = original, blocks, count, autocast
+        self.processes = processes
         self.keep, self.head = keep, _head(original.model)
         self.kept: Kept | None = None
         self.shape = torch.Size()
@@ -72,7 +75,8 @@ class Teacher:
             self.head = self.head if len(read) == 1 and self._makes(read[0], output) else None
         first = output if self.head is None else read[0]
         if self.kept is None:
-            self.kept, self.shape = room_for(self.count, (first, *blocks)), first.shape[1:]
+            self.kept = room_for(self.count, (first, *blocks), self.processes)
+            self.shape = first.shape[1:]
         padded = self.original.real_tokens(batch) is not None
         try:
             if padded or self.kept is None or first.shape[1:] != self.shape:

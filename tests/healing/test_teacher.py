@@ -42,6 +42,7 @@ def test_memory_comes_first_then_the_disk_then_nothing(monkeypatch: pytest.Monke
     assert isinstance(room_for(6, TENSORS), InMemory)
     monkeypatch.setattr(kept, "MEMORY", 0.0)
     assert isinstance(room_for(6, TENSORS), OnDisk)
+    assert room_for(6, TENSORS, processes=10**12) is None
     assert room_for(6, [tensor.to("meta") for tensor in TENSORS]) is None
     monkeypatch.setattr(kept, "DISK", 0.0)
     assert room_for(6, TENSORS) is None
