@@ -132,7 +132,7 @@ Up to {options.windows} windows of {options.window} tokens calibrate, of each so
 has fewer than 200); perplexity over the dense model's on {HELD} windows of every kind, none of which calibrates
 anything: the worst, the geometric mean, the lowest share of equal next tokens. "{ONE}": from the beginning alone;
 "self": from the beginning, the chat template and tokens at random.
-Command: `python eval/lm_kinds.py --windows {options.windows} --window {options.window}`.""",
+Command: `python eval/lm_kinds.py --windows {options.windows} --window {options.window} [--only CALIBRATION]`.""",
             settings=settings,
             dense={kind: math.exp(loss) for kind, (loss, _) in bench.judge.dense.items()},
         )
