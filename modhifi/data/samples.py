@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from modhifi.models.loaded import PADDING, LoadedModel
 
 # What the description of a part of some samples begins with.
 PART = re.compile(r"^\d+ of: ")
+# The share that the second of two parts keeps where there are too few for both.
+LEAST_SECOND = 1 / 5
 
 
 def describe_data(samples: Samples) -> dict[str, Any]:
@@ -91,12 +94,14 @@ class Samples:
         return next(self.subset(range(min(count, len(self)))).batches(count))
 
     def split(self, first: int, second: int) -> tuple[Samples, Samples]:
-        """Two disjoint sets of at most `first` and `second` items, in proportion if there are fewer in all.
+        """Two disjoint sets of at most `first` and `second` items; no unit has items in both.
 
-        No unit has items in both.
+        If there are fewer in all they are shared out in proportion, but that the second set keeps ``LEAST_SECOND`` of
+        them where it asks for so many: a verdict on a handful of items says nothing.
         """
         n = len(self)
-        cut = max(min(first, round(n * first / (first + second))), n - second)
+        least = min(second, math.ceil(LEAST_SECOND * n))
+        cut = max(min(first, round(n * first / (first + second)), n - least), n - second)
         units = self.units if self.units is not None else range(n)
         first_units, second_units = set(dict.fromkeys(units)), set[int]()
         for unit in reversed(dict.fromkeys(units)):

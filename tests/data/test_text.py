@@ -69,6 +69,23 @@ def test_split_without_documents_is_by_order() -> None:
     assert [len(part) for part in samples.split(30, 10)] == [6, 2]
 
 
+@pytest.mark.parametrize(
+    ("count", "asked", "got"),
+    [
+        (62, (10_000, 256), (49, 13)),
+        (1000, (10_000, 256), (800, 200)),
+        (5000, (10_000, 256), (4744, 256)),
+        (20_000, (10_000, 256), (10_000, 256)),
+        (62, (256, 256), (31, 31)),
+        (62, (60, 2), (60, 2)),
+    ],
+)
+def test_a_short_source_keeps_a_fifth_to_hold_out(count: int, asked: tuple[int, int], got: tuple[int, int]) -> None:
+    names = tuple(map(str, range(count)))
+    parts = Samples(lambda i: torch.tensor([i]), names, None, names, "", False).split(*asked)
+    assert tuple(map(len, parts)) == got
+
+
 def test_folders_and_short_documents(loaded: LoadedModel, tmp_path: Path) -> None:
     for i in range(5):
         (tmp_path / f"{i}.txt").write_text(tiny_text.write(i, 60 if i else 12))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -102,6 +103,18 @@ def test_bounds_of_a_healed_model_are_those_of_its_dense_shape(healed: Path, ima
     assert {rung.name: rung.value is not None for rung in bounds.rungs}["R1 every input"]
     with pytest.raises(ModhifiError, match="calibrated this model"):
         modhifi.verify(healed, f"images:{image_dir}", samples=48)
+
+
+def test_a_short_source_is_shared_out_and_said_to_be_short(small: Path, image_dir: Path, tmp_path: Path) -> None:
+    amounts = ("--samples", 1000, "--evaluation-samples", 100)
+    code, stdout, stderr = heal(small, image_dir, *amounts, "--steps", 1, "--out", tmp_path / "out", "--json")
+    assert code == 0, stderr
+    report = json.loads(stdout)
+    data = report["data"]
+    learnt, held = data["samples"] + data["validation_samples"], data["held_out_samples"]
+    assert held == math.ceil((learnt + held) / 5)
+    said = f"{held} samples are held out, where 100 were asked for, and {data['samples']} are learnt from"
+    assert any(said in warning for warning in report["warnings"])
 
 
 @pytest.mark.slow
