@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -56,8 +57,11 @@ def distil(
     ``cut`` says what the student lacks, None for nothing. With a ``checkpoint`` a run goes on where it was
     ended. Raises ModhifiError where the models cannot be run on the samples.
     """
-    run = Distillation(original, student, train, validation, settings, closed, cut or Cut(), checkpoint, progress, note)
-    return run.run()
+    with accelerator_for(next(original.model.parameters()).device, settings.precision) as accelerator:
+        told = (checkpoint, progress, note)
+        return Distillation(
+            accelerator, original, student, train, validation, settings, closed, cut or Cut(), *told
+        ).run()
 
 
 class Distillation:
@@ -65,6 +69,7 @@ class Distillation:
 
     def __init__(
         self,
+        accelerator: Accelerator,
         original: LoadedModel,
         student: nn.Module,
         train: Samples,
@@ -80,7 +85,7 @@ class Distillation:
         self.train, self.checkpoint = train, checkpoint
         self.progress, self.note = progress, note
         self.device = next(original.model.parameters()).device
-        self.accelerator = accelerator_for(self.device, settings.precision)
+        self.accelerator = accelerator
         self.dtypes = {name: p.dtype for name, p in student.named_parameters()}
         self.model = clone(student)
         if any(dtype.itemsize < torch.float32.itemsize for dtype in self.dtypes.values()):
@@ -312,5 +317,6 @@ class Distillation:
             broken,
             early,
             tuple(self.blocks),
+            self.accelerator.mixed_precision,
             tuple(self.state.notes),
         )

@@ -16,7 +16,7 @@ class Healed:
     ``curve`` has an entry an interval: ``step``, ``seconds``, ``loss`` (mean of the training loss since the entry
     before), and on the validation samples ``divergence`` and ``agreement`` with its standard ``error``. ``best`` is the
     step of the weights taken, ``broken`` that of an interval whose loss was not finite, None where all were. ``blocks``
-    were matched.
+    were matched. ``precision`` is what the products of a step were made in, as accelerate calls it.
     """
 
     model: nn.Module
@@ -27,6 +27,7 @@ class Healed:
     broken: int | None
     early: bool
     blocks: tuple[str, ...]
+    precision: str
     notes: tuple[str, ...]
 
 

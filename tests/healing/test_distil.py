@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.healing.blocks import Cut, Watch
 from modhifi.healing.checkpoint import Checkpoint
+from modhifi.healing.devices import accelerator_for
 from modhifi.healing.distil import Distillation, distil
 from modhifi.healing.healed import Healed
 from modhifi.healing.losses import block_loss, output_loss
@@ -60,6 +62,14 @@ def heal(pair: tuple[LoadedModel, nn.Module], images: tuple[Samples, Samples], *
     return distil(*pair, *images, settings, **more)
 
 
+@contextmanager
+def distillation(
+    pair: tuple[LoadedModel, nn.Module], images: tuple[Samples, Samples], settings: HealSettings
+) -> Iterator[Distillation]:
+    with accelerator_for(torch.device("cpu"), settings.precision) as accelerator:
+        yield Distillation(accelerator, *pair, *images, settings, (), Cut(), None, silent, lambda text: None)
+
+
 def same(first: nn.Module, second: nn.Module) -> bool:
     state = second.state_dict()
     return all(torch.equal(tensor, state[name]) for name, tensor in first.state_dict().items())
@@ -89,13 +99,13 @@ def test_the_student_comes_nearer_and_the_given_models_stay(
 def test_the_loss_has_the_distance_of_blocks_on_the_scale_of_the_divergence(
     pair: tuple[LoadedModel, nn.Module], images: tuple[Samples, Samples]
 ) -> None:
-    settings = replace(SETTINGS, temperature=3.0, blocks=0.5)
-    run = Distillation(*pair, *images, settings, (), Cut(), None, silent, lambda text: None)
-    batch, names = next(images[0].batches(4)), tuple(run.blocks)
-    with Watch(run.model, names) as run.watch, Watch(pair[0].model, names) as dense, torch.no_grad():
-        loss = run._loss(range(4), 0)
-        outputs = [pair[0].logits(batch, model) for model in (None, run.model)]
-        expected = output_loss(*outputs, temperature=3.0) + 0.5 * 9 * block_loss(dense.take(), run.watch.take())
+    settings = replace(SETTINGS, temperature=3.0, blocks=0.5, precision="no")
+    with distillation(pair, images, settings) as run, torch.no_grad():
+        batch, names = next(images[0].batches(4)), tuple(run.blocks)
+        with Watch(run.model, names) as run.watch, Watch(pair[0].model, names) as dense:
+            loss = run._loss(range(4), 0)
+            outputs = [pair[0].logits(batch, model) for model in (None, run.model)]
+            expected = output_loss(*outputs, temperature=3.0) + 0.5 * 9 * block_loss(dense.take(), run.watch.take())
     assert names and float(loss) == pytest.approx(float(expected), rel=1e-6)
 
 
@@ -333,11 +343,10 @@ def test_adapters_are_merged_into_weights_of_the_same_names(texts: Samples, tmp_
 def test_the_teacher_runs_in_the_precision_of_the_student(
     pair: tuple[LoadedModel, nn.Module], images: tuple[Samples, Samples]
 ) -> None:
-    run = Distillation(*pair, *images, SETTINGS, (), Cut(), None, silent, lambda text: None)
-    # what is examined is examined in full
-    assert run.teacher.autocast == run.accelerator.autocast and run.examination.teacher.autocast is nullcontext
-    run.teacher.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
-    output, _ = run.teacher.outputs(next(images[0].batches(4)), range(4))
+    with distillation(pair, images, replace(SETTINGS, precision="bf16")) as run:
+        # what is examined is examined in full
+        assert run.examination.teacher.autocast is nullcontext
+        output, _ = run.teacher.outputs(next(images[0].batches(4)), range(4))
     assert output.dtype == torch.bfloat16
 
 

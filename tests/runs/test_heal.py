@@ -61,7 +61,7 @@ def heal(directory: Path, image_dir: Path, *more: object) -> tuple[int, str, str
 @pytest.fixture(scope="module")
 def healed(small: Path, image_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("artefacts") / "healed"
-    code, _, stderr = heal(small, image_dir, "--steps", 8, "--out", out, "--quiet")
+    code, _, stderr = heal(small, image_dir, "--steps", 8, "--precision", "bf16", "--out", out, "--quiet")
     assert code == 0, stderr
     return out
 
@@ -69,6 +69,7 @@ def healed(small: Path, image_dir: Path, tmp_path_factory: pytest.TempPathFactor
 def test_the_report_has_original_pruned_and_healed_side_by_side(healed: Path) -> None:
     report = json.loads((healed / "report.json").read_text())
     assert list(report["columns"].values()) == ["original", "pruned", "healed"]
+    assert report["healing"]["precision"] == "bf16" and "minutes, in bfloat16: those" in report["summary"]
     rows = {row["name"]: row for row in report["before_after"]}
     parameters = rows["parameters"]
     assert parameters["before"] > parameters["between"] == parameters["after"]

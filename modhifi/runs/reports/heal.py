@@ -23,6 +23,8 @@ from modhifi.unlearning.attacks import measures
 
 # What is healed, by the task that made it.
 EDITED = {"prune": "pruned", "unlearn": "unlearned", "heal": "healed before"}
+# What products were made in, by accelerate's name of it.
+PRECISIONS = {"no": "", "bf16": ", in bfloat16", "fp16": ", in float16"}
 
 
 def report_of(
@@ -74,6 +76,7 @@ def report_of(
             "best": healed.best,
             "ended early": healed.early,
             "matched blocks": list(healed.blocks),
+            "precision": healed.precision,
             "curve": [dict(entry) for entry in healed.curve],
         },
         "warnings": warnings,
@@ -116,7 +119,8 @@ def measure_healing(
     report["before_after"] = [{**row, "between": other["after"]} for row, other in zip(rows, earlier_rows, strict=True)]
     healing = report["healing"]
     report["summary"] = (
-        f"distilled from the original with gradients to the weights for {healing['seconds'] / 60:.3g} minutes: those "
+        f"distilled from the original with gradients to the weights for {healing['seconds'] / 60:.3g} minutes"
+        f"{PRECISIONS[healing['precision']]}: those "
         f"after {healing['best']:,} of {healing['steps']:,} steps were the best, and are kept"
     )
 

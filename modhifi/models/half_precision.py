@@ -1,0 +1,26 @@
+"""Where matrix products and convolutions in bfloat16 are faster than in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+# What `torch.cpu.get_capabilities` calls instructions for products in bfloat16, on x86 and on ARM.
+INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for products in bfloat16; False for a CPU where torch cannot tell."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # absent from older torch
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and any(capabilities.get(name, False) for name in INSTRUCTIONS)
+
+
+def in_bfloat16(device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which products are made in bfloat16, where a device has instructions for them."""
+    return torch.autocast(device.type, torch.bfloat16) if has_bfloat16(device) else nullcontext()
