@@ -116,6 +116,24 @@ def test_inverted_images_fit_the_memory_better_and_change_no_weight(small, tmp_p
         assert again.synthetic and again.adapted == again.subset([1, 2]).adapted == adapted
 
 
+def test_an_inversion_that_was_ended_goes_on_behind_its_last_batch(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("modhifi.data.inversion.BATCH", 4)
+    whole, batches = inverted(small, 12, 0, steps=2), []
+
+    def told(_: str, done: int, total: int) -> None:
+        if done > 4 and not batches:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        inverted(small, 12, 0, steps=2, cache=tmp_path, progress=told)
+    monkeypatch.setattr("modhifi.data.inversion.improve", lambda *a: batches.append(len(a[1])) or improve(*a))
+    assert inverted(small, 12, 0, steps=2, cache=tmp_path).fingerprint() == whole.fingerprint()
+    assert batches == [4, 4]
+    # More of them begin with the same.
+    more = inverted(small, 16, 0, steps=2, cache=tmp_path)
+    assert batches == [4, 4, 4] and more.hashes[:12] == whole.hashes
+
+
 def test_patches_of_a_transformer_come_to_differ():
     torch.manual_seed(0)
     options = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
