@@ -109,7 +109,7 @@ class Cache:
     def entries(self) -> dict[Path, os.stat_result]:
         """Every entry, the one used longest ago first; what killed processes were writing is removed."""
         files = {}
-        for path in (*self.directory.glob("inverted-*"), *self.directory.glob("moments/*")):
+        for path in (*self.directory.glob("*"), *self.directory.glob("moments/*")):
             kind = NAMES.fullmatch(path.relative_to(self.directory).as_posix())
             with suppress(FileNotFoundError):  # another run may remove it meanwhile
                 if kind and kind["pid"] and _left_behind(path, int(kind["pid"])):

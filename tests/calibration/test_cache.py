@@ -88,7 +88,10 @@ def test_a_second_ratio_reuses_the_moments(tmp_path: Path) -> None:
     assert prune(tmp_path) == (plain, "")
 
 
-ENTRIES = [*(f"moments/{letter * 32}" for letter in "abc"), *(f"inverted-{letter * 16}" for letter in "def")]
+ENTRIES = [
+    *(f"moments/{letter * 32}" for letter in "abc"),
+    *(f"{kind}-{letter * 16}" for kind, letter in (("inverted", "d"), ("written", "e"), ("inverted", "f"))),
+]
 
 
 def test_altered_sums_are_measured_again_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
