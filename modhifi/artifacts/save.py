@@ -84,6 +84,7 @@ def save_artifact(
                 "base": base,
                 "model": {**_model_entry(original, framework, changes), **ways},
                 "groups": manifest.get("groups") or _groups(structure, plan),
+                "forgotten": manifest.get("forgotten") or _forgotten_before(original),
                 "weights": weights,
                 "recipe": recipe,
                 "versions": installed_versions(),
@@ -216,6 +217,11 @@ def _base(original: LoadedModel) -> dict[str, Any]:
     facts = {key: original.info.get(key) for key in ("repository", "revision", "licence")}
     arguments = {"args": original.info["model_args"]} if original.info.get("model_args") else {}
     return {"source": original.source, **arguments, **facts, "sha256": state_hash(original.model)}
+
+
+def _forgotten_before(original: LoadedModel) -> list[dict[str, Any]]:
+    """The classes that are gone from whatever is made of a model."""
+    return [] if original.artifact is None else [entry.model_dump() for entry in original.artifact.manifest.forgotten]
 
 
 def _model_entry(original: LoadedModel, framework: str, changes: Differences) -> dict[str, Any]:

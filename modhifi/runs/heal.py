@@ -280,7 +280,6 @@ def _save(
                 "seed": recipe.seed,
                 "gradients": "weights",
                 "groups": [] if before is None else [group.model_dump() for group in before.groups],
-                "forgotten": [] if before is None else [entry.model_dump() for entry in before.forgotten],
                 # What calibrated the cut is in the weights, too.
                 "calibration": {**learnt, "hashes": [*dict.fromkeys([*learnt["hashes"], *seen])]},
                 "held_out": describe_data(data.held),

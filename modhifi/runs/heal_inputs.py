@@ -65,6 +65,12 @@ def load_patient(recipe: HealRecipe, given: Given) -> Patient:
             raise ModhifiError("--lora is for models of transformers; leave it out to train the weights themselves")
         check_lora()
     closed = () if manifest is None else tuple(entry.index for entry in manifest.forgotten)
+    edits = [] if manifest is None else manifest.base.edits_before
+    if not closed and (unlearned := [edit for edit in edits if edit.get("task") == "unlearn"]):
+        raise ModhifiError(
+            f"{recipe.directory} was made from {unlearned[-1].get('source')}, which forgot classes, by a modhifi that "
+            "did not write down which; they would be taught again: make it again"
+        )
     return Patient(original, edited, manifest, closed, _cut(original, manifest))
 
 

@@ -32,7 +32,7 @@ from modhifi.errors import ModhifiError, SelfTestFailed
 from modhifi.models.artifact import load_artifact
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.models.manifest import Manifest, read_manifest
+from modhifi.models.manifest import ForgottenClass, Manifest, read_manifest
 from modhifi.models.weights import state_hash
 from modhifi.structure.groups import Structure
 from modhifi.structure.plan import Plan
@@ -264,7 +264,18 @@ def test_pruning_an_artefact_again_composes(saved, tmp_path):
     assert torch.equal(load_artifact(second).logits(first.example), first.logits(first.example, edited))
     base = read_manifest(second).base
     assert base.source == "timm:resnet18" and base.sha256 == read_manifest(out).base.sha256
-    assert [edit["source"] for edit in base.edits_before] == [str(out)]
+    assert [edit["source"] for edit in base.edits_before] == [str(out)] and not read_manifest(second).forgotten
+
+
+def test_classes_that_were_forgotten_are_gone_from_what_is_made_of_a_model(saved, tmp_path):
+    first = load_model(saved[0])
+    forgotten = (ForgottenClass(index=1, name="cat"),)
+    first = replace(
+        first,
+        artifact=replace(first.artifact, manifest=first.artifact.manifest.model_copy(update={"forgotten": forgotten})),
+    )
+    edited, structure, plan = prune(first, 0.25)
+    assert read_manifest(save(tmp_path / "again", first, edited, structure, plan)).forgotten == forgotten
 
 
 @pytest.mark.parametrize(

@@ -292,6 +292,28 @@ def test_two_processes_learn_what_one_learns(small: Path, image_dir: Path, tmp_p
 
 
 # -- forgotten classes, language models --------------------------------------------------------------------------------
+def test_what_forgot_classes_without_saying_which_is_refused(small: Path, image_dir: Path, tmp_path: Path) -> None:
+    older = tmp_path / "older"
+    shutil.copytree(small, older)
+    content = json.loads((older / "modhifi.json").read_text())
+    content["base"]["edits_before"] = [{"source": "forgot", "task": "unlearn", "files": {}}]
+    (older / "modhifi.json").write_text(json.dumps(content))
+    code, _, stderr = heal(older, image_dir, "--steps", 1, "--out", tmp_path / "out")
+    assert code == 2 and "made from forgot, which forgot classes" in stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_class_stays_forgotten_after_pruning_and_healing(world: Path, tmp_path: Path) -> None:
+    train, amounts = f"images:{world / 'train'}", {"samples": 400, "checks": {"walked": 0}}
+    given = {**amounts, "evaluate": f"images:{world / 'test'}", "evaluation_samples": 480}
+    modhifi.unlearn(world / "model", train, forget=NAMES[2], out=tmp_path / "forgot", **given)
+    modhifi.prune(tmp_path / "forgot", train, ratio=0.5, out=tmp_path / "small", **given)
+    healed = modhifi.heal(tmp_path / "small", train, steps=40, batch_size=32, out=tmp_path / "healed", **given)
+    assert [entry.index for entry in read_manifest(tmp_path / "healed").forgotten] == [2]
+    forgetting = healed.bounds.forgetting
+    assert forgetting["original"].measured < 0.5 and forgetting["edited"].measured >= 0.98
+
+
 @pytest.mark.slow
 def test_a_forgotten_class_is_not_taught_again(world: Path, tmp_path: Path) -> None:
     images = {"data": f"images:{world / 'train'}", "evaluate": f"images:{world / 'test'}"}
