@@ -40,7 +40,7 @@ INT4_GROUP = 128
 HEAL_IMAGES, HEAL_DRAWN, HEAL_INVERTED = Amounts(10_000, 256, 128), Amounts(2_000, 256, 128), Amounts(500, 256, 128)
 HEAL_TEXT, HEAL_TEXT_ON_CPU = Amounts(512, 32, 8, 1024), Amounts(128, 16, 4, 512)
 MINUTES = 10.0
-# Temperatures of images and of text.
+# Temperatures of images, and of text and teachers without a class.
 SOFT, PLAIN = 4.0, 1.0
 
 IMAGES = Amounts(256, 256, 32)
@@ -152,11 +152,18 @@ def complete(recipe: PruneRecipe, loaded: LoadedModel, device: torch.device | st
 
 
 def complete_heal(
-    recipe: HealRecipe, loaded: LoadedModel, device: torch.device | str, against: ModelSource
+    recipe: HealRecipe,
+    loaded: LoadedModel,
+    device: torch.device | str,
+    against: ModelSource,
+    *,
+    forgot: bool = False,
+    whole: bool = False,
 ) -> HealRecipe:
     """The healing run of a version of ``loaded``, which ``against`` names, with every default written out.
 
-    Raises ModhifiError for a window that the model does not take.
+    ``forgot`` says that the version forgot classes, ``whole`` that it has the original's shapes. Raises ModhifiError
+    for a window that the model does not take.
     """
     data, method, budget, source = recipe.data, recipe.method, recipe.budget, recipe.data.source
     text = amounts(loaded, device).window is not None
@@ -169,17 +176,23 @@ def complete_heal(
     window = data.window
     if usual.window is not None:
         window = window_of(loaded, window) if window else min(usual.window, window_of(loaded, None))
+    samples, batch_size = data.samples or usual.samples, recipe.batch_size or usual.batch_size
+    # A model that forgot classes and lost nothing else is near its teacher: large steps take it away, and more than one
+    # pass brings back what the teacher's features knew of the classes (eval/results/heal_unlearned.md).
+    near = forgot and whole
     if budget.steps is None and budget.minutes is None:
-        budget = budget.model_copy(update={"minutes": MINUTES})
-    optimizer = method.optimizer or ("muon" if _has_batchnorm(loaded) and method.lora is None else "adamw")
+        usually = {"steps": max(1, samples // batch_size)} if near else {"minutes": MINUTES}
+        budget = budget.model_copy(update=usually)
+    large = _has_batchnorm(loaded) and method.lora is None and not near
+    optimizer = method.optimizer or ("muon" if large else "adamw")
     return recipe.model_copy(
         update={
             "against": against,
             "budget": budget,
-            "batch_size": recipe.batch_size or usual.batch_size,
+            "batch_size": batch_size,
             "data": data.model_copy(
                 update={
-                    "samples": data.samples or usual.samples,
+                    "samples": samples,
                     "evaluation_samples": data.evaluation_samples or usual.evaluation_samples,
                     "window": window,
                 }
@@ -188,7 +201,7 @@ def complete_heal(
                 update={
                     "optimizer": optimizer,
                     "learning_rate": method.learning_rate or OPTIMIZERS[optimizer].rate,
-                    "temperature": method.temperature or (PLAIN if text else SOFT),
+                    "temperature": method.temperature or (PLAIN if text or forgot else SOFT),
                     "augment": loaded.kind == "image" if method.augment is None else method.augment,
                 }
             ),

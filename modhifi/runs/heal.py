@@ -92,7 +92,8 @@ def run_heal(
     with clock.stage("load"):
         patient = load_patient(recipe, given)
         original = patient.original
-        recipe = complete_heal(recipe, original, device, teacher_of(recipe, patient))
+        facts = {"forgot": bool(patient.closed), "whole": same_shapes(original.model, patient.edited.model)}
+        recipe = complete_heal(recipe, original, device, teacher_of(recipe, patient), **facts)
         original.model.to(device)
         patient.edited.model.to(device)
         if out is not None:

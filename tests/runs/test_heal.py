@@ -133,13 +133,26 @@ def test_the_defaults_are_written_into_the_recipe(healed: Path, model_dir: Path)
     assert content["method"]["temperature"] == 4.0 and content["batch_size"] == 8
 
 
-@pytest.mark.parametrize(("method", "optimizer"), [({}, "muon"), ({"lora": 2}, "adamw"), ({"optimizer": "sgd"}, "sgd")])
-def test_muon_is_the_default_of_networks_with_batchnorm_but_not_of_adapters(
-    model_dir: Path, method: dict[str, Any], optimizer: str
+@pytest.mark.parametrize(
+    ("method", "facts", "optimizer", "temperature"),
+    [
+        ({}, {}, "muon", 4.0),
+        ({"lora": 2}, {}, "adamw", 4.0),
+        ({"optimizer": "sgd"}, {}, "sgd", 4.0),
+        ({}, {"whole": True}, "muon", 4.0),
+        ({}, {"forgot": True}, "muon", 1.0),
+        ({}, {"forgot": True, "whole": True}, "adamw", 1.0),
+    ],
+)
+def test_large_steps_are_the_default_of_networks_with_batchnorm_that_lost_something(
+    model_dir: Path, method: dict[str, Any], facts: dict[str, bool], optimizer: str, temperature: float
 ) -> None:
     recipe = HealRecipe.model_validate({"directory": "small", "method": method})
-    completed = complete_heal(recipe, load_model(model_dir), "cpu", ModelSource(name=str(model_dir)))
-    assert completed.method.optimizer == optimizer
+    completed = complete_heal(recipe, load_model(model_dir), "cpu", ModelSource(name=str(model_dir)), **facts)
+    assert (completed.method.optimizer, completed.method.temperature) == (optimizer, temperature)
+    one_pass = completed.data.samples // completed.batch_size
+    ends = (one_pass, None) if len(facts) == 2 else (None, 10.0)
+    assert (completed.budget.steps, completed.budget.minutes) == ends
 
 
 @pytest.mark.slow

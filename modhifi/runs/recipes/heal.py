@@ -24,7 +24,10 @@ class HealData(DataSource):
 
 
 class HealBudget(Strict):
-    """The end of a run: whichever comes first, ten minutes where neither is given."""
+    """The end of a run: whichever comes first, ten minutes where neither is given.
+
+    A network that forgot classes and lost nothing else ends after one pass over the samples where neither is given.
+    """
 
     panel: ClassVar[str] = "Most used"
 
@@ -40,11 +43,12 @@ class HealMethod(Strict):
     panel: ClassVar[str] = "Method"
 
     optimizer: one_of(OPTIMIZERS) | None = None  # type: ignore[valid-type]
-    """The optimiser; by default muon for networks with BatchNorm, adamw for others and for adapters."""
+    """The optimiser; by default muon for networks with BatchNorm, adamw for others, for adapters and for networks that
+    forgot classes and lost nothing else."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Largest learning rate; by default 0.02 of sgd, 0.0001 of adamw, 0.003 of muon."""
     temperature: Annotated[float, Field(gt=0)] | None = None
-    """Softens the logits of both models; by default 4 for images, 1 for text."""
+    """Softens the logits of both models; by default 4 for images, 1 for text and where classes were forgotten."""
     blocks: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the distance between the outputs of blocks, in the channels that are left."""
     augment: Annotated[bool | None, Option("--augment/--no-augment")] = None
