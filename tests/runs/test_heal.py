@@ -287,7 +287,19 @@ def test_a_run_that_is_killed_goes_on(
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(small: Path, image_dir: Path, tmp_path: Path) -> None:
     command = ["heal", small, "--data", f"images:{image_dir}", "--samples", 32, "--evaluation-samples", 8, "--steps", 4]
-    command += ["--batch-size", 8, "--walked", 0, "--no-augment", "--no-batch-statistics", "--device", "cpu", "--json"]
+    command += [
+        "--batch-size",
+        8,
+        "--walked",
+        0,
+        "--no-augment",
+        "--no-batch-statistics",
+        "--precision",
+        "no",
+        "--device",
+        "cpu",
+        "--json",
+    ]
     launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "modhifi"]
     together = subprocess.run(
         [sys.executable, "-m", *launcher, *map(str, command), "--out", str(tmp_path / "two")],
