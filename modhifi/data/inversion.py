@@ -125,7 +125,7 @@ def improve(
             shift = [int(v) for v in torch.randint(-2, 3, (2,), generator=torch.Generator().manual_seed(step))]
             pixels = drawn()
             moved = pixels.roll(shift, (2, 3))
-            with in_bfloat16(images.device):
+            with in_bfloat16(loaded.model):
                 logits = loaded.logits(moved.flip(3) if step % 2 else moved)
             if not watch.terms:
                 raise ModhifiError(

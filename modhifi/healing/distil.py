@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +25,7 @@ from modhifi.healing.optimizers import OPTIMIZERS
 from modhifi.healing.schedule import Schedule, interval, learning_rate
 from modhifi.healing.settings import HealSettings
 from modhifi.healing.teacher import Teacher
+from modhifi.models.half_precision import takes_bfloat16
 from modhifi.models.loaded import LoadedModel, frozen
 from modhifi.progress import Progress, silent
 from modhifi.structure.clone import clone
@@ -107,7 +108,8 @@ class Distillation:
         self.size = min(settings.batch_size, len(train))
         self.state = State(micro=self.size)
         self.schedule = Schedule(settings.steps, settings.minutes)
-        keep, autocast = not settings.augment, self.accelerator.autocast
+        keep = not settings.augment
+        autocast = accelerator.autocast if takes_bfloat16(original.model) else nullcontext
         processes = self.accelerator.num_processes
         self.teacher = Teacher(original, self.blocks, len(train), keep, autocast, processes)
         self.examination = Examination(original, validation, settings.batch_size, self.closed)

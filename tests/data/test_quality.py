@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from modhifi.data.quality import look, statistics_gap
 from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
+from modhifi.structure.clone import clone
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,13 @@ def test_inverted_images_fit_the_memory_better_and_change_no_weight(small, tmp_p
         monkeypatch.setattr("modhifi.data.inversion.MATCHED", limit)
         again = inverted(small, 20, 0, steps=6, cache=tmp_path)
         assert again.synthetic and again.adapted == again.subset([1, 2]).adapted == adapted
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_network_of_any_type_is_inverted(small, dtype):
+    other = replace(small, model=clone(small.model).to(dtype))
+    start = load_samples("synthetic", other, n=20, balanced=False)
+    assert look(other, inverted(other, 20, 0, steps=6))["mean_norm_gap"] < 0.9 * look(other, start)["mean_norm_gap"]
 
 
 def test_an_inversion_that_was_ended_goes_on_behind_its_last_batch(small, tmp_path, monkeypatch):

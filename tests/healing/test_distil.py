@@ -350,6 +350,16 @@ def test_the_teacher_runs_in_the_precision_of_the_student(
     assert output.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_network_with_batchnorm_of_any_type_is_healed_in_bfloat16(
+    pair: tuple[LoadedModel, nn.Module], images: tuple[Samples, Samples], dtype: torch.dtype
+) -> None:
+    other = replace(pair[0], model=clone(pair[0].model).to(dtype)), clone(pair[1]).to(dtype)
+    healed = heal(other, images, steps=40, precision="bf16")
+    assert healed.curve[-1]["divergence"] < 0.7 * healed.curve[0]["divergence"]
+    assert {parameter.dtype for parameter in healed.model.parameters()} == {dtype}
+
+
 def test_a_learning_rate_that_only_harms_is_made_smaller_and_statistics_stay(
     pair: tuple[LoadedModel, nn.Module], images: tuple[Samples, Samples], monkeypatch: pytest.MonkeyPatch
 ) -> None:

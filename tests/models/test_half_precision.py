@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from modhifi.models.half_precision import has_bfloat16, in_bfloat16
 
@@ -19,9 +20,11 @@ def test_a_cpu_makes_them_where_torch_knows_of_instructions(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert has_bfloat16(CPU) is has
-    with in_bfloat16(CPU):
-        product = torch.ones(2, 2) @ torch.ones(2, 2)
-    assert product.dtype == (torch.bfloat16 if has else torch.float32)
+    model = nn.Linear(2, 2)
+    for dtype in (torch.float32, torch.float16):
+        with in_bfloat16(model.to(dtype)):
+            product = model(torch.ones(1, 2, dtype=dtype))
+        assert product.dtype == (torch.bfloat16 if has and dtype == torch.float32 else dtype)
 
 
 def test_an_older_torch_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
