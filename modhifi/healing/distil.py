@@ -87,9 +87,9 @@ class Distillation:
         self.progress, self.note = progress, note
         self.device = next(original.model.parameters()).device
         self.accelerator = accelerator
-        self.dtypes = {name: p.dtype for name, p in student.named_parameters()}
+        self.dtypes = {name: tensor.dtype for name, tensor in _tensors(student).items()}
         self.model = clone(student)
-        if any(dtype.itemsize < torch.float32.itemsize for dtype in self.dtypes.values()):
+        if any(d.is_floating_point and d.itemsize < torch.float32.itemsize for d in self.dtypes.values()):
             self.model.float()
         self.norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         matched = settings.blocks > 0 and not self.closed
@@ -308,8 +308,8 @@ class Distillation:
         if self.adapted is not None:
             model = merge(self.adapted)
         frozen(model)
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(self.dtypes[name])
+        for name, tensor in _tensors(model).items():
+            tensor.data = tensor.data.to(self.dtypes[name])
         return Healed(
             model,
             tuple(self.state.curve),
@@ -322,3 +322,8 @@ class Distillation:
             self.accelerator.mixed_precision,
             tuple(self.state.notes),
         )
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a model by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
