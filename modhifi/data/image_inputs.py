@@ -48,9 +48,18 @@ def normalisation(loaded: LoadedModel) -> tuple[Tensor, Tensor]:
 
 
 def image_shape(loaded: LoadedModel) -> tuple[int, int, int]:
-    """Channels, height and width of the model's input. Raises ModhifiError if it takes no images."""
+    """Channels, height and width of the model's input.
+
+    Raises ModhifiError if it takes no images, or images of other channels than one or three.
+    """
     shape = tuple(loaded.example.shape)
-    if loaded.kind not in ("image", "tensor") or len(shape) != 4 or shape[1] not in (1, 3):
+    takes_images = loaded.kind in ("image", "tensor") and len(shape) == 4
+    if takes_images and shape[1] not in (1, 3):
+        raise ModhifiError(
+            f"{loaded.source} reads {shape[1]} channels, and files and drawn images have one or three; give tensors "
+            "that it reads, from Python"
+        )
+    if not takes_images:
         hint = "give text, as text:PATH" if loaded.reads_tokens else "use another source"
         raise ModhifiError(f"{loaded.source} takes no images; {hint}")
     return shape[1], shape[2], shape[3]

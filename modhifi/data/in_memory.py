@@ -132,6 +132,23 @@ def first_items(items: Indexed, count: int = 2) -> Tensor:
     return next(samples.batches(count))
 
 
+def images_of_other_size(data: Data, loaded: LoadedModel) -> Tensor | None:
+    """The first two images that a program holds, stacked, where their size is not that of the model's example."""
+    items = held_items(data)
+    if isinstance(items, str) or loaded.kind != "image":
+        return None
+    found: list[Any] = [items.load(i) if isinstance(items, Samples) else items[i] for i in range(min(2, len(items)))]
+    images = [item[0] if _is_labelled(item) else item for item in found]
+    tensors, known = [image for image in images if isinstance(image, Tensor)], loaded.example.shape[1:]
+    shapes = {image.shape for image in tensors}
+    if len(tensors) < len(images) or len(shapes) != 1:
+        return None
+    (shape,) = shapes
+    if len(shape) != len(known) or shape[0] != known[0] or shape == known:
+        return None
+    return torch.stack(tensors).to(loaded.example.dtype)
+
+
 def held_items(data: Data) -> str | Samples | Indexed:
     """The first source of a mixture that is no string, else its first; other data is what it is."""
     sources: tuple[str | Samples | Indexed, ...] = Mixture.of(data).sources

@@ -58,7 +58,7 @@ def run_audit(
     edited = load_model(directory if given.edited is None else given.edited, example=_example(given))
     if given.edited is not None and given.model is not None:
         edited = replace(edited, packing=given.model.packing)
-    original = given.model or _load_original(recipe, edited)
+    original = given.seen_by(given.model or _load_original(recipe, edited))
     notes = []
     base = None if edited.artifact is None else edited.artifact.manifest.base
     if base is not None and base.sha256 not in (None, state_hash(original.model)):

@@ -67,7 +67,7 @@ def run_compare(
     if out is not None:
         check_output(out, force, local_paths(recipe.model_dump()))
     with clock.stage("load"):
-        original = given.model or load_source(recipe.model)
+        original = given.seen_by(given.model or load_source(recipe.model))
         place(original, device, False)
         names = [(selector, compensate) for selector in recipe.selectors for compensate in recipe.compensate]
         completed = {name: complete(recipe.cell(*name), original, device) for name in names}

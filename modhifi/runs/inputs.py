@@ -14,7 +14,7 @@ from torch import nn
 
 from modhifi.calibration.block_stream import find_blocks
 from modhifi.calibration.timeline import Timeline
-from modhifi.data.in_memory import Data, source_name
+from modhifi.data.in_memory import Data, images_of_other_size, source_name
 from modhifi.data.mixture import Mixture, is_named, mixed
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
@@ -44,6 +44,11 @@ class Given:
     data: Data | None = None
     evaluate: Data | None = None
     edited: nn.Module | None = None
+
+    def seen_by(self, loaded: LoadedModel) -> LoadedModel:
+        """A model of images whose example is one of the program's own, where these have another size."""
+        other = None if self.data is None else images_of_other_size(self.data, loaded)
+        return loaded if other is None else loaded.with_example(other)
 
 
 NOTHING = Given()

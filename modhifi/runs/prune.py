@@ -13,14 +13,12 @@ from torch import nn
 from modhifi.artifacts.export import export as export_model
 from modhifi.artifacts.exports import EXPORTS
 from modhifi.artifacts.reload_check import FreshProcess, check_reload
-from modhifi.artifacts.report import data_uri
 from modhifi.artifacts.save import save_artifact
 from modhifi.bounds.held_out import HeldOut, tabulate
 from modhifi.bounds.ladder import BoundReport, verify_model
 from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.distributed import Processes, processes
 from modhifi.calibration.gram_quality import gram_warnings
-from modhifi.data.contact_sheet import contact_sheet
 from modhifi.data.quality import look
 from modhifi.data.samples import Samples, describe_data, warn_degenerate
 from modhifi.disk import check_output, check_space
@@ -46,6 +44,7 @@ from modhifi.runs.reports.continuations import continuations
 from modhifi.runs.reports.entries import count_entries
 from modhifi.runs.reports.measurements import before_after, measure_run, summary
 from modhifi.runs.reports.outcome import add_outcome, prune_advice, without_bounds
+from modhifi.runs.reports.pictures import seen_samples
 from modhifi.runs.reports.prune import (
     measured_verdict,
     metered_verdict,
@@ -112,7 +111,7 @@ def run_prune(
     for kind in recipe.export:
         EXPORTS[kind].check()
     with clock.stage("load"):
-        original = given.model or load_source(recipe.model)
+        original = given.seen_by(given.model or load_source(recipe.model))
         place(original, device, recipe.offload)
         incomparable = _fit(recipe, original, budget)
         recipe, remarks = complete(recipe, original, device)
@@ -310,7 +309,7 @@ def _measure(
         except ModhifiError as error:
             report["warnings"].append(str(error))
     if original.kind == "image":
-        report["contact_sheet"] = data_uri(contact_sheet(calibration, original, n=48, tile=64))
+        report.update(seen_samples(calibration, original))
     return table
 
 

@@ -11,12 +11,10 @@ import torch
 from torch import nn
 
 from modhifi.artifacts.reload_check import FreshProcess, check_reload
-from modhifi.artifacts.report import data_uri
 from modhifi.artifacts.save import save_artifact
 from modhifi.bounds.ladder import BoundReport, verify_unlearned
 from modhifi.calibration.distributed import launched
 from modhifi.calibration.prefix_cache import Passes
-from modhifi.data.contact_sheet import contact_sheet
 from modhifi.data.labels import class_name, label_samples
 from modhifi.data.labels import populations as populations_of
 from modhifi.data.samples import Samples, describe_data
@@ -32,6 +30,7 @@ from modhifi.runs.recipes.unlearn import UnlearnRecipe
 from modhifi.runs.reports.bounds import add_bounds
 from modhifi.runs.reports.head import head
 from modhifi.runs.reports.outcome import add_outcome
+from modhifi.runs.reports.pictures import seen_samples
 from modhifi.runs.steady_memory import steady_memory
 from modhifi.unlearning.audit import audit
 from modhifi.unlearning.batchnorm import settle_norms, settled_names
@@ -75,7 +74,7 @@ def run_unlearn(
     if out is not None:
         check_output(out, force, (*reads, *local_paths(recipe.model_dump())))
     with clock.stage("load"):
-        original = given.model or load_source(recipe.model)
+        original = given.seen_by(given.model or load_source(recipe.model))
         original.model.to(device)
         if out is not None:
             check_space(out, stored_bytes(original.model))
@@ -132,7 +131,7 @@ def run_unlearn(
         add_bounds(report, bounds)
         add_outcome(report, bounds)
         if original.packing is None:
-            report["contact_sheet"] = data_uri(contact_sheet(data.edit, original, n=48, tile=64))
+            report.update(seen_samples(data.edit, original))
     path = None
     if out is not None:
         forgotten = sorted({*classes, *forgotten_before(original)})

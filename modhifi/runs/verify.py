@@ -98,7 +98,7 @@ def load_pair(
             f"the weights in {directory} are not those that were saved: their hash differs from the manifest's; "
             "restore the files or make the artefact again"
         )
-    original = given.model or load_source(against or original_of(manifest))
+    original = given.seen_by(given.model or load_source(against or original_of(manifest)))
     if manifest.base.sha256 != state_hash(original.model):  # else it is the one, whatever blocks are gone
         if not same_modules(original.model, edited.model):
             raise ModhifiError(

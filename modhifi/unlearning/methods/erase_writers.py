@@ -81,7 +81,7 @@ def erase_writers(
     change = basis @ predict.T
     if scale is not None:
         scale = scale.double()
-        dead = scale.abs() < SCALE_FLOOR * scale.abs().median()
+        dead = scale.abs() <= SCALE_FLOOR * scale.abs().median()
         change = torch.where(dead[:, None], 0.0, change / torch.where(dead, 1.0, scale)[:, None])
     return Edit(original - change, change @ retain_mean[:width] if centred else None, used)
 
