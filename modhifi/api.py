@@ -199,6 +199,7 @@ def heal(
     evaluate: Data | None = None,
     evaluation_samples: int | None = None,
     window: int | None = None,
+    only_this_data: bool = False,
     method: Mapping[str, Any] | None = None,
     checks: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
@@ -213,9 +214,10 @@ def heal(
 
     This is the one verb whose gradients reach weights. ``against`` is the original, by default the model that an
     artefact's manifest names. It ends after ``steps`` or ``minutes``, by default after ten minutes. ``data`` and the
-    amounts are as in :func:`prune`; classes that an artefact has forgotten stay out of what is learnt. ``method`` and
-    ``checks``: the keys of those parts of a recipe. With ``out`` the artefact is written there, and a run that was
-    ended goes on from ``OUT.healing`` when it is called again.
+    amounts are as in :func:`prune`; fewer than 2,000 images have drawn ones beside them, but for ``only_this_data``.
+    Classes that an artefact has forgotten stay out of what is learnt. ``method`` and ``checks``: the keys of those
+    parts of a recipe. With ``out`` the artefact is written there, and a run that was ended goes on from ``OUT.healing``
+    when it is called again.
     Returns the healed ``model``, a JSON-able ``report`` whose ``healing`` has the learning curve, the ``path`` written
     and ``bounds`` of the change against the original. Raises ModhifiError for bad input, in one line.
 
@@ -242,6 +244,7 @@ def heal(
                 evaluate=_data_name(evaluate),
                 evaluation_samples=evaluation_samples,
                 window=window,
+                only_this_data=only_this_data,
             ),
             "budget": _given_only(steps=steps, minutes=minutes),
             "method": dict(method or {}),

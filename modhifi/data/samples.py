@@ -161,6 +161,27 @@ class Samples:
         return hashlib.sha256("\n".join(self.hashes).encode()).hexdigest()[:16]
 
 
+def remembered(samples: Samples, most_bytes: float) -> Samples:
+    """The same samples, each loaded once, while those that were take at most so many bytes together.
+
+    For those who read them again and again: drawing or decoding an image can take longer than what is done with it.
+    """
+    known: dict[int, Tensor] = {}
+    room = most_bytes
+
+    def load(index: int) -> Tensor:
+        nonlocal room
+        item = known.get(index)
+        if item is None:
+            item = samples.load(index)
+            if item.nbytes <= room:
+                room -= item.nbytes
+                known[index] = item
+        return item
+
+    return replace(samples, load=load)
+
+
 def examples_in(samples: Samples, loaded: LoadedModel) -> float:
     """The number of samples, in units of the size of the model's example: a long text counts as several."""
     return len(samples) * samples.load(0).numel() / loaded.example[0].numel()

@@ -11,7 +11,8 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from modhifi.data.samples import Samples
+from modhifi.calibration.memory import free_bytes
+from modhifi.data.samples import Samples, remembered
 from modhifi.errors import ModhifiError, is_out_of_memory
 from modhifi.healing.augment import augmented
 from modhifi.healing.blocks import Cut, Match, Watch, matched_blocks
@@ -19,6 +20,7 @@ from modhifi.healing.checkpoint import Checkpoint
 from modhifi.healing.devices import accelerator_for
 from modhifi.healing.examination import Examination
 from modhifi.healing.healed import Healed, State, best_entry
+from modhifi.healing.kept import MEMORY
 from modhifi.healing.lora import add_adapters, merge
 from modhifi.healing.losses import block_loss, output_loss
 from modhifi.healing.optimizers import OPTIMIZERS
@@ -83,7 +85,7 @@ class Distillation:
         note: Callable[[str], None],
     ) -> None:
         self.original, self.settings, self.closed = original, settings, tuple(closed)
-        self.train, self.checkpoint = train, checkpoint
+        self.checkpoint = checkpoint
         self.progress, self.note = progress, note
         self.device = next(original.model.parameters()).device
         self.accelerator = accelerator
@@ -111,6 +113,7 @@ class Distillation:
         keep = not settings.augment
         autocast = accelerator.autocast if takes_bfloat16(original.model) else nullcontext
         processes = self.accelerator.num_processes
+        self.train = remembered(train, MEMORY * free_bytes(torch.device("cpu")) / processes)
         self.teacher = Teacher(original, self.blocks, len(train), keep, autocast, processes)
         self.examination = Examination(original, validation, settings.batch_size, self.closed)
         self.best = self._weights()

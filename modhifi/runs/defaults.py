@@ -160,12 +160,12 @@ def complete_heal(
     forgot: bool = False,
     whole: bool = False,
 ) -> HealRecipe:
-    """The healing run of a version of ``loaded``, which ``against`` names, with every default written out.
+    """The healing run of a version of ``loaded``, which ``against`` names, with every default but its end written out.
 
     ``forgot`` says that the version forgot classes, ``whole`` that it has the original's shapes. Raises ModhifiError
     for a window that the model does not take.
     """
-    data, method, budget, source = recipe.data, recipe.method, recipe.budget, recipe.data.source
+    data, method, source = recipe.data, recipe.method, recipe.data.source
     text = amounts(loaded, device).window is not None
     if text:
         usual = HEAL_TEXT_ON_CPU if torch.device(device).type == "cpu" else HEAL_TEXT
@@ -177,18 +177,12 @@ def complete_heal(
     if usual.window is not None:
         window = window_of(loaded, window) if window else min(usual.window, window_of(loaded, None))
     samples, batch_size = data.samples or usual.samples, recipe.batch_size or usual.batch_size
-    # A model that forgot classes and lost nothing else is near its teacher: large steps take it away, and more than one
-    # pass brings back what the teacher's features knew of the classes (eval/results/heal_unlearned.md).
-    near = forgot and whole
-    if budget.steps is None and budget.minutes is None:
-        usually = {"steps": max(1, samples // batch_size)} if near else {"minutes": MINUTES}
-        budget = budget.model_copy(update=usually)
-    large = _has_batchnorm(loaded) and method.lora is None and not near
+    # A model that forgot classes and lost nothing else is near its teacher: large steps take it away.
+    large = _has_batchnorm(loaded) and method.lora is None and not (forgot and whole)
     optimizer = method.optimizer or ("muon" if large else "adamw")
     return recipe.model_copy(
         update={
             "against": against,
-            "budget": budget,
             "batch_size": batch_size,
             "data": data.model_copy(
                 update={
@@ -207,6 +201,20 @@ def complete_heal(
             ),
         }
     )
+
+
+def with_end(recipe: HealRecipe, samples: int, *, one_pass: bool) -> HealRecipe:
+    """The healing run with its end written out: ten minutes, or ``one_pass`` over the ``samples`` to learn from.
+
+    That is for a model that forgot classes and lost nothing else: more passes bring back what the teacher's features
+    knew of the classes (eval/results/heal_unlearned.md).
+    """
+    budget = recipe.budget
+    if budget.steps is not None or budget.minutes is not None:
+        return recipe
+    assert recipe.batch_size is not None
+    end = {"steps": max(1, samples // recipe.batch_size)} if one_pass else {"minutes": MINUTES}
+    return recipe.model_copy(update={"budget": budget.model_copy(update=end)})
 
 
 def _has_batchnorm(loaded: LoadedModel) -> bool:

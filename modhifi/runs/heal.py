@@ -15,12 +15,10 @@ from torch import nn
 from modhifi.artifacts.export import export as export_model
 from modhifi.artifacts.exports import EXPORTS
 from modhifi.artifacts.reload_check import FreshProcess, check_reload
-from modhifi.artifacts.report import data_uri
 from modhifi.artifacts.save import save_artifact
 from modhifi.bounds.held_out import HeldOut, tabulate_several
 from modhifi.bounds.ladder import BoundReport, verify_model, verify_unlearned
 from modhifi.calibration.distributed import processes
-from modhifi.data.contact_sheet import contact_sheet
 from modhifi.data.labels import label_samples, populations
 from modhifi.data.samples import Samples, describe_data, warn_degenerate
 from modhifi.disk import check_output, check_space, home_path
@@ -31,7 +29,7 @@ from modhifi.healing.healed import Healed
 from modhifi.models.skeleton import same_shapes
 from modhifi.models.weights import state_hash
 from modhifi.progress import Clock, Progress, silent
-from modhifi.runs.defaults import complete_heal
+from modhifi.runs.defaults import complete_heal, with_end
 from modhifi.runs.heal_inputs import LearningData, Patient, load_learning_data, load_patient, teacher_of
 from modhifi.runs.inputs import NOTHING, Given, local_paths, located
 from modhifi.runs.measure import stored_bytes
@@ -40,6 +38,7 @@ from modhifi.runs.reports.bounds import add_bounds
 from modhifi.runs.reports.continuations import continuations
 from modhifi.runs.reports.heal import add_audit, healing_verdicts, measure_healing, report_of
 from modhifi.runs.reports.outcome import add_outcome, heal_advice
+from modhifi.runs.reports.pictures import seen_samples
 from modhifi.runs.reports.prune import skipped_warnings
 from modhifi.runs.steady_memory import steady_memory
 from modhifi.runs.verify import in_dense_shape
@@ -100,7 +99,9 @@ def run_heal(
             check_space(out, stored_bytes(patient.edited.model))
     with clock.stage("data"):
         data = load_learning_data(recipe, patient, given, clock.inner)
-        warnings = [*original.warnings, *warn_degenerate(data.train), *skipped_warnings(data.train, data.held)]
+        recipe = with_end(recipe, len(data.train), one_pass=all(facts.values()))
+        skipped = skipped_warnings(data.train, data.held)
+        warnings = [*original.warnings, *data.remarks(), *warn_degenerate(data.train), *skipped]
     checkpoint = None if out is None else _checkpoint(out, recipe, patient, data, force)
     with clock.stage("heal"):
         healed = _distil(recipe, patient, data, checkpoint, clock)
@@ -175,7 +176,7 @@ def _measure(
     except ModhifiError as error:
         report["warnings"].append(str(error))
     if original.kind == "image":
-        report["contact_sheet"] = data_uri(contact_sheet(data.train, original, n=48, tile=64))
+        report.update(seen_samples(data.train, original))
     return table
 
 
@@ -237,8 +238,8 @@ def _audit(
         samples = load_unlearn_data(
             original,
             patient.closed,
-            source=data.everything,
-            samples=len(data.everything),
+            source=data.given,
+            samples=len(data.given),
             evaluate=data.held,
             evaluation_samples=len(data.held),
             seed=recipe.seed,

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from modhifi.data.mixture import mixed
 from modhifi.data.samples import Samples
+from modhifi.data.synthetic import drawn
 from modhifi.errors import ModhifiError
 from modhifi.healing.blocks import Cut
 from modhifi.healing.lora import check_lora
@@ -22,6 +24,9 @@ from modhifi.runs.verify import load_pair
 # The samples that choose the best weights: a share of those to learn from, and no more than this many, or windows of
 # text, where every position tells: both models read them in full precision twenty times.
 VALIDATION, MOST_VALIDATION, MOST_WINDOWS = 0.1, 500, 10
+# With fewer images than this, drawn ones are learnt from as well: a student soon knows a few hundred by heart
+# (eval/results/heal_few.md).
+LEAST_IMAGES = 2000
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,26 @@ class Patient:
 
 @dataclass(frozen=True)
 class LearningData:
-    """Disjoint samples: to learn from, to choose the best weights on, held out; ``everything`` that was loaded."""
+    """Disjoint samples: to learn from, to choose the best weights on, held out.
 
+    ``given`` are those of the recipe's data, ``everything`` these and what was drawn beside them.
+    """
+
+    given: Samples
     everything: Samples
     train: Samples
     validation: Samples
     held: Samples
+
+    def remarks(self) -> list[str]:
+        """A sentence where more is learnt from than was given."""
+        beside = len(self.everything) - len(self.given)
+        if not beside:
+            return []
+        return [
+            f"{beside:,} drawn images are learnt from beside the {len(self.given):,} of --data; --only-this-data "
+            "leaves them out"
+        ]
 
 
 def load_patient(recipe: HealRecipe, given: Given) -> Patient:
@@ -90,15 +109,32 @@ def teacher_of(recipe: HealRecipe, patient: Patient) -> ModelSource:
 
 def load_learning_data(recipe: HealRecipe, patient: Patient, given: Given, progress: Progress) -> LearningData:
     """Loads the samples; raises ModhifiError where too few are left to learn from."""
-    everything, held = load_data(recipe, patient.original, given, progress)
+    loaded, held = load_data(recipe, patient.original, given, progress)
     assert recipe.batch_size is not None
+    everything = loaded if recipe.data.only_this_data else _with_drawn(loaded, patient.original, recipe.seed)
     samples = _retained(patient, everything, recipe.batch_size) if patient.closed else everything
     most = MOST_WINDOWS if patient.original.reads_tokens else MOST_VALIDATION
     count = min(most, max(1, round(VALIDATION * len(samples))))
     if len(samples) - count < 2:
         raise ModhifiError(f"{len(samples)} samples are too few to learn from; give more --samples")
     train, validation = samples.split(len(samples) - count, count)
-    return LearningData(everything, train, validation, held)
+    return LearningData(loaded, everything, train, validation, held)
+
+
+def _with_drawn(samples: Samples, original: LoadedModel, seed: int) -> Samples:
+    """Few images, and drawn ones beside them up to ``LEAST_IMAGES``, where such can be drawn; else they alone."""
+    lacking = LEAST_IMAGES - len(samples)
+    if samples.synthetic or original.kind != "image" or lacking <= 0:
+        return samples
+    try:
+        beside = drawn("mixed", original, lacking, seed, balanced=False)
+    except ModhifiError:
+        return samples
+    ours, theirs = samples.load(0), beside.load(0)
+    if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+        return samples
+    share = lacking / LEAST_IMAGES
+    return mixed([("data", 1 - share, samples), ("synthetic", share, beside)])
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import tiny_text
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,16 +24,18 @@ from unlearn_world import NAMES, world
 
 import modhifi
 from modhifi.cli.main import app
+from modhifi.data.in_memory import from_items
 from modhifi.data.labels import label_samples
 from modhifi.errors import ModhifiError
 from modhifi.healing.distil import Distillation
 from modhifi.models.artifact import load_artifact
 from modhifi.models.load import load_model
 from modhifi.models.manifest import read_manifest
-from modhifi.runs.defaults import complete_heal
-from modhifi.runs.heal_inputs import load_learning_data, load_patient
+from modhifi.runs import heal_inputs
+from modhifi.runs.defaults import complete_heal, with_end
+from modhifi.runs.heal_inputs import LearningData, load_learning_data, load_patient
 from modhifi.runs.inputs import NOTHING, original_of
-from modhifi.runs.recipes.heal import HealRecipe
+from modhifi.runs.recipes.heal import HealBudget, HealRecipe
 from modhifi.runs.recipes.prune import ModelSource
 from modhifi.runs.recipes.tasks import parse
 
@@ -54,7 +57,7 @@ def small(model_dir: Path, image_dir: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def heal(directory: Path, image_dir: Path, *more: object) -> tuple[int, str, str]:
-    amounts = ("--samples", 32, "--evaluation-samples", 12, "--batch-size", 8, "--walked", 0)
+    amounts = ("--samples", 32, "--evaluation-samples", 12, "--batch-size", 8, "--walked", 0, "--only-this-data")
     return run("heal", directory, "--data", f"images:{image_dir}", *amounts, *more)
 
 
@@ -114,8 +117,8 @@ def test_a_short_source_is_shared_out_and_said_to_be_short(small: Path, image_di
     data = report["data"]
     learnt, held = data["samples"] + data["validation_samples"], data["held_out_samples"]
     assert held == math.ceil((learnt + held) / 5)
-    said = f"{held} samples are held out, where 100 were asked for, and {data['samples']} are learnt from"
-    assert any(said in warning for warning in report["warnings"])
+    said = f"{held} samples are held out, where 100 were asked for: there are no more"
+    assert said in report["warnings"]
 
 
 @pytest.mark.slow
@@ -150,9 +153,71 @@ def test_large_steps_are_the_default_of_networks_with_batchnorm_that_lost_someth
     recipe = HealRecipe.model_validate({"directory": "small", "method": method})
     completed = complete_heal(recipe, load_model(model_dir), "cpu", ModelSource(name=str(model_dir)), **facts)
     assert (completed.method.optimizer, completed.method.temperature) == (optimizer, temperature)
-    one_pass = completed.data.samples // completed.batch_size
-    ends = (one_pass, None) if len(facts) == 2 else (None, 10.0)
-    assert (completed.budget.steps, completed.budget.minutes) == ends
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> int:
+    """A heal learns from at least this many images."""
+    monkeypatch.setattr(heal_inputs, "LEAST_IMAGES", 60)
+    return 60
+
+
+def learning_data(directory: Path, source: str, **more: Any) -> LearningData:
+    data = {"source": source, "samples": 24, "evaluation_samples": 8, **more}
+    recipe = parse({"task": "heal", "directory": str(directory), "data": data, "batch_size": 8}, "test")
+    return load_learning_data(recipe, load_patient(recipe, NOTHING), NOTHING, lambda *_: None)
+
+
+def test_few_images_have_drawn_ones_beside_them(small: Path, image_dir: Path, few: int) -> None:
+    data = learning_data(small, f"images:{image_dir}")
+    own, drawn = set(data.given.hashes), set(data.everything.hashes) - set(data.given.hashes)
+    assert (len(own), len(drawn)) == (24, few - 24)
+    learnt, chosen = set(data.train.hashes), set(data.validation.hashes)
+    assert len(learnt) + len(chosen) == few and not learnt & chosen and learnt | chosen == own | drawn
+    assert learnt & own and learnt & drawn and not own & set(data.held.hashes) and not data.held.synthetic
+    assert data.remarks() == [
+        "36 drawn images are learnt from beside the 24 of --data; --only-this-data leaves them out"
+    ]
+
+
+@pytest.mark.parametrize("source", ["images", "synthetic"])
+def test_only_this_data_and_drawn_ones_are_learnt_from_alone(
+    small: Path, image_dir: Path, few: int, source: str
+) -> None:
+    spec, more = (f"images:{image_dir}", {"only_this_data": True}) if source == "images" else (source, {})
+    data = learning_data(small, spec, **more)
+    assert data.everything is data.given and len(data.given) == 24 and not data.remarks()
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(("channels", "size", "dtype"), [(3, 48, torch.float32), (3, 32, torch.float64), (4, 32, None)])
+def test_images_unlike_those_that_can_be_drawn_are_learnt_from_alone(
+    model_dir: Path, tmp_path: Path, channels: int, size: int, dtype: torch.dtype | None
+) -> None:
+    if channels == 4:
+        given = {"in_chans": 4, "num_classes": 3}
+        save_for_hf(timm.create_model("resnet10t", **given), tmp_path, model_args=given)
+    images = from_items(torch.randn(24, channels, size, size, dtype=dtype), None, n=24, seed=0)
+    assert heal_inputs._with_drawn(images, load_model(tmp_path if channels == 4 else model_dir), 0) is images
+
+
+@pytest.mark.usefixtures("few")
+def test_a_run_on_few_images_says_what_it_drew(small: Path, image_dir: Path, tmp_path: Path) -> None:
+    amounts = {"samples": 24, "evaluation_samples": 8, "batch_size": 8, "steps": 2, "checks": {"walked": 0}}
+    healed = modhifi.heal(small, f"images:{image_dir}", out=tmp_path / "out", **amounts)
+    assert any(warning.startswith("36 drawn images are learnt from") for warning in healed.report["warnings"])
+    assert "synthetic:mixed" in healed.report["data"]["learnt from"]
+    assert read_manifest(tmp_path / "out").calibration.n == 60
+    alone = modhifi.heal(small, f"images:{image_dir}", only_this_data=True, **amounts)
+    assert not any("drawn" in warning for warning in alone.report["warnings"])
+
+
+def test_a_run_ends_after_ten_minutes_or_one_pass_over_the_samples_there_are() -> None:
+    recipe = HealRecipe.model_validate({"directory": "small", "batch_size": 8})
+    ends = [with_end(recipe, 100, one_pass=one_pass).budget for one_pass in (False, True)]
+    assert [(end.steps, end.minutes) for end in ends] == [(None, 10.0), (12, None)]
+    said = recipe.model_copy(update={"budget": HealBudget(steps=3)})
+    assert with_end(said, 100, one_pass=True) is said
 
 
 @pytest.mark.slow

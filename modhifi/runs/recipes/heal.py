@@ -21,6 +21,8 @@ class HealData(DataSource):
     that the original writes. Several with commas, each with its share: self,text:FILE@0.2."""
     samples: Annotated[Count | None, Option(panel="Most used")] = None
     """Samples to learn from; by default 10,000 images (2,000 drawn, 500 inverted ones), 512 windows (128 on a CPU)."""
+    only_this_data: bool = False
+    """Learn from --data alone; by default drawn images are added to less than 2,000 of an image model."""
 
 
 class HealBudget(Strict):

@@ -44,8 +44,8 @@ def report_of(
         warnings.append("no step made the model better on the validation samples: its weights are those it came with")
     if len(held) < (recipe.data.evaluation_samples or 0):
         warnings.append(
-            f"{len(held):,} samples are held out, where {recipe.data.evaluation_samples:,} were asked for, and "
-            f"{len(train):,} are learnt from: there are no more"
+            f"{len(held):,} samples are held out, where {recipe.data.evaluation_samples:,} were asked for: there are "
+            "no more"
         )
     forgot = edited.artifact is not None and edited.artifact.manifest.forgotten
     if recipe.method.blocks > 0 and not healed.blocks and not forgot:

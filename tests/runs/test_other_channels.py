@@ -1,0 +1,57 @@
+"""Models of images that are no pictures, of four channels for instance: every verb on a program's own tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import Tensor
+
+import modhifi
+from modhifi.errors import ModhifiError
+
+AMOUNTS = {"samples": 24, "evaluation_samples": 12, "checks": {"walked": 0}}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    arguments = {"in_chans": 4, "num_classes": 3, "channels": (8, 8, 16, 16), "stem_width": 8}
+    out = tmp_path_factory.mktemp("four") / "model"
+    save_for_hf(timm.create_model("resnet10t", **arguments), out, model_args=arguments)
+    return out
+
+
+@pytest.fixture(scope="module")
+def images() -> list[tuple[Tensor, int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(4, 32, 32, generator=generator), i % 3) for i in range(300)]
+
+
+def test_it_is_pruned_verified_and_healed(model: Path, images: list[tuple[Tensor, int]], tmp_path: Path) -> None:
+    small = modhifi.prune(model, images, ratio=0.4, out=tmp_path / "small", **AMOUNTS)
+    assert "contact_sheet" not in small.report
+    bounds = modhifi.verify(tmp_path / "small", images, samples=12, walked=2, allow_overlap=True)
+    assert any(rung.value is not None for rung in bounds.rungs)
+    healed = modhifi.heal(tmp_path / "small", images, steps=2, batch_size=8, out=tmp_path / "healed", **AMOUNTS)
+    assert healed.report["healing"]["steps"] == 2 and not any("drawn" in text for text in healed.report["warnings"])
+    assert modhifi.load(tmp_path / "healed")(images[0][0][None]).shape == (1, 3)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_class_is_forgotten_from_images_of_another_size_than_the_models(channels: int) -> None:
+    # Of random weights, whose last BatchNorm of every branch is zero, and as many as 224 pixels by its own account.
+    model = timm.create_model("resnet10t", in_chans=channels, num_classes=3, channels=(8, 8, 16, 16), stem_width=8)
+    generator = torch.Generator().manual_seed(0)
+    images = [(torch.randn(channels, 32, 32, generator=generator), i % 3) for i in range(300)]
+    forgot = modhifi.unlearn(model, images, forget="0", **AMOUNTS | {"samples": 160, "evaluation_samples": 120})
+    assert forgot.report["audit"]["rows"] and ("contact_sheet" in forgot.report) == (channels == 3)
+
+
+@pytest.mark.parametrize("source", ["synthetic", "images"])
+def test_files_and_drawn_images_are_refused_with_the_reason(model: Path, image_dir: Path, source: str) -> None:
+    spec = source if source == "synthetic" else f"images:{image_dir}"
+    with pytest.raises(ModhifiError, match="reads 4 channels, .* give tensors that it reads, from Python"):
+        modhifi.prune(model, spec, ratio=0.4, **AMOUNTS)
