@@ -1,6 +1,6 @@
 """Few real images for a heal: alone, and with drawn ones beside them, which is the default.
 
-    MODHIFI_DATA=DIR python eval/heal_few.py [--model demo|swin|efficientnet] [--images 0 50 200 1000]
+    MODHIFI_DATA=DIR python eval/heal_few.py [--model demo|swin|efficientnet] [--images 0 50 200 800]
 
 DIR holds cifar10.tar.gz, and for the last imagenet_sample.tar. Rows that the results file has are not measured again.
 """
@@ -46,8 +46,9 @@ TEST, BATCH = 5000, 100
 PRUNED, ALONE, BESIDE = "pruned", "these alone", "these and drawn ones"
 COLUMNS = ["model", "real images", "learnt from", "top-1", "agreement", "divergence", "core minutes"]
 INTRO = f"""# Few real images for a heal
-Pruned on the same real images (none: on 1,000 drawn ones), then distilled from the original (`modhifi heal`). Drawn
-images fill the real ones up to 2,000 by default; `--only-this-data` leaves them out. FLOPs kept, steps and batches:
+Pruned on the same real images (none: on 1,000 drawn ones), then distilled from the original (`modhifi heal`). To
+fewer than 1,000 real images 2,000 drawn ones are added by default, half of the mass each; `--only-this-data` leaves
+them out. FLOPs kept, steps and batches:
 {", ".join(f"{c.name} {c.flops}, {c.steps} of {c.batch}" for c in CASES.values())}. Top-1 and agreement with the
 original in %, divergence from it in nats, on {TEST:,} test images of CIFAR-10, on 100 of ImageNet. One seed.
 Command: `python eval/heal_few.py --model MODEL`."""
@@ -118,7 +119,7 @@ def main(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=CASES, default="demo")
-    parser.add_argument("--images", type=int, nargs="+", default=[0, 50, 200, 1000])
+    parser.add_argument("--images", type=int, nargs="+", default=[0, 50, 200, 800])
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     WORK.mkdir(parents=True, exist_ok=True)
     main(parser.parse_args())

@@ -214,7 +214,7 @@ def heal(
 
     This is the one verb whose gradients reach weights. ``against`` is the original, by default the model that an
     artefact's manifest names. It ends after ``steps`` or ``minutes``, by default after ten minutes. ``data`` and the
-    amounts are as in :func:`prune`; fewer than 2,000 images have drawn ones beside them, but for ``only_this_data``.
+    amounts are as in :func:`prune`; to fewer than 1,000 images drawn ones are added, but for ``only_this_data``.
     Classes that an artefact has forgotten stay out of what is learnt. ``method`` and ``checks``: the keys of those
     parts of a recipe. With ``out`` the artefact is written there, and a run that was ended goes on from ``OUT.healing``
     when it is called again.

@@ -99,7 +99,7 @@ def run_heal(
             check_space(out, stored_bytes(patient.edited.model))
     with clock.stage("data"):
         data = load_learning_data(recipe, patient, given, clock.inner)
-        recipe = with_end(recipe, len(data.train), one_pass=all(facts.values()))
+        recipe = with_end(recipe, data.learnt, one_pass=all(facts.values()))
         skipped = skipped_warnings(data.train, data.held)
         warnings = [*original.warnings, *data.remarks(), *warn_degenerate(data.train), *skipped]
     checkpoint = None if out is None else _checkpoint(out, recipe, patient, data, force)
@@ -267,7 +267,7 @@ def _save(
 ) -> Path:
     """Writes the artefact, checks it in a fresh process and exports it; returns its path."""
     before = patient.manifest
-    learnt = describe_data(data.everything)
+    learnt = describe_data(data.given)
     seen = [] if before is None else before.calibration.hashes
     with clock.stage("save"):
         report["timing"] = clock.seconds
@@ -283,7 +283,11 @@ def _save(
                 "gradients": "weights",
                 "groups": [] if before is None else [group.model_dump() for group in before.groups],
                 # What calibrated the cut is in the weights, too.
-                "calibration": {**learnt, "hashes": [*dict.fromkeys([*learnt["hashes"], *seen])]},
+                "calibration": {
+                    **learnt,
+                    **({"description": data.train.description} if data.drawn else {}),
+                    "hashes": [*dict.fromkeys([*learnt["hashes"], *data.train.hashes, *seen])],
+                },
                 "held_out": describe_data(data.held),
                 "metrics": {k: report[k] for k in ("errors", "size", "healing") if k in report},
                 "verdicts": report["verdicts"],

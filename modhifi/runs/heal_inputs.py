@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,9 +24,9 @@ from modhifi.runs.verify import load_pair
 # The samples that choose the best weights: a share of those to learn from, and no more than this many, or windows of
 # text, where every position tells: both models read them in full precision twenty times.
 VALIDATION, MOST_VALIDATION, MOST_WINDOWS = 0.1, 500, 10
-# With fewer images than this, drawn ones are learnt from as well: a student soon knows a few hundred by heart
-# (eval/results/heal_few.md).
-LEAST_IMAGES = 2000
+# To fewer images than this so many drawn ones are added: a student soon knows a few hundred by heart
+# (eval/results/heal_few.md). Of few images a larger share chooses.
+FEW, DRAWN, FEW_VALIDATION = 1000, 2000, 0.2
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,26 @@ class Patient:
 class LearningData:
     """Disjoint samples: to learn from, to choose the best weights on, held out.
 
-    ``given`` are those of the recipe's data, ``everything`` these and what was drawn beside them.
+    ``given`` are those of the recipe's data, ``drawn`` is how many others were added to them. Some may come several
+    times among those to learn from: ``learnt`` are different ones.
     """
 
     given: Samples
-    everything: Samples
     train: Samples
     validation: Samples
     held: Samples
+    drawn: int = 0
+
+    @property
+    def learnt(self) -> int:
+        return len(set(self.train.hashes))
 
     def remarks(self) -> list[str]:
         """A sentence where more is learnt from than was given."""
-        beside = len(self.everything) - len(self.given)
-        if not beside:
+        if not self.drawn:
             return []
         return [
-            f"{beside:,} drawn images are learnt from beside the {len(self.given):,} of --data; --only-this-data "
+            f"{self.drawn:,} drawn images are learnt from beside the {len(self.given):,} of --data; --only-this-data "
             "leaves them out"
         ]
 
@@ -111,30 +115,47 @@ def load_learning_data(recipe: HealRecipe, patient: Patient, given: Given, progr
     """Loads the samples; raises ModhifiError where too few are left to learn from."""
     loaded, held = load_data(recipe, patient.original, given, progress)
     assert recipe.batch_size is not None
-    everything = loaded if recipe.data.only_this_data else _with_drawn(loaded, patient.original, recipe.seed)
-    samples = _retained(patient, everything, recipe.batch_size) if patient.closed else everything
+    samples = _retained(patient, loaded, recipe.batch_size) if patient.closed else loaded
     most = MOST_WINDOWS if patient.original.reads_tokens else MOST_VALIDATION
-    count = min(most, max(1, round(VALIDATION * len(samples))))
+    beside = None if recipe.data.only_this_data else _drawn_beside(samples, patient.original, recipe.seed)
+    count = min(most, max(1, round((VALIDATION if beside is None else FEW_VALIDATION) * len(samples))))
     if len(samples) - count < 2:
         raise ModhifiError(f"{len(samples)} samples are too few to learn from; give more --samples")
     train, validation = samples.split(len(samples) - count, count)
-    return LearningData(loaded, everything, train, validation, held)
+    if beside is not None and patient.closed:
+        beside = _retained(patient, beside, recipe.batch_size)
+    # The original may take nearly all of them for a forgotten class.
+    if beside is None or len(beside) <= len(validation):
+        return LearningData(loaded, train, validation, held)
+    train, validation = _with_drawn(train, validation, beside)
+    return LearningData(loaded, train, validation, held, len(beside))
 
 
-def _with_drawn(samples: Samples, original: LoadedModel, seed: int) -> Samples:
-    """Few images, and drawn ones beside them up to ``LEAST_IMAGES``, where such can be drawn; else they alone."""
-    lacking = LEAST_IMAGES - len(samples)
-    if samples.synthetic or original.kind != "image" or lacking <= 0:
-        return samples
+def _with_drawn(train: Samples, validation: Samples, beside: Samples) -> tuple[Samples, Samples]:
+    """Samples to learn from and to choose by, half of the mass of both real and half drawn.
+
+    By real ones alone too little could be told: they are few, and have often calibrated the cut, too.
+    """
+    learnt, chosen = beside.split(len(beside) - len(validation), len(validation))
+    often = [*range(len(train))] * max(1, round(len(learnt) / len(train)))
+    again = replace(train.subset(often), description=train.description)
+
+    def halves(real: Samples, unreal: Samples) -> Samples:
+        return mixed([("data", 0.5, real), ("synthetic", 0.5, unreal)])
+
+    return halves(again, learnt), halves(validation, chosen)
+
+
+def _drawn_beside(samples: Samples, original: LoadedModel, seed: int) -> Samples | None:
+    """Drawn images for few real ones; None where these are enough, or where nothing like them can be drawn."""
+    if samples.synthetic or original.kind != "image" or len(samples) >= FEW:
+        return None
     try:
-        beside = drawn("mixed", original, lacking, seed, balanced=False)
+        beside = drawn("mixed", original, DRAWN, seed, balanced=False)
     except ModhifiError:
-        return samples
+        return None
     ours, theirs = samples.load(0), beside.load(0)
-    if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
-        return samples
-    share = lacking / LEAST_IMAGES
-    return mixed([("data", 1 - share, samples), ("synthetic", share, beside)])
+    return beside if (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype) else None
 
 
 @torch.no_grad()

@@ -157,9 +157,10 @@ def test_large_steps_are_the_default_of_networks_with_batchnorm_that_lost_someth
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> int:
-    """A heal learns from at least this many images."""
-    monkeypatch.setattr(heal_inputs, "LEAST_IMAGES", 60)
-    return 60
+    """As many drawn images are added to few."""
+    monkeypatch.setattr(heal_inputs, "FEW", 25)
+    monkeypatch.setattr(heal_inputs, "DRAWN", 36)
+    return 36
 
 
 def learning_data(directory: Path, source: str, **more: Any) -> LearningData:
@@ -170,23 +171,37 @@ def learning_data(directory: Path, source: str, **more: Any) -> LearningData:
 
 def test_few_images_have_drawn_ones_beside_them(small: Path, image_dir: Path, few: int) -> None:
     data = learning_data(small, f"images:{image_dir}")
-    own, drawn = set(data.given.hashes), set(data.everything.hashes) - set(data.given.hashes)
-    assert (len(own), len(drawn)) == (24, few - 24)
-    learnt, chosen = set(data.train.hashes), set(data.validation.hashes)
-    assert len(learnt) + len(chosen) == few and not learnt & chosen and learnt | chosen == own | drawn
-    assert learnt & own and learnt & drawn and not own & set(data.held.hashes) and not data.held.synthetic
+    own, learnt = set(data.given.hashes), set(data.train.hashes)
+    chosen, held = set(data.validation.hashes), set(data.held.hashes)
+    # A fifth of the real ones chooses beside as many drawn ones.
+    assert (len(own), data.drawn, len(chosen & own), len(chosen - own)) == (24, few, 5, 5)
+    assert learnt & own == own - chosen and len(learnt - own) == few - 5 and data.learnt == 24 + few - 10
+    real = sum(item in own for item in data.train.hashes)
+    assert real == 38 and len(data.train) - real == 31  # as near to a half as whole passes over the real ones come
+    assert not held & (own | learnt | chosen) and not data.held.synthetic
     assert data.remarks() == [
         "36 drawn images are learnt from beside the 24 of --data; --only-this-data leaves them out"
     ]
 
 
-@pytest.mark.parametrize("source", ["images", "synthetic"])
-def test_only_this_data_and_drawn_ones_are_learnt_from_alone(
-    small: Path, image_dir: Path, few: int, source: str
+@pytest.mark.usefixtures("few")
+def test_a_handful_of_drawn_ones_is_not_worth_it(small: Path, image_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heal_inputs, "DRAWN", 4)  # fewer than choose
+    data = learning_data(small, f"images:{image_dir}")
+    assert (data.drawn, len(data.train) + len(data.validation)) == (0, 24)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(
+    ("source", "more"),
+    [("images:{}", {"only_this_data": True}), ("images:{}", {"samples": 25}), ("synthetic", {})],
+)
+def test_only_this_data_enough_and_drawn_ones_are_learnt_from_alone(
+    small: Path, image_dir: Path, source: str, more: dict[str, Any]
 ) -> None:
-    spec, more = (f"images:{image_dir}", {"only_this_data": True}) if source == "images" else (source, {})
-    data = learning_data(small, spec, **more)
-    assert data.everything is data.given and len(data.given) == 24 and not data.remarks()
+    data = learning_data(small, source.format(image_dir), **more)
+    assert len(data.train) + len(data.validation) == len(data.given) == more.get("samples", 24)
+    assert not data.remarks() and data.learnt == len(data.train)
 
 
 @pytest.mark.usefixtures("few")
@@ -198,7 +213,7 @@ def test_images_unlike_those_that_can_be_drawn_are_learnt_from_alone(
         given = {"in_chans": 4, "num_classes": 3}
         save_for_hf(timm.create_model("resnet10t", **given), tmp_path, model_args=given)
     images = from_items(torch.randn(24, channels, size, size, dtype=dtype), None, n=24, seed=0)
-    assert heal_inputs._with_drawn(images, load_model(tmp_path if channels == 4 else model_dir), 0) is images
+    assert heal_inputs._drawn_beside(images, load_model(tmp_path if channels == 4 else model_dir), 0) is None
 
 
 @pytest.mark.usefixtures("few")
@@ -207,7 +222,8 @@ def test_a_run_on_few_images_says_what_it_drew(small: Path, image_dir: Path, tmp
     healed = modhifi.heal(small, f"images:{image_dir}", out=tmp_path / "out", **amounts)
     assert any(warning.startswith("36 drawn images are learnt from") for warning in healed.report["warnings"])
     assert "synthetic:mixed" in healed.report["data"]["learnt from"]
-    assert read_manifest(tmp_path / "out").calibration.n == 60
+    calibration = read_manifest(tmp_path / "out").calibration
+    assert "synthetic:mixed" in calibration.description and len(calibration.hashes) >= 50
     alone = modhifi.heal(small, f"images:{image_dir}", only_this_data=True, **amounts)
     assert not any("drawn" in warning for warning in alone.report["warnings"])
 

@@ -63,7 +63,7 @@ def report_of(
         "data": {
             "learnt from": train.description,
             "held_out": held.description,
-            "samples": len(train),
+            "samples": len(set(train.hashes)),
             "validation_samples": len(validation),
             "held_out_samples": len(held),
         },
