@@ -135,7 +135,7 @@ def first_items(items: Indexed, count: int = 2) -> Tensor:
 def images_of_other_size(data: Data, loaded: LoadedModel) -> Tensor | None:
     """The first two images that a program holds, stacked, where their size is not that of the model's example."""
     items = held_items(data)
-    if isinstance(items, str) or loaded.kind != "image":
+    if isinstance(items, str | Mapping) or loaded.kind != "image":
         return None
     found: list[Any] = [items.load(i) if isinstance(items, Samples) else items[i] for i in range(min(2, len(items)))]
     images = [item[0] if _is_labelled(item) else item for item in found]
