@@ -154,7 +154,7 @@ def test_advice_names_the_options_that_lose_less() -> None:
     }
     assert advice(content, 0.3, "text") == (
         "perplexity grew 1.3 times: try --ratio 0.15 or text of your own (--data text:FILE)",
-        HEAL,
+        f"{HEAL} --data self",
     )
     assert advice({"budget": {"latency": "0.5x"}}, 0.1)[0].startswith("top-1 fell by 8 points: try --latency 0.75x or")
     assert "--latency" not in advice({"budget": {"latency": "9ms"}}, 0.1)[0]
@@ -166,8 +166,25 @@ def test_advice_names_the_options_that_lose_less() -> None:
         "method": {"eta": 0.9, "sequential": "own"},
         "data": {"source": "images:x", "samples": 5000},
     }
-    assert advice(settled, 0.3) == ("top-1 fell by 8 points: try fewer groups (--only, --exclude)", HEAL)
-    assert advice({**settled, "out": "small"}, 0.3)[1].endswith(": modhifi heal small")
+    assert advice(settled, 0.3) == (
+        "top-1 fell by 8 points: try fewer groups (--only, --exclude)",
+        f"{HEAL} --data images:x",
+    )
+    assert advice({**settled, "out": "small"}, 0.3)[1].endswith(": modhifi heal small --data images:x")
+
+
+@pytest.mark.parametrize(
+    ("source", "option"),
+    [
+        ("synthetic", ""),
+        ("python:Tensor", ""),
+        (["python:Tensor@0.5", "images:x@0.5"], ""),
+        ("images:my photos", " --data 'images:my photos'"),
+        (["self", "text:a.txt@0.2"], " --data self,text:a.txt@0.2"),
+    ],
+)
+def test_advice_to_heal_names_the_data_of_the_cut(source: str | list[str], option: str) -> None:
+    assert advice({"data": {"source": source}}, 0.3)[1] == HEAL + option
 
 
 def test_advice_says_where_no_time_was_gained() -> None:

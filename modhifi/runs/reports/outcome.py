@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -109,7 +110,8 @@ def prune_advice(report: Mapping[str, Any], recipe: PruneRecipe, bounds: BoundRe
     if tone != "good":
         loss = "the features moved far" if bounds.features else _loss(report)
         advice.append(f"{loss}: try {' or '.join(_remedies(recipe, kind, report['data']['calibration_samples']))}")
-        advice.append(f"or train what is left towards the original, without labels: modhifi heal {recipe.out or 'DIR'}")
+        heal = f"modhifi heal {recipe.out or 'DIR'}{_same_data(recipe.data.source)}"
+        advice.append(f"or train what is left towards the original, without labels: {heal}")
     latency, flops = report["latency"]["after"]["ratio"], report["size"]["flops"]
     if latency > FASTER and flops[1] < FASTER * flops[0]:
         text = "one sample runs no faster on this machine than before"
@@ -140,6 +142,12 @@ def _remedies(recipe: PruneRecipe, kind: str, used: int) -> list[str]:
     if kind == "image" and recipe.method.sequential is None:
         remedies.append("--sequential dense")
     return remedies or ["fewer groups (--only, --exclude)"]
+
+
+def _same_data(given: str | Sequence[str]) -> str:
+    """The option that names the data of a run again, where it is not the default and has a name."""
+    text = given if isinstance(given, str) else ",".join(given)
+    return "" if text == "synthetic" or "python:" in text else f" --data {shlex.quote(text)}"
 
 
 def _own_data(given: str | Sequence[str], kind: str) -> list[str]:
