@@ -23,6 +23,7 @@ from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import Manifest
 from modhifi.models.offload import let_visit
+from modhifi.models.trial import try_pass
 from modhifi.progress import Progress, silent
 from modhifi.runs.recipes.heal import HealRecipe
 from modhifi.runs.recipes.prune import ModelSource, PruneRecipe
@@ -46,9 +47,15 @@ class Given:
     edited: nn.Module | None = None
 
     def seen_by(self, loaded: LoadedModel) -> LoadedModel:
-        """A model of images whose example is one of the program's own, where these have another size."""
+        """A model of images whose example is one of the program's own, where these have another size.
+
+        Raises ModhifiError where it takes no such size.
+        """
         other = None if self.data is None else images_of_other_size(self.data, loaded)
-        return loaded if other is None else loaded.with_example(other)
+        if other is None:
+            return loaded
+        try_pass(loaded, other)
+        return loaded.with_example(other)
 
 
 NOTHING = Given()

@@ -88,7 +88,8 @@ def load_pair(
     """
     if given.edited is not None:
         assert given.model is not None
-        return given.model, replace(given.model, model=given.edited, artifact=None), None
+        original = given.seen_by(given.model)
+        return original, replace(original, model=given.edited, artifact=None), None
     own = given.model is not None and given.model.framework == "torch"
     edited = load_artifact(directory, given.model.model if own and given.model is not None else None)
     assert edited.artifact is not None

@@ -55,3 +55,20 @@ def test_files_and_drawn_images_are_refused_with_the_reason(model: Path, image_d
     spec = source if source == "synthetic" else f"images:{image_dir}"
     with pytest.raises(ModhifiError, match="reads 4 channels, .* give tensors that it reads, from Python"):
         modhifi.prune(model, spec, ratio=0.4, **AMOUNTS)
+
+
+def test_a_size_that_the_model_does_not_take_is_refused_with_the_reason() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, depth=1, img_size=32).eval()
+    images = [torch.randn(3, 64, 64) for _ in range(40)]
+    with pytest.raises(ModhifiError, match=r"fails on a batch of \(2, 3, 64, 64\) .* images of the size that it takes"):
+        modhifi.prune(model, images, ratio=0.4, **AMOUNTS)
+
+
+def test_modules_are_healed_on_images_of_another_size() -> None:
+    model = timm.create_model("resnet10t", num_classes=3, channels=(8, 8, 16, 16), stem_width=8).eval()
+    images = [torch.randn(3, 48, 48) for _ in range(40)]
+    small = modhifi.prune(model, images, ratio=0.4, **AMOUNTS)
+    given = {"against": model, "steps": 1, "batch_size": 8, "only_this_data": True, **AMOUNTS}
+    rows = {row["name"]: row for row in modhifi.heal(small.model, images, **given).report["before_after"]}
+    # Both count at the size of the images.
+    assert rows["FLOPs per sample"]["before"] == small.report["size"]["flops"][0]
