@@ -13,15 +13,13 @@ import argparse
 import copy
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from common import DEMO_MODEL, Missing, cifar10, reference, write_results
+from common import DEMO_MODEL, Missing, cifar10, reference, wikitext_file, write_results
 from lm_prune import smollm2
 from torch import nn
 
@@ -106,11 +104,8 @@ def enlarged(samples: Samples, size: int) -> Samples:
 
 
 def language(walked: int, windows: int = 24, held: int = 48, window: int = 128) -> None:
-    file = Path(os.environ.get("MODHIFI_DATA", "")) / "wikitext2-valid.txt"
-    if not file.is_file():
-        raise Missing("set MODHIFI_DATA to a directory that holds wikitext2-valid.txt")
     loaded = smollm2()
-    samples = load_samples(f"text:{file}", loaded, n=windows + held, window=window)
+    samples = load_samples(f"text:{wikitext_file()}", loaded, n=windows + held, window=window)
     calibration, rest = samples.split(windows, held)
     settings = PruneSettings(
         rows_per_column=None, batch_size=4, layout="uniform", weighting="energy", only=(PER_BLOCK,)

@@ -49,6 +49,14 @@ def data_directory(name: str, archive: str) -> Path:
     return target / name
 
 
+def wikitext_file() -> Path:
+    """WikiText-2's validation text."""
+    file = Path(os.environ.get("MODHIFI_DATA", "")) / "wikitext2-valid.txt"
+    if not file.is_file():
+        raise Missing("set MODHIFI_DATA to a directory that holds wikitext2-valid.txt")
+    return file
+
+
 def cifar10() -> Path:
     return data_directory("cifar10", "cifar10.tar.gz")
 

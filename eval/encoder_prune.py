@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import Missing, write_results
+from common import wikitext_file, write_results
 from torch import Tensor
 
 OPTIONS = [
@@ -63,9 +62,7 @@ def pruned(about: str | None, options: list[str]) -> Iterator[tuple[Path, Path, 
     parser.add_argument("model", type=Path)
     parser.add_argument("--work", type=Path)
     arguments = parser.parse_args()
-    file = Path(os.environ.get("MODHIFI_DATA", "")) / "wikitext2-valid.txt"
-    if not file.is_file():
-        raise Missing("set MODHIFI_DATA to a directory that holds wikitext2-valid.txt")
+    file = wikitext_file()
     with tempfile.TemporaryDirectory() as place:
         work = arguments.work or Path(place)
         work.mkdir(exist_ok=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, Missing, perplexity, write_results
+from common import RESULTS, Missing, perplexity, wikitext_file, write_results
 from lm_peers import BlockStatistics, flap, short_gpt, slice_gpt
 from lm_texts import KINDS, Judge, stacked
 from torch import nn
@@ -59,10 +58,7 @@ def smollm2() -> LoadedModel:
 
 def wikitext(loaded: LoadedModel, windows: int) -> tuple[Samples, Samples]:
     """Calibration and held-out windows, from different articles."""
-    file = Path(os.environ.get("MODHIFI_DATA", "")) / "wikitext2-valid.txt"
-    if not file.is_file():
-        raise Missing("set MODHIFI_DATA to a directory that holds wikitext2-valid.txt")
-    return load_samples(f"text:{file}", loaded, n=windows + HELD, window=WINDOW).split(windows, HELD)
+    return load_samples(f"text:{wikitext_file()}", loaded, n=windows + HELD, window=WINDOW).split(windows, HELD)
 
 
 def cached(path: Path | None, make: Callable[[], Any]) -> Any:

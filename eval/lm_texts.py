@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import Missing
+from common import Missing, wikitext_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -62,10 +62,7 @@ def folder_of(documents: dict[str, str], loaded: LoadedModel, n: int, window: in
 
 def wikitext(loaded: LoadedModel, n: int, window: int) -> Samples:
     """Articles of WikiText-2's validation text."""
-    file = Path(os.environ.get("MODHIFI_DATA", "")) / "wikitext2-valid.txt"
-    if not file.is_file():
-        raise Missing("set MODHIFI_DATA to a directory that holds wikitext2-valid.txt")
-    return load_samples(f"text:{file}", loaded, n=n, window=window)
+    return load_samples(f"text:{wikitext_file()}", loaded, n=n, window=window)
 
 
 def reference(loaded: LoadedModel, n: int, window: int) -> Samples:

@@ -12,7 +12,6 @@ Families are model types of transformers, built tiny (eval/tiny_configs.py), and
 from __future__ import annotations
 
 import argparse
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,7 +22,7 @@ from typing import Any
 import timm
 import torch
 import transformers
-from common import Missing, write_results
+from common import wikitext_file, write_results
 from tiny_configs import build, livelier
 from torch import Tensor
 
@@ -92,9 +91,7 @@ def layer(weight: Tensor, columns: Tensor, basis: tuple[Tensor, Tensor], seen: T
 def energies(name: str) -> list[dict[str, Any]]:
     """A row for each share of ranks, with the mean over the layers of what each method loses."""
     loaded = load_model(name)
-    file = Path(os.environ.get("MODHIFI_DATA", "")) / "wikitext2-valid.txt"
-    if not file.is_file():
-        raise Missing("set MODHIFI_DATA to a directory that holds wikitext2-valid.txt")
+    file = wikitext_file()
     samples = load_samples(f"text:{file}", loaded, n=2 * WINDOWS, window=TOKENS)
     run = partial(loaded.outputs, loaded.example)
     structure = replace(trace(loaded.model, run), groups=trace_ranks(loaded.model, run))
