@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from modhifi.api import unlearn as unlearn
     from modhifi.api import verify as verify
     from modhifi.data.mixture import Mixture as Mixture
+    from modhifi.errors import ModhifiError as ModhifiError
     from modhifi.models.artifact import load as load
     from modhifi.models.load import load_model as load_model
     from modhifi.pruning.selectors.base import register_selector as register_selector
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # The public functions: name, file of the package. They are imported at first use, so that `import modhifi` stays quick.
 PUBLIC = {
     "Mixture": "data.mixture",
+    "ModhifiError": "errors",
     "audit": "api",
     "bench": "api",
     "compare": "api",

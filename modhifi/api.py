@@ -54,6 +54,7 @@ def prune(
     evaluate: Data | None = None,
     evaluation_samples: int | None = None,
     window: int | None = None,
+    only_this_data: bool = False,
     method: Mapping[str, Any] | None = None,
     timing: Mapping[str, Any] | None = None,
     checks: Mapping[str, Any] | None = None,
@@ -75,6 +76,7 @@ def prune(
     ``data``: a source string, samples, or items that you hold: a tensor ``(n, C, H, W)`` of model-ready inputs, a list
     of tensors or PIL images, a map-style Dataset; or several of them, as ``"self,text:FILE@0.2"``, a list of such
     texts or a `modhifi.Mixture`. ``evaluate`` holds out other data; by default it is a disjoint part of ``data``.
+    Files of text are mixed with text that the model writes itself, but for ``only_this_data``.
     ``window`` is tokens in an item of text; amounts that are not given are those of `modhifi.runs.defaults`.
     ``method``, ``timing`` and ``checks``: the keys of those parts of a recipe; ``bounds`` of the result answer the
     checks. With ``out`` the artefact is written there; ``export`` adds a file ``onnx`` or ``pt2``. ``cache`` is a
@@ -104,6 +106,7 @@ def prune(
                 evaluate=_data_name(evaluate),
                 evaluation_samples=evaluation_samples,
                 window=window,
+                only_this_data=only_this_data,
             ),
             "budget": _given_only(
                 ratio=ratio,

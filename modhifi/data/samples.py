@@ -135,15 +135,20 @@ class Samples:
 
         Sources without an item are left out, and the shares of the others add up to 1.
         """
+        return [(share, samples) for _, share, samples in self.parts()]
+
+    def parts(self) -> list[tuple[str, float, Samples]]:
+        """As :meth:`by_source`, each with its source's name (of a single one its description)."""
         if not self.sources:
-            return [(1.0, self)]
+            return [(self.description, 1.0, self)]
         places: dict[int, list[int]] = {}
         for i, number in enumerate(self.origin):
             places.setdefault(number, []).append(i)
         total = sum(self.sources[number].share for number in places)
         return [
-            (self.sources[number].share / total, self._of(self.sources[number], places[number]))
-            for number in sorted(places)
+            (source.name, source.share / total, self._of(source, places[number]))
+            for number, source in enumerate(self.sources)
+            if number in places
         ]
 
     def _of(self, source: Source, places: list[int]) -> Samples:

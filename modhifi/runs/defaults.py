@@ -93,9 +93,9 @@ def complete_verify(recipe: VerifyRecipe, loaded: LoadedModel, device: torch.dev
 
 
 def calibrating(source: str | list[str], loaded: LoadedModel, alone: bool) -> tuple[str | list[str], list[str]]:
-    """What calibrates a model, and remarks: files of text beside its own writing, unless they are to be ``alone``.
+    """What a model is calibrated or healed on, and remarks: files of text beside its own writing, but ``alone``.
 
-    A cut by one kind of text alone ruins the model for every other one (docs/language-models.md).
+    One kind of text alone ruins the model for every other one (docs/language-models.md, docs/after-pruning.md).
     """
     together = beside_self(source)
     if alone or loaded.kind != "text" or together == ([source] if isinstance(source, str) else source):
@@ -159,13 +159,14 @@ def complete_heal(
     *,
     forgot: bool = False,
     whole: bool = False,
-) -> HealRecipe:
-    """The healing run of a version of ``loaded``, which ``against`` names, with every default but its end written out.
+) -> tuple[HealRecipe, list[str]]:
+    """The healing run of a version of ``loaded`` with every default but its end written out, and remarks on them.
 
-    ``forgot`` says that the version forgot classes, ``whole`` that it has the original's shapes. Raises ModhifiError
-    for a window that the model does not take.
+    ``against`` names ``loaded``; ``forgot`` says that the version forgot classes, ``whole`` that it has the original's
+    shapes. Raises ModhifiError for a window that the model does not take.
     """
-    data, method, source = recipe.data, recipe.method, recipe.data.source
+    data, method = recipe.data, recipe.method
+    source, remarks = calibrating(data.source, loaded, data.only_this_data)
     text = amounts(loaded, device).window is not None
     if text:
         usual = HEAL_TEXT_ON_CPU if torch.device(device).type == "cpu" else HEAL_TEXT
@@ -180,12 +181,13 @@ def complete_heal(
     # A model that forgot classes and lost nothing else is near its teacher: large steps take it away.
     large = _has_batchnorm(loaded) and method.lora is None and not (forgot and whole)
     optimizer = method.optimizer or ("muon" if large else "adamw")
-    return recipe.model_copy(
+    completed = recipe.model_copy(
         update={
             "against": against,
             "batch_size": batch_size,
             "data": data.model_copy(
                 update={
+                    "source": source,
                     "samples": samples,
                     "evaluation_samples": data.evaluation_samples or usual.evaluation_samples,
                     "window": window,
@@ -201,6 +203,7 @@ def complete_heal(
             ),
         }
     )
+    return completed, remarks
 
 
 def with_end(recipe: HealRecipe, samples: int, *, one_pass: bool) -> HealRecipe:

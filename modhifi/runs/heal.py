@@ -92,7 +92,7 @@ def run_heal(
         patient = load_patient(recipe, given)
         original = patient.original
         facts = {"forgot": bool(patient.closed), "whole": same_shapes(original.model, patient.edited.model)}
-        recipe = complete_heal(recipe, original, device, teacher_of(recipe, patient), **facts)
+        recipe, remarks = complete_heal(recipe, original, device, teacher_of(recipe, patient), **facts)
         original.model.to(device)
         patient.edited.model.to(device)
         if out is not None:
@@ -101,7 +101,7 @@ def run_heal(
         data = load_learning_data(recipe, patient, given, clock.inner)
         recipe = with_end(recipe, data.learnt, one_pass=all(facts.values()))
         skipped = skipped_warnings(data.train, data.held)
-        warnings = [*original.warnings, *data.remarks(), *warn_degenerate(data.train), *skipped]
+        warnings = [*original.warnings, *remarks, *data.remarks(), *warn_degenerate(data.train), *skipped]
     checkpoint = None if out is None else _checkpoint(out, recipe, patient, data, force)
     with clock.stage("heal"):
         healed = _distil(recipe, patient, data, checkpoint, clock)
@@ -168,8 +168,9 @@ def _measure(
 ) -> HeldOut:
     """Adds every measured figure to the report; returns the table of original and healed outputs."""
     original, batch_size = patient.original, recipe.settings().batch_size
-    before, table = tabulate_several(original, [patient.edited.model, healed.model], data.held, batch_size)
-    measure_healing(report, original, healed.model, data.held, before, table, batch_size, progress)
+    models = (patient.edited.model, healed.model)
+    tables = tabulate_several(original, models, data.held, batch_size)
+    measure_healing(report, original, models, data.held, tables, batch_size, progress)
     report["verdicts"] = healing_verdicts(healed)
     try:
         report["texts"] = continuations(original, healed.model, data.held)
@@ -177,7 +178,7 @@ def _measure(
         report["warnings"].append(str(error))
     if original.kind == "image":
         report.update(seen_samples(data.train, original))
-    return table
+    return tables[1]
 
 
 def _bound(

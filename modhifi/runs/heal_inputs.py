@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -119,31 +120,42 @@ def load_learning_data(recipe: HealRecipe, patient: Patient, given: Given, progr
     most = MOST_WINDOWS if patient.original.reads_tokens else MOST_VALIDATION
     beside = None if recipe.data.only_this_data else _drawn_beside(samples, patient.original, recipe.seed)
     count = min(most, max(1, round((VALIDATION if beside is None else FEW_VALIDATION) * len(samples))))
-    if len(samples) - count < 2:
-        raise ModhifiError(f"{len(samples)} samples are too few to learn from; give more --samples")
-    train, validation = samples.split(len(samples) - count, count)
+    if len(samples) - count < 2 or all(len(part) < 2 for _, _, part in samples.parts()):
+        raise ModhifiError(f"{len(samples)} samples are too few to learn from; give more data, or --samples")
     if beside is not None and patient.closed:
         beside = _retained(patient, beside, recipe.batch_size)
     # The original may take nearly all of them for a forgotten class.
-    if beside is None or len(beside) <= len(validation):
-        return LearningData(loaded, train, validation, held)
-    train, validation = _with_drawn(train, validation, beside)
+    if beside is None or len(beside) <= count:
+        return LearningData(loaded, *_separated(samples.parts(), count), held)
+    # Half of the mass each. By real ones alone too little could be told: they have often calibrated the cut, too.
+    halves = [(name, share / 2, part) for name, share, part in samples.parts()]
+    train, validation = _separated([*halves, ("synthetic", 0.5, beside)], 2 * count)
     return LearningData(loaded, train, validation, held, len(beside))
 
 
-def _with_drawn(train: Samples, validation: Samples, beside: Samples) -> tuple[Samples, Samples]:
-    """Samples to learn from and to choose by, half of the mass of both real and half drawn.
+def _separated(parts: Sequence[tuple[str, float, Samples]], count: int) -> tuple[Samples, Samples]:
+    """Samples to learn from, and about ``count`` to choose by: of both every source, in its share of the mass.
 
-    By real ones alone too little could be told: they are few, and have often calibrated the cut, too.
+    Of a source that has too few for its share items come several times among those to learn from.
     """
-    learnt, chosen = beside.split(len(beside) - len(validation), len(validation))
-    often = [*range(len(train))] * max(1, round(len(learnt) / len(train)))
-    again = replace(train.subset(often), description=train.description)
+    learnt, chosen = list[tuple[str, float, Samples]](), list[tuple[str, float, Samples]]()
+    for name, share, samples in parts:
+        few = min(max(1, round(share * count)), len(samples) - 1)
+        first, second = samples.split(len(samples) - few, few)
+        if not len(second):  # all of one document
+            first, second = replace(samples, units=None).split(len(samples) - few, few)
+        learnt.append((name, share, first))
+        if len(second):
+            chosen.append((name, share, second))
+    most = max(len(samples) / share for _, share, samples in learnt)
+    learnt = [(name, share, _often(part, round(share * most / len(part)))) for name, share, part in learnt]
+    return mixed(learnt), mixed(chosen)
 
-    def halves(real: Samples, unreal: Samples) -> Samples:
-        return mixed([("data", 0.5, real), ("synthetic", 0.5, unreal)])
 
-    return halves(again, learnt), halves(validation, chosen)
+def _often(samples: Samples, times: int) -> Samples:
+    """Every item so many times, at least once."""
+    often = [*range(len(samples))] * max(1, times)
+    return samples if times <= 1 else replace(samples.subset(often), description=samples.description)
 
 
 def _drawn_beside(samples: Samples, original: LoadedModel, seed: int) -> Samples | None:

@@ -33,8 +33,9 @@ from modhifi.pruning.prune import prune_model
 from modhifi.pruning.sequential import PairedPasses, written_modules
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import find_structure, measure_moments
-from modhifi.runs.defaults import calibrating, complete
+from modhifi.runs.defaults import calibrating, complete, complete_heal
 from modhifi.runs.inputs import Given, load_data, local_paths, located
+from modhifi.runs.recipes.prune import ModelSource
 from modhifi.runs.recipes.tasks import parse
 from modhifi.runs.reports.measurements import before_after
 from modhifi.structure.operators import weight_matrix
@@ -140,6 +141,10 @@ def test_files_of_text_are_mixed_with_what_a_causal_model_writes(
     assert completed.data.source == together
     alone = given.model_copy(update={"data": given.data.model_copy(update={"only_this_data": True})})
     assert complete(alone, loaded, "cpu")[0].data.source == source
+    for only, expected in ((False, together), (True, source)):
+        recipe = parse({"task": "heal", "directory": "x", "data": {"source": source, "only_this_data": only}})
+        healing, remarks = complete_heal(recipe, loaded, "cpu", ModelSource(name="x"))
+        assert healing.data.source == expected and len(remarks) == (expected != source)
 
 
 def test_shares_and_sources_go_together() -> None:

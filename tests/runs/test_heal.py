@@ -9,11 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
+import tiny_parts
 import tiny_text
 import torch
 from safetensors.torch import load_file, save_file
@@ -151,7 +153,7 @@ def test_large_steps_are_the_default_of_networks_with_batchnorm_that_lost_someth
     model_dir: Path, method: dict[str, Any], facts: dict[str, bool], optimizer: str, temperature: float
 ) -> None:
     recipe = HealRecipe.model_validate({"directory": "small", "method": method})
-    completed = complete_heal(recipe, load_model(model_dir), "cpu", ModelSource(name=str(model_dir)), **facts)
+    completed, _ = complete_heal(recipe, load_model(model_dir), "cpu", ModelSource(name=str(model_dir)), **facts)
     assert (completed.method.optimizer, completed.method.temperature) == (optimizer, temperature)
 
 
@@ -163,7 +165,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> int:
     return 36
 
 
-def learning_data(directory: Path, source: str, **more: Any) -> LearningData:
+def learning_data(directory: Path, source: str | list[str], **more: Any) -> LearningData:
     data = {"source": source, "samples": 24, "evaluation_samples": 8, **more}
     recipe = parse({"task": "heal", "directory": str(directory), "data": data, "batch_size": 8}, "test")
     return load_learning_data(recipe, load_patient(recipe, NOTHING), NOTHING, lambda *_: None)
@@ -226,6 +228,74 @@ def test_a_run_on_few_images_says_what_it_drew(small: Path, image_dir: Path, tmp
     assert "synthetic:mixed" in calibration.description and len(calibration.hashes) >= 50
     alone = modhifi.heal(small, f"images:{image_dir}", only_this_data=True, **amounts)
     assert not any("drawn" in warning for warning in alone.report["warnings"])
+
+
+@pytest.fixture(scope="module")
+def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruned language model."""
+    work = tmp_path_factory.mktemp("text")
+    amounts = {"samples": 8, "evaluation_samples": 2, "window": 16, "checks": {"walked": 0}}
+    (work / "text.txt").write_text(tiny_text.articles(6))
+    modhifi.prune(
+        tiny_text.save(work / "model"),
+        f"text:{work / 'text.txt'}",
+        ratio=0.3,
+        out=work / "small",
+        only_this_data=True,
+        **amounts,
+    )
+    return work / "small"
+
+
+def documents(directory: Path, windows: Sequence[int]) -> str:
+    """A folder of documents of so many windows of 15 words."""
+    directory.mkdir()
+    for number, count in enumerate(windows):
+        (directory / f"{number}.txt").write_text(tiny_text.write(100 * len(directory.name) + number, 15 * count + 12))
+    return f"text:{directory}"
+
+
+def test_windows_of_one_document_are_learnt_from_and_chosen_by(small_text: Path, tmp_path: Path) -> None:
+    source = documents(tmp_path / "texts", [12, 12, 12, 12])
+    # Of the few that calibrate, all are of one document, as the others are held out.
+    data = learning_data(small_text, source, samples=4, evaluation_samples=16, window=16)
+    learnt, chosen = set(data.train.hashes), set(data.validation.hashes)
+    assert (len(learnt), len(chosen), len(learnt | chosen)) == (3, 1, 4)
+
+
+def test_a_source_that_is_too_short_keeps_its_share_of_what_is_learnt(small_text: Path, tmp_path: Path) -> None:
+    short, long = (documents(tmp_path / name, sizes) for name, sizes in (("short", [2] * 5), ("long", [20] * 4)))
+    data = learning_data(small_text, [f"{short}@0.5", f"{long}@0.5"], samples=64, evaluation_samples=4, window=16)
+    own = {name: set(samples.hashes) for name, _, samples in data.given.parts()}
+    assert [len(items) for items in own.values()] < [12, 32]
+    for samples in (data.train, data.validation):
+        counts = [sum(item in items for item in samples.hashes) for items in own.values()]
+        assert counts[0] == pytest.approx(counts[1], rel=0.25) and min(counts) > 0
+    assert not {*data.train.hashes} & {*data.validation.hashes}
+    assert data.learnt < len(data.train)
+
+
+def test_the_report_has_three_columns_for_every_source(small_text: Path, tmp_path: Path) -> None:
+    source = documents(tmp_path / "texts", [12, 12, 12, 12])
+    amounts = {"samples": 12, "evaluation_samples": 4, "window": 16, "steps": 2, "checks": {"walked": 0}}
+    report = modhifi.heal(small_text, source, out=tmp_path / "out", **amounts).report
+    rows = {row["name"]: row for row in report["before_after"]}
+    for where in ("", f", {source}", ", self"):
+        row = rows[f"perplexity{where}"]
+        assert all(row[key] > 0 for key in ("before", "between", "after")) and row["between"] != row["before"]
+    assert "0.5 of the mass is text that the model writes itself; --only-this-data leaves it out" in report["warnings"]
+    assert "perplexity, self" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("detr", "box overlap (IoU)"), ("clip", "cosine of image"), ("wav2vec2", "transcript agreement")]
+)
+def test_what_both_models_see_or_hear_alike_has_three_columns(tmp_path: Path, kind: str, name: str) -> None:
+    model, amounts = tiny_parts.save(kind, tmp_path / "model"), {"samples": 8, "evaluation_samples": 4}
+    modhifi.prune(model, ratio=0.3, out=tmp_path / "small", checks={"walked": 0}, **amounts)
+    report = modhifi.heal(tmp_path / "small", steps=1, batch_size=4, checks={"walked": 0}, **amounts).report
+    (row,) = [row for row in report["before_after"] if row["name"].startswith(name)]
+    assert row["before"] == 1 and 0 <= row["between"] <= 1 and 0 <= row["after"] <= 1
 
 
 def test_a_run_ends_after_ten_minutes_or_one_pass_over_the_samples_there_are() -> None:

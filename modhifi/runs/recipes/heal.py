@@ -22,7 +22,8 @@ class HealData(DataSource):
     samples: Annotated[Count | None, Option(panel="Most used")] = None
     """Samples to learn from; by default 10,000 images (2,000 drawn, 500 inverted ones), 512 windows (128 on a CPU)."""
     only_this_data: bool = False
-    """Learn from --data alone; by default 2,000 drawn images are added to fewer than 1,000."""
+    """Learn from --data alone; by default 2,000 drawn images are added to fewer than 1,000, and text that a causal
+    model writes itself to text:PATH."""
 
 
 class HealBudget(Strict):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,7 @@ from modhifi.progress import Progress
 from modhifi.runs.audit import report_parts
 from modhifi.runs.recipes.heal import HealRecipe
 from modhifi.runs.reports.head import head
-from modhifi.runs.reports.measurements import before_after, measure_run
+from modhifi.runs.reports.measurements import before_after, measure_errors, measure_run
 from modhifi.runs.reports.prune import plain_info
 from modhifi.unlearning.attacks import measures
 
@@ -96,23 +96,19 @@ def _edits(edited: LoadedModel) -> list[str]:
 def measure_healing(
     report: dict[str, Any],
     original: LoadedModel,
-    model: nn.Module,
+    models: Sequence[nn.Module],
     held: Samples,
-    before: HeldOut,
-    table: HeldOut,
+    tables: Sequence[HeldOut],
     batch_size: int,
     progress: Progress,
 ) -> None:
     """Adds every measured figure to a report, in place, each beside that of the model before it was healed.
 
-    ``before`` and ``table`` compare the original with the model before and after.
+    ``models`` are the one before and the healed one, and ``tables`` compare the original with each.
     """
-    report |= measure_run(original, model, held, table, batch_size, progress)
-    earlier = before.summary()
-    if original.kind == "text":
-        earlier["perplexity_before"], earlier["perplexity_after"] = before.perplexities()
-    if held.labels is not None and before.top_before is not None:
-        earlier["accuracy_before"], earlier["accuracy_after"] = before.accuracies(held.labels)
+    (edited, healed), (before, after) = models, tables
+    report |= measure_run(original, healed, held, after, batch_size, progress)
+    earlier = measure_errors(original, edited, held, before, batch_size)
     report["errors_before_healing"] = earlier
     rows, earlier_rows = before_after(report), before_after({**report, "errors": earlier})
     # Its shapes are those of the healed model, and so are its times, which were taken once.

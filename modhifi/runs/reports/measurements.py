@@ -45,14 +45,7 @@ def measure_run(
             original.logits(batch, model)
 
     progress("checking", 0, 2)
-    errors: dict[str, Any] = {"n": len(held)} if table is None else _errors(original, held, table)
-    errors["agreements"] = agreements(original, edited, held, batch_size)
-    if table is not None and held.sources:
-        errors["sources"] = [
-            {"source": source.name, "share": source.share, **_errors(original, held.subset(units), table.subset(units))}
-            for number, source in enumerate(held.sources)
-            if (units := [i for i, own in enumerate(held.origin) if own == number])
-        ]
+    errors = measure_errors(original, edited, held, table, batch_size)
     size = {
         "parameters": [measure.count_parameters(original.model), measure.count_parameters(edited)],
         "flops": [measure.count_flops(model, item, forward) for model in (original.model, edited)],
@@ -72,6 +65,21 @@ def measure_run(
         "latency": {name: vars(value) for name, value in latency.items()},
         "conditions": _conditions(original, held, latency["after"]),
     }
+
+
+def measure_errors(
+    original: LoadedModel, edited: nn.Module, held: Samples, table: HeldOut | None, batch_size: int
+) -> dict[str, Any]:
+    """What an edit does to the outputs, of all samples and of those of every source; arguments as in `measure_run`."""
+    errors: dict[str, Any] = {"n": len(held)} if table is None else _errors(original, held, table)
+    errors["agreements"] = agreements(original, edited, held, batch_size)
+    if table is not None and held.sources:
+        errors["sources"] = [
+            {"source": source.name, "share": source.share, **_errors(original, held.subset(units), table.subset(units))}
+            for number, source in enumerate(held.sources)
+            if (units := [i for i, own in enumerate(held.origin) if own == number])
+        ]
+    return errors
 
 
 def _conditions(original: LoadedModel, held: Samples, latency: Latency) -> str:
