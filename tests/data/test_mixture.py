@@ -373,5 +373,5 @@ def test_python_mixes_what_it_holds_with_sources(image_dir: Path, model_dir: Pat
     learnt = parse({"task": "heal", "directory": "d", "budget": {"steps": 1}, "data": data})
     samples, _ = load_data(learnt, loaded, Given(data=both))
     assert [len(part) for _, part in samples.by_source()] == [2, 6]
-    with pytest.raises(ModhifiError, match="several sources are mixed to calibrate"):
+    with pytest.raises(ModhifiError, match="heal mix several sources"):
         load_samples(Mixture(["synthetic", f"images:{image_dir}"]), loaded, n=4)

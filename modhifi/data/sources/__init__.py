@@ -47,7 +47,7 @@ def load_samples(
         raise ModhifiError(f"{n} samples asked for; ask for at least 1")
     sources = Mixture.of(spec).sources
     if len(sources) > 1:
-        raise ModhifiError("several sources are mixed to calibrate (prune, compare, score) only; give one")
+        raise ModhifiError("only prune, compare, score and heal mix several sources; give one")
     if not isinstance(spec, str):
         return samples_from(sources[0], loaded, n=n, seed=seed)
     if loaded.packing is not None and not loaded.parts:
