@@ -62,7 +62,7 @@ LABELS = {
     "kl": "KL divergence, nats",
     "total_variation": "total variation, mean",
 }
-SHOWN = {"agreement", "accuracy_before", "accuracy_after", "perplexity_before", "perplexity_after"}
+SHOWN = {"agreement", "explained", "accuracy_before", "accuracy_after", "perplexity_before", "perplexity_after"}
 
 
 def label(key: str) -> str:

@@ -20,6 +20,7 @@ from modhifi.data.samples import Samples
 from modhifi.errors import GateFailed, ModhifiError
 from modhifi.models.loaded import PADDING, LoadedModel, real_tokens
 from modhifi.models.trial import broken_layer
+from modhifi.structure.outputs import classes_last
 
 Logits = Callable[[Tensor], Tensor]
 """One forward pass, from a batch to logits ``(batch, ..., classes)``: ``partial(loaded.logits, model=edited)``, say."""
@@ -97,6 +98,12 @@ class HeldOut:
         energy = float(self.energy.sum())
         return float(self.squared_error.sum()) / energy if energy else math.nan
 
+    @property
+    def explained(self) -> float | None:
+        """R²: the share of the variance of the original's outputs that is kept; None where they do not vary."""
+        spread = self.constant.error
+        return 1 - float(self.error.square().mean()) / spread**2 if spread else None
+
     def perplexities(self) -> tuple[float, float]:
         """The perplexities of both models: exp of the mean loss, in nats, of every token that has one before it.
 
@@ -118,6 +125,7 @@ class HeldOut:
             "agreement": float(self.agreement.mean()),
             "mean_squared_error": float(self.squared_error.mean()),
             "relative_error": self.relative_error,
+            "explained": self.explained,
             "kl": float(self.kl.mean()),
             "total_variation": float(self.total_variation.mean()),
         }
@@ -242,11 +250,6 @@ class _Timed:
             torch.cuda.synchronize(outputs.device)
         self.seconds.append((time.perf_counter() - start) / len(batch))
         return outputs
-
-
-def classes_last(outputs: Tensor) -> Tensor:
-    """Maps ``(b, classes, height, width)``, as losses of torch read them, with their classes behind."""
-    return outputs.movedim(1, -1) if outputs.ndim > 3 else outputs
 
 
 def _positions(batch: Tensor, outputs: Tensor, tokens: bool, next_tokens: bool) -> tuple[Tensor, Tensor]:

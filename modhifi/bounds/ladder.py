@@ -49,8 +49,8 @@ class BoundReport:
     warnings: tuple[str, ...]
     # Of the original and the edited model, where classes were forgotten; the other fields then tell of the others.
     forgetting: Mapping[str, Forgetting] | None = None
-    # Whether the outputs are features, of which a largest one means nothing.
-    features: bool = False
+    # Whether the outputs are values, of which a largest one means nothing.
+    values: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON-able data: ``verdicts`` for the report's table, everything else under ``bounds``."""
@@ -95,7 +95,7 @@ def verify_model(
     ModhifiError for models in train mode and outputs that are not finite (GateFailed for the edited model's).
     """
     tolerances = tolerances or Tolerances()
-    tolerances.fit(original.kind)
+    tolerances.fit(original)
     for name, model in (("original", original.model), ("edited", edited)):
         if any(m.training for m in model.modules()):
             raise ModhifiError(f"the {name} model is in train mode, where outputs are random; call .eval() first")
@@ -127,7 +127,7 @@ def verify_model(
             "independent, which neighbours in one document are not"
         )
     return BoundReport(
-        rungs=(*walk.rungs, *_statistical_rungs(r3)),
+        rungs=(*walk.rungs, *_statistical_rungs(r3, original.gives_values)),
         layers=walk.layers,
         telescoping_gap=walk.gap,
         constant_error=table.constant.error,
@@ -135,7 +135,7 @@ def verify_model(
         statistical=r3,
         tolerances=tolerances,
         warnings=tuple(warnings),
-        features=original.gives_features,
+        values=original.gives_values,
     )
 
 
@@ -198,12 +198,12 @@ def _population(table: HeldOut, held: Samples) -> str:
     return f"synthetic {kind} (it speaks of synthetic {kind} only)" if held.synthetic else f"held-out {kind}"
 
 
-def _statistical_rungs(statistics: Statistical) -> tuple[Rung, ...]:
+def _statistical_rungs(statistics: Statistical, values: bool) -> tuple[Rung, ...]:
     confidence = f"{100 * (1 - statistics.alpha):.4g} % confidence, each bound by itself"
     basis = f"{statistics.n} independent {statistics.population}, {confidence}"
     figures = {
-        "R3 share of flips": statistics.flips,
-        "R3 total variation": statistics.variation,
+        "R3 share of flips": None if values else statistics.flips,
+        "R3 total variation": None if values else statistics.variation,
         f"R3 {statistics.quantile:.0%} quantile of the change": statistics.error_quantile,
         "R3 ratio of perplexities": statistics.perplexity,
     }

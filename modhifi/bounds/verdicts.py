@@ -9,6 +9,7 @@ from modhifi.bounds.confidence import divided_alpha, settling_n_mean, settling_n
 from modhifi.bounds.held_out import HeldOut
 from modhifi.bounds.statistical import QUANTILE, Forgetting, Interval, Statistical, nll_cap
 from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
+from modhifi.models.loaded import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,12 @@ class Tolerances:
             raise ModhifiError(f"--max-perplexity-ratio {ratio} allows no loss; give a number above 1, such as 1.05")
         divided_alpha(self.confidence)
 
-    def fit(self, kind: str) -> None:
-        """Raises ModhifiError where a tolerance does not apply to models of this kind (as in `LoadedModel.kind`)."""
-        if self.max_perplexity_ratio is not None and kind != "text":
+    def fit(self, original: LoadedModel) -> None:
+        """Raises ModhifiError where a tolerance does not apply to such a model."""
+        if self.max_perplexity_ratio is not None and original.kind != "text":
             raise ModhifiError("--max-perplexity-ratio is for causal language models; use --max-flip or --max-error")
+        if self.max_flip is not None and original.gives_values:
+            raise ModhifiError("--max-flip counts changed classes, and these outputs are values; use --max-error")
 
     def require(self, incomparable: str) -> None:
         """Raises ModhifiError where a tolerance is given and outputs are ``incomparable``, for that reason."""

@@ -198,12 +198,12 @@ class Distillation:
             output,
             real,
             temperature=settings.temperature,
-            features=self.original.gives_features,
+            values=self.original.gives_values,
             closed=self.closed,
         )
         if self.blocks:
             # As the divergence is, which would outweigh them otherwise: gradients of soft outputs are small.
-            softened = 1.0 if self.original.gives_features else settings.temperature**2
+            softened = 1.0 if self.original.gives_values else settings.temperature**2
             loss = loss + settings.blocks * softened * block_loss(wanted_blocks, self.watch.take(), real)
         return loss
 

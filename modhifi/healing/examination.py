@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from modhifi.bounds.held_out import classes_last
 from modhifi.data.samples import Samples
 from modhifi.healing.losses import agreement, output_loss
 from modhifi.healing.teacher import Teacher
 from modhifi.models.loaded import LoadedModel
+from modhifi.structure.outputs import classes_last
 
 
 class Examination:
@@ -29,22 +29,22 @@ class Examination:
     def figures(self, student: nn.Module) -> dict[str, float | None]:
         """The mean ``divergence`` in nats, the ``agreement`` as a share and its standard ``error``.
 
-        Of a model without logits the divergence is that of :func:`output_loss` for features, and there is no agreement.
+        Of values the divergence is that of :func:`output_loss` for them, and there is no agreement.
         """
-        original, features = self.original, self.original.gives_features
+        original, values = self.original, self.original.gives_values
         divergence, agreed, count, compared = 0.0, 0.0, 0, 0
         for batch in self.samples.batches(self.size):
             wanted, _ = self.teacher.outputs(batch, range(count, count + len(batch)))
             output, real = original.logits(batch, student), original.real_tokens(batch)
             real = None if real is None else real.to(output.device)
-            distance = output_loss(wanted, output, real, features=features, closed=self.closed)
+            distance = output_loss(wanted, output, real, values=values, closed=self.closed)
             divergence += len(batch) * float(distance)
-            agreed += len(batch) * (0.0 if features else float(agreement(wanted, output, real, self.closed)))
+            agreed += len(batch) * (0.0 if values else float(agreement(wanted, output, real, self.closed)))
             count += len(batch)
             compared += classes_last(output)[..., 0].numel() if real is None else int(real.sum())
         agreed /= count
         return {
             "divergence": divergence / count,
-            "agreement": None if features else agreed,
+            "agreement": None if values else agreed,
             "error": math.sqrt(max(0.0, agreed * (1 - agreed)) / compared),
         }

@@ -37,6 +37,7 @@ def load_model(
     trust_remote_code: bool = False,
     example: Any = None,
     gguf_file: str | None = None,
+    values: bool = False,
 ) -> LoadedModel:
     """Loads a model from timm, the Hugging Face hub, a local directory or a module.
 
@@ -46,7 +47,8 @@ def load_model(
     ``weights`` is a ``.safetensors`` or ``.pth`` file for ``timm:NAME``. ``gguf_file`` names a GGUF file of the model,
     which is dequantised. ``example`` (batch first) replaces the random example and is required for a module that is
     neither timm's nor transformers'; of a model that reads several inputs it is a tuple of batches, by position, or a
-    mapping, by name. A module is copied: the caller's own stays as it is.
+    mapping, by name. A module is copied: the caller's own stays as it is. ``values`` says that several outputs are no
+    scores of classes but numbers of their own, as a regression's.
 
     Raises ModhifiError for an unknown name, a model that cannot be downloaded, one that is already quantised and one
     with NaN or infinite weights.
@@ -83,6 +85,7 @@ def load_model(
         gguf_file = _gguf_in(directory, gguf_file)
         loaded = _from_directory(directory, name, pretrained, args, trust_remote_code, gguf_file)
     check_weights(loaded.model, loaded.source)
+    loaded = replace(loaded, values=True) if values else loaded
     return loaded if example is None else loaded.with_example(example)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from modhifi.errors import ModhifiError
 from modhifi.models.hub import first_line
 from modhifi.models.manifest import Artifact
 from modhifi.models.packing import Packing, Unpacked, pack_batch
-from modhifi.structure.outputs import named_tensors
+from modhifi.structure.outputs import classes_last, named_tensors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,8 +39,8 @@ class LoadedModel:
     of 2 model-ready inputs: normalised pixels ``(2, C, H, W)`` or token ids ``(2, 16)``. ``transform`` is the model's
     own evaluation preprocessing, PIL image to float32 ``(C, H, W)``. ``info`` is JSON-able: architecture, arguments,
     resolved commit, licence, versions, notes. ``artifact`` holds the manifest of the artefact that the model was loaded
-    from, None for another source. ``packing`` is the form of the items of a model that reads several inputs, whose
-    batches are packed; None for one input.
+    from, None for another source. ``values`` says that several outputs are no scores of classes. ``packing`` is the
+    form of the items of a model that reads several inputs, whose batches are packed; None for one input.
     """
 
     model: nn.Module
@@ -56,6 +57,7 @@ class LoadedModel:
     # Of models of transformers that read sounds, series or several inputs: what each holds, and how sound is prepared.
     parts: tuple[Part, ...] = ()
     listener: Listener | None = None
+    values: bool = False
 
     @property
     def warnings(self) -> list[str]:
@@ -88,6 +90,7 @@ class LoadedModel:
         ModhifiError where the model fails on its example.
         """
         if self.reads_tokens:
+            self.require_runs()
             return ""
         two = self.example_of_two()
         try:
@@ -125,12 +128,23 @@ class LoadedModel:
         model = self.model if model is None else model
         self._forward(batch, model, **(last_logits(model) if self.kind == "text" else {}))
 
-    @property
-    def gives_features(self) -> bool:
-        """Whether the outputs are features, of which the largest names no class and no token."""
+    @cached_property
+    def gives_values(self) -> bool:
+        """Whether the outputs are values, of which the largest names no class and no token: features, or one number.
+
+        Costs a forward pass of two items where neither timm nor the kind tells. What models of transformers call logits
+        are scores; several outputs of a module of one's own are, too, unless it was loaded with ``values``.
+        """
+        if self.kind == "text":
+            return False
         if self.framework == "timm":
-            return getattr(self.model, "num_classes", 1) == 0
-        return self.framework == "transformers" and self.kind != "text" and "For" not in type(self.model).__name__
+            return self.values or getattr(self.model, "num_classes", 2) < 2
+        if self.values or getattr(getattr(self.model, "config", None), "problem_type", None) == "regression":
+            return True
+        with torch.no_grad():
+            name, output = _main(self._forward(self.example_of_two(), None))
+        scores = self.framework != "transformers" or "logits" in name
+        return not scores or classes_last(output).shape[-1] == 1
 
     @property
     def reads_tokens(self) -> bool:
@@ -211,17 +225,23 @@ def main_output(out: Any) -> Tensor:
 
     A single number for each item becomes ``(batch, 1)``. Raises ModhifiError without a tensor for each item.
     """
+    return _main(out)[1]
+
+
+def _main(out: Any) -> tuple[str, Tensor]:
+    """The main output behind its name; "" of a tensor alone."""
     logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
     if isinstance(logits, Tensor):
-        return logits
+        return "logits", logits
     if isinstance(out, Mapping) and all(isinstance(out.get(name), Tensor) for name in EMBEDDINGS):
-        return torch.cat([out[name] for name in EMBEDDINGS], -1)  # similarities depend on what else is in the batch
-    first = next((tensor for _, tensor in named_tensors(out)), None)
+        # Similarities depend on what else is in the batch.
+        return EMBEDDINGS[0], torch.cat([out[name] for name in EMBEDDINGS], -1)
+    name, first = next(named_tensors(out), ("", None))
     if first is None:
         raise ModhifiError(f"the model returns {type(out).__name__}, not a tensor; wrap it to return one")
     if first.ndim == 0:
         raise ModhifiError("the model returns one number for a whole batch; wrap it to return an output for each item")
-    return first[:, None] if first.ndim == 1 else first
+    return name, first[:, None] if first.ndim == 1 else first
 
 
 def frozen(model: nn.Module) -> nn.Module:

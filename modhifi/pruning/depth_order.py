@@ -123,7 +123,7 @@ class Trials:
             with branches_restored(model, self.structure, plans[gone]):
                 errors = remove_branches(model, self.structure, plans[gone], self.moments, self.settings)
                 if self.probe is not None and self.dense is not None:
-                    costs[gone] = output_change(self.dense, cache.run(0, self.probe))
+                    costs[gone] = output_change(self.dense, cache.run(0, self.probe), self.loaded.gives_values)
                 else:
                     costs[gone] = sum(error.relative for error in errors) if errors else float(len(gone))
         self.progress("probing depth", len(ordered), len(ordered))

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from modhifi.data.samples import Samples
 from modhifi.structure.groups import Structure
+from modhifi.structure.outputs import classes_last, distance_over_spread
 
 # Fewest and most samples that probe the effect of one group.
 PROBES = (3, 32)
@@ -20,7 +21,12 @@ def probe_of(structure: Structure, samples: Samples) -> Tensor:
     return next(samples.batches(min(len(samples), max(PROBES[0], min(PROBES[1], len(samples) // (2 * count))))))
 
 
-def output_change(dense: Tensor, changed: Tensor) -> float:
-    """Mean Kullback-Leibler divergence between two sets of logits ``(..., classes)``, in nats."""
-    p, q = dense.float().log_softmax(-1), changed.float().log_softmax(-1)
+def output_change(dense: Tensor, changed: Tensor, values: bool = False) -> float:
+    """How far two sets of outputs ``(batch, ..., classes)`` are apart.
+
+    Of logits it is the mean Kullback-Leibler divergence in nats, of ``values`` the squared distance over their spread.
+    """
+    if values:
+        return float(distance_over_spread(dense, changed))
+    p, q = (classes_last(outputs).float().log_softmax(-1) for outputs in (dense, changed))
     return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))

@@ -133,7 +133,7 @@ def best_plan(
     dense, divergence = loaded.logits(probe), {}
     for name, plan in plans.items():
         with _edited(loaded.model, structure, plan, moments, settings, added):
-            divergence[name] = output_change(dense, loaded.logits(probe))
+            divergence[name] = output_change(dense, loaded.logits(probe), loaded.gives_values)
     return min(divergence, key=lambda name: divergence[name]), divergence
 
 
@@ -149,7 +149,7 @@ def amplification(
 ) -> dict[str, float]:
     """Squared output change per unit of squared local error when one group alone loses ``share`` of its components.
 
-    ``probe`` is one batch of model-ready inputs; the output change is the Kullback-Leibler divergence to the dense
+    ``probe`` is one batch of model-ready inputs; the output change is that of :func:`output_change` to the dense
     model. One forward pass of the probe per group, from the group's first reader on.
     """
     model, groups = loaded.model, [group for group in structure.prunable if not group.parts]
@@ -171,7 +171,8 @@ def amplification(
                 for piece, weight in zip(group.readers, trial.weights, strict=True):
                     store(model, structure, piece.module, weight.double(), moments[piece.module], settings)
                 changed = cache.run(0, probe)
-            weights[group.name] = output_change(dense, changed) / max(float(curve.cost[trial.removed]), 1e-300)
+            change = output_change(dense, changed, loaded.gives_values)
+            weights[group.name] = change / max(float(curve.cost[trial.removed]), 1e-300)
     progress("probing", len(ordered), len(ordered))
     return weights
 

@@ -28,7 +28,7 @@ from modhifi.runs.defaults import complete, rounding_for
 from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, place
 from modhifi.runs.recipes.compare import CompareRecipe
 from modhifi.runs.reports.head import head
-from modhifi.runs.reports.measurements import measure_run
+from modhifi.runs.reports.measurements import EXPLAINED, measure_run
 from modhifi.runs.reports.prune import skipped_warnings
 from modhifi.runs.steady_memory import steady_memory
 from modhifi.staging import staging
@@ -127,7 +127,7 @@ def _measure_cell(
         "parameters": size["parameters"][1] / size["parameters"][0],
         "time": latency["after"]["ratio"],
         "seconds": [latency["before"]["median"], latency["after"]["median"]],
-        "quality": errors.get("accuracy_after", errors["agreement"]),
+        "quality": _quality(original, errors),
         **errors,
     }
 
@@ -135,12 +135,14 @@ def _measure_cell(
 def _compared(cells: list[dict[str, Any]], original: LoadedModel, held: Samples) -> dict[str, Any]:
     """The comparison of all cells, those on a front marked; see :mod:`modhifi.artifacts.pareto`."""
     full = [cell for cell in cells if cell["error"] is None]
-    noise = half_width(max(cell["quality"] for cell in full), len(held)) if full else None
+    shares = full and not original.gives_values
+    noise = half_width(max(cell["quality"] for cell in full), len(held)) if shares else None
     on = fronts(full, noise or 0.0)
     for number, cell in enumerate(full):
         cell["front"] = [cost for cost in on if on[cost][number]]
     accuracy = full[0].get("accuracy_before") if full else None
     agreement = "next-token agreement" if original.kind == "text" else "agreement with the original"
+    agreement = EXPLAINED if original.gives_values else agreement
     return {
         "quality": agreement if accuracy is None else "top-1 accuracy",
         "original_quality": 1.0 if accuracy is None else accuracy,
@@ -148,6 +150,13 @@ def _compared(cells: list[dict[str, Any]], original: LoadedModel, held: Samples)
         "perplexity_before": full[0].get("perplexity_before") if full else None,
         "cells": cells,
     }
+
+
+def _quality(original: LoadedModel, errors: Mapping[str, Any]) -> float:
+    """What the front is drawn of: accuracy where there are labels, else agreement; of values, the variance kept."""
+    if original.gives_values:
+        return float(errors["explained"] or 0.0)
+    return float(errors.get("accuracy_after", errors["agreement"]))
 
 
 def half_width(share: float, n: int) -> float:
@@ -178,7 +187,7 @@ def _add_conclusions(report: dict[str, Any], budgets: Sequence[str]) -> None:
     ]
     best: dict[str, Mapping[str, Any]] = {}
     for cell in measured(comparison):
-        if cell["quality"] > best.get(cell["budget"], {"quality": -1.0})["quality"]:
+        if cell["quality"] > best.get(cell["budget"], {"quality": -math.inf})["quality"]:
             best[cell["budget"]] = cell
     winners = [
         f"at {budget} {cell['selector']} + {cell['compensate']} ({100 * cell['quality']:.1f} %)"
@@ -188,8 +197,9 @@ def _add_conclusions(report: dict[str, Any], budgets: Sequence[str]) -> None:
     text = f"{start}: {', '.join(winners)}." if winners else "Every cell is empty; the reasons are below."
     if winners:
         n = report["data"]["held_out_samples"]
-        noise = 100 * comparison["noise"]
-        text += f" On {n:,} held-out samples, differences of less than {noise:.1f} points may be chance."
+        text += f" Measured on {n:,} held-out samples"
+        noise = comparison["noise"]
+        text += "." if noise is None else f": differences of less than {100 * noise:.1f} points may be chance."
     report["outcome"] = {"tone": "good" if winners else "bad", "text": text, "advice": []}
     report["warnings"] = [
         *report["warnings"],

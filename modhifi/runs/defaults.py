@@ -198,6 +198,8 @@ def complete_heal(
                     "optimizer": optimizer,
                     "learning_rate": method.learning_rate or OPTIMIZERS[optimizer].rate,
                     "temperature": method.temperature or (PLAIN if text or forgot else SOFT),
+                    # Of large values that differ little bfloat16 leaves no difference.
+                    "precision": "no" if method.precision == "auto" and loaded.gives_values else method.precision,
                     "augment": loaded.kind == "image" if method.augment is None else method.augment,
                 }
             ),

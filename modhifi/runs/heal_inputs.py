@@ -77,7 +77,7 @@ def load_patient(recipe: HealRecipe, given: Given) -> Patient:
     original, edited, manifest = load_pair(recipe.directory, recipe.against, given)
     if reason := original.incomparable():
         raise ModhifiError(f"nothing can be learnt from the original: {reason}; wrap it to return one tensor")
-    recipe.checks.tolerances().fit(original.kind)
+    recipe.checks.tolerances().fit(original)
     if recipe.export and original.packing is not None:
         raise ModhifiError("an export has one input, and this model reads several; leave out --export")
     if recipe.method.lora is not None:

@@ -195,11 +195,11 @@ def _fit(recipe: PruneRecipe, original: LoadedModel, budget: Budget | None) -> s
     if recipe.export and original.packing is not None:
         raise ModhifiError("an export has one input, and this model reads several; leave out --export")
     tolerances = recipe.checks.tolerances()
-    tolerances.fit(original.kind)
     if budget is not None:
         budget.fit(original.kind)
     incomparable = original.incomparable()
     tolerances.require(incomparable)
+    tolerances.fit(original)
     return incomparable
 
 

@@ -79,7 +79,7 @@ def run_unlearn(
         if out is not None:
             check_space(out, stored_bytes(original.model))
         tolerances = recipe.checks.tolerances()
-        tolerances.fit(original.kind)
+        tolerances.fit(original)
         classes = find_classes(recipe.forget, original)
         earlier = [c for c in forgotten_before(original) if c not in classes]
         sites = find_sites(original)

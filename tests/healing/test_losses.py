@@ -63,7 +63,6 @@ def test_every_block_counts_the_same_whatever_its_scale() -> None:
     loss = block_loss([teacher, 100 * teacher], [student, 100 * student])
     wanted = (teacher - student).flatten(1).square().sum(1) / teacher.flatten(1).square().sum(1)
     assert torch.isclose(loss, wanted.mean())
-    assert torch.isclose(output_loss(teacher.flatten(1), student.flatten(1), features=True), wanted.mean())
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])

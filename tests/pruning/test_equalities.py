@@ -139,6 +139,23 @@ def test_the_change_of_the_output_is_the_divergence_from_the_dense_model() -> No
     assert output_change(dense, dense) == 0
     half = (dense.half(), changed.half())
     assert output_change(*half) == output_change(*(logits.float() for logits in half))
+    maps = [logits.T[None, :, :, None].expand(2, -1, -1, 4) for logits in (dense, changed)]  # with classes at axis 1
+    assert output_change(*maps) == pytest.approx(float(divergence), rel=1e-6)
+
+
+def test_the_change_of_values_is_the_share_of_their_variance_that_is_lost() -> None:
+    chance = torch.Generator().manual_seed(0)
+    dense, changed = 30 + torch.randn(2, 40, 1, generator=chance)
+    lost = (dense - changed).square().mean() / dense.var(0, correction=0)
+    assert output_change(dense, changed) == 0  # one number is a certain class
+    assert output_change(dense, changed, values=True) == pytest.approx(float(lost), rel=1e-5)
+    wide = [torch.randn(2, 5, 3, generator=chance) for _ in range(2)]
+    rows = [x.reshape(10, 3) for x in wide]
+    lost = (rows[0] - rows[1]).square().sum() / (rows[0] - rows[0].mean(0)).square().sum()
+    assert output_change(*wide, values=True) == pytest.approx(float(lost), rel=1e-5)
+    alike = torch.full((4, 2), 3.0)  # no spread to compare with
+    assert output_change(alike, alike + 0.3, values=True) == pytest.approx(0.01, rel=1e-5)
+    assert output_change(alike, alike, values=True) == 0
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["without bias", "with bias"])

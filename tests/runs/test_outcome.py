@@ -54,11 +54,11 @@ def test_a_language_model_is_judged_by_its_perplexity() -> None:
 
 
 def test_features_have_no_top_one() -> None:
-    far = replace(bounds_of(interval(0.9, 1.0)), features=True, constant_error=4.0)
+    far = replace(bounds_of(interval(0.9, 1.0)), values=True, constant_error=4.0)
     far = replace(far, statistical=replace(far.statistical, error_quantile=interval(0.5, 0.8)))
     assert outcome(far) == {
         "tone": "weak",
-        "text": "The features of 95 % of such images move by at most 20 % of their spread (95 % confidence, 1,000 "
+        "text": "The outputs of 95 % of such images move by at most 20 % of their spread (95 % confidence, 1,000 "
         "held-out images; measured 12.5 %).",
         "advice": [],
     }

@@ -61,7 +61,7 @@ class HealMethod(Strict):
     lora: Count | None = None
     """Train adapters of this rank in place of the weights (pip install 'modhifi[lora]'); they are merged at the end."""
     precision: Annotated[Literal["auto", "no", "bf16", "fp16"], Option(panel="Advanced")] = "auto"
-    """Mixed precision; auto takes bf16 where a GPU or CPU has instructions for it."""
+    """Mixed precision; auto takes bf16 where a GPU or CPU has instructions for it, but for outputs that are values."""
 
 
 class HealRecipe(Strict):

@@ -16,6 +16,8 @@ from modhifi.runs.reports.agreements import agreements
 from modhifi.runs.timing.machine import device_name
 from modhifi.runs.timing.turns import Latency, Spread, compare_latency, ratio
 
+# How well the values of the original are kept.
+EXPLAINED = "outputs, share of their variance kept (R²)"
 # Full batches of held-out samples below which a spread of throughputs means nothing.
 FEWEST_BATCHES = 3
 
@@ -59,7 +61,7 @@ def measure_run(
     progress("checking", 2, 2)
     return {
         "errors": errors,
-        "features": original.gives_features,
+        "values": original.gives_values,
         "size": size,
         "throughput": _throughput(table),
         "latency": {name: vars(value) for name, value in latency.items()},
@@ -125,6 +127,8 @@ def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
 
     def quality(errors: dict[str, Any], where: str = "") -> list[dict[str, Any]]:
         """Those of one set of samples: the model's quality, where it is known, and the agreement."""
+        if report.get("values"):
+            return [row(f"{EXPLAINED}{where}", 1.0, errors["explained"], "%")]
         if "perplexity_before" in errors:
             first = row(f"perplexity{where}", errors["perplexity_before"], errors["perplexity_after"])
         else:
@@ -158,8 +162,6 @@ def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
     more = [row(name, 1.0, share, "%") for name, share in errors.get("agreements", {}).items()]
     if "agreement" not in errors:
         return [*more, *(row(f"{name} an item", *counts) for name, counts in report["entries"].items()), *sizes]
-    if report.get("features"):
-        return [row("features, share of their energy kept", 1.0, 1 - errors["relative_error"], "%"), *more, *sizes]
     by_source = [line for own in errors.get("sources", []) for line in quality(own, f", {own['source']}")]
     return [*quality(errors), *by_source, *more, *sizes]
 

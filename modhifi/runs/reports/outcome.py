@@ -17,8 +17,8 @@ from modhifi.runs.recipes.prune import PruneRecipe
 Tone = Literal["good", "weak", "bad"]
 # The largest shares of changed top-1, and ratios of perplexities, that count as good and as weak.
 FLIPS, RATIOS = (0.05, 0.15), (1.05, 1.2)
-# The same of the change of features, as a share of what they differ from their mean.
-FEATURES = (0.1, 0.3)
+# The same of the change of values, as a share of what they differ from their mean.
+VALUES = (0.1, 0.3)
 # A smaller gain in time, as a ratio, is lost in the noise of a machine.
 FASTER = 0.97
 # Below this number of calibration images, more of them still help a strong cut.
@@ -58,15 +58,15 @@ def _change(bounds: BoundReport) -> tuple[str, Tone]:
         measured, upper = (
             f"{value:.2f}" if value < 10 else f"{value:.3g}" for value in (interval.measured, interval.upper)
         )
-    elif bounds.features:
-        interval, limits = statistics.error_quantile, FEATURES
+    elif bounds.values:
+        interval, limits = statistics.error_quantile, VALUES
         interval = replace(
             interval, measured=interval.measured / bounds.constant_error, upper=interval.upper / bounds.constant_error
         )
         bounded = math.isfinite(interval.upper)
         unit, share = units.removeprefix("held-out "), f"{100 * statistics.quantile:g} %"
-        claim = f"The features of {share} of such {unit} move by at most {{}} of their spread"
-        plain = f"The features of {share} move by at most {{}} of their spread"
+        claim = f"The outputs of {share} of such {unit} move by at most {{}} of their spread"
+        plain = f"The outputs of {share} move by at most {{}} of their spread"
         measured, upper = f"{100 * interval.measured:.3g} %", f"{100 * interval.upper:.3g} %"
     else:
         interval, limits = statistics.flips, FLIPS
@@ -108,7 +108,7 @@ def prune_advice(report: Mapping[str, Any], recipe: PruneRecipe, bounds: BoundRe
     advice = []
     _, tone = _change(bounds)
     if tone != "good":
-        loss = "the features moved far" if bounds.features else _loss(report)
+        loss = "the outputs moved far" if bounds.values else _loss(report)
         advice.append(f"{loss}: try {' or '.join(_remedies(recipe, kind, report['data']['calibration_samples']))}")
         heal = f"modhifi heal {recipe.out or 'DIR'}{_same_data(recipe.data.source)}"
         advice.append(f"or train what is left towards the original, without labels: {heal}")

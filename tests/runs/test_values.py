@@ -1,0 +1,147 @@
+"""Models whose outputs are values and no scores of classes: regressions, rerankers, depths, forecasts, embeddings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import tiny_parts
+import tiny_text
+import torch
+import transformers
+from tiny_timm import resnet
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import modhifi
+from modhifi.bounds.held_out import tabulate
+from modhifi.cli.main import app
+from modhifi.data.in_memory import from_items
+from modhifi.models.load import load_model
+
+SIZES: dict[str, Any] = {
+    "vocab_size": tiny_text.VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+
+
+def bert(head: str, **more: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return getattr(transformers, f"Bert{head}")(transformers.BertConfig(**SIZES, **more)).eval()
+
+
+def depths() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.GLPNConfig(hidden_sizes=[8, 8, 8, 8], decoder_hidden_size=8, num_attention_heads=[1, 2, 2, 2])
+    return transformers.GLPNForDepthEstimation(config).eval()
+
+
+class Scorer(nn.Module):
+    """One number for every item, from hidden layers that matter unequally."""
+
+    def __init__(self, outputs: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, outputs))
+        with torch.no_grad():
+            self.layers[2].weight[32:] = 0.1 * self.layers[2].weight[:1]  # half of the neurons hardly differ
+            self.layers[-1].bias += 100
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).squeeze(-1)
+
+
+ITEMS = torch.randn(160, 12, generator=torch.Generator().manual_seed(3))
+AMOUNTS: dict[str, Any] = {"samples": 96, "evaluation_samples": 64, "checks": {"walked": 0}}
+
+
+@pytest.mark.parametrize(
+    ("model", "values"),
+    [
+        (lambda: resnet(), False),
+        (lambda: timm.create_model("resnet10t", num_classes=0, stem_width=8, channels=(8, 8, 8, 8)), True),
+        (lambda: timm.create_model("resnet10t", num_classes=1, stem_width=8, channels=(8, 8, 8, 8)), True),
+        (lambda: bert("Model"), True),
+        (lambda: bert("ForSequenceClassification", num_labels=3), False),
+        (lambda: bert("ForSequenceClassification", num_labels=1), True),
+        (lambda: bert("ForSequenceClassification", num_labels=3, problem_type="regression"), True),
+        (lambda: bert("ForMaskedLM"), False),
+        (lambda: bert("ForQuestionAnswering"), False),
+        (lambda: bert("ForPreTraining"), False),
+        (lambda: tiny_text.llama(), False),
+        (depths, True),
+        (lambda: tiny_parts.model("patchtst"), True),
+        (lambda: tiny_parts.model("clip"), True),
+        (lambda: tiny_parts.model("wav2vec2"), False),
+        (lambda: tiny_parts.model("detr"), False),
+    ],
+)
+def test_the_head_says_whether_outputs_are_values(model: Any, values: bool) -> None:
+    assert load_model(model().eval()).gives_values is values
+
+
+def test_of_a_module_of_ones_own_the_width_tells_or_whoever_loads_it() -> None:
+    example = ITEMS[:2]
+    assert load_model(Scorer(), example=example).gives_values
+    assert not load_model(Scorer(3), example=example).gives_values
+    assert load_model(Scorer(3), example=example, values=True).gives_values
+
+
+def test_a_regression_is_pruned_and_judged_by_the_variance_that_it_keeps() -> None:
+    net = Scorer()
+    small = modhifi.prune(net, ITEMS, ratio=0.5, **AMOUNTS)
+    first, *others = small.report["before_after"]
+    held = from_items(ITEMS, None, n=160, seed=0).subset(range(96, 160))
+    inputs = torch.stack([held.load(i) for i in range(len(held))])
+    with torch.no_grad():
+        wanted, got = net(inputs), small.model(inputs)
+    lost = (got - wanted).square().mean() / wanted.var(correction=0)
+    assert first["name"].endswith("variance kept (R²)") and first["after"] == pytest.approx(1 - float(lost), rel=1e-3)
+    assert not [row for row in others if "agreement" in row["name"] or "top-1" in row["name"]]
+    rungs = [rung.name for rung in small.bounds.rungs]
+    assert "R3 share of flips" not in rungs and "R3 95% quantile of the change" in rungs
+    # The layers matter unequally, and a probe of their effect sees it.
+    kept = {group["name"]: group["kept"] for group in small.report["groups"]}
+    assert len(kept) == 2 and kept["layers.0"] > kept["layers.2"] + 8
+
+
+def test_a_regression_is_healed_towards_its_original() -> None:
+    net, items = Scorer(), torch.randn(1500, 12, generator=torch.Generator().manual_seed(4))
+    small = modhifi.prune(net, items, ratio=0.7, **AMOUNTS)
+    more = {"steps": 200, "batch_size": 64, "method": {"learning_rate": 1e-3}}
+    healed = modhifi.heal(small.model, items, against=net, **more, **{**AMOUNTS, "samples": 1400})
+    (row,) = [row for row in healed.report["before_after"] if "variance kept" in row["name"]]
+    assert row["before"] == 1 and row["after"] > row["between"] + 0.02 and healed.report["healing"]["precision"] == "no"
+    curve = healed.report["healing"]["curve"]
+    assert curve[0]["agreement"] is None and curve[-1]["divergence"] < curve[0]["divergence"]
+
+
+def test_classes_are_not_counted_where_there_are_none(tmp_path: Path) -> None:
+    with pytest.raises(modhifi.ModhifiError, match="--max-flip counts changed classes"):
+        modhifi.prune(Scorer(), ITEMS, ratio=0.5, **{**AMOUNTS, "checks": {"max_flip": 0.1}})
+    bert("ForSequenceClassification", num_labels=1).save_pretrained(tmp_path / "reranker")
+    result = CliRunner().invoke(
+        app, ["prune", str(tmp_path / "reranker"), "--ratio", "0.5", "--dry-run", "--max-flip", "0.1"]
+    )
+    assert result.exit_code == 2 and "use --max-error" in result.stderr and result.stderr.count("\n") <= 3
+
+
+def test_a_comparison_of_regressions_has_the_variance_as_its_quality() -> None:
+    compared = modhifi.compare(Scorer(), ITEMS, ratio=[0.3], samples=96, evaluation_samples=64).report["comparison"]
+    assert compared["quality"].endswith("(R²)")
+    assert all(cell["quality"] == cell["explained"] < 1 for cell in compared["cells"])
+
+
+def test_values_that_do_not_vary_have_no_share_of_variance() -> None:
+    class Constant(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :1] * 0 + 2
+
+    loaded = load_model(Constant(), example=ITEMS[:2])
+    held = from_items(ITEMS, None, n=8, seed=0)
+    assert tabulate(loaded, loaded.model, held, 4).explained is None
