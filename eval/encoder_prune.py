@@ -93,7 +93,6 @@ def main() -> None:
             subprocess.run([sys.executable, "-m", "modhifi", "heal", str(work / "small"), *options], check=True)
         before, *after = (embedded(directory, batch, work) for directory in (model, work / "small", work / "healed"))
         report = json.loads((work / "small" / "report.json").read_text(encoding="utf-8"))
-        healing = json.loads((work / "healed" / "report.json").read_text(encoding="utf-8"))["healing"]
         entry = json.loads((work / "small" / "modhifi.json").read_text(encoding="utf-8"))["model"]
         cosines = [torch.nn.functional.cosine_similarity(before, rows) for rows in after]
         rows = list(report["before_after"])
@@ -107,7 +106,7 @@ def main() -> None:
         f"""# A sentence encoder, pruned from the command line
 {model.parent.name}: a quarter of the feed-forward neurons gone. The last two rows are of {WINDOWS} held-out
 windows of {TOKENS} tokens, embedded by `transformers.{entry["stock"]}` in fresh processes; healed on the other half of
-the articles in {healing["seconds"] / 60:.2g} minutes (`modhifi heal DIR --data text:FILE {" ".join(HEAL)}`).
+the articles (`modhifi heal DIR --data text:FILE {" ".join(HEAL)}`).
 Command: `python eval/encoder_prune.py {"/".join(model.parts[-2:])}`, which runs
 `modhifi prune MODEL --data text:FILE {" ".join(OPTIONS)}`.""",
         stock=entry["stock"],

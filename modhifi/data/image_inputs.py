@@ -14,15 +14,15 @@ from modhifi.models.loaded import LoadedModel
 def class_count(loaded: LoadedModel) -> int | None:
     """Number of classes of a classifier of images, or of several inputs; None for any other model.
 
-    A backbone's features are no classes.
+    A backbone's features are no classes, nor are other values.
     """
-    if (loaded.example.ndim != 4 and loaded.packing is None) or getattr(loaded.model, "num_classes", None) == 0:
+    if loaded.example.ndim != 4 and loaded.packing is None:
         return None
-    if loaded.incomparable():
+    if loaded.incomparable() or loaded.gives_values:
         return None
     with torch.no_grad():
         logits = loaded.logits(loaded.example)
-    return int(logits.shape[1]) if logits.ndim == 2 and logits.shape[1] > 1 else None
+    return int(logits.shape[1]) if logits.ndim == 2 else None
 
 
 def normalisation(loaded: LoadedModel) -> tuple[Tensor, Tensor]:
