@@ -99,7 +99,7 @@ def prune(
     recipe = parse(
         {
             "task": "prune",
-            "model": {"name": loaded.source},
+            "model": _named(loaded),
             "data": _given_only(
                 source=source_name(data),
                 samples=samples,
@@ -171,7 +171,7 @@ def unlearn(
     recipe = parse(
         {
             "task": "unlearn",
-            "model": {"name": loaded.source},
+            "model": _named(loaded),
             "forget": _classes(forget),
             "data": _given_only(
                 source=source_name(data),
@@ -240,7 +240,7 @@ def heal(
         {
             "task": "heal",
             "directory": _directory_or_class(edited),
-            **_given_only(against=None if original is None else {"name": original.source}),
+            **_given_only(against=None if original is None else _named(original)),
             "data": _given_only(
                 source=source_name(data),
                 samples=samples,
@@ -363,7 +363,7 @@ def compare(
     """
     loaded = _loaded(model, data)
     content = {
-        "model": {"name": loaded.source},
+        "model": _named(loaded),
         "data": _given_only(
             source=source_name(data),
             samples=samples,
@@ -430,7 +430,7 @@ def verify(
         {
             "task": "verify",
             "directory": _directory_or_class(edited),
-            **_given_only(against=None if original is None else {"name": original.source}),
+            **_given_only(against=None if original is None else _named(original)),
             "data": _given_only(source=source_name(data), samples=samples, window=window, allow_overlap=allow_overlap),
             "checks": _given_only(
                 max_flip=max_flip,
@@ -518,6 +518,11 @@ def _path_text(path: str | Path | None) -> str | None:
 
 def _data_name(data: Data | None) -> str | list[str] | None:
     return None if data is None else source_name(data)
+
+
+def _named(loaded: LoadedModel) -> dict[str, Any]:
+    """A recipe's entry on a model that the program holds."""
+    return {"name": loaded.source, **({"values": True} if loaded.values else {})}
 
 
 def _directory_or_class(edited: str | Path | nn.Module) -> str:

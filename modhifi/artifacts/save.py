@@ -216,6 +216,7 @@ def _base(original: LoadedModel) -> dict[str, Any]:
         return facts | {"edits_before": [*manifest.base.edits_before, parent]}
     facts = {key: original.info.get(key) for key in ("repository", "revision", "licence")}
     arguments = {"args": original.info["model_args"]} if original.info.get("model_args") else {}
+    arguments |= {"values": True} if original.values else {}
     return {"source": original.source, **arguments, **facts, "sha256": state_hash(original.model)}
 
 

@@ -115,18 +115,18 @@ def _walk(
         violations += (f"the telescoped differences miss the whole change by {gap:.3g}",)
     if float((after - certified.outputs).abs().max()) > limit:
         violations += ("undoing every modified layer does not give back the original",)
-    rungs = _rungs_of(certified, table.constant.error)
+    rungs = _rungs_of(certified, table.constant.error, original.gives_values)
     return Walked(rungs, layers, gap, violations, certified.every_input, count)
 
 
-def _rungs_of(certified: Certified, constant_error: float) -> tuple[Rung, ...]:
+def _rungs_of(certified: Certified, constant_error: float, values: bool) -> tuple[Rung, ...]:
     def rung(name: str, value: float | None, assumption: str, key: str) -> Rung:
         value = None if value is None or not math.isfinite(value) else value
         note = "" if value is not None else certified.missing.get(key, "the constants overflow")
         return Rung(name, value, value is not None and value < constant_error, assumption, note)
 
     n = len(certified.measured)
-    unflippable = f"{100 * certified.cannot_flip:.3g} % of them proven not to flip"
+    unflippable = "" if values else f"; {100 * certified.cannot_flip:.3g} % of them proven not to flip"
     return (
         rung(
             "R1 every input",
@@ -145,7 +145,7 @@ def _rungs_of(certified: Certified, constant_error: float) -> tuple[Rung, ...]:
             _rms(certified.local),
             f"{ROUNDS} rounds of Newton's method from the clean activations "
             f"of {n} samples, plus a certified remainder ({_rms(certified.remainder):.3g}); "
-            f"root mean square over them; {unflippable}",
+            f"root mean square over them{unflippable}",
             "R2",
         ),
         rung("R4 measured", _rms(certified.measured), f"measured on {n} samples, root mean square; no guarantee", "R4"),

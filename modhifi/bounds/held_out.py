@@ -20,7 +20,7 @@ from modhifi.data.samples import Samples
 from modhifi.errors import GateFailed, ModhifiError
 from modhifi.models.loaded import PADDING, LoadedModel, real_tokens
 from modhifi.models.trial import broken_layer
-from modhifi.structure.outputs import classes_last
+from modhifi.structure.outputs import HARDLY, classes_last
 
 Logits = Callable[[Tensor], Tensor]
 """One forward pass, from a batch to logits ``(batch, ..., classes)``: ``partial(loaded.logits, model=edited)``, say."""
@@ -52,6 +52,9 @@ class HeldOut:
     # Mean negative log-likelihood of the next tokens, of causal language models; NaN for a unit of one token.
     nll_before: Tensor | None = None
     nll_after: Tensor | None = None
+    # Of values: the sum of a unit's rows of the original, float64 (n, width), and of their squared norms.
+    sums: Tensor | None = None
+    squares: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.agreement)
@@ -99,10 +102,18 @@ class HeldOut:
         return float(self.squared_error.sum()) / energy if energy else math.nan
 
     @property
+    def spread(self) -> float:
+        """Of values the root mean squared distance of a unit's whole output from the mean one; 0 where none varies."""
+        if self.sums is None or self.squares is None:
+            return 0.0
+        squares = float(self.squares.sum())
+        around = squares - float(self.sums.sum(0).square().sum() / self.positions.sum())
+        return math.sqrt(around / len(self)) if around > HARDLY * squares else 0.0
+
+    @property
     def explained(self) -> float | None:
-        """R²: the share of the variance of the original's outputs that is kept; None where they do not vary."""
-        spread = self.constant.error
-        return 1 - float(self.error.square().mean()) / spread**2 if spread else None
+        """R²: of values the share of the original's variance that is kept; None where they do not vary."""
+        return 1 - float(self.error.square().mean()) / self.spread**2 if self.spread else None
 
     def perplexities(self) -> tuple[float, float]:
         """The perplexities of both models: exp of the mean loss, in nats, of every token that has one before it.
@@ -120,12 +131,13 @@ class HeldOut:
 
     def summary(self) -> dict[str, Any]:
         """The means over the units, ready for JSON."""
+        size = {"mean_squared_error": float(self.squared_error.mean()), "relative_error": self.relative_error}
+        if self.sums is not None:
+            return {"n": len(self), **size, "explained": self.explained}
         return {
             "n": len(self),
             "agreement": float(self.agreement.mean()),
-            "mean_squared_error": float(self.squared_error.mean()),
-            "relative_error": self.relative_error,
-            "explained": self.explained,
+            **size,
             "kl": float(self.kl.mean()),
             "total_variation": float(self.total_variation.mean()),
         }
@@ -140,16 +152,18 @@ def run_held_out(
     *,
     tokens: bool = False,
     next_tokens: bool = False,
+    values: bool = False,
     models: tuple[nn.Module, ...] = (),
 ) -> list[HeldOut]:
     """Runs a model and several edited ones on every sample once and tabulates the outputs of each beside its own.
 
-    ``tokens``: the samples are token ids, padded or not; ``next_tokens``: the outputs are causal logits besides. Raises
+    ``tokens``: the samples are token ids, padded or not; ``next_tokens``: the outputs are causal logits besides;
+    ``values``: they are no scores of classes. Raises
     ModhifiError if there is no sample or an output of the original is not finite, GateFailed if one of an edited model
     is not; it names the first layer to blame among those of ``models``.
     """
     before, rows = _Timed(original), [_Rows(_Timed(logits)) for logits in edited]
-    outputs, counts = OriginalOutputs(), list[Tensor]()
+    outputs, counts, sums = OriginalOutputs(), list[Tensor](), list[Tensor]()
     for batch in held.batches(batch_size):
         start = sum(map(len, counts))
         names = held.names[start : start + len(batch)]
@@ -163,10 +177,16 @@ def run_held_out(
             _check_finite(logits_after, names, GateFailed, "modified", models, partial(each.run.logits, batch))
             each.add(logits_before, logits_after.to(logits_before.device), real, targets)
         counts.append(real.sum(1).cpu())
+        if values:
+            sums.append(_sums(logits_before, real).cpu())
         outputs.add(logits_before, real, targets)
     if not counts:
         raise ModhifiError("there is no held-out sample; give at least one")
-    return [each.table(torch.cat(counts), outputs, before.seconds, next_tokens) for each in rows]
+    tables = [each.table(torch.cat(counts), outputs, before.seconds, next_tokens) for each in rows]
+    if not values:
+        return tables
+    total = torch.cat(sums)
+    return [replace(table, sums=total[:, :-1], squares=total[:, -1]) for table in tables]
 
 
 def tabulate(original: LoadedModel, edited: nn.Module, held: Samples, batch_size: int) -> HeldOut:
@@ -186,6 +206,7 @@ def tabulate_several(
         batch_size,
         tokens=original.reads_tokens,
         next_tokens=original.kind == "text",
+        values=original.gives_values,
         models=(original.model, *edited),
     )
 
@@ -262,6 +283,12 @@ def _positions(batch: Tensor, outputs: Tensor, tokens: bool, next_tokens: bool) 
     if next_tokens and tuple(batch.shape) == shape:
         targets[:, :-1] = batch[:, 1:]
     return real.to(device), targets.to(device)
+
+
+def _sums(outputs: Tensor, real: Tensor) -> Tensor:
+    """The sum of each unit's real rows, and that of their squared norms behind it, float64 (b, width + 1)."""
+    rows = outputs.double().reshape(*real.shape, -1) * real[:, :, None]
+    return torch.cat([rows.sum(1), rows.square().sum((1, 2))[:, None]], 1)
 
 
 def _columns(original: Tensor, edited: Tensor, real: Tensor, targets: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def verify_model(
     unsteady = unrepeatable(original, held.first())
     if table is None:
         table = tabulate(original, edited, held, batch_size)
-    r3 = statistical(table, tolerances.alpha, _population(table, held), tolerances.max_perplexity_ratio)
+    r3 = statistical(table, tolerances.alpha, _population(original, table, held), tolerances.max_perplexity_ratio)
     progress("bounding", 1, 3)
     allowed = math.inf if walked is not None else max(PATIENCE, SHARE * (spent + time.perf_counter() - start))
     walk = certified_rungs(original, edited, dense_shape, held, table, walked, unsteady or "", allowed)
@@ -130,7 +130,7 @@ def verify_model(
         rungs=(*walk.rungs, *_statistical_rungs(r3, original.gives_values)),
         layers=walk.layers,
         telescoping_gap=walk.gap,
-        constant_error=table.constant.error,
+        constant_error=table.spread if original.gives_values else table.constant.error,
         verdicts=verdicts,
         statistical=r3,
         tolerances=tolerances,
@@ -191,8 +191,8 @@ def verify_unlearned(
     return replace(report, forgetting=rates)
 
 
-def _population(table: HeldOut, held: Samples) -> str:
-    kind = "sequences" if table.sequences else "images"
+def _population(original: LoadedModel, table: HeldOut, held: Samples) -> str:
+    kind = "sequences" if table.sequences or original.reads_tokens else "images"
     if held.sources:
         return f"held-out {kind} of a mixture (it speaks of that mixture only)"
     return f"synthetic {kind} (it speaks of synthetic {kind} only)" if held.synthetic else f"held-out {kind}"

@@ -198,7 +198,7 @@ class Distillation:
             output,
             real,
             temperature=settings.temperature,
-            values=self.original.gives_values,
+            spread=self.examination.spread,
             closed=self.closed,
         )
         if self.blocks:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modhifi.data.samples import Samples
 from modhifi.healing.losses import agreement, output_loss
 from modhifi.healing.teacher import Teacher
 from modhifi.models.loaded import LoadedModel
-from modhifi.structure.outputs import classes_last
+from modhifi.structure.outputs import classes_last, spread_of
 
 
 class Examination:
@@ -24,6 +24,21 @@ class Examination:
     def __init__(self, original: LoadedModel, samples: Samples, size: int, closed: Sequence[int]) -> None:
         self.original, self.samples, self.size, self.closed = original, samples, size, tuple(closed)
         self.teacher = Teacher(original, {}, len(samples), keep=True)
+        self.spread = self._spread() if original.gives_values else None
+
+    @torch.no_grad()
+    def _spread(self) -> float:
+        """The spread of the original's values, one for all batches: those of a few items may hardly differ."""
+        masks: list[Tensor | None] = []
+
+        def outputs() -> Iterator[Tensor]:
+            first = 0
+            for batch in self.samples.batches(self.size):
+                masks.append(self.original.real_tokens(batch))
+                yield self.teacher.outputs(batch, range(first, first + len(batch)))[0]
+                first += len(batch)
+
+        return spread_of(outputs(), masks.__getitem__)
 
     @torch.no_grad()
     def figures(self, student: nn.Module) -> dict[str, float | None]:
@@ -37,7 +52,7 @@ class Examination:
             wanted, _ = self.teacher.outputs(batch, range(count, count + len(batch)))
             output, real = original.logits(batch, student), original.real_tokens(batch)
             real = None if real is None else real.to(output.device)
-            distance = output_loss(wanted, output, real, values=values, closed=self.closed)
+            distance = output_loss(wanted, output, real, spread=self.spread, closed=self.closed)
             divergence += len(batch) * float(distance)
             agreed += len(batch) * (0.0 if values else float(agreement(wanted, output, real, self.closed)))
             count += len(batch)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from modhifi.structure.outputs import classes_last, distance_over_spread
+from modhifi.structure.outputs import classes_last
 
 # The logits that are compared at a time.
 PART = 2**21
@@ -27,18 +27,18 @@ def output_loss(
     real: Tensor | None = None,
     *,
     temperature: float = 1.0,
-    values: bool = False,
+    spread: float | None = None,
     closed: Sequence[int] = (),
 ) -> Tensor:
     """The mean distance of two outputs over items, or over the real positions of sequences; a float32 number.
 
     Of logits ``(batch, ..., classes)`` the Kullback-Leibler divergence at a temperature, times its square, in nats. The
-    teacher gives the ``closed`` classes no probability, and shares theirs out. Of ``values`` the squared distance
-    over their spread. ``real`` is a bool mask ``(batch, positions)``.
+    teacher gives the ``closed`` classes no probability, and shares theirs out. Of values, whose ``spread`` is
+    given, the squared distance of rows over it. ``real`` is a bool mask ``(batch, positions)``.
     """
-    if values:
-        return distance_over_spread(teacher, student, real)
     teacher, student = classes_last(teacher), classes_last(student)
+    if spread is not None:
+        return _mean((student.float() - teacher.float()).square().sum(-1), real) / spread
     if closed:
         lowest = max(torch.finfo(teacher.dtype).min, LOWEST)
         teacher = teacher.index_fill(-1, torch.tensor(closed, device=teacher.device), lowest)

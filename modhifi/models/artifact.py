@@ -66,7 +66,8 @@ def load_artifact(directory: str | Path, skeleton: nn.Module | None = None) -> L
         notes.append(f"the weights in {directory} are not those that were saved: their hash differs from {MANIFEST}")
     stated = {key: getattr(base, key) for key in ("repository", "revision", "licence") if key in base.model_fields_set}
     labels = tuple(entry.labels) if entry.labels else None
-    return replace(loaded, labels=labels, artifact=artifact, info=loaded.info | stated | {"warnings": notes})
+    info = loaded.info | stated | {"warnings": notes}
+    return replace(loaded, labels=labels, artifact=artifact, values=base.values, info=info)
 
 
 def load(directory: str | Path, *, skeleton: nn.Module | None = None) -> nn.Module:

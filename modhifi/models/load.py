@@ -85,6 +85,8 @@ def load_model(
         gguf_file = _gguf_in(directory, gguf_file)
         loaded = _from_directory(directory, name, pretrained, args, trust_remote_code, gguf_file)
     check_weights(loaded.model, loaded.source)
+    if values and loaded.kind == "text":
+        raise ModhifiError(f"{loaded.source} is a language model, whose outputs are scores of tokens; leave out values")
     loaded = replace(loaded, values=True) if values else loaded
     return loaded if example is None else loaded.with_example(example)
 

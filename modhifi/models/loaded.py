@@ -143,7 +143,9 @@ class LoadedModel:
             return True
         with torch.no_grad():
             name, output = _main(self._forward(self.example_of_two(), None))
-        scores = self.framework != "transformers" or "logits" in name
+        # In a tuple outputs have numbers in place of names.
+        scores = "logits" in name or ("For" in type(self.model).__name__ if name in ("", "0") else False)
+        scores = scores or self.framework != "transformers"
         return not scores or classes_last(output).shape[-1] == 1
 
     @property

@@ -50,11 +50,12 @@ class Base(Part):
     """The open model before every edit.
 
     ``sha256`` is :func:`modhifi.models.weights.state_hash` of it; ``edits_before`` are earlier artefacts on the way
-    here.
+    here. ``values`` says that several outputs are no scores of classes.
     """
 
     source: str
     args: dict[str, JsonValue] = {}
+    values: bool = False
     repository: str | None = None
     revision: str | None = None
     licence: str | None = None

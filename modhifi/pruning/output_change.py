@@ -6,7 +6,7 @@ from torch import Tensor
 
 from modhifi.data.samples import Samples
 from modhifi.structure.groups import Structure
-from modhifi.structure.outputs import classes_last, distance_over_spread
+from modhifi.structure.outputs import classes_last, spread_of
 
 # Fewest and most samples that probe the effect of one group.
 PROBES = (3, 32)
@@ -27,6 +27,7 @@ def output_change(dense: Tensor, changed: Tensor, values: bool = False) -> float
     Of logits it is the mean Kullback-Leibler divergence in nats, of ``values`` the squared distance over their spread.
     """
     if values:
-        return float(distance_over_spread(dense, changed))
+        distance = classes_last(changed.float() - dense.float()).square().sum(-1).mean()
+        return float(distance) / spread_of([dense])
     p, q = (classes_last(outputs).float().log_softmax(-1) for outputs in (dense, changed))
     return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))

@@ -142,7 +142,8 @@ def _separated(parts: Sequence[tuple[str, float, Samples]], count: int) -> tuple
     for name, share, samples in parts:
         few = min(max(1, round(share * count)), len(samples) - 1)
         first, second = samples.split(len(samples) - few, few)
-        if not len(second):  # all of one document
+        # All of one document, or nearly all of the one to choose by.
+        if not len(second) or len(first) < (len(samples) - few) / 2:
             first, second = replace(samples, units=None).split(len(samples) - few, few)
         learnt.append((name, share, first))
         if len(second):

@@ -123,6 +123,7 @@ def load_source(source: ModelSource) -> LoadedModel:
         revision=source.revision,
         gguf_file=source.gguf_file,
         trust_remote_code=source.trust_remote_code,
+        values=source.values,
     )
 
 
@@ -141,7 +142,7 @@ def original_of(manifest: Manifest) -> ModelSource:
     if base.source.startswith("timm:"):  # a directory states its own arguments
         source = {**source, "args": source.get("args") or base.args}
     try:
-        return ModelSource(**{**source, "trust_remote_code": False})
+        return ModelSource(**{**source, "trust_remote_code": False, "values": base.values})
     except ValidationError as error:
         raise ModhifiError(f"the manifest does not say how to load {base.source}; give the original") from error
 

@@ -100,6 +100,7 @@ def load_pair(
             "restore the files or make the artefact again"
         )
     original = given.seen_by(given.model or load_source(against or original_of(manifest)))
+    original = replace(original, values=original.values or manifest.base.values)
     if manifest.base.sha256 != state_hash(original.model):  # else it is the one, whatever blocks are gone
         if not same_modules(original.model, edited.model):
             raise ModhifiError(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Rows hardly differ where their spread is no larger a share of their squared norm, as rounding may leave.
-HARDLY = 1e-10
+# Rows hardly differ where their spread is no larger a share of their squared norm: float32 rounds off as much.
+HARDLY = 1e-13
 
 
 def named_tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -41,19 +41,25 @@ def classes_last(outputs: Tensor) -> Tensor:
     return outputs.movedim(1, -1) if outputs.ndim > 3 else outputs
 
 
-def distance_over_spread(original: Tensor, edited: Tensor, real: Tensor | None = None) -> Tensor:
-    """The squared distance of values ``(batch, ..., width)`` over the spread of the original's, a float32 number.
+def spread_of(outputs: Iterable[Tensor], real: Callable[[int], Tensor | None] = lambda _: None) -> float:
+    """The mean squared distance of the rows of values ``(batch, ..., width)``, over all batches, from their mean.
 
-    The spread is the squared distance of rows from their mean: the edited model's constant output of that mean is at 1,
-    equal outputs are at 0. Where the rows hardly differ it is their squared norm. ``real`` is a bool mask of rows.
+    Where the rows hardly differ it is their mean squared norm. ``real(number)`` is a bool mask of the rows of a batch.
     """
-    before, after = (classes_last(x).float() for x in (original, edited))
-    if real is not None and real.shape == before.shape[:-1]:
-        before, after = before[real], after[real]
-    rows = before.flatten(0, -2)
-    spread, energy = (rows - rows.mean(0)).square().sum(), rows.square().sum()
-    scale = torch.where(spread > HARDLY * energy, spread, energy).clamp_min(torch.finfo(rows.dtype).tiny)
-    return (after - before).square().sum() / scale
+    count, squares, total = 0, 0.0, torch.zeros(())
+    for number, batch in enumerate(outputs):
+        rows = _rows(batch, real(number)).double()
+        count, squares, total = count + len(rows), squares + float(rows.square().sum()), total + rows.sum(0).cpu()
+    mean = squares / count
+    around = mean - float((total / count).square().sum())
+    return (around if around > HARDLY * mean else mean) or 1.0
+
+
+def _rows(outputs: Tensor, real: Tensor | None) -> Tensor:
+    values = classes_last(outputs)
+    values = values.cpu() if values.device.type == "mps" else values  # it has no float64
+    masked = real is not None and real.shape == values.shape[:-1]
+    return values[real.to(values.device)] if masked and real is not None else values.flatten(0, -2)
 
 
 def difference(output: Tensor, expected: Tensor) -> float:

@@ -153,6 +153,9 @@ def test_the_change_of_values_is_the_share_of_their_variance_that_is_lost() -> N
     rows = [x.reshape(10, 3) for x in wide]
     lost = (rows[0] - rows[1]).square().sum() / (rows[0] - rows[0].mean(0)).square().sum()
     assert output_change(*wide, values=True) == pytest.approx(float(lost), rel=1e-5)
+    large = 1e6 + 3 * torch.randn(2, 64, 1, generator=chance)  # in float32, which resolves 0.06 there
+    lost = (large[0] - large[1]).double().square().mean() / large[0].double().var(0, correction=0)
+    assert output_change(*large, values=True) == pytest.approx(float(lost), rel=1e-3)
     alike = torch.full((4, 2), 3.0)  # no spread to compare with
     assert output_change(alike, alike + 0.3, values=True) == pytest.approx(0.01, rel=1e-5)
     assert output_change(alike, alike, values=True) == 0

@@ -263,11 +263,18 @@ def test_windows_of_one_document_are_learnt_from_and_chosen_by(small_text: Path,
     assert (len(learnt), len(chosen), len(learnt | chosen)) == (3, 1, 4)
 
 
+def test_windows_of_two_unequal_documents_are_not_thrown_away(small_text: Path, tmp_path: Path) -> None:
+    alone = {"samples": 60, "evaluate": documents(tmp_path / "others", [9] * 4), "evaluation_samples": 4}
+    source = documents(tmp_path / "texts", [70, 4, 1, 1])
+    data = learning_data(small_text, f"{source}@1", window=16, **alone)
+    assert len(data.train) + len(data.validation) > 0.85 * len(data.given)
+
+
 def test_a_source_that_is_too_short_keeps_its_share_of_what_is_learnt(small_text: Path, tmp_path: Path) -> None:
     short, long = (documents(tmp_path / name, sizes) for name, sizes in (("short", [2] * 5), ("long", [20] * 4)))
     data = learning_data(small_text, [f"{short}@0.5", f"{long}@0.5"], samples=64, evaluation_samples=4, window=16)
     own = {name: set(samples.hashes) for name, _, samples in data.given.parts()}
-    assert [len(items) for items in own.values()] < [12, 32]
+    assert len(own[short]) < 12 and len(own[long]) == 32  # of 32 each
     for samples in (data.train, data.validation):
         counts = [sum(item in items for item in samples.hashes) for items in own.values()]
         assert counts[0] == pytest.approx(counts[1], rel=0.25) and min(counts) > 0

@@ -11,6 +11,7 @@ import tiny_parts
 import tiny_text
 import torch
 import transformers
+from timm.models import save_for_hf
 from tiny_timm import resnet
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -19,7 +20,10 @@ import modhifi
 from modhifi.bounds.held_out import tabulate
 from modhifi.cli.main import app
 from modhifi.data.in_memory import from_items
+from modhifi.data.mixture import mixed
+from modhifi.healing.examination import Examination
 from modhifi.models.load import load_model
+from modhifi.runs.reports.measurements import measure_errors
 
 SIZES: dict[str, Any] = {
     "vocab_size": tiny_text.VOCABULARY,
@@ -70,6 +74,8 @@ AMOUNTS: dict[str, Any] = {"samples": 96, "evaluation_samples": 64, "checks": {"
         (lambda: bert("ForSequenceClassification", num_labels=3), False),
         (lambda: bert("ForSequenceClassification", num_labels=1), True),
         (lambda: bert("ForSequenceClassification", num_labels=3, problem_type="regression"), True),
+        (lambda: bert("ForSequenceClassification", num_labels=3, return_dict=False), False),
+        (lambda: bert("Model", return_dict=False), True),
         (lambda: bert("ForMaskedLM"), False),
         (lambda: bert("ForQuestionAnswering"), False),
         (lambda: bert("ForPreTraining"), False),
@@ -135,6 +141,87 @@ def test_a_comparison_of_regressions_has_the_variance_as_its_quality() -> None:
     compared = modhifi.compare(Scorer(), ITEMS, ratio=[0.3], samples=96, evaluation_samples=64).report["comparison"]
     assert compared["quality"].endswith("(R²)")
     assert all(cell["quality"] == cell["explained"] < 1 for cell in compared["cells"])
+
+
+class Series(nn.Module):
+    """Eight steps of two values, from a few numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden, self.out = nn.Linear(12, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.hidden(x).relu()).view(-1, 8, 2)
+
+
+def explained(wanted: Tensor, got: Tensor) -> float:
+    """R² of rows, by the book."""
+    before, after = wanted.reshape(-1, wanted.shape[-1]).double(), got.reshape(-1, wanted.shape[-1]).double()
+    return 1 - float((after - before).square().sum() / (before - before.mean(0)).square().sum())
+
+
+def test_the_variance_kept_is_that_of_all_held_out_rows_and_of_each_source() -> None:
+    net, other = Series().eval(), Series().eval()
+    with torch.no_grad():
+        other.out.weight *= 0.8
+    loaded = load_model(net, example=ITEMS[:2], values=True)
+    scales = torch.linspace(0.1, 6, 120)[:, None]  # the first say nothing of the rest
+    parts = {"a": ITEMS[:60] * scales[:60], "b": ITEMS[60:120] * scales[60:]}
+    samples = {name: from_items(part, None, n=60, seed=0) for name, part in parts.items()}
+    held = mixed([(name, 0.5, part) for name, part in samples.items()])
+    errors = measure_errors(loaded, other, held, tabulate(loaded, other, held, 7), 7)
+    with torch.no_grad():
+        both = {name: [model(part) for model in (net, other)] for name, part in parts.items()}
+    whole = [torch.cat(outputs) for outputs in zip(*both.values(), strict=True)]
+    assert errors["explained"] == pytest.approx(explained(*whole), rel=1e-6)
+    assert {e["source"]: e["explained"] for e in errors["sources"]} == {
+        name: pytest.approx(explained(*pair), rel=1e-6) for name, pair in both.items()
+    }
+    assert not {"agreement", "kl", "total_variation", "accuracy_before"} & errors.keys()
+
+
+def test_the_loss_does_not_depend_on_how_items_are_batched() -> None:
+    loaded = load_model(Scorer(), example=ITEMS[:2])
+    student = Scorer()
+    with torch.no_grad():
+        student.layers[0].weight *= 0.9
+    samples = from_items(ITEMS, None, n=33, seed=0)
+    inputs = torch.stack([samples.load(i) for i in range(33)])
+    with torch.no_grad():
+        wanted, got = loaded.model(inputs), student(inputs)
+    for size in (1, 2, 32, 33):
+        figures = Examination(loaded, samples, size, ()).figures(student)
+        assert figures["divergence"] == pytest.approx(1 - explained(wanted[:, None], got[:, None]), rel=1e-3)
+
+
+def test_what_was_loaded_as_values_stays_so(tmp_path: Path) -> None:
+    save_for_hf(
+        resnet(), tmp_path / "model", model_args={"num_classes": 5, "channels": (8, 12, 16, 16), "stem_width": 8}
+    )
+    images = torch.randn(24, 3, 32, 32)
+    loaded = load_model(tmp_path / "model", values=True)
+    amounts: dict[str, Any] = {"samples": 12, "evaluation_samples": 8, "checks": {"walked": 0}}
+    modhifi.prune(loaded, images, ratio=0.3, out=tmp_path / "small", **amounts)
+    healed = modhifi.heal(tmp_path / "small", images, steps=1, out=tmp_path / "healed", **amounts)
+    assert healed.report["before_after"][0]["name"].endswith("(R²)")
+    for directory in ("small", "healed"):
+        assert load_model(tmp_path / directory).gives_values
+        with pytest.raises(modhifi.ModhifiError, match="--max-flip counts"):
+            modhifi.verify(tmp_path / directory, torch.randn(8, 3, 32, 32), max_flip=0.5)
+    with pytest.raises(modhifi.ModhifiError, match="language model"):
+        load_model(tiny_text.llama(), values=True)
+
+
+def test_labels_of_values_are_no_classes() -> None:
+    items = [(item, float(number)) for number, item in enumerate(ITEMS)]
+    given = {"samples": 64, "evaluation_samples": 32}
+    assert modhifi.compare(Scorer(), items, ratio=[0.3], **given).report["comparison"]["quality"].endswith("(R²)")
+
+
+def test_an_outcome_is_told_where_values_do_not_vary() -> None:
+    small = modhifi.prune(Scorer(), ITEMS, ratio=0.3, **{**AMOUNTS, "evaluation_samples": 1})
+    assert small.report["outcome"]["text"].startswith("The outputs do not vary on 1 held-out")
 
 
 def test_values_that_do_not_vary_have_no_share_of_variance() -> None:

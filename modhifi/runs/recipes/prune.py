@@ -100,6 +100,8 @@ class ModelSource(Strict):
     """A GGUF file of the model; it is dequantised."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
+    values: bool = False
+    """Take several outputs for values, as of a regression, and not for scores of classes."""
 
 
 class CalibrationData(Strict):

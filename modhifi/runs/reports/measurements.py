@@ -98,7 +98,7 @@ def _errors(original: LoadedModel, held: Samples, table: HeldOut) -> dict[str, A
     errors = table.summary()
     if original.kind == "text":
         errors["perplexity_before"], errors["perplexity_after"] = table.perplexities()
-    if held.labels is not None and table.top_before is not None:
+    if held.labels is not None and table.top_before is not None and not original.gives_values:
         errors["accuracy_before"], errors["accuracy_after"] = table.accuracies(held.labels)
     return errors
 
@@ -160,7 +160,7 @@ def before_after(report: dict[str, Any]) -> list[dict[str, Any]]:
         row("size of the weights", size["bytes"][0], size["bytes"][1], "B"),
     ]
     more = [row(name, 1.0, share, "%") for name, share in errors.get("agreements", {}).items()]
-    if "agreement" not in errors:
+    if "relative_error" not in errors:
         return [*more, *(row(f"{name} an item", *counts) for name, counts in report["entries"].items()), *sizes]
     by_source = [line for own in errors.get("sources", []) for line in quality(own, f", {own['source']}")]
     return [*quality(errors), *by_source, *more, *sizes]

@@ -58,6 +58,11 @@ def _change(bounds: BoundReport) -> tuple[str, Tone]:
         measured, upper = (
             f"{value:.2f}" if value < 10 else f"{value:.3g}" for value in (interval.measured, interval.upper)
         )
+    elif bounds.values and not bounds.constant_error:
+        text = (
+            f"The outputs do not vary on {sample}, so there is no telling how far they moved; give other held-out data."
+        )
+        return text, "weak"
     elif bounds.values:
         interval, limits = statistics.error_quantile, VALUES
         interval = replace(

@@ -136,8 +136,9 @@ def measured_verdict(report: dict[str, Any]) -> dict[str, str]:
             f"the largest local error is {worst['relative_error']:.3g} of the energy, at the readers of {worst['name']}"
         )
     moved = "the outputs could only be counted"
-    if "agreement" in errors:
-        moved = f"the output moved by {errors['relative_error']:.3g} of its energy (mean KL {errors['kl']:.3g} nats)"
+    if "relative_error" in errors:
+        divergence = f" (mean KL {errors['kl']:.3g} nats)" if "kl" in errors else ""
+        moved = f"the output moved by {errors['relative_error']:.3g} of its energy{divergence}"
     return {
         "name": "local and global errors",
         "verdict": "MEASURED",
