@@ -325,7 +325,7 @@ def test_held_out_samples_are_in_the_shares_and_measured_by_source(folder: Path)
 
 
 def test_the_report_has_a_row_for_every_source() -> None:
-    errors = {"agreement": 0.9, "perplexity_before": 2.0, "perplexity_after": 3.0}
+    errors = {"agreement": 0.9, "relative_error": 0.1, "perplexity_before": 2.0, "perplexity_after": 3.0}
     size = {"flops": [2, 1], "parameters": [2, 1], "bytes": [2, 1]}
     timed = {"median": 1.0, "ratio": 1.0, "ratio_iqr": 0.0}
     report = {"errors": errors, "size": size, "latency": {"before": timed, "after": timed}, "throughput": None}
