@@ -24,7 +24,7 @@ import modhifi
 from modhifi.artifacts import report
 from modhifi.artifacts import save as save_module
 from modhifi.artifacts.model_card import model_card
-from modhifi.artifacts.reload_check import compare_outputs, verify_reload
+from modhifi.artifacts.reload_check import ALIGNED, _align, compare_outputs, verify_reload
 from modhifi.artifacts.save import save_artifact
 from modhifi.data.samples import Samples, describe_data
 from modhifi.disk import check_output
@@ -100,6 +100,17 @@ def test_a_fresh_process_gives_the_same_bits(saved):
     out, loaded, edited = saved
     assert sum(p.numel() for p in edited.parameters()) < 0.6 * sum(p.numel() for p in loaded.model.parameters())
     verify_reload(out, loaded.example, loaded.outputs(loaded.example, edited))
+
+
+def test_weights_that_begin_anywhere_in_a_file_round_as_others_do():
+    layer = nn.Linear(24, 17)
+    storage = torch.empty(24 * 17 + 1)
+    storage[1:] = layer.weight.detach().flatten()
+    layer.weight.data = storage[1:].view(17, 24)
+    assert layer.weight.data_ptr() % ALIGNED
+    before = layer.weight.detach().clone()
+    _align(layer)
+    assert not layer.weight.data_ptr() % ALIGNED and torch.equal(layer.weight, before)
 
 
 @pytest.mark.parametrize("name", ["", "boxes.0"])
