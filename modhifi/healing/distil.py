@@ -106,6 +106,7 @@ class Distillation:
             self.adapted = add_adapters(self.model, settings.lora, settings.seed)
         products = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
         optimizer = OPTIMIZERS[settings.optimizer].make(self.model, settings.learning_rate, products)
+        self.forward = vars(self.model).get("forward")
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.size = min(settings.batch_size, len(train))
         self.state = State(micro=self.size)
@@ -307,9 +308,12 @@ class Distillation:
 
     def _healed(self, broken: int | None, early: bool) -> Healed:
         self.model.load_state_dict(self.best, strict=False)
-        model = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        if self.adapted is not None:
-            model = merge(self.adapted)
+        # Accelerate's own way back would also take the decorators off the forward of a model of transformers.
+        for name in ("forward", "_original_forward"):
+            vars(self.model).pop(name, None)
+        if self.forward is not None:
+            self.model.forward = self.forward
+        model = self.model if self.adapted is None else merge(self.adapted)
         frozen(model)
         for name, tensor in _tensors(model).items():
             tensor.data = tensor.data.to(self.dtypes[name])

@@ -305,6 +305,18 @@ def test_what_both_models_see_or_hear_alike_has_three_columns(tmp_path: Path, ki
     assert row["before"] == 1 and 0 <= row["between"] <= 1 and 0 <= row["after"] <= 1
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_healed_model_keeps_what_its_library_put_around_forward(
+    small_text: Path, tmp_path: Path, precision: str
+) -> None:
+    source = documents(tmp_path / "texts", [12, 12, 12, 12])
+    amounts = {"samples": 12, "evaluation_samples": 4, "window": 16, "steps": 2, "checks": {"walked": 0}}
+    healed = modhifi.heal(small_text, f"{source}@1", method={"precision": precision}, **amounts).model
+    assert healed is not None and not {"forward", "_original_forward"} & vars(healed).keys()
+    outputs = healed(torch.arange(3, 9)[None], output_hidden_states=True)
+    assert len(outputs.hidden_states) == 3 and outputs.logits.dtype == torch.float32
+
+
 def test_a_run_ends_after_ten_minutes_or_one_pass_over_the_samples_there_are() -> None:
     recipe = HealRecipe.model_validate({"directory": "small", "batch_size": 8})
     ends = [with_end(recipe, 100, one_pass=one_pass).budget for one_pass in (False, True)]
