@@ -20,7 +20,7 @@ from modhifi.data.samples import Samples
 from modhifi.errors import GateFailed, ModhifiError
 from modhifi.models.loaded import PADDING, LoadedModel, real_tokens
 from modhifi.models.trial import broken_layer
-from modhifi.structure.outputs import HARDLY, classes_last
+from modhifi.structure.outputs import around_mean, classes_last
 
 Logits = Callable[[Tensor], Tensor]
 """One forward pass, from a batch to logits ``(batch, ..., classes)``: ``partial(loaded.logits, model=edited)``, say."""
@@ -106,9 +106,8 @@ class HeldOut:
         """Of values the root mean squared distance of a unit's whole output from the mean one; 0 where none varies."""
         if self.sums is None or self.squares is None:
             return 0.0
-        squares = float(self.squares.sum())
-        around = squares - float(self.sums.sum(0).square().sum() / self.positions.sum())
-        return math.sqrt(around / len(self)) if around > HARDLY * squares else 0.0
+        around = around_mean(float(self.squares.sum()), self.sums.sum(0), int(self.positions.sum()))
+        return math.sqrt(around / len(self))
 
     @property
     def explained(self) -> float | None:

@@ -29,16 +29,15 @@ class Examination:
     @torch.no_grad()
     def _spread(self) -> float:
         """The spread of the original's values, one for all batches: those of a few items may hardly differ."""
-        masks: list[Tensor | None] = []
 
-        def outputs() -> Iterator[Tensor]:
+        def outputs() -> Iterator[tuple[Tensor, Tensor | None]]:
             first = 0
             for batch in self.samples.batches(self.size):
-                masks.append(self.original.real_tokens(batch))
-                yield self.teacher.outputs(batch, range(first, first + len(batch)))[0]
+                values, _ = self.teacher.outputs(batch, range(first, first + len(batch)))
+                yield values, self.original.real_tokens(batch)
                 first += len(batch)
 
-        return spread_of(outputs(), masks.__getitem__)
+        return spread_of(outputs())
 
     @torch.no_grad()
     def figures(self, student: nn.Module) -> dict[str, float | None]:

@@ -144,9 +144,8 @@ class LoadedModel:
         with torch.no_grad():
             name, output = _main(self._forward(self.example_of_two(), None))
         # In a tuple outputs have numbers in place of names.
-        scores = "logits" in name or ("For" in type(self.model).__name__ if name in ("", "0") else False)
-        scores = scores or self.framework != "transformers"
-        return not scores or classes_last(output).shape[-1] == 1
+        scores = "logits" in name or (name in ("", "0") and "For" in type(self.model).__name__)
+        return classes_last(output).shape[-1] == 1 or (self.framework == "transformers" and not scores)
 
     @property
     def reads_tokens(self) -> bool:

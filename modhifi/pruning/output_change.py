@@ -28,6 +28,6 @@ def output_change(dense: Tensor, changed: Tensor, values: bool = False) -> float
     """
     if values:
         distance = classes_last(changed.float() - dense.float()).square().sum(-1).mean()
-        return float(distance) / spread_of([dense])
+        return float(distance) / spread_of([(dense, None)])
     p, q = (classes_last(outputs).float().log_softmax(-1) for outputs in (dense, changed))
     return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))

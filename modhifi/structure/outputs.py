@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,18 +41,23 @@ def classes_last(outputs: Tensor) -> Tensor:
     return outputs.movedim(1, -1) if outputs.ndim > 3 else outputs
 
 
-def spread_of(outputs: Iterable[Tensor], real: Callable[[int], Tensor | None] = lambda _: None) -> float:
-    """The mean squared distance of the rows of values ``(batch, ..., width)``, over all batches, from their mean.
+def spread_of(batches: Iterable[tuple[Tensor, Tensor | None]]) -> float:
+    """The mean squared distance of the rows of values, over all batches, from their mean.
 
-    Where the rows hardly differ it is their mean squared norm. ``real(number)`` is a bool mask of the rows of a batch.
+    A batch is ``(batch, ..., width)`` behind which a bool mask of its rows stands, None for all. Where the rows hardly
+    differ it is their mean squared norm.
     """
     count, squares, total = 0, 0.0, torch.zeros(())
-    for number, batch in enumerate(outputs):
-        rows = _rows(batch, real(number)).double()
+    for outputs, real in batches:
+        rows = _rows(outputs, real).double()
         count, squares, total = count + len(rows), squares + float(rows.square().sum()), total + rows.sum(0).cpu()
-    mean = squares / count
-    around = mean - float((total / count).square().sum())
-    return (around if around > HARDLY * mean else mean) or 1.0
+    return (around_mean(squares, total, count) or squares) / count or 1.0
+
+
+def around_mean(squares: float, total: Tensor, count: int) -> float:
+    """The squared distances of ``count`` rows from their mean, of their squared norms and their sum; 0 for rounding."""
+    around = squares - float(total.square().sum()) / count
+    return around if around > HARDLY * squares else 0.0
 
 
 def _rows(outputs: Tensor, real: Tensor | None) -> Tensor:
