@@ -11,6 +11,7 @@ from torch import nn
 
 from modhifi.calibration.accumulator import few_rows_pay
 from modhifi.calibration.sampling import LEAST_ROWS, Sampling
+from modhifi.data.samples import Samples, remembered
 from modhifi.errors import ModhifiError
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import columns_of, operator_modules
@@ -19,6 +20,8 @@ from modhifi.structure.operators import columns_of, operator_modules
 COPIES = 4
 # What two streams of activations remember takes at most this share of what is free.
 REMEMBERED = 1 / 4
+# And so do the items of a data set that is read again and again.
+ITEMS = 1 / 8
 
 
 def gram_bytes(module: nn.Module) -> int:
@@ -72,6 +75,14 @@ def place_to_remember(device: torch.device, needed: float) -> tuple[torch.device
     if device.type == "cpu" or needed <= own:
         return None, own
     return torch.device("cpu"), REMEMBERED * free_bytes(torch.device("cpu"))
+
+
+def loaded_once(samples: Samples, processes: int = 1) -> Samples:
+    """The same samples for passes that read them again and again: each is drawn or decoded once, where memory allows.
+
+    ``processes`` share that memory.
+    """
+    return remembered(samples, ITEMS * free_bytes(torch.device("cpu")) / processes)
 
 
 def check_room(

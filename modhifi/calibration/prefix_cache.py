@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from modhifi.calibration.memory import loaded_once
 from modhifi.calibration.timeline import Prefix, Timeline
 from modhifi.data.samples import Samples
 from modhifi.models.hooks import StopForward, attached, standing_in
@@ -166,7 +167,8 @@ class Passes:
         changed: Sequence[str] = (),
         most_bytes: int = MOST_BYTES,
     ) -> None:
-        self.loaded, self.model, self.samples, self.batch_size = loaded, model, samples, batch_size
+        self.loaded, self.model, self.batch_size = loaded, model, batch_size
+        self.samples = loaded_once(samples) if changed else samples
         self._run = partial(loaded.logits, model=model)
         self.cache: PrefixCache | None = None
         if changed:

@@ -11,8 +11,8 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from modhifi.calibration.memory import free_bytes
-from modhifi.data.samples import Samples, remembered
+from modhifi.calibration.memory import loaded_once
+from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError, is_out_of_memory
 from modhifi.healing.augment import augmented
 from modhifi.healing.blocks import Cut, Match, Watch, matched_blocks
@@ -20,7 +20,6 @@ from modhifi.healing.checkpoint import Checkpoint
 from modhifi.healing.devices import accelerator_for
 from modhifi.healing.examination import Examination
 from modhifi.healing.healed import Healed, State, best_entry
-from modhifi.healing.kept import MEMORY
 from modhifi.healing.lora import add_adapters, merge
 from modhifi.healing.losses import block_loss, output_loss
 from modhifi.healing.optimizers import OPTIMIZERS
@@ -114,7 +113,7 @@ class Distillation:
         keep = not settings.augment
         autocast = accelerator.autocast if takes_bfloat16(original.model) else nullcontext
         processes = self.accelerator.num_processes
-        self.train = remembered(train, MEMORY * free_bytes(torch.device("cpu")) / processes)
+        self.train = loaded_once(train, processes)
         self.teacher = Teacher(original, self.blocks, len(train), keep, autocast, processes)
         self.examination = Examination(original, validation, settings.batch_size, self.closed)
         self.best = self._weights()

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from modhifi.calibration.memory import loaded_once
 from modhifi.data.samples import Samples
 from modhifi.healing.losses import agreement, output_loss
 from modhifi.healing.teacher import Teacher
@@ -22,7 +23,7 @@ class Examination:
     """
 
     def __init__(self, original: LoadedModel, samples: Samples, size: int, closed: Sequence[int]) -> None:
-        self.original, self.samples, self.size, self.closed = original, samples, size, tuple(closed)
+        self.original, self.samples, self.size, self.closed = original, loaded_once(samples), size, tuple(closed)
         self.teacher = Teacher(original, {}, len(samples), keep=True)
         self.spread = self._spread() if original.gives_values else None
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modhifi.calibration.accumulator import Accumulator
 from modhifi.calibration.distributed import ALONE, InStep, Processes, batches_at, gathered, merged_pairs, share_of
-from modhifi.calibration.memory import place_to_remember
+from modhifi.calibration.memory import loaded_once, place_to_remember
 from modhifi.calibration.moments import Moments, PairedMoments, Spanned, combined_pairs
 from modhifi.calibration.prefix_cache import PrefixCache
 from modhifi.calibration.sampling import Sampling
@@ -64,7 +64,7 @@ class PairedPasses:
         team: Processes = ALONE,
     ) -> None:
         self.loaded, self.model, self.team = loaded, edited, team
-        self.samples, self.sampling = samples, sampling
+        self.samples, self.sampling = loaded_once(samples, team.count), sampling
         timeline = Timeline(loaded.model, lambda: loaded.run(loaded.example))
         device = next(loaded.model.parameters()).device
         streams = 1 + dense

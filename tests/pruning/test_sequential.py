@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -161,3 +162,21 @@ def test_paired_moments_are_those_of_whole_passes(
             if isinstance(norm := edited.get_submodule(name), nn.BatchNorm2d):
                 norm.running_mean.sub_(0.1)
     assert all(least <= len(cache.remembered) <= most for cache in caches)
+
+
+def test_an_item_is_loaded_once_for_all_readers(loaded: LoadedModel, samples: Samples) -> None:
+    loads: Counter[int] = Counter()
+
+    def load(index: int) -> Tensor:
+        loads[index] += 1
+        return samples.load(index)
+
+    structure = find_structure(loaded)
+    readers = [name for name in structure.operators if "layer" in name][:4]
+    counting = replace(samples, load=load)
+    passes = PairedPasses(loaded, copy.deepcopy(loaded.model), readers, counting, Sampling(2, batch_size=16))
+    loads.clear()
+    for number, reader in enumerate(readers):
+        passes.advance(*(written_modules(structure, readers[at:]) for at in (number, number + 1)))
+        passes.moments(reader, torch.arange(columns_of(loaded.model.get_submodule(reader))[1])[None])
+    assert set(loads.values()) == {1} and loads.total() >= len(samples) - 1  # the first was looked at before
