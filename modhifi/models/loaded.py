@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
+from modhifi.models.chance import drawing_by
 from modhifi.models.hub import first_line
 from modhifi.models.manifest import Artifact
 from modhifi.models.packing import Packing, Unpacked, pack_batch
@@ -63,6 +64,11 @@ class LoadedModel:
     def warnings(self) -> list[str]:
         """What whoever uses the model has to know: weights that were altered, a head that is left out."""
         return list(self.info.get("warnings", []))
+
+    @property
+    def draws(self) -> bool | None:
+        """Whether its passes draw random numbers in eval mode; None before the first one."""
+        return vars(self).get("_draws")
 
     def logits(self, batch: Tensor, model: nn.Module | None = None) -> Tensor:
         """The main output of one forward pass of ``model`` (default: this model) on a batch, axis 0 the batch.
@@ -196,7 +202,17 @@ class LoadedModel:
         return replace(self, example=batch, packing=packing, kind="tensor", transform=None, parts=())
 
     def _forward(self, batch: Tensor, model: nn.Module | None, **options: Any) -> Any:
+        """One forward pass; what it draws in eval mode belongs to the batch, so that models can be compared."""
         model = self.model if model is None else model
+        if self.draws is False or model.training:
+            return self._plain_forward(batch, model, options)
+        device = next((p.device for p in model.parameters()), batch.device)
+        with drawing_by(batch, device) as drawn:
+            output = self._plain_forward(batch, model, options)
+            vars(self)["_draws"] = self.draws or drawn()
+        return output
+
+    def _plain_forward(self, batch: Tensor, model: nn.Module, options: dict[str, Any]) -> Any:
         batch = self.ready(batch, model)
         if self.packing is not None:
             return self.of_one_batch(model)(batch)

@@ -96,19 +96,22 @@ def buffers_restored(model: nn.Module) -> Iterator[list[str]]:
 def unrepeatable(loaded: LoadedModel, batch: Tensor) -> str | None:
     """How two passes of a model on one batch differ, in a sentence; None where they do not, up to rounding.
 
-    Its buffers are as they were afterwards. Raises ModhifiError as :func:`try_pass` does.
+    Where it draws at random they differ but for the draws that belong to a batch, which the sentence says. Its buffers
+    are as they were afterwards. Raises ModhifiError as :func:`try_pass` does.
     """
     with buffers_restored(loaded.model) as changed:
         first = {name: output.clone() for name, output in try_pass(loaded, batch).items()}
         second = try_pass(loaded, batch)
     wrong = next((name for name, output in first.items() if not _agree(output, second.get(name), not changed)), None)
     if wrong is None and first.keys() == second.keys():
-        return None
+        return (
+            f"{loaded.source} draws at random as it runs: figures hold for one draw a batch" if loaded.draws else None
+        )
     where = f" in output '{wrong}'" if wrong else ""
     cause = (
         f"its buffer '{changed[0]}' changes at every pass"
         if changed
-        else "it draws at random, or keeps something from pass to pass"
+        else "it keeps something from pass to pass, or draws at random where torch cannot be told what to draw"
     )
     return f"two passes of {loaded.source} on one batch differ{where}: {cause}; figures hold for one pass only"
 
