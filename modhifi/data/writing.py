@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modhifi.data.samples import Samples, digest
 from modhifi.data.self_generated import draw
-from modhifi.errors import ModhifiError
+from modhifi.errors import ModhifiError, is_out_of_memory
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.parts import by_kind, drawn_tokens, first_token, framed, image_token, image_tokens, special_tokens
 from modhifi.progress import Progress, silent
@@ -36,7 +36,8 @@ class Writer:
         length, config = self.kinds["text"].shape[0], self.model.config
         random = [drawn_tokens(config, length, self.chance) for _ in range(n)]
         if self.writes and "decoder" in self.kinds:
-            tokens, what = self._from_decoder(random, length), "texts written by the decoder on random tokens"
+            tokens = self._from_decoder(random, length)
+            what = "texts written by the decoder on random tokens" if self.writes else "texts of random tokens"
         elif self.writes and pixels is not None and image_token(config) is not None:
             tokens, what = self._behind_images(pixels, n, length)
         else:
@@ -71,8 +72,21 @@ class Writer:
         rows = self._write(item, nothing, piece)[:, 1:]
         return list(rows.reshape(len(random), -1)[:, :length])
 
-    @torch.inference_mode()
     def _write(self, item: Item, begins: list[Tensor], length: int) -> Tensor:
+        """Rows of the decoder's tokens, int64 ``(n, length)``; at random where the model does not go on by itself."""
+        if self.writes:
+            try:
+                return self._rows(item, begins, length)
+            except ModhifiError:
+                raise
+            except Exception as error:  # a transducer, whose encoder's outputs alone are not what its forward takes
+                if is_out_of_memory(error):
+                    raise
+                self.writes = False
+        return self._rows(item, begins, length)
+
+    @torch.inference_mode()
+    def _rows(self, item: Item, begins: list[Tensor], length: int) -> Tensor:
         rows = []
         for start in range(0, len(begins), BATCH):
             self.progress("writing", start, len(begins))
@@ -82,8 +96,9 @@ class Writer:
                 rows.append(self._go_on({k: torch.stack([one[k] for one in items]) for k in items[0]}, some, length))
             else:
                 drawn = [drawn_tokens(self.model.config, length - 1, self.chance, decoder=True) for _ in some]
+                goes_on = [torch.cat([begin, more])[: length - 1] for begin, more in zip(some, drawn, strict=True)]
                 first = torch.full((len(some), 1), first_token(self.model))
-                rows.append(torch.cat([first, torch.stack(drawn)], 1))
+                rows.append(torch.cat([first, torch.stack(goes_on)], 1))
         self.progress("writing", len(begins), len(begins))
         return torch.cat(rows)
 

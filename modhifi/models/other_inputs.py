@@ -26,7 +26,8 @@ def completed(loaded: LoadedModel) -> LoadedModel:
         return loaded
     for parts, batch in drawn(loaded.model, others):
         kind, packing, example = fed(parts, batch)
-        other = replace(loaded, parts=parts, packing=packing, example=example, kind=kind)
+        listener = None if loaded.listener is None else loaded.listener.shaped(parts)
+        other = replace(loaded, parts=parts, packing=packing, example=example, kind=kind, listener=listener)
         if _runs(other):
             return other
     return loaded

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +60,14 @@ class Listener:
 
     def __call__(self, sound: np.ndarray) -> Tensor:
         return self.prepare(sound)
+
+    def shaped(self, parts: tuple[Part, ...]) -> Listener:
+        """The same for a model that reads raw sound of another length, or with an axis of channels in front."""
+        shape = next((part.shape for part in parts if part.kind == "audio"), None)
+        heard = self(np.zeros(self.samples, dtype=np.float32))
+        if shape is None or heard.ndim > 1 or shape not in ((shape[-1],), (1, shape[-1])):
+            return self
+        return replace(self, samples=shape[-1], prepare=lambda sound: self.prepare(sound).reshape(*shape[:-1], -1))
 
 
 def reads_both(model: Any) -> bool:

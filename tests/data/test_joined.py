@@ -13,10 +13,11 @@ import torch
 
 from modhifi.data import audio
 from modhifi.data.sources import load_samples
+from modhifi.data.writing import Writer
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.models.parts import Listener
+from modhifi.models.parts import Listener, Part
 
 WORDS = tiny_text.WORDS
 
@@ -82,6 +83,33 @@ def test_a_decoder_starts_with_its_target_and_goes_on(loaded: dict[str, LoadedMo
     assert not set(inputs["decoder_input_ids"][:, 1:].flatten().tolist()) & {0, 1, 2}
     real = model.real_tokens(next(samples.batches(40)))
     assert real is not None and torch.equal(real, inputs["attention_mask"].bool())
+
+
+def test_a_decoder_that_does_not_go_on_reads_its_target_and_tokens_at_random(
+    loaded: dict[str, LoadedModel], files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a transducer's, whose forward takes more of its encoder than its outputs."""
+    model = loaded["t5"]
+    spoken = load_samples(f"pairs:{files / 'translations.tsv'}", model, n=40, seed=0)
+
+    def fails(*_: object) -> None:
+        raise TypeError("'NoneType' object is not subscriptable")
+
+    monkeypatch.setattr(Writer, "_go_on", fails)
+    samples = load_samples(f"pairs:{files / 'translations.tsv'}", model, n=40, seed=0)
+    assert "the decoder reads random tokens" in samples.description and "goes on" in spoken.description
+    wanted, inputs = (model.packing.nest(next(s.batches(40)))["decoder_input_ids"] for s in (spoken, samples))
+    assert torch.equal(inputs[:, :2], wanted[:, :2]) and not torch.equal(inputs, wanted)
+    drawn = load_samples("synthetic", model, n=4, seed=0)
+    assert "texts of random tokens" in drawn.description
+
+
+def test_raw_sound_takes_the_form_that_a_model_reads() -> None:
+    listener = Listener(100, 10, lambda sound: torch.from_numpy(sound))
+    codec = listener.shaped((Part("input_values", "audio", (1, 8)),))
+    assert codec(np.ones(codec.samples)).shape == (1, 8) and codec.rate == 100
+    assert listener.shaped((Part("input_features", "audio", (80, 16)),)) is listener
+    assert listener.shaped((Part("pixel_values", "image", (3, 8, 8)),)) is listener
 
 
 def test_images_take_their_tokens_of_the_text(loaded: dict[str, LoadedModel], files: Path) -> None:
