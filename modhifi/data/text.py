@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modhifi.data.hidden import is_hidden
 from modhifi.data.samples import Samples
@@ -145,11 +145,22 @@ def window_of(loaded: LoadedModel, window: int | None) -> int:
     limits = [
         getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None),  # type: ignore[union-attr,operator]
         getattr(loaded.tokenizer, "model_max_length", None),
+        *_numbered(loaded.model),
     ]
     longest = min((int(limit) for limit in limits if limit), default=window or WINDOW)
     if window is not None and window > longest:
         raise ModhifiError(f"windows of {window} tokens were asked for and {loaded.source} takes {longest} at most")
     return min(WINDOW, longest) if window is None else window
+
+
+def _numbered(model: nn.Module) -> list[int]:
+    """How many tokens RoBERTa and its kin can number: they begin behind the number of the padding."""
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    return [
+        table.num_embeddings - table.padding_idx - 1
+        for table in tables
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None
+    ]
 
 
 def vocabulary(loaded: LoadedModel) -> int:

@@ -16,6 +16,7 @@ from modhifi.calibration.collect import collect
 from modhifi.calibration.sampling import Sampling
 from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
+from modhifi.data.text import window_of
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import PADDING, LoadedModel
@@ -201,3 +202,21 @@ def test_a_pass_for_moments_leaves_the_logits_out(loaded: LoadedModel) -> None:
     handle.remove()
     assert [shape[1] for shape in seen] == [1, loaded.example.shape[1]]
     load_model(nn.Flatten(), example=torch.zeros(2, 3)).run(torch.zeros(2, 3))
+
+
+@torch.no_grad()
+def test_a_table_of_positions_that_begins_behind_the_padding_takes_fewer_tokens() -> None:
+    """RoBERTa's: 514 rows for 512 tokens."""
+    config = transformers.RobertaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=34,
+    )
+    loaded = load_model(transformers.RobertaForMaskedLM(config).eval())
+    assert window_of(loaded, None) == 32
+    loaded.logits(torch.full((1, 32), 7))
+    with pytest.raises(ModhifiError, match="33 tokens were asked for and module:RobertaForMaskedLM takes 32 at most"):
+        window_of(loaded, 33)
