@@ -143,7 +143,8 @@ def show_written(console: Console, path: Path | None) -> None:
     """Prints where the artefact is, and the line of Python that loads it."""
     # They import the libraries of models.
     from modhifi.artifacts.model_card import loading
-    from modhifi.models.manifest import MANIFEST, read_manifest
+    from modhifi.disk import MANIFEST
+    from modhifi.models.manifest import read_manifest
 
     if path is None or not (path / MANIFEST).is_file():
         return

@@ -12,11 +12,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from modhifi.errors import ModhifiError
 from modhifi.staging import recover, stays
 
+# An artefact's manifest, and the recipe that repeats a run.
+MANIFEST, RECIPE = "modhifi.json", "recipe.yaml"
 # The entries of a report's directory, and those that are added to an artefact after it was written.
-REPORT = ("report.json", "report.html", "recipe.yaml", "front.png")
+REPORT = ("report.json", "report.html", RECIPE, "front.png")
 ADDED = ("model.onnx", "model.onnx.data", "model.pt2", "__pycache__")
 # The entries of an artefact whose manifest does not list them: weights, configuration, tokenizer, card, exports.
 OWN = re.compile(
@@ -131,25 +135,61 @@ def foreign(directory: Path) -> str | None:
     """
     entries = _entries(directory)
     names = {path.name for path in entries}
-    known = set(REPORT)
-    if "modhifi.json" in names:
+    known = set(REPORT) | _summaries(directory)
+    if MANIFEST in names:
         known |= _listed_entries(directory) or {name for name in names if OWN.fullmatch(name)}
-    elif "recipe.yaml" in names and "report.json" not in names:
+    elif RECIPE in names and "report.json" not in names:
+        known |= leftovers(directory).keys()
         known |= {p.name for p in entries if p.is_dir() and not p.is_symlink() and foreign(p) is None}
     elif "report.json" not in names:
         return min(names, default=None)
     return min(names - known, default=None)
 
 
+def unfinished(out: Path) -> str:
+    """The name of the file that holds the state of a run into ``out``: beside it, or in it where it stays."""
+    return f"{out.name}.healing"
+
+
 def _entries(directory: Path) -> list[Path]:
-    """The entries of a directory, without those that a file system puts into its root."""
-    return [path for path in directory.iterdir() if path.name != "lost+found"]
+    """The entries of a directory, but for the state of a run into it and what a file system puts into its root."""
+    state = unfinished(directory)
+    return [path for path in directory.iterdir() if path.name not in ("lost+found", state, f"{state}.part")]
+
+
+def _recipe(directory: Path) -> dict[str, Any]:
+    """What the recipe in a directory says; nothing where there is none that can be read."""
+    try:
+        content = yaml.safe_load((directory / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def leftovers(directory: Path) -> dict[str, str]:
+    """The names of the files that ended steps of a recipe leave beside their directories, each with its step's."""
+    steps = _recipe(directory).get("steps")
+    return {
+        name: str(step)
+        for step in (steps if isinstance(steps, dict) else ())
+        for state in [unfinished(Path(str(step)))]
+        for name in (state, f"{state}.part", f"{step}.log")
+    }
+
+
+def _summaries(directory: Path) -> set[str]:
+    """The names of the summaries that the run of a directory, or one of its steps, wrote."""
+    recipe = _recipe(directory)
+    steps = recipe.get("steps")
+    parts = [recipe, *(steps.values() if isinstance(steps, dict) else ())]
+    written = [part.get("summary") for part in parts if isinstance(part, dict)]
+    return {Path(name).name for name in written if isinstance(name, str)}
 
 
 def _listed_entries(directory: Path) -> set[str]:
     """The entries that an artefact's manifest names as its own, and those that an export or a loader adds."""
     try:
-        names = read_json(directory / "modhifi.json").get("written", [])
+        names = read_json(directory / MANIFEST).get("written", [])
         return {*map(str, names), *ADDED} if names else set()
     except (OSError, ModhifiError, AttributeError, TypeError):
         return set()

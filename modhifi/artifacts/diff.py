@@ -9,8 +9,9 @@ from typing import Any
 
 from modhifi.artifacts.formatting import change
 from modhifi.artifacts.report_file import read_report
+from modhifi.disk import MANIFEST
 from modhifi.errors import ModhifiError
-from modhifi.models.manifest import MANIFEST, Manifest, read_manifest
+from modhifi.models.manifest import Manifest, read_manifest
 
 ABSENT = "absent"
 # The rows of times: two runs compare by the ratios to their own originals, which were timed beside them.

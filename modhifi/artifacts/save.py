@@ -16,10 +16,10 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 from modhifi.artifacts.reload_check import FreshProcess, Loader
-from modhifi.disk import check_output, home_path, jsonable
+from modhifi.disk import MANIFEST, check_output, home_path, jsonable
 from modhifi.models.artifact import WEIGHTS, file_hash, installed_versions
 from modhifi.models.loaded import LoadedModel
-from modhifi.models.manifest import MANIFEST, SCHEMA_VERSION, Differences, Manifest
+from modhifi.models.manifest import SCHEMA_VERSION, Differences, Manifest, loading_entry
 from modhifi.models.plain_copy import normed_again
 from modhifi.models.skeleton import is_stock, own_config, record
 from modhifi.models.stock import stating
@@ -213,6 +213,7 @@ def _base(original: LoadedModel) -> dict[str, Any]:
         manifest = original.artifact.manifest
         parent = {"source": original.source, "task": manifest.task, "files": manifest.weights.files}
         facts: dict[str, Any] = manifest.base.model_dump(exclude_unset=True)
+        facts |= {"loading": loading} if (loading := loading_entry(manifest)) else {}
         return facts | {"edits_before": [*manifest.base.edits_before, parent]}
     facts = {key: original.info.get(key) for key in ("repository", "revision", "licence")}
     arguments = {"args": original.info["model_args"]} if original.info.get("model_args") else {}

@@ -20,13 +20,16 @@ PART = re.compile(r"^\d+ of: ")
 LEAST_SECOND = 1 / 5
 
 
-def describe_data(samples: Samples) -> dict[str, Any]:
-    """The fingerprint of a set of samples for a manifest: one hash per item, so that an overlap can be found."""
+def describe_data(samples: Samples, before: Iterable[str] = ()) -> dict[str, Any]:
+    """The fingerprint of a set of samples for a manifest: one hash per item, so that an overlap can be found.
+
+    ``before`` are the hashes of what earlier edits of the model have seen.
+    """
     return {
         "description": samples.description,
         "n": len(samples),
         "fingerprint": samples.fingerprint(),
-        "hashes": list(samples.hashes),
+        "hashes": [*dict.fromkeys([*samples.hashes, *before])],
         "synthetic": samples.synthetic,
         **({"shares": {source.name: source.share for source in samples.sources}} if samples.sources else {}),
         "skipped": [list(item) for item in samples.skipped],

@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from modhifi.disk import home_path
+from modhifi.disk import MANIFEST, home_path
 from modhifi.errors import ModhifiError
 from modhifi.models.from_module import from_module
 from modhifi.models.hub import explained, fetch_description, fetch_weights, split_revision
 from modhifi.models.loaded import LoadedModel
-from modhifi.models.manifest import MANIFEST, Artifact, Manifest, ModelEntry, read_manifest
+from modhifi.models.manifest import Artifact, Manifest, ModelEntry, read_manifest
 from modhifi.models.packing import Packing
 from modhifi.models.plain_copy import plain_copy
 from modhifi.models.skeleton import build_skeleton, fill, read_config, reshape

@@ -16,14 +16,13 @@ import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 from typing_extensions import TypedDict
 
-from modhifi.disk import home_path, read_json
+from modhifi.disk import MANIFEST, home_path, read_json
 from modhifi.errors import ModhifiError
 from modhifi.structure.plan import Plan
 
 SCHEMA_VERSION = 1
 # Versions that are read as they stand.
 READABLE = (1,)
-MANIFEST = "modhifi.json"
 
 
 class Part(BaseModel):
@@ -50,7 +49,8 @@ class Base(Part):
     """The open model before every edit.
 
     ``sha256`` is :func:`modhifi.models.weights.state_hash` of it; ``edits_before`` are earlier artefacts on the way
-    here. ``values`` says that several outputs are no scores of classes.
+    here. ``values`` says that several outputs are no scores of classes. ``loading`` is the recipe entry that loads the
+    model, where the artefact's own recipe does not hold it.
     """
 
     source: str
@@ -61,6 +61,7 @@ class Base(Part):
     licence: str | None = None
     sha256: str | None = None
     edits_before: list[dict[str, Any]] = []
+    loading: dict[str, Any] = {}
 
 
 class Info(TypedDict, total=False):
@@ -173,6 +174,17 @@ class Artifact:
     def intact(self) -> bool:
         """Whether the weight files, no more and no fewer, are those that the manifest was written for."""
         return dict(self.hashes) == self.manifest.weights.files
+
+
+def loading_entry(manifest: Manifest) -> dict[str, Any]:
+    """The recipe entry that loads the model before every edit; empty where none is known.
+
+    A healing run names the artefact that it starts from, and against which model it was healed.
+    """
+    healed = manifest.task == "heal"
+    first = healed or not manifest.base.edits_before
+    stated = manifest.recipe.get("against" if healed else "model") if first else None
+    return stated if isinstance(stated, dict) else manifest.base.loading
 
 
 def read_manifest(directory: str | Path) -> Manifest:

@@ -35,7 +35,23 @@ def plain_copy(module: nn.Module, source: str) -> tuple[nn.Module, list[str]]:
     model = frozen(copied)
     for kind, count in Counter(_fold(model)).items():
         notes.append(f"{kind} of {count} weight{'s' * (count > 1)} folded in: the copy has plain weights")
-    return frozen(model), notes
+    return _put_in_order(frozen(model)), notes
+
+
+def in_order(model: nn.Module) -> nn.Module:
+    """The model, or a copy where a tensor is not in the order of its axes, as files hold it: kernels round otherwise.
+
+    ``channels_last`` is another order.
+    """
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.layout == torch.strided]
+    return model if all(tensor.is_contiguous() for tensor in tensors) else _put_in_order(own_copy(model))
+
+
+def _put_in_order(model: nn.Module) -> nn.Module:
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.layout == torch.strided:
+            tensor.data = tensor.data.contiguous()
+    return model
 
 
 def weight_norms(module: nn.Module) -> dict[str, tuple[str, int]]:

@@ -25,7 +25,7 @@ from modhifi.pruning.elimination import Curve
 from modhifi.pruning.grid import Measured, measure_once, order_once, prune_measured
 from modhifi.pruning.settings import PruneSettings
 from modhifi.runs.defaults import complete, rounding_for
-from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, place
+from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, place, seen_before
 from modhifi.runs.recipes.compare import CompareRecipe
 from modhifi.runs.reports.head import head
 from modhifi.runs.reports.measurements import EXPLAINED, measure_run
@@ -75,7 +75,7 @@ def run_compare(
         rounding = rounding_for(original, device)
         settings = {name: replace(run.settings(), rounding=rounding) for name, (run, _) in completed.items()}
     with clock.stage("data"):
-        calibration, held = load_data(common, original, given, clock.inner)
+        calibration, held = load_data(common, original, given, clock.inner, seen_before(original))
         warnings = [*warnings, *warn_degenerate(calibration), *skipped_warnings(calibration, held)]
     with clock.stage("measure"):
         shared = measure_once(original, calibration, settings[names[0]], clock.inner, cache)

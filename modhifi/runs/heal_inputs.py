@@ -15,12 +15,13 @@ from modhifi.healing.blocks import Cut
 from modhifi.healing.lora import check_lora
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import Manifest
+from modhifi.models.trial import try_pass
 from modhifi.progress import Progress
 from modhifi.pruning.stages import find_structure
 from modhifi.runs.inputs import Given, load_data, original_of
 from modhifi.runs.recipes.heal import HealRecipe
 from modhifi.runs.recipes.prune import ModelSource
-from modhifi.runs.verify import load_pair
+from modhifi.runs.verify import counts_in_original, load_pair
 
 # The samples that choose the best weights: a share of those to learn from, and no more than this many, or windows of
 # text, where every position tells: both models read them in full precision twenty times.
@@ -99,8 +100,9 @@ def load_patient(recipe: HealRecipe, given: Given) -> Patient:
 
 
 def _cut(original: LoadedModel, manifest: Manifest | None) -> Cut:
-    kinds = set() if manifest is None or manifest.base.edits_before else {group.kind for group in manifest.groups}
-    if manifest is None or not kinds or "experts" in kinds:
+    if manifest is None or not manifest.groups or not counts_in_original(manifest):
+        return Cut()
+    if any(group.kind == "experts" for group in manifest.groups):
         return Cut()
     return Cut.of(original.model, find_structure(original, on_request=True), manifest.plan())
 
@@ -114,8 +116,11 @@ def teacher_of(recipe: HealRecipe, patient: Patient) -> ModelSource:
 
 def load_learning_data(recipe: HealRecipe, patient: Patient, given: Given, progress: Progress) -> LearningData:
     """Loads the samples; raises ModhifiError where too few are left to learn from."""
-    loaded, held = load_data(recipe, patient.original, given, progress)
+    before = () if patient.manifest is None else patient.manifest.calibration.hashes
+    loaded, held = load_data(recipe, patient.original, given, progress, before)
     assert recipe.batch_size is not None
+    for part in (loaded, held):
+        try_pass(patient.original, part.first())
     samples = _retained(patient, loaded, recipe.batch_size) if patient.closed else loaded
     most = MOST_WINDOWS if patient.original.reads_tokens else MOST_VALIDATION
     beside = None if recipe.data.only_this_data else _drawn_beside(samples, patient.original, recipe.seed)

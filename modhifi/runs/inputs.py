@@ -21,7 +21,7 @@ from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.models.manifest import Manifest
+from modhifi.models.manifest import Manifest, loading_entry
 from modhifi.models.offload import let_visit
 from modhifi.models.trial import try_pass
 from modhifi.progress import Progress, silent
@@ -32,6 +32,11 @@ from modhifi.runs.recipes.prune import ModelSource, PruneRecipe
 def forgotten_before(loaded: LoadedModel) -> list[int]:
     """The classes that an earlier edit of a loaded artefact has made it forget."""
     return [] if loaded.artifact is None else [entry.index for entry in loaded.artifact.manifest.forgotten]
+
+
+def seen_before(loaded: LoadedModel) -> list[str]:
+    """The hashes of the samples that earlier edits of a loaded artefact were calibrated on, or learnt from."""
+    return [] if loaded.artifact is None else [*loaded.artifact.manifest.calibration.hashes]
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ NOTHING = Given()
 # What a run writes to.
 WRITTEN = ("out", "summary")
 # What a recipe reads from disk: sources of data by their beginning, models by their key.
-FILES = ("images:", "text:", "hf:")
+FILES = ("images:", "text:", "audio:", "pairs:", "hf:")
 PATHS = {"directory", "original", "reference"}
 PARTS = [(part, key) for part in ("model", "against") for key in ("name", "weights")]
 
@@ -100,9 +105,10 @@ def located(content: Any, keys: tuple[str, ...] = ()) -> Any:
     # Other words, of a selector for instance, may be names of files by chance.
     if not isinstance(content, str):
         return content
-    if content.startswith(FILES):
+    of_model = keys[-2:] in PARTS
+    if content.startswith(FILES) and not of_model:
         start = content.index(":") + 1
-    elif set(keys[-1:]) & PATHS or keys[-2:] in PARTS:
+    elif set(keys[-1:]) & PATHS or of_model:
         start = 0
     else:
         return content
@@ -132,12 +138,13 @@ def original_of(manifest: Manifest) -> ModelSource:
 
     Raises ModhifiError where the manifest does not say how to load it.
     """
-    # A healing run names the artefact that it starts from, and against which model it was healed.
-    healed = manifest.task == "heal"
-    base, source = manifest.base, manifest.recipe.get("against" if healed else "model")
-    source = source if isinstance(source, dict) else {}
-    absolute = (healed or not base.edits_before) and os.path.isabs(str(source.get("name")))
-    if source.get("name") != base.source and not absolute:
+    base, source = manifest.base, loading_entry(manifest)
+    if base.source.startswith("module:"):
+        raise ModhifiError(
+            f"the original is a {base.source.removeprefix('module:')} that a Python program held; give it: "
+            "--against MODEL, from Python against="
+        )
+    if source.get("name") != base.source and not os.path.isabs(str(source.get("name"))):
         source = {"name": base.source, "revision": base.revision}
     if base.source.startswith("timm:"):  # a directory states its own arguments
         source = {**source, "args": source.get("args") or base.args}
@@ -159,9 +166,15 @@ def shortage(recipe: PruneRecipe, calibration: Samples, held: Samples) -> list[s
 
 
 def load_data(
-    recipe: PruneRecipe | HealRecipe, loaded: LoadedModel, given: Given = NOTHING, progress: Progress = silent
+    recipe: PruneRecipe | HealRecipe,
+    loaded: LoadedModel,
+    given: Given = NOTHING,
+    progress: Progress = silent,
+    before: Collection[str] = (),
 ) -> tuple[Samples, Samples]:
     """Loads calibration and held-out samples, disjoint by content, and by document where text is cut from documents.
+
+    None of the samples with the hashes ``before``, which are in the model's weights already, is held out.
 
     Of a mixture every source has as many calibration samples as are asked for, whose moments its share then weighs; to
     learn from, as of the held-out ones, it has its share of them. Raises ModhifiError where too few samples are
@@ -178,6 +191,12 @@ def load_data(
     def load(spec: Data, n: int) -> Samples:
         return load_samples(spec, loaded, n=n, seed=seed, window=data.window, progress=progress)
 
+    def enough(spec: Data, n: int, wanted: int, seen: Collection[str]) -> Samples:
+        """``n`` samples, and more where too few of them are new: a model takes long to write what is not needed."""
+        samples = load(spec, n)
+        missing = wanted - sum(content_hash not in seen for content_hash in samples.hashes)
+        return load(spec, n + len(seen)) if missing > 0 and len(samples) >= n else samples
+
     counts = held_out.counts(data.evaluation_samples)
     amounts = source.counts(data.samples) if isinstance(recipe, HealRecipe) else [data.samples] * len(source.shares)
     parts: list[tuple[str, float, Samples]] = []
@@ -189,22 +208,49 @@ def load_data(
         if number is None:
             parts.append((name, share, load(spec, amount)))
             continue
-        samples = load(spec, amount + counts[number])
+        samples = enough(spec, amount + counts[number], counts[number], before)
         if len(samples) < 4:
             raise ModhifiError(
                 f"{samples.description}: {len(samples)} different usable samples are too few to calibrate and to "
                 "check; give at least 4"
             )
-        own, held[number] = samples.split(amount, counts[number])
+        own, held[number] = _split(samples, amount, counts[number], before)
         parts.append((name, share, own))
     calibration = mixed(parts)
-    seen = set(calibration.hashes)
+    seen = {*calibration.hashes, *before}
     for number, (spec, _) in enumerate(held_out):
-        samples = held[number] if number in held else load(spec, counts[number] + len(seen))
+        wanted = counts[number]
+        samples = held[number] if number in held else enough(spec, wanted + len(calibration), wanted, seen)
         held[number] = _unseen(samples, seen, counts[number])
     return calibration, mixed(
         [(str(source_name(spec)), share, held[number]) for number, (spec, share) in enumerate(held_out)]
     )
+
+
+def _split(samples: Samples, amount: int, count: int, before: Collection[str]) -> tuple[Samples, Samples]:
+    """At most ``amount`` samples to calibrate on and ``count`` to hold out, those of ``before`` among the former.
+
+    No document has windows on both sides, unless there is but one.
+    """
+    old = [content_hash in before for content_hash in samples.hashes]
+    if samples.units is not None:
+        documents = {unit for unit, known in zip(samples.units, old, strict=True) if known}
+        if len(documents) < len(set(samples.units)):
+            old = [unit in documents for unit in samples.units]
+    plain = samples.split(amount, count)
+    known = [i for i, is_old in enumerate(old) if is_old][:amount]
+    if not known:
+        return plain
+    fresh = samples.subset(i for i, is_old in enumerate(old) if not is_old)
+    # Of few samples no more are held out than without those that are known.
+    wanted = len(plain[1])
+    room = min(amount - len(known), len(fresh) - wanted)
+    if room > 0:
+        more, held = fresh.split(room, wanted)
+    else:
+        more, held = fresh.subset(()), fresh.subset(range(min(wanted, len(fresh))))
+    ours = {*known}.union(i for i, content_hash in enumerate(samples.hashes) if content_hash in {*more.hashes})
+    return samples.subset(sorted(ours)), held
 
 
 def _number(spec: Data, mixture: Mixture, by_identity: bool) -> int | None:

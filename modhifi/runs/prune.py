@@ -33,7 +33,17 @@ from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import Pruned
 from modhifi.runs.defaults import Amounts, complete, rounding_for
 from modhifi.runs.forecast import forecast
-from modhifi.runs.inputs import NOTHING, Given, load_data, load_source, local_paths, located, place, shortage
+from modhifi.runs.inputs import (
+    NOTHING,
+    Given,
+    load_data,
+    load_source,
+    local_paths,
+    located,
+    place,
+    seen_before,
+    shortage,
+)
 from modhifi.runs.measure import stored_bytes
 from modhifi.runs.meters import meter_of
 from modhifi.runs.recalibrate import reestimate_if_closer
@@ -108,6 +118,8 @@ def run_prune(
     out = None if dry_run or recipe.out is None else Path(recipe.out)
     if out is not None:
         check_output(out, force, (*reads, *local_paths(recipe.model_dump())))
+    if recipe.export and recipe.out is None:
+        raise ModhifiError("an export is written beside the model, which has no place; give out")
     for kind in recipe.export:
         EXPORTS[kind].check()
     with clock.stage("load"):
@@ -122,7 +134,7 @@ def run_prune(
             check_space(out, stored_bytes(original.model) * _least(budget))
         meter = meter_of(recipe, original, budget, cache, progress)
     with clock.stage("data"):
-        calibration, held = load_data(recipe, original, given, progress)
+        calibration, held = load_data(recipe, original, given, progress, seen_before(original))
         warnings = [*original.warnings, *remarks, *shortage(recipe, calibration, held)]
         warnings += [*warn_degenerate(calibration), *skipped_warnings(calibration, held)]
         if (unsteady := unrepeatable(original, calibration.first())) is not None:
@@ -337,7 +349,7 @@ def _save(
             manifest={
                 "task": "prune",
                 "seed": recipe.seed,
-                "calibration": describe_data(calibration),
+                "calibration": describe_data(calibration, seen_before(original)),
                 "held_out": describe_data(held),
                 "metrics": {k: report[k] for k in ("errors", "size") if k in report},
                 "verdicts": report["verdicts"],

@@ -24,7 +24,7 @@ from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Clock, Progress, silent
 from modhifi.runs.audit import load_reference, report_parts
-from modhifi.runs.inputs import NOTHING, Given, forgotten_before, load_source, local_paths, located
+from modhifi.runs.inputs import NOTHING, Given, forgotten_before, load_source, local_paths, located, seen_before
 from modhifi.runs.measure import stored_bytes
 from modhifi.runs.recipes.unlearn import UnlearnRecipe
 from modhifi.runs.reports.bounds import add_bounds
@@ -166,7 +166,7 @@ def _save(
                 "task": "unlearn",
                 "seed": recipe.seed,
                 "forgotten": [{"index": c, "name": class_name(original, c)} for c in forgotten],
-                "calibration": describe_data(data.edit),
+                "calibration": describe_data(data.edit, seen_before(original)),
                 "held_out": describe_data(data.test),
                 "metrics": outcome["rows"]["edited"],
                 "verdicts": report["verdicts"],

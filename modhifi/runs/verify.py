@@ -15,6 +15,7 @@ from modhifi.errors import ModhifiError
 from modhifi.models.artifact import load_artifact
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import Manifest
+from modhifi.models.plain_copy import in_order
 from modhifi.models.skeleton import same_modules, same_shapes
 from modhifi.models.weights import state_hash
 from modhifi.progress import Progress, silent
@@ -88,8 +89,10 @@ def load_pair(
     """
     if given.edited is not None:
         assert given.model is not None
+        if any(module.training for module in given.edited.modules()):
+            raise ModhifiError("the edited model is in train mode, where outputs are random; call .eval() first")
         original = given.seen_by(given.model)
-        return original, replace(original, model=given.edited, artifact=None), None
+        return original, replace(original, model=in_order(given.edited), artifact=None), None
     own = given.model is not None and given.model.framework == "torch"
     edited = load_artifact(directory, given.model.model if own and given.model is not None else None)
     assert edited.artifact is not None
@@ -117,14 +120,17 @@ def load_pair(
 def in_dense_shape(edited: nn.Module, original: LoadedModel, manifest: Manifest | None) -> nn.Module | None:
     """The edited model in the original's shapes, None where its manifest does not determine it."""
     if manifest is not None and manifest.groups:
-        # After an earlier cut the groups count components of the artefact before.
-        edits = [*(edit["task"] for edit in manifest.base.edits_before), manifest.task]
-        if edits.count("prune") > 1:
+        if not counts_in_original(manifest):
             return None
         if any(group.kind == "experts" for group in manifest.groups):
             return None
         return expand(edited, original.model, find_structure(original, on_request=True), manifest.plan())
     return edited if same_shapes(original.model, edited) else None
+
+
+def counts_in_original(manifest: Manifest) -> bool:
+    """Whether the groups count components of the original; after an earlier cut they count those of what it left."""
+    return [*(edit["task"] for edit in manifest.base.edits_before), manifest.task].count("prune") <= 1
 
 
 def require_unseen(manifest: Manifest, samples: Samples) -> None:

@@ -40,7 +40,9 @@ def report_of(
     """The report of a healing run before anything is measured, JSON-able; see :mod:`modhifi.artifacts.report`."""
     task = "prune" if edited.artifact is None else edited.artifact.manifest.task or "prune"
     warnings = list(healed.notes)
-    if healed.best == 0:
+    if healed.steps == 0:
+        warnings.append("the end came before the first step: the weights are those it came with; give more --minutes")
+    elif healed.best == 0:
         warnings.append("no step made the model better on the validation samples: its weights are those it came with")
     if len(held) < (recipe.data.evaluation_samples or 0):
         warnings.append(
@@ -49,7 +51,10 @@ def report_of(
         )
     forgot = edited.artifact is not None and edited.artifact.manifest.forgotten
     if recipe.method.blocks > 0 and not healed.blocks and not forgot:
-        warnings.append("no block has the original's shape: the student learnt from the output alone")
+        warnings.append(
+            "no block is matched, since none has the original's shape and which channels are left is known of one cut "
+            "only: the student learnt from the output alone"
+        )
     lineage = [original.source, *_edits(edited), f"healed, {healed.best} steps"]
     return {
         **head(
