@@ -22,6 +22,7 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.models.plain_copy import unwrapped
 from modhifi.progress import Progress, silent
 from modhifi.runs.compare import Comparison, run_compare
+from modhifi.runs.devices import resolve_device
 from modhifi.runs.heal import HealResult
 from modhifi.runs.inputs import Given
 from modhifi.runs.prune import PruneResult
@@ -289,7 +290,8 @@ def bench(
         raise ModhifiError("give at least one model to time")
     content = {"runtime": list(runtime), "batch": list(batch), "threads": list(threads), "window": window}
     settings = validate(Settings, content, "modhifi.bench")
-    subjects, notes = subjects_of([m if isinstance(m, str | Path) else _loaded(m, data) for m in models], device)
+    loaded = [m if isinstance(m, str | Path) else _loaded(m, data) for m in models]
+    subjects, notes = subjects_of(loaded, resolve_device(device))
     return bench_models(subjects, settings, notes, progress)
 
 
@@ -319,7 +321,7 @@ def score(
     ('conv1.0', (16,))
     """
     loaded = _loaded(model, data)
-    loaded.model.to(device)
+    loaded.model.to(resolve_device(device))
     return score_model(loaded, data, samples, seed, progress, window, selector, layers)
 
 
@@ -378,7 +380,7 @@ def compare(
     }
     return run_compare(
         validate(CompareRecipe, content, "modhifi.compare"),
-        device=device,
+        device=resolve_device(device),
         given=Given(loaded, data, evaluate),
         force=force,
         cache=None if cache is None else MomentCache(Path(cache)),

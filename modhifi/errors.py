@@ -12,6 +12,10 @@ class ModhifiError(Exception):
     exit_code = 2
 
 
+class OutOfReach(ModhifiError):
+    """No edit of this model meets the budget."""
+
+
 class GateFailed(ModhifiError):
     """A check or a tolerance failed or stayed inconclusive. Exit code 1."""
 

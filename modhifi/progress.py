@@ -31,7 +31,8 @@ def live_log(out: Path | None) -> Iterator[None]:
     where its directory is not there yet, and where there is a file of that name.
     """
     try:
-        handler = None if out is None else logging.FileHandler(out.with_name(f"{out.name}.log"), "x", "utf-8")
+        place = None if out is None else out.absolute()
+        handler = None if place is None else logging.FileHandler(place.with_name(f"{place.name}.log"), "x", "utf-8")
     except OSError:
         handler = None
     if handler is None:

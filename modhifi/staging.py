@@ -35,8 +35,8 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 def staging(out: Path) -> Iterator[Path]:
     """Yields a directory to fill, which replaces ``out`` if the block succeeds and is removed if it raises.
 
-    The old content of ``out`` is lost: call :func:`modhifi.disk.check_output` before. A mount point, and a directory
-    whose parent cannot be written, stays and has its entries replaced, with the old ones restored on any exception.
+    The old content of ``out`` is lost: call :func:`modhifi.disk.check_output` before. A directory that
+    :func:`stays` has its entries replaced, with the old ones restored on any exception.
     Raises ModhifiError where the disk is full or cannot be written.
     """
     inside = stays(out)
@@ -61,8 +61,19 @@ def staging(out: Path) -> Iterator[Path]:
 
 
 def stays(out: Path) -> bool:
-    """Whether ``out`` exists and cannot be replaced as a whole: a mount point, or in a parent that is not ours."""
-    return os.path.isdir(out) and (os.path.ismount(out) or not os.access(out.parent, os.W_OK | os.X_OK))
+    """Whether ``out`` exists and cannot be replaced as a whole.
+
+    So it is with a mount point, in a parent that is not ours, and where it holds the working directory.
+    """
+    return os.path.isdir(out) and (
+        os.path.ismount(out) or not os.access(out.parent, os.W_OK | os.X_OK) or _holds_working_directory(out)
+    )
+
+
+def _holds_working_directory(out: Path) -> bool:
+    with suppress(OSError):  # it is gone
+        return Path.cwd().is_relative_to(out.resolve())
+    return False
 
 
 def exchange(fresh: Path, out: Path, aside: Path) -> None:

@@ -29,6 +29,9 @@ from modhifi.models.loaded import LoadedModel
 from modhifi.models.trial import unrepeatable
 from modhifi.progress import Progress, silent
 
+# What a report calls the items of a kind of model.
+NAMES = {"image": "images", "audio": "sounds", "series": "series"}
+
 
 @dataclass(frozen=True)
 class BoundReport:
@@ -192,7 +195,7 @@ def verify_unlearned(
 
 
 def _population(original: LoadedModel, table: HeldOut, held: Samples) -> str:
-    kind = "sequences" if table.sequences or original.reads_tokens else "images"
+    kind = "sequences" if table.sequences or original.reads_tokens else NAMES.get(original.kind, "samples")
     if held.sources:
         return f"held-out {kind} of a mixture (it speaks of that mixture only)"
     return f"synthetic {kind} (it speaks of synthetic {kind} only)" if held.synthetic else f"held-out {kind}"

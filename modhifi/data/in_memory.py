@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from modhifi.data.mixture import Mixture, is_named
 from modhifi.data.samples import Samples, digest
@@ -36,13 +36,15 @@ def from_items(
     seed: int,
     ragged: bool = False,
     packing: Packing | None = None,
+    tokens: int | None = None,
 ) -> Samples:
     """At most ``n`` different items, chosen and ordered by ``seed``; ``ragged`` ones are texts of several lengths.
 
     An item is a model-ready tensor without a batch axis, a PIL image (``transform`` prepares it), several inputs (a
     tuple or mapping of tensors in the form of ``packing``, which packs them), or a pair of one of these with a class
-    index. Asking for an item again must give the same one: no random augmentation. ``items`` that draw
+    index; -1 is none. Asking for an item again must give the same one: no random augmentation. ``items`` that draw
     what they return, a sampler, say so by an attribute ``synthetic`` that is true: batch statistics apply to them.
+    ``tokens`` is how many different ones the model knows.
     Raises ModhifiError for anything else, for labels on some items only, and where there is nothing.
     """
     if len(items) == 0:
@@ -65,6 +67,11 @@ def from_items(
             )
         if item.is_floating_point() and not bool(item.isfinite().all()):
             raise ModhifiError(f"item {index} of the data holds NaN or infinite values; repair it or leave it out")
+        if tokens is not None and item.numel() and int(item.max()) >= tokens:
+            raise ModhifiError(
+                f"item {index} of the data holds the token {int(item.max())}, and the model knows {tokens} of them, "
+                "from 0 on; give tokens of its own tokenizer"
+            )
         return item.detach().cpu(), label
 
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -81,7 +88,8 @@ def from_items(
             )
         chosen.setdefault(digest(tensor), (index, label))
     places = [index for index, _ in chosen.values()]
-    labels = [label for _, label in chosen.values() if label is not None]
+    # As data sets of the hub have it, -1 stands for no label.
+    labels = [label for _, label in chosen.values() if label is not None and label >= 0]
     if labels and len(labels) < len(places):
         raise ModhifiError("some items of the data have a label and some have none; give all of them one, or none")
     kind = type(items).__name__
@@ -128,6 +136,7 @@ def several_inputs(data: Data) -> Any:
 
 def first_items(items: Indexed, count: int = 2) -> Tensor:
     """The first model-ready items, stacked: an example batch for a module that brings none."""
+    _require_indexed(items)
     samples = from_items([items[i] for i in range(min(count, len(items)))], None, n=count, seed=0)
     return next(samples.batches(count))
 
@@ -135,7 +144,7 @@ def first_items(items: Indexed, count: int = 2) -> Tensor:
 def images_of_other_size(data: Data, loaded: LoadedModel) -> Tensor | None:
     """The first two images that a program holds, stacked, where their size is not that of the model's example."""
     items = held_items(data)
-    if isinstance(items, str | Mapping) or loaded.kind != "image":
+    if isinstance(items, str | Mapping) or not isinstance(items, Samples | Indexed) or loaded.kind != "image":
         return None
     found: list[Any] = [items.load(i) if isinstance(items, Samples) else items[i] for i in range(min(2, len(items)))]
     images = [item[0] if _is_labelled(item) else item for item in found]
@@ -151,6 +160,8 @@ def images_of_other_size(data: Data, loaded: LoadedModel) -> Tensor | None:
 
 def held_items(data: Data) -> str | Samples | Indexed:
     """The first source of a mixture that is no string, else its first; other data is what it is."""
+    if isinstance(data, str) or is_named(data):
+        return data if isinstance(data, str) else str(data[0])  # type: ignore[index]
     sources: tuple[str | Samples | Indexed, ...] = Mixture.of(data).sources
     return next((source for source in sources if not isinstance(source, str)), sources[0])
 
@@ -170,6 +181,25 @@ def samples_from(data: Samples | Indexed, loaded: LoadedModel, *, n: int, seed: 
     """At most ``n`` samples of data that a program holds."""
     if isinstance(data, Samples):
         return data if len(data) <= n else data.subset(range(n))
+    _require_indexed(data)
+    return from_items(
+        data,
+        loaded.transform,
+        n=n,
+        seed=seed,
+        ragged=loaded.reads_tokens,
+        packing=loaded.packing,
+        tokens=_tokens(loaded),
+    )
+
+
+def _require_indexed(data: object) -> None:
+    """Raises ModhifiError for what is no sequence of items, such as a DataLoader."""
     if not isinstance(data, Indexed) or isinstance(data, dict | Sequence) and not isinstance(data, list | tuple):
         raise ModhifiError(f"data is {type(data).__name__}; give a source string, a tensor, a list or a Dataset")
-    return from_items(data, loaded.transform, n=n, seed=seed, ragged=loaded.reads_tokens, packing=loaded.packing)
+
+
+def _tokens(loaded: LoadedModel) -> int | None:
+    """How many different tokens a model that reads them alone knows; None for another, or where no table says so."""
+    table = loaded.model.get_input_embeddings() if loaded.reads_tokens else None  # type: ignore[operator]
+    return table.num_embeddings if isinstance(table, nn.Embedding) else None

@@ -123,6 +123,20 @@ def _completed(shares: Sequence[float | None]) -> tuple[float, ...]:
     return tuple((1 - total) / unsaid if share is None else share for share in shares)
 
 
+def _check_alike(parts: Sequence[tuple[str, float, Samples]]) -> None:
+    """Raises ModhifiError where items of two sources cannot stand in one batch."""
+    (first, _, samples), *others = parts
+    wanted = samples.load(0)
+    for name, _, other in others:
+        item = other.load(0)
+        same = item.ndim == wanted.ndim == 1 or item.shape == wanted.shape  # texts are padded
+        if not same or item.is_floating_point() != wanted.is_floating_point():
+            raise ModhifiError(
+                f"items of {name} are {tuple(item.shape)} {item.dtype} and those of {first} {tuple(wanted.shape)} "
+                f"{wanted.dtype}; give sources of one shape"
+            )
+
+
 def mixed(parts: Sequence[tuple[str, float, Samples]]) -> Samples:
     """One set of samples from sources that are given by name, share of the total mass, and samples.
 
@@ -132,6 +146,7 @@ def mixed(parts: Sequence[tuple[str, float, Samples]]) -> Samples:
     """
     if len(parts) == 1:
         return parts[0][2]
+    _check_alike(parts)
     seen: set[str] = set()
     places: list[tuple[float, int, int]] = []  # where an item comes in the order, its source, its number in there
     for number, (name, share, samples) in enumerate(parts):

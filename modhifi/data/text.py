@@ -86,7 +86,7 @@ def from_files(path: Path, loaded: LoadedModel, n: int, seed: int, window: int |
     """
     files = [path]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".txt", ".md") and p.is_file())
         files = [p for p in files if not any(map(is_hidden, (p, *p.relative_to(path).parents)))]
     if not files or not path.exists():
         raise ModhifiError(f"no text at {path}; give a text file, or a folder of .txt files, as text:PATH")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,12 @@ class Checkpoint:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             return None
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
-            raise ModhifiError(f"{self.path} is no state of a run, or broken; remove it to begin anew") from None
+        except Exception:  # whatever is in a file, and a file may hold anything
+            if self.force:
+                return None
+            raise ModhifiError(
+                f"{self.path} is no state of a run, or broken; remove it to begin anew, or give --force"
+            ) from None
         if not isinstance(state, dict) or state.get("key") != self.key:
             if self.force:
                 return None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from modhifi.errors import ModhifiError
+from modhifi.errors import ModhifiError, OutOfReach
 from modhifi.pruning.budget import Budget
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts import LAYOUTS
@@ -70,7 +70,7 @@ def _allocated(
     reach = problem.size(lowest) / problem.dense
     if reach > keep * 1.02:
         advice = "more groups (--only, --exclude)" if rounding.to == 1 else "widths rounded less (--round-to 1)"
-        raise ModhifiError(
+        raise OutOfReach(
             f"no allocation keeps only {keep:.3g}x of the {measure}: with every prunable group ({len(groups)}) at its "
             f"least width {reach:.3g}x remains; try {budget.option(reach)}, a lower --floor, or {advice}"
         )
@@ -78,7 +78,7 @@ def _allocated(
     reached = problem.size(widths) / problem.dense
     by_steps = budget.measure in ("cache", "latency", "memory") or all(g.parts for g in groups)
     if abs(reached / keep - 1) > 0.02 and not by_steps:
-        raise ModhifiError(
+        raise OutOfReach(
             f"the nearest to {keep:.3g}x of the {measure} that the allowed widths of {len(groups)} groups give is "
             f"{reached:.3g}x; try {budget.option(reached)}, or widths rounded less (--round-to 1)"
         )

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from modhifi.data.mixture import Mixture, beside_self
 from modhifi.data.text import window_of
+from modhifi.errors import ModhifiError
 from modhifi.healing.optimizers import OPTIMIZERS
 from modhifi.models.hooks import normalises_by_batch
 from modhifi.models.loaded import LoadedModel
@@ -179,6 +180,8 @@ def complete_heal(
         window = window_of(loaded, window) if window else min(usual.window, window_of(loaded, None))
     samples, batch_size = data.samples or usual.samples, recipe.batch_size or usual.batch_size
     # A model that forgot classes and lost nothing else is near its teacher: large steps take it away.
+    if method.augment and (loaded.example.ndim != 4 or loaded.packing is not None):
+        raise ModhifiError("--augment flips and shifts images, and this model reads none; leave it out")
     large = _has_batchnorm(loaded) and method.lora is None and not (forgot and whole)
     optimizer = method.optimizer or ("muon" if large else "adamw")
     completed = recipe.model_copy(

@@ -21,7 +21,7 @@ from modhifi.bounds.ladder import BoundReport, verify_model, verify_unlearned
 from modhifi.calibration.distributed import processes
 from modhifi.data.labels import label_samples, populations
 from modhifi.data.samples import Samples, describe_data, warn_degenerate
-from modhifi.disk import check_output, check_space, home_path
+from modhifi.disk import check_output, check_space, home_path, unfinished
 from modhifi.errors import ModhifiError
 from modhifi.healing.checkpoint import Checkpoint
 from modhifi.healing.distil import distil
@@ -42,6 +42,7 @@ from modhifi.runs.reports.pictures import seen_samples
 from modhifi.runs.reports.prune import skipped_warnings
 from modhifi.runs.steady_memory import steady_memory
 from modhifi.runs.verify import in_dense_shape
+from modhifi.staging import stays
 from modhifi.unlearning.audit import audit
 from modhifi.unlearning.data import load_unlearn_data
 from modhifi.unlearning.sites import find_sites
@@ -86,6 +87,8 @@ def run_heal(
     out = None if recipe.out is None else home_path(recipe.out).absolute()
     if out is not None and team.main:
         check_output(out, force, (*reads, *local_paths(recipe.model_dump())))
+    if recipe.export and recipe.out is None:
+        raise ModhifiError("an export is written beside the model, which has no place; give out")
     for kind in recipe.export:
         EXPORTS[kind].check()
     with clock.stage("load"):
@@ -134,7 +137,7 @@ def _checkpoint(out: Path, recipe: HealRecipe, patient: Patient, data: LearningD
         "data": [samples.fingerprint() for samples in (data.train, data.validation)],
     }
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return Checkpoint(out.with_name(f"{out.name}.healing"), key, force)
+    return Checkpoint((out if stays(out) else out.parent) / unfinished(out), key, force)
 
 
 def _distil(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from modhifi.artifacts.summary import check_summary, write_summary
 from modhifi.bounds.ladder import BoundReport
 from modhifi.calibration.cache import MomentCache
 from modhifi.calibration.distributed import launched
-from modhifi.disk import check_file, check_output, home_path, jsonable
-from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
+from modhifi.disk import MANIFEST, RECIPE, check_file, check_output, foreign, home_path, jsonable, leftovers, unfinished
+from modhifi.errors import GateFailed, ModhifiError, OutOfReach, SelfTestFailed
 from modhifi.progress import Progress, live_log, silent
 from modhifi.runs.audit import run_audit
 from modhifi.runs.devices import resolve_device
@@ -37,6 +38,8 @@ from modhifi.runs.unlearn import UnlearnResult, run_unlearn
 from modhifi.runs.verify import run_verify
 from modhifi.staging import staging
 
+# A label, and the content of a recipe.
+Variant = tuple[str, dict[str, Any]]
 # The endings of a report's file; any other name is a directory's.
 REPORTS = (".json", ".html")
 
@@ -104,20 +107,62 @@ def _run_all(recipe: StepsRecipe, circumstances: Circumstances) -> list[Done]:
         raise ModhifiError("a recipe of several steps writes a directory for each; give --out DIR")
     if launched():
         raise ModhifiError("a recipe of several steps runs in one process; launch `modhifi prune` alone")
-    out = home_path(recipe.out)
+    out, variants = home_path(recipe.out).absolute(), _variants(recipe)
+    written = to_yaml(located(recipe.model_dump(mode="json")))
+    circumstances = replace(circumstances, force=circumstances.force or _ended_early(out, written))
     check_output(out, circumstances.force, (*circumstances.reads, *local_paths(recipe.model_dump())))
+    is_new = not out.exists()
+    for name, step in leftovers(out).items():  # only a step of the same name goes on from its state
+        if step not in recipe.steps or name.endswith(".log"):
+            (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.yaml").write_text(to_yaml(located(recipe.model_dump(mode="json"))), encoding="utf-8")
+    (out / RECIPE).write_text(written, encoding="utf-8")
+    try:
+        finished = _first_that_holds(variants, out, circumstances)
+    except BaseException:
+        # Of bad input nothing stays that would have to be replaced.
+        if [path.name for path in out.iterdir()] == [RECIPE]:
+            (out / RECIPE).unlink()
+            if is_new:
+                out.rmdir()
+        raise
+    if circumstances.force:
+        _remove_other_steps(out, recipe)
+    return finished
+
+
+def _first_that_holds(variants: Sequence[Variant], out: Path, circumstances: Circumstances) -> list[Done]:
+    """Runs each of the variants until no check of one fails; a budget out of reach fails, too."""
     finished: list[Done] = []
-    for number, (label, content) in enumerate(_variants(recipe)):
+    for number, (label, content) in enumerate(variants):
         force = circumstances.force or number > 0
-        finished = _run_steps(content, label, out, replace(circumstances, force=force))
+        try:
+            finished = _run_steps(content, label, out, replace(circumstances, force=force))
+        except OutOfReach:
+            if number + 1 == len(variants):
+                raise
+            continue
         if finished[-1].failure is None:
             break
     return finished
 
 
-def _variants(recipe: StepsRecipe) -> list[tuple[str, dict[str, Any]]]:
+def _ended_early(out: Path, written: str) -> bool:
+    """Whether a directory holds an ended run of the same recipe, which is to go on."""
+    try:
+        return (out / RECIPE).read_text(encoding="utf-8") == written and any(out.glob(unfinished(Path("*"))))
+    except OSError:
+        return False
+
+
+def _remove_other_steps(out: Path, recipe: StepsRecipe) -> None:
+    """Removes what an earlier recipe left in a directory that this one replaced."""
+    for path in out.iterdir():
+        if path.name not in recipe.steps and path.is_dir() and not path.is_symlink() and foreign(path) is None:
+            shutil.rmtree(path)
+
+
+def _variants(recipe: StepsRecipe) -> list[Variant]:
     """The label and content of the recipe with each value of its sweep, most wanted first."""
     plain = recipe.model_dump(mode="json", exclude={"sweep"})
     if not recipe.sweep:
@@ -173,7 +218,7 @@ def _run(name: str, recipe: Task, circumstances: Circumstances) -> Done:
 
 
 def _run_task(name: str, recipe: Task, circumstances: Circumstances) -> Done:
-    device = resolve_device(recipe.device) if circumstances.device is None else circumstances.device
+    device = resolve_device(recipe.device if circumstances.device is None else circumstances.device)
     given, progress = circumstances.given, circumstances.progress
     force, reads, command = circumstances.force, circumstances.reads, circumstances.command
     if isinstance(recipe, PruneRecipe):
@@ -261,6 +306,10 @@ def check_report(out: Path | None, force: bool, reads: Iterable[Path] = ()) -> N
         return
     if out.suffix in REPORTS:
         check_file(out, "--out", json="figures", html="a page")
+        if (out.absolute().parent / MANIFEST).is_file():
+            raise ModhifiError(
+                f"{out} would be a file of an artefact, which stays as it was written; give another place"
+            )
     else:
         check_output(out, force, reads)
 

@@ -70,4 +70,4 @@ def load_samples(
 def _meant(path: str) -> str:
     """The source that somebody who gave a bare path had in mind: a folder of text files is text, any other images."""
     files = os.listdir(path) if os.path.isdir(path) else [path]
-    return f"text:{path}" if any(name.endswith((".txt", ".md")) for name in files) else f"images:{path}"
+    return f"text:{path}" if any(name.lower().endswith((".txt", ".md")) for name in files) else f"images:{path}"

@@ -1,0 +1,124 @@
+"""What a program gives: modules in other modes and orders, data that cannot be, devices that are not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import modhifi
+from modhifi.data.in_memory import from_items, held_items
+from modhifi.data.mixture import Mixture, mixed
+from modhifi.data.samples import synthetic_items
+from modhifi.errors import ModhifiError
+from modhifi.models.manifest import Base, Manifest
+from modhifi.runs.devices import resolve_device
+from modhifi.runs.inputs import located, original_of
+
+FEW = {"samples": 40, "evaluation_samples": 16, "checks": {"walked": 0}}
+
+
+def conv() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(128, 5)
+    ).eval()
+
+
+def pixels(n: int = 80) -> Tensor:
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_module_in_train_mode_is_not_healed_and_stays_as_it_is() -> None:
+    model = conv()
+    small = modhifi.prune(model, pixels(), ratio=0.5, **FEW).model.train()
+    before = small[1].running_mean.clone()
+    with pytest.raises(ModhifiError, match=r"the edited model is in train mode.*call \.eval\(\) first"):
+        modhifi.heal(small, pixels(), against=model, steps=1, **FEW)
+    assert torch.equal(small[1].running_mean, before)
+
+
+def test_channels_last_is_saved_and_reloaded(tmp_path: Path) -> None:
+    model = conv().to(memory_format=torch.channels_last)
+    small = modhifi.prune(model, pixels(), ratio=0.5, out=tmp_path / "small", **FEW)
+    assert small.model is not None and all(p.is_contiguous() for p in small.model.parameters())
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)  # the program's own stays
+    again = modhifi.load(tmp_path / "small", skeleton=model)
+    edited = again.to(memory_format=torch.channels_last)
+    healed = modhifi.heal(edited, pixels(), against=model, steps=2, out=tmp_path / "healed", **FEW)
+    assert healed.path is not None and edited[3].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_sources_with_a_share_are_strings_still() -> None:
+    assert held_items("text:a.txt@0.3") == "text:a.txt@0.3"
+    assert held_items(["text:a.txt@0.3"]) == "text:a.txt@0.3"
+
+
+def test_data_that_cannot_be_is_one_line() -> None:
+    model = conv()
+    small = modhifi.prune(model, pixels(), ratio=0.5, **FEW).model
+    assert small is not None
+    loader = torch.utils.data.DataLoader(pixels())
+    with pytest.raises(ModhifiError, match="data is DataLoader; give a source string, a tensor, a list or a Dataset"):
+        modhifi.heal(small, loader, against=model, steps=1, **FEW)
+    with pytest.raises(ModhifiError, match="to have 3 channels, but got 4 channels"):
+        modhifi.heal(small, torch.randn(80, 4, 8, 8), against=model, steps=1, **FEW)
+    with pytest.raises(ModhifiError, match="--augment flips and shifts images"):
+        mlp = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+        modhifi.heal(mlp, torch.randn(80, 8), against=mlp, steps=1, method={"augment": True}, **FEW)
+    with pytest.raises(ModhifiError, match="an export is written beside the model"):
+        modhifi.prune(model, pixels(), ratio=0.5, export=["pt2"], **FEW)
+    with pytest.raises(ModhifiError, match=r"\(3, 8, 8\).*\(3, 9, 9\).*give sources of one shape"):
+        modhifi.prune(model, Mixture([torch.randn(80, 3, 9, 9), pixels()]), ratio=0.5, **FEW)
+
+
+def test_texts_of_several_lengths_are_mixed() -> None:
+    short = synthetic_items(lambda i: torch.full((5,), i), 4, "short")
+    long = synthetic_items(lambda i: torch.full((7,), i), 4, "long")
+    assert len(mixed([("short", 0.5, short), ("long", 0.5, long)])) == 8
+
+
+def test_a_label_of_minus_one_is_none() -> None:
+    rows = [(item, -1) for item in pixels(10)]
+    assert from_items(rows, None, n=10, seed=0).labels is None
+    with pytest.raises(ModhifiError, match="some items of the data have a label and some have none"):
+        from_items([*rows, (torch.ones(3, 8, 8), 2)], None, n=11, seed=0)
+
+
+def test_tokens_beyond_the_vocabulary_are_named() -> None:
+    with pytest.raises(ModhifiError, match="holds the token 50, and the model knows 50"):
+        from_items([torch.tensor([1, 50])], None, n=1, seed=0, ragged=True, tokens=50)
+    assert len(from_items([torch.tensor([1, 49])], None, n=1, seed=0, ragged=True, tokens=50)) == 1
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:7", "mps", torch.device("cuda", 7)])
+def test_a_device_that_is_not_there_is_one_line(name: str | torch.device) -> None:
+    if torch.cuda.device_count() > 7 or (name == "mps" and torch.backends.mps.is_available()):
+        pytest.skip("it is there")
+    with pytest.raises(ModhifiError, match="is not available here"):
+        modhifi.prune(conv(), pixels(), ratio=0.5, device=name, **FEW)
+
+
+def test_a_device_may_be_given_as_torch_has_it() -> None:
+    assert resolve_device(torch.device("cpu")) == resolve_device("cpu") == torch.device("cpu")
+
+
+def test_recipes_hold_whole_paths_of_every_source_and_no_hub_name_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("sounds", "pairs.tsv", "org/name"):
+        (tmp_path / name).mkdir(parents=True)
+    content = {"data": {"source": ["audio:sounds@0.5", "pairs:pairs.tsv"]}, "model": {"name": "hf:org/name"}}
+    assert located(content) == {
+        "data": {"source": [f"audio:{tmp_path}/sounds@0.5", f"pairs:{tmp_path}/pairs.tsv"]},
+        "model": {"name": "hf:org/name"},
+    }
+
+
+def test_an_original_that_a_program_held_is_asked_for() -> None:
+    base = Base(source="module:ResNet")
+    with pytest.raises(ModhifiError, match="the original is a ResNet that a Python program held; give it: --against"):
+        original_of(Manifest.model_construct(base=base, recipe={}, task="prune"))
