@@ -70,8 +70,8 @@ def test_data_that_cannot_be_is_one_line() -> None:
         modhifi.heal(mlp, torch.randn(80, 8), against=mlp, steps=1, method={"augment": True}, **FEW)
     with pytest.raises(ModhifiError, match="an export is written beside the model"):
         modhifi.prune(model, pixels(), ratio=0.5, export=["pt2"], **FEW)
-    with pytest.raises(ModhifiError, match=r"\(3, 8, 8\).*\(3, 9, 9\).*give sources of one shape"):
-        modhifi.prune(model, Mixture([torch.randn(80, 3, 9, 9), pixels()]), ratio=0.5, **FEW)
+    with pytest.raises(ModhifiError, match=r"\(3, 9, 9\).*\(3, 8, 8\).*give sources of one shape"):
+        modhifi.prune(model, Mixture([pixels(), torch.randn(80, 3, 9, 9)]), ratio=0.5, **FEW)
 
 
 def test_texts_of_several_lengths_are_mixed() -> None:
