@@ -160,6 +160,8 @@ def _write_timm_files(
 ) -> dict[str, str | None]:
     from timm.models._hub import save_config_for_hf
 
+    if not hasattr(edited, "num_classes"):  # a pyramid of features, which timm has no file for
+        return {"stock": None, "remote": None}
     # Where it cannot say the widths, timm's own loading stops at the first tensor that has another shape.
     with muted("timm.data.model_config"):  # it writes the means of the channels that the model has, and says so
         save_config_for_hf(edited, str(directory / "config.json"))

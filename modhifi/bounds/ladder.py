@@ -115,7 +115,8 @@ def verify_model(
     judged = judge(tolerances, r3, table, walk.every_input)
     if unsteady is not None:
         judged = tuple(unsettled(verdict, unsteady) for verdict in judged)
-    verdicts = (self_test(walk.violations, walk.count), *judged)
+    compared = any(rung.value is not None for rung in walk.rungs if rung.name.startswith(("R1 theorem", "R2")))
+    verdicts = (self_test(walk.violations, walk.count, compared), *judged)
     warnings = [] if unsteady is None else [unsteady]
     if walk.left_out and walked is None:
         warnings.append(f"the certified rungs (R1, R2, R4) are left out: {walk.left_out}")

@@ -70,12 +70,17 @@ class Verdict:
     settling_n: int | None = None
 
 
-def self_test(violations: tuple[str, ...], samples: int) -> Verdict:
-    """The verdict on measured <= R2 <= R1, on the very samples the bounds were computed from."""
+def self_test(violations: tuple[str, ...], samples: int, compared: bool = True) -> Verdict:
+    """The verdict on measured <= R2 <= R1, on the very samples the bounds were computed from.
+
+    Nothing is ``compared`` where neither bound is available.
+    """
     if violations:
         return Verdict("self-test", "BUG", "; ".join(violations))
     if samples == 0:
         return Verdict("self-test", "not measured", "no sample was walked")
+    if not compared:
+        return Verdict("self-test", "not measured", "neither R1 nor R2 is available here: there was nothing to compare")
     return Verdict("self-test", "HOLDS", f"measured <= R2 <= R1 on each of {samples} samples")
 
 

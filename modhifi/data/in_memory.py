@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -50,7 +51,7 @@ def from_items(
     if len(items) == 0:
         raise ModhifiError("the data holds no items; give at least a few dozen")
 
-    def read(index: int) -> tuple[Tensor, int | None]:
+    def read(index: int) -> tuple[Tensor, float | None]:
         item, label = items[index], None
         if _is_labelled(item) and not (packing is not None and packing.fits(item)):
             item, label = item[0], _class_index(item[1], index)
@@ -75,7 +76,7 @@ def from_items(
         return item.detach().cpu(), label
 
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen: dict[str, tuple[int, int | None]] = {}
+    chosen: dict[str, tuple[int, float | None]] = {}
     shape: torch.Size | None = None
     for index in order:
         if len(chosen) == n:
@@ -90,6 +91,8 @@ def from_items(
     places = [index for index, _ in chosen.values()]
     # As data sets of the hub have it, -1 stands for no label.
     labels = [label for _, label in chosen.values() if label is not None and label >= 0]
+    if any(label is not None and not label.is_integer() for _, label in chosen.values()):
+        labels = []  # values, and no classes
     if labels and len(labels) < len(places):
         raise ModhifiError("some items of the data have a label and some have none; give all of them one, or none")
     kind = type(items).__name__
@@ -103,9 +106,13 @@ def from_items(
     )
 
 
-def _class_index(label: Any, index: int) -> int:
+def _class_index(label: Any, index: int) -> float:
+    """The label of an item, which is no class where it is no whole number, as the target of a regression."""
     try:
-        return int(label)
+        value = float(label)
+        if not math.isfinite(value):
+            raise ValueError
+        return value
     except (TypeError, ValueError):
         text = repr(label) if isinstance(label, str | float | None) else f"a {type(label).__name__}"
         raise ModhifiError(f"the label of item {index} of the data is {text}; give class indices") from None

@@ -214,6 +214,8 @@ class LoadedModel:
 
     def _plain_forward(self, batch: Tensor, model: nn.Module, options: dict[str, Any]) -> Any:
         batch = self.ready(batch, model)
+        if self.kind == "tensor":
+            batch = batch.clone()  # code of one's own may change what it is given
         if self.packing is not None:
             return self.of_one_batch(model)(batch)
         if self.kind == "text":

@@ -80,7 +80,8 @@ def _allocated(
     if abs(reached / keep - 1) > 0.02 and not by_steps:
         raise OutOfReach(
             f"the nearest to {keep:.3g}x of the {measure} that the allowed widths of {len(groups)} groups give is "
-            f"{reached:.3g}x; try {budget.option(reached)}, or widths rounded less (--round-to 1)"
+            f"{reached:.3g}x; try {budget.option(reached)}"
+            + (", or widths rounded less (--round-to 1)" if rounding.to > 1 else "")
         )
     return plan_for(groups, curves, widths)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -110,6 +110,15 @@ def find_structure(loaded: LoadedModel, on_request: bool = False) -> Structure:
     return structure
 
 
+def _reasons(refused: Sequence[Group], most: int = 3) -> str:
+    """Why some groups stay, in one line: every reason once, behind the first group that it holds for."""
+    first = dict[str, str]()
+    for group in refused:
+        first.setdefault(str(group.refused), group.name)
+    told = [f"{name}: {reason}" for reason, name in list(first.items())[:most]]
+    return "; ".join(told) + ("; `modhifi check` lists all" if len(first) > most else "")
+
+
 def choose_groups(structure: Structure, settings: PruneSettings, plan: Plan | None = None) -> Structure:
     """Keep the prunable groups that ``only`` and ``exclude`` (shell patterns on names or kinds) and ``coupled`` allow.
 
@@ -137,7 +146,7 @@ def choose_groups(structure: Structure, settings: PruneSettings, plan: Plan | No
     ]
     if not chosen:
         why = next((g.refused for g in structure.refused if g.on_request), None)
-        reason = "`modhifi check` says why" if why is None else why
+        reason = why or _reasons(structure.refused) or "`modhifi check` lists what there is"
         raise ModhifiError(f"no group of this model can be pruned with these settings; {reason}")
     structure = structure.select(chosen)
     if plan is None and {"heads", "ranks"} <= {g.kind for g in structure.prunable}:

@@ -122,3 +122,35 @@ def test_an_original_that_a_program_held_is_asked_for() -> None:
     base = Base(source="module:ResNet")
     with pytest.raises(ModhifiError, match="the original is a ResNet that a Python program held; give it: --against"):
         original_of(Manifest.model_construct(base=base, recipe={}, task="prune"))
+
+
+def test_a_target_that_is_no_class_is_no_label() -> None:
+    items = [(item, torch.tensor(0.5 * number)) for number, item in enumerate(pixels(10))]
+    assert from_items(items, None, n=10, seed=0).labels is None
+    whole = from_items([(item, torch.tensor(2.0)) for item in pixels(10)], None, n=10, seed=0)
+    assert whole.labels is not None and whole.labels.tolist() == [2] * 10
+
+
+def test_a_module_that_changes_its_input_is_measured_on_what_was_given() -> None:
+    class Halving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = conv()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x.div_(2.0))
+
+    items, model = pixels(), Halving().eval()
+    before = items.clone()
+    small = modhifi.prune(model, items, ratio=0.5, **FEW)
+    plain = modhifi.prune(model.body, before / 2, ratio=0.5, **FEW)
+    assert torch.equal(items, before) and not any("pass" in w for w in small.report["warnings"])
+    for key in ("agreement", "relative_error"):
+        assert small.report["errors"][key] == pytest.approx(plain.report["errors"][key], rel=1e-4)
+
+
+def test_a_module_of_which_nothing_can_go_is_told_why() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4), nn.Linear(4, 2)).eval()
+    with pytest.raises(ModhifiError, match="no group of this model can be pruned with these settings; ") as caught:
+        modhifi.prune(model, torch.randn(80, 8), ratio=0.5)
+    assert ": " in str(caught.value) and "\n" not in str(caught.value) and "says why" not in str(caught.value)
