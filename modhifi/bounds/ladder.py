@@ -26,7 +26,7 @@ from modhifi.data.samples import Samples
 from modhifi.disk import jsonable
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
-from modhifi.models.trial import unrepeatable
+from modhifi.models.trial import one_of_several, unrepeatable
 from modhifi.progress import Progress, silent
 
 # What a report calls the items of a kind of model.
@@ -117,7 +117,7 @@ def verify_model(
         judged = tuple(unsettled(verdict, unsteady) for verdict in judged)
     compared = any(rung.value is not None for rung in walk.rungs if rung.name.startswith(("R1 theorem", "R2")))
     verdicts = (self_test(walk.violations, walk.count, compared), *judged)
-    warnings = [] if unsteady is None else [unsteady]
+    warnings = [told for told in (unsteady, one_of_several(original, held.first())) if told is not None]
     if walk.left_out and walked is None:
         warnings.append(f"the certified rungs (R1, R2, R4) are left out: {walk.left_out}")
     if held.sources:

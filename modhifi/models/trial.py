@@ -116,6 +116,22 @@ def unrepeatable(loaded: LoadedModel, batch: Tensor) -> str | None:
     return f"two passes of {loaded.source} on one batch differ{where}: {cause}; figures hold for one pass only"
 
 
+@torch.no_grad()
+def one_of_several(loaded: LoadedModel, batch: Tensor) -> str | None:
+    """A sentence where a module of one's own returns several tensors, of which one alone is looked at."""
+    if loaded.framework != "torch":
+        return None
+    with buffers_restored(loaded.model):
+        names = list(try_pass(loaded, batch))
+    if len(names) < 2:
+        return None
+    main = "logits" if "logits" in names else names[0]
+    return (
+        f"{loaded.source} returns {len(names)} tensors, and what is planned, measured and bounded is '{main}' alone; "
+        "wrap it to return one tensor with all that matters"
+    )
+
+
 def _same(buffer: Tensor, before: Tensor) -> bool:
     return buffer.shape == before.shape and bool(((buffer == before) | (buffer.isnan() & before.isnan())).all())
 

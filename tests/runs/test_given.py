@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -154,3 +156,20 @@ def test_a_module_of_which_nothing_can_go_is_told_why() -> None:
     with pytest.raises(ModhifiError, match="no group of this model can be pruned with these settings; ") as caught:
         modhifi.prune(model, torch.randn(80, 8), ratio=0.5)
     assert ": " in str(caught.value) and "\n" not in str(caught.value) and "says why" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("form", "main"), [(lambda a, b: (a, b), "0"), (lambda a, b: {"x": a, "logits": b}, "logits")])
+def test_a_module_of_several_outputs_says_which_one_is_looked_at(form: Callable[..., Any], main: str) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.other = conv(), nn.Linear(192, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            return form(self.body(x), self.other(x.flatten(1)))
+
+    small = modhifi.prune(Two().eval(), pixels(), ratio=0.5, **FEW)
+    told = "module:Two returns 2 tensors, and what is planned, measured and bounded is '{}' alone"
+    assert any(told.format(main) in warning for warning in small.report["warnings"])
+    alone = modhifi.prune(conv(), pixels(), ratio=0.5, **FEW)
+    assert not any("tensors" in warning for warning in alone.report["warnings"])
