@@ -18,7 +18,7 @@ from .push import check_pushed, pushed
 from .screens import show_briefly, show_report
 
 if TYPE_CHECKING:
-    from modhifi.runs.run_recipe import Done
+    from modhifi.runs.run_task import Done
 
 
 def run(
@@ -41,7 +41,8 @@ def run(
     # Whoever asks for help does not wait for the libraries of models.
     with imported_for_good():
         importlib.import_module("timm")
-    from modhifi.runs.run_recipe import Circumstances, run_recipe
+    from modhifi.runs.run_recipe import run_recipe
+    from modhifi.runs.run_task import Circumstances
 
     check_pushed(push_to_hub, None if dry_run else recipe.out)
     with progress(quiet or as_json) as report:

@@ -30,7 +30,8 @@ from modhifi.runs.recipes.bench import Settings
 from modhifi.runs.recipes.compare import CompareRecipe
 from modhifi.runs.recipes.files import validate
 from modhifi.runs.recipes.tasks import parse
-from modhifi.runs.run_recipe import Circumstances, run_recipe
+from modhifi.runs.run_recipe import run_recipe
+from modhifi.runs.run_task import Circumstances
 from modhifi.runs.score import Scores, score_model
 from modhifi.runs.timing.bench import Bench, bench_models
 from modhifi.runs.timing.subjects import subjects_of

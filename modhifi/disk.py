@@ -166,13 +166,19 @@ def _recipe(directory: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def steps_of(directory: Path) -> set[str]:
+    """The names of the steps of the recipe that was run into a directory."""
+    steps = _recipe(directory).get("steps")
+    # A name that leads elsewhere is none of ours.
+    return {name for name in map(str, steps) if Path(name).name == name} if isinstance(steps, dict) else set()
+
+
 def leftovers(directory: Path) -> dict[str, str]:
     """The names of the files that ended steps of a recipe leave beside their directories, each with its step's."""
-    steps = _recipe(directory).get("steps")
     return {
-        name: str(step)
-        for step in (steps if isinstance(steps, dict) else ())
-        for state in [unfinished(Path(str(step)))]
+        name: step
+        for step in steps_of(directory)
+        for state in [unfinished(Path(step))]
         for name in (state, f"{state}.part", f"{step}.log")
     }
 

@@ -16,7 +16,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 from modhifi.artifacts.reload_check import FreshProcess, Loader
-from modhifi.disk import MANIFEST, check_output, home_path, jsonable
+from modhifi.disk import MANIFEST, RECIPE, check_output, home_path, jsonable
 from modhifi.models.artifact import WEIGHTS, file_hash, installed_versions
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import SCHEMA_VERSION, Differences, Manifest, loading_entry
@@ -92,7 +92,7 @@ def save_artifact(
         )
         _write_json(directory / "report.json", report)
         (directory / "report.html").write_text(render_html(report), encoding="utf-8")
-        (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
+        (directory / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
         if log:
             (directory / LOG).write_text(log, encoding="utf-8", errors="backslashreplace")
         (directory / "README.md").write_text(

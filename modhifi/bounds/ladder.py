@@ -104,7 +104,8 @@ def verify_model(
             raise ModhifiError(f"the {name} model is in train mode, where outputs are random; call .eval() first")
     progress("bounding", 0, 3)
     start = time.perf_counter()
-    unsteady = unrepeatable(original, held.first())
+    few = held.first()
+    unsteady = unrepeatable(original, few)
     if table is None:
         table = tabulate(original, edited, held, batch_size)
     r3 = statistical(table, tolerances.alpha, _population(original, table, held), tolerances.max_perplexity_ratio)
@@ -117,7 +118,7 @@ def verify_model(
         judged = tuple(unsettled(verdict, unsteady) for verdict in judged)
     compared = any(rung.value is not None for rung in walk.rungs if rung.name.startswith(("R1 theorem", "R2")))
     verdicts = (self_test(walk.violations, walk.count, compared), *judged)
-    warnings = [told for told in (unsteady, one_of_several(original, held.first())) if told is not None]
+    warnings = [told for told in (unsteady, one_of_several(original, few)) if told is not None]
     if walk.left_out and walked is None:
         warnings.append(f"the certified rungs (R1, R2, R4) are left out: {walk.left_out}")
     if held.sources:

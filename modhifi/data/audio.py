@@ -14,8 +14,9 @@ from torch import Tensor
 from modhifi.data.hidden import is_hidden
 from modhifi.data.samples import Samples, synthetic_items
 from modhifi.errors import ModhifiError
+from modhifi.models.listening import Listener
 from modhifi.models.loaded import LoadedModel
-from modhifi.models.parts import Listener, by_kind
+from modhifi.models.parts import by_kind
 
 # What Python reads alone, and what it reads where soundfile is installed.
 WAVE, OTHERS = (".wav",), (".flac", ".ogg", ".mp3", ".aiff")

@@ -8,13 +8,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from modhifi.data.mixture import Mixture, is_named
 from modhifi.data.samples import Samples, digest
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.packing import Packing, is_several
+from modhifi.models.parts import vocabulary_of
 
 
 @runtime_checkable
@@ -89,10 +90,9 @@ def from_items(
             )
         chosen.setdefault(digest(tensor), (index, label))
     places = [index for index, _ in chosen.values()]
-    # As data sets of the hub have it, -1 stands for no label.
-    labels = [label for _, label in chosen.values() if label is not None and label >= 0]
-    if any(label is not None and not label.is_integer() for _, label in chosen.values()):
-        labels = []  # values, and no classes
+    given = [label for _, label in chosen.values() if label is not None]
+    # Values are no classes; as data sets of the hub have it, -1 stands for none.
+    labels = [label for label in given if label >= 0] if all(map(float.is_integer, given)) else []
     if labels and len(labels) < len(places):
         raise ModhifiError("some items of the data have a label and some have none; give all of them one, or none")
     kind = type(items).__name__
@@ -196,7 +196,7 @@ def samples_from(data: Samples | Indexed, loaded: LoadedModel, *, n: int, seed: 
         seed=seed,
         ragged=loaded.reads_tokens,
         packing=loaded.packing,
-        tokens=_tokens(loaded),
+        tokens=vocabulary_of(loaded.model.config) if loaded.reads_tokens else None,
     )
 
 
@@ -204,9 +204,3 @@ def _require_indexed(data: object) -> None:
     """Raises ModhifiError for what is no sequence of items, such as a DataLoader."""
     if not isinstance(data, Indexed) or isinstance(data, dict | Sequence) and not isinstance(data, list | tuple):
         raise ModhifiError(f"data is {type(data).__name__}; give a source string, a tensor, a list or a Dataset")
-
-
-def _tokens(loaded: LoadedModel) -> int | None:
-    """How many different tokens a model that reads them alone knows; None for another, or where no table says so."""
-    table = loaded.model.get_input_embeddings() if loaded.reads_tokens else None  # type: ignore[operator]
-    return table.num_embeddings if isinstance(table, nn.Embedding) else None

@@ -23,14 +23,13 @@ from transformers.utils import logging
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
 from modhifi.models.given import SOUNDS, main_input
+from modhifi.models.listening import Listener, listener_of
 from modhifi.models.loaded import LoadedModel, frozen, random_pixels
 from modhifi.models.other_inputs import alternatives, completed, drawn, fed
 from modhifi.models.parts import (
     SHIFTING,
-    Listener,
     Part,
     drawn_tokens,
-    listener_of,
     parts_of,
     reads_both,
     require_parts,

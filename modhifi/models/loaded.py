@@ -21,7 +21,8 @@ from modhifi.structure.outputs import classes_last, named_tensors
 if TYPE_CHECKING:
     from PIL import Image
 
-    from modhifi.models.parts import Listener, Part
+    from modhifi.models.listening import Listener
+    from modhifi.models.parts import Part
 
 # The token id at the positions of a batch behind the end of a shorter text; in any other integers -1 is a value.
 PADDING = -1

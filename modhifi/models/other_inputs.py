@@ -13,9 +13,10 @@ from torch import Tensor
 
 from modhifi.errors import ModhifiError
 from modhifi.models.given import LISTS, first_read, flat_among, given, missing
+from modhifi.models.listening import FRAMES, RATE, Listener
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.packing import Packing, pack_batch
-from modhifi.models.parts import FRAMES, RATE, Listener, Part, PartKind, every_part, example_of
+from modhifi.models.parts import Part, PartKind, every_part, example_of
 
 
 def completed(loaded: LoadedModel) -> LoadedModel:
@@ -26,7 +27,8 @@ def completed(loaded: LoadedModel) -> LoadedModel:
         return loaded
     for parts, batch in drawn(loaded.model, others):
         kind, packing, example = fed(parts, batch)
-        listener = None if loaded.listener is None else loaded.listener.shaped(parts)
+        sound = next((part.shape for part in parts if part.kind == "audio"), None)
+        listener = loaded.listener if loaded.listener is None or sound is None else loaded.listener.shaped(sound)
         other = replace(loaded, parts=parts, packing=packing, example=example, kind=kind, listener=listener)
         if _runs(other):
             return other

@@ -7,11 +7,8 @@ part as well, since the model itself can go on from what its encoder reads.
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -20,11 +17,11 @@ from torch import Tensor
 
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
-from modhifi.models.given import MAKERS, SOUNDS, SPECTRUM, field, given, main_input, series_length
+from modhifi.models.given import MAKERS, SOUNDS, field, given, main_input, series_length
+from modhifi.models.listening import FRAMES, Listener, samples_of
 
-# Tokens that an encoder and a decoder read where the model takes as many; frames of sound where it takes any number.
-TEXT, WRITTEN, FRAMES = 128, 64, SPECTRUM
-RATE = 16_000
+# Tokens that an encoder and a decoder read where the model takes as many.
+TEXT, WRITTEN = 128, 64
 # What a model without a vocabulary reads are the codes of characters.
 CHARACTERS = 128
 # Heads that make their decoder's tokens themselves.
@@ -39,35 +36,6 @@ class Part:
     name: str
     kind: PartKind
     shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Listener:
-    """A model's own preparation of sound: mono samples at ``rate`` a second, float32 ``(n,)``, to what it reads.
-
-    ``samples`` is how many of them one item holds; ``extractor`` is transformers' own object, where there is one.
-    """
-
-    rate: int
-    samples: int
-    prepare: Callable[[np.ndarray], Tensor]
-    extractor: Any | None = None
-
-    @property
-    def pads(self) -> bool:
-        """Whether a shorter sound is filled up by the model's own preparation."""
-        return hasattr(self.extractor, "n_samples") or hasattr(self.extractor, "max_length")
-
-    def __call__(self, sound: np.ndarray) -> Tensor:
-        return self.prepare(sound)
-
-    def shaped(self, parts: tuple[Part, ...]) -> Listener:
-        """The same for a model that reads raw sound of another length, or with an axis of channels in front."""
-        shape = next((part.shape for part in parts if part.kind == "audio"), None)
-        heard = self(np.zeros(self.samples, dtype=np.float32))
-        if shape is None or heard.ndim > 1 or shape not in ((shape[-1],), (1, shape[-1])):
-            return self
-        return replace(self, samples=shape[-1], prepare=lambda sound: self.prepare(sound).reshape(*shape[:-1], -1))
 
 
 def reads_both(model: Any) -> bool:
@@ -138,55 +106,16 @@ def _sound_shape(config: Any, main: str, listener: Listener | None) -> tuple[int
     if width := field(config, "feature_projection_input_dim", "input_dim", "input_feat_size"):
         return (FRAMES, int(width))
     if main == "input_values":
-        return (_samples_of(config),) if bands is None else (int(field(config, "max_length") or FRAMES), int(bands))
+        return (samples_of(config),) if bands is None else (int(field(config, "max_length") or FRAMES), int(bands))
     if hasattr(config, "max_source_positions") and not hasattr(config, "input_feat_per_channel"):
         return (int(bands or 80), 2 * int(config.max_source_positions))  # Whisper halves its frames
     return (FRAMES, int(getattr(config, "input_feat_per_channel", 0) or bands or 80))
-
-
-def _samples_of(config: Any) -> int:
-    """Samples of raw sound from which an encoder of convolutions makes so many frames."""
-    if (length := field(config, "max_length")) and field(config, "num_mel_bins"):
-        return int(length) * RATE // 100  # spectra have a frame each 10 milliseconds
-    strides = field(config, "conv_stride")
-    return FRAMES * math.prod(strides) + sum(field(config, "conv_kernel") or ()) if strides else 2 * RATE
 
 
 def _series_shape(config: Any) -> tuple[int, ...]:
     channels = getattr(config, "num_input_channels", None)
     length = series_length(config, "context_length") or TEXT
     return (length,) if channels is None else (length, int(channels))
-
-
-def listener_of(model: Any, directory: Path | None, notes: list[str]) -> Listener | None:
-    """How a model prepares sound: by the extractor of its directory, else raw samples of mean 0 and variance 1.
-
-    None without such a file where it reads spectra.
-    """
-    config = model.config
-    if directory is not None and (directory / "preprocessor_config.json").is_file():
-        import transformers  # seconds, which whatever else needs this file does without
-
-        with hub.explained(str(directory / "preprocessor_config.json")):
-            extractor = transformers.AutoFeatureExtractor.from_pretrained(str(directory))
-        rate = int(getattr(extractor, "sampling_rate", RATE))
-        samples = int(getattr(extractor, "n_samples", 0)) or _samples_of(config)
-        return Listener(rate, samples, partial(_extract, extractor, rate), extractor)
-    if main_input(model) == "input_values" and getattr(config, "num_mel_bins", None) is None:
-        notes.append("no preprocessor_config.json: sounds are brought to mean 0 and variance 1, at 16,000 a second")
-        return Listener(RATE, _samples_of(config), _standardised)
-    notes.append("no preprocessor_config.json: only drawn spectra are available, no sounds")
-    return None
-
-
-def _extract(extractor: Any, rate: int, sound: np.ndarray) -> Tensor:
-    output = extractor(sound, sampling_rate=rate, return_tensors="pt")
-    values: Tensor = next(output[name] for name in SOUNDS if name in output)[0]
-    return values.float()
-
-
-def _standardised(sound: np.ndarray) -> Tensor:
-    return torch.from_numpy((sound - sound.mean()) / np.sqrt(sound.var() + 1e-7)).float()
 
 
 def image_token(config: Any) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,12 +37,16 @@ from modhifi.structure.groups import Group, Structure
 from modhifi.structure.operators import operator_modules
 from modhifi.structure.plan import Plan
 from modhifi.structure.ranks import confirm_ranks
+from modhifi.structure.refusals import folded
 from modhifi.structure.sizes import sizes_of
 from modhifi.structure.stacked import Stacked
 from modhifi.structure.surgery import shrink
 from modhifi.structure.tracing.residual import with_depth
 from modhifi.structure.tracing.tracer import trace, trace_ranks
 from modhifi.structure.trial_cut import confirm
+
+# How many reasons an error names.
+TOLD = 3
 
 
 @dataclass(frozen=True)
@@ -110,15 +114,6 @@ def find_structure(loaded: LoadedModel, on_request: bool = False) -> Structure:
     return structure
 
 
-def _reasons(refused: Sequence[Group], most: int = 3) -> str:
-    """Why some groups stay, in one line: every reason once, behind the first group that it holds for."""
-    first = dict[str, str]()
-    for group in refused:
-        first.setdefault(str(group.refused), group.name)
-    told = [f"{name}: {reason}" for reason, name in list(first.items())[:most]]
-    return "; ".join(told) + ("; `modhifi check` lists all" if len(first) > most else "")
-
-
 def choose_groups(structure: Structure, settings: PruneSettings, plan: Plan | None = None) -> Structure:
     """Keep the prunable groups that ``only`` and ``exclude`` (shell patterns on names or kinds) and ``coupled`` allow.
 
@@ -145,8 +140,9 @@ def choose_groups(structure: Structure, settings: PruneSettings, plan: Plan | No
         and (settings.coupled or not g.coupled)
     ]
     if not chosen:
-        why = next((g.refused for g in structure.refused if g.on_request), None)
-        reason = why or _reasons(structure.refused) or "`modhifi check` lists what there is"
+        rows = folded(structure.refused)
+        reasons = [f"{row['names'][0]}: {row['reason']}" for row in sorted(rows, key=lambda row: not row["on_request"])]
+        reason = "; ".join(reasons[:TOLD]) or "it has no layers whose inputs another one computes"
         raise ModhifiError(f"no group of this model can be pruned with these settings; {reason}")
     structure = structure.select(chosen)
     if plan is None and {"heads", "ranks"} <= {g.kind for g in structure.prunable}:

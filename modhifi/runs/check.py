@@ -12,9 +12,9 @@ from modhifi.models.stock import can_say
 from modhifi.pruning.stages import find_structure
 from modhifi.runs.defaults import amounts
 from modhifi.runs.forecast import forecast
-from modhifi.runs.reports.refusals import folded, pattern
 from modhifi.structure.groups import Group, Structure
 from modhifi.structure.mixtures import mixtures
+from modhifi.structure.refusals import folded, pattern
 from modhifi.structure.sizes import Sizes, sizes_of
 
 # Rows of a convolution's Gram for each of its columns, which is the default of images.
@@ -64,7 +64,7 @@ def check_model(loaded: LoadedModel) -> dict[str, Any]:
             {"name": m.block, "experts": m.group.n, "chosen": m.chosen} for m in mixtures(loaded.model, structure)
         ],
         "refused": [{"name": g.name, "n": g.n, "reason": g.refused} for g in structure.refused],
-        "folded": folded(loaded.model, structure.refused),
+        "folded": folded(structure.refused, loaded.model),
         "prunable": bool(groups),
         "warnings": loaded.warnings,
         "not_stock": [kind for kind, said in stock.items() if not said],

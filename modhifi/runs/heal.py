@@ -31,7 +31,7 @@ from modhifi.models.weights import state_hash
 from modhifi.progress import Clock, Progress, silent
 from modhifi.runs.defaults import complete_heal, with_end
 from modhifi.runs.heal_inputs import LearningData, Patient, load_learning_data, load_patient, teacher_of
-from modhifi.runs.inputs import NOTHING, Given, local_paths, located
+from modhifi.runs.inputs import NOTHING, Given, local_paths, located, seen_before
 from modhifi.runs.measure import stored_bytes
 from modhifi.runs.recipes.heal import HealRecipe
 from modhifi.runs.reports.bounds import add_bounds
@@ -271,8 +271,6 @@ def _save(
 ) -> Path:
     """Writes the artefact, checks it in a fresh process and exports it; returns its path."""
     before = patient.manifest
-    learnt = describe_data(data.given)
-    seen = [] if before is None else before.calibration.hashes
     with clock.stage("save"):
         report["timing"] = clock.seconds
         path = save_artifact(
@@ -288,9 +286,8 @@ def _save(
                 "groups": [] if before is None else [group.model_dump() for group in before.groups],
                 # What calibrated the cut is in the weights, too.
                 "calibration": {
-                    **learnt,
+                    **describe_data(data.given, [*data.train.hashes, *seen_before(patient.edited)]),
                     **({"description": data.train.description} if data.drawn else {}),
-                    "hashes": [*dict.fromkeys([*learnt["hashes"], *data.train.hashes, *seen])],
                 },
                 "held_out": describe_data(data.held),
                 "metrics": {k: report[k] for k in ("errors", "size", "healing") if k in report},

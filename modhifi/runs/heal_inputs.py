@@ -18,7 +18,7 @@ from modhifi.models.manifest import Manifest
 from modhifi.models.trial import try_pass
 from modhifi.progress import Progress
 from modhifi.pruning.stages import find_structure
-from modhifi.runs.inputs import Given, load_data, original_of
+from modhifi.runs.inputs import Given, load_data, original_of, seen_before
 from modhifi.runs.recipes.heal import HealRecipe
 from modhifi.runs.recipes.prune import ModelSource
 from modhifi.runs.verify import counts_in_original, load_pair
@@ -116,8 +116,7 @@ def teacher_of(recipe: HealRecipe, patient: Patient) -> ModelSource:
 
 def load_learning_data(recipe: HealRecipe, patient: Patient, given: Given, progress: Progress) -> LearningData:
     """Loads the samples; raises ModhifiError where too few are left to learn from."""
-    before = () if patient.manifest is None else patient.manifest.calibration.hashes
-    loaded, held = load_data(recipe, patient.original, given, progress, before)
+    loaded, held = load_data(recipe, patient.original, given, progress, seen_before(patient.edited))
     assert recipe.batch_size is not None
     for part in (loaded, held):
         try_pass(patient.original, part.first())

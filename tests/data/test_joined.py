@@ -15,9 +15,9 @@ from modhifi.data import audio
 from modhifi.data.sources import load_samples
 from modhifi.data.writing import Writer
 from modhifi.errors import ModhifiError
+from modhifi.models.listening import Listener
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
-from modhifi.models.parts import Listener, Part
 
 WORDS = tiny_text.WORDS
 
@@ -106,10 +106,10 @@ def test_a_decoder_that_does_not_go_on_reads_its_target_and_tokens_at_random(
 
 def test_raw_sound_takes_the_form_that_a_model_reads() -> None:
     listener = Listener(100, 10, lambda sound: torch.from_numpy(sound))
-    codec = listener.shaped((Part("input_values", "audio", (1, 8)),))
+    codec = listener.shaped((1, 8))
     assert codec(np.ones(codec.samples)).shape == (1, 8) and codec.rate == 100
-    assert listener.shaped((Part("input_features", "audio", (80, 16)),)) is listener
-    assert listener.shaped((Part("pixel_values", "image", (3, 8, 8)),)) is listener
+    assert listener.shaped((80, 16)) is listener
+    assert listener.shaped((3, 8, 8)) is listener
 
 
 def test_images_take_their_tokens_of_the_text(loaded: dict[str, LoadedModel], files: Path) -> None:

@@ -20,7 +20,8 @@ from modhifi.models.load import load_model
 from modhifi.models.loaded import frozen
 from modhifi.runs.inputs import Given
 from modhifi.runs.recipes.tasks import parse
-from modhifi.runs.run_recipe import Circumstances, run_recipe
+from modhifi.runs.run_recipe import run_recipe
+from modhifi.runs.run_task import Circumstances
 from modhifi.structure.clone import clone
 from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import shrink

@@ -16,7 +16,8 @@ from modhifi.errors import ModhifiError
 from modhifi.runs.inputs import local_paths, located
 from modhifi.runs.recipes.files import set_value
 from modhifi.runs.recipes.tasks import parse
-from modhifi.runs.run_recipe import Circumstances, run_recipe
+from modhifi.runs.run_recipe import run_recipe
+from modhifi.runs.run_task import Circumstances
 
 # A recipe of every task whose names nobody finds.
 BASES: dict[str, dict[str, Any]] = {

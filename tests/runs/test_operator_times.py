@@ -22,7 +22,8 @@ from modhifi.pruning.stages import find_structure
 from modhifi.runs.inputs import Given
 from modhifi.runs.recipes.prune import PruneRecipe
 from modhifi.runs.reports.prune import metered_verdict, metered_warnings
-from modhifi.runs.run_recipe import Circumstances, run_recipe
+from modhifi.runs.run_recipe import run_recipe
+from modhifi.runs.run_task import Circumstances
 from modhifi.runs.timing import layers, operators, turns
 from modhifi.runs.timing.decoding import decoding
 from modhifi.runs.timing.networks import Timer, plan_of

@@ -23,7 +23,8 @@ from modhifi.models.loaded import main_output
 from modhifi.pruning.stages import find_structure
 from modhifi.runs.inputs import Given
 from modhifi.runs.recipes.tasks import parse
-from modhifi.runs.run_recipe import Circumstances, run_recipe
+from modhifi.runs.run_recipe import run_recipe
+from modhifi.runs.run_task import Circumstances
 
 PIXELS = torch.randn(20, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 IDS = torch.randint(3, 50, (20, 12), generator=torch.Generator().manual_seed(0))

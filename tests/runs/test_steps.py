@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from modhifi.disk import check_output, foreign
+from modhifi.disk import check_output, foreign, steps_of
 from modhifi.errors import ModhifiError
 from modhifi.healing.checkpoint import Checkpoint
 from modhifi.runs.recipes.tasks import parse
-from modhifi.runs.run_recipe import Circumstances, run_recipe
+from modhifi.runs.run_recipe import run_recipe
+from modhifi.runs.run_task import Circumstances
 
 DATA = {"source": "synthetic", "samples": 8, "evaluation_samples": 8}
 CHECKS = {"walked": 0}
@@ -65,13 +67,19 @@ def test_an_ended_run_goes_on_and_a_replaced_one_leaves_nothing_of_its_own(
     assert sorted(path.name for path in out.iterdir()) == ["heal", "prune", "recipe.yaml"]
     (out / "heal.log").write_text("of a killed run")
     (out / "heal.healing").write_text("of one, too")
+    shutil.copytree(out / "prune", out / "mine")  # an artefact that is no step
     assert foreign(out) is None
     only = {"steps": {"cut": content["steps"]["prune"]}}
     run(only, out, force=True)
-    assert sorted(path.name for path in out.iterdir()) == ["cut", "recipe.yaml"]
+    assert sorted(path.name for path in out.iterdir()) == ["cut", "mine", "recipe.yaml"]
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ModhifiError, match=r"notes\.txt"):
         run(only, out, force=True)
+
+
+def test_a_step_whose_name_leads_elsewhere_is_none_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("steps: {../other: {}, here: {}, 7: {}}")
+    assert steps_of(tmp_path) == {"here", "7"} and not steps_of(tmp_path / "nothing")
 
 
 def test_bad_input_leaves_no_directory(model_dir: Path, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from modhifi.pruning.metered_plan import widths_of
 from modhifi.pruning.stages import Pruned
 from modhifi.runs.recipes.prune import PruneRecipe
 from modhifi.runs.reports.head import head
-from modhifi.runs.reports.refusals import folded
 from modhifi.structure.depth import inside
+from modhifi.structure.refusals import folded
 from modhifi.structure.sizes import sizes_of
 
 # The difference of two shares of the KV cache below which they count as equal.
@@ -106,7 +106,7 @@ def report_of(
         "plans_tried": dict(pruned.tried),
         "metered": None if pruned.metered is None else asdict(pruned.metered),
         "refused": [{"name": g.name, "n": g.n, "reason": g.refused} for g in structure.refused],
-        "folded": folded(original.model, structure.refused),
+        "folded": folded(structure.refused, original.model),
         "warnings": warnings,
         "command": command,
     }

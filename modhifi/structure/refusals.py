@@ -16,10 +16,11 @@ def pattern(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
-def folded(model: nn.Module, refused: Iterable[Group]) -> list[Mapping[str, Any]]:
+def folded(refused: Iterable[Group], model: nn.Module | None = None) -> list[Mapping[str, Any]]:
     """The refusals of a model's groups, those as one that say the same but for numbers; most groups first.
 
-    ``on_request`` says of each whether its groups are blocks, sublayers or ranks, which go where they are asked for.
+    Those of a width that the ``model``'s configuration calls the hidden size say so. ``on_request`` says of each
+    whether its groups are blocks, sublayers or ranks, which go where they are asked for.
     """
     hidden = getattr(getattr(model, "config", None), "hidden_size", None)
     alike: dict[tuple[str, bool], list[Group]] = {}
