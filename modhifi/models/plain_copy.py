@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.parametrizations import _WeightNorm, weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -43,15 +43,22 @@ def in_order(model: nn.Module) -> nn.Module:
 
     ``channels_last`` is another order.
     """
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.layout == torch.strided]
-    return model if all(tensor.is_contiguous() for tensor in tensors) else _put_in_order(own_copy(model))
+    return _put_in_order(own_copy(model)) if any(map(_is_in_other_order, _tensors(model))) else model
 
 
 def _put_in_order(model: nn.Module) -> nn.Module:
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.layout == torch.strided:
-            tensor.data = tensor.data.contiguous()
+    for tensor in filter(_is_in_other_order, _tensors(model)):
+        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
     return model
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    return (tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.layout == torch.strided)
+
+
+def _is_in_other_order(tensor: Tensor) -> bool:
+    """By the strides: those of axes of length 1 are free, and torch chooses kernels by them all the same."""
+    return tensor.stride() != torch.empty(tensor.shape, device="meta").stride()
 
 
 def weight_norms(module: nn.Module) -> dict[str, tuple[str, int]]:

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
-from modhifi.models.plain_copy import plain_copy
+from modhifi.models.plain_copy import in_order, plain_copy
 from modhifi.structure.clone import clone
 
 BATCH = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -151,3 +151,16 @@ def test_copies_are_in_the_mode_of_the_original(make: Callable[[], nn.Module], t
     copied = clone(net)
     assert [m.training for m in copied.modules()] == [m.training for m in net.modules()]
     assert not any(m.training for m in plain_copy(net, "a net")[0].modules())
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_weights_are_in_the_order_of_their_axes(size: int) -> None:
+    """A kernel of one pixel is contiguous in both orders, and torch chooses by its strides."""
+    module = nn.Sequential(nn.Conv2d(4, 8, size), nn.BatchNorm2d(8)).to(memory_format=torch.channels_last)
+    strides = module[0].weight.stride()
+    assert strides[1] == 1
+    copied, _ = plain_copy(module, "it")
+    for model in (copied, in_order(module)):
+        assert model[0].weight.stride() == (4 * size**2, size**2, size, 1)
+        assert torch.equal(model[0].weight, module[0].weight)
+    assert module[0].weight.stride() == strides and in_order(copied) is copied
