@@ -35,8 +35,16 @@ def folded(refused: Iterable[Group], model: nn.Module | None = None) -> list[Map
             "reason": reason,
             "groups": len(members),
             "on_request": on_request,
-            "names": list(dict.fromkeys(pattern(g.name) for g in members)),
+            "names": _names([g.name for g in members]),
         }
         for (reason, on_request), members in alike.items()
     ]
     return sorted(rows, key=lambda entry: -entry["groups"])
+
+
+def _names(groups: list[str]) -> list[str]:
+    """A pattern for those that differ in numbers alone; a single one by its name."""
+    alike: dict[str, list[str]] = {}
+    for name in groups:
+        alike.setdefault(pattern(name), []).append(name)
+    return [shape if len(names) > 1 else names[0] for shape, names in alike.items()]

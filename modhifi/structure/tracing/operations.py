@@ -51,9 +51,9 @@ def register_operation(fn: Callable[..., Any] | type[nn.Module] | str, rule: Kin
     ...     def forward(self, x):
     ...         return bend(x)
     >>> net = torch.nn.Sequential(torch.nn.Linear(8, 32), Bend(), torch.nn.Linear(32, 2))
-    >>> modhifi.prune(net, torch.randn(64, 8), ratio=0.5)
+    >>> modhifi.prune(net, torch.randn(64, 8), ratio=0.5)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    modhifi.errors.ModhifiError: no group of this model can be pruned with these settings; `modhifi check` says why
+    modhifi.errors.ModhifiError: no group of this model can be pruned with these settings; 0: the operation ...
     >>> modhifi.register_operation(bend, "elementwise")
     >>> modhifi.prune(net, torch.randn(64, 8), ratio=0.5).model[0].out_features
     16
