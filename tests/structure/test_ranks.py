@@ -157,7 +157,7 @@ def test_ranks_go_on_request_and_not_with_heads():
 
 def test_who_asks_for_ranks_that_stay_is_told_why_and_nobody_else():
     llama = load_model(tiny_transformers.family("llama")[0].float())
-    with pytest.raises(ModhifiError, match="can be pruned with these settings; .*#ranks: the model's code counts on this width"):
+    with pytest.raises(ModhifiError, match="with these settings; .*#ranks: the model's code counts on this width"):
         choose_groups(find_structure(llama, on_request=True), PruneSettings(only=("ranks",)))
     report = check_model(llama)
     assert not any("ranks" in row["name"] for row in (*report["refused"], *report["groups"]))
