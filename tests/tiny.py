@@ -404,6 +404,7 @@ PATTERNS: dict[str, Callable[[], nn.Module]] = {
     "group norm of single channels": lambda: Norm(nn.GroupNorm(8, 8)),
     "layer norm": ResidualLayerNorm,
     "shuffle": Shuffle,
+    "instance norm of no module": lambda: Applied(F.instance_norm),
     "flip": lambda: Applied(lambda x: x.flip(1)),
     "repeat": lambda: Applied(lambda x: x.repeat(1, 2, 1, 1), 16),
     "running sum": lambda: Applied(lambda x: torch.cumsum(x, 1)),

@@ -17,6 +17,7 @@ from modhifi.artifacts.exports import EXPORTS
 from modhifi.errors import GateFailed, ModhifiError
 from modhifi.models.hub import explained
 from modhifi.models.loaded import main_output
+from modhifi.models.packing import Unpacked
 
 TOLERANCE = 1e-4
 
@@ -45,6 +46,8 @@ def export(model: nn.Module, example: Tensor, path: str | Path, format_name: str
     """
     file_format = EXPORTS[format_name]
     file_format.check()
+    if isinstance(model, Unpacked):
+        raise ModhifiError(f"a file of {format_name} has one input, and this model reads several; run it in torch")
     path = Path(path)
     wrapped = MainOutput(model).eval()
     dtype = next((p.dtype for p in model.parameters()), torch.float32)

@@ -27,6 +27,7 @@ from modhifi.healing.schedule import Schedule, interval, learning_rate
 from modhifi.healing.settings import HealSettings
 from modhifi.healing.teacher import Teacher
 from modhifi.models.half_precision import takes_bfloat16
+from modhifi.models.hub import first_line
 from modhifi.models.loaded import LoadedModel, frozen
 from modhifi.progress import Progress, silent
 from modhifi.structure.clone import clone
@@ -57,7 +58,8 @@ def distil(
     samples, on which nothing is trained, choose the best weights.
     ``closed`` classes are taken from the teacher, and no block is matched then: they were erased on purpose.
     ``cut`` says what the student lacks, None for nothing. With a ``checkpoint`` a run goes on where it was
-    ended. Raises ModhifiError where the models cannot be run on the samples.
+    ended. Raises ModhifiError where the models cannot be run on the samples, in
+    float32 or with gradients.
     """
     with accelerator_for(next(original.model.parameters()).device, settings.precision) as accelerator:
         told = (checkpoint, progress, note)
@@ -91,7 +93,7 @@ class Distillation:
         self.dtypes = {name: tensor.dtype for name, tensor in _tensors(student).items()}
         self.model = clone(student)
         if any(d.is_floating_point and d.itemsize < torch.float32.itemsize for d in self.dtypes.values()):
-            self.model.float()
+            _require_runs(original, self.model.float())
         self.norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         matched = settings.blocks > 0 and not self.closed
         self.blocks = matched_blocks(original, student, cut) if matched else dict[str, Match]()
@@ -193,6 +195,11 @@ class Distillation:
         real = self._real(batch)
         with self.accelerator.autocast():
             output = self.original.logits(batch, self.wrapped)
+        if not output.requires_grad:
+            raise ModhifiError(
+                f"no gradient gets from the model's output ({output.dtype}) to its weights; wrap it to return scores "
+                "that are computed with gradients"
+            )
         loss = output_loss(
             wanted,
             output,
@@ -328,6 +335,18 @@ class Distillation:
             self.accelerator.mixed_precision,
             tuple(self.state.notes),
         )
+
+
+@torch.no_grad()
+def _require_runs(original: LoadedModel, model: nn.Module) -> None:
+    """Raises ModhifiError where the code of a model makes numbers of half precision whatever its weights are."""
+    try:
+        original.logits(original.example, model)
+    except Exception as error:
+        raise ModhifiError(
+            f"weights are trained in float32, and the model does not run in it ({first_line(error)}); have its code "
+            "cast to the dtype of its weights"
+        ) from error
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -37,6 +37,7 @@ def from_module(module: nn.Module, args: dict[str, Any], example: Any) -> Loaded
     if hasattr(model, "config") and hasattr(model, "main_input_name"):
         from modhifi.models import from_transformers
 
+        notes += from_transformers.attending_by_default(model)
         loaded = _noting(from_transformers.loaded_from(model, source, None), notes)
         return replace(loaded, info=loaded.info | {"weight_norms": _library_norms(unwrapped(module)[0], loaded)})
     if not isinstance(example, Tensor) and not is_several(example):

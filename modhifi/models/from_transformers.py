@@ -155,6 +155,21 @@ def build(config: Any, trust_remote_code: bool = False) -> Any:
     return builder.from_config(config, trust_remote_code=trust_remote_code)
 
 
+def attending_by_default(model: Any) -> list[str]:
+    """Has a model compute its attention as transformers does where nobody asks, in place; a sentence if it did not.
+
+    What another kernel gives differs by rounding, some need a GPU, and no file says which one it was.
+    """
+    known, default = getattr(model.config, "_attn_implementation", None), None
+    if known is not None and isinstance(model, transformers.PreTrainedModel):
+        default = model.get_correct_attn_implementation(None)
+    if default in (None, known):
+        return []
+    with hub.explained(type(model).__name__):
+        model.set_attn_implementation(default)
+    return [f"attention was {known} and is {default}, as transformers loads it: set_attn_implementation({known!r})"]
+
+
 def loaded_from(model: Any, source: str, directory: Path | None, **common: Any) -> LoadedModel:
     """Completes a built transformers model with its preprocessing or tokenizer, an example, labels and a description.
 

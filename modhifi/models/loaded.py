@@ -67,6 +67,11 @@ class LoadedModel:
         return list(self.info.get("warnings", []))
 
     @property
+    def is_module(self) -> bool:
+        """Whether a Python program held the model: no name loads it again."""
+        return self.source.startswith("module:")
+
+    @property
     def draws(self) -> bool | None:
         """Whether its passes draw random numbers in eval mode; None before the first one."""
         return vars(self).get("_draws")

@@ -69,7 +69,8 @@ class Packing:
         sizes = [math.prod(s) * t.itemsize for s, t in zip(self.shapes, self.dtypes, strict=True)]
         tensors = []
         for piece, name, shape, kind in zip(batch.split(sizes, 1), self.names, self.shapes, self.dtypes, strict=True):
-            tensor = piece.contiguous().view(kind).reshape(len(batch), *shape)
+            # A copy: a row of the matrix is contiguous, and may begin where numbers of this kind do not.
+            tensor = piece.clone(memory_format=torch.contiguous_format).view(kind).reshape(len(batch), *shape)
             tensor = tensor.flatten(0, 1) if name in self.flat else tensor
             tensors.append(tensor.to(dtype) if kind.is_floating_point else tensor)
         return _filled(self.form, iter(tensors))

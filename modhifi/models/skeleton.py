@@ -225,8 +225,8 @@ def record(
     """The framework that can rebuild ``edited``, and its differences to the dense architecture.
 
     ``removed`` are the blocks and sublayers of ``original`` that it lacks, as `structure.depth.removed_parts` gives
-    them. A model that its library would build with other modules (one changed by hand) is recorded as ``torch``:
-    loading it needs the dense module. Raises ModhifiError where it has other modules than ``original`` without those.
+    them. A model that its library would build otherwise (one changed by hand) is recorded as ``torch``: loading it
+    needs the dense module. Raises ModhifiError where it has other modules than ``original`` without those.
     """
     nothing: Differences = {"shapes": {}, "attributes": {}, "dtypes": {}, "removed": {}}
     earlier = nothing if original.artifact is None else original.artifact.manifest.model.differences
@@ -241,7 +241,9 @@ def record(
             except (ModhifiError, AttributeError):
                 continue  # the library cannot build it alone, remote code for instance, or builds it without these
             if same_modules(skeleton, edited):
-                return original.framework, {**differences(skeleton, edited), "removed": dict(unstated)}
+                found: Differences = {**differences(skeleton, edited), "removed": dict(unstated)}
+                if not original.is_module or _is_rebuilt(edited, original, found):
+                    return original.framework, found
     dense = drop(clone(original.model, original.model.parameters()), removed) if removed else original.model
     if not same_modules(dense, edited):
         raise ModhifiError("the edited model has other modules than the one it was made from; it cannot be saved")
@@ -252,6 +254,16 @@ def record(
         "dtypes": _still_there(earlier["dtypes"], removed) | changes["dtypes"],
         "removed": dict(gone),
     }
+
+
+def _is_rebuilt(edited: nn.Module, original: LoadedModel, changes: Differences) -> bool:
+    """Whether the library's architecture with the weights of ``edited`` is the same function, to the bit.
+
+    That of a module may have been changed by hand, in numbers that are neither widths nor weights.
+    """
+    skeleton = build_skeleton(original.framework, original.info, own_config(edited))
+    rebuilt = fill(reshape(skeleton, changes), edited.state_dict(), {}, original.source)
+    return _same_outputs(edited, original, rebuilt)
 
 
 def _still_there(entries: Mapping[str, Any], removed: Mapping[str, int]) -> dict[str, Any]:
@@ -283,15 +295,19 @@ def same_function(edited: nn.Module, original: LoadedModel, config: Any) -> bool
     stock = build_skeleton(original.framework, original.info, config, stock=True)
     if not same_modules(stock, edited):
         return False
-    plain = fill(stock, edited.state_dict(), {}, original.source)
-    plain.to(next(edited.parameters()).device)
+    return _same_outputs(edited, original, fill(stock, edited.state_dict(), {}, original.source))
+
+
+def _same_outputs(edited: nn.Module, original: LoadedModel, rebuilt: nn.Module) -> bool:
+    """Whether a model built anew has the outputs of ``edited`` on the example, to the bit; it may fail instead."""
+    rebuilt.to(next(edited.parameters()).device)
     with torch.inference_mode():
         expected = original.outputs(original.example, edited)
         try:
-            rebuilt = original.outputs(original.example, plain)
+            outputs = original.outputs(original.example, rebuilt)
         except Exception:  # its code counts on something that its shapes do not show
             return False
-    return rebuilt.keys() == expected.keys() and all(torch.equal(t, expected[name]) for name, t in rebuilt.items())
+    return outputs.keys() == expected.keys() and all(torch.equal(t, expected[name]) for name, t in outputs.items())
 
 
 def own_config(model: Any) -> Any:

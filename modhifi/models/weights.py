@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from modhifi.cache import tensors_hash
 from modhifi.disk import read_json
@@ -31,9 +32,11 @@ def check_weights(model: nn.Module, source: str) -> None:
     """
     _refuse_adapters(model, source)
     for name, module in model.named_modules():
-        if type(module).__module__.startswith(("torch.ao.nn", "torch.nn.quantized", "bitsandbytes")) or hasattr(
-            module, "qweight"
-        ):
+        if any(map(is_lazy, module._parameters.values())):
+            raise ModhifiError(f"{source}: module {name!r} has no weights yet; run the model once, and give it then")
+        quantised = type(module).__module__.startswith(("torch.ao.nn", "torch.nn.quantized", "bitsandbytes"))
+        # What adds in floating point stands there in networks that are only ready to be quantised.
+        if (quantised and not type(module).__name__.endswith("FloatFunctional")) or hasattr(module, "qweight"):
             _refuse_quantised(source, f"module {name!r} is a {type(module).__name__}")
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     for name, tensor in parameters.items():

@@ -56,6 +56,7 @@ from modhifi.runs.reports.measurements import before_after, measure_run, summary
 from modhifi.runs.reports.outcome import add_outcome, prune_advice, without_bounds
 from modhifi.runs.reports.pictures import seen_samples
 from modhifi.runs.reports.prune import (
+    idle_warnings,
     measured_verdict,
     metered_verdict,
     metered_warnings,
@@ -165,7 +166,7 @@ def run_prune(
         if recipe.method.reestimate_batchnorm:
             warnings.append(reestimate_if_closer(pruned.model, original, calibration, settings.batch_size))
         warnings += [f"the group '{name}' stays as it is: {reason}" for name, reason in pruned.left.items()]
-        warnings += metered_warnings(pruned)
+        warnings += [*idle_warnings(original, pruned), *metered_warnings(pruned)]
         warnings += gram_warnings(pruned.grams, len(calibration))
     report = report_of(recipe, original, calibration, held, pruned, warnings, command)
     _note(report, warnings, clock, team, cache)

@@ -1,4 +1,4 @@
-"""The reasons why groups are refused, in as few lines as say them all."""
+"""The reasons why groups are refused, in as few lines as say them all, and what a pass does not show."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
-from modhifi.structure.groups import Group
+from modhifi.structure.groups import Group, Structure
+
+NOT_RUN = "the model does not run this layer, or not as a layer of its own"
 
 
 def pattern(name: str) -> str:
@@ -40,6 +43,28 @@ def folded(refused: Iterable[Group], model: nn.Module | None = None) -> list[Map
         for (reason, on_request), members in alike.items()
     ]
     return sorted(rows, key=lambda entry: -entry["groups"])
+
+
+def left_behind(dense: nn.Module, cut: nn.Module, structure: Structure) -> list[str]:
+    """The layers that the pass which found ``structure`` did not run, as wide as something that ``cut`` has less of.
+
+    Whether they read what was cut nobody can tell: a head for training, or a branch that other inputs take.
+    """
+    pairs = [zip(_widths(dense, name), _widths(cut, name), strict=False) for name, _ in cut.named_modules()]
+    narrower = {before for layer in pairs for before, after in layer if before != after}
+    idle = [group.name for group in structure.refused if group.refused == NOT_RUN]
+    return [name for name in idle if _widths(dense, name)[:1] and _widths(dense, name)[0] in narrower]
+
+
+def _widths(model: nn.Module, name: str) -> tuple[int, ...]:
+    """The widths of what a convolution or linear map reads and writes; nothing of another module, or of none."""
+    try:
+        layer: Any = model.get_submodule(name)
+    except AttributeError:
+        return ()
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return (layer.in_channels, layer.out_channels) if isinstance(layer, _ConvNd) else ()
 
 
 def _names(groups: list[str]) -> list[str]:

@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import tiny_transformers
 import torch
 from torch import Tensor, nn
+from torch.ao.nn.quantized import FloatFunctional
 
 import modhifi
 from modhifi.data.in_memory import from_items, held_items
 from modhifi.data.mixture import Mixture, mixed
 from modhifi.data.samples import synthetic_items
 from modhifi.errors import ModhifiError
+from modhifi.models.load import load_model
 from modhifi.models.manifest import Base, Manifest
+from modhifi.models.packing import pack_batch
 from modhifi.runs.devices import resolve_device
 from modhifi.runs.inputs import located, original_of
 
@@ -173,3 +178,101 @@ def test_a_module_of_several_outputs_says_which_one_is_looked_at(form: Callable[
     assert any(told.format(main) in warning for warning in small.report["warnings"])
     alone = modhifi.prune(conv(), pixels(), ratio=0.5, **FEW)
     assert not any("tensors" in warning for warning in alone.report["warnings"])
+
+
+class Both(nn.Module):
+    """Reads rows of an odd number of half precision beside whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.ids, self.out = nn.Linear(7, 64), nn.Linear(4, 64), nn.Linear(64, 4)
+
+    def forward(self, rows: Tensor, ids: Tensor) -> Tensor:
+        return self.out((self.rows(rows.float()) + self.ids(ids.float())).relu())
+
+
+def several(n: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, 7, generator=generator).half(), torch.randint(9, (n, 4), generator=generator)
+
+
+def test_models_of_several_inputs_are_timed_and_weighed() -> None:
+    loaded = load_model(Both(), example=several(2))
+    items = [*zip(*several(80), strict=True)]
+    small = modhifi.prune(loaded, items, memory="0.9x", **FEW)
+    assert small.report["budget"]["reached"]["memory"] < 0.95
+    rows = modhifi.bench(loaded, batch=(1, 3)).rows
+    assert [(row.batch, row.reason) for row in rows] == [(1, ""), (3, "")]
+    with pytest.raises(ModhifiError, match="has one input, and this model reads several"):
+        modhifi.bench(loaded, runtime=("onnx",))
+
+
+def test_a_batch_of_one_item_is_read_from_any_byte_on() -> None:
+    packing, packed = pack_batch(several(2))
+    for number, wanted in enumerate(zip(*several(2), strict=True)):
+        found = packing.nest(packed[number : number + 1])
+        assert all(torch.equal(one[0], other.to(one.dtype)) for one, other in zip(found, wanted, strict=True))
+
+
+def test_a_library_model_changed_by_hand_is_given_back_with_its_dense_module(tmp_path: Path) -> None:
+    model = timm.create_model("resnet10t", num_classes=5).eval()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.eps = 0.1
+    items = torch.randn(60, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    small = modhifi.prune(model, items, ratio=0.3, out=tmp_path / "small", **FEW)
+    with pytest.raises(ModhifiError, match="pass that dense module"):
+        modhifi.load(tmp_path / "small")
+    again = modhifi.load(tmp_path / "small", skeleton=model)
+    with torch.no_grad():
+        assert small.model is not None and torch.equal(again(items[:2]), small.model(items[:2]))
+
+
+def test_attention_is_that_which_transformers_loads(tmp_path: Path) -> None:
+    model = tiny_transformers.family("vit")[0]
+    model.float().set_attn_implementation("eager")
+    items = torch.randn(60, *load_model(model).example.shape[1:], generator=torch.Generator().manual_seed(0))
+    small = modhifi.prune(model, items, ratio=0.3, out=tmp_path / "small", **FEW)
+    assert model.config._attn_implementation == "eager"
+    assert small.model is not None and small.model.config._attn_implementation == "sdpa"
+    assert any("attention was eager and is sdpa" in note for note in small.report["model"]["notes"])
+
+
+def test_layers_without_weights_and_ones_ready_to_be_quantised() -> None:
+    with pytest.raises(ModhifiError, match="module '0' has no weights yet; run the model once"):
+        modhifi.prune(nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(4)), torch.randn(32, 8), ratio=0.5)
+
+    class Adding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.sum = nn.Linear(8, 32), nn.Linear(32, 4), FloatFunctional()
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x).relu()
+            return self.second(self.sum.add(hidden, hidden))
+
+    assert modhifi.prune(Adding(), torch.randn(80, 8), ratio=0.5, **FEW).model.first.out_features == 16
+
+
+def test_what_cannot_be_distilled_is_one_line() -> None:
+    class Chosen(nn.Module):
+        def __init__(self, body: nn.Module) -> None:
+            super().__init__()
+            self.body = body
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x).argmax(-1)
+
+    class Half(Chosen):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body[4:](self.body[:4](x.bfloat16()).float())
+
+    half = conv()
+    half[:4].bfloat16()
+    for model, told in (
+        (Chosen(conv()), "no gradient gets from the model's output"),
+        (Half(half), "does not run in it"),
+    ):
+        small = modhifi.prune(model.eval(), pixels(), ratio=0.5, **FEW).model
+        with pytest.raises(ModhifiError, match=told):
+            modhifi.heal(small, pixels(), against=model, steps=1, **FEW)

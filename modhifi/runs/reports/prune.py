@@ -17,7 +17,7 @@ from modhifi.pruning.stages import Pruned
 from modhifi.runs.recipes.prune import PruneRecipe
 from modhifi.runs.reports.head import head
 from modhifi.structure.depth import inside
-from modhifi.structure.refusals import folded
+from modhifi.structure.refusals import folded, left_behind
 from modhifi.structure.sizes import sizes_of
 
 # The difference of two shares of the KV cache below which they count as equal.
@@ -25,6 +25,8 @@ STEP = 0.005
 WORDS = {"latency": "time", "memory": "memory"}
 # The quantiles of the components' fidelities that the report shows for each group.
 QUANTILES = (0.1, 0.5, 0.9)
+# How many layers a sentence names.
+NAMED = 3
 
 
 def skipped_warnings(*parts: Samples) -> list[str]:
@@ -164,6 +166,18 @@ def rounding_verdict(report: dict[str, Any], pruned: Pruned) -> list[dict[str, s
             "text": f"{cost}time of one sample {after['ratio']:.2f} ± {after['ratio_iqr']:.2f} x the original's, "
             f"with exact widths {exact['ratio']:.2f} ± {exact['ratio_iqr']:.2f} x",
         }
+    ]
+
+
+def idle_warnings(original: LoadedModel, pruned: Pruned) -> list[str]:
+    """A sentence where layers that the example does not run may read what was cut."""
+    idle = left_behind(original.model, pruned.model, pruned.structure)
+    if not idle:
+        return []
+    names = ", ".join(idle[:NAMED]) + (f" and {len(idle) - NAMED} others" if len(idle) > NAMED else "")
+    return [
+        f"the example does not run {names}: if they read what was cut, they fail now; from Python, give an example= "
+        "that runs them, or name the groups to leave alone (exclude)"
     ]
 
 

@@ -40,7 +40,7 @@ class MemoryMeter:
         model, sizes, inputs = loaded.model, sizes_of(loaded.model, structure), self._inputs(loaded)
         operators = {t.module: t for t in sizes.terms if t.module in structure.operators}
         modules = {name: operator_at(model, name) for name in operators}
-        instants = bytes_by_writer(self._run(model, inputs), modules)
+        instants = bytes_by_writer(self._run(loaded.of_one_batch(model), inputs), modules)
         table = np.array([[held.get(name, 0) for name in (*operators, "")] for held in instants], dtype=float)
         each = stored_bytes(model) / max(1.0, sizes.parameters({}))
         return Footprint(sizes, each, tuple(operators.values()), table)
@@ -49,7 +49,8 @@ class MemoryMeter:
         """The bytes of what a plan leaves over the model's; they are counted, so that nothing spreads."""
         inputs = self._inputs(loaded)
         small = shrink(clone(loaded.model), structure, plan) if plan.kept else loaded.model
-        return self._peak(small, inputs) / self._peak(loaded.model, inputs), 0.0
+        peaks = [self._peak(loaded.of_one_batch(model), inputs) for model in (small, loaded.model)]
+        return peaks[0] / peaks[1], 0.0
 
     def by_operator(self, loaded: LoadedModel, structure: Structure, plan: Plan) -> Mapping[str, tuple[float, float]]:
         """Nothing: the bytes are no sum over operators."""

@@ -77,7 +77,7 @@ class Timer:
         batch, names = self._inputs(loaded), [name for name in structure.operators if _is_layer(loaded.model, name)]
         small = shrink(clone(loaded.model), structure, plan)
         networks = [
-            (self._run(m, batch), {n: m.get_submodule(n) for n in names if _is_layer(m, n)})
+            (self._run(loaded.of_one_batch(m), batch), {n: m.get_submodule(n) for n in names if _is_layer(m, n)})
             for m in (loaded.model, small)
         ]
         before, after = seconds_by_operator(networks, self.threads, device_of(loaded.model))
@@ -92,7 +92,7 @@ class Timer:
         for number, (name, plan) in enumerate(plans.items()):
             self.progress("timing networks", number, len(plans))
             model = shrink(clone(loaded.model), structure, plan) if plan.kept else loaded.model
-            runs[name] = self._run(model, batch)
+            runs[name] = self._run(loaded.of_one_batch(model), batch)
         turns = time_in_turns(runs, self.threads, device_of(loaded.model).type != "cpu", rounds=ROUNDS)
         self.progress("timing networks", len(plans), len(plans))
         return turns

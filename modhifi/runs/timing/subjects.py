@@ -51,7 +51,7 @@ class Subject:
     def load(self, runtime: Runtime, window: int | None = None) -> Program:
         """The program that a runtime makes of it; raises ModhifiError where it can make none."""
         if isinstance(self.model, LoadedModel):
-            return runtime.load(self.model.model, self.batch(2, window))
+            return runtime.load(self.model.of_one_batch(self.model.model), self.batch(2, window))
         if runtime.open is None:
             raise ModhifiError(f"{self.label} is a file that {runtime.name} does not run; give --runtime onnx")
         return runtime.open(self.model)

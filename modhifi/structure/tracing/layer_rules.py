@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from modhifi.structure.library_layers import SAME_PADDED, TRANSPOSED, full_name, is_transposed
 from modhifi.structure.tracing.operations import register_operation, rule_for
@@ -212,8 +213,10 @@ def batch_norm(watcher: Watcher, call: TracedCall) -> list[Placement | None]:
     owners = {watcher.names.get(id(t), "").rpartition(".")[0] for t in tensors}
     if axis is None:
         return [None]
-    if axis.dim == 1 and not tensors:  # an InstanceNorm without values of its own
+    if axis.dim == 1 and not tensors:  # an InstanceNorm without values of its own, or none that counts its channels
         owners = {watcher.path[-1][0]}
+        if not isinstance(watcher.model.get_submodule(*owners), _InstanceNorm):
+            return [axis]
     if axis.dim != 1 or len(owners) != 1 or watcher.tied & {id(t) for t in tensors}:
         watcher.freeze(axis, "a BatchNorm has no statistics of its own for these channels")
         return [None]

@@ -22,6 +22,7 @@ from modhifi.structure.expert_neurons import by_expert
 from modhifi.structure.groups import Group, Operator, Structure
 from modhifi.structure.head_counts import with_head_counts
 from modhifi.structure.outputs import named_tensors
+from modhifi.structure.refusals import NOT_RUN
 from modhifi.structure.stacked import TURNED, may_be_stacked
 from modhifi.structure.torch_ops import MOVEMENTS, Kind
 
@@ -92,7 +93,7 @@ def _unseen(model: nn.Module, seen: set[str], obstacles: dict[str, str]) -> Iter
         if isinstance(module, nn.RNNCellBase):
             yield Group(name, module.hidden_size, (), refused=recurrent_rules.CELL)
         if isinstance(module, (_ConvNd, nn.Linear)) and name not in seen:
-            reason = obstacles.get(name, "the model does not run this layer, or not as a layer of its own")
+            reason = obstacles.get(name, NOT_RUN)
             if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
                 reason = MULTIHEAD
             yield Group(name, len(module.weight), (), refused=reason)
