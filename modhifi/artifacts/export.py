@@ -7,6 +7,7 @@ import io
 import os
 import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from modhifi.artifacts.exports import EXPORTS
 from modhifi.errors import GateFailed, ModhifiError
 from modhifi.models.hub import explained
-from modhifi.models.loaded import main_output
+from modhifi.models.loaded import LoadedModel, main_output
 from modhifi.models.packing import Unpacked
 
 TOLERANCE = 1e-4
@@ -35,6 +36,25 @@ class MainOutput(nn.Module):
         return main_output(self.model(input, **self.options))
 
 
+def require_export(loaded: LoadedModel, formats: Iterable[str]) -> None:
+    """Raises ModhifiError, before any work, where a model made from ``loaded`` could not be exported."""
+    for name in formats:
+        EXPORTS[name].check()
+        _require(loaded.of_one_batch(loaded.model), name)
+
+
+def _require(model: nn.Module, format_name: str) -> None:
+    if isinstance(model, Unpacked):
+        raise ModhifiError(f"a file of {format_name} has one input, and this model reads several; run it in torch")
+    dtypes = EXPORTS[format_name].dtypes
+    held = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+    if dtypes and held - {*dtypes}:
+        raise ModhifiError(
+            f"{format_name} takes weights in {', '.join(dtypes)}, and this model has {', '.join(sorted(held))}; leave "
+            "out the export, or prune a copy of it in that dtype"
+        )
+
+
 @torch.no_grad()
 def export(model: nn.Module, example: Tensor, path: str | Path, format_name: str) -> float:
     """Writes the model (eval mode, on the CPU) in one of the formats of :data:`EXPORTS`, with a dynamic batch axis.
@@ -46,8 +66,7 @@ def export(model: nn.Module, example: Tensor, path: str | Path, format_name: str
     """
     file_format = EXPORTS[format_name]
     file_format.check()
-    if isinstance(model, Unpacked):
-        raise ModhifiError(f"a file of {format_name} has one input, and this model reads several; run it in torch")
+    _require(model, format_name)
     path = Path(path)
     wrapped = MainOutput(model).eval()
     dtype = next((p.dtype for p in model.parameters()), torch.float32)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from modhifi.artifacts.export import require_export
 from modhifi.data.mixture import mixed
 from modhifi.data.samples import Samples
 from modhifi.data.synthetic import drawn
@@ -79,8 +80,7 @@ def load_patient(recipe: HealRecipe, given: Given) -> Patient:
     if reason := original.incomparable():
         raise ModhifiError(f"nothing can be learnt from the original: {reason}; wrap it to return one tensor")
     recipe.checks.tolerances().fit(original)
-    if recipe.export and original.packing is not None:
-        raise ModhifiError("an export has one input, and this model reads several; leave out --export")
+    require_export(original, recipe.export)
     if recipe.method.lora is not None:
         if recipe.method.optimizer == "muon":
             raise ModhifiError(

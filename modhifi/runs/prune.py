@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from modhifi.artifacts.export import export as export_model
+from modhifi.artifacts.export import require_export
 from modhifi.artifacts.exports import EXPORTS
 from modhifi.artifacts.reload_check import FreshProcess, check_reload
 from modhifi.artifacts.save import save_artifact
@@ -205,8 +206,7 @@ def _fit(recipe: PruneRecipe, original: LoadedModel, budget: Budget | None) -> s
 
     Returns why the outputs of two such models cannot be compared, empty where they can.
     """
-    if recipe.export and original.packing is not None:
-        raise ModhifiError("an export has one input, and this model reads several; leave out --export")
+    require_export(original, recipe.export)
     tolerances = recipe.checks.tolerances()
     if budget is not None:
         budget.fit(original.kind)

@@ -276,3 +276,14 @@ def test_what_cannot_be_distilled_is_one_line() -> None:
         small = modhifi.prune(model.eval(), pixels(), ratio=0.5, **FEW).model
         with pytest.raises(ModhifiError, match=told):
             modhifi.heal(small, pixels(), against=model, steps=1, **FEW)
+
+
+def test_what_a_format_does_not_take_is_told_before_the_run(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    for model, told in ((conv().bfloat16(), "takes weights in float32, and this model has bfloat16"), (Both(), "")):
+        several_inputs = isinstance(model, Both)
+        loaded = load_model(model, example=several(2) if several_inputs else pixels(2))
+        items: Any = [*zip(*several(80), strict=True)] if several_inputs else pixels()
+        with pytest.raises(ModhifiError, match=told or "has one input, and this model reads several"):
+            modhifi.prune(loaded, items, ratio=0.5, out=tmp_path / "out", export=("onnx",), **FEW)
+        assert not (tmp_path / "out").exists()

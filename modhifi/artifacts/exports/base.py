@@ -22,7 +22,8 @@ class ExportFormat:
 
     ``suffix`` ends the file's name. ``write`` takes the model, as a function of the input batch alone, an example batch
     and the path; it writes a file with a dynamic batch axis and returns the function that the file, read back, holds.
-    ``packages`` are those that it needs beside torch, all of them in the ``extra``.
+    ``packages`` are those that it needs beside torch, all of them in the ``extra``; ``dtypes`` are those of the weights
+    that it takes, any where there are none.
     """
 
     name: str
@@ -31,6 +32,7 @@ class ExportFormat:
     write: Callable[[nn.Module, Tensor, Path], Callable[[Tensor], Tensor]]
     packages: tuple[str, ...] = ()
     extra: str = ""
+    dtypes: tuple[str, ...] = ()
     source: str = ""
 
     def check(self) -> None:
