@@ -34,6 +34,9 @@ def _show(differences: dict[str, Any]) -> None:
         for row in differences["figures"]:
             table.add_row(row["name"], *(number(row[k], row["unit"]) for k in ("first", "second")), row["change"])
         console.print(table)
+    if differences["held_out"]:
+        first, second = differences["held_out"]
+        console.print(f"the figures are of other held-out data: {first}, and {second}")
     if differences["widths"]:
         table = Table("group", "kept by the first", "by the second", "by one alone")
         for row in differences["widths"]:

@@ -21,7 +21,8 @@ LATENCY, THROUGHPUT = "latency, one sample", "throughput, samples a second"
 def diff_runs(first: str | Path, second: str | Path) -> dict[str, Any]:
     """The differences between two runs, JSON-able; parts without a difference are empty.
 
-    ``same_weights`` is None where one of the two is no artefact. ``figures``: each measure's result in both (the
+    ``same_weights`` is None where one of the two is no artefact. ``held_out``: the data that either was measured on, in
+    words; empty where it is the same, or one does not say. ``figures``: each measure's result in both (the
     report's ``after``, and for times the ratio to the run's own original), with the change; ``widths``: groups that
     keep other numbers of components, or other components (``moved`` is the number that one run alone keeps);
     ``settings``: keys with other values; ``verdicts``.
@@ -34,6 +35,7 @@ def diff_runs(first: str | Path, second: str | Path) -> dict[str, Any]:
         "same_weights": None
         if first_manifest is None or second_manifest is None
         else first_manifest.weights.files == second_manifest.weights.files,
+        "held_out": _held_out(first_report, second_report, first_manifest, second_manifest),
         "figures": _figures(first_report, second_report),
         "widths": _widths(first_report, second_report, first_manifest, second_manifest),
         "settings": _changed(_flat(first_report.get("settings")), _flat(second_report.get("settings"))),
@@ -48,6 +50,19 @@ def _read(path: Path) -> tuple[dict[str, Any], Manifest | None]:
     except OSError as error:
         raise ModhifiError(f"{path} is no artefact and no report; give a directory or a report.json") from error
     return report, read_manifest(file.parent) if (file.parent / MANIFEST).is_file() else None
+
+
+def _held_out(
+    first_report: Mapping[str, Any],
+    second_report: Mapping[str, Any],
+    first_manifest: Manifest | None,
+    second_manifest: Manifest | None,
+) -> list[str]:
+    told = [dict(report.get("data") or {}) for report in (first_report, second_report)]
+    words = [f"{data.get('held_out_samples', 'some')} of {data['held_out']}" for data in told if "held_out" in data]
+    hashes = [m.held_out.hashes for m in (first_manifest, second_manifest) if m is not None and m.held_out.hashes]
+    differ = set(hashes[0]) != set(hashes[1]) if len(hashes) == 2 else words[:1] != words[1:]
+    return words if len(words) == 2 and differ else []
 
 
 def _figures(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -55,6 +55,18 @@ def test_a_difference_names_every_part(tmp_path: Path) -> None:
     assert found["same_weights"] is None
 
 
+def test_other_held_out_data_is_told(tmp_path: Path) -> None:
+    one, two = reports(tmp_path)
+    assert diff_runs(one, two)["held_out"] == []
+    for path, words in ((one, "text:[b]"), (two, "self")):
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({**content, "data": {"held_out": words, "held_out_samples": 5}}))
+    assert diff_runs(one, one)["held_out"] == []
+    assert diff_runs(one, two)["held_out"] == ["5 of text:[b]", "5 of self"]
+    shown = runner.invoke(app, ["diff", str(one), str(two)], env={"COLUMNS": "200"}).output
+    assert "the figures are of other held-out data: 5 of text:[b], and 5 of self" in shown
+
+
 @pytest.mark.parametrize(
     ("first", "second", "change"),
     [
