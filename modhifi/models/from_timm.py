@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import timm
 import torch
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from timm.models import get_model_args, get_model_input_config, load_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
@@ -131,7 +132,22 @@ def _load_file(model: nn.Module, path: Path) -> None:
             # Copying integers into float parameters would succeed and lose the scales.
             if name in floats and not tensor.is_floating_point():
                 raise ModhifiError(f"{path} is quantised ({name!r} is {tensor.dtype}); give full-precision weights")
+        _require_classes(model, state, path)
         model.load_state_dict(state, strict=True)
+
+
+def _require_classes(model: Any, state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises ModhifiError where the weights differ from the model in the number of classes alone."""
+    known = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    others = {name for name, tensor in state.items() if name in known and tensor.shape != known[name]}
+    heads = model.pretrained_cfg.get("classifier") or ()
+    for head in (heads,) if isinstance(heads, str) else heads:
+        if f"{head}.weight" in others <= {f"{head}.weight", f"{head}.bias"}:
+            classes = len(state[f"{head}.weight"])
+            raise ModhifiError(
+                f"{path} has {classes} classes and {model.pretrained_cfg['architecture']} {model.num_classes}; give "
+                f"the model argument num_classes={classes} (--model-arg num_classes={classes})"
+            )
 
 
 def _labels(model: nn.Module, cfg: dict[str, Any]) -> tuple[str, ...] | None:

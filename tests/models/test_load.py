@@ -135,7 +135,10 @@ def test_weight_file(tmp_path: Path, suffix: str) -> None:
     loaded = load("timm:resnet18", weights=file, model_args=NARROW | {"num_classes": 3})
     assert torch.equal(loaded.model.fc.weight, model.fc.weight)
     other = NARROW | {"num_classes": 4}
-    assert "size mismatch for fc.weight" in refusal("timm:resnet18", weights=file, model_args=other)
+    message = refusal("timm:resnet18", weights=file, model_args=other)
+    assert "has 3 classes and resnet18 " in message and "(--model-arg num_classes=3)" in message
+    wide = {"channels": (16, 24, 32, 40), "num_classes": 3}
+    assert "the weights have other shapes" in refusal("timm:resnet18", weights=file, model_args=wide)
 
 
 def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
