@@ -16,8 +16,11 @@ def class_count(loaded: LoadedModel) -> int | None:
 
     A backbone's features are no classes, nor are other values.
     """
-    if loaded.example.ndim != 4 and loaded.packing is None:
-        return None
+    return None if loaded.example.ndim != 4 and loaded.packing is None else scored_classes(loaded)
+
+
+def scored_classes(loaded: LoadedModel) -> int | None:
+    """The number of classes that each item has a score for, whatever it is; None where outputs say something else."""
     if loaded.incomparable() or loaded.gives_values:
         return None
     with torch.no_grad():

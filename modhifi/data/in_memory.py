@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from modhifi.data.image_inputs import scored_classes
 from modhifi.data.mixture import Mixture, is_named
 from modhifi.data.samples import Samples, digest
 from modhifi.errors import ModhifiError
@@ -185,11 +187,11 @@ def source_name(data: Data) -> str | list[str]:
 
 
 def samples_from(data: Samples | Indexed, loaded: LoadedModel, *, n: int, seed: int) -> Samples:
-    """At most ``n`` samples of data that a program holds."""
+    """At most ``n`` samples of data that a program holds; labels beyond the model's classes are none."""
     if isinstance(data, Samples):
         return data if len(data) <= n else data.subset(range(n))
     _require_indexed(data)
-    return from_items(
+    samples = from_items(
         data,
         loaded.transform,
         n=n,
@@ -198,6 +200,13 @@ def samples_from(data: Samples | Indexed, loaded: LoadedModel, *, n: int, seed: 
         packing=loaded.packing,
         tokens=vocabulary_of(loaded.model.config) if loaded.reads_tokens else None,
     )
+    if samples.labels is None:
+        return samples
+    classes, last = scored_classes(loaded), int(samples.labels.max())
+    if classes is None or last < classes:
+        return samples
+    note = f"labels unused: class index {last} of a model of {classes} classes"
+    return replace(samples, labels=None, description=f"{samples.description}; {note}")
 
 
 def _require_indexed(data: object) -> None:

@@ -94,6 +94,14 @@ def test_a_label_of_minus_one_is_none() -> None:
         from_items([*rows, (torch.ones(3, 8, 8), 2)], None, n=11, seed=0)
 
 
+@pytest.mark.parametrize(("last", "used"), [(4, True), (5, False)])
+def test_labels_beyond_the_classes_are_none(last: int, used: bool) -> None:
+    items = [(image, min(number, last)) for number, image in enumerate(pixels())]
+    report = modhifi.prune(conv(), items, ratio=0.5, **FEW).report
+    assert ("accuracy_before" in report["errors"]) is used
+    assert ("labels unused: class index 5 of a model of 5 classes" in report["data"]["held_out"]) is not used
+
+
 def test_tokens_beyond_the_vocabulary_are_named() -> None:
     with pytest.raises(ModhifiError, match="holds the token 50, and the model knows 50"):
         from_items([torch.tensor([1, 50])], None, n=1, seed=0, ragged=True, tokens=50)
