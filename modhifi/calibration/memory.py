@@ -18,8 +18,8 @@ from modhifi.structure.operators import columns_of, operator_modules
 
 # The Gram that is worked on stands beside its damped copy, that one's factor and its inverse.
 COPIES = 4
-# What two streams of activations remember takes at most this share of what is free.
-REMEMBERED = 1 / 4
+# What two streams of activations remember takes at most this share of what is free: of main memory, of a device's.
+REMEMBERED, ON_DEVICE = 1 / 2, 1 / 4
 # And so do the items of a data set that is read again and again.
 ITEMS = 1 / 8
 
@@ -66,15 +66,19 @@ def fitting(sizes: Sequence[int], most: int) -> list[range]:
     return [*parts, range(start, len(sizes))] if sizes else parts
 
 
-def place_to_remember(device: torch.device, needed: float) -> tuple[torch.device | None, float]:
-    """Where activations are remembered, None for where they are, and how many bytes of them at most.
+def room_to_remember(device: torch.device, processes: int = 1) -> float:
+    """How many bytes of activations are remembered on a device at most; ``processes`` share main memory."""
+    share = REMEMBERED / processes if device.type == "cpu" else ON_DEVICE
+    return share * free_bytes(device)
+
+
+def place_to_remember(device: torch.device, needed: float, processes: int = 1) -> tuple[torch.device | None, float]:
+    """Where each of several ``processes`` remembers activations, None for where they are, and how many bytes at most.
 
     That is the device that computes, as long as ``needed`` bytes fit into their share of its memory, else main memory.
     """
-    own = REMEMBERED * free_bytes(device)
-    if device.type == "cpu" or needed <= own:
-        return None, own
-    return torch.device("cpu"), REMEMBERED * free_bytes(torch.device("cpu"))
+    own, main = room_to_remember(device, processes), torch.device("cpu")
+    return (None, own) if device.type == main.type or needed <= own else (main, room_to_remember(main, processes))
 
 
 def loaded_once(samples: Samples, processes: int = 1) -> Samples:

@@ -71,7 +71,7 @@ class PairedPasses:
         needed = (
             streams * timeline.most_before(readers) * examples_in(samples, loaded) / len(loaded.example) / team.count
         )
-        home, room = place_to_remember(device, needed)
+        home, room = place_to_remember(device, needed, team.count)
 
         def cache(model: nn.Module) -> PrefixCache:
             run = partial(loaded.run, model=model)

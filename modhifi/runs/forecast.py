@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from modhifi.cache import size_limit
-from modhifi.calibration.memory import COPIES, REMEMBERED, free_bytes, gram_bytes, moment_bytes, rows_seen
+from modhifi.calibration.memory import COPIES, gram_bytes, moment_bytes, room_to_remember, rows_seen
 from modhifi.calibration.sampling import Sampling
 from modhifi.calibration.timeline import Timeline
 from modhifi.models.hooks import attached
@@ -66,7 +66,7 @@ def forecast(
     if sequential is not None:
         timeline = Timeline(loaded.model, lambda: loaded.run(loaded.example))
         remembered = STREAMS[sequential] * timeline.most_before(readers) * usual.samples * length / items
-        activations += min(remembered, REMEMBERED * free_bytes(device))
+        activations += min(remembered, room_to_remember(device))
     held = max(sizes, default=0) if blocks else sum(sizes)
     return {
         "seconds": seconds,

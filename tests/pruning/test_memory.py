@@ -78,6 +78,8 @@ def test_moments_of_few_rows_take_their_rows(monkeypatch: pytest.MonkeyPatch) ->
 def test_activations_are_remembered_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"cpu": 4000, "cuda": 400}
     monkeypatch.setattr(memory, "free_bytes", lambda device: sizes[device.type])
-    assert place_to_remember(torch.device("cpu"), 1e9) == (None, 1000)
+    assert place_to_remember(torch.device("cpu"), 1e9) == (None, 2000)
+    assert place_to_remember(torch.device("cpu"), 1e9, processes=4) == (None, 500)
     assert place_to_remember(torch.device("cuda"), 100) == (None, 100)
-    assert place_to_remember(torch.device("cuda"), 101) == (torch.device("cpu"), 1000)
+    assert place_to_remember(torch.device("cuda"), 101) == (torch.device("cpu"), 2000)
+    assert place_to_remember(torch.device("cuda"), 101, processes=2) == (torch.device("cpu"), 1000)
