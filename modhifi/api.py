@@ -5,6 +5,7 @@ The tests run every example below, offline, on the model and the images that com
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -377,7 +378,7 @@ def compare(
         "method": dict(method or {}),
         **_given_only(selectors=selectors and list(selectors), compensate=compensate and list(compensate)),
         **_given_only(seed=seed, batch_size=batch_size, out=_path_text(out)),
-        **{"flops": list(flops), "params": list(params), "ratio": list(ratio)},
+        **{"flops": _several(flops), "params": _several(params), "ratio": _several(ratio)},
     }
     return run_compare(
         validate(CompareRecipe, content, "modhifi.compare"),
@@ -533,7 +534,16 @@ def _directory_or_class(edited: str | Path | nn.Module) -> str:
 
 
 def _classes(forget: str | int | Sequence[str | int]) -> list[str]:
-    return [str(c) for c in ([forget] if isinstance(forget, str | int) else forget)]
+    try:
+        # Numbers of numpy and torch are indices, too.
+        given: Sequence[Any] = [forget if isinstance(forget, str) else operator.index(forget)]  # type: ignore[arg-type]
+    except TypeError:
+        given = list(forget)  # type: ignore[arg-type]
+    return [one if isinstance(one, str) else str(operator.index(one)) for one in given]
+
+
+def _several(given: Any) -> list[Any]:
+    return [given] if isinstance(given, str | float | int) else list(given)
 
 
 def _loaded(model: Model, data: Data) -> LoadedModel:

@@ -39,6 +39,18 @@ class IndefiniteError(ModhifiError):
         )
 
 
+class UnfollowedError(ModhifiError):
+    """A model whose code does not follow the cut of some ``groups``: what is left computes something else."""
+
+    def __init__(self, groups: Iterable[str]) -> None:
+        self.groups = tuple(groups)
+        super().__init__(
+            f"once {', '.join(self.groups[:3])} {'is' if len(self.groups) == 1 else 'are'} cut, the model computes "
+            "something else on the samples than with the components masked, or fails: its code counts on them, or "
+            "takes a branch there; --exclude them"
+        )
+
+
 # What torch's own allocator says, and oneDNN where it gets no room for its scratch pad.
 OUT_OF_MEMORY = re.compile("can't allocate memory|could not create a primitive$")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import torch
 from PIL import Image
 from torch import Tensor
@@ -26,6 +29,23 @@ def scored_classes(loaded: LoadedModel) -> int | None:
     with torch.no_grad():
         logits = loaded.logits(loaded.example)
     return int(logits.shape[1]) if logits.ndim == 2 else None
+
+
+def classes_by_name(labels: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
+    """The class indices that each name may mean: a whole label or one of its comma-separated synonyms (:func:`plain`).
+
+    Two classes may have one name, as the cranes of ImageNet have.
+    """
+    known: dict[str, tuple[int, ...]] = {}
+    for index, label in enumerate(labels or ()):
+        for name in {plain(part) for part in (label, *label.split(","))}:
+            known[name] = (*known.get(name, ()), index)
+    return known
+
+
+def plain(name: str) -> str:
+    """The name of a class in one spelling, whatever its case and whether spaces, hyphens or underscores part words."""
+    return re.sub(r"[\s_-]+", " ", name).strip().lower()
 
 
 def normalisation(loaded: LoadedModel) -> tuple[Tensor, Tensor]:

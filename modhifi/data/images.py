@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from modhifi.data.hidden import is_hidden
-from modhifi.data.image_inputs import class_count, image_shape
+from modhifi.data.image_inputs import class_count, classes_by_name, image_shape, plain
 from modhifi.data.samples import Samples
 from modhifi.errors import ModhifiError
 from modhifi.models import hub
@@ -107,22 +107,27 @@ def from_datasets(rest: str, loaded: LoadedModel, n: int, seed: int) -> Samples:
 def match_labels(names: Sequence[str], loaded: LoadedModel) -> tuple[dict[str, int] | None, str]:
     """The model's class index for each class name, and a remark for the description.
 
-    In this order: names that are all integers are the indices; names that are all among the model's labels, or all
-    WordNet ids for a model of the 1,000 ImageNet classes, have those indices; otherwise name `i` is class `i` if there
-    are as many as the model has classes. None if nothing fits: a wrong label is worse than none.
+    In this order: names that are all among the model's labels have those indices; names that are all integers are the
+    indices; WordNet ids for a model of the 1,000 ImageNet classes have theirs; otherwise name `i` is class `i` if the
+    model has as many classes, and no labels that say something else. None if nothing fits, or a name means two classes:
+    a wrong label is worse than none.
     """
-    classes = class_count(loaded)
-    known = {label.lower(): i for i, label in enumerate(loaded.labels or ())}
-    if all(name.isdecimal() for name in names):
+    classes, known = class_count(loaded), classes_by_name(loaded.labels)
+    found = {name: known.get(plain(name), ()) for name in names}
+    odd = [name for name, meant in found.items() if len(meant) != 1]
+    if not odd:
+        indices = {name: meant[0] for name, meant in found.items()}
+    elif all(name.isdecimal() for name in names):
         indices = {name: int(name) for name in names}
-    elif all(name.lower() in known for name in names):
-        indices = {name: known[name.lower()] for name in names}
     elif classes == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names):
         from timm.data.imagenet_info import ImageNetInfo
 
         synsets: list[str] = ImageNetInfo("imagenet-1k").label_names()
         order = {synset: i for i, synset in enumerate(synsets)}
         indices = {name: order.get(name, classes) for name in names}
+    elif known:
+        few = ", ".join(f"'{name}'" for name in odd[:3]) + (f" and {len(odd) - 3} others" if len(odd) > 3 else "")
+        return None, f"labels unused: {few} {'is' if len(odd) == 1 else 'are'} not the name of one class of the model"
     elif classes is None or classes == len(names):
         indices = {name: i for i, name in enumerate(names)}
     else:

@@ -60,7 +60,11 @@ def look(loaded: LoadedModel, samples: Samples, batch_size: int = 32) -> dict[st
     try:
         if not handles and classes is None:
             return {}
-        predicted = [loaded.logits(batch.to(device)).argmax(1) for batch in few.batches(batch_size)]
+        predicted = []
+        for batch in few.batches(batch_size):
+            logits = loaded.logits(batch.to(device))
+            if classes is not None:
+                predicted.append(logits.argmax(1))
     finally:
         for handle in handles:
             handle.remove()

@@ -79,11 +79,12 @@ class LoadedModel:
     def logits(self, batch: Tensor, model: nn.Module | None = None) -> Tensor:
         """The main output of one forward pass of ``model`` (default: this model) on a batch, axis 0 the batch.
 
-        Logits where the model has them, otherwise its first output. The batch moves to the
-        model's device and dtype (:meth:`ready`); token ids of ``PADDING`` are masked out of the attention. Raises
+        Logits where the model has them, otherwise its first output; classes that a 1-d convolution put on axis 1, as
+        losses of torch read them, stand behind. The batch moves to the model's device and dtype (:meth:`ready`); token ids of ``PADDING`` are masked out of the attention. Raises
         ModhifiError if the model returns no tensor.
         """
-        return main_output(self._forward(batch, model))
+        output = main_output(self._forward(batch, model))
+        return output.movedim(1, -1) if output.ndim == 3 and self.classes_first else output
 
     def outputs(self, batch: Tensor, model: nn.Module | None = None) -> dict[str, Tensor]:
         """Every tensor that one forward pass returns, by its place in the output; "" where there is one alone.
@@ -114,7 +115,10 @@ class LoadedModel:
             if len(self._forward(two[:1], None)) == 1:
                 names = ", ".join(dict.fromkeys(name for name, _ in named_tensors(output[0])))
                 return f"the model returns a list with one entry an item ({names}), whose sizes are its own"
-        rows = len(main_output(output))
+        main = main_output(output)
+        if main.dtype == torch.bool or main.is_complex():
+            return f"the model's first output is {str(main.dtype).removeprefix('torch.')}, of which nothing is largest"
+        rows = len(main)
         return "" if rows == 2 else f"the model's first output holds {rows} rows for two items"
 
     @torch.no_grad()
@@ -141,6 +145,20 @@ class LoadedModel:
         self._forward(batch, model, **(last_logits(model) if self.kind == "text" else {}))
 
     @cached_property
+    def classes_first(self) -> bool:
+        """Whether the main output, of three axes, is that of a 1-d convolution. Costs a pass where there are any."""
+        made: dict[int, torch.Size] = {}
+        layers = [m for m in self.model.modules() if isinstance(m, nn.Conv1d | nn.ConvTranspose1d)]
+        hooks = [m.register_forward_hook(lambda _, args, y: made.update({y.data_ptr(): y.shape})) for m in layers]
+        try:
+            with torch.no_grad():
+                output = main_output(self._forward(self.example_of_two(), None)) if layers else None
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return output is not None and output.ndim == 3 and made.get(output.data_ptr()) == output.shape
+
+    @cached_property
     def gives_values(self) -> bool:
         """Whether the outputs are values, of which the largest names no class and no token: features, or one number.
 
@@ -155,6 +173,7 @@ class LoadedModel:
             return True
         with torch.no_grad():
             name, output = _main(self._forward(self.example_of_two(), None))
+            output = output.movedim(1, -1) if output.ndim == 3 and self.classes_first else output
         # In a tuple outputs have numbers in place of names.
         scores = "logits" in name or (name in ("", "0") and "For" in type(self.model).__name__)
         return classes_last(output).shape[-1] == 1 or (self.framework == "transformers" and not scores)

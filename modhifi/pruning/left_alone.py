@@ -19,6 +19,10 @@ from modhifi.structure.groups import Structure
 from modhifi.structure.places import operator_at
 from modhifi.structure.stacked import Stacked
 
+UNFOLLOWED = (
+    "once it is cut, the model computes something else on the samples than with its components masked, or fails: its "
+    "code counts on them, or takes a branch there"
+)
 UNSOLVED = "the Gram matrix of what reads it has no factorisation, even with strong damping"
 
 

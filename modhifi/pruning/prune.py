@@ -11,7 +11,7 @@ from modhifi.calibration.distributed import ALONE, Processes, shared
 from modhifi.calibration.gram_quality import gram_quality
 from modhifi.calibration.moments import Moments
 from modhifi.data.samples import Samples
-from modhifi.errors import IndefiniteError, ModhifiError
+from modhifi.errors import IndefiniteError, ModhifiError, UnfollowedError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.pruning.blockwise import contribute_in_blocks, fit_in_memory, prune_in_blocks
@@ -22,7 +22,7 @@ from modhifi.pruning.depth_order import depth_curves
 from modhifi.pruning.elimination import Curve
 from modhifi.pruning.layouts import LAYOUTS
 from modhifi.pruning.layouts.base import EXACT
-from modhifi.pruning.left_alone import UNSOLVED, leave, unmeasured
+from modhifi.pruning.left_alone import UNFOLLOWED, UNSOLVED, leave, unmeasured
 from modhifi.pruning.metered import Meter, Metered
 from modhifi.pruning.metered_plan import metered_plan
 from modhifi.pruning.planned import Planned, Way
@@ -124,6 +124,10 @@ def prune_model(
             if not error.groups or settings.strict:
                 raise
             left |= dict.fromkeys(error.groups, UNSOLVED)
+        except UnfollowedError as error:
+            if plan is not None or settings.strict or set(error.groups) <= left.keys():
+                raise
+            left |= dict.fromkeys(error.groups, UNFOLLOWED)
         except ModhifiError as error:
             if not left:
                 raise

@@ -18,7 +18,7 @@ from modhifi.calibration.memory import check_room
 from modhifi.calibration.moments import Moments, combined
 from modhifi.calibration.sampling import Sampling
 from modhifi.data.samples import Samples, examples_in
-from modhifi.errors import IndefiniteError, ModhifiError
+from modhifi.errors import IndefiniteError, ModhifiError, UnfollowedError
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.stock import stating
 from modhifi.progress import Progress, silent
@@ -43,7 +43,7 @@ from modhifi.structure.stacked import Stacked
 from modhifi.structure.surgery import shrink
 from modhifi.structure.tracing.residual import with_depth
 from modhifi.structure.tracing.tracer import trace, trace_ranks
-from modhifi.structure.trial_cut import confirm
+from modhifi.structure.trial_cut import confirm, drawn_alike, wrong_output
 
 # How many reasons an error names.
 TOLD = 3
@@ -64,6 +64,8 @@ class Rounded:
 # Tokens on which a causal model is tried out: it reads any beginning of a text, and a prime number of them is hardly
 # one of its widths.
 TRIAL_TOKENS = 5
+# Samples, and tokens of each, on which a plan is tried; groups that are tried alone where it fails.
+TRIED, TRIED_TOKENS, ALONE_TRIED = 8, 64, 50
 
 
 @dataclass(frozen=True)
@@ -249,6 +251,7 @@ def apply_plan(
     Of a ``team`` this is the main process, and the others call :func:`follow_plans`.
     """
     plan.check(structure)
+    _require_followed(loaded, structure, plan, samples)
     if moments is None:
         edited, errors = clone(loaded.model), tuple[LayerError, ...]()
     else:
@@ -258,6 +261,26 @@ def apply_plan(
             shared(plan, team)
         edited, errors = _compensated(loaded, structure, plan, moments, settings, samples, progress, team)
     return Pruned(stating(shrink(edited, structure, plan), loaded), structure, plan, {}, errors)
+
+
+def _require_followed(loaded: LoadedModel, structure: Structure, plan: Plan, samples: Samples | None) -> None:
+    """Raises :class:`UnfollowedError` where the cut model is another one than the masked on the first few samples.
+
+    The structure was tried with other plans, on the example alone: code that goes by the number of a block, or takes
+    other branches for other inputs, shows itself here.
+    """
+    if not plan.kept:
+        return
+    batch = loaded.example if samples is None else next(samples.batches(min(TRIED, len(samples))))
+    batch = batch[:, :TRIED_TOKENS] if loaded.reads_tokens else batch
+    run = drawn_alike(partial(loaded.outputs, batch))
+
+    def fails(kept: Mapping[str, tuple[int, ...]]) -> bool:
+        return wrong_output(loaded.model, structure, Plan(dict(kept)), run) is not None
+
+    if fails(plan.kept):
+        alone = [name for name, kept in list(plan.kept.items())[:ALONE_TRIED] if fails({name: kept})]
+        raise UnfollowedError(alone or plan.kept)
 
 
 def _compensated(

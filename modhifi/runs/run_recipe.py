@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from modhifi.artifacts.summary import check_summary, write_summary
 from modhifi.calibration.distributed import launched
 from modhifi.disk import RECIPE, check_output, home_path, leftovers, steps_of, unfinished
-from modhifi.errors import ModhifiError, OutOfReach
+from modhifi.errors import GateFailed, ModhifiError, OutOfReach
 from modhifi.runs.inputs import local_paths, located
 from modhifi.runs.recipes.files import set_value, to_yaml
 from modhifi.runs.recipes.tasks import STEP, Recipe, StepsRecipe, parse
@@ -71,25 +71,40 @@ def _run_all(recipe: StepsRecipe, circumstances: Circumstances) -> list[Done]:
                 out.rmdir()
         raise
     for step in replaced:
-        if (out / step).is_dir() and not (out / step).is_symlink():
-            shutil.rmtree(out / step)
+        _remove(out / step)
     return finished
 
 
 def _first_that_holds(variants: Sequence[Variant], out: Path, circumstances: Circumstances) -> list[Done]:
-    """Runs each of the variants until no check of one fails; a budget out of reach fails, too."""
+    """Runs each of the variants until no check of one fails; a budget out of reach fails, too.
+
+    What an earlier variant wrote for steps that a later one does not come to goes: it is of a model that is gone.
+    """
     finished: list[Done] = []
     for number, (label, content) in enumerate(variants):
         force = circumstances.force or number > 0
+        before, reached = finished, list[Done]()
         try:
-            finished = _run_steps(content, label, out, replace(circumstances, force=force))
-        except OutOfReach:
-            if number + 1 == len(variants):
+            for done in _run_steps(content, label, out, replace(circumstances, force=force)):
+                reached.append(done)
+            if reached[-1].failure is None:
+                return reached
+        except OutOfReach as error:
+            if number + 1 == len(variants) and (reached or not before):
                 raise
-            continue
-        if finished[-1].failure is None:
-            break
+            if not reached and before:  # what is there is the earlier variant's, as it was written
+                told = f"{before[-1].failure}; {label} is out of reach: {error}"
+                finished = [*before[:-1], replace(before[-1], failure=GateFailed(told))]
+        if reached:
+            for name in [*content["steps"]][len(reached) : len(before)]:
+                _remove(out / name)
+            finished = reached
     return finished
+
+
+def _remove(step: Path) -> None:
+    if step.is_dir() and not step.is_symlink():
+        shutil.rmtree(step)
 
 
 def _ended_early(out: Path, written: str) -> bool:
@@ -115,8 +130,8 @@ def _variants(recipe: StepsRecipe) -> list[Variant]:
     return variants
 
 
-def _run_steps(content: dict[str, Any], label: str, out: Path, circumstances: Circumstances) -> list[Done]:
-    finished: list[Done] = []
+def _run_steps(content: dict[str, Any], label: str, out: Path, circumstances: Circumstances) -> Iterator[Done]:
+    """Every step as soon as it is done, as far as the first one that fails."""
     progress, total = circumstances.progress, len(content["steps"])
     title = f"steps ({label})" if label else "steps"
     for number, (name, step) in enumerate(content["steps"].items()):
@@ -128,12 +143,12 @@ def _run_steps(content: dict[str, Any], label: str, out: Path, circumstances: Ci
             progress(f"  {name}{f' {label}' if label else ''}: {stage}", done, of_total)
 
         full_name = f"{name} ({label})" if label else name
-        finished.append(run_task(full_name, recipe, replace(circumstances, progress=inner)))
-        _summarise(recipe, finished[-1:])
-        if finished[-1].failure is not None:
-            return finished
+        done = run_task(full_name, recipe, replace(circumstances, progress=inner))
+        _summarise(recipe, [done])
+        yield done
+        if done.failure is not None:
+            return
     progress(title, total, total)
-    return finished
 
 
 def _placed(content: Any, out: Path) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from modhifi.data.image_inputs import class_count
+from modhifi.data.image_inputs import class_count, classes_by_name, plain
 from modhifi.data.in_memory import Data, source_name
 from modhifi.data.labels import class_name, label_samples, populations
 from modhifi.data.samples import Samples
@@ -52,13 +52,10 @@ def find_classes(wanted: Sequence[str], loaded: LoadedModel) -> tuple[int, ...]:
     nearest, and where no class would be left.
     """
     total = count_classes(loaded)
-    known: dict[str, int] = {}
-    for index, label in enumerate(loaded.labels or ()):
-        for name in (label, *label.split(",")):
-            known.setdefault(name.strip().lower(), index)
+    known = classes_by_name(loaded.labels)
     indices: list[int] = []
     for text in wanted:
-        whole = text.strip().lower() in known
+        whole = plain(text) in known
         for part in [text] if whole else text.split(","):
             indices.append(_class(part.strip(), known, total, loaded))
     indices = list(dict.fromkeys(indices))
@@ -69,16 +66,19 @@ def find_classes(wanted: Sequence[str], loaded: LoadedModel) -> tuple[int, ...]:
     return tuple(indices)
 
 
-def _class(name: str, known: dict[str, int], total: int, loaded: LoadedModel) -> int:
+def _class(name: str, known: Mapping[str, Sequence[int]], total: int, loaded: LoadedModel) -> int:
+    meant = known.get(plain(name), ())
+    if len(meant) > 1:
+        raise ModhifiError(f"'{name}' is the name of the classes {' and '.join(map(str, meant))}; give one's index")
+    if meant:
+        return meant[0]
     if name.isdecimal():
         if int(name) >= total:
             raise ModhifiError(f"class {name} does not exist; {loaded.source} has classes 0 to {total - 1}")
         return int(name)
-    if name.lower() in known:
-        return known[name.lower()]
     if not known:
         raise ModhifiError(f"{loaded.source} has no class names, so '{name}' means nothing; use 0 to {total - 1}")
-    near = difflib.get_close_matches(name.lower(), known, n=1)
+    near = difflib.get_close_matches(plain(name), known, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"it knows {', '.join(list(known)[:5])}, …"
     raise ModhifiError(f"{loaded.source} has no class '{name}'; {hint}")
 

@@ -113,6 +113,8 @@ def test_large_sets_are_read_again_instead_of_kept(flat_folder: Path, monkeypatc
         (("cat", "dog", "eel", "fox"), None, [0, 1, 2, 3]),
         (("0003", "0001"), None, [3, 1]),
         (("Dog", "cat"), ("cat", "cow", "dog", "fox"), [2, 0]),
+        (("great_white-shark", "tench"), ("tench, Tinca tinca", "cow", "great white shark", "fox"), [2, 0]),
+        (("2", "1"), ("3", "2", "1", "0"), [1, 2]),
     ],
 )
 def test_labels_of_class_folders(tmp_path: Path, names: tuple[str, ...], labels: Any, expected: list[int]) -> None:
@@ -140,6 +142,19 @@ def test_hidden_folders_and_files_are_no_data(tmp_path: Path, hidden: str) -> No
 def test_labels_that_fit_no_class_are_not_guessed(tmp_path: Path, names: tuple[str, ...]) -> None:
     samples = load_samples(f"images:{class_folders(tmp_path, names)}", stand_in(), n=100)
     assert samples.labels is None and "labels unused" in samples.description
+
+
+@pytest.mark.parametrize(
+    ("names", "odd"),
+    [(("cat", "cow", "dogs", "fox"), "'dogs' is"), (("a", "b", "crane", "d"), "'a', 'b', 'crane' and")],
+)
+def test_folders_named_otherwise_than_the_classes_have_no_labels(
+    tmp_path: Path, names: tuple[str, ...], odd: str
+) -> None:
+    """There are as many as the model has classes, and yet their places say nothing."""
+    labels = ("crane", "cow", "crane", "fox") if "crane" in names else ("cat", "cow", "dog", "fox")
+    samples = load_samples(f"images:{class_folders(tmp_path, names)}", stand_in(labels=labels), n=100)
+    assert samples.labels is None and f"labels unused: {odd}" in samples.description
 
 
 def test_wordnet_folders_of_an_imagenet_model() -> None:

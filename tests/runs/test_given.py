@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import tiny_transformers
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
 
 import modhifi
+from modhifi.api import _classes
 from modhifi.data.in_memory import from_items, held_items
 from modhifi.data.mixture import Mixture, mixed
 from modhifi.data.samples import synthetic_items
@@ -295,3 +297,100 @@ def test_what_a_format_does_not_take_is_told_before_the_run(tmp_path: Path) -> N
         with pytest.raises(ModhifiError, match=told or "has one input, and this model reads several"):
             modhifi.prune(loaded, items, ratio=0.5, out=tmp_path / "out", export=("onnx",), **FEW)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("classes", [1, 5])
+def test_classes_of_a_one_dimensional_convolution_stand_on_axis_one(classes: int) -> None:
+    """As losses of torch read them; the same network with its output turned is measured alike."""
+
+    class Turned(nn.Module):
+        def __init__(self, body: nn.Module) -> None:
+            super().__init__()
+            self.body = body
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x).mT.contiguous()
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(1, 24, 5, padding=2), nn.ReLU(), nn.Conv1d(24, classes, 5, padding=2)).eval()
+    items = torch.randn(60, 1, 40)
+    first, second = (modhifi.prune(model, items, ratio=0.5, **FEW).report for model in (net, Turned(net)))
+    assert first["values"] is second["values"] is (classes == 1)
+    assert first["before_after"][0] == second["before_after"][0]
+    assert first["errors"].get("agreement") == second["errors"].get("agreement")
+
+
+@pytest.mark.parametrize("end", [lambda y: y > 0, lambda y: torch.complex(y, y)], ids=["bool", "complex"])
+def test_outputs_of_which_nothing_is_largest_are_counted(end: Callable[[Tensor], Tensor]) -> None:
+    class Ending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = conv()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return end(self.body(x))
+
+    report = modhifi.prune(Ending().eval(), pixels(), ratio=0.5, **FEW).report
+    assert any("of which nothing is largest" in verdict["text"] for verdict in report["verdicts"])
+
+
+class Block(nn.Module):
+    """A residual block that looks at the tokens beside where it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(24), nn.Linear(24, 48), nn.Linear(48, 24)
+
+    def forward(self, x: Tensor, beside: bool) -> Tensor:
+        y = self.norm(x)
+        if beside:
+            y = y.roll(1, 1) + y.mean(1, keepdim=True)
+        return x + self.down(self.up(y).relu())
+
+
+class Alternating(nn.Module):
+    """Every second block looks beside, by its number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 24), nn.Linear(24, 5)
+        self.blocks = nn.ModuleList(Block() for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for number, block in enumerate(self.blocks):
+            x = block(x, number % 2 == 1)
+        return self.last(x.mean(1))
+
+
+def test_blocks_that_count_by_their_number_stay() -> None:
+    torch.manual_seed(0)
+    items, method = torch.randn(80, 10, 16), {"only": ["blocks"], "round_to": 1}
+    with pytest.raises(ModhifiError, match="'blocks': once it is cut, the model computes something else on the samp"):
+        modhifi.prune(Alternating().eval(), items, ratio=0.25, method=method, **FEW)
+
+
+def test_what_other_samples_run_is_not_cut_away() -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.middle, self.route = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(16, 8)
+            self.ends = nn.ModuleList(nn.Linear(32, 5) for _ in range(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden, chosen = self.middle(self.stem(x).relu()).relu(), self.route(x).argmax(-1)
+            out = hidden.new_zeros(len(x), 5)
+            for number, end in enumerate(self.ends):
+                if (chosen == number).any():
+                    out[chosen == number] = end(hidden[chosen == number])
+            return out
+
+    torch.manual_seed(0)
+    small = modhifi.prune(Routed().eval(), torch.randn(80, 16), ratio=0.3, **FEW)
+    assert small.model is not None and small.model.stem.out_features < 32 and small.model.middle.out_features == 32
+    assert any("the group 'middle' stays as it is: once it is cut" in told for told in small.report["warnings"])
+
+
+@pytest.mark.parametrize("given", [2, "2", np.int64(2), torch.tensor(2), [2], np.array([2]), torch.tensor([2])])
+def test_classes_may_be_numbers_of_any_kind(given: Any) -> None:
+    assert _classes(given) == ["2"]

@@ -11,6 +11,7 @@ import pytest
 from modhifi.disk import check_output, foreign, steps_of
 from modhifi.errors import ModhifiError
 from modhifi.healing.checkpoint import Checkpoint
+from modhifi.runs.recipes.files import apply_overrides
 from modhifi.runs.recipes.tasks import parse
 from modhifi.runs.run_recipe import run_recipe
 from modhifi.runs.run_task import Circumstances
@@ -98,8 +99,20 @@ def test_a_sweep_passes_over_a_budget_out_of_reach(model_dir: Path, tmp_path: Pa
     del content["steps"]["heal"]
     (done,) = run(content, tmp_path / "out")
     assert done.name == "prune (prune.budget.flops=0.7x)" and done.failure is None
+    strict = _strict(content)
+    (failed,) = run({**content, "sweep": {"steps.prune.budget.flops": ["0.7x", "0.0001x"]}} | strict, tmp_path / "b")
+    assert failed.name.endswith("=0.7x)") and (tmp_path / "b" / "prune").is_dir()
+    assert "prune.budget.flops=0.0001x is out of reach: no allocation keeps only" in str(failed.failure)
     with pytest.raises(ModhifiError, match="no allocation keeps only"):
-        run({**content, "sweep": {"steps.prune.budget.flops": ["0.7x", "0.0001x"]}} | _strict(content), tmp_path / "b")
+        run({**content, "sweep": {"steps.prune.budget.flops": ["0.0001x"]}}, tmp_path / "c")
+
+
+def test_a_later_variant_leaves_nothing_of_an_earlier_one(model_dir: Path, tmp_path: Path) -> None:
+    content = steps(model_dir, **{"steps.prune.checks.max_error": [10.0, 1e-9]})
+    content["steps"]["heal"] |= {"budget": {"steps": 2}, "checks": {"walked": 0, "max_error": 1e-9}}
+    finished = run(content, tmp_path / "out")
+    assert [done.name.partition(" ")[0] for done in finished] == ["prune"] and finished[0].failure is not None
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == {"prune"}
 
 
 def _strict(content: dict[str, Any]) -> dict[str, Any]:
@@ -135,3 +148,12 @@ def test_the_working_directory_is_filled_and_stays(
     assert done.path is not None and (Path.cwd() / "modhifi.json").is_file() and Path.cwd().samefile(tmp_path)
     with pytest.raises(ModhifiError, match="is not empty"):
         check_output(".")
+
+
+def test_what_is_set_is_not_swept() -> None:
+    content = {"steps": {"a": {}}, "sweep": {"steps.a.budget.flops": ["0.9x", "0.5x"]}}
+    assert apply_overrides(content, ["steps.a.budget.flops=0.7x"]) == {
+        "steps": {"a": {"budget": {"flops": "0.7x"}}},
+        "sweep": {},
+    }
+    assert apply_overrides(content, ["steps.a.seed=1"])["sweep"] == content["sweep"]

@@ -140,6 +140,8 @@ def apply_overrides(content: dict[str, Any], changes: Sequence[str]) -> dict[str
         if not equals or not path:
             raise ModhifiError(f"--set takes a.b=value, not {change!r}")
         set_value(result, path, parse_yaml(value, f"--set {change}"))
+        if isinstance(sweep := result.get("sweep"), dict):  # what is set has the last word
+            sweep.pop(path, None)
     return result
 
 
