@@ -26,6 +26,7 @@ from modhifi.runs.compare import Comparison, run_compare
 from modhifi.runs.devices import resolve_device
 from modhifi.runs.heal import HealResult
 from modhifi.runs.inputs import Given
+from modhifi.runs.plain_modes import plain_modes
 from modhifi.runs.prune import PruneResult
 from modhifi.runs.recipes.bench import Settings
 from modhifi.runs.recipes.compare import CompareRecipe
@@ -42,6 +43,7 @@ Model = str | Path | nn.Module | LoadedModel
 """``timm:NAME``, ``hf:ORG/NAME[@REVISION]``, ``demo:resnet``, a directory, a module (it is copied), a loaded model."""
 
 
+@plain_modes()
 def prune(
     model: Model,
     data: Data = "synthetic",
@@ -136,6 +138,7 @@ def prune(
     return done.result
 
 
+@plain_modes()
 def unlearn(
     model: Model,
     data: Data,
@@ -194,6 +197,7 @@ def unlearn(
     return done.result
 
 
+@plain_modes()
 def heal(
     edited: str | Path | nn.Module,
     data: Data = "synthetic",
@@ -265,6 +269,7 @@ def heal(
     return done.result
 
 
+@plain_modes()
 def bench(
     *models: str | Path | nn.Module | LoadedModel,
     runtime: Sequence[str] = ("eager",),
@@ -297,6 +302,7 @@ def bench(
     return bench_models(subjects, settings, notes, progress)
 
 
+@plain_modes()
 def score(
     model: Model,
     data: Data = "synthetic",
@@ -327,6 +333,7 @@ def score(
     return score_model(loaded, data, samples, seed, progress, window, selector, layers)
 
 
+@plain_modes()
 def compare(
     model: Model,
     data: Data = "synthetic",
@@ -390,6 +397,7 @@ def compare(
     )
 
 
+@plain_modes()
 def verify(
     edited: str | Path | nn.Module,
     data: Data,
@@ -454,6 +462,7 @@ def verify(
     return done.result
 
 
+@plain_modes()
 def audit(
     edited: str | Path | nn.Module,
     data: Data,
@@ -550,7 +559,7 @@ def _loaded(model: Model, data: Data) -> LoadedModel:
     """Loads the model; items of several inputs are its example, and so are the items for a module without its own."""
     if isinstance(model, LoadedModel):
         return model
-    several = several_inputs(data)
+    several = several_inputs(data, unwrapped(model)[0] if isinstance(model, nn.Module) else None)
     if several is not None or not isinstance(model, nn.Module):
         return load_model(model, example=several)
     inner, _ = unwrapped(model)

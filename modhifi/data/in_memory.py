@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from modhifi.data.image_inputs import scored_classes
 from modhifi.data.mixture import Mixture, is_named
@@ -46,8 +48,9 @@ def from_items(
 
     An item is a model-ready tensor without a batch axis, a PIL image (``transform`` prepares it), several inputs (a
     tuple or mapping of tensors in the form of ``packing``, which packs them), or a pair of one of these with a class
-    index; -1 is none. Asking for an item again must give the same one: no random augmentation. ``items`` that draw
-    what they return, a sampler, say so by an attribute ``synthetic`` that is true: batch statistics apply to them.
+    index; -1 is none. Of a pair with any other target, such as a mask, the input counts alone. Asking for an item again
+    must give the same one: no random augmentation. ``items`` that draw what they return, a sampler, say so by an
+    attribute ``synthetic`` that is true: batch statistics apply to them.
     ``tokens`` is how many different ones the model knows.
     Raises ModhifiError for anything else, for labels on some items only, and where there is nothing.
     """
@@ -58,8 +61,7 @@ def from_items(
         item, label = items[index], None
         if _is_labelled(item) and not (packing is not None and packing.fits(item)):
             item, label = item[0], _class_index(item[1], index)
-        if packing is not None:
-            item = packing.pack(item)
+        item = packing.pack(item) if packing is not None else _without_target(item)
         if isinstance(item, Image.Image):
             if transform is None:
                 raise ModhifiError("this model brings no preprocessing for images; give tensors that it reads")
@@ -130,13 +132,34 @@ def _is_labelled(item: Any) -> bool:
     return not is_several(second)
 
 
-def several_inputs(data: Data) -> Any:
-    """An example batch of two items that have several inputs each; None for data of another kind."""
+def _without_target(item: Any) -> Any:
+    """The input of a pair with what it should give, a mask or boxes, for a model that reads one tensor."""
+    pair = isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], Tensor | Image.Image)
+    return item[0] if pair else item
+
+
+def _reads_one(module: object) -> bool:
+    """Whether a module's forward has a place for one input alone."""
+    if not isinstance(module, nn.Module):
+        return False
+    with suppress(TypeError, ValueError):  # code of C++ tells nothing
+        arguments = inspect.signature(module.forward).parameters.values()
+        return len(arguments) == 1 and all(a.kind is not a.VAR_POSITIONAL for a in arguments)
+    return False
+
+
+def several_inputs(data: Data, model: object = None) -> Any:
+    """An example batch of two items that have several inputs each; None for data of another kind.
+
+    A pair for a ``model`` that reads one input is that input and a target.
+    """
     data = held_items(data)
     if isinstance(data, str | Samples | Tensor | Mapping) or not isinstance(data, Indexed) or not len(data):
         return None
     items = [data[i] for i in (0, min(1, len(data) - 1))]
     inputs = [item[0] if _is_labelled(item) else item for item in items]
+    if _reads_one(model):
+        inputs = [_without_target(item) for item in inputs]
     if not is_several(inputs[0]):
         return None
     packing = Packing.of(inputs[0])

@@ -159,3 +159,15 @@ def standing_in(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[No
             del module.forward
             if own is not None:
                 module.forward = own
+
+
+@contextmanager
+def module_by_module(model: nn.Module) -> Iterator[None]:
+    """Torch's own encoder runs without its fast path, whose nested tensors neither hooks nor stand-ins can read."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    plain = not any(isinstance(module, nn.TransformerEncoder) for module in model.modules())
+    torch.backends.mha.set_fastpath_enabled(before and plain)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modhifi.errors import ModhifiError
 from modhifi.models.chance import drawing_by
+from modhifi.models.hooks import module_by_module
 from modhifi.models.hub import first_line
 from modhifi.models.manifest import Artifact
 from modhifi.models.packing import Packing, Unpacked, pack_batch
@@ -80,8 +81,8 @@ class LoadedModel:
         """The main output of one forward pass of ``model`` (default: this model) on a batch, axis 0 the batch.
 
         Logits where the model has them, otherwise its first output; classes that a 1-d convolution put on axis 1, as
-        losses of torch read them, stand behind. The batch moves to the model's device and dtype (:meth:`ready`); token ids of ``PADDING`` are masked out of the attention. Raises
-        ModhifiError if the model returns no tensor.
+        losses of torch read them, stand behind. The batch moves to the model's device and dtype (:meth:`ready`); token
+        ids of ``PADDING`` are masked out of the attention. Raises ModhifiError if the model returns no tensor.
         """
         output = main_output(self._forward(batch, model))
         return output.movedim(1, -1) if output.ndim == 3 and self.classes_first else output
@@ -238,6 +239,10 @@ class LoadedModel:
         return output
 
     def _plain_forward(self, batch: Tensor, model: nn.Module, options: dict[str, Any]) -> Any:
+        with module_by_module(model):
+            return self._call(batch, model, options)
+
+    def _call(self, batch: Tensor, model: nn.Module, options: dict[str, Any]) -> Any:
         batch = self.ready(batch, model)
         if self.kind == "tensor":
             batch = batch.clone()  # code of one's own may change what it is given

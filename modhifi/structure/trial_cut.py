@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from modhifi.errors import is_out_of_memory
 from modhifi.structure.clone import clone
@@ -22,6 +23,7 @@ from modhifi.structure.plan import Plan
 from modhifi.structure.surgery import mask_readers, shrink
 
 FIXED = "the model's code counts on this width: it fails, or computes something else, once a component is cut"
+DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
 HALF = (torch.float16, torch.bfloat16)
 UNEQUAL = (
     "the model's code counts on one width in several blocks: it fails, or computes something else, once one block has "
@@ -61,14 +63,24 @@ def confirm(model: nn.Module, structure: Structure, run: Callable[[nn.Module], A
 
 
 def drawn_alike(run: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
-    """A pass in which models that draw at random draw the same every time."""
+    """A pass in which models that draw at random draw the same every time, whatever their widths, and drop nothing."""
 
     def seeded(model: nn.Module) -> Any:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _Undropped():
             torch.manual_seed(0)
             return run(model)
 
     return seeded
+
+
+class _Undropped(TorchFunctionMode):
+    """Dropout gives back what it is given: what it draws for fewer components is no part of what it draws for more."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "").rstrip("_") in DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        return func(*args, **kwargs)
 
 
 def _tied(

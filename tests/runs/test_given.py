@@ -394,3 +394,59 @@ def test_what_other_samples_run_is_not_cut_away() -> None:
 @pytest.mark.parametrize("given", [2, "2", np.int64(2), torch.tensor(2), [2], np.array([2]), torch.tensor([2])])
 def test_classes_may_be_numbers_of_any_kind(given: Any) -> None:
     assert _classes(given) == ["2"]
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_what_a_program_has_switched_on_changes_nothing(mode: Callable[[], Any]) -> None:
+    plain = modhifi.prune(conv(), pixels(), ratio=0.5, **FEW)
+    model, items = conv(), pixels()
+    with mode():
+        small = modhifi.prune(model, items, ratio=0.5, **FEW)
+    assert small.report["errors"] == plain.report["errors"]
+    assert small.model is not None and small.model.requires_grad_(True)(items[:2]).requires_grad
+
+
+def test_an_encoder_of_torch_with_a_padding_mask_is_pruned_and_healed() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(24, 4, 48, batch_first=True)
+            self.encoder, self.out = nn.TransformerEncoder(layer, 2), nn.Linear(24, 5)
+
+        def forward(self, x: Tensor, pad: Tensor) -> Tensor:
+            return self.out(self.encoder(x, src_key_padding_mask=pad)[:, 0])
+
+    torch.manual_seed(0)
+    items = [{"x": torch.randn(10, 24), "pad": torch.arange(10) >= 5 + i % 6} for i in range(64)]
+    model = Encoder().eval()
+    small = modhifi.prune(model, items, ratio=0.5, **FEW)
+    assert small.model is not None and small.model.encoder.layers[1].linear1.out_features < 48
+    healed = modhifi.heal(small.model, items, against=model, steps=1, **FEW)
+    assert healed.model is not None and torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("target", [torch.zeros(8, 8, dtype=torch.int64), {"boxes": torch.zeros(2, 4)}, "a name"])
+def test_targets_that_no_input_is_for_are_left_out(target: Any) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
+    items = [(image, target) for image in pixels()]
+    if isinstance(target, str):
+        with pytest.raises(ModhifiError, match="give class indices"):
+            modhifi.prune(net, items, ratio=0.5, **FEW)
+    else:
+        report = modhifi.prune(net, items, ratio=0.5, **FEW).report
+        assert report["errors"] == modhifi.prune(net, pixels(), ratio=0.5, **FEW).report["errors"]
+
+
+def test_dropout_that_stays_on_is_no_reason_to_stay_wide() -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(24, 48), nn.Linear(48, 32), nn.Linear(32, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = nn.functional.dropout(self.first(x).relu(), 0.2, training=True)
+            return self.third(self.second(hidden).relu())
+
+    torch.manual_seed(0)
+    small = modhifi.prune(Dropping().eval(), torch.randn(80, 24), ratio=0.5, **FEW)
+    assert small.model is not None and small.model.first.out_features < 48 and small.model.second.out_features < 32
