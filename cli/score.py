@@ -90,7 +90,7 @@ def score(
     picks the layer whose similarity matrix is drawn.
     """
     check_file(out, "--out", json="all", csv="a table", safetensors="tensors")
-    check_file(plot, "--plot", html="a page", png="an image")
+    check_file(plot, "--plot", html="a page of charts", png="an image")
     with progress(quiet or as_json) as report:
         with imported_for_good():
             loaded = load_source(run.model)

@@ -30,6 +30,23 @@ OWN = re.compile(
     r"[\w.]*\.(json|txt|model|jinja)|additional_chat_templates|__pycache__"
 )
 
+# How the files that modhifi writes where it is told to are known again, by the name of their format.
+WRITTEN = "modhifi"
+SIGNS = {
+    "figures": rb'\A\{\s*"schema_version": \d+,\s*"title": "modhifi ',
+    "a page": rb"<title>modhifi ",
+    "all": rb'\A\[\s*\{\s*"group": ',
+    "a table": rb"\Agroup,component,",
+    "tensors": rb'\A.{8}\{.*\.subset_fidelity"',
+    "a page of charts": rb"<title>Fidelity of the components of ",
+    "an image": rb"\A\x89PNG.*tEXtSoftware\x00modhifi",
+    "a picture": rb"\A\x89PNG.*tEXtSoftware\x00modhifi",
+    "a drawing": rb"<dc:title>modhifi<",
+    "Markdown": rb"\A### [^\n]*: modhifi ",
+    "JUnit": rb'<testsuites name="modhifi"',
+}
+SIGN_BYTES = 2**20
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
 # Deeper than any file that is meant; what goes through it may call itself once a level.
 DEPTH = 100
@@ -224,13 +241,12 @@ def check_file(path: Path | None, option: str, *, within: str | Path | None = No
     """Raises ModhifiError, before any work, if a file could not be written to ``path``.
 
     ``endings`` are the allowed endings, each with the name of its format (``md="Markdown"``). ``within`` is a directory
-    that the run creates.
+    that the run creates. Nothing is written into a model or an artefact, and what is there is only replaced where it is
+    a file of this format that modhifi wrote.
     """
     if path is None:
         return
-    if path.suffix.removeprefix(".") not in endings:
-        formats = " or ".join(f".{ending} ({name})" for ending, name in endings.items())
-        raise ModhifiError(f"{option} {path}: the ending says the format; use {formats}")
+    check_ending(path, option, **endings)
     made_by_run = within is not None and path.absolute().is_relative_to(home_path(within).absolute())
     if not made_by_run and not path.absolute().parent.is_dir():
         raise ModhifiError(f"{option} {path}: there is no directory {path.parent}; make it first")
@@ -241,3 +257,40 @@ def check_file(path: Path | None, option: str, *, within: str | Path | None = No
             raise ModhifiError(
                 f"{option} {path} cannot be written: {error.strerror or error}; give a file in another directory"
             ) from error
+        _check_place(path)
+        _check_replaced(path, option, endings[path.suffix.removeprefix(".")])
+    elif OWN.fullmatch(path.name):
+        raise ModhifiError(f"{path} would be a file of what the run writes there itself; give another name")
+
+
+def check_ending(path: Path, option: str, **endings: str) -> None:
+    """Raises ModhifiError unless the path has one of the endings, each with the name of its format."""
+    if path.suffix.removeprefix(".") not in endings:
+        formats = " or ".join(f".{ending} ({name})" for ending, name in endings.items())
+        raise ModhifiError(f"{option} {path}: the ending says the format; use {formats}")
+
+
+def _check_place(path: Path) -> None:
+    """Raises ModhifiError for a file inside an artefact or the directory of a model."""
+    directory = path.resolve().parent
+    if any((parent / MANIFEST).is_file() for parent in (directory, *directory.parents)):
+        raise ModhifiError(f"{path} would be a file of an artefact, which stays as it was written; give another place")
+    if (directory / "config.json").is_file() and any(p.suffix in WEIGHTS for p in directory.iterdir()):
+        raise ModhifiError(f"{path} would be a file of a model, which stays as it is; give another place")
+
+
+def _check_replaced(path: Path, option: str, kind: str) -> None:
+    """Raises ModhifiError where there is something else than an empty file or one of that format from modhifi."""
+    if path.is_dir():
+        raise ModhifiError(f"{option} {path} is a directory; give a file")
+    if not path.exists():
+        return
+    try:
+        with path.open("rb") as file:
+            start = file.read(SIGN_BYTES)
+    except OSError as error:
+        raise ModhifiError(f"{option} {path} cannot be read: {error.strerror or error}; give another name") from error
+    if start and not re.search(SIGNS[kind], start, re.DOTALL):
+        raise ModhifiError(
+            f"{option} {path} is there, and modhifi did not write it as such a file; move it away, or give another name"
+        )

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from modhifi.artifacts.svg import INK, inline, style
+from modhifi.disk import WRITTEN
 
 Scores = Sequence[Mapping[str, Any]]
 """One entry a layer, from the input to the output, as `modhifi score --json` prints them: ``group``, ``kind``,
@@ -70,7 +71,7 @@ def write_pictures(path: Path, title: str, scores: Scores, layer: str, similarit
         for axes, (name, (draw, content)) in zip(figure.subplots(2, 2).flat, drawn.items(), strict=True):
             draw(axes, content, "black")
             axes.set_title(titles[name], fontsize=11)
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, dpi=110, metadata={"Software": WRITTEN})
         return
     charts = [
         {"title": titles[name], "caption": CAPTIONS[name], "svg": _alone(draw, content, titles[name])}

@@ -76,7 +76,7 @@ def model_card(name: str, manifest: Manifest, report: Mapping[str, Any], locatio
         parts.append("Suppression is not erasure: a class-unlearned model is no proof of data deletion.\n")
     exports = (report.get("settings") or {}).get("export") or []
     files = {f"model{EXPORTS[kind].suffix}": "runs without modhifi" for kind in exports if kind in EXPORTS}
-    parts += ["## Files\n", _files(manifest.weights.files, files)]
+    parts += ["## Files\n", _files(manifest, files)]
     return "\n".join(parts)
 
 
@@ -92,9 +92,12 @@ def _means(manifest: Manifest) -> str:
     return "by distillation: gradients reached its weights" if healed else "with forward passes only"
 
 
-def _files(weights: Mapping[str, str], exports: Mapping[str, str]) -> str:
-    known = {"modhifi.json": "what was kept and measured", "recipe.yaml": "repeats the run", "report.html": "shows it"}
-    uses = {**dict.fromkeys(weights, "weights"), **known, **exports}
+def _files(manifest: Manifest, exports: Mapping[str, str]) -> str:
+    # no command line can name a module that a program held
+    from_python = manifest.base.source.startswith("module:")
+    recipe = "the run's settings; the module itself is given from Python" if from_python else "repeats the run"
+    known = {"modhifi.json": "what was kept and measured", "recipe.yaml": recipe, "report.html": "shows it"}
+    uses = {**dict.fromkeys(manifest.weights.files, "weights"), **known, **exports}
     return "; ".join(f"{markdown_code(name)}: {use}" for name, use in uses.items()) + ".\n"
 
 

@@ -9,25 +9,26 @@ from xml.etree import ElementTree as XML
 
 from modhifi.artifacts.escape import markdown_text, printable
 from modhifi.artifacts.formatting import asked, figures_table
-from modhifi.disk import check_file
+from modhifi.disk import check_ending, check_file
 
 FAILED = ("FAIL", "INCONCLUSIVE", "BUG")
 # What says nothing of the edit: it was not looked at, or a constant predictor has the same bound.
 UNMEASURED = ("not measured", "not available", "VACUOUS")
+FORMATS = {"md": "Markdown", "xml": "JUnit"}
 Report = Mapping[str, Any]
 
 
 def check_summary(path: Path | None, out: str | Path | None = None) -> None:
-    """Raises ModhifiError, before any work, for another ending than .md and .xml or a missing directory.
+    """Raises ModhifiError, before any work, where :func:`modhifi.disk.check_file` does, and for other endings.
 
     ``out`` is the directory that the run writes.
     """
-    check_file(path, "--summary", within=out, md="Markdown", xml="JUnit")
+    check_file(path, "--summary", within=out, **FORMATS)
 
 
 def write_summary(path: Path, reports: Sequence[tuple[str, Report]]) -> None:
-    """Writes the reports, each with its name, as one Markdown or JUnit file; raises as :func:`check_summary`."""
-    check_summary(path)
+    """Writes the reports, each with its name, as one Markdown or JUnit file; raises ModhifiError for another ending."""
+    check_ending(path, "--summary", **FORMATS)
     path.write_text(junit(reports) if path.suffix == ".xml" else markdown(reports), encoding="utf-8")
 
 

@@ -60,8 +60,9 @@ class Certified:
         violations = []
         for name, low, high in (("measured > R2", self.measured, self.local), ("R2 > R1", self.local, self.theorem)):
             over = low - high * (1 + RELATIVE_SLACK) - slack
-            # Infinite minus infinite: a rung that is not available violates nothing.
-            over = torch.where(high.isinf(), torch.full_like(over, -math.inf), over)
+            # A rung that is not available is infinite and violates nothing; what was measured is no rung.
+            absent = high.isinf() | (low.isinf() & (low is self.local))
+            over = torch.where(absent, torch.full_like(over, -math.inf), over)
             if bool((over > 0).any()):
                 i = int(over.argmax())
                 violations.append(f"{name} on sample {i}: {float(low[i]):.6g} > {float(high[i]):.6g}")

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from modhifi.data.image_inputs import normalisation
 from modhifi.data.samples import Samples
+from modhifi.disk import WRITTEN
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 
@@ -50,7 +52,9 @@ def _fitted(image: Image.Image, tile: int) -> Image.Image:
 def save_sheet(samples: Samples, loaded: LoadedModel, path: Path) -> None:
     """Write :func:`contact_sheet` to a file. Raises ModhifiError if that fails or the model takes no images."""
     try:
-        contact_sheet(samples, loaded).save(path)
+        told = PngInfo()
+        told.add_text("Software", WRITTEN)  # by which the file is known again, and replaced
+        contact_sheet(samples, loaded).save(path, pnginfo=told)
     except (OSError, ValueError) as error:
         raise ModhifiError(f"cannot write {path}: {error}; give a file that ends in .png") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ from modhifi.models.loaded import LoadedModel
 
 # An image that the model itself labels counts where its top class has this probability, and leads by this much.
 CONFIDENCE, MARGIN = 0.5, 0.2
+# What a description says of labels that the samples have and the model does not.
+UNUSED = re.compile(r"labels unused: [^;]+")
 
 
 def label_samples(loaded: LoadedModel, samples: Samples, batch_size: int) -> tuple[Samples, str | None]:
@@ -24,9 +27,11 @@ def label_samples(loaded: LoadedModel, samples: Samples, batch_size: int) -> tup
     top = torch.cat(outputs).topk(2, 1)
     sure = (top.values[:, 0] >= CONFIDENCE) & (top.values[:, 0] - top.values[:, 1] >= MARGIN)
     confident = torch.nonzero(sure).flatten()
+    dropped = UNUSED.search(samples.description)
     remark = (
-        f"no labels: {len(confident)} of {len(samples)} images were labelled by the model itself (probability at least "
-        f"{CONFIDENCE:g}, leading by {MARGIN:g}), so accuracy here is agreement with the original"
+        f"{dropped[0].strip() if dropped else 'no labels'}: {len(confident)} of {len(samples)} images were labelled by "
+        f"the model itself (probability at least {CONFIDENCE:g}, leading by {MARGIN:g}), so accuracy on them is "
+        "agreement with the original"
     )
     return replace(samples.subset(confident), labels=top.indices[confident, 0]), remark
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -136,6 +136,15 @@ class Watch:
             self.runs[name] = self.runs.get(name, 0) + 1
             self.versions[name] = tensor._version
 
+    def let_go(self, rows: int) -> tuple[str, ...]:
+        """Watches no more what put out another number of rows in the last pass, or nothing; returns the names."""
+        seen = self.outputs
+        gone = tuple(name for name in self.modules if name not in seen or len(seen[name]) != rows)
+        for name in gone:
+            del self.modules[name]
+            seen.pop(name, None)
+        return gone
+
     def forget(self) -> None:
         """Lets go of the outputs of a pass that failed, and of the memory that their graphs hold."""
         self.outputs = {}
@@ -147,8 +156,12 @@ class Watch:
 
 
 @torch.no_grad()
-def matched_blocks(original: LoadedModel, student: nn.Module, cut: Cut) -> dict[str, Match]:
+def matched_blocks(
+    original: LoadedModel, student: nn.Module, cut: Cut, batches: Iterable[Tensor] = ()
+) -> dict[str, Match]:
     """The blocks that run once and whose outputs can be compared, by name in the original, in order of execution.
+
+    Their outputs have one row for each item of the example and of all ``batches``, as those of routed experts have not.
 
     They have one shape in both models, or are narrower in the student, and the ``cut`` says which channels are left. A
     block is an entry of a list or sequence that has parts of its own; it is left out where the list has lost others
@@ -169,6 +182,7 @@ def matched_blocks(original: LoadedModel, student: nn.Module, cut: Cut) -> dict[
         once = {name: x for name, x in watch.outputs.items() if watch.runs[name] == 1 and x.ndim > 1}
         seen.append({name: x for name, x in once.items() if x._version == watch.versions[name]})
     ours, others = seen
+    ours = {name: ours[name] for name in _by_item(original, ours, batches) if name in names}
     by_memory: dict[int, tuple[str, Match]] = {}
     for name, output in ours.items():
         smaller = others.get(names[name])
@@ -181,6 +195,22 @@ def matched_blocks(original: LoadedModel, student: nn.Module, cut: Cut) -> dict[
     matches = dict(by_memory.values())
     right = cut.confirmed(original, {name: match for name, match in matches.items() if match.stays is not None})
     return {name: match for name, match in matches.items() if match.stays is None or name in right}
+
+
+def _by_item(original: LoadedModel, names: Iterable[str], batches: Iterable[Tensor]) -> tuple[str, ...]:
+    """Those of the modules whose output has one row for each item of the example and of every batch."""
+    with Watch(original.model, tuple(names)) as watch:
+        for batch in (original.example, *batches):
+            if watch.modules:
+                original.logits(batch)
+                watch.let_go(len(batch))
+                watch.forget()
+    return tuple(watch.modules)
+
+
+def has_blocks(model: nn.Module) -> bool:
+    """Whether a model has a list or sequence of blocks."""
+    return next(_candidates(model), None) is not None
 
 
 def _entries(model: nn.Module, owner: str, removed: Mapping[str, int] | None = None) -> int | None:

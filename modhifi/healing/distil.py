@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 
 import torch
@@ -37,6 +37,8 @@ CLIP, PATIENCE = 1.0, 10
 # A learning rate after so many intervals of which the student is only worse, and comes no nearer, is divided by this,
 # down to this share: the first steps of an optimiser that scales its gradients do harm that the next ones mend.
 HARM, SMALLER, LEAST_RATE = 2, 4.0, 1 / 16
+# Small batches, which tell blocks with an output for each item from those that see some of the items.
+TRIED = (5, 3, 2)
 
 
 def distil(
@@ -96,7 +98,8 @@ class Distillation:
             _require_runs(original, self.model.float())
         self.norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         matched = settings.blocks > 0 and not self.closed
-        self.blocks = matched_blocks(original, student, cut) if matched else dict[str, Match]()
+        tried = (train.first(count) for count in TRIED)
+        blocks = matched_blocks(original, student, cut, tried) if matched else dict[str, Match]()
         self.adapted = None
         if settings.lora is None:
             # Of a vocabulary the samples have a part; the rows of other tokens would learn noise.
@@ -116,10 +119,15 @@ class Distillation:
         autocast = accelerator.autocast if takes_bfloat16(original.model) else nullcontext
         processes = self.accelerator.num_processes
         self.train = loaded_once(train, processes)
-        self.teacher = Teacher(original, self.blocks, len(train), keep, autocast, processes)
+        self.teacher = Teacher(original, blocks, len(train), keep, autocast, processes)
         self.examination = Examination(original, validation, settings.batch_size, self.closed)
         self.best = self._weights()
         self.losses: list[Tensor] = []
+
+    @property
+    def blocks(self) -> Mapping[str, Match]:
+        """The blocks that are compared."""
+        return self.teacher.blocks
 
     def run(self) -> Healed:
         """Trains until the end, early or not."""
@@ -208,11 +216,20 @@ class Distillation:
             spread=self.examination.spread,
             closed=self.closed,
         )
-        if self.blocks:
+        seen = self._seen(len(batch), wanted_blocks)
+        if seen:
             # As the divergence is, which would outweigh them otherwise: gradients of soft outputs are small.
             softened = 1.0 if self.original.gives_values else settings.temperature**2
-            loss = loss + settings.blocks * softened * block_loss(wanted_blocks, self.watch.take(), real)
+            loss = loss + settings.blocks * softened * block_loss([w for w, _ in seen], [s for _, s in seen], real)
         return loss
+
+    def _seen(self, rows: int, wanted: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """The outputs of the teacher's blocks beside the student's; a block whose rows are no items is dropped."""
+        by_student = {match.student: block for match, block in zip(self.blocks.values(), wanted, strict=True)}
+        self.watch.let_go(rows)
+        seen = dict(zip(self.watch.modules, self.watch.take(), strict=True))
+        self.teacher.drop([name for name, match in self.blocks.items() if match.student not in seen])
+        return [(block, seen[name]) for name, block in by_student.items() if name in seen]
 
     def _indices(self) -> list[int]:
         """The samples of this step: a seeded permutation of all an epoch, dealt out to the processes."""

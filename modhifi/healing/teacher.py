@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,7 +20,7 @@ class Teacher:
     With ``keep`` those of a sample are computed once, if all of them fit into memory or on the disk and have one shape;
     of a language model what its head reads is kept in place of the logits, which are a vocabulary wide. ``autocast``
     makes the context in which the original runs: in full precision it would take longer than a student in half. Each of
-    the ``processes`` of a run keeps for itself.
+    the ``processes`` of a run keeps for itself. ``blocks`` loses those without one row for each item.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Teacher:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         processes: int = 1,
     ) -> None:
-        self.original, self.blocks, self.count, self.autocast = original, blocks, count, autocast
+        self.original, self.blocks, self.count, self.autocast = original, dict(blocks), count, autocast
         self.processes = processes
         self.keep, self.head = keep, _head(original.model)
         self.kept: Kept | None = None
@@ -52,6 +52,7 @@ class Teacher:
         try:
             with Watch(self.original.model, tuple(self.blocks)) as watch, self.autocast():
                 output = self.original.logits(batch)
+                self.drop(watch.let_go(len(batch)))
                 seen = zip(self.blocks.values(), watch.take(), strict=True)
                 blocks = tuple(self._rounded(match.part_of(whole)) for match, whole in seen)
         finally:
@@ -60,6 +61,12 @@ class Teacher:
         if self.keep:
             self._remember(batch, indices, output, read, blocks)
         return output, blocks
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Compares some blocks no more; what was kept with them is computed anew."""
+        for name in names:
+            del self.blocks[name]
+            self.kept, self.known = None, torch.zeros_like(self.known)
 
     def _remembered(self, kept: Kept, indices: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
         device = next(self.original.model.parameters()).device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from inspect import isfunction
 from typing import Any
 
 import torch
@@ -129,9 +130,7 @@ def _fold(model: nn.Module) -> Iterator[str]:
                 remove_weight_norm(module, hook.name)
             elif isinstance(hook, SpectralNorm):
                 remove_spectral_norm(module, hook.name)
-                for table in (module._load_state_dict_pre_hooks, module._state_dict_hooks):
-                    for key in [k for k, v in table.items() if _is_spectral(getattr(v, "hook", v))]:
-                        del table[key]  # what torch leaves there looks for weights that are gone
+                _forget_hooks(module, SpectralNorm.__module__)
             elif isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)
             else:
@@ -147,9 +146,18 @@ def _fold_parametrized(module: nn.Module) -> Iterator[str]:
         yield " and ".join(type(part).__name__.lstrip("_") for part in parts)
     del module.parametrizations
     module.__class__ = type(module).__bases__[0]
+    _forget_hooks(module, weight_norm.__module__)
     for name, value in values.items():
         module.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
-def _is_spectral(hook: object) -> bool:
-    return type(hook).__module__ == SpectralNorm.__module__
+def _forget_hooks(module: nn.Module, origin: str) -> None:
+    """Remove what torch's module ``origin`` leaves on a folded layer: it looks for weights that are gone."""
+    for table in (module._load_state_dict_pre_hooks, module._state_dict_hooks):
+        for key in [k for k, v in table.items() if _origin(getattr(v, "hook", v)) == origin]:
+            del table[key]
+
+
+def _origin(hook: object) -> str:
+    """The Python module of a function, or of the class of another object that is called."""
+    return str(hook.__module__) if isfunction(hook) else type(hook).__module__

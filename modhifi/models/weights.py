@@ -25,7 +25,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_weights(model: nn.Module, source: str) -> None:
-    """Raises ModhifiError if the model is quantised, has an adapter, or holds NaN or infinite values; names the first.
+    """Raises ModhifiError for quantised or complex weights, an adapter, and NaN or infinite values; names the first.
 
     Buffers may hold infinities, as attention masks and the limits of clamps do. Tensors on the meta device have no
     values to check.
@@ -40,6 +40,8 @@ def check_weights(model: nn.Module, source: str) -> None:
             _refuse_quantised(source, f"module {name!r} is a {type(module).__name__}")
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     for name, tensor in parameters.items():
+        if tensor.is_complex():
+            raise ModhifiError(f"{source}: parameter {name!r} is {tensor.dtype}; complex weights are not supported")
         if tensor.dtype not in FLOATS or type(tensor.data).__module__.startswith("torchao"):
             _refuse_quantised(source, f"parameter {name!r} is {tensor.dtype}")
     for name, tensor in (parameters | dict(model.named_buffers())).items():

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from modhifi.data.labels import label_samples
+from modhifi.data.labels import class_name, label_samples, populations
+from modhifi.data.samples import Samples
 from modhifi.data.sources import load_samples
 from modhifi.errors import ModhifiError
 from modhifi.models.load import load_model
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.weights import state_hash
 from modhifi.progress import Progress, silent
-from modhifi.runs.inputs import NOTHING, Given, forgotten_before, load_source, original_of
+from modhifi.runs.inputs import NOTHING, Given, forgotten_before, load_source, original_of, seen_before
 from modhifi.runs.recipes.tasks import AuditChecks, AuditRecipe
 from modhifi.runs.reports.head import head
 from modhifi.runs.steady_memory import steady_memory
 from modhifi.unlearning.attacks import measures
 from modhifi.unlearning.audit import audit
 from modhifi.unlearning.audit_text import VERDICTS
-from modhifi.unlearning.data import count_classes, find_classes, load_unlearn_data
+from modhifi.unlearning.data import UnlearnData, count_classes, find_classes, load_unlearn_data
 from modhifi.unlearning.sites import Sites, find_sites
 
 CONTROL = (
@@ -31,14 +32,48 @@ CONTROL = (
 )
 
 
-def load_reference(name: str | None, device: torch.device | str) -> tuple[LoadedModel, Sites] | None:
-    """Loads the classifier that was retrained without the classes, with its sites; None for no name."""
+def load_reference(
+    name: str | None, original: LoadedModel, device: torch.device | str, given: Given = NOTHING
+) -> tuple[LoadedModel, Sites] | None:
+    """Loads the classifier that was retrained without the classes, with its sites; None for no name.
+
+    Raises ModhifiError where it has other classes than the original, or reads images of another size.
+    """
     if name is None:
         return None
-    loaded = load_model(name)
-    count_classes(loaded)
+    loaded = given.seen_by(load_model(name))
+    classes, own = count_classes(loaded), count_classes(original)
+    if classes != own:
+        raise ModhifiError(
+            f"the reference {name} has {classes} classes and {original.source} has {own}: it must have the original's, "
+            "the forgotten one among them, and be trained without images of that one"
+        )
+    sizes = [tuple(model.example.shape[1:]) for model in (loaded, original)]
+    if sizes[0] != sizes[1]:
+        raise ModhifiError(
+            f"the reference {name} reads images of {sizes[0]} and {original.source} of {sizes[1]}: both must read the "
+            "same ones"
+        )
     loaded.model.to(device)
     return loaded, find_sites(loaded)
+
+
+def load_members(
+    source: str | None, original: LoadedModel, classes: Sequence[int], *, samples: int, seed: int, batch_size: int
+) -> Samples | None:
+    """Loads the training images for the membership attack; None for no source.
+
+    Raises ModhifiError where none is of the forgotten ``classes``.
+    """
+    if source is None:
+        return None
+    members = label_samples(original, load_samples(source, original, n=samples, seed=seed), batch_size)[0]
+    if not bool((populations(members, classes) > 0).any()):
+        names = ", ".join(class_name(original, c) for c in classes)
+        raise ModhifiError(
+            f"--members {source} holds no image of {names}; give training images of the forgotten classes"
+        )
+    return members
 
 
 @steady_memory()
@@ -74,6 +109,16 @@ def run_audit(
     if not class_names:
         raise ModhifiError(f"{directory} does not say which classes it forgot; give --forget")
     classes = find_classes(class_names, original)
+    earlier = [c for c in dict.fromkeys(forgotten_before(edited) + forgotten_before(original)) if c not in classes]
+    reference = load_reference(recipe.reference, original, device, given)
+    members = load_members(
+        data_recipe.members,
+        original,
+        classes,
+        samples=data_recipe.samples,
+        seed=recipe.seed,
+        batch_size=recipe.batch_size,
+    )
     data = load_unlearn_data(
         original,
         classes,
@@ -82,32 +127,44 @@ def run_audit(
         forget_source=data_recipe.forget,
         evaluate=data_recipe.evaluate if given.evaluate is None else given.evaluate,
         evaluation_samples=data_recipe.samples,
+        earlier=earlier,
         seed=recipe.seed,
         batch_size=recipe.batch_size,
     )
-    members = None
-    if data_recipe.members is not None:
-        samples = load_samples(data_recipe.members, original, n=data_recipe.samples, seed=recipe.seed)
-        members = label_samples(original, samples, recipe.batch_size)[0]
-    outcome = audit(
+    notes += _seen(edited, directory, data)
+    attacked = audit(
         original,
         edited.model,
         find_sites(original),
         data,
         classes,
-        reference=load_reference(recipe.reference, device),
+        reference=reference,
         members=members,
+        earlier=earlier,
         batch_size=recipe.batch_size,
         progress=progress,
-    ).figures
+    )
     report = {
         **head("audit", directory, original=original.source),
-        **report_parts(outcome),
+        **report_parts(attacked.figures),
         "data": {"source": data.test.description, "test_samples": len(data.test), "fit_samples": len(data.fit)},
-        "warnings": [*edited.warnings, *data.notes, *notes],
+        "warnings": [*edited.warnings, *data.notes, *notes, *attacked.warnings],
     }
     report["verdicts"] += check_audit(recipe.checks, report["audit"])
     return report
+
+
+def _seen(edited: LoadedModel, directory: str, data: UnlearnData) -> list[str]:
+    """A warning where images of the attacks or of the test calibrated the edit, or taught the model after it."""
+    seen = set(seen_before(edited))
+    hashes = (*data.fit.hashes, *data.test.hashes)
+    known = sum(content_hash in seen for content_hash in hashes)
+    if not known:
+        return []
+    return [
+        f"{known} of the {len(hashes)} images that the attacks learn from and are tested on calibrated {directory}, or "
+        "it learnt from them: on images it has not seen the figures may be worse; give other data"
+    ]
 
 
 def _load_original(recipe: AuditRecipe, edited: LoadedModel) -> LoadedModel:
@@ -170,7 +227,8 @@ def report_parts(outcome: Mapping[str, Any]) -> dict[str, Any]:
             "rows": [[c["class"], *(c.get(n) for n in names)] for c in outcome["classes"]],
         },
     ]
-    retained = [c for c in outcome["classes"] if c["class"] not in outcome["forgotten"]]
+    gone = (*outcome["forgotten"], *outcome.get("earlier", ()))
+    retained = [c for c in outcome["classes"] if c["class"] not in gone]
     worst = min(retained, key=lambda c: c["edited"] - c["original"])
     return {
         "summary": outcome["conclusion"],

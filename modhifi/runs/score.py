@@ -33,6 +33,7 @@ from modhifi.pruning.selectors.base import summed
 from modhifi.pruning.settings import PruneSettings
 from modhifi.pruning.stages import choose_groups, find_structure, measure_moments
 from modhifi.runs.defaults import amounts
+from modhifi.runs.measure import device_of
 from modhifi.runs.steady_memory import steady_memory
 from modhifi.structure.groups import Structure
 
@@ -142,7 +143,7 @@ def score_model(
     that cannot be measured or solved are left out. Raises ModhifiError where the data cannot be had, for a pattern that
     matches nothing and where no group is left.
     """
-    usual = amounts(loaded, next(loaded.model.parameters()).device)
+    usual = amounts(loaded, device_of(loaded.model))
     settings = PruneSettings(selector=selector, seed=seed, floor=1e-9, batch_size=usual.batch_size)
     structure = choose_groups(find_structure(loaded), settings)
     looked_into = matching(structure, layers)

@@ -15,15 +15,14 @@ from modhifi.artifacts.save import save_artifact
 from modhifi.bounds.ladder import BoundReport, verify_unlearned
 from modhifi.calibration.distributed import launched
 from modhifi.calibration.prefix_cache import Passes
-from modhifi.data.labels import class_name, label_samples
+from modhifi.data.labels import class_name
 from modhifi.data.labels import populations as populations_of
-from modhifi.data.samples import Samples, describe_data
-from modhifi.data.sources import load_samples
+from modhifi.data.samples import describe_data
 from modhifi.disk import check_output, check_space
 from modhifi.errors import ModhifiError
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Clock, Progress, silent
-from modhifi.runs.audit import load_reference, report_parts
+from modhifi.runs.audit import load_members, load_reference, report_parts
 from modhifi.runs.inputs import NOTHING, Given, forgotten_before, load_source, local_paths, located, seen_before
 from modhifi.runs.measure import stored_bytes
 from modhifi.runs.recipes.unlearn import UnlearnRecipe
@@ -83,10 +82,17 @@ def run_unlearn(
         classes = find_classes(recipe.forget, original)
         earlier = [c for c in forgotten_before(original) if c not in classes]
         sites = find_sites(original)
-        reference = load_reference(recipe.reference, device)
+        reference = load_reference(recipe.reference, original, device, given)
     with clock.stage("data"):
         data = _load_data(recipe, original, classes, earlier, given)
-        members = _load_members(recipe.data.members, original, recipe)
+        members = load_members(
+            recipe.data.members,
+            original,
+            classes,
+            samples=recipe.data.samples,
+            seed=recipe.seed,
+            batch_size=recipe.batch_size,
+        )
     with clock.stage("edit"):
         edit = forget(original, sites, data.edit, data.groups, recipe.settings(), classes, progress)
     strength, loss = 1.0, None
@@ -109,6 +115,7 @@ def run_unlearn(
         )
     outcome = attacked.figures
     report = _report_of(recipe, original, data, edit, outcome, command)
+    report["warnings"] += attacked.warnings
     report["strength"] = {"of_the_full_edit": strength, "retain_loss_on_held_out": loss}
     if strength == 0.0:
         report["warnings"].append("no strength of this method stays within the retain budget: nothing was changed")
@@ -201,13 +208,6 @@ def _load_data(
     )
 
 
-def _load_members(source: str | None, original: LoadedModel, recipe: UnlearnRecipe) -> Samples | None:
-    if source is None:
-        return None
-    samples = load_samples(source, original, n=recipe.data.samples, seed=recipe.seed)
-    return label_samples(original, samples, recipe.batch_size)[0]
-
-
 def _within_budget(
     recipe: UnlearnRecipe,
     original: LoadedModel,
@@ -251,7 +251,13 @@ def _report_of(
     outcome: Mapping[str, Any],
     command: str,
 ) -> dict[str, Any]:
-    values = edit.values
+    values, settings = edit.values, recipe.model_dump(mode="json")
+    # Those that applied, where the method's own took the place of null.
+    settings["method"] |= {
+        "depth": values.depth,
+        "passes": values.passes,
+        "strength": f"{values.strength:g} ({values.unit})",
+    }
     left_out = [f"{name} was left out: {reason}" for name, reason in dict(edit.left_out).items()]
     return {
         **head("unlearn", original.source, framework=original.framework),
@@ -263,13 +269,7 @@ def _report_of(
             "fit_samples": len(data.fit),
             "test_samples": len(data.test),
         },
-        "settings": {
-            **recipe.model_dump(mode="json", exclude={"data", "method"}),
-            "method": recipe.method.name,
-            "depth": values.depth,
-            "passes": values.passes,
-            "strength": f"{values.strength:g} ({values.unit})",
-        },
+        "settings": settings,
         "edits": [{"module": r.module, "change": r.change, "damping": r.damping} for r in edit.records],
         "warnings": [*original.warnings, *data.notes, *left_out],
         "command": command,

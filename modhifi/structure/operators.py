@@ -81,14 +81,15 @@ def absorb_mean(model: nn.Module, reader: str, sink: str, shift: Tensor) -> None
     """Give a reader's lost mean output, ``shift`` float64 ``(out,)``, back at its sink, in place.
 
     ``sink`` is ``"bias"`` (the shift is added to the reader's own) or the name of the BatchNorm behind it (the shift is
-    taken from its running mean).
+    taken from its running mean). A BatchNorm without statistics subtracts the batch's own: nothing is lost there.
     """
     if sink == "bias":
         bias: Tensor = operator_at(model, reader).bias.data  # type: ignore[assignment]
         bias.add_(shift.to(bias.dtype))
-    else:
-        mean: Tensor = model.get_submodule(sink).running_mean.data  # type: ignore[assignment]
-        mean.sub_(shift.to(mean.dtype))
+        return
+    mean: Tensor | None = model.get_submodule(sink).running_mean  # type: ignore[assignment]
+    if mean is not None:
+        mean.data.sub_(shift.to(mean.dtype))
 
 
 def norm_scale(norm: nn.Module) -> Tensor:

@@ -15,10 +15,11 @@ from modhifi.data.samples import Samples
 from modhifi.models.loaded import LoadedModel
 from modhifi.progress import Progress, silent
 from modhifi.structure.clone import clone
+from modhifi.unlearning.alike import same_but_for_values
 from modhifi.unlearning.attacks import Attacked, attack
 from modhifi.unlearning.attacks.base import labels_of, share
 from modhifi.unlearning.attacks.linear_probe import linear_probe
-from modhifi.unlearning.audit_text import conclude
+from modhifi.unlearning.audit_text import conclude, unrecognised, usable_rows
 from modhifi.unlearning.batchnorm import batch_norms, settle_norms, settled_names
 from modhifi.unlearning.data import UnlearnData
 from modhifi.unlearning.edit import forget
@@ -33,16 +34,18 @@ class Audit:
 
     ``logits`` ``(n, classes)``, float32, are those on the test samples. ``figures`` are JSON-able:
     ``rows`` (model by model, the keys of :func:`modhifi.unlearning.attacks.measures`; None was not measured),
-    ``blocks`` (the probe block by block), ``classes``, ``moved``, ``verdict`` and ``conclusion``.
+    ``blocks`` (the probe block by block), ``classes``, ``moved``, ``verdict`` and ``conclusion``. ``warnings`` say why
+    the figures may mean less than they seem to.
     """
 
     figures: dict[str, Any]
     logits: tuple[Tensor, Tensor]
+    warnings: tuple[str, ...] = ()
 
 
 def changed_operators(original: nn.Module, edited: nn.Module) -> list[str]:
     """The modules with a weight that differs between two models of one architecture, norms left out."""
-    norms, theirs = set(batch_norms(original)), dict(edited.named_parameters())
+    norms, theirs = set(batch_norms(original)), dict(edited.named_parameters(remove_duplicate=False))
     names = {name.rpartition(".")[0] for name, p in original.named_parameters() if not torch.equal(p, theirs[name])}
     return sorted(names - norms)
 
@@ -89,7 +92,8 @@ def audit(
     """Measure ``edited``, the original (``loaded``), the head-mask control and, if given, a retrained ``reference``.
 
     ``plain``: the edited model before its norms were settled, where it is known. ``members``: training images of the
-    forgotten classes, for the membership attack. What the models have in common before the first edit runs once.
+    forgotten classes, for the membership attack. What the models have in common before the first edit runs once; a
+    model that differs from the original in more than its weights runs on its own.
     """
     masked, masked_plain = head_mask(loaded, edited, sites, data, classes, batch_size)
     candidates: dict[str, tuple[LoadedModel, nn.Module, Sites, nn.Module | None]] = {
@@ -101,10 +105,15 @@ def audit(
         other, other_sites = reference
         candidates["reference"] = (other, other.model, other_sites, other.model)
     rows: dict[str, dict[str, float | None]] = {}
-    copies = [model for owner, model, _, _ in candidates.values() if owner is loaded]
+    alike = [
+        name
+        for name, (owner, model, _, _) in candidates.items()
+        if owner is loaded and (model is loaded.model or same_but_for_values(loaded.model, model))
+    ]
+    copies = [candidates[name][1] for name in alike]
     changed = _changed_modules(loaded.model, copies)
     fits, tests = (_observed(loaded, copies, sites, part, batch_size, changed) for part in (data.fit, data.test))
-    observed = dict(zip(candidates, zip(fits, tests, strict=True), strict=False))
+    observed = dict(zip(alike, zip(fits, tests, strict=True), strict=True))
     for number, (name, (owner, model, own_sites, unsettled)) in enumerate(candidates.items()):
         if name not in observed:
             fit, test = (observe(owner, model, own_sites, part, batch_size) for part in (data.fit, data.test))
@@ -127,19 +136,24 @@ def audit(
         rows[name] = attack(target)
         progress("attacking", number + 1, len(candidates))
     table = _classes(loaded, data, observed)
-    verdict, text = conclude(rows, [class_name(loaded, c) for c in classes])
+    names = [class_name(loaded, c) for c in classes]
+    original, changed_outputs = observed["original"][1].logits, observed["edited"][1].logits
+    told, warnings = usable_rows(rows, names)
+    verdict, text = conclude(told, names)
     figures = {
-        "forgotten": [class_name(loaded, c) for c in classes],
+        "forgotten": names,
+        "earlier": [class_name(loaded, c) for c in earlier],
         "rows": rows,
         "blocks": _blocks(data, classes, earlier, observed),
         "classes": table,
-        "moved": [_moved(loaded, c, data, observed["edited"][1].logits) for c in classes],
+        "moved": [_moved(loaded, c, data, changed_outputs) for c in classes],
         "verdict": verdict,
         "conclusion": text,
         "test_samples": len(data.test),
         "fit_samples": len(data.fit),
     }
-    return Audit(figures, (observed["original"][1].logits, observed["edited"][1].logits))
+    warnings = [*unrecognised(figures, original.shape[1]), *warnings]
+    return Audit(figures, (original, changed_outputs), tuple(warnings))
 
 
 def _observed(

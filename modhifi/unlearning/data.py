@@ -112,15 +112,18 @@ def load_unlearn_data(
         loaded_samples, remark = label_samples(loaded, unlabelled, batch_size)
         if loaded_samples.skipped:
             notes.append(f"{len(loaded_samples.skipped)} unreadable items of {source_name(spec)} were skipped")
-        notes.extend([remark] if remark else [])
+        notes.extend([remark if evaluate is None else f"{source_name(spec)}: {remark}"] if remark else [])
         return loaded_samples
 
     both = load(source, samples if evaluate is not None else samples + evaluation_samples)
     if forget_source is not None:
         forgotten = _forget_set(loaded, forget_source, classes, samples, seed, batch_size)
         both = _with_forget(both, forgotten, classes, notes)
+    again = 0
     if evaluate is not None:
-        edit, rest = both, _fresh(load(evaluate, evaluation_samples), both)
+        found = load(evaluate, evaluation_samples)
+        edit, rest = both, _fresh(found, both)
+        again = len(found) - len(rest)
     else:
         first = _every(both, min(samples, len(both) - len(both) // 2), len(both))
         edit, rest = both.subset(torch.nonzero(first).flatten()), both.subset(torch.nonzero(~first).flatten())
@@ -129,22 +132,32 @@ def load_unlearn_data(
     if earlier:
         notes.append(f"classes {', '.join(map(str, earlier))} were forgotten before and count as neither")
     groups = populations(edit, classes, earlier)
+    if again and not len(rest):
+        raise ModhifiError(
+            f"all {again} images to evaluate on are also among those that the edit sees; give others, or none: a part "
+            "of the data is then set aside"
+        )
     for name, part in (("edit", edit), ("attacks", fit), ("test", test)):
-        _require(name, populations(part, classes, earlier), classes, loaded)
+        among = again if part is not edit else 0
+        _require(name, populations(part, classes, earlier), classes, loaded, among)
     return UnlearnData(edit, groups, fit, test, tuple(notes))
 
 
-def _require(name: str, groups: Tensor, classes: Sequence[int], loaded: LoadedModel) -> None:
+def _require(name: str, groups: Tensor, classes: Sequence[int], loaded: LoadedModel, again: int) -> None:
+    """Raises ModhifiError for too few samples; ``again`` were left out because the edit sees them."""
+    left_out = f" ({again} to evaluate on were left out, as the edit sees them)" if again else ""
     for number, index in enumerate(classes, start=1):
         have = int((groups == number).sum())
         if have < FEWEST:
             raise ModhifiError(
                 f"{have} samples of the class {class_name(loaded, index)} are left for the {name} part, and at least "
-                f"{FEWEST} are needed in each of edit, attacks and test; there are {len(groups)} images in that part: "
-                "give more of them, raise --samples and --evaluation-samples, or give --forget-data"
+                f"{FEWEST} are needed in each of edit, attacks and test; there are {len(groups)} images in that part"
+                f"{left_out}: give more of them, raise --samples and --evaluation-samples, or give --forget-data"
             )
     if int((groups == 0).sum()) < FEWEST:
-        raise ModhifiError(f"fewer than {FEWEST} samples of retained classes for the {name} part; give more --data")
+        raise ModhifiError(
+            f"fewer than {FEWEST} samples of retained classes for the {name} part{left_out}; give more --data"
+        )
 
 
 def _forget_set(loaded: LoadedModel, spec: str, classes: Sequence[int], n: int, seed: int, batch_size: int) -> Samples:

@@ -94,7 +94,9 @@ def chosen_writers(session: EditSession) -> list[Writer]:
     else:
         chosen = [w for w in writers if w.site.block in last]
     if not chosen:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in session.sites.refused[-2:])
+        refused = session.sites.refused[-2:] or (("", "it has no addition, and nothing but a classifier"),)
+        # What is added in the model's own forward has no name.
+        reasons = "; ".join(f"{name}: {reason}" if name else reason for name, reason in refused)
         names = ", ".join(w.site.module for w in writers[-4:])
         detail = f"the last ones are {names}" if names else f"this model has none ({reasons})"
         raise ModhifiError(f"no writer to edit: {detail}; choose others with --only, or --method erase")
@@ -102,10 +104,18 @@ def chosen_writers(session: EditSession) -> list[Writer]:
 
 
 def writer_scale(model: nn.Module, writer: Writer) -> Tensor | None:
-    """What stands between a writer's output and the stream, float64 ``(out,)``; None for nothing."""
+    """What stands between a writer's output and the stream, float64 ``(out,)``; None for nothing.
+
+    Raises ModhifiError for a BatchNorm that divides by the spread of each batch.
+    """
     scale: Tensor | None = None
     if writer.norm is not None:
         norm: Any = model.get_submodule(writer.norm)
+        if norm.running_var is None:
+            raise ModhifiError(
+                f"the BatchNorm {writer.norm} behind {writer.site.module} keeps no statistics "
+                "(track_running_stats=False)"
+            )
         gamma = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
         scale = gamma.detach().double() / torch.sqrt(norm.running_var.double() + norm.eps)
     for name in writer.gains:

@@ -100,13 +100,13 @@ def test_the_loss_has_the_distance_of_blocks_on_the_scale_of_the_divergence(
     pair: tuple[LoadedModel, nn.Module], images: tuple[Samples, Samples]
 ) -> None:
     settings = replace(SETTINGS, temperature=3.0, blocks=0.5, precision="no")
-    with distillation(pair, images, settings) as run, torch.no_grad():
+    with distillation(pair, images, settings) as run:
         batch, names = next(images[0].batches(4)), tuple(run.blocks)
         with Watch(run.model, names) as run.watch, Watch(pair[0].model, names) as dense:
             loss = run._loss(range(4), 0)
             outputs = [pair[0].logits(batch, model) for model in (None, run.model)]
             expected = output_loss(*outputs, temperature=3.0) + 0.5 * 9 * block_loss(dense.take(), run.watch.take())
-    assert names and float(loss) == pytest.approx(float(expected), rel=1e-6)
+    assert names and loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_the_statistics_of_batchnorm_move_only_where_that_is_asked_for(

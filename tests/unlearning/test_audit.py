@@ -40,10 +40,13 @@ def row(**values: float) -> dict[str, float | None]:
         (row(forget=0.0, recall=0.0, probe=0.5), None, "PARTLY ERASED"),
         (row(forget=0.0, recall=0.0, probe=0.2), None, "ERASED FOR A LINEAR READER"),
         (row(forget=0.0, recall=0.0, probe=0.5), row(probe=0.6), "ERASED FOR A LINEAR READER"),
+        (row(forget=0.0, recall=0.0, probe=0.2, nearest_mean=0.8), None, "PARTLY ERASED"),
+        (row(forget=0.0, recall=0.0, probe=0.2, nearest_mean=0.2), None, "ERASED FOR A LINEAR READER"),
+        (row(forget=0.0, recall=0.0, probe=0.5, nearest_mean=0.8), row(nearest_mean=0.6), "PARTLY ERASED"),
     ],
 )
 def test_the_verdict_follows_the_figures(edited, reference, verdict: str) -> None:
-    rows = {"original": row(), "edited": edited, "head-mask": row(forget=0.0)}
+    rows = {"original": row(nearest_mean=0.9), "edited": edited, "head-mask": row(forget=0.0)}
     if reference is not None:
         rows["reference"] = reference
     found, text = conclude(rows, ["cat"])

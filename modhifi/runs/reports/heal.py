@@ -10,6 +10,7 @@ from torch import nn
 from modhifi.artifacts.formatting import number
 from modhifi.bounds.held_out import HeldOut
 from modhifi.data.samples import Samples
+from modhifi.healing.blocks import has_blocks
 from modhifi.healing.healed import Healed
 from modhifi.models.loaded import LoadedModel
 from modhifi.models.manifest import Manifest
@@ -51,10 +52,13 @@ def report_of(
         )
     forgot = edited.artifact is not None and edited.artifact.manifest.forgotten
     if recipe.method.blocks > 0 and not healed.blocks and not forgot:
-        warnings.append(
-            "no block is matched, since none has the original's shape and which channels are left is known of one cut "
-            "only: the student learnt from the output alone"
-        )
+        why = "the original has no list of blocks"
+        if has_blocks(original.model):
+            why = (
+                "none has the original's shape and a row for each item, and which channels are left is known of one "
+                "cut only"
+            )
+        warnings.append(f"no block is matched, since {why}: the student learnt from the output alone")
     lineage = [original.source, *_edits(edited), f"healed, {healed.best} steps"]
     return {
         **head(

@@ -26,7 +26,10 @@ from modhifi.runs.timing.runtimes import RUNTIMES
 from modhifi.runs.timing.turns import time_in_turns
 from modhifi.structure.groups import Structure
 from modhifi.structure.operators import conv_groups
+from modhifi.structure.places import operator_at
+from modhifi.structure.recurrent import Gates
 from modhifi.structure.sizes import Term, sizes_of
+from modhifi.structure.stacked import Stacked
 from modhifi.structure.times import OperatorTime
 
 # The shares of an operator's widths that are timed, the rounds of timing, and the operators timed in turns.
@@ -49,12 +52,15 @@ def measure_operators(
 ) -> tuple[OperatorTime, ...]:
     """The times of every conv and linear operator of a model on a grid of its widths, on the model's device.
 
-    Operators of one shape are timed once; times that ``cache`` holds are not taken again.
+    Operators of one shape are timed once; times that ``cache`` holds are not taken again. Matrices inside a parameter
+    or a recurrent layer do not run alone and have no time of their own. Raises ModhifiError, before anything is timed,
+    where a group changes the widths of one.
     """
     parameter = next(loaded.model.parameters())
     at_once = channels_at_once(parameter.device, parameter.dtype)
     terms = {t.module: t for t in sizes_of(loaded.model, structure).terms if t.module in structure.operators}
     terms = {name: t for name, t in terms.items() if t.input_total and t.output_total}
+    terms = _alone(loaded.model, terms)
     shapes = _input_shapes(loaded, batch, terms)
     grids = {name: _grid(loaded.model.get_submodule(name), terms[name], at_once) for name in shapes}
     wanted = {
@@ -72,6 +78,20 @@ def measure_operators(
         points = tuple(tuple(seconds[shape] for shape in row) for row in grid)
         result.append(OperatorTime(terms[name], *grids[name], points, elements, at_once))
     return tuple(result)
+
+
+def _alone(model: nn.Module, terms: Mapping[str, Term]) -> dict[str, Term]:
+    """The operators that are layers of their own; ModhifiError where the time of another one would have to be known."""
+    inner = [name for name in terms if isinstance(operator_at(model, name), Stacked | Gates)]
+    changed = [name for name in inner if terms[name].inputs or terms[name].outputs or terms[name].parts]
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise ModhifiError(
+            f"the time of {changed[0]}{more} by its width is not known, as it does not run alone (experts in one "
+            "parameter, the matrices of a recurrent layer); give --flops or --params in place of --latency, or "
+            "--exclude their groups"
+        )
+    return {name: term for name, term in terms.items() if name not in inner}
 
 
 def _input_shapes(loaded: LoadedModel, batch: Tensor, names: Iterable[str]) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from modhifi.disk import WRITTEN
 from modhifi.runs.timing.bench import BenchRow
 
 BAR = 0.3  # inches
@@ -29,4 +30,5 @@ def draw(rows: Sequence[BenchRow], path: Path) -> None:
         axes.set_title(f"{setting[0]}, batch {setting[1]}, {setting[2]} threads", fontsize=9, loc="left")
         axes.tick_params(labelsize=8)
     panels[-1].set_xlabel("time over the original's (median, interquartile range)", fontsize=9)
-    figure.savefig(path, dpi=150)
+    # by which the file is known again, and replaced
+    figure.savefig(path, dpi=150, metadata={"Software" if path.suffix == ".png" else "Creator": WRITTEN})

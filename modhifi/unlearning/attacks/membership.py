@@ -20,8 +20,8 @@ def auc(members: Tensor, others: Tensor) -> float:
 
 
 def run(target: Attacked) -> dict[str, float | None]:
-    """The AUC of the log probability of the true class; None without training images."""
-    if target.members is None:
+    """The AUC of the log probability of the true class; None without training images of the forgotten classes."""
+    if target.members is None or not bool((populations(target.members, target.classes) > 0).any()):
         return {"membership": None}
 
     def scores(logits: Tensor, labels: Tensor) -> Tensor:
