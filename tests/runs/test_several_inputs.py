@@ -194,7 +194,7 @@ def test_what_takes_one_input_says_so(tmp_path: Path) -> None:
     loaded = modhifi.load_model(Two().eval(), example=(PIXELS[:2], VECTORS[:2]))
     with pytest.raises(ModhifiError, match="no source has samples for a model of several inputs"):
         modhifi.prune(loaded, "synthetic", ratio=0.5)
-    with pytest.raises(ModhifiError, match="an export has one input"):
+    with pytest.raises(ModhifiError, match="has one input, and this model reads several"):
         modhifi.prune(loaded, rows(PIXELS, VECTORS), ratio=0.5, export=["pt2"], out=tmp_path / "out")
     with pytest.raises(ModhifiError, match=r"2 \(0\), 3 \(1\) items; give every input with the batch on axis 0"):
         modhifi.load_model(Two().eval(), example=(PIXELS[:2], VECTORS[:3]))
