@@ -33,7 +33,7 @@ def live_log(out: Path | None) -> Iterator[None]:
     try:
         place = None if out is None else out.absolute()
         handler = None if place is None else logging.FileHandler(place.with_name(f"{place.name}.log"), "x", "utf-8")
-    except OSError:
+    except (OSError, UnicodeError):  # which the checks of the run tell
         handler = None
     if handler is None:
         yield
