@@ -513,7 +513,8 @@ def test_a_class_stays_forgotten_after_pruning_and_healing(world: Path, tmp_path
 def test_a_forgotten_class_is_not_taught_again(world: Path, tmp_path: Path) -> None:
     images = {"data": f"images:{world / 'train'}", "evaluate": f"images:{world / 'test'}"}
     forgot = modhifi.unlearn(world / "model", forget=NAMES[2], out=tmp_path / "forgot", checks={"walked": 0}, **images)
-    source = {"source": images["data"], "samples": 300, "evaluation_samples": 60}
+    # The edit saw all images to learn from, so none of them may be held out.
+    source = {"source": images["data"], "evaluate": images["evaluate"], "samples": 300, "evaluation_samples": 60}
     recipe = parse({"task": "heal", "directory": str(tmp_path / "forgot"), "data": source, "batch_size": 64}, "test")
     patient = load_patient(recipe, NOTHING)
     data = load_learning_data(recipe, patient, NOTHING, lambda *_: None)
