@@ -60,8 +60,8 @@ def distil(
     samples, on which nothing is trained, choose the best weights.
     ``closed`` classes are taken from the teacher, and no block is matched then: they were erased on purpose.
     ``cut`` says what the student lacks, None for nothing. With a ``checkpoint`` a run goes on where it was
-    ended. Raises ModhifiError where the models cannot be run on the samples, in
-    float32 or with gradients.
+    ended. Raises ModhifiError where the models cannot be run on the samples, in float32
+    or with gradients.
     """
     with accelerator_for(next(original.model.parameters()).device, settings.precision) as accelerator:
         told = (checkpoint, progress, note)

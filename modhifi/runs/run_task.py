@@ -15,8 +15,8 @@ from modhifi.artifacts.formatting import noisy
 from modhifi.artifacts.report import render_html
 from modhifi.bounds.ladder import BoundReport
 from modhifi.calibration.cache import MomentCache
-from modhifi.disk import MANIFEST, RECIPE, check_file, check_output, home_path, jsonable
-from modhifi.errors import GateFailed, ModhifiError, SelfTestFailed
+from modhifi.disk import RECIPE, check_file, check_output, home_path, jsonable
+from modhifi.errors import GateFailed, SelfTestFailed
 from modhifi.progress import Progress, live_log, silent
 from modhifi.runs.audit import run_audit
 from modhifi.runs.devices import resolve_device
@@ -171,10 +171,6 @@ def check_report(out: Path | None, force: bool, reads: Iterable[Path] = ()) -> N
         return
     if out.suffix in REPORTS:
         check_file(out, "--out", json="figures", html="a page")
-        if (out.absolute().parent / MANIFEST).is_file():
-            raise ModhifiError(
-                f"{out} would be a file of an artefact, which stays as it was written; give another place"
-            )
     else:
         check_output(out, force, reads)
 
